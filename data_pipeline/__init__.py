@@ -1,0 +1,1 @@
+"""Bytes to tensors and back: sources, filters, shards, text and loaders."""

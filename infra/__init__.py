@@ -1,0 +1,1 @@
+"""Machines: configuration, storage, processes, logs. Knows nothing of images or text."""

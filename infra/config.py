@@ -1,0 +1,131 @@
+"""Configuration: TOML preset + ``section.key=value`` overrides -> frozen, strict models -> sorted JSON. No torch."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from infra.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, strict, no unknown keys, attribute docstrings as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_preset(path: Path) -> dict[str, Any]:
+    """Read a TOML preset (or a run folder's ``config.json``) into plain dictionaries.
+
+    Raises:
+        ConfigError: the file is missing or is not valid TOML or JSON.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the preset ({error.strerror}).") from error
+    try:
+        loaded = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected sections at the top level, found {type(loaded).__name__}.")
+    return loaded
+
+
+def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
+    """Split ``section.key=value`` words; values are TOML literals, and anything that is not one is a plain string.
+
+    Raises:
+        ConfigError: a word has no ``=`` or an empty key.
+    """
+    parsed = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override '{word}': expected section.key=value, for example dalle_fit.steps=1000.")
+        try:
+            parsed.append((key.split("."), tomllib.loads(f"v = {value}")["v"]))
+        except tomllib.TOMLDecodeError:
+            parsed.append((key.split("."), value))
+    return parsed
+
+
+def load(model: type[M], preset: Path, overrides: list[str]) -> M:
+    """Build ``model`` from a preset file and command-line overrides.
+
+    Raises:
+        ConfigError: unknown key (the accepted ones are listed), wrong type (the key is named), or a section that refuses itself.
+    """
+    tree = read_preset(preset)
+    for path, value in parse_overrides(overrides):
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override '{'.'.join(path)}': '{part}' is a value, not a section.")
+        node[path[-1]] = value
+    return validate(model, tree, str(preset))
+
+
+def validate(model: type[M], tree: dict[str, Any], origin: str) -> M:
+    """Validate plain dictionaries, and turn every complaint into one that names its key and what is accepted."""
+    try:
+        # JSON mode: 3 is a valid float and a list a valid tuple, but "3" is no number and 3.0 no integer.
+        return model.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        lines = [_complaint(model, tree, dict(detail)) for detail in error.errors()]
+        raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from error
+    except TypeError as error:
+        raise ConfigError(f"{origin}: a value cannot be written as JSON ({error}); dates and times are not accepted.") from error
+
+
+def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, Any]) -> str:
+    where = [str(part) for part in detail["loc"]]
+    key = ".".join(where)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        accepted = ", ".join(sorted(accepted_keys(model, where[:-1])))
+        place = f"in [{'.'.join(where[:-1])}]" if len(where) > 1 else "as sections"
+        return f"{key}: unknown key; accepted {place}: {accepted}."
+    if detail["type"] == "value_error":
+        return f"{key or 'configuration'}: {detail['ctx']['error']}"
+    return f"{key}: {detail['msg']}; given: {detail['input']!r}."
+
+
+def accepted_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys that a section accepts, for error messages."""
+    schema = model.model_json_schema()
+    node = schema
+    for part in path:
+        node = node.get("properties", {}).get(part, {})
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def to_json(config: BaseModel) -> str:
+    """The resolved configuration as sorted, indented JSON: what ``config.json`` holds."""
+    plain = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each key whose value differs: ``key: old -> new``."""
+    a, b = flatten(old), flatten(new)
+    missing = "(absent)"
+    return [f"{key}: {a.get(key, missing)!r} -> {b.get(key, missing)!r}" for key in sorted(a | b) if a.get(key, missing) != b.get(key, missing)]

@@ -1,0 +1,62 @@
+"""The exit codes of every command, and the exceptions that carry them (docs/contracts.md, section 1)."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a scheduler may conclude from how a command ended. The one home of these numbers."""
+
+    DONE = 0
+    """Finished; run again, it is a no-op."""
+    CRASH = 1
+    """Anything without a code of its own (a lost peer, a bug): may be retried."""
+    USAGE = 64
+    """The command line is off: never retry."""
+    DATA = 65
+    """Input data, a shard set or a checkpoint is missing, damaged or of another lineage: never retry."""
+    REQUEUE = 75
+    """Stopped by a signal; everything is saved; please requeue."""
+    CONFIG = 78
+    """The configuration or the run folder is wrong: never retry."""
+    DIVERGED = 93
+    """No progress or diverged; the last good checkpoint is kept: never retry."""
+
+
+class ReportedError(Exception):
+    """An error whose message is for the user: what was given, what is accepted, what to change. No traceback is shown."""
+
+    exit_code = ExitCode.CRASH
+
+
+class UsageError(ReportedError):
+    """The command line is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(ReportedError):
+    """Input data or a shard set is missing, damaged or of another lineage."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(DataError):
+    """A checkpoint is missing, incomplete, damaged or of another shape."""
+
+
+class ConfigError(ReportedError, ValueError):
+    """The configuration or the run folder is wrong."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DivergedError(ReportedError):
+    """Training makes no progress or its numbers are no longer finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class StopRequested(ReportedError):
+    """A signal asked to stop, and the state is saved."""
+
+    exit_code = ExitCode.REQUEUE

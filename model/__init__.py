@@ -1,0 +1,1 @@
+"""Networks and their mathematics; imports torch and the standard library only."""

@@ -1,0 +1,136 @@
+"""Shapes of the networks. Plain frozen dataclasses: no torch, no pydantic, so that a GPU machine with torch alone can use them.
+
+Pydantic validates them strictly where they are sections of the run configuration (``__pydantic_config__``).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_STRICT = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value <= 0:
+            raise ValueError(f"{name} = {value}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """The discrete VAE of the release (paper A.1). Defaults are the released sizes."""
+
+    __pydantic_config__ = _STRICT
+
+    image_size: int = 256
+    """Height and width of an image in pixels. The one home of the image size."""
+    downsample: int = 8
+    """Pixels per code along each axis: 2, 4, 8 or 16. The code grid is image_size / downsample."""
+    groups: int = 4
+    """Groups of residual blocks; group i has width * 2**i channels in the encoder. The first log2(downsample) end in a pool."""
+    blocks_per_group: int = 2
+    """Residual blocks in each group."""
+    width: int = 256
+    """Channels of the encoder's first group (n_hid of the release)."""
+    init_width: int = 128
+    """Channels after the decoder's first 1x1 convolution (n_init): the width of a codebook vector."""
+    vocab: int = 8192
+    """Number of codes."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")
+        if self.downsample not in (2, 4, 8, 16):
+            raise ValueError(f"downsample = {self.downsample}: accepted are 2, 4, 8 and 16")
+        if self.image_size % self.downsample:
+            down = self.image_size // self.downsample * self.downsample
+            raise ValueError(
+                f"image_size = {self.image_size} is not divisible by downsample = {self.downsample}; "
+                f"nearest sizes: {down}, {down + self.downsample}"
+            )
+        if 2**self.groups < self.downsample:
+            raise ValueError(f"groups = {self.groups} cannot downsample by {self.downsample}: at least {self.downsample.bit_length() - 1} groups")
+        if self.width % 4:
+            raise ValueError(f"width = {self.width}: must be a multiple of 4 (residual branches have a quarter of the width)")
+
+    @property
+    def grid(self) -> int:
+        """Codes along each axis of an image."""
+        return self.image_size // self.downsample
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The decoder-only transformer (paper B.1). Defaults are the 12-billion-parameter model."""
+
+    __pydantic_config__ = _STRICT
+
+    layers: int = 64
+    """Self-attention layers; each is an attention resblock and an MLP resblock."""
+    width: int = 3968
+    """Width of the residual stream; a multiple of heads."""
+    heads: int = 62
+    """Attention heads."""
+    conv_kernel: int = 11
+    """Kernel of the convolutional mask of the last layer; odd."""
+    conv_offsets: Literal["figure", "causal"] = "figure"
+    """'figure': the rule fitted to Figure 11(d), 66 offsets at 11x11 on 32x32; 'causal': the plain causal half, 61."""
+    pads_in_text_loss: bool = False
+    """Whether padding positions count in the text loss, with the padding id as target. The paper is silent."""
+    text_loss_weight: float = 0.125
+    """Weight of the text cross-entropy; the image's is the rest (paper 2.2: 1/8 and 7/8)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "layers", "width", "heads", "conv_kernel")
+        if self.width % self.heads:
+            down = max(1, self.width // self.heads) * self.heads
+            raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}; nearest widths: {down}, {down + self.heads}")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel = {self.conv_kernel}: must be odd")
+        if not 0 <= self.text_loss_weight <= 1:
+            raise ValueError(f"text_loss_weight = {self.text_loss_weight}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamShape:
+    """The one stream of text and image tokens that the transformer models. Derived from the tokenizer and dvae sections."""
+
+    text_tokens: int
+    """Text positions (256 in the paper)."""
+    text_vocab: int
+    """Size of the text vocabulary, special ids included."""
+    grid: int
+    """Codes along each axis of an image."""
+    image_vocab: int
+    """Number of image codes."""
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def states(self) -> int:
+        """Positions in all: the start vectors lie inside this count (paper.md 3.4)."""
+        return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """The contrastive model that reranks pictures (paper 2.6)."""
+
+    __pydantic_config__ = _STRICT
+
+    width: int = 512
+    """Width of both towers; a multiple of heads."""
+    layers: int = 12
+    """Transformer layers of each tower."""
+    heads: int = 8
+    """Attention heads."""
+    patch: int = 16
+    """Side of an image patch in pixels; divides dvae.image_size."""
+    embed: int = 512
+    """Width of the shared embedding."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "layers", "heads", "patch", "embed")
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}")

@@ -1,0 +1,1 @@
+"""Where models meet data: the stages of a run."""

@@ -1,0 +1,206 @@
+"""The run configuration: every section, checked against each other. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import DataConfig, TokenizerConfig
+from infra.config import Section
+from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class RunSection(Section):
+    """Name, place and seed of a run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run: its folder under root."""
+    root: str = "runs"
+    """Folder or s3://bucket/prefix that holds run folders."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random; see docs/contracts.md, section 2."""
+
+
+class FitSection(Section):
+    """What every training stage shares."""
+
+    steps: int = Field(default=1000, gt=0)
+    """Optimizer updates."""
+    batch: int = Field(default=512, gt=0)
+    """Samples per update, over all processes and micro-batches."""
+    accumulation: int = Field(default=1, gt=0)
+    """Micro-batches per update and process."""
+    precision: Precision = "auto"
+    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
+    log_every: int = Field(default=10, gt=0)
+    """Updates between logged points."""
+    eval_every: int = Field(default=1000, gt=0)
+    """Updates between evaluations on the validation split; the last update always evaluates."""
+    eval_samples: int = Field(default=1024, gt=0)
+    """Validation samples of one evaluation (fewer if there are fewer)."""
+    save_every: int = Field(default=1000, gt=0)
+    """Updates between checkpoints; the last update always saves."""
+    keep: int = Field(default=2, gt=0)
+    """Checkpoints kept."""
+    max_bad_steps: int = Field(default=3, gt=0)
+    """Consecutive updates with non-finite losses or gradients before the run ends with exit code 93."""
+
+
+class DvaeFit(FitSection):
+    """Training of the dVAE (paper A.2)."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Initial step size."""
+    lr_final: float = Field(default=1.25e-6, ge=0)
+    """Final step size, by half-cosine."""
+    lr_steps: int = Field(default=1_200_000, gt=0)
+    """Updates of the step-size schedule; held afterwards."""
+    beta: float = Field(default=6.6, ge=0)
+    """KL weight, before the division by 3 * downsample**2."""
+    beta_steps: int = Field(default=5_000, gt=0)
+    """Updates over which beta rises from 0, by half-cosine."""
+    tau_final: float = Field(default=1 / 16, gt=0)
+    """Final temperature of the relaxation; the initial one is 1."""
+    tau_steps: int = Field(default=150_000, gt=0)
+    """Updates over which the temperature falls, by half-cosine."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """AdamW's weight decay."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the exponential moving average of the parameters."""
+    scale_min: float = Field(default=9 / 8, ge=1)
+    """Listing 1: smallest resize target over the image size."""
+    scale_max: float = Field(default=12 / 8, ge=1)
+    """Listing 1: largest resize target over the image size."""
+
+
+class EncodeSection(Section):
+    """Writing of code tokens."""
+
+    crops: int = Field(default=1, gt=0)
+    """Crops per image by Listing 2, each a sub-set; epoch e reads crop e mod crops."""
+    batch: int = Field(default=64, gt=0)
+    """Images per forward pass; the last of a part is padded, so that codes depend on the part alone."""
+    scale_max: float = Field(default=9 / 8, ge=1)
+    """Listing 2: largest resize target over the image size."""
+    min_code_use: float = Field(default=0.0, ge=0, le=1)
+    """Refuse a dVAE that uses a smaller share of its codes on validation images."""
+
+
+class DalleFit(FitSection):
+    """Training of the transformer (paper B.2)."""
+
+    lr: float = Field(default=4.5e-4, gt=0)
+    """Peak step size."""
+    lr_final: float = Field(default=0.0, ge=0)
+    """Step size at the last update, by half-cosine after the warm-up."""
+    warmup_steps: int = Field(default=5_000, ge=0)
+    """Updates of linear warm-up."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first decay."""
+    beta2: float = Field(default=0.96, ge=0, lt=1)
+    """AdamW's second decay."""
+    weight_decay: float = Field(default=4.5e-2, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: float = Field(default=4.0, gt=0)
+    """Clip gradients to this global norm."""
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the iterate average."""
+    ema_every: int = Field(default=25, gt=0)
+    """Updates between copies into the iterate average."""
+    activation_checkpointing: bool = True
+    """Recompute activations inside resblocks in the backward pass."""
+
+
+class ZeroSection(Section):
+    """DeepSpeed ZeRO; keys carry DeepSpeed's names where it has them."""
+
+    stage: Literal[1, 2] = 2
+    """ZeRO stage."""
+    overlap_comm: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    reduce_bucket_size: int = Field(default=50_000_000, gt=0)
+    """Elements per gradient reduction."""
+    allgather_bucket_size: int = Field(default=50_000_000, gt=0)
+    """Elements per parameter gather."""
+
+
+class ClipFit(FitSection):
+    """Training of the contrastive model."""
+
+    lr: float = Field(default=5e-4, gt=0)
+    """Peak step size."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Updates of linear warm-up; half-cosine to zero afterwards."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, on matrices only."""
+
+
+class GenerateSection(Section):
+    """Drawing of pictures."""
+
+    captions: tuple[str, ...] = ()
+    """Captions to draw; empty: captions of the validation split."""
+    num_captions: int = Field(default=16, gt=0)
+    """Validation captions to draw, when captions is empty."""
+    candidates: int = Field(default=8, gt=0)
+    """Pictures per caption (512 in the paper), before reranking."""
+    batch: int = Field(default=32, gt=0)
+    """Pictures drawn at once by one process."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature (1 in the paper)."""
+    show: int = Field(default=4, gt=0)
+    """Pictures per caption shown in the report, best first."""
+
+
+class EvaluateSection(Section):
+    """Evaluation on the validation split."""
+
+    samples: int = Field(default=1024, gt=0)
+    """Samples for reconstruction, cross-entropies and retrieval."""
+    batch: int = Field(default=64, gt=0)
+    """Samples per forward pass."""
+
+
+class RunConfig(Section):
+    """All sections. Stages take this; everything below takes the smallest section that it needs."""
+
+    run: RunSection = RunSection()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    dvae: DVAEConfig = DVAEConfig()
+    dvae_fit: DvaeFit = DvaeFit()
+    encode: EncodeSection = EncodeSection()
+    dalle: TransformerConfig = TransformerConfig()
+    dalle_fit: DalleFit = DalleFit()
+    zero: ZeroSection = ZeroSection()
+    clip: ClipConfig = ClipConfig()
+    clip_fit: ClipFit = ClipFit()
+    generate: GenerateSection = GenerateSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        size = self.dvae.image_size
+        if size % self.clip.patch:
+            raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
+        if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
+            raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")
+        if "emoji" in self.data.sources and self.data.render_size < size:
+            raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
+        if self.dvae.vocab > 65536:
+            raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")
+        if self.generate.show > self.generate.candidates:
+            raise ValueError(f"generate.show = {self.generate.show} is above generate.candidates = {self.generate.candidates}")
+        return self
+
+    def stream_shape(self) -> StreamShape:
+        """Shape of the token stream, from the sections that own its numbers."""
+        return StreamShape(
+            text_tokens=self.tokenizer.max_tokens, text_vocab=self.tokenizer.vocab, grid=self.dvae.grid, image_vocab=self.dvae.vocab
+        )

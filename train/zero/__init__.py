@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO behind one engine; the only importer of deepspeed."""

@@ -1,0 +1,178 @@
+"""Progress on a terminal (a bar) or in a log (a line now and then), and tables. With launcher.py the home of rich."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+_WINDOW_S = 60.0
+_REDRAW_S = 0.2
+_LOG_WIDTH = 200
+
+
+class Progress:
+    """How far a piece of work is, how fast it goes and when it will end.
+
+    A terminal gets a bar that is redrawn in place; anything else gets a line at the first update, then one every ``every_s`` seconds, and one at
+    the end. Nothing is drawn from a thread: a line appears only inside ``update`` and ``finish``.
+
+    Args:
+        total: the amount of work, in ``unit``; 0 where it is not known.
+        title: what is being done; the first word of every line.
+        unit: plural noun of what is counted.
+        every_s: seconds between two lines of a log.
+        start: work that was done before (a resumed run): it counts as done, not towards the rate.
+        enabled: False makes every call do nothing; pass ``world.is_main``.
+        stream: where to write; the default is stderr as it is at construction.
+        clock: seconds that never go backwards.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        title: str,
+        unit: str = "steps",
+        every_s: float = 10.0,
+        *,
+        start: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.title, self.unit, self.every_s, self.enabled = total, title, unit, every_s, enabled
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._started = clock()
+        self._start = start
+        self._done = start
+        self._fields: dict[str, object] = {}
+        self._recent: deque[tuple[float, int]] = deque([(self._started, start)])
+        self._shown: float | None = None
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+        self._closed = not enabled
+        if enabled and self._stream.isatty():
+            self._open_bar()
+
+    def update(self, done: int, **fields: object) -> None:
+        """Say that ``done`` of ``total`` is done. Fields (loss=0.412) are shown at the end of the line and stay until replaced."""
+        if self._closed:
+            return
+        now = self._clock()
+        self._done = done
+        self._fields |= fields
+        self._recent.append((now, done))
+        while len(self._recent) > 2 and now - self._recent[1][0] >= _WINDOW_S:
+            self._recent.popleft()
+        if self._shown is None or now - self._shown >= (_REDRAW_S if self._bar else self.every_s):
+            self._show(now)
+
+    def finish(self) -> None:
+        """Show the final state and the time that it took. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        now = self._clock()
+        if self._bar:
+            self._show(now)
+            self._bar.stop()
+        else:
+            self._write(self.line(finished=True))
+
+    def rate(self) -> float:
+        """Units per second over the last minute (0 while nothing is known): slow spells move it, one slow step does not."""
+        (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def eta_s(self) -> float | None:
+        """Seconds to go at the present rate, or None while that cannot be said."""
+        rate = self.rate()
+        return max(0, self.total - self._done) / rate if rate > 0 and self.total else None
+
+    def line(self, finished: bool = False) -> str:
+        """The state as one line: ``dvae  120/1500 steps  8.1 steps/s  ETA 2:51  loss 0.412``."""
+        elapsed = self._clock() - self._started
+        amount = f"{self._done}/{self.total}" if self.total else f"{self._done}"
+        words = [self.title, f"{amount} {self.unit}"]
+        rate = (self._done - self._start) / elapsed if finished and elapsed > 0 else self.rate()
+        if rate > 0:
+            words.append(f"{three_digits(rate)} {self.unit}/s")
+        eta = self.eta_s()
+        if finished:
+            words.append(f"took {duration(elapsed)}")
+        elif eta is not None:
+            words.append(f"ETA {duration(eta)}")
+        return "  ".join([*words, *_shown_fields(self._fields)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.finish()
+
+    def _open_bar(self) -> None:
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=28), TextColumn("{task.fields[rest]}", markup=False))
+        # No refresh thread, and stdout and stderr stay as they are: a rank that is killed must leave no terminal half redirected.
+        console = Console(file=self._stream)
+        self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task(self.title, total=self.total or None, completed=self._start, rest="")
+        self._bar.start()
+
+    def _show(self, now: float) -> None:
+        self._shown = now
+        if self._bar:
+            rest = self.line().removeprefix(self.title).lstrip()
+            self._bar.update(self._task, completed=self._done, rest=rest, refresh=True)
+        else:
+            self._write(self.line())
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three significant digits and no exponent: 0.0123, 8.1, 1234."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 0.001 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 0:07, 2:51, 1:02:03."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def table(rows: Sequence[Mapping[str, object]], title: str = "", stream: TextIO | None = None) -> None:
+    """Print rows as a table; the columns are the keys in the order of their first appearance, a missing value is left empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        # Text, not str: a caption such as "[red]" is not markup.
+        grid.add_row(*(Text(_word(row.get(column, ""))) for column in columns))
+    out = sys.stdout if stream is None else stream
+    # A log has no width of its own: never cut a path there.
+    Console(file=out, width=None if out.isatty() else _LOG_WIDTH).print(grid)
+
+
+def _word(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _shown_fields(fields: Mapping[str, object]) -> list[str]:
+    return [f"{name} {_word(value)}" for name, value in fields.items()]

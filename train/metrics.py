@@ -1,0 +1,181 @@
+"""What a training stage measures: lines of JSON (one file for each attempt) and TensorBoard events. The only importer of tensorboard.
+
+    <run>/<stage>/metrics/attempt-<k>.jsonl     {"step": 120, "time": 1735689600.0, "values": {"train/loss": 0.412}}
+    <run>/tensorboard/<stage>/                  events
+
+A killed writer loses at most the line that it was writing. Both kinds of file are local; for a run folder on s3 they are written to a temporary
+folder, and ``flush`` uploads them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+
+_PREFIX, _SUFFIX = "attempt-", ".jsonl"
+
+
+class Point(NamedTuple):
+    """One value of one series."""
+
+    step: int
+    """Updates done when it was measured."""
+    value: float
+    """May be NaN or infinite."""
+    time: float
+    """Seconds since 1970."""
+
+
+class MetricsWriter:
+    """Writer of one attempt at one stage. Only the main rank's is enabled; any other does nothing.
+
+    Args:
+        run_url: the run folder, local or s3://.
+        stage: name of the stage's folder.
+        attempt: number of the attempt; see ``next_attempt``.
+        enabled: False makes every call do nothing and touches no file.
+    """
+
+    def __init__(self, run_url: str, stage: str, attempt: int, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._lines: TextIO | None = None
+        self._events: Any = None
+        self._temporary: Path | None = None
+        if not enabled:
+            return
+        self._lines_url = storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}")
+        self._events_url = storage.join(run_url, "tensorboard", stage)
+        if storage.is_remote(run_url):
+            self._temporary = Path(tempfile.mkdtemp(prefix="metrics-"))
+            self._lines_path, self._events_path = self._temporary / f"{_PREFIX}{attempt}{_SUFFIX}", self._temporary / "events"
+        else:
+            self._lines_path, self._events_path = storage.local_path(self._lines_url), storage.local_path(self._events_url)
+        self._lines_path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = self._lines_path.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of a step. The line reaches the operating system before this returns."""
+        if self._lines is None:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        now = time.time()
+        self._lines.write(json.dumps({"step": step, "time": now, "values": {n: _to_json(v) for n, v in plain.items()}}, allow_nan=False) + "\n")
+        self._lines.flush()
+        events = self._open_events(step)
+        for name, value in plain.items():
+            events.add_scalar(name, value, global_step=step, walltime=now)
+
+    def images(self, step: int, name: str, array_HWC: NDArray[np.uint8]) -> None:
+        """Log a picture (uint8, [H, W, 3]) to TensorBoard."""
+        if self.enabled:
+            self._open_events(step).add_image(name, array_HWC, global_step=step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Log text (Markdown) to TensorBoard."""
+        if self.enabled:
+            self._open_events(step).add_text(name, text, global_step=step)
+
+    def flush(self) -> None:
+        """Bring everything to disk, and to s3 where the run folder lies there."""
+        if self._lines is not None:
+            self._lines.flush()
+        if self._events is not None:
+            self._events.flush()
+        if self._temporary is None:
+            return
+        storage.upload_file(self._lines_path, self._lines_url)
+        for path in sorted(self._events_path.glob("*")):
+            storage.upload_file(path, storage.join(self._events_url, path.name))
+
+    def close(self) -> None:
+        """Flush and release everything. Later calls do nothing."""
+        if not self.enabled:
+            return
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        self.flush()
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+        self.enabled = False
+
+    def _open_events(self, step: int) -> Any:
+        if self._events is None:
+            # Imported here: it brings torch and takes seconds, which a reader of metrics need not spend.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            # From this step on, TensorBoard hides what an earlier attempt had written: the rule of read_metrics.
+            self._events = SummaryWriter(str(self._events_path), purge_step=step)
+        return self._events
+
+
+def next_attempt(run_url: str, stage: str) -> int:
+    """The number that no attempt at this stage has used for its metrics: 0, 1, ..."""
+    return max(_attempts(run_url, stage), default=-1) + 1
+
+
+def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
+    """All series of a stage, each in order of steps, attempts merged.
+
+    An attempt that starts at step s repeats what earlier ones did from s on, so their values of steps >= s were lost and are dropped, in every
+    series. A last line that a killed writer left incomplete is ignored.
+
+    Raises:
+        DataError: a file is there and cannot be read.
+    """
+    kept: list[tuple[int, float, dict[str, Any]]] = []
+    limit: float = math.inf
+    for attempt in sorted(_attempts(run_url, stage), reverse=True):
+        lines = list(_read_lines(storage.read_text(storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}"))))
+        kept = [line for line in lines if line[0] < limit] + kept
+        limit = min([limit, *(line[0] for line in lines)])
+    series: dict[str, dict[int, Point]] = {}
+    for step, when, values in kept:
+        for name, value in values.items():
+            series.setdefault(name, {})[step] = Point(step, float(value), when)
+    return {name: [points[step] for step in sorted(points)] for name, points in sorted(series.items())}
+
+
+def throughput(count: float, seconds: float) -> float:
+    """Things per second; 0 where no time has passed."""
+    return count / seconds if seconds > 0 else 0.0
+
+
+def _folder(run_url: str, stage: str) -> str:
+    return storage.join(run_url, stage, "metrics")
+
+
+def _attempts(run_url: str, stage: str) -> list[int]:
+    names = storage.list_files(_folder(run_url, stage))
+    numbers = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
+def _read_lines(text: str) -> Iterator[tuple[int, float, dict[str, Any]]]:
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+            yield int(found["step"]), float(found["time"]), found["values"]
+        except (ValueError, KeyError, TypeError):
+            # The line that a killed writer was writing. Each line stands alone: the others are good.
+            continue
+
+
+def _to_json(value: float) -> float | str:
+    """JSON has no NaN: such values are strings that float() reads."""
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,42 @@
+"""What all tests share: threads, hypothesis settings, and a real S3 server on loopback."""
+
+import os
+
+# Before torch is imported anywhere, and inherited by every process that a test starts: results and times must not depend on the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.s3_server import S3Server, serve
+
+# Derandomised and without a database: a failure on one machine is a failure on every machine.
+settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One SeaweedFS for the whole run, started at its first use (about 4 s)."""
+    with serve(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: S3Server) -> str:
+    """Name of the bucket that the tests of this run share, each with a prefix of its own."""
+    return s3_server.create_bucket()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a fresh prefix on the real server; the environment (of child processes too) names its endpoint and credentials."""
+    for name, value in s3_server.environment.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    return f"s3://{s3_bucket}/prefix-{secrets.token_hex(6)}"

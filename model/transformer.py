@@ -1,0 +1,317 @@
+"""The decoder-only transformer over one stream of text and image tokens (paper 2.2, 2.4, B.1; Child et al. 2019, section 5.2).
+
+B batch, T text positions, I image positions, S = T + I states, D width, H heads, K width of a head, V text vocabulary, N image codes.
+Parameters are kept as docs/contracts.md, section 4, says.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Attend, DenseAttention
+from model.config import StreamShape, TransformerConfig
+from model.masks import Kind, layer_kinds
+
+# Initialisation of the same group's published code (distribution augmentation); the paper is silent.
+_WEIGHT_VARIANCE = 0.125
+_TOKEN_STD = 0.013
+_POSITION_STD = 0.01
+
+Norm = Callable[[int], nn.Module]
+
+
+class _Scale(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor and, if asked, rid of Inf and NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor, filters: bool) -> Tensor:
+        ctx.factor, ctx.filters = factor, filters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0] * ctx.factor
+        return (grad.nan_to_num(0.0, 0.0, 0.0) if ctx.filters else grad), None, None
+
+
+def enter(y: Tensor, scale: float | Tensor, filters: bool) -> Tensor:
+    """First gradient point, after the branch's cast to fp32: on its way into the branch the gradient is scaled and filtered (Figure 4)."""
+    return y if _is_idle(scale, filters) else _Scale.apply(y, scale, filters)
+
+
+def leave(x: Tensor, scale: float | Tensor, filters: bool) -> Tensor:
+    """Second gradient point, before the norm: on its way out of the branch the gradient is unscaled and filtered (Figure 4)."""
+    return x if _is_idle(scale, filters) else _Scale.apply(x, 1 / scale, filters)
+
+
+def _is_idle(scale: float | Tensor, filters: bool) -> bool:
+    # A tensor may live on a device: looking at its value would wait for that device.
+    return not filters and not isinstance(scale, Tensor) and scale == 1.0
+
+
+class Projection(nn.Module):
+    """A matrix and a bias, kept in fp32 and cast to the dtype of the input. Stored (out, in), or (in, out) if ``transposed``."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.empty((inputs, outputs) if transposed else (outputs, inputs)))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight.t() if self.transposed else weight, self.bias.to(x.dtype))
+
+
+class Unembedding(nn.Module):
+    """States to fp32 logits; untied and without a bias. Weight (vocabulary, D)."""
+
+    def __init__(self, width: int, vocab: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+        nn.init.normal_(self.weight, std=math.sqrt(_WEIGHT_VARIANCE / width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Table(nn.Module):
+    """Learned vectors, (count, D): looked up by ids, or all of them."""
+
+    def __init__(self, count: int, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        return self.weight if ids is None else F.embedding(ids, self.weight)
+
+
+class Resblock(nn.Module):
+    """``x + branch(norm(x))``: identity path and norm in fp32, the branch in its own dtype, with the two gradient points of Figure 4.
+
+    ``gradient_scale`` multiplies every parameter gradient inside the block (the norm's too), whose owner has to divide it out again;
+    a float, or a 0-dimensional tensor on the device of the states. At 1 with ``filter_gradients`` off the gradient points vanish.
+    """
+
+    def __init__(self, norm: nn.Module, branch_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm
+        self.branch_dtype = branch_dtype
+        self.gradient_scale: float | Tensor = 1.0
+        self.filter_gradients = False
+
+    @abstractmethod
+    def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
+        """What the block adds, from normalised states [B, S, D] in the branch's dtype to [B, S, D]."""
+
+    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
+        """One block on fp32 states [B, S, D]."""
+        h_BSD = self.norm(leave(x_BSD, self.gradient_scale, self.filter_gradients)).to(self.branch_dtype)
+        y_BSD = self.branch(h_BSD, attend).to(x_BSD.dtype)
+        return x_BSD + enter(y_BSD, self.gradient_scale, self.filter_gradients)
+
+
+class AttentionResblock(Resblock):
+    """Multi-head self-attention under one of the masks."""
+
+    def __init__(self, cfg: TransformerConfig, kind: Kind, norm: nn.Module, branch_dtype: torch.dtype) -> None:
+        super().__init__(norm, branch_dtype)
+        self.kind, self.heads = kind, cfg.heads
+        std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
+        self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std) for _ in range(3))
+        # Half the variance over all layers: the residual sum keeps its size, whatever the depth.
+        self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers))
+
+    def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
+        q_BHSK, k_BHSK, v_BHSK = (p(h_BSD).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        out_BHSK = attend(q_BHSK, k_BHSK, v_BHSK, self.kind)
+        y_BSD: Tensor = self.post(out_BHSK.transpose(1, 2).flatten(2))
+        return y_BSD
+
+
+class MLPResblock(Resblock):
+    """Two matrices with a quick GELU between them; four times as wide inside."""
+
+    def __init__(self, cfg: TransformerConfig, norm: nn.Module, branch_dtype: torch.dtype) -> None:
+        super().__init__(norm, branch_dtype)
+        std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
+        self.mlp_1 = Projection(cfg.width, 4 * cfg.width, std)
+        self.mlp_2 = Projection(4 * cfg.width, cfg.width, std * math.sqrt(0.5 / (4 * cfg.layers)), transposed=True)
+
+    def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
+        y_BSD: Tensor = self.mlp_2(quick_gelu(self.mlp_1(h_BSD)))
+        return y_BSD
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)`` (Child et al.)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Transformer(nn.Module):
+    """Text and image tokens to the negative log-likelihood of each.
+
+    State j of the text predicts text token j from the tokens before it; state p of the image predicts code p from the whole text and the
+    codes before it. The start vectors lie inside the counts (paper.md 3.4): text slot 0 is start-of-text, slot j is token j - 1 with its
+    position; image slot 0 is start-of-image, slot p is code p - 1 with its row and column. A text slot without a token holds that
+    position's own learned padding vector, which image states do see. The last text token of a caption that fills all positions is
+    predicted, but never seen.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        shape: StreamShape,
+        *,
+        branch_dtype: torch.dtype = torch.float32,
+        norm: Norm | None = None,
+        attend: Attend | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        """Build and initialise the model in fp32.
+
+        Args:
+            cfg: sizes.
+            shape: the token stream.
+            branch_dtype: arithmetic of the residual branches; everything else is fp32.
+            norm: makes a norm of a given width; layer norm with eps 1e-5 if None.
+            attend: the attention engine (a module, if it holds buffers); DenseAttention if None.
+            checkpoint_blocks: recompute each resblock in the backward pass.
+        """
+        super().__init__()
+        self.cfg, self.shape, self.checkpoint_blocks = cfg, shape, checkpoint_blocks
+        make_norm = norm or (lambda width: nn.LayerNorm(width, eps=1e-5))
+        self.attend = attend or DenseAttention(cfg, shape)
+        width = cfg.width
+        self.text_tokens = Table(shape.text_vocab, width, _TOKEN_STD)
+        self.text_positions = Table(shape.text_tokens, width, _POSITION_STD)
+        self.text_padding = Table(shape.text_tokens, width, _POSITION_STD)
+        self.text_start = Table(1, width, _TOKEN_STD)
+        self.image_tokens = Table(shape.image_vocab, width, _TOKEN_STD)
+        self.image_rows = Table(shape.grid, width, _POSITION_STD / math.sqrt(2))
+        self.image_columns = Table(shape.grid, width, _POSITION_STD / math.sqrt(2))
+        self.image_start = Table(1, width, _TOKEN_STD)
+        blocks: list[Resblock] = []
+        for kind in layer_kinds(cfg.layers):
+            blocks.append(AttentionResblock(cfg, kind, make_norm(width), branch_dtype))
+            blocks.append(MLPResblock(cfg, make_norm(width), branch_dtype))
+        self.resblocks = nn.ModuleList(blocks)
+        self.final_norm = make_norm(width)
+        self.text_unembedding = Unembedding(width, shape.text_vocab)
+        self.image_unembedding = Unembedding(width, shape.image_vocab)
+
+    def embed_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Input states of the text slots, fp32 [B, T, D]."""
+        slot_T = torch.arange(self.shape.text_tokens, device=text_BT.device)
+        token_BTD = self.text_tokens(text_BT[:, :-1]) + self.text_positions()[:-1]
+        shifted_BTD = torch.cat([self.text_start().expand(len(text_BT), 1, -1), token_BTD], dim=1)
+        is_padding_BT = slot_T > lengths_B[:, None]
+        return torch.where(is_padding_BT[..., None], self.text_padding(), shifted_BTD)
+
+    def embed_image(self, codes_BP: Tensor) -> Tensor:
+        """Input states of image slots 0 to P, given codes 0 to P - 1, fp32 [B, P + 1, D]."""
+        position_P = torch.arange(codes_BP.shape[1], device=codes_BP.device)
+        place_PD = self.image_rows(position_P // self.shape.grid) + self.image_columns(position_P % self.shape.grid)
+        start_B1D = self.image_start().expand(len(codes_BP), 1, -1)
+        return torch.cat([start_B1D, self.image_tokens(codes_BP) + place_PD], dim=1)
+
+    def states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> Tensor:
+        """Final states before the last norm, fp32 [B, S, D]."""
+        x_BSD = torch.cat([self.embed_text(text_BT, lengths_B), self.embed_image(codes_BI[:, :-1])], dim=1)
+        for block in self.resblocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_BSD = checkpoint(block, x_BSD, self.attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD = block(x_BSD, self.attend)
+        return x_BSD
+
+    def logits(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of every text and image position, fp32 [B, T, V] and [B, I, N]. Arguments and errors as in ``forward``."""
+        self._check(text_BT, lengths_B, codes_BI)
+        x_BSD = self.final_norm(self.states(text_BT, lengths_B, codes_BI))
+        text_BTD, image_BID = x_BSD.split([self.shape.text_tokens, self.shape.image_tokens], dim=1)
+        return self.text_unembedding(text_BTD), self.image_unembedding(image_BID)
+
+    def forward(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]; means are the caller's, over its own counts.
+
+        Text positions that do not count (see ``text_counts``) are exactly 0.
+
+        Args:
+            text_BT: text ids, int64 [B, T]; what lies beyond a caption's length is ignored.
+            lengths_B: tokens of each caption, int64 [B], 0 to T.
+            codes_BI: image codes in raster order, int64 [B, I].
+
+        Raises:
+            ValueError: wrong shapes; ids or lengths out of range (looked for on CPU tensors only: elsewhere it would cost a wait).
+        """
+        text_logits_BTV, image_logits_BIN = self.logits(text_BT, lengths_B, codes_BI)
+        is_token_BT = torch.arange(self.shape.text_tokens, device=text_BT.device) < lengths_B[:, None]
+        text_nll_BT = _nll(text_logits_BTV, text_BT.where(is_token_BT, 0))
+        if not self.cfg.pads_in_text_loss:
+            text_nll_BT = text_nll_BT.where(is_token_BT, 0.0)
+        return text_nll_BT, _nll(image_logits_BIN, codes_BI)
+
+    def text_counts(self, lengths_B: Tensor) -> Tensor:
+        """Text positions of each caption that count in the loss, int64 [B]: the denominator of the text loss is their global sum."""
+        return torch.full_like(lengths_B, self.shape.text_tokens) if self.cfg.pads_in_text_loss else lengths_B
+
+    def _check(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> None:
+        shape = self.shape
+        if text_BT.ndim != 2 or text_BT.shape[1] != shape.text_tokens:
+            raise ValueError(f"text has shape {tuple(text_BT.shape)}: expected [B, {shape.text_tokens}], as tokenizer.max_tokens says")
+        if codes_BI.ndim != 2 or codes_BI.shape[1] != shape.image_tokens:
+            raise ValueError(
+                f"codes have shape {tuple(codes_BI.shape)}: expected [B, {shape.image_tokens}], "
+                f"the square of grid {shape.grid} = dvae.image_size / dvae.downsample"
+            )
+        if lengths_B.shape != (len(text_BT),) or len(codes_BI) != len(text_BT):
+            raise ValueError(f"{len(text_BT)} captions, lengths of shape {tuple(lengths_B.shape)}, codes of {len(codes_BI)} pictures: must agree")
+        _check_range("text ids", text_BT, shape.text_vocab, "tokenizer.vocab")
+        _check_range("caption lengths", lengths_B, shape.text_tokens + 1, "tokenizer.max_tokens + 1")
+        _check_range("image codes", codes_BI, shape.image_vocab, "dvae.vocab")
+
+
+def _check_range(what: str, ids: Tensor, bound: int, key: str) -> None:
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= bound:
+        raise ValueError(f"{what} run from {low} to {high}: accepted are 0 to {bound - 1}, below {key} = {bound}")
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+@dataclass(frozen=True)
+class ParameterTag:
+    """What training must know of a parameter."""
+
+    resblock: int | None
+    """Index of its resblock, 0 to 2 * layers - 1 (attention even, MLP odd); None outside of resblocks."""
+    decays: bool
+    """Whether weight decay applies: matrices and tables (rank above 1, as in the sibling code), not gains and biases."""
+    compressible: bool
+    """Whether 16-bit storage and gradient compression may apply: matrices of resblocks only (paper D.2)."""
+
+
+def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
+    """A tag for every parameter of the model, by name, from the structure alone (shapes may be partitioned away)."""
+    tags = {}
+    for name, _ in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_matrix = leaf == "weight" and isinstance(owner, Projection | Unembedding | Table)
+        resblock = int(name.split(".")[1]) if name.startswith("resblocks.") else None
+        tags[name] = ParameterTag(resblock=resblock, decays=is_matrix, compressible=is_matrix and resblock is not None)
+    return tags

@@ -111,6 +111,8 @@ def _plain_name(codes: str) -> tuple[str, list[str]]:
     """The name in natural words, without skin tones; and the skin tones."""
     name = _names()[codes]
     tones = [match["tone"] for match in _SKIN.finditer(name)]
+    if not _SKIN.sub("", name):  # the five patches of skin colour
+        return name.replace("_", " "), []
     name = _SKIN.sub("", name)
     for family in ("couple_with_heart", "kiss", "family"):
         if name.startswith(family + "_"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -21,22 +21,19 @@ class Section(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_preset(path: Path) -> dict[str, Any]:
-    """Read a TOML preset (or a run folder's ``config.json``) into plain dictionaries.
+def parse(text: str, origin: str) -> dict[str, Any]:
+    """Parse a TOML preset, or JSON where ``origin`` ends in .json (a run folder's ``config.json``), into plain dictionaries.
 
     Raises:
-        ConfigError: the file is missing or is not valid TOML or JSON.
+        ConfigError: not valid TOML or JSON, or no sections at the top level.
     """
+    kind = "JSON" if origin.endswith(".json") else "TOML"
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the preset ({error.strerror}).") from error
-    try:
-        loaded = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        loaded = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+        raise ConfigError(f"{origin}: not valid {kind}: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected sections at the top level, found {type(loaded).__name__}.")
+        raise ConfigError(f"{origin}: expected sections at the top level, found {type(loaded).__name__}.")
     return loaded
 
 
@@ -58,13 +55,13 @@ def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
     return parsed
 
 
-def load(model: type[M], preset: Path, overrides: list[str]) -> M:
-    """Build ``model`` from a preset file and command-line overrides.
+def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]) -> M:
+    """Build ``model`` from a parsed preset (named by ``origin`` in messages) and command-line overrides.
 
     Raises:
         ConfigError: unknown key (the accepted ones are listed), wrong type (the key is named), or a section that refuses itself.
     """
-    tree = read_preset(preset)
+    tree = copy.deepcopy(tree)
     for path, value in parse_overrides(overrides):
         node = tree
         for part in path[:-1]:
@@ -72,7 +69,7 @@ def load(model: type[M], preset: Path, overrides: list[str]) -> M:
             if not isinstance(node, dict):
                 raise ConfigError(f"override '{'.'.join(path)}': '{part}' is a value, not a section.")
         node[path[-1]] = value
-    return validate(model, tree, str(preset))
+    return validate(model, tree, origin)
 
 
 def validate(model: type[M], tree: dict[str, Any], origin: str) -> M:

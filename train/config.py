@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from data_pipeline.config import DataConfig, TokenizerConfig
-from infra.config import Section
+from infra.config import Section, load, parse
+from infra.errors import ConfigError
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -139,6 +140,8 @@ class ClipFit(FitSection):
     """Updates of linear warm-up; half-cosine to zero afterwards."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, on matrices only."""
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the exponential moving average of the parameters."""
 
 
 class GenerateSection(Section):
@@ -147,7 +150,9 @@ class GenerateSection(Section):
     captions: tuple[str, ...] = ()
     """Captions to draw; empty: captions of the validation split."""
     num_captions: int = Field(default=16, gt=0)
-    """Validation captions to draw, when captions is empty."""
+    """Validation captions to draw, each of another concept, when captions is empty."""
+    num_known_captions: int = Field(default=0, ge=0)
+    """Captions of the most frequent training concepts to draw besides, when captions is empty."""
     candidates: int = Field(default=8, gt=0)
     """Pictures per caption (512 in the paper), before reranking."""
     batch: int = Field(default=32, gt=0)
@@ -156,6 +161,8 @@ class GenerateSection(Section):
     """Sampling temperature (1 in the paper)."""
     show: int = Field(default=4, gt=0)
     """Pictures per caption shown in the report, best first."""
+    nearest_among: int = Field(default=20_000, gt=0)
+    """Training images searched for each picture's nearest."""
 
 
 class EvaluateSection(Section):
@@ -201,6 +208,28 @@ class RunConfig(Section):
 
     def stream_shape(self) -> StreamShape:
         """Shape of the token stream, from the sections that own its numbers."""
-        return StreamShape(
-            text_tokens=self.tokenizer.max_tokens, text_vocab=self.tokenizer.vocab, grid=self.dvae.grid, image_vocab=self.dvae.vocab
-        )
+        return StreamShape(text_tokens=self.tokenizer.max_tokens, text_vocab=self.tokenizer.vocab, grid=self.dvae.grid, image_vocab=self.dvae.vocab)
+
+
+def read_preset(preset: str) -> tuple[dict[str, Any], str]:
+    """The sections of a preset, and where they were read: a name under train/presets, a .toml file, or a run folder (its config.json).
+
+    Raises:
+        ConfigError: there is no such preset; the known names are listed.
+    """
+    named = PRESETS / f"{preset}.toml"
+    if named.is_file():
+        return parse(named.read_text(), f"preset {preset}"), f"preset {preset}"
+    from infra import storage  # only needed for run folders and files, which may lie on s3
+
+    for candidate in (preset, storage.join(preset, "config.json")):
+        if candidate.endswith((".toml", ".json")) and storage.exists(candidate):
+            return parse(storage.read_bytes(candidate).decode(), candidate), candidate
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
+    raise ConfigError(f"preset '{preset}': no such preset, .toml file or run folder; presets: {known}.")
+
+
+def load_run(preset: str, overrides: list[str]) -> RunConfig:
+    """The run configuration of a preset and overrides; see ``read_preset`` and ``infra.config.load``."""
+    tree, origin = read_preset(preset)
+    return load(RunConfig, tree, origin, overrides)

@@ -1,0 +1,139 @@
+"""The run folder: configuration, provenance, stage markers, exit records and the lock of a stage (docs/contracts.md, section 10)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.config import differences
+from infra.errors import ConfigError, ExitCode
+
+REPOSITORY = Path(__file__).parent.parent
+_PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
+_OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
+
+
+def commit() -> str:
+    """The commit of this checkout, with ``+dirty`` where tracked files differ from it; ``unknown`` outside a checkout."""
+    try:
+        head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+dirty" if dirty else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def producer() -> dict[str, Any]:
+    """Who made an output: for manifests."""
+    return {"commit": commit(), "versions": versions()}
+
+
+class RunFolder:
+    """One run's folder, local or on s3."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def at(self, *parts: str) -> str:
+        """URL of a file or folder inside."""
+        return storage.join(self.url, *parts)
+
+    @property
+    def config_url(self) -> str:
+        return self.at("config.json")
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Write the resolved configuration, or check that the folder already holds the same one.
+
+        Raises:
+            ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
+        """
+        storage.check_writable(self.url)
+        if not storage.exists(self.config_url):
+            storage.write_json(self.at("provenance.json"), producer() | {"created": time.time()})
+            storage.write_json(self.config_url, config)
+            return
+        changed = differences(storage.read_json(self.config_url), config)
+        if changed:
+            raise ConfigError(
+                f"{self.url} holds a run with another configuration; use another run.name, or the values of the folder:\n  "
+                + "\n  ".join(changed)
+                + "\n  (folder -> given)"
+            )
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage wrote last, or None."""
+        url = self.at(stage, "done.json")
+        return storage.read_json(url) if storage.exists(url) else None
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Mark a stage finished. The stage's last write."""
+        storage.write_json(self.at(stage, "done.json"), {"stage": stage, "commit": commit(), "finished": time.time(), **facts})
+
+    def begin_attempt(self, stage: str) -> int:
+        """Number of a new attempt at a stage, counted by the exit records' folders."""
+        base = self.at("exits", stage)
+        numbers = [int(name.split("/")[0].removeprefix("attempt-")) for name in storage.list_files(base)]
+        attempt = max(numbers, default=-1) + 1
+        storage.write_json(storage.join(base, f"attempt-{attempt}", "begin.json"), {"time": time.time(), "pid": os.getpid()})
+        return attempt
+
+    def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
+        """Record how a rank ended; the agent's exit code follows from these records."""
+        url = self.at("exits", stage, f"attempt-{attempt}", f"rank-{rank}.json")
+        storage.write_json(url, {"rank": rank, "code": int(code), "reason": reason, "time": time.time()})
+
+    def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
+        """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75."""
+        base = self.at("exits", stage, f"attempt-{attempt}")
+        names = [name for name in storage.list_files(base) if name.startswith("rank-")]
+        records = sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
+        for record in records:
+            if record["code"] in _OWN_CODES:
+                return record["code"], f"rank {record['rank']}: {record['reason']}"
+        if len(records) < size:
+            silent = sorted(set(range(size)) - {record["rank"] for record in records})
+            return ExitCode.CRASH, f"rank {silent[0]} ended without a record: it was killed"
+        for record in records:
+            if record["code"] not in (ExitCode.DONE, ExitCode.REQUEUE):
+                return ExitCode.CRASH, f"rank {record['rank']}: {record['reason']}"
+        for record in records:
+            if record["code"] == ExitCode.REQUEUE:
+                return ExitCode.REQUEUE, record["reason"]
+        return ExitCode.DONE, "finished"
+
+    def lock(self, stage: str) -> int | None:
+        """Hold the stage's lock until this process ends; None for a run folder on s3, where the scheduler keeps launchers apart.
+
+        Raises:
+            ConfigError: another launcher runs this stage in this folder.
+        """
+        if storage.is_remote(self.url):
+            return None
+        path = storage.local_path(self.at(stage, ".lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise ConfigError(f"{self.url}: another launcher runs '{stage}' in this folder; wait for it, or use another run.name.") from error
+        return handle

@@ -1,0 +1,66 @@
+"""Signals that ask a run to stop, and the tie that ends a child with its parent (docs/contracts.md, section 1)."""
+
+import ctypes
+import os
+import signal
+import threading
+from types import FrameType
+
+PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
+STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT)
+SHUTDOWN_S = 600
+"""Seconds that ranks get to finish a step and save before the agent kills them."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopFlag:
+    """Set by the first stop signal; read at step and part boundaries."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: only sets the flag."""
+        self.received = signal.Signals(number)
+
+
+def install() -> StopFlag:
+    """Let stop signals set a flag, then deliver those that waited (see ``block_in_children``)."""
+    flag = StopFlag()
+    for number in STOP_SIGNALS:
+        signal.signal(number, flag.handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return flag
+
+
+def block_in_children() -> None:
+    """Block stop signals in this (the main) thread, so that children start with them blocked, while this process still hears them.
+
+    The mask of the spawning thread is inherited through exec: a signal that arrives before a child has its handler stays pending until
+    ``install`` unblocks it. A helper thread keeps the signals deliverable here; Python runs handlers in the main thread whichever thread receives.
+    """
+    ready = threading.Event()
+
+    def listen() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        ready.set()
+        threading.Event().wait()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    ready.wait()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the parent ends, so that ``kill -9`` of a launcher leaves no rank behind.
+
+    A parent that ended before this call is told by its number in LAUNCHER_PID.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get("LAUNCHER_PID")
+    if expected is not None and os.getppid() != int(expected):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,163 @@
+"""Checkpoints: torch.distributed.checkpoint over our storage, in logical (name, offset) fragments (docs/contracts.md, section 6).
+
+    <stage>/checkpoints/step-00000100/rank-0.bin ...   raw little-endian tensor bytes
+                                      index.json       tensors -> chunks -> file, position, SHA-256
+                                      meta.json        written last; the checkpoint exists when it does
+
+Nothing is pickled, and the layout depends on neither the number of ranks nor the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from infra import storage
+from infra.errors import CheckpointError
+from infra.run_folder import commit, versions
+from infra.world import World
+from train.checkpoint_storage import Reader, Writer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of a flattened tensor."""
+
+    tensor: Tensor
+    """1-D view that holds the piece; restored in place."""
+    offset: int
+    """First element of the piece in the flattened tensor."""
+    total: int
+    """Elements of the whole tensor."""
+
+
+def even_slice(tensor: Tensor, part: int, parts: int) -> Fragment:
+    """Piece ``part`` of ``parts`` of a whole contiguous tensor (the last ones may be shorter, even empty)."""
+    flat = tensor.view(-1)
+    each = -(-flat.numel() // parts)
+    start = min(part * each, flat.numel())
+    return Fragment(flat[start : start + each], start, flat.numel())
+
+
+def _checkpointable(fragment: Fragment) -> Tensor:
+    """The piece as a tensor that tells torch.distributed.checkpoint its place in the whole."""
+    tensor = fragment.tensor.view(-1)
+    chunk = ChunkStorageMetadata(offsets=torch.Size([fragment.offset]), sizes=torch.Size([tensor.numel()]))
+
+    def write_items(name: str, _: Tensor) -> list[WriteItem]:
+        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=tensor.dtype), size=torch.Size([fragment.total]))
+        return [WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)] if tensor.numel() else []
+
+    tensor.__create_write_items__ = write_items  # type: ignore[attr-defined]
+    tensor.__create_chunk_list__ = lambda: [chunk] if tensor.numel() else []  # type: ignore[attr-defined]
+    tensor.__get_tensor_shard__ = lambda _: tensor  # type: ignore[attr-defined]
+    return tensor
+
+
+def folder(stage_url: str, step: int) -> str:
+    """URL of the checkpoint after ``step`` updates."""
+    return storage.join(stage_url, "checkpoints", f"step-{step:08d}")
+
+
+def save(stage_url: str, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], world: World, keep: int) -> str:
+    """Write a checkpoint, and drop all but the newest ``keep``. Collective.
+
+    Args:
+        meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.
+    """
+    url = folder(stage_url, step)
+    if world.is_main and storage.exists(storage.join(url, "meta.json")):
+        storage.delete(storage.join(url, "meta.json"))  # rewritten below: no marker while files change
+    if dist.is_initialized():
+        dist.barrier()
+    dcp.save({name: _checkpointable(f) for name, f in fragments.items()}, storage_writer=Writer(url), no_dist=not dist.is_initialized())
+    if world.is_main:
+        facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions()}
+        storage.write_json(storage.join(url, "meta.json"), meta | facts)
+        for old in complete(stage_url)[:-keep]:
+            storage.delete(storage.join(folder(stage_url, old), "meta.json"))
+            storage.delete_prefix(folder(stage_url, old))
+    return url
+
+
+def complete(stage_url: str) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    names = storage.list_files(storage.join(stage_url, "checkpoints"))
+    return sorted(int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith("/meta.json"))
+
+
+def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
+    """Restore fragments in place from the checkpoint of ``step``. Collective.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, or a file is damaged (its hash differs).
+    """
+    url = folder(stage_url, step)
+    meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
+    try:
+        dcp.load({name: _checkpointable(f) for name, f in fragments.items()}, storage_reader=Reader(url), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{url}: {first}") from error
+    except (CheckpointError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{url}: {error}") from error
+    return meta
+
+
+def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) -> dict[str, Any] | None:
+    """Restore from the newest checkpoint that is whole, falling back over damaged ones with a loud message; None if there is none. Collective."""
+    steps = [complete(stage_url) if world.is_main else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps)
+    failure: CheckpointError | None = None
+    for step in reversed(steps[0]):
+        try:
+            return load(stage_url, step, fragments)
+        except CheckpointError as error:
+            log.error("%s; falling back to the checkpoint before it", error)
+            failure = error
+    if failure is not None:
+        raise failure
+    return None
+
+
+def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    shapes: dict[str, list[int]] = storage.read_json(storage.join(url, "meta.json"))["shapes"]
+    reader = Reader(url)
+    known = reader.read_metadata().state_dict_metadata
+    out: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        entry = known.get(f"{prefix}/{name}")
+        if entry is None:
+            raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
+        out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+    fragments = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
+    dcp.load({name: _checkpointable(f) for name, f in fragments.items()}, storage_reader=reader, no_dist=True)
+    return out
+
+
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes: the identity of a set of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""What stages share: agreeing to stop, and finishing a training stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from infra.errors import StopRequested
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train import export
+from train.engine import Engine
+from train.fit import Outcome
+from train.signal_vector import SignalVector
+
+
+def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:
+    """At the end of a rank's share of parts: wait for all ranks, and end with code 75 on all if one was asked to stop. Collective.
+
+    Raises:
+        StopRequested: what is finished stays; the same command goes on.
+    """
+    if SignalVector((), device).exchange({"stop": float(bool(stop))})["stop"] > 0:
+        raise StopRequested(f"{stage}: stopped by a signal; finished parts are kept.")
+
+
+def finish_training(
+    stage: str, model_config: Any, engine: Engine, outcome: Outcome, unit: str, lineage: Mapping[str, str], run: RunFolder, world: World
+) -> None:
+    """Export the averaged weights and mark a training stage done; the main rank's work."""
+    if not world.is_main:
+        return
+    weights = export.write(run.at(stage, "export"), engine.average.values, model_config, parents=lineage, evaluation=outcome.evaluation)
+    run.finish(
+        stage,
+        seconds=outcome.seconds,
+        world_size=world.size,
+        throughput={"value": outcome.units_per_s, "unit": unit},
+        weights=weights,
+        parents=lineage,
+        summary=outcome.evaluation,
+    )

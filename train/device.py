@@ -1,0 +1,62 @@
+"""The device of a rank, its process group, and the arithmetic that is fast there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from infra import storage
+from infra.run_folder import RunFolder
+from infra.world import World
+from train.bench.harness import probe
+from train.config import Precision
+
+log = logging.getLogger(__name__)
+
+_BF16_WORTH_IT = 1.3
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def set_up(world: World) -> torch.device:
+    """Choose this rank's device, and join the process group (NCCL on GPUs, gloo on CPUs)."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if world.size == 1 else None
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT)
+    return device
+
+
+def tear_down() -> None:
+    """Leave the process group once all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world: World) -> torch.dtype:
+    """The dtype of heavy products. 'auto' is decided once for a run, by a probe, and kept in precision.json so that a resumed run computes alike."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    choice = [""]
+    if world.is_main:
+        url = run.at("precision.json")
+        if storage.exists(url):
+            choice = [storage.read_json(url)["precision"]]
+        else:
+            rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
+            choice = ["bf16" if rates["bf16"] > _BF16_WORTH_IT * rates["fp32"] else "fp32"]
+            storage.write_json(url, {"precision": choice[0], "gflops": rates})
+            log.info("precision %s: matrix products run at %s GFLOP/s", choice[0], {k: round(v) for k, v in rates.items()})
+    if world.size > 1:
+        dist.broadcast_object_list(choice, device=device)
+    return torch.bfloat16 if choice[0] == "bf16" else torch.float32

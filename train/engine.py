@@ -1,0 +1,137 @@
+"""What the training loop asks of an engine, and the engine of replicated models (torch DDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infra.world import World
+from train.averaging import Average
+from train.checkpoint import Fragment, even_slice
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an update."""
+
+    applied: bool
+    """False where a non-finite gradient was found: parameters and moments are untouched on every rank."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and the collectives between ranks. Losses passed to ``backward`` are this rank's share of the global mean: they *sum* over ranks and micro-batches."""
+
+    module: nn.Module
+    average: Average
+    updates: int
+    """Applied updates: Adam's count."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    def step(self, lr: float) -> Update: ...
+
+    def fragments(self, *, to_load: bool) -> dict[str, Fragment]: ...
+
+    def loaded(self, updates: int) -> None: ...
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay, gains and biases do not."""
+    parameters = list(named)
+    return [
+        {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for _, p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+class ReplicatedEngine:
+    """torch DDP with AdamW: every rank holds the whole model."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ema: float,
+        ema_every: int = 1,
+        clip_norm: float = float("inf"),
+    ) -> None:
+        self.module, self.world, self.clip_norm = module, world, clip_norm
+        self._replica = DistributedDataParallel(module, gradient_as_bucket_view=True) if world.size > 1 else module
+        groups = [group for group in decay_groups(module.named_parameters(), weight_decay) if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+        self.average = Average(module.named_parameters(), ema, ema_every)
+        self.updates = 0
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._replica(*inputs, **named)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; reduce them over ranks with the last micro-batch of an update."""
+        loss = loss * self.world.size  # DDP averages over ranks, and shares of a global mean must sum
+        if isinstance(self._replica, DistributedDataParallel):
+            self._replica.require_backward_grad_sync = last
+        loss.backward()
+
+    def step(self, lr: float) -> Update:
+        """Apply the update, unless a gradient is not finite (every rank sees the same reduced gradients)."""
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm).item()
+        applied = norm < float("inf")  # False for NaN too
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.updates += 1
+            self.average.update(self.updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(applied, norm)
+
+    def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
+        """Every tensor whole to load into; to save, this rank's even slice, so that ranks share the writing."""
+        if to_load:
+            self._make_moments()
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            found[f"model/{name}"] = parameter.detach()
+            found[f"average/{name}"] = self.average.values[name]
+            state = self.optimizer.state.get(parameter, {})
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in state:
+                    found[f"optimizer/{moment}/{name}"] = state[moment]
+        cut = (0, 1) if to_load else (self.world.rank, self.world.size)
+        return {name: even_slice(tensor, *cut) for name, tensor in found.items()}
+
+    def loaded(self, updates: int) -> None:
+        """Finish a restore: the number of applied updates, for Adam's bias correction."""
+        self.updates = updates
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(updates))
+
+    def _make_moments(self) -> None:
+        for parameter in self.module.parameters():
+            if not self.optimizer.state.get(parameter):
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def global_sum(counts: dict[str, int], device: torch.device) -> dict[str, int]:
+    """Sum integer counts over ranks: the denominators of an update (docs/contracts.md, section 5)."""
+    vector = torch.tensor(list(counts.values()), dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    return dict(zip(counts, vector.tolist(), strict=True))

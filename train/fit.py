@@ -1,0 +1,202 @@
+"""The one training loop. Stages differ in their Task: how a batch becomes a loss, what is scheduled, what is evaluated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from infra.errors import CheckpointError, DivergedError, StopRequested
+from infra.progress import Progress
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train import checkpoint
+from train.config import FitSection
+from train.engine import Engine
+from train.metrics import MetricsWriter, next_attempt
+from train.signal_vector import SignalVector
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class Loader(Protocol):
+    """Batches for ever, with a position that can be saved."""
+
+    def next(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Loss:
+    """One micro-batch's contribution."""
+
+    total: Tensor
+    """This rank's share of the global mean: shares sum to it over ranks and micro-batches."""
+    sums: dict[str, Tensor]
+    """Shares of the logged means, likewise."""
+
+
+class Task(Protocol):
+    """What differs between the models."""
+
+    metrics: tuple[str, ...]
+    """Names of the shares that ``loss`` returns."""
+    unit: str
+    """What throughput counts: images or tokens."""
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Values scheduled at an update; must hold 'lr'."""
+        ...
+
+    def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
+        """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
+        ...
+
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss: ...
+
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+        """Metrics on the validation split, equal on all ranks. Collective."""
+        ...
+
+    def units(self, batch: Batch) -> int:
+        """Units of one local micro-batch, for throughput."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training run has to say."""
+
+    evaluation: dict[str, float]
+    """The last evaluation."""
+    seconds: float
+    """Time in training over all attempts, less what was lost with them."""
+    units_per_s: float
+    """Throughput of the last attempt, over its updates; 0 if it made none."""
+
+
+@dataclass
+class Fit:
+    """One training run of one stage."""
+
+    stage: str
+    task: Task
+    engine: Engine
+    loader: Loader
+    section: FitSection
+    run: RunFolder
+    world: World
+    stop: StopFlag
+    device: torch.device
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Facts for meta.json: configuration and lineage."""
+
+    def run_to_end(self) -> Outcome:
+        """Train from the newest checkpoint to section.steps.
+
+        Raises:
+            StopRequested: a stop signal came; the state is saved.
+            DivergedError: section.max_bad_steps consecutive updates were not finite; the last checkpoint is kept.
+        """
+        url = self.run.at(self.stage)
+        step = self._restore()
+        attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
+        self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
+        self._vector = SignalVector(self.task.metrics, self.device)
+        self._bad = 0
+        self._units = self._update_s = 0.0
+        begun = time.perf_counter()
+        evaluation: dict[str, float] = {}
+        progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
+        while step < self.section.steps:
+            started = time.perf_counter()
+            agreed, logged = self._update(step, started)
+            step += 1
+            last = step == self.section.steps
+            progress.update(step, loss=logged["train/loss"])
+            if step % self.section.log_every == 0 or last:
+                self._writer.scalars(step, logged)
+            if step % self.section.eval_every == 0 or last:
+                evaluation = self.task.evaluate(self.engine, step, self._writer)
+                self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
+            stopping = agreed["stop"] > 0
+            if step % self.section.save_every == 0 or last or stopping:
+                self._save(url, step, self._elapsed + time.perf_counter() - begun)
+            if stopping and not last:
+                self._writer.close()
+                raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
+        progress.finish()
+        if not evaluation:  # killed between the last checkpoint and the stage's marker
+            evaluation = self.task.evaluate(self.engine, step, self._writer)
+        self._writer.close()
+        rate = self._units / self._update_s if self._update_s else 0.0
+        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate)
+
+    def _update(self, step: int, started: float) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer update: fetch, forward, backward, agree, step."""
+        at = self.task.schedule(step)
+        batches = [self.loader.next() for _ in range(self.section.accumulation)]
+        waited = time.perf_counter() - started
+        denominators = self.task.denominators(batches)
+        shares: dict[str, Tensor] = {}
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for index, batch in enumerate(batches):
+            loss = self.task.loss(self.engine, batch, step, at, denominators)
+            self.engine.backward(loss.total, last=index == len(batches) - 1)
+            finite &= torch.isfinite(loss.total.detach())
+            for name, value in loss.sums.items():
+                shares[name] = shares.get(name, 0.0) + value.detach()
+        elapsed = time.perf_counter() - started
+        agreed = self._vector.exchange({"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares})
+        update = self.engine.step(at["lr"])
+        self._count_bad(step, ok=update.applied and agreed["non_finite"] == 0)
+        seconds = time.perf_counter() - started
+        units = sum(self.task.units(batch) for batch in batches) * self.world.size
+        self._units, self._update_s = self._units + units, self._update_s + seconds
+        logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
+        logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
+        logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
+        return agreed, logged
+
+    def _count_bad(self, step: int, *, ok: bool) -> None:
+        self._bad = 0 if ok else self._bad + 1
+        if self._bad >= self.section.max_bad_steps:
+            self._writer.close()
+            raise DivergedError(
+                f"{self.stage}: {self._bad} consecutive updates up to update {step} had non-finite losses or gradients; the last checkpoint is "
+                f"kept. Lower {self.stage}_fit.lr, or raise {self.stage}_fit.max_bad_steps if such runs of overflows are expected."
+            )
+
+    def _restore(self) -> int:
+        meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world)
+        self._elapsed = 0.0
+        if meta is None:
+            return 0
+        shapes = self._shapes()
+        if meta["shapes"] != shapes:
+            odd = sorted(name for name in shapes.keys() | meta["shapes"].keys() if shapes.get(name) != meta["shapes"].get(name))
+            raise CheckpointError(f"{self.run.at(self.stage)}: the checkpoint is of another model; first difference: {odd[0]}.")
+        self.engine.loaded(meta["updates"])
+        self.loader.restore(meta["loader"])
+        self._elapsed = meta["elapsed_s"]
+        log.info("%s: resumed after update %d", self.stage, meta["step"])
+        return int(meta["step"])
+
+    def _save(self, url: str, step: int, elapsed_s: float) -> None:
+        facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
+        checkpoint.save(url, step, self.engine.fragments(to_load=False), facts, self.world, self.section.keep)
+        self._writer.flush()
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self.engine.module.named_parameters()}

@@ -1,0 +1,197 @@
+"""What the command line does with a stage: resolve the configuration, show it, claim the run folder, and start ranks. No torch here."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from infra import signals, storage
+from infra.agent import Placement, run_ranks
+from infra.config import differences, to_json
+from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train.config import RunConfig, load_run, read_preset
+from train.stages import STAGES, Stage
+
+LAUNCHER = Path(__file__).parent.parent / "launcher.py"
+_EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
+
+
+class StageFailed(ReportedError):
+    """A stage ended with a code other than 0; the message is the root cause."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = ExitCode(code)
+
+
+def run_folder(cfg: RunConfig) -> RunFolder:
+    """The folder of a run."""
+    return RunFolder(storage.join(cfg.run.root, cfg.run.name))
+
+
+def default_nproc(stage: Stage) -> int:
+    """One process for each GPU; on a CPU two, or one on a single core."""
+    if not stage.parallel:
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len([d for d in visible.split(",") if d]) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return gpus or min(2, len(os.sched_getaffinity(0)))
+
+
+def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, worker: bool, stop: StopFlag) -> None:
+    """Run one stage, in this process or as agent of several; see ``launcher.py``.
+
+    Raises:
+        ReportedError: with the exit code of docs/contracts.md, section 1.
+    """
+    cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
+    entry = STAGES[name]
+    if worker:
+        signals.die_with_parent()
+        _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, int(os.environ["LAUNCHER_ATTEMPT"])))
+        return
+    nproc = nproc or default_nproc(entry)
+    if not entry.parallel and nproc > 1:
+        raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
+    _check_target(on)
+    if dry_run:
+        print(describe(cfg, preset), end="")
+        print("# command\n" + shlex.join(command(name, run, nproc)))
+        return
+    if os.environ.get("LAUNCHER_PID"):
+        signals.die_with_parent()
+    started = time.monotonic()
+    run.claim(json.loads(to_json(cfg)))
+    if run.done(name) is not None and not entry.repeats:
+        print(f"{name}: finished already ({run.at(name, 'done.json')})")
+        return
+    handle = run.lock(name)
+    _refuse_if_stopped(stop)
+    code, reason = _execute(name, cfg, run, nproc, stop)
+    if handle is not None:
+        os.close(handle)
+    if code != ExitCode.DONE:
+        raise StageFailed(code, f"{name}: {reason}")
+    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _check_target(on: str) -> None:
+    if on not in ("local", "slurm", "k8s"):
+        raise ConfigError(f"--on {on}: accepted are local, slurm and k8s.")
+    if on != "local":
+        raise ConfigError(f"--on {on}: not yet; run with --on local inside your own job script. Exit codes are in docs/contracts.md, section 1.")
+
+
+def _refuse_if_stopped(stop: StopFlag) -> None:
+    if stop:
+        raise StopRequested(f"{signals.signal.Signals(stop.received or 0).name} before the start; nothing was begun.")
+
+
+def command(name: str, run: RunFolder, nproc: int) -> list[str]:
+    """The command line that repeats a stage of an existing run folder."""
+    return [sys.executable, str(LAUNCHER), name, run.url, "--nproc", str(nproc)]
+
+
+def describe(cfg: RunConfig, preset: str) -> str:
+    """The resolved configuration as TOML-like lines, those that differ from the preset marked."""
+    tree, _ = read_preset(preset)
+    base = json.loads(to_json(RunConfig.model_validate_json(json.dumps(tree))))
+    ours = json.loads(to_json(cfg))
+    changed = {line.split(": ")[0]: line.split(": ", 1)[1] for line in differences(base, ours)}
+    lines = []
+    for section, values in ours.items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            mark = changed.get(f"{section}.{key}")
+            lines.append(f"{key} = {json.dumps(value)}" + (f"    # preset: {mark.split(' -> ')[0]}" if mark else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _execute(name: str, cfg: RunConfig, run: RunFolder, nproc: int, stop: StopFlag) -> tuple[int, str]:
+    if nproc == 1:
+        attempt = run.begin_attempt(name)
+        code = _guarded(name, cfg, run, World.single(), stop, attempt)
+        return run.root_cause(name, attempt, 1) if code else (ExitCode.DONE, "")
+    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], Placement(nproc), run, name)
+
+
+def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
+    """Run a stage's function as one rank, and record how it ended."""
+    faulthandler.enable()
+    code, reason = ExitCode.DONE, "finished"
+    try:
+        STAGES[name].function()(cfg, run, world, stop)
+    except ReportedError as error:
+        code, reason = error.exit_code, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
+    run.record_exit(name, attempt, world.rank, code, reason)
+    return code
+
+
+def _exit_soon(code: int) -> None:
+    """End this rank with ``code``, even if a library's own shutdown hangs after a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != ExitCode.DONE:
+        timer = threading.Timer(_EXIT_GRACE_S, os._exit, args=(code,))
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
+def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag) -> None:
+    """Chain all stages, each in a process of its own; see ``launcher.py``."""
+    cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
+    _check_target(on)
+    if dry_run:
+        print(describe(cfg, preset), end="")
+        print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry))) for name, entry in STAGES.items()))
+        return
+    run.claim(json.loads(to_json(cfg)))
+    from train.projection import project
+
+    print(project(cfg, run), flush=True)
+    started = time.monotonic()
+    for position, (name, entry) in enumerate(STAGES.items(), 1):
+        print(f"[{position}/{len(STAGES)}] {name}", flush=True)
+        _refuse_if_stopped(stop)
+        _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1), stop)
+    minutes = (time.monotonic() - started) / 60
+    print(f"done in {minutes:.1f} minutes")
+    print(f"report       {run.at('report.html')}")
+    print(f"pictures     {run.at('generate', 'grid.png')}")
+    print(f"tensorboard  {run.at('tensorboard')}    (tensorboard --logdir {run.at('tensorboard')})")
+
+
+def _run_child(arguments: list[str], stop: StopFlag) -> None:
+    """Run a stage's launcher, pass stop signals on to it, and end as it ends."""
+    environment = os.environ | {"LAUNCHER_PID": str(os.getpid())}
+    child = subprocess.Popen(arguments, env=environment, start_new_session=True)
+    passed = False
+    while True:
+        try:
+            code = child.wait(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.received and not passed:
+                child.send_signal(stop.received)
+                passed = True
+    if code < 0:
+        raise StageFailed(ExitCode.CRASH, f"{arguments[2]}: killed by signal {-code}; run the same command again to go on.")
+    if code:
+        raise StageFailed(code, f"{arguments[2]}: ended with exit code {code}; run the same command again to go on.")

@@ -1,0 +1,44 @@
+"""Opening inputs with their lineage checked: codes belong to the exported dVAE of this run and to its image shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from data_pipeline.shards import ShardSet, open_set
+from infra.run_folder import RunFolder
+from model.clip import Clip
+from model.dvae import DVAE
+from model.transformer import Transformer
+from train import export, places
+from train.config import RunConfig
+
+
+def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
+    """A code set, refused if another dVAE than this run's export made it."""
+    parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
+    return open_set(places.code_set(cfg, run, crop, split), "codes/1", parents)
+
+
+def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[DVAE, str]:
+    """The exported dVAE in fp32 and its content hash."""
+    module = DVAE(cfg.dvae)
+    return module, _load(module, run, "dvae", device)
+
+
+def open_dalle(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
+    """The exported transformer and its content hash."""
+    module = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype)
+    return module, _load(module, run, "dalle", device)
+
+
+def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:
+    """The exported contrastive model and its content hash."""
+    module = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    return module, _load(module, run, "clip", device)
+
+
+def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -> str:
+    identity = export.read(run.at(stage, "export"), module)
+    export.to_device(module, device)
+    return identity

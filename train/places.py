@@ -1,0 +1,47 @@
+"""Where a run keeps its shard sets, and what its stages need of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra import storage
+from infra.errors import DataError
+from infra.run_folder import RunFolder
+from train.config import RunConfig
+
+SPLITS = ("train", "validation")
+
+
+def images(cfg: RunConfig, run: RunFolder) -> str:
+    """Root of the image sets."""
+    return cfg.data.images or run.at("images")
+
+
+def image_set(cfg: RunConfig, run: RunFolder, split: str) -> str:
+    """One split's image set."""
+    return storage.join(images(cfg, run), split)
+
+
+def tokenizer(cfg: RunConfig, run: RunFolder) -> str:
+    """The tokenizer's folder."""
+    return cfg.data.tokenizer or run.at("tokenizer")
+
+
+def code_set(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> str:
+    """One crop's and split's code set."""
+    return storage.join(cfg.data.codes or run.at("codes"), f"crop-{crop}", split)
+
+
+def require(run: RunFolder, *stages: str) -> dict[str, Any]:
+    """The markers of finished stages, by name.
+
+    Raises:
+        DataError: a stage has not finished; the command that runs it is named.
+    """
+    found = {}
+    for stage in stages:
+        marker = run.done(stage)
+        if marker is None:
+            raise DataError(f"{run.at(stage, 'done.json')} is missing: run 'launcher.py {stage} {run.url}' first.")
+        found[stage] = marker
+    return found

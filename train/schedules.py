@@ -1,0 +1,17 @@
+"""Schedules: pure functions of the step."""
+
+import math
+
+
+def half_cosine(step: int, start: float, end: float, steps: int) -> float:
+    """From ``start`` at step 0 to ``end`` at ``steps`` along half a cosine, then flat (paper A.2; paper.md 2.8)."""
+    if step >= steps:
+        return end
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def warmup_cosine(step: int, peak: float, end: float, warmup_steps: int, steps: int) -> float:
+    """Linear from peak / warmup_steps to ``peak``, then along half a cosine to ``end`` at ``steps``."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return half_cosine(step - warmup_steps, peak, end, max(1, steps - warmup_steps))

@@ -1,0 +1,47 @@
+"""Stage clip: image shards -> contrastive model that reranks pictures (``launcher.py clip PRESET``). In: images/, tokenizer/. Out: clip/export."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate, pair_transform, view_transform
+from data_pipeline.shards import open_set
+from data_pipeline.text import open_tokenizer
+from infra.config import to_json
+from infra.run_folder import RunFolder
+from infra.seeds import derive
+from infra.signals import StopFlag
+from infra.world import World
+from model.clip import Clip
+from train import places
+from train.clip_task import BothTowers, ClipTask
+from train.common import finish_training
+from train.config import RunConfig
+from train.device import set_up, tear_down
+from train.engine import ReplicatedEngine
+from train.fit import Fit
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Train to clip_fit.steps, export the averaged weights and mark the stage done."""
+    places.require(run, "prepare", "tokenizer")
+    device = set_up(world)
+    fit = cfg.clip_fit
+    training = open_set(places.image_set(cfg, run, "train"), "image/1")
+    validation = open_set(places.image_set(cfg, run, "validation"), "image/1")
+    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
+    model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
+    engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
+    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
+    loader = ShardLoader([training], run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=view, collate=image_collate)
+    plain = view_transform(cfg.dvae.image_size, tokenizer)
+    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate)
+    lineage = {"images": training.content_hash, "tokenizer": tokenizer.content_hash}
+    meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
+    outcome = Fit("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()
+    engine.average.values = {name.removeprefix("clip."): value for name, value in engine.average.values.items()}
+    finish_training("clip", cfg.clip, engine, outcome, "images/s", lineage, run, world)
+    tear_down()

@@ -1,0 +1,51 @@
+"""Stage dalle: code shards -> trained transformer (``launcher.py dalle PRESET``). In: codes/, tokenizer/. Out: dalle/checkpoints, dalle/export (averaged weights)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate, code_transform
+from data_pipeline.text import open_tokenizer
+from infra import storage
+from infra.config import to_json
+from infra.run_folder import RunFolder
+from infra.seeds import derive
+from infra.signals import StopFlag
+from infra.world import World
+from model.transformer import Transformer
+from train import places
+from train.common import finish_training
+from train.config import RunConfig
+from train.dalle_task import DalleTask
+from train.device import branch_dtype, set_up, tear_down
+from train.fit import Fit
+from train.lineage import open_codes
+from train.zero.engine import ZeroEngine
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Train to dalle_fit.steps, export the averaged weights and mark the stage done."""
+    places.require(run, "tokenizer", "encode")
+    device = set_up(world)
+    fit = cfg.dalle_fit
+    training = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
+    validation = open_codes(cfg, run, 0, "validation")
+    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
+    dtype = branch_dtype(fit.precision, device, run, world)
+    model = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype, checkpoint_blocks=fit.activation_checkpointing).to(device)
+    engine = ZeroEngine(model, fit, cfg.zero, world)
+    if world.is_main:
+        storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
+    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout)
+    loader = ShardLoader(training, run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=encode, collate=code_collate)
+    plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
+    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate)
+    lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer.content_hash}
+    meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
+    task = DalleTask(cfg, device, model, reader)
+    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
+    finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world)
+    tear_down()

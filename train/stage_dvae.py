@@ -1,0 +1,51 @@
+"""Stage dvae: image shards -> trained dVAE (``launcher.py dvae PRESET``). In: images/train. Out: dvae/checkpoints, dvae/export (averaged weights)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from data_pipeline.loaders import SequentialReader, ShardLoader, dvae_transform, image_collate, view_transform
+from data_pipeline.shards import open_set
+from infra.config import to_json
+from infra.run_folder import RunFolder
+from infra.seeds import derive
+from infra.signals import StopFlag
+from infra.world import World
+from model.dvae import DVAE
+from train import places
+from train.common import finish_training
+from train.config import RunConfig
+from train.device import branch_dtype, set_up, tear_down
+from train.dvae_task import DvaeTask
+from train.engine import ReplicatedEngine
+from train.fit import Fit
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Train to dvae_fit.steps, export the averaged weights and mark the stage done."""
+    places.require(run, "prepare")
+    device = set_up(world)
+    fit = cfg.dvae_fit
+    training = open_set(places.image_set(cfg, run, "train"), "image/1")
+    validation = open_set(places.image_set(cfg, run, "validation"), "image/1")
+    torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
+    model = DVAE(cfg.dvae, branch_dtype(fit.precision, device, run, world)).to(device)
+    engine = ReplicatedEngine(model, world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema)
+    loader = ShardLoader(
+        [training],
+        run.url,
+        world,
+        fit.batch // fit.accumulation,
+        cfg.run.seed,
+        transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
+        collate=image_collate,
+    )
+    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, view_transform(cfg.dvae.image_size), image_collate)
+    lineage = {"images": training.content_hash}
+    meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
+    task = DvaeTask(cfg, run, world, device, reader)
+    outcome = Fit("dvae", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
+    finish_training("dvae", cfg.dvae, engine, outcome, "images/s", lineage, run, world)
+    tear_down()

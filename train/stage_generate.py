@@ -1,0 +1,122 @@
+"""Stage generate: captions -> ranked pictures (``launcher.py generate PRESET``). Out: generate/index.json, PNG files, grid.png."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.text import Tokenizer, open_tokenizer
+from infra import storage
+from infra.progress import Progress
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from model.clip import Clip
+from train import drawing, places
+from train.common import stop_together
+from train.config import RunConfig
+from train.device import branch_dtype, set_up, tear_down
+from train.drawing import Prompt
+from train.dvae_task import to_array
+from train.lineage import open_clip, open_dalle, open_dvae
+from train.report.images import grid, png_bytes
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Draw this rank's captions; each is finished on its own. Then the main rank writes the index and the grid."""
+    started = time.monotonic()
+    places.require(run, "dvae", "dalle", "clip")
+    device = set_up(world)
+    dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
+    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = open_dvae(cfg, run, device), open_dalle(cfg, run, device, dtype), open_clip(cfg, run, device)
+    training, validation = (open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS)
+    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    wanted = drawing.prompts(cfg, training, validation)
+    lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash}
+    mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], lineage)]
+    progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
+    for done, index in enumerate(mine, 1):
+        if stop:
+            break
+        pictures_C3YX, seeds = drawing.draw(cfg, dalle, dvae, tokenizer, wanted[index], device)
+        scores = _scores(clip, tokenizer, wanted[index], pictures_C3YX)
+        _write(cfg, run, index, wanted[index], pictures_C3YX, seeds, scores, training, lineage)
+        progress.update(done)
+    progress.finish()
+    stop_together(stop, device, "generate")
+    if world.is_main:
+        entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(len(wanted))]
+        storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
+        index = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": dalle_hash}
+        storage.write_json(run.at("generate", "index.json"), index)
+        seconds, drawn = time.monotonic() - started, len(wanted) * cfg.generate.candidates
+        rate = {"value": drawn / seconds, "unit": "pictures/s"}
+        run.finish("generate", seconds=seconds, world_size=world.size, throughput=rate, summary={"captions": len(wanted), "pictures": drawn}, parents=lineage)
+    tear_down()
+
+
+def _name(index: int) -> str:
+    return f"caption-{index:04d}"
+
+
+def _key(prompt: Prompt, lineage: dict[str, str]) -> str:
+    return hashlib.sha256(repr((prompt.caption, prompt.id, sorted(lineage.items()))).encode()).hexdigest()
+
+
+def _finished(run: RunFolder, index: int, prompt: Prompt, lineage: dict[str, str]) -> bool:
+    url = run.at("generate", _name(index), "entry.json")
+    return storage.exists(url) and storage.read_json(url)["key"] == _key(prompt, lineage)
+
+
+@torch.no_grad()
+def _scores(clip: Clip, tokenizer: Tokenizer, prompt: Prompt, pictures_C3YX: Tensor) -> list[float]:
+    ids, length = tokenizer.encode(prompt.caption)
+    device = pictures_C3YX.device
+    text_1E = clip.encode_text(torch.from_numpy(ids)[None].to(device), torch.tensor([length], device=device))
+    return [float(score) for score in (clip.encode_image(pictures_C3YX) @ text_1E.T)[:, 0]]
+
+
+def _write(
+    cfg: RunConfig,
+    run: RunFolder,
+    index: int,
+    prompt: Prompt,
+    pictures_C3YX: Tensor,
+    seeds: list[int],
+    scores: list[float],
+    training: ShardSet,
+    lineage: dict[str, str],
+) -> None:
+    """Files of one caption, best picture first, its entry last."""
+    order = np.argsort(scores)[::-1]
+    arrays = np.stack([to_array(pictures_C3YX[i]) for i in order])
+    close = drawing.nearest(arrays, training.records(), cfg.dvae.image_size, cfg.generate.nearest_among)
+    entry: dict[str, Any] = {"caption": prompt.caption, "id": prompt.id, "split": prompt.split, "truth": None, "pictures": [], "key": _key(prompt, lineage)}
+
+    def put(name: str, data: bytes) -> str:
+        storage.write_bytes(run.at("generate", _name(index), name), data)
+        return f"generate/{_name(index)}/{name}"
+
+    if prompt.truth is not None:
+        entry["truth"] = put("truth.png", png_bytes(drawing.view(prompt.truth, cfg.dvae.image_size)))
+    for rank, i in enumerate(order):
+        found = close[rank]
+        near = {"id": found.id, "distance": found.distance, "file": put(f"{rank:03d}-nearest.png", png_bytes(drawing.view(found.image, cfg.dvae.image_size)))}
+        picture = {"file": put(f"{rank:03d}.png", png_bytes(arrays[rank])), "score": scores[i], "seed": seeds[i], "nearest": near}
+        entry["pictures"].append(picture)
+    storage.write_json(run.at("generate", _name(index), "entry.json"), entry)
+
+
+def _sheet(cfg: RunConfig, run: RunFolder, entries: list[dict[str, Any]]) -> np.ndarray:
+    """One row a caption: the best pictures, best first."""
+
+    def pixels(file: str) -> np.ndarray:
+        return drawing.view(storage.read_bytes(run.at(file)), cfg.dvae.image_size)
+
+    return grid([[pixels(picture["file"]) for picture in entry["pictures"][: cfg.generate.show]] for entry in entries])

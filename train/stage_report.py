@@ -1,0 +1,18 @@
+"""Stage report: everything a run left -> report.html (``launcher.py report PRESET``)."""
+
+from __future__ import annotations
+
+import time
+
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train.config import RunConfig
+from train.report.stage import build
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Write report.html and mark the stage done."""
+    started = time.monotonic()
+    url = build(run.url)
+    run.finish("report", seconds=time.monotonic() - started, world_size=1, summary={"report": url})

@@ -1,0 +1,163 @@
+"""Pictures for people: PNG bytes, grids with labels, and data URIs. H, W: rows and columns of pixels; C: red, green, blue."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+Pixels = NDArray[np.uint8]
+
+_LABEL_SIZE = 12
+_LAYOUT = "dalle-grid"
+_WHITE, _INK = (255, 255, 255), (70, 74, 82)
+_INLINE_BYTES = 150_000
+
+
+@dataclass(frozen=True)
+class GridPng:
+    """What ``read_grid`` finds in a file that ``grid_png`` wrote."""
+
+    rows: list[list[Pixels]]
+    labels: list[str]
+
+
+def png_bytes(array_HWC: Pixels) -> bytes:
+    """A picture as PNG.
+
+    Raises:
+        ValueError: not uint8 of shape [H, W, 3].
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(_checked(array_HWC)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def read_png(data: bytes) -> Pixels:
+    """PNG (or any picture that Pillow knows) -> uint8 [H, W, 3], transparency on white.
+
+    Raises:
+        ValueError: the bytes are no picture.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{len(data)} bytes are no picture ({error})") from error
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*_WHITE, 255)), picture).convert("RGB"))
+
+
+def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> Pixels:
+    """Rows of equally large pictures on white, each row under its label if there are labels.
+
+    Args:
+        images: rows of uint8 [H, W, 3]; rows may differ in length.
+        pad: pixels around and between pictures.
+        labels: one for each row, cut to the width of the grid; or none.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: no pictures, pictures of different sizes, or another number of labels than rows.
+    """
+    layout = _layout(images, pad, labels)
+    canvas = Image.new("RGB", (layout["width"], layout["height"]), _WHITE)
+    draw = ImageDraw.Draw(canvas)
+    for row, (top, pictures) in enumerate(zip(layout["tops"], images, strict=True)):
+        if labels:
+            draw.text((pad, top - _LABEL_SIZE - 4), _fit(labels[row], layout["width"] - 2 * pad), fill=_INK, font=_font())
+        for column, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture), (pad + column * (layout["tile_width"] + pad), top))
+    return np.asarray(canvas)
+
+
+def grid_png(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> bytes:
+    """``grid`` as PNG that remembers its layout (a PNG text chunk), so that the report can show its pictures one by one.
+
+    Raises:
+        ValueError: as grid.
+    """
+    layout = _layout(images, pad, labels) | {"labels": list(labels), "columns": [len(row) for row in images], "pad": pad}
+    info = PngImagePlugin.PngInfo()
+    info.add_text(_LAYOUT, json.dumps(layout))
+    buffer = io.BytesIO()
+    Image.fromarray(grid(images, pad, labels)).save(buffer, "PNG", optimize=True, pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_grid(data: bytes) -> GridPng | None:
+    """The pictures of a file that ``grid_png`` wrote, or None for any other picture.
+
+    Raises:
+        ValueError: the bytes are no picture.
+    """
+    pixels = read_png(data)
+    text = Image.open(io.BytesIO(data)).info.get(_LAYOUT)
+    if text is None:
+        return None
+    layout = json.loads(text)
+    step, width, height = layout["tile_width"] + layout["pad"], layout["tile_width"], layout["tile_height"]
+    rows = []
+    for top, columns in zip(layout["tops"], layout["columns"], strict=True):
+        lefts = [layout["pad"] + column * step for column in range(columns)]
+        rows.append([pixels[top : top + height, left : left + width] for left in lefts])
+    return GridPng(rows, layout["labels"])
+
+
+def data_uri(data: bytes) -> str:
+    """A picture inside a page. Large ones travel as WebP, so that a report of many stays small enough for a phone.
+
+    Raises:
+        ValueError: the bytes are no picture.
+    """
+    kind = "png"
+    if len(data) > _INLINE_BYTES:
+        buffer = io.BytesIO()
+        Image.fromarray(read_png(data)).save(buffer, "WEBP", quality=88, method=4)
+        data, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _checked(array_HWC: Pixels) -> Pixels:
+    if array_HWC.dtype != np.uint8 or array_HWC.ndim != 3 or array_HWC.shape[2] != 3:
+        raise ValueError(f"a picture of {array_HWC.dtype}, shape {list(array_HWC.shape)}: expected uint8 of shape [H, W, 3]")
+    return np.ascontiguousarray(array_HWC)
+
+
+def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str]) -> dict[str, Any]:
+    shapes = {_checked(picture).shape for row in images for picture in row}
+    if len(shapes) != 1:
+        raise ValueError(f"a grid needs pictures of one size, given: {sorted(shapes) or 'no pictures'}")
+    if labels and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} rows: give one for each row, or none")
+    height, width, _ = shapes.pop()
+    above = _LABEL_SIZE + 8 if labels else 0
+    tops = [pad + above + row * (height + pad + above) for row in range(len(images))]
+    across = max(len(row) for row in images)
+    return {
+        "tile_width": width,
+        "tile_height": height,
+        "tops": tops,
+        "width": pad + across * (width + pad),
+        "height": tops[-1] + height + pad,
+    }
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(_LABEL_SIZE)
+
+
+def _fit(text: str, width: int) -> str:
+    font = _font()
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

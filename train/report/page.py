@@ -1,0 +1,89 @@
+"""The report: one HTML file with everything in it, readable offline, on a phone, by day and by night, with no script."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from infra import storage
+from infra.errors import DataError
+from train.report.markup import Html, el, join, note
+from train.report.sections import SECTIONS, make
+from train.report.view import STAGES, RunView, Section
+
+_STYLE = Path(__file__).with_name("style.css")
+_log = logging.getLogger(__name__)
+
+
+def build(run_url: str) -> str:
+    """Write ``report.html`` into a run folder, finished or not.
+
+    A section whose inputs are absent says so; one whose inputs are damaged shows the complaint in its place, and the others stand.
+
+    Args:
+        run_url: the run folder, local or s3://.
+
+    Returns:
+        URL of the page.
+    """
+    url = storage.join(run_url, "report.html")
+    storage.write_bytes(url, render(RunView(run_url)).encode())
+    return url
+
+
+def render(run: RunView) -> str:
+    """The page as text; see build."""
+    sections = [section for name in SECTIONS if (section := _section(run, name))]
+    links = el("nav", [el("a", section.title, href=f"#{section.key}") for section in sections], aria_label="sections")
+    parts = [el("section", el("h2", section.title), section.body, id=section.key) for section in sections]
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", f"{run_name(run)} – report"),
+        el("style", Html(_STYLE.read_text(encoding="utf-8"))),
+    )
+    return "<!doctype html>\n" + el("html", head, el("body", _header(run), links, el("main", parts)), lang="en") + "\n"
+
+
+def run_name(run: RunView) -> str:
+    """Name of the run, also when its configuration cannot be read."""
+    try:
+        return run.name
+    except DataError:
+        return run.url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _section(run: RunView, name: str) -> Section | None:
+    try:
+        return make(name)(run)
+    except (DataError, ValueError) as error:
+        _log.warning("report: section '%s' cannot be shown: %s", name, error)
+        return Section(name, name.capitalize(), el("p", f"This section cannot be shown: {error}", class_="error"))
+
+
+def _header(run: RunView) -> Html:
+    try:
+        facts = _facts(run)
+    except DataError as error:
+        facts = note(str(error))
+    return el("header", el("p", "Text to image, from data to pictures", class_="kicker"), el("h1", run_name(run)), facts)
+
+
+def _facts(run: RunView) -> Html:
+    done = [stage for stage in STAGES if run.done(stage)]
+    words = []
+    when = run.provenance.get("created")
+    if isinstance(when, int | float):
+        words.append(time.strftime("%-d %B %Y", time.gmtime(when)))
+    commit = str(run.provenance.get("commit", ""))
+    if commit:
+        words.append(f"commit {commit.removesuffix('+dirty')[:10]}{' with changes' if commit.endswith('+dirty') else ''}")
+    processes = {int(run.done(stage)["world_size"]) for stage in done if run.done(stage).get("world_size")}
+    if processes:
+        words.append(f"{max(processes)} process{'es' if max(processes) > 1 else ''}")
+    pending = [stage for stage in STAGES if stage not in done and stage != "report"]
+    state = "all stages finished" if not pending else f"still to come: {', '.join(pending)}"
+    return join(el("p", " · ".join([*words, state]), class_="facts"))

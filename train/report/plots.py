@@ -1,0 +1,176 @@
+"""Plots as SVG for inside a page. The only importer of matplotlib.
+
+Text stays text (searchable, in the page's font), colours are the page's (``currentColor`` and CSS variables, so that a dark page gets a light
+plot), and equal data give equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from train.report.markup import Html
+
+_INCHES = (4.4, 2.6)
+_MAX_POINTS = 300
+_FAINT_FROM = 40
+# Colours that stand for the page's: matplotlib knows no CSS, so these are replaced in its output.
+_INK = "#010203"
+_SERIES = ("#010a01", "#010a02", "#010a03", "#010a04")
+_STYLE = {
+    "font.size": 9.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a plot."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(step, value); values that are not finite are left out."""
+
+
+def lines(key: str, title: str, series: Sequence[Line], *, log: bool = False, reference: tuple[float, str] | None = None) -> Html:
+    """Curves over updates. A long, noisy curve is drawn faintly under its running mean.
+
+    Args:
+        key: word that makes the identifiers of this plot unique on its page.
+        title: what the vertical axis shows, with its unit; read out by screen readers.
+        series: up to four; those with no finite value are left out.
+        log: logarithmic vertical axis, where all values are positive.
+        reference: a value and its name, drawn as a dashed line.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure()
+        finite = [Line(line.label, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in series]
+        shown = [line for line in finite if line.points]
+        for line, colour in zip(shown, _SERIES, strict=False):
+            _draw(axes, line, colour)
+        if log and shown and all(y > 0 for line in shown for _, y in line.points):
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        if reference:
+            axes.axhline(reference[0], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+            axes.text(1, reference[0], reference[1], ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+        if len(shown) > 1:
+            axes.legend(loc="best", handlelength=1.2, fontsize=8)
+        axes.set_xlabel("updates")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        return _svg(figure, key, title)
+
+
+def ranked(key: str, title: str, counts: Sequence[int]) -> Html:
+    """Shares of codes, most frequent first, on a logarithmic axis; the dashed line is an even use of all codes.
+
+    Args:
+        key: as in lines.
+        title: as in lines.
+        counts: how often each code was used.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure()
+        total = sum(counts)
+        shares = [100 * count / total for count in sorted(counts, reverse=True) if count]
+        floor = min(shares) / 2
+        axes.stairs(shares, range(len(shares) + 1), baseline=floor, fill=True, color=_SERIES[0], alpha=0.35, linewidth=0)
+        axes.stairs(shares, range(len(shares) + 1), baseline=None, color=_SERIES[0], linewidth=1.2)
+        axes.axhline(100 / len(counts), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.set_xlim(0, len(counts))
+        axes.set_ylim(floor, None)
+        axes.set_xlabel("codes, most frequent first")
+        return _svg(figure, key, title)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _draw(axes: Axes, line: Line, colour: str) -> None:
+    xs, ys = zip(*thin(line.points, _MAX_POINTS), strict=True)
+    if len(xs) < _FAINT_FROM:
+        axes.plot(xs, ys, color=colour, linewidth=1.4, marker="o", markersize=2.6, label=line.label)
+        return
+    axes.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(xs, running_mean(ys), color=colour, linewidth=1.5, label=line.label)
+
+
+def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most ``most`` points: means of equal runs of neighbours, so that no spike decides alone what is seen."""
+    run = math.ceil(len(points) / most)
+    groups = [points[i : i + run] for i in range(0, len(points), run)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Centred means over about a twentieth of the curve, narrower near its ends: the first and the last value stay where they are."""
+    half = max(1, len(values) // 40)
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _short(value: float, _: int | None = None) -> str:
+    return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k" if abs(value) >= 1e3 else f"{value:g}"
+
+
+def _svg(figure: Figure, key: str, title: str) -> Html:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{_attribute(title)}">', text, count=1)
+    # This style would hold for the whole page; style.css says the same for plots alone. The font is the page's.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r" font-family: [^;\"]*;", "", text)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Several plots share one page: their identifiers must not meet.
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r"url\(#", f"url(#{key}-", text)
+    text = re.sub(r'xlink:href="#', f'href="#{key}-', text)
+    text = text.replace(_INK, "currentColor")
+    for index, colour in enumerate(_SERIES):
+        text = text.replace(colour, f"var(--s{index})")
+    return Html(re.sub(r"\n\s*", "\n", text).strip())
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace("\\", "/")

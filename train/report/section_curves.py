@@ -1,0 +1,97 @@
+"""Loss curves of every training stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from train.report.markup import Html, el, join, note
+from train.report.plots import Line, lines
+from train.report.view import TRAINED, RunView, Section
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: a title, and (metric, label) of its curves."""
+
+    title: str
+    curves: tuple[tuple[str, str], ...]
+    log: bool = False
+    reference: str = ""
+    """Key of evaluate/metrics.json that is drawn as a dashed line."""
+    reference_label: str = ""
+
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "dvae": (
+        Panel("loss (nats per channel value)", (("train/loss", "training"),)),
+        Panel(
+            "reconstruction term",
+            (("train/nll", "training"), ("eval/nll_true", "validation, true codes"), ("eval/nll_relaxed", "validation, relaxed")),
+        ),
+        Panel("PSNR on validation (dB)", (("eval/psnr", "true codes"), ("eval/psnr_relaxed", "relaxed"))),
+        Panel("KL to uniform (nats per code)", (("train/kl", "training"),)),
+        Panel("codes in use (share)", (("eval/code_use", "validation"),)),
+        Panel("perplexity of codes", (("eval/perplexity", "validation"),)),
+        Panel("schedules: temperature, KL weight", (("sched/tau", "temperature"), ("sched/beta", "KL weight"))),
+        Panel("step size", (("optim/lr", "step size"),)),
+        Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
+        Panel("images per second", (("perf/images_per_s", "images/s"),)),
+        Panel("waiting for data (s per update)", (("data/wait_s", "wait"),)),
+    ),
+    "dalle": (
+        Panel(
+            "image loss (nats per code)",
+            (("train/loss_image", "training"), ("eval/loss_image", "validation"), ("eval/loss_image_shuffled", "validation, wrong captions")),
+            reference="unigram_entropy_nats",
+            reference_label="unigram entropy",
+        ),
+        Panel("text loss (nats per token)", (("train/loss_text", "training"), ("eval/loss_text", "validation"))),
+        Panel("weighted loss", (("train/loss", "training"),)),
+        Panel("worth of the caption (nats per code)", (("eval/caption_gain", "validation"),)),
+        Panel("step size", (("optim/lr", "step size"),)),
+        Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
+        Panel("tokens per second", (("perf/tokens_per_s", "tokens/s"),)),
+    ),
+    "clip": (
+        Panel("contrastive loss (nats)", (("train/loss", "training"), ("eval/loss", "validation"))),
+        Panel("retrieval at first rank (share)", (("eval/recall_at_1", "validation"),)),
+    ),
+}
+TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
+_OPEN = 4
+
+
+def section(run: RunView) -> Section | None:
+    """One group of plots for each training stage that has logged something; the first plots are open, the rest folds out."""
+    parts: list[Html | None] = []
+    silent = []
+    for stage in TRAINED:
+        plots = [plot for number, panel in enumerate(PANELS[stage]) if (plot := _plot(run, stage, number, panel))]
+        if not plots:
+            silent.append(TITLES[stage])
+            continue
+        parts.append(el("h3", TITLES[stage]))
+        parts.append(el("div", plots[:_OPEN], class_="plots"))
+        if len(plots) > _OPEN:
+            parts.append(el("details", el("summary", f"{len(plots) - _OPEN} more"), el("div", plots[_OPEN:], class_="plots")))
+        parts.append(_warning(run, stage))
+    if silent:
+        parts.append(note(f"No metrics yet: {', '.join(silent)}."))
+    return Section("curves", "Training curves", join(parts))
+
+
+def _plot(run: RunView, stage: str, number: int, panel: Panel) -> Html | None:
+    series = run.series(stage)
+    found = [Line(label, [(point.step, point.value) for point in series[name]]) for name, label in panel.curves if series.get(name)]
+    if not any(math.isfinite(value) for line in found for _, value in line.points):
+        return None
+    value = run.evaluation.get(panel.reference) if panel.reference else None
+    reference = (float(value), panel.reference_label) if value is not None else None
+    plot = lines(f"{stage}{number}", panel.title, found, log=panel.log, reference=reference)
+    return el("figure", el("figcaption", panel.title), plot, class_="plot")
+
+
+def _warning(run: RunView, stage: str) -> Html | None:
+    bad = sum(not math.isfinite(point.value) for points in run.series(stage).values() for point in points)
+    return note(f"{bad} logged values are not finite and are left out of the plots.") if bad else None

@@ -1,0 +1,69 @@
+"""Drawn pictures: several for each caption, best first, each above its nearest training image, beside the real drawing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.report.images import data_uri
+from train.report.markup import Html, el, join, note
+from train.report.view import RunView, Section
+
+
+def section(run: RunView) -> Section | None:
+    """The pictures of the generate stage."""
+    index = run.generated
+    captions = index.get("captions") or []
+    if not captions:
+        return Section("pictures", "Drawn pictures", note("Nothing has been drawn yet: the generate stage has not finished."))
+    shown = int(run.section("generate").get("show") or 4)
+    candidates = run.section("generate").get("candidates")
+    of = f" of {candidates}" if candidates else ""
+    words = [
+        f"The best {shown}{of} pictures for each caption by CLIP score, best first. Below each stands the training image nearest to it, ",
+        "so that copying would be seen: a distance of 0 is a copy. ",
+        "Framed on the left: the real drawing, which was held out." if any(caption.get("truth") for caption in captions) else None,
+    ]
+    facts = [
+        f"Temperature {index['temperature']:g}." if isinstance(index.get("temperature"), int | float) else None,
+        f" Checkpoint {index['checkpoint']}." if index.get("checkpoint") else None,
+    ]
+    cards = el("div", [_card(run, caption, shown) for caption in captions], class_="captions")
+    return Section("pictures", "Drawn pictures", join(note(words), cards, note(facts)))
+
+
+def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:
+    text = str(caption.get("caption", ""))
+    pictures = sorted(caption.get("pictures") or [], key=lambda picture: -float(picture.get("score") or 0))[:shown]
+    columns = [_pair(run, picture, text) for picture in pictures]
+    if caption.get("truth"):
+        real = el("figure", _image(run, caption["truth"], f"held-out drawing of: {text}"), el("figcaption", "held out"), class_="truth")
+        columns.insert(0, el("div", real, class_="pair"))
+    return el("article", el("h3", text), el("div", columns, class_="pairs"), class_="card")
+
+
+def _pair(run: RunView, picture: dict[str, Any], caption: str) -> Html:
+    score, seed = picture.get("score"), picture.get("seed")
+    words = "" if score is None else f"{float(score):.3f}"
+    drawn = el(
+        "figure",
+        _image(run, picture.get("file"), f"drawn for: {caption}"),
+        el("figcaption", words, title=f"CLIP score; seed {seed}" if seed is not None else "CLIP score"),
+    )
+    nearest = picture.get("nearest") or {}
+    if not nearest.get("file"):
+        return el("div", drawn, class_="pair")
+    distance = nearest.get("distance")
+    below = el(
+        "figure",
+        _image(run, nearest["file"], f"nearest training image: {nearest.get('id', '')}"),
+        el("figcaption", "" if distance is None else f"Δ {float(distance):.3g}", title=str(nearest.get("id", ""))),
+        class_="nearest",
+    )
+    return el("div", drawn, below, class_="pair")
+
+
+def _image(run: RunView, name: str | None, alt: str) -> Html:
+    data = run.picture(name)
+    if data is None:
+        return el("span", "missing", class_="blank", title=str(name))
+    return el("img", src=data_uri(data), alt=alt, title=alt, loading="lazy")

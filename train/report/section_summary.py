@@ -1,0 +1,100 @@
+"""The figures that matter, as tiles, each beside its goal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from infra.progress import duration
+from train.report.markup import Html, el, join, note
+from train.report.view import STAGES, RunView, Section
+
+GOAL_PSNR_DB = 20.0
+GOAL_CODE_USE = 0.5
+GOAL_BELOW_UNIGRAM_PERCENT = 20.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure."""
+
+    label: str
+    value: str
+    unit: str
+    detail: str
+    met: bool | None = None
+    """Whether the goal is met; None where there is none."""
+
+
+def section(run: RunView) -> Section | None:
+    """Tiles of the evaluation; while it is absent, the newest values of the training log stand in and say so."""
+    tiles = [tile for tile in (_psnr(run), _code_use(run), _below_unigram(run), _caption_gain(run), _retrieval(run), _time(run)) if tile]
+    if not tiles:
+        return Section("summary", "At a glance", note("No stage has measured anything yet."))
+    explanation = "Measured on the validation split: whole concepts that no training stage has seen." if run.evaluation else None
+    missing = (
+        "The evaluate stage has not finished: these are the newest values of the training logs, on fewer samples." if not run.evaluation else None
+    )
+    return Section("summary", "At a glance", join(el("div", [_render(tile) for tile in tiles], class_="tiles"), note(explanation, missing)))
+
+
+def _render(tile: Tile) -> Html:
+    mark = None if tile.met is None else el("span", "✓ goal" if tile.met else "below goal", class_="met" if tile.met else "unmet")
+    value = el("p", tile.value, el("small", " ", tile.unit) if tile.unit else None, class_="value")
+    return el("div", el("p", tile.label, class_="label"), value, el("p", tile.detail, " ", mark, class_="detail"), class_="tile")
+
+
+def _measured(run: RunView, key: str, stage: str, metric: str) -> float | None:
+    value = run.evaluation.get(key)
+    value = run.last(stage, metric) if value is None else float(value)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _psnr(run: RunView) -> Tile | None:
+    value = _measured(run, "psnr_db", "dvae", "eval/psnr")
+    if value is None:
+        return None
+    return Tile("Reconstruction", f"{value:.1f}", "dB PSNR", f"goal {GOAL_PSNR_DB:g} dB", value >= GOAL_PSNR_DB)
+
+
+def _code_use(run: RunView) -> Tile | None:
+    value = _measured(run, "code_use", "dvae", "eval/code_use")
+    if value is None:
+        return None
+    vocab = run.section("dvae").get("vocab")
+    of = f"of {vocab} codes in use" if vocab else "of codes in use"
+    return Tile("Codebook", f"{100 * value:.0f}", "%", f"{of}, goal {100 * GOAL_CODE_USE:.0f} %", value >= GOAL_CODE_USE)
+
+
+def _below_unigram(run: RunView) -> Tile | None:
+    found = run.evaluation
+    below, ce, unigram = found.get("ce_below_unigram_percent"), found.get("image_ce_nats"), found.get("unigram_entropy_nats")
+    if below is None:
+        loss = _measured(run, "image_ce_nats", "dalle", "eval/loss_image")
+        return None if loss is None else Tile("Image codes", f"{loss:.2f}", "nats per code", "cross-entropy")
+    detail = f"{ce:.2f} against {unigram:.2f} nats, " if ce is not None and unigram is not None else ""
+    return Tile("Below unigram entropy", f"{below:.0f}", "%", f"{detail}goal {GOAL_BELOW_UNIGRAM_PERCENT:.0f} %", below >= GOAL_BELOW_UNIGRAM_PERCENT)
+
+
+def _caption_gain(run: RunView) -> Tile | None:
+    value = _measured(run, "caption_gain_nats", "dalle", "eval/caption_gain")
+    if value is None:
+        return None
+    return Tile("What a caption is worth", f"{value:.3f}", "nats per code", "less surprise than under a wrong caption, goal above 0", value > 0)
+
+
+def _retrieval(run: RunView) -> Tile | None:
+    value = _measured(run, "clip_recall_at_1", "clip", "eval/recall_at_1")
+    if value is None:
+        return None
+    chance = run.evaluation.get("clip_chance")
+    if not chance:
+        return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", "at first rank")
+    return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", f"at first rank; chance is {100 * chance:.2g} %", value > chance)
+
+
+def _time(run: RunView) -> Tile | None:
+    seconds = [float(run.done(stage)["seconds"]) for stage in STAGES if run.done(stage).get("seconds") is not None]
+    if not seconds:
+        return None
+    return Tile("Time", duration(sum(seconds)), "", f"in {len(seconds)} finished stages")

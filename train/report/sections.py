@@ -1,0 +1,24 @@
+"""The sections of the report in their order on the page. A new section is one module, ``section_<name>.py``, and one line here."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from train.report.view import RunView, Section
+
+SECTIONS = (
+    "summary",
+    "pictures",
+    "reconstructions",
+    "codebook",
+    "curves",
+    "data",
+    "timings",
+    "reproduce",
+    "credits",
+)
+
+
+def make(name: str) -> Callable[[RunView], Section | None]:
+    """The function that makes a section of a run."""
+    function: Callable[[RunView], Section | None] = import_module(f"train.report.section_{name}").section
+    return function

@@ -1,0 +1,129 @@
+"""A run folder as the report reads it: lazily, and with nothing required to be there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from infra import storage
+from infra.errors import DataError
+from train.metrics import Point, read_metrics
+from train.report.markup import Html
+
+STAGES = ("prepare", "tokenizer", "dvae", "encode", "dalle", "clip", "generate", "evaluate", "report")
+"""Stages in the order of a run."""
+TRAINED = ("dvae", "dalle", "clip")
+"""Stages that train, and so have metrics."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page."""
+
+    key: str
+    """Word in the page's address (#key) and prefix of its identifiers."""
+    title: str
+    body: Html
+
+
+class RunView:
+    """Lazy reader of a run folder: every part is read when a section first asks for it, and absent parts are None or empty.
+
+    A part that is there but damaged raises DataError.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._json: dict[str, dict[str, Any]] = {}
+        self._series: dict[str, dict[str, list[Point]]] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the run: the configuration's, or the folder's."""
+        return str(self.config.get("run", {}).get("name") or self.url.rstrip("/").rsplit("/", 1)[-1])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return self.json("config.json")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Commit and versions."""
+        return self.json("provenance.json")
+
+    @property
+    def generated(self) -> dict[str, Any]:
+        """What the generate stage drew."""
+        return self.json("generate", "index.json")
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """What the evaluate stage measured."""
+        return self.json("evaluate", "metrics.json")
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One section of the configuration, or an empty one."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def done(self, stage: str) -> dict[str, Any]:
+        """What a finished stage wrote last; empty for one that has not finished."""
+        return self.json(stage, "done.json")
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """The summary of a finished stage."""
+        found = self.done(stage).get("summary")
+        return found if isinstance(found, dict) else {}
+
+    def json(self, *parts: str) -> dict[str, Any]:
+        """A JSON object of the run folder; empty if the file is absent.
+
+        Raises:
+            DataError: the file is no JSON object.
+        """
+        name = "/".join(parts)
+        if name not in self._json:
+            found = storage.read_json(storage.join(self.url, name)) if self.has(name) else {}
+            if not isinstance(found, dict):
+                raise DataError(
+                    f"{storage.join(self.url, name)}: expected a JSON object, found {type(found).__name__}; delete it and run its stage again."
+                )
+            self._json[name] = found
+        return self._json[name]
+
+    def series(self, stage: str) -> dict[str, list[Point]]:
+        """All metrics of a stage, attempts merged; empty before its first point."""
+        if stage not in self._series:
+            self._series[stage] = read_metrics(self.url, stage)
+        return self._series[stage]
+
+    def last(self, stage: str, name: str) -> float | None:
+        """The newest value of a metric, or None."""
+        points = self.series(stage).get(name)
+        return points[-1].value if points else None
+
+    def picture(self, name: str | None) -> bytes | None:
+        """Bytes of a picture of the run folder, or None."""
+        return storage.read_bytes(storage.join(self.url, name)) if name and self.has(name) else None
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return name in self._files
+
+    @cached_property
+    def _files(self) -> frozenset[str]:
+        # One listing, not a request for every picture: on s3 that would be thousands. Shards are not ours to list.
+        names = {name for name in ("config.json", "provenance.json") if storage.exists(storage.join(self.url, name))}
+        for stage in STAGES:
+            names |= {f"{stage}/{name}" for name in _own_files(self.url, stage)}
+        return frozenset(names)
+
+
+def _own_files(url: str, stage: str) -> list[str]:
+    if stage in TRAINED:
+        # Checkpoints may be many files; only what people look at is listed.
+        marks = [name for name in ("done.json", "codebook.json") if storage.exists(storage.join(url, stage, name))]
+        return marks + [f"pictures/{name}" for name in storage.list_files(storage.join(url, stage, "pictures"))]
+    return storage.list_files(storage.join(url, stage))

@@ -188,7 +188,9 @@ def merge(
     markers = [read_marker(set_url, part) for part in range(parts)]
     missing = [part_name(part) for part, marker in enumerate(markers) if marker is None]
     if missing:
-        raise DataError(f"{set_url}: {len(missing)} of {parts} parts are not finished ({', '.join(missing[:5])}); run the stage again, it skips finished parts.")
+        raise DataError(
+            f"{set_url}: {len(missing)} of {parts} parts are not finished ({', '.join(missing[:5])}); run the stage again, it skips finished parts."
+        )
     _drop_leftovers(set_url, parts)
     finished = [marker for marker in markers if marker is not None]
     storage.write_json(storage.join(set_url, INDEX), {"version": 2, "shards": _merged_shards(set_url, finished)})
@@ -243,7 +245,9 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
         raise DataError(f"{url}: no shard set here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
     manifest = storage.read_json(place)
     if manifest.get("schema") != schema:
-        raise DataError(f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; point data.images or data.codes at the right set, or run '{stage}' again.")
+        raise DataError(
+            f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; point data.images or data.codes at the right set, or run '{stage}' again."
+        )
     for kind, expected in (expect_parents or {}).items():
         found = manifest["parents"].get(kind, "none")
         if found != expected:
@@ -275,7 +279,9 @@ def read_part(set_url: str, part: int) -> Iterator[dict[str, Any]]:
 def _read_local(folder: Path, marker: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
     for file in marker["files"]:
         if storage.sha256_file(folder / file["name"]) != file["sha256"]:
-            raise DataError(f"{storage.join(place, file['name'])}: damaged, its SHA-256 is not the one in {DONE}; delete {place} and run its stage again.")
+            raise DataError(
+                f"{storage.join(place, file['name'])}: damaged, its SHA-256 is not the one in {DONE}; delete {place} and run its stage again."
+            )
     for shard in json.loads((folder / INDEX).read_text())["shards"]:
         reader = MDSReader.from_json(str(folder), None, shard)
         for index in range(len(reader)):

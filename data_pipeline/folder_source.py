@@ -30,7 +30,8 @@ class FolderSource:
         keys = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and name.rsplit(".", 1)[0] in texts]
         if not keys:
             raise DataError(
-                f"{self.url}: none of its {len(names)} files is an image with a same-named .txt file; expected for example apple.png ({', '.join(IMAGE_SUFFIXES)}) beside apple.txt, one caption a line."
+                f"{self.url}: none of its {len(names)} files is an image with a same-named .txt file; expected for example apple.png "
+                f"({', '.join(IMAGE_SUFFIXES)}) beside apple.txt, one caption a line."
             )
         return keys
 

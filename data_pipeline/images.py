@@ -59,7 +59,7 @@ def decode(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and is an error
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
                 f"image of {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are accepted; shrink it or remove it from the source."
@@ -76,7 +76,7 @@ def decode(data: bytes) -> Pixels:
 def _onto_white(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3] != (255, 255):
+        if rgba.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
             rgba = Image.alpha_composite(white, rgba)
         return rgba.convert("RGB")
@@ -98,7 +98,7 @@ def area_weights(size_in: int, size_out: int) -> NDArray[np.float32]:
     cells = np.arange(int(np.ceil(ends[-1])), dtype=np.float32)
     overlap = np.minimum(ends[:, None], cells + 1) - np.maximum(starts[:, None], cells)
     weights = np.clip(overlap, 0, None) / scale
-    inside = weights[:, :size_in].copy()
+    inside: NDArray[np.float32] = weights[:, :size_in].astype(np.float32)
     inside[:, -1] += weights[:, size_in:].sum(axis=1)  # past the last pixel, the last pixel is repeated
     inside.setflags(write=False)
     return inside

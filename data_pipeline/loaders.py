@@ -5,8 +5,8 @@ each record exactly once. Global batch k is positions [k B, (k + 1) B) of that s
 run across the ends of epochs: nothing is dropped, padded or repeated, and one integer, the number of samples drawn, is the whole state. So a run
 resumes to the sample, on any number of ranks.
 
-StreamingDataset would repeat samples at the end of an epoch until they divide over the ranks. ``_Epochs`` therefore asks it for the order of one rank,
-and takes the rank's positions from that; shards, cache, downloads and shared memory are StreamingDataset's own.
+StreamingDataset would repeat samples at the end of an epoch until they divide over the ranks. ``_Epochs`` therefore asks it for the order of one
+rank, and takes the rank's positions from that; shards, cache, downloads and shared memory are StreamingDataset's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,20 +34,29 @@ from streaming.base.shared import prefix as streaming_prefix
 from streaming.base.world import World as StreamingWorld
 from torch import Tensor
 
-from data_pipeline import images
 from data_pipeline.shards import INDEX, ShardSet
-from data_pipeline.text import Tokenizer
+from data_pipeline.transforms import Record, Sample, code_transform, dvae_transform, pair_transform, view_transform
 from infra import storage
 from infra.errors import ConfigError, DataError
-from infra.seeds import derive, generator
+from infra.seeds import derive
 from infra.world import World
+
+__all__ = [
+    "SequentialReader",
+    "ShardLoader",
+    "code_collate",
+    "code_transform",
+    "dvae_transform",
+    "image_collate",
+    "pair_transform",
+    "to_pixels",
+    "view_transform",
+]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B")
-Record = dict[str, Any]
-Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 _SHUFFLE_BLOCK = 1 << 18  # samples among which a sample may move
@@ -69,7 +79,7 @@ class _DaemonThreads:
         return future
 
 
-class _Epochs(StreamingDataset):
+class _Epochs(StreamingDataset):  # type: ignore[misc, unused-ignore]  # streaming ships no types
     """A StreamingDataset that is told where to start: epoch, and which positions of its order are this rank's."""
 
     place: tuple[int, int, int] = (0, 0, 1)
@@ -81,7 +91,7 @@ class _Epochs(StreamingDataset):
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         # A world of one rank: every sample once, without the repeats that make ranks equal.
         self._parallel_worker_world = StreamingWorld(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-        order = super()._get_work(epoch, sample_in_epoch)
+        order: NDArray[np.int64] = super()._get_work(epoch, sample_in_epoch)
         _, first, stride = self.place
         return order[first::stride]
 
@@ -115,9 +125,15 @@ def _check_world(world: World) -> None:
     found = StreamingWorld.detect()
     if (found.rank, found.num_ranks, found.ranks_per_node) != (world.rank, world.size, world.local_size):
         raise ConfigError(
-            f"this process is rank {world.rank} of {world.size} ({world.local_size} on this node), but its environment says rank {found.rank} of {found.num_ranks} "
-            f"({found.ranks_per_node} on this node): start ranks through launcher.py or torchrun, which set RANK, WORLD_SIZE and LOCAL_WORLD_SIZE."
+            f"this process is rank {world.rank} of {world.size} ({world.local_size} on this node), but its environment says rank {found.rank} of "
+            f"{found.num_ranks} ({found.ranks_per_node} on this node): start ranks through launcher.py or torchrun, which set these variables."
         )
+
+
+def _cache_folder(place: str | Path) -> Path:
+    """A run folder may itself be on S3; shards are cached on this machine in any case."""
+    local = bool(str(place)) and not storage.is_remote(str(place))
+    return storage.local_path(str(place)) / "cache" if local else Path(tempfile.gettempdir())
 
 
 class ShardLoader(Generic[T, B]):
@@ -138,7 +154,8 @@ class ShardLoader(Generic[T, B]):
         """
         Args:
             sets: epoch e reads sets[e mod len(sets)].
-            cache_dir: local folder for shards of s3:// sets; each loader of each process group makes its own sub-folder. Local sets are read in place.
+            cache_dir: folder for shards of s3:// sets (the system's temporary folder if this is no local path); each loader of each process group
+                makes its own sub-folder. Local sets are read in place.
             world: this process; all ranks make the same loaders in the same order.
             batch: samples of one global batch.
             seed: run.seed.
@@ -163,7 +180,7 @@ class ShardLoader(Generic[T, B]):
         self._world, self._batch, self._seed, self._shuffle = world, batch, seed, shuffle
         self._transform, self._collate = transform, collate
         self._counts = [shard_set.count for shard_set in sets]
-        self._datasets = [self._open(shard_set, Path(cache_dir)) for shard_set in sets]
+        self._datasets = [self._open(shard_set, _cache_folder(cache_dir)) for shard_set in sets]
         self._drawn = 0  # samples of the global order
         self._records: Iterator[tuple[Record, int]] | None = None
 
@@ -266,24 +283,54 @@ class ShardLoader(Generic[T, B]):
             )
 
 
-class SequentialReader:
-    """Records for evaluation: at most ``limit``, evenly spaced over the set, dealt to ranks in turn; the same ones in every run."""
+class SequentialReader(Generic[T, B]):
+    """Batches for evaluation: at most ``limit`` records, evenly spaced over the set, dealt to ranks in turn; the same ones in every run and pass."""
 
-    def __init__(self, shard_set: ShardSet, cache_dir: str | Path, world: World, limit: int) -> None:
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        world: World,
+        limit: int,
+        batch: int,
+        transform: Callable[[Record, int], T],
+        collate: Callable[[list[T]], B],
+        cache_dir: str | Path = "",
+    ) -> None:
         """
+        Args:
+            shard_set: what to read.
+            world: this process.
+            limit: records of all ranks together.
+            batch: records of one batch of this rank; the last may be smaller.
+            transform: (record, 0) -> sample.
+            collate: samples -> batch.
+            cache_dir: local folder for shards of an s3:// set; empty: the system's temporary folder.
+
         Raises:
             DataError: the set's index is missing.
         """
-        self._set, self._cache = shard_set, Path(cache_dir)
+        self._set, self._cache = shard_set, _cache_folder(cache_dir)
+        self._batch, self._transform, self._collate = batch, transform, collate
         self._shards = storage.read_json(storage.join(shard_set.url, INDEX))["shards"]
         taken = min(limit, shard_set.count)
         self.indices = [position * shard_set.count // taken for position in range(world.rank, taken, world.size)]
         """Positions in the set of this rank's records, ascending. Ranks' numbers differ by at most one."""
 
     def __len__(self) -> int:
-        return len(self.indices)
+        """Batches of this rank."""
+        return -(-len(self.indices) // self._batch)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[B]:
+        records = self.records()
+        while group := list(itertools.islice(records, self._batch)):
+            yield self._collate([self._transform(record, 0) for record in group])
+
+    def records(self) -> Iterator[Record]:
+        """The records themselves.
+
+        Raises:
+            DataError: a shard file is missing.
+        """
         ends = np.cumsum([shard["samples"] for shard in self._shards])
         opened: tuple[int, MDSReader] | None = None
         for index in self.indices:
@@ -293,7 +340,6 @@ class SequentialReader:
             yield opened[1][index - int(ends[number]) + self._shards[number]["samples"]]
 
     def _reader(self, shard: dict[str, Any]) -> MDSReader:
-        """Raises DataError where the shard file is missing."""
         basename = shard["raw_data"]["basename"]
         if not storage.is_remote(self._set.url):
             folder = storage.local_path(self._set.url)
@@ -306,92 +352,22 @@ class SequentialReader:
                 storage.download_file(storage.join(self._set.url, basename), folder / basename)
         return MDSReader.from_json(str(folder), None, shard)
 
-    def batches(self, batch: int, transform: Callable[[Record, int], T], collate: Callable[[list[T]], B]) -> Iterator[B]:
-        """Batches of at most ``batch`` samples of this rank; the last may be smaller. Transforms see epoch 0."""
-        records = iter(self)
-        while group := list(itertools.islice(records, batch)):
-            yield collate([transform(record, 0) for record in group])
+
+def image_collate(samples: list[Sample]) -> Batch:
+    """Samples of images -> ids (list), pixels float32 [B, 3, H, W] in [0, 1], and with captions text int64 [B, T] and lengths int64 [B]."""
+    batch: Batch = {"ids": [sample["id"] for sample in samples], "pixels": to_pixels(np.stack([sample["pixels"] for sample in samples]))}
+    return batch | _texts(samples) if "text" in samples[0] else batch
 
 
-# --- Transforms: (record, epoch) -> sample. Random numbers come from (seed, purpose, epoch, id) alone. ---
+def code_collate(samples: list[Sample]) -> Batch:
+    """Samples of codes -> ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]."""
+    codes_BI = torch.from_numpy(np.stack([sample["codes"] for sample in samples]))
+    return {"ids": [sample["id"] for sample in samples], "codes": codes_BI} | _texts(samples)
 
 
-def dvae_images(image_size: int, scale_min: float, scale_max: float, seed: int) -> Callable[[Record, int], Sample]:
-    """Image records by Listing 1, for the dVAE: pixels uint8 [H, W, 3] and id."""
-
-    def transform(record: Record, epoch: int) -> Sample:
-        rng = generator(seed, "crop", epoch, record["id"])
-        picture, _ = images.listing1(images.decode(record["image"]), image_size, scale_min, scale_max, rng)
-        return {"id": record["id"], "pixels": picture}
-
-    return transform
-
-
-def clip_pairs(image_size: int, scale_max: float, tokenizer: Tokenizer, dropout: float, seed: int) -> Callable[[Record, int], Sample]:
-    """Image records by Listing 2 with one of their captions, for the contrastive model: pixels, text, length and id."""
-    encode = caption_choice(tokenizer, dropout, seed)
-
-    def transform(record: Record, epoch: int) -> Sample:
-        rng = generator(seed, "crop", epoch, record["id"])
-        picture, _ = images.listing2(images.decode(record["image"]), image_size, scale_max, rng)
-        return {"id": record["id"], "pixels": picture} | encode(record, epoch)
-
-    return transform
-
-
-def caption_choice(tokenizer: Tokenizer, dropout: float, seed: int) -> Callable[[Record, int], Sample]:
-    """One caption of a record, drawn by (seed, epoch, id), encoded with BPE dropout: text int64 [T] and length."""
-
-    def choose(record: Record, epoch: int) -> Sample:
-        captions = record["captions"]
-        choice = derive(seed, "caption", epoch, record["id"]) % len(captions)
-        text, length = tokenizer.encode(captions[choice], dropout, derive(seed, "bpe", epoch, record["id"]))
-        return {"text": text, "length": length}
-
-    return choose
-
-
-def code_texts(tokenizer: Tokenizer, dropout: float, seed: int) -> Callable[[Record, int], Sample]:
-    """Code records with one of their captions, for the transformer: text, length, codes int64 [I] and id."""
-    encode = caption_choice(tokenizer, dropout, seed)
-
-    def transform(record: Record, epoch: int) -> Sample:
-        return {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
-
-    return transform
-
-
-def evaluation_sample(image_size: int = 0, tokenizer: Tokenizer | None = None) -> Callable[[Record, int], Sample]:
-    """Nothing random: the central crop of an image (if ``image_size``), the first caption (if ``tokenizer``), and codes where a record has them."""
-
-    def transform(record: Record, epoch: int) -> Sample:
-        sample: Sample = {"id": record["id"]}
-        if image_size:
-            sample["pixels"], _ = images.center(images.decode(record["image"]), image_size)
-        if tokenizer is not None:
-            sample["text"], sample["length"] = tokenizer.encode(record["captions"][0])
-        if "codes" in record:
-            sample["codes"] = record["codes"].astype(np.int64)
-        return sample
-
-    return transform
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples; what they hold decides the keys.
-
-    Returns:
-        ids (list), and of those that the samples have: pixels float32 [B, 3, H, W] in [0, 1], text int64 [B, T], lengths int64 [B], codes int64 [B, I].
-    """
-    batch: Batch = {"ids": [sample["id"] for sample in samples]}
-    if "pixels" in samples[0]:
-        batch["pixels"] = to_pixels(np.stack([sample["pixels"] for sample in samples]))
-    if "length" in samples[0]:
-        batch["text"] = torch.from_numpy(np.stack([sample["text"] for sample in samples]))
-        batch["lengths"] = torch.tensor([sample["length"] for sample in samples])
-    if "codes" in samples[0]:
-        batch["codes"] = torch.from_numpy(np.stack([sample["codes"] for sample in samples]))
-    return batch
+def _texts(samples: list[Sample]) -> Batch:
+    text_BT = torch.from_numpy(np.stack([sample["text"] for sample in samples]))
+    return {"text": text_BT, "lengths": torch.tensor([sample["length"] for sample in samples])}
 
 
 def to_pixels(pictures_BHWC: NDArray[np.uint8]) -> Tensor:

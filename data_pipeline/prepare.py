@@ -113,14 +113,20 @@ def _write(plan: Plan, part: InputPart, images_url: str) -> None:
         per_source: dict[str, int] = {}
         for record in chosen:
             per_source[record.source] = per_source.get(record.source, 0) + 1
-        extra = {"sources": per_source, "groups": sorted({record.group for record in chosen})}
+        extra: dict[str, Any] = {"sources": per_source, "groups": sorted({record.group for record in chosen})}
         if split == "train":
             extra |= {"seen": tally.seen, "reasons": tally.reasons}
         write_part(storage.join(images_url, split), part.index, chosen, plan.inputs_hash(part), plan.data.shard_bytes, extra)
 
 
 def run(
-    data: DataConfig, image_size: int, seed: int, images_url: str, world: World, progress: Callable[[int, int], None] | None = None
+    data: DataConfig,
+    image_size: int,
+    seed: int,
+    images_url: str,
+    world: World,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, int]:
     """Write this process's share of the parts; finished parts are skipped. When all processes are through, one calls ``finish``.
 
@@ -130,7 +136,8 @@ def run(
         seed: run.seed.
         images_url: place of the two shard sets.
         world: part i belongs to rank i mod size.
-        progress: called with (parts done, parts of this process).
+        progress: called with (pairs done, pairs of this process) after each part.
+        stop: asked before each part; True leaves the rest to another run.
 
     Returns:
         Numbers of parts: parts (of all processes), written, skipped.
@@ -140,15 +147,20 @@ def run(
     """
     plan = make_plan(data, image_size, seed)
     mine = plan.parts[world.rank :: world.size]
-    written = 0
-    for done, part in enumerate(mine, start=1):
+    written, skipped, done, total = 0, 0, 0, sum(len(part.keys) for part in mine)
+    for part in mine:
+        if stop is not None and stop():
+            break
         wanted = plan.inputs_hash(part)
         if not all(part_done(storage.join(images_url, split), part.index, wanted) for split in SPLITS):
             _write(plan, part, images_url)
             written += 1
+        else:
+            skipped += 1
+        done += len(part.keys)
         if progress is not None:
-            progress(done, len(mine))
-    return {"parts": len(plan.parts), "written": written, "skipped": len(mine) - written}
+            progress(done, total)
+    return {"parts": len(plan.parts), "written": written, "skipped": skipped}
 
 
 def finish(data: DataConfig, image_size: int, seed: int, images_url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -246,13 +246,15 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
     manifest = storage.read_json(place)
     if manifest.get("schema") != schema:
         raise DataError(
-            f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; point data.images or data.codes at the right set, or run '{stage}' again."
+            f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; "
+            f"point data.images or data.codes at the right set, or run '{stage}' again."
         )
     for kind, expected in (expect_parents or {}).items():
         found = manifest["parents"].get(kind, "none")
         if found != expected:
             raise DataError(
-                f"{url}: made from {kind} {found[:12]}, but this run uses {kind} {expected[:12]}; delete {url} and run '{stage}' again, or go back to the {kind} it was made from."
+                f"{url}: made from {kind} {found[:12]}, but this run uses {kind} {expected[:12]}; "
+                f"delete {url} and run '{stage}' again, or go back to the {kind} it was made from."
             )
     return ShardSet(url, manifest)
 

@@ -263,7 +263,8 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
     manifest: dict[str, Any] = storage.read_json(place)
     if manifest["settings"]["vocab"] != config.vocab:
         raise DataError(
-            f"{url}: trained for tokenizer.vocab = {manifest['settings']['vocab']}, this run has {config.vocab}; change tokenizer.vocab or run 'tokenizer' again."
+            f"{url}: trained for tokenizer.vocab = {manifest['settings']['vocab']}, this run has {config.vocab}; "
+            "change tokenizer.vocab or run 'tokenizer' again."
         )
     model = storage.read_bytes(storage.join(url, MODEL))
     if hashlib.sha256(model).hexdigest() != manifest["sha256"]:

@@ -95,7 +95,13 @@ def _start(folder: Path) -> S3Server:
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     # A few small volumes on demand, one set for each bucket; 0 would size their number by the free disk.
     options = ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false", "-master.telemetry=false"]
-    options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.allowDeleteBucketNotEmpty=false", f"-s3.config={folder / 's3.json'}"]
+    options += [
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-s3.allowDeleteBucketNotEmpty=false",
+        "-s3.autoCreateBucket=false",
+        f"-s3.config={folder / 's3.json'}",
+    ]
     options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", *(f"-{name}={port}" for name, port in ports.items())]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -1,0 +1,137 @@
+"""Local files that appear whole or not at all, with errors that name the place. ``infra/storage.py`` is what other modules use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from infra.errors import ConfigError, DataError
+
+TEMPORARY = ".tmp-"
+"""Prefix of the names of files that are being written; listings leave them out."""
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a local file, in hexadecimal.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    with read_errors(str(path)), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def read_errors(name: str) -> Iterator[None]:
+    """Turn an OSError into a DataError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: does not exist.") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose a writable place, for example with run.root.") from error
+
+
+@contextmanager
+def atomic(path: Path, origin: str = "", sha256: str = "") -> Iterator[IO[bytes]]:
+    """A temporary file beside ``path`` that becomes ``path``, synced to disk, when the block ends well; otherwise it vanishes.
+
+    Args:
+        path: the file to write; missing folders are made.
+        origin: where the content comes from, for messages.
+        sha256: expected hash of the content; empty: any.
+
+    Raises:
+        DataError: the content has another hash.
+        ConfigError: the place is not writable.
+    """
+    temporary = _beside(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            found = sha256_file(temporary) if sha256 else ""
+            if found != sha256:
+                raise DataError(f"{origin}: damaged: its SHA-256 is {found}, expected {sha256}. Delete it and run the stage that wrote it again.")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def create_once(path: Path, data: bytes) -> bool:
+    """Create a file with content unless it exists: one of any number of racing callers gets True.
+
+    Raises:
+        ConfigError: the place is not writable.
+    """
+    beside = _beside(path)
+    with atomic(beside) as file:
+        file.write(data)
+    with write_errors(path):
+        try:
+            os.link(beside, path)  # unlike with O_EXCL, the file has its content from its first moment
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    return True
+
+
+def list_names(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it, in no order; none if it is missing.
+
+    Raises:
+        DataError: a folder in it cannot be read, which must not look like an empty one.
+    """
+    with read_errors(str(folder)):
+        walked = os.walk(folder, onerror=_fail)
+        return [(Path(top) / name).relative_to(folder).as_posix() for top, _, names in walked for name in names]
+
+
+def delete_tree(folder: Path) -> None:
+    """Delete a folder with all it holds; a missing one is fine.
+
+    Raises:
+        ConfigError: it may not be deleted.
+    """
+    with write_errors(folder), suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _fail(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # one that was deleted meanwhile holds nothing
+        raise error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name survive a power cut. Some network file systems refuse; they order names themselves."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

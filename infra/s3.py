@@ -1,0 +1,243 @@
+"""Objects of S3: the only importer of boto3, which is imported at first use. ``infra/storage.py`` is what other modules use.
+
+``S3_ENDPOINT_URL`` names a server other than AWS; credentials come by boto3's usual ways and are never logged. Errors say whether data are
+missing or broken (DataError) or whether the bucket, the credentials or the endpoint are wrong (ConfigError, with the variable to set).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from infra.errors import ConfigError, DataError, ReportedError
+from infra.files import atomic
+
+MAX_ATTEMPTS = 6
+"""Attempts of one request (throttling, resets), and of one whole download whose body broke off."""
+BACKOFF_S = 0.25
+"""Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
+PART_BYTES = 16 << 20
+"""Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB)."""
+DELETE_AT_ONCE = 1000
+"""Objects that one delete request names: S3's limit."""
+
+_CLIENT_VARIABLES = (
+    *("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
+_REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken", "AllAccessDisabled")
+_MISSING = ("404", "NoSuchKey", "NotFound")
+_lock = threading.Lock()
+_clients: dict[str, Any] = {}
+
+T = TypeVar("T")
+
+
+def bucket_and_key(url: str) -> tuple[str, str]:
+    """Split ``s3://bucket/key``.
+
+    Raises:
+        ConfigError: there is no bucket.
+    """
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise ConfigError(f"{url}: the bucket is missing; expected s3://bucket/prefix.")
+    return bucket, key.strip("/")
+
+
+def read(url: str) -> bytes:
+    """The whole object; its checksum is verified where the server keeps one."""
+    bucket, key = bucket_and_key(url)
+
+    def get() -> bytes:
+        body: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        return body
+
+    return _retry_body(url, get)
+
+
+def download(url: str, local: Path, sha256: str) -> None:
+    """Copy an object to a local file, in parallel ranges if it is large. S3 checks no ranges, hence the hash (empty: none)."""
+    bucket, key = bucket_and_key(url)
+
+    def get() -> None:
+        with atomic(local, url, sha256) as file:
+            _client().download_fileobj(bucket, key, file, Config=_transfer())
+
+    _retry_body(url, get)
+
+
+def write(url: str, data: bytes) -> None:
+    """Put an object."""
+    bucket, key = bucket_and_key(url)
+    with _errors(url):
+        _client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def upload(source: IO[bytes], url: str) -> None:
+    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived."""
+    bucket, key = bucket_and_key(url)
+    with _errors(url):
+        _client().upload_fileobj(source, bucket, key, Config=_transfer())
+
+
+def create_once(url: str, data: bytes) -> bool:
+    """Put an object unless it exists: one of any number of racing callers gets True."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = bucket_and_key(url)
+    writer = secrets.token_hex(16)
+    with _errors(url):
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+                return True
+            except ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412"):
+                    break
+                # A conflict means that a rival's put is under way: ask again how it ended.
+                if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
+                    raise
+    # A request that was sent twice may have met the object of its own first attempt: the token tells.
+    return bool(((head(url) or {}).get("Metadata") or {}).get("writer") == writer)
+
+
+def head(url: str) -> dict[str, Any] | None:
+    """Size (ContentLength) and Metadata of an object, or None if there is no such object."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = bucket_and_key(url)
+    with _errors(url):
+        try:
+            found: dict[str, Any] = _client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if _code(error) in _MISSING:
+                return None
+            raise
+    return found
+
+
+def list_names(url: str) -> list[str]:
+    """Names of all objects below a prefix, relative to it."""
+    bucket, key = bucket_and_key(url)
+    prefix = f"{key}/" if key else ""
+    with _errors(url):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+    return [found.removeprefix(prefix) for found in keys if not found.endswith("/")]
+
+
+def delete(url: str) -> None:
+    """Delete an object; a missing one is fine."""
+    bucket, key = bucket_and_key(url)
+    with _errors(url):
+        _client().delete_object(Bucket=bucket, Key=key)
+
+
+def delete_all(url: str) -> None:
+    """Delete all objects below a prefix."""
+    bucket, key = bucket_and_key(url)
+    names = list_names(url)
+    with _errors(url):
+        for start in range(0, len(names), DELETE_AT_ONCE):
+            objects = [{"Key": f"{key}/{name}"} for name in names[start : start + DELETE_AT_ONCE]]
+            failed = _client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True}).get("Errors", [])
+            if failed:
+                raise ConfigError(f"s3://{bucket}/{failed[0]['Key']}: cannot be deleted ({failed[0].get('Code')}); this key needs s3:DeleteObject.")
+
+
+def _client() -> Any:
+    """The client of this process and environment: clients do not survive a fork, and an environment may change (in tests it does)."""
+    settings = "\n".join(os.environ.get(name, "") for name in _CLIENT_VARIABLES)
+    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {settings}".encode()).hexdigest()
+    with _lock:
+        if key not in _clients:
+            _clients[key] = _connect()
+        return _clients[key]
+
+
+def _connect() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or None
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=16,
+        s3={"addressing_style": "path"} if endpoint else None,  # bucket.host resolves on AWS, rarely elsewhere
+    )
+    try:
+        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:
+        raise ConfigError(f"S3_ENDPOINT_URL = {endpoint}: {error}; expected a URL such as http://host:port.") from error
+
+
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4)
+
+
+def _retry_body(url: str, action: Callable[[], T]) -> T:
+    """Repeat a whole download when its body breaks off or fails its checksum: botocore retries up to the first byte of a body only."""
+    from botocore import exceptions as found
+
+    broken = (
+        found.ConnectionClosedError,
+        found.FlexibleChecksumError,
+        found.IncompleteReadError,
+        found.ReadTimeoutError,
+        found.ResponseStreamingError,
+    )
+    with _errors(url):
+        for attempt in range(MAX_ATTEMPTS - 1):
+            try:
+                return action()
+            except broken:
+                time.sleep(BACKOFF_S * 2**attempt)
+        return action()
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _errors(url: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions as found
+    from s3transfer.exceptions import RetriesExceededError
+
+    try:
+        yield
+    except found.ClientError as error:
+        raise _explain(url, _code(error), str(error)) from error
+    except (found.NoCredentialsError, found.PartialCredentialsError, found.ProfileNotFound) as error:
+        raise ConfigError(f"{url}: no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
+    except found.ParamValidationError as error:
+        raise ConfigError(f"{url}: not a valid name ({error}); expected s3://bucket/prefix.") from error
+    except (found.BotoCoreError, Boto3Error, RetriesExceededError) as error:
+        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
+
+
+def _explain(url: str, code: str, detail: str) -> ReportedError:
+    if code == "NoSuchBucket":
+        return ConfigError(f"{url}: the bucket does not exist; create it, or name another one.")
+    if code == "InvalidBucketName":
+        return ConfigError(
+            f"{url}: not a valid bucket name; expected s3://bucket/prefix, the bucket in 3 to 63 lower-case letters, digits and dashes."
+        )
+    if code in _REFUSED:
+        return ConfigError(f"{url}: refused ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of this key on the bucket.")
+    if code in _MISSING:
+        return DataError(f"{url}: does not exist.")
+    return DataError(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")

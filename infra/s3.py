@@ -191,13 +191,7 @@ def _retry_body(url: str, action: Callable[[], T]) -> T:
     """Repeat a whole download when its body breaks off or fails its checksum: botocore retries up to the first byte of a body only."""
     from botocore import exceptions as found
 
-    broken = (
-        found.ConnectionClosedError,
-        found.FlexibleChecksumError,
-        found.IncompleteReadError,
-        found.ReadTimeoutError,
-        found.ResponseStreamingError,
-    )
+    broken = (found.FlexibleChecksumError, found.IncompleteReadError, found.ReadTimeoutError, found.ResponseStreamingError)
     with _errors(url):
         for attempt in range(MAX_ATTEMPTS - 1):
             try:

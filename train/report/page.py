@@ -6,7 +6,6 @@ import logging
 import time
 from pathlib import Path
 
-from infra import storage
 from infra.errors import DataError
 from train.report.markup import Html, el, join, note
 from train.report.sections import SECTIONS, make
@@ -16,24 +15,11 @@ _STYLE = Path(__file__).with_name("style.css")
 _log = logging.getLogger(__name__)
 
 
-def build(run_url: str) -> str:
-    """Write ``report.html`` into a run folder, finished or not.
+def render(run: RunView) -> str:
+    """The page of a run folder, finished or not, as text.
 
     A section whose inputs are absent says so; one whose inputs are damaged shows the complaint in its place, and the others stand.
-
-    Args:
-        run_url: the run folder, local or s3://.
-
-    Returns:
-        URL of the page.
     """
-    url = storage.join(run_url, "report.html")
-    storage.write_bytes(url, render(RunView(run_url)).encode())
-    return url
-
-
-def render(run: RunView) -> str:
-    """The page as text; see build."""
     sections = [section for name in SECTIONS if (section := _section(run, name))]
     links = el("nav", [el("a", section.title, href=f"#{section.key}") for section in sections], aria_label="sections")
     parts = [el("section", el("h2", section.title), section.body, id=section.key) for section in sections]

@@ -161,7 +161,7 @@ def _svg(figure: Figure, key: str, title: str) -> Html:
     # This style would hold for the whole page; style.css says the same for plots alone. The font is the page's.
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r" font-family: [^;\"]*;", "", text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     # Several plots share one page: their identifiers must not meet.
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r"url\(#", f"url(#{key}-", text)

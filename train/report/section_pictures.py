@@ -16,7 +16,7 @@ def section(run: RunView) -> Section | None:
     if not captions:
         return Section("pictures", "Drawn pictures", note("Nothing has been drawn yet: the generate stage has not finished."))
     shown = int(run.section("generate").get("show") or 4)
-    candidates = run.section("generate").get("candidates")
+    candidates = index.get("candidates") or run.section("generate").get("candidates")
     of = f" of {candidates}" if candidates else ""
     words = [
         f"The best {shown}{of} pictures for each caption by CLIP score, best first. Below each stands the training image nearest to it, ",
@@ -25,7 +25,7 @@ def section(run: RunView) -> Section | None:
     ]
     facts = [
         f"Temperature {index['temperature']:g}." if isinstance(index.get("temperature"), int | float) else None,
-        f" Checkpoint {index['checkpoint']}." if index.get("checkpoint") else None,
+        f" Weights {str(index['checkpoint'])[:12]}." if index.get("checkpoint") else None,
     ]
     cards = el("div", [_card(run, caption, shown) for caption in captions], class_="captions")
     return Section("pictures", "Drawn pictures", join(note(words), cards, note(facts)))
@@ -43,7 +43,7 @@ def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:
 
 def _pair(run: RunView, picture: dict[str, Any], caption: str) -> Html:
     score, seed = picture.get("score"), picture.get("seed")
-    words = "" if score is None else f"{float(score):.3f}"
+    words = "" if score is None else f"CLIP {float(score):.2f}"
     drawn = el(
         "figure",
         _image(run, picture.get("file"), f"drawn for: {caption}"),

@@ -6,7 +6,6 @@ from train.report.images import GridPng, data_uri, png_bytes, read_grid
 from train.report.markup import Html, el, join, note
 from train.report.view import RunView, Section
 
-_ROWS = {2: ("original", "from its codes"), 3: ("original", "relaxed", "from its codes")}
 _MOST = 16
 
 
@@ -25,12 +24,16 @@ def section(run: RunView) -> Section | None:
             f"out of {dvae['vocab']}: all that the transformer will ever see."
         )
     found = read_grid(data)
-    body = _pairs(found) if found else el("div", el("img", src=data_uri(data), alt="rows: originals, reconstructions"), class_="scroll strip")
+    body = (
+        _pairs(found)
+        if found
+        else el("div", el("img", src=data_uri(data), alt="a row of originals above rows of reconstructions"), class_="scroll strip")
+    )
     return Section("reconstructions", title, join(note(words), body))
 
 
 def _pairs(found: GridPng) -> Html:
-    names = found.labels or list(_ROWS.get(len(found.rows), [f"row {i + 1}" for i in range(len(found.rows))]))
+    names = found.labels or [f"row {i + 1}" for i in range(len(found.rows))]
     columns = list(zip(*found.rows, strict=False))[:_MOST]
     figures = []
     for number, pictures in enumerate(columns):
@@ -38,5 +41,5 @@ def _pairs(found: GridPng) -> Html:
             el("img", src=data_uri(png_bytes(picture)), alt=f"{name} {number + 1}", title=name) for name, picture in zip(names, pictures, strict=True)
         ]
         figures.append(el("figure", images, class_="stack"))
-    legend = el("p", "From top to bottom: ", ", ".join(names), ".", class_="note")
+    legend = note("From top to bottom: ", ", ".join(found.labels), ".") if found.labels else None
     return join(el("div", figures, class_="stacks"), legend)

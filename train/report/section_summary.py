@@ -39,7 +39,7 @@ def section(run: RunView) -> Section | None:
 
 
 def _render(tile: Tile) -> Html:
-    mark = None if tile.met is None else el("span", "✓ goal" if tile.met else "below goal", class_="met" if tile.met else "unmet")
+    mark = None if tile.met is None else el("span", "✓ reached" if tile.met else "not reached", class_="met" if tile.met else "unmet")
     value = el("p", tile.value, el("small", " ", tile.unit) if tile.unit else None, class_="value")
     return el("div", el("p", tile.label, class_="label"), value, el("p", tile.detail, " ", mark, class_="detail"), class_="tile")
 

@@ -1,25 +1,19 @@
-"""Stage ``report``: the run folder -> report.html.
+"""The last stage's work: a run folder -> report.html."""
 
-Command: python launcher.py report PRESET
-"""
-
-import logging
-
-from infra.world import World
-from train.config import RunConfig
-from train.report.page import build
-
-_log = logging.getLogger(__name__)
+from infra import storage
+from train.report.page import render
+from train.report.view import RunView
 
 
-def run(cfg: RunConfig, run_url: str, world: World) -> str:
-    """Write the report of a run, finished or not. The main rank writes; the others have nothing to do.
+def build(run_url: str) -> str:
+    """Write ``report.html`` into a run folder, finished or not; see ``train.report.page.render``.
+
+    Args:
+        run_url: the run folder, local or s3://.
 
     Returns:
-        URL of the page, on every rank.
+        URL of the page.
     """
-    if not world.is_main:
-        return f"{run_url.rstrip('/')}/report.html"
-    url = build(run_url)
-    _log.info("report of '%s': %s", cfg.run.name, url)
+    url = storage.join(run_url, "report.html")
+    storage.write_bytes(url, render(RunView(run_url)).encode())
     return url

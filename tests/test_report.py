@@ -338,6 +338,10 @@ def test_plots_take_their_colours_and_font_from_the_page_and_keep_words_as_text(
     assert len(text) < 60_000
 
 
+def test_the_numbers_of_an_axis_are_not_cut() -> None:
+    assert ">0.1005</text>" in lines("k", "x", [Line("a", [(0, 0.1), (1, 0.105)])])
+
+
 def test_a_plot_is_the_same_bytes_every_time_and_its_identifiers_carry_its_key() -> None:
     a, b = (ranked("one", "x", [5, 3, 0, 1]) for _ in range(2))
     assert a == b

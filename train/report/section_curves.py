@@ -24,14 +24,14 @@ class Panel:
 
 PANELS: dict[str, tuple[Panel, ...]] = {
     "dvae": (
-        Panel("loss (nats per channel value)", (("train/loss", "training"),)),
         Panel(
             "reconstruction term",
             (("train/nll", "training"), ("eval/nll_true", "validation, true codes"), ("eval/nll_relaxed", "validation, relaxed")),
         ),
         Panel("PSNR on validation (dB)", (("eval/psnr", "true codes"), ("eval/psnr_relaxed", "relaxed"))),
-        Panel("KL to uniform (nats per code)", (("train/kl", "training"),)),
         Panel("codes in use (share)", (("eval/code_use", "validation"),)),
+        Panel("loss (nats per channel value)", (("train/loss", "training"),)),
+        Panel("KL to uniform (nats per code)", (("train/kl", "training"),)),
         Panel("perplexity of codes", (("eval/perplexity", "validation"),)),
         Panel("schedules: temperature, KL weight", (("sched/tau", "temperature"), ("sched/beta", "KL weight"))),
         Panel("step size", (("optim/lr", "step size"),)),
@@ -47,8 +47,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             reference_label="unigram entropy",
         ),
         Panel("text loss (nats per token)", (("train/loss_text", "training"), ("eval/loss_text", "validation"))),
-        Panel("weighted loss", (("train/loss", "training"),)),
         Panel("worth of the caption (nats per code)", (("eval/caption_gain", "validation"),)),
+        Panel("weighted loss", (("train/loss", "training"),)),
         Panel("step size", (("optim/lr", "step size"),)),
         Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
         Panel("tokens per second", (("perf/tokens_per_s", "tokens/s"),)),
@@ -59,7 +59,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
 }
 TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
-_OPEN = 4
+_OPEN = 3
 
 
 def section(run: RunView) -> Section | None:

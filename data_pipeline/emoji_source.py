@@ -251,7 +251,7 @@ class EmojiSource:
         handles = []
         for style in STYLES.values():
             stems = sorted(entry.name.removesuffix(".svg") for entry in style.folder().iterdir() if entry.name.endswith(".svg"))
-            handles += [f"{style.name}/{stem}" for stem in stems if _key_codes(stem) in _names()]
+            handles += [f"{style.name}/{stem}" for stem in stems if codes_of(stem) in _names()]
         return handles
 
     def read(self, key: str) -> Pair:
@@ -261,7 +261,7 @@ class EmojiSource:
             DataError: the handle names no drawing of the installed packages.
         """
         style_name, _, stem = key.partition("/")
-        codes = _key_codes(stem)
+        codes = codes_of(stem)
         style = STYLES.get(style_name)
         drawing = style.folder() / f"{stem}.svg" if style else None
         if style is None or drawing is None or not drawing.is_file() or codes not in _names():
@@ -278,7 +278,7 @@ class EmojiSource:
         )
 
     def group(self, key: str) -> str:
-        return f"emoji/{concept(_key_codes(key.partition('/')[2]))}"
+        return f"emoji/{concept(codes_of(key.partition('/')[2]))}"
 
     def version(self) -> str:
         packages = ("emoji", "resvg_py", *(style.package for style in STYLES.values()))
@@ -288,7 +288,8 @@ class EmojiSource:
         return credits()
 
 
-def _key_codes(stem: str) -> str:
+def codes_of(stem: str) -> str:
+    """File name of a drawing without suffix -> its code points, four digits or more, without variation selectors."""
     return "-".join(code.rjust(4, "0") for code in stem.upper().split("-") if code != _VARIATION)
 
 

@@ -110,6 +110,8 @@ class _Epochs(StreamingDataset):  # type: ignore[misc, unused-ignore]  # streami
 def _own_shared_memory(world: World, serial: int) -> Iterator[str]:
     """Names in shared memory that belong to this process group: no other job's are looked at, waited for or removed. Yields the group's key."""
     environment = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    if not environment[1]:  # no port to tell groups apart: ranks of one node have their parent in common
+        environment.append(str(os.getppid()))
     alone = [str(os.getpid())] if world.local_size == 1 else []
     words = [*environment, *alone, str(os.getuid()), str(world.rank // world.local_size), str(serial)]
     key = hashlib.blake2b("\x1f".join(words).encode(), digest_size=6).hexdigest()
@@ -275,7 +277,9 @@ class ShardLoader(Generic[T, B]):
                 found += 1
                 yield record
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{shard_set.url}: reading stopped after {found} of {expected} samples of epoch {epoch} ({error}).") from error
+            raise DataError(
+                f"{shard_set.url}: reading stopped after {found} of {expected} samples of this rank in epoch {epoch} ({error})."
+            ) from error
         if found != expected or dataset.failed:
             raise DataError(
                 f"{shard_set.url}: epoch {epoch} ended after {found} of {expected} samples of this rank; a shard is missing, damaged or cannot be downloaded "

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,21 @@ def write_part(
     return marker
 
 
+class _Inline(ThreadPoolExecutor):
+    """Runs what is submitted at once. The writer's threads serve uploads, which are ours; and it sleeps a second whenever one has not started yet."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 def _write_mds(folder: Path, records: Iterable[Record], shard_bytes: int) -> int:
     count, writer = 0, None
     for record in records:
         if writer is None:
-            writer = MDSWriter(out=str(folder), columns=record.columns(), hashes=[_HASH], size_limit=shard_bytes, max_workers=1)
+            writer = MDSWriter(out=str(folder), columns=record.columns(), hashes=[_HASH], size_limit=shard_bytes)
+            writer.executor = _Inline()
         writer.write({field.name: getattr(record, field.name) for field in dataclasses.fields(record)})
         count += 1
     if writer is None:

@@ -1,0 +1,186 @@
+"""Decoding, AREA resizing and the paper's two augmentations."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline import images
+from data_pipeline.images import CropBox
+from infra.errors import DataError
+
+_TOO_SMALL = r"40 x 15 pixels: crops of 16 .* raise data.min_side"
+
+
+def encoded(picture: Image.Image, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form)
+    return out.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> images.Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def literal_area(image: images.Pixels, size: int) -> NDArray[np.float64]:
+    """AREA with aligned corners as the definition says it, pixel by pixel and slowly; float64 [size, size, 3]."""
+    height, width = image.shape[:2]
+    scale_y = (height - 1) / (size - 1) if size > 1 else height
+    scale_x = (width - 1) / (size - 1) if size > 1 else width
+    out: NDArray[np.float64] = np.zeros((size, size, 3))
+    for y in range(size):
+        for x in range(size):
+            for i in range(math.floor(y * scale_y), math.ceil((y + 1) * scale_y)):
+                for j in range(math.floor(x * scale_x), math.ceil((x + 1) * scale_x)):
+                    covered_y = min(i + 1, (y + 1) * scale_y) - max(i, y * scale_y)
+                    covered_x = min(j + 1, (x + 1) * scale_x) - max(j, x * scale_x)
+                    out[y, x] += covered_y * covered_x * image[min(i, height - 1), min(j, width - 1)]
+    out /= scale_y * scale_x
+    return out
+
+
+@given(st.integers(1, 20), st.integers(0, 15), st.integers(0, 10))
+def test_area_resize_equals_the_literal_definition(size: int, more: int, seed: int) -> None:
+    image = noise(size + more, size + more, seed)
+    weights = images.area_weights(size + more, size).astype(np.float64)
+    fast = np.einsum("yi,ijc,xj->yxc", weights, image.astype(np.float64), weights)
+    assert np.abs(fast - literal_area(image, size)).max() < 1e-3
+
+
+def test_a_cut_equals_the_literal_resize_rounded_and_cropped() -> None:
+    image = noise(40, 31)
+    crop = CropBox((0, 5, 31, 36), resize=20, offset=(3, 2))
+    slow = np.rint(np.clip(literal_area(image[5:36], 20), 0, 255))[2:18, 3:19]
+    difference = np.abs(images.cut(image, crop, 16).astype(int) - slow)
+    assert difference.max() <= 1, "further off than a tie in rounding"
+    assert (difference > 0).mean() < 0.01
+
+
+def test_the_last_pixels_of_an_area_resize_lean_on_the_edge() -> None:
+    # The scale is (in - 1) / (out - 1) = 3: the second pixel covers [3, 6], of which only [3, 4] exists.
+    assert images.area_weights(4, 2).tolist() == [[pytest.approx(1 / 3)] * 3 + [0.0], [0.0, 0.0, 0.0, pytest.approx(1.0)]]
+
+
+@given(st.integers(1, 64), st.integers(0, 64))
+def test_area_weights_sum_to_one_and_equal_sizes_change_nothing(size: int, more: int) -> None:
+    weights = images.area_weights(size + more, size)
+    assert np.allclose(weights.sum(axis=1), 1, atol=1e-4)
+    assert (weights >= 0).all()
+    assert np.array_equal(images.area_weights(size, size), np.eye(size, dtype=np.float32))
+
+
+def test_area_weights_refuse_to_enlarge() -> None:
+    with pytest.raises(ValueError, match="from 3 to 5 pixels: expected 0 < output <= input"):
+        images.area_weights(3, 5)
+
+
+@given(st.integers(16, 80), st.integers(16, 80), st.integers(0, 1000))
+def test_listing_1_stays_in_the_ranges_of_the_paper(width: int, height: int, seed: int) -> None:
+    crop = images.dvae_crop((width, height), 16, 9 / 8, 12 / 8, np.random.default_rng(seed))
+    left, top, right, bottom = crop.box
+    side = min(width, height)
+    assert right - left == bottom - top == side
+    assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+    assert min(side, 18) <= crop.resize <= min(side, 24)
+    assert all(0 <= offset <= crop.resize - 16 for offset in crop.offset)
+
+
+def test_listing_1_reaches_every_value_of_its_ranges() -> None:
+    crops = [images.dvae_crop((30, 26), 16, 9 / 8, 12 / 8, np.random.default_rng(seed)) for seed in range(800)]
+    assert {crop.box[0] for crop in crops} == set(range(5))
+    assert {crop.resize for crop in crops} == set(range(18, 25))
+    assert {crop.offset[0] for crop in crops} == set(range(9)) == {crop.offset[1] for crop in crops}
+    assert {crop.flip for crop in crops} == {True, False}
+
+
+@given(st.integers(16, 300), st.integers(16, 300), st.integers(0, 1000))
+def test_listing_2_stays_in_the_middle_quarter_and_never_flips(width: int, height: int, seed: int) -> None:
+    crop = images.transformer_crop((width, height), 16, 9 / 8, np.random.default_rng(seed))
+    side = min(width, height)
+    for start, length in zip(crop.box[:2], (width, height), strict=True):
+        slack = length - side
+        assert 3 * slack // 8 <= start < max(3 * slack // 8 + 1, 5 * slack // 8)
+    assert 16 <= crop.resize <= min(side, 18)
+    assert not crop.flip
+
+
+@pytest.mark.parametrize(("slack", "lowest", "highest"), [(100, 37, 61), (256, 96, 159), (1, 0, 0), (0, 0, 0)])
+def test_listing_2_offsets_reach_both_ends_of_the_papers_examples(slack: int, lowest: int, highest: int) -> None:
+    starts = {images.transformer_crop((256 + slack, 256), 256, 9 / 8, np.random.default_rng(seed)).box[0] for seed in range(700)}
+    assert (min(starts), max(starts)) == (lowest, highest)
+
+
+def test_a_crop_is_made_again_from_its_json() -> None:
+    image = noise(50, 37)
+    for seed in range(20):
+        picture, crop = images.listing1(image, 16, 9 / 8, 12 / 8, np.random.default_rng(seed))
+        again = CropBox.from_json(crop.to_json())
+        assert again == crop
+        assert np.array_equal(images.cut(image, again, 16), picture)
+        assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
+
+
+def test_a_flip_mirrors_left_and_right_only() -> None:
+    image = noise(20, 20)
+    plain, flipped = (images.cut(image, CropBox((0, 0, 20, 20), 20, (0, 0), flip), 20) for flip in (False, True))
+    assert np.array_equal(plain, image)
+    assert np.array_equal(flipped, image[:, ::-1])
+
+
+def test_the_central_view_is_the_middle_and_needs_no_generator() -> None:
+    image = np.zeros((16, 48, 3), np.uint8)
+    image[:, 16:32] = 200
+    picture, crop = images.center(image, 8)
+    assert crop.box == (16, 0, 32, 16)
+    assert (picture == 200).all()
+    picture2, _ = images.listing2(image, 16, 1.0, np.random.default_rng(0))
+    assert picture2.shape == (16, 16, 3)
+
+
+def test_an_image_smaller_than_the_crop_is_refused_by_all_three_views() -> None:
+    rng = np.random.default_rng(0)
+    small = noise(15, 40)
+    with pytest.raises(DataError, match=_TOO_SMALL):
+        images.center(small, 16)
+    with pytest.raises(DataError, match=_TOO_SMALL):
+        images.listing1(small, 16, 9 / 8, 12 / 8, rng)
+    with pytest.raises(DataError, match=_TOO_SMALL):
+        images.listing2(small, 16, 9 / 8, rng)
+
+
+def test_transparency_is_laid_onto_white() -> None:
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    half.putpixel((0, 0), (255, 0, 0, 255))
+    pixels = images.decode(encoded(half))
+    assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[3, 3].tolist() == [255, 255, 255]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    out = io.BytesIO()
+    palette.save(out, "PNG", transparency=1)
+    assert (images.decode(out.getvalue()) == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "form"), [("L", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("P", "GIF"), ("RGB", "WEBP"), ("I;16", "PNG")])
+def test_every_mode_becomes_three_bytes_a_pixel(mode: str, form: str) -> None:
+    pixels = images.decode(encoded(Image.new(mode, (6, 5)), form))
+    assert pixels.shape == (5, 6, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.new("RGB", (64, 64)))[:60]])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"cannot be decoded .* replace it or remove it"):
+        images.decode(data)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = encoded(Image.new("1", (1000, 1000)))
+    monkeypatch.setattr(images, "MAX_PIXELS", 999_999)
+    with pytest.raises(DataError, match=r"1000 x 1000 pixels: at most 999,999"):
+        images.decode(bomb)

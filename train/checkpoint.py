@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,51 +18,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from infra import storage
 from infra.errors import CheckpointError
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.checkpoint_storage import Reader, Writer
+from train.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous piece of a flattened tensor."""
-
-    tensor: Tensor
-    """1-D view that holds the piece; restored in place."""
-    offset: int
-    """First element of the piece in the flattened tensor."""
-    total: int
-    """Elements of the whole tensor."""
-
-
-def even_slice(tensor: Tensor, part: int, parts: int) -> Fragment:
-    """Piece ``part`` of ``parts`` of a whole contiguous tensor (the last ones may be shorter, even empty)."""
-    flat = tensor.view(-1)
-    each = -(-flat.numel() // parts)
-    start = min(part * each, flat.numel())
-    return Fragment(flat[start : start + each], start, flat.numel())
-
-
-def _checkpointable(fragment: Fragment) -> Tensor:
-    """The piece as a tensor that tells torch.distributed.checkpoint its place in the whole."""
-    tensor = fragment.tensor.view(-1)
-    chunk = ChunkStorageMetadata(offsets=torch.Size([fragment.offset]), sizes=torch.Size([tensor.numel()]))
-
-    def write_items(name: str, _: Tensor) -> list[WriteItem]:
-        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=tensor.dtype), size=torch.Size([fragment.total]))
-        return [WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)] if tensor.numel() else []
-
-    tensor.__create_write_items__ = write_items  # type: ignore[attr-defined]
-    tensor.__create_chunk_list__ = lambda: [chunk] if tensor.numel() else []  # type: ignore[attr-defined]
-    tensor.__get_tensor_shard__ = lambda _: tensor  # type: ignore[attr-defined]
-    return tensor
 
 
 def folder(stage_url: str, step: int) -> str:
@@ -82,7 +45,7 @@ def save(stage_url: str, step: int, fragments: dict[str, Fragment], meta: dict[s
         storage.delete(storage.join(url, "meta.json"))  # rewritten below: no marker while files change
     if dist.is_initialized():
         dist.barrier()
-    dcp.save({name: _checkpointable(f) for name, f in fragments.items()}, storage_writer=Writer(url), no_dist=not dist.is_initialized())
+    dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), no_dist=not dist.is_initialized())
     if world.is_main:
         facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions()}
         storage.write_json(storage.join(url, "meta.json"), meta | facts)
@@ -107,7 +70,7 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
     url = folder(stage_url, step)
     meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
     try:
-        dcp.load({name: _checkpointable(f) for name, f in fragments.items()}, storage_reader=Reader(url), no_dist=not dist.is_initialized())
+        dcp.load(dict(fragments), storage_reader=Reader(url), planner=FragmentLoader(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{url}: {first}") from error
@@ -148,8 +111,8 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
         if entry is None:
             raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
         out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-    fragments = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
-    dcp.load({name: _checkpointable(f) for name, f in fragments.items()}, storage_reader=reader, no_dist=True)
+    fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
+    dcp.load(fragments, storage_reader=reader, planner=FragmentLoader(), no_dist=True)
     return out
 
 

@@ -62,7 +62,9 @@ class Writer(StorageWriter):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 for item in plan.items:
-                    data = _bytes_of(planner.resolve_data(item))
+                    tensor = planner.resolve_data(item)
+                    assert isinstance(tensor, torch.Tensor)  # FragmentSaver refused anything else
+                    data = _bytes_of(tensor)
                     file.write(data)
                     place = {"file": name, "start": position, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                     results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
@@ -80,8 +82,7 @@ class Writer(StorageWriter):
         places = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank in results for r in rank}
         tensors = {}
         for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointError(f"'{name}' is no tensor: other state belongs in meta.json.")
+            assert isinstance(entry, TensorStorageMetadata)
             chunks = [{"offset": c.offsets[0], "length": c.sizes[0]} | places[name, tuple(c.offsets)] for c in entry.chunks]
             tensors[name] = {"dtype": str(entry.properties.dtype).removeprefix("torch."), "size": entry.size[0], "chunks": chunks}
         storage.write_json(storage.join(self.url, INDEX), {"tensors": tensors})

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infra.world import World
 from train.averaging import Average
-from train.checkpoint import Fragment, even_slice
+from train.fragments import Fragment, even_slice
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Engine(Protocol):
 
     def __call__(self, *inputs: Any, **named: Any) -> Any: ...
 
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def micro_batch(self, *, last: bool) -> None:
+        """Announce a micro-batch, before its forward pass: gradients are reduced over ranks with the last one of an update."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
 
     def step(self, lr: float) -> Update: ...
 
@@ -78,12 +82,14 @@ class ReplicatedEngine:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._replica(*inputs, **named)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; reduce them over ranks with the last micro-batch of an update."""
-        loss = loss * self.world.size  # DDP averages over ranks, and shares of a global mean must sum
+    def micro_batch(self, *, last: bool) -> None:
+        """Tell DDP whether to reduce in the coming backward pass; it decides in the forward pass."""
         if isinstance(self._replica, DistributedDataParallel):
             self._replica.require_backward_grad_sync = last
-        loss.backward()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. DDP averages over ranks, and shares of a global mean must sum."""
+        (loss * self.world.size).backward()
 
     def step(self, lr: float) -> Update:
         """Apply the update, unless a gradient is not finite (every rank sees the same reduced gradients)."""

@@ -152,8 +152,9 @@ class Fit:
         shares: dict[str, Tensor] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for index, batch in enumerate(batches):
+            self.engine.micro_batch(last=index == len(batches) - 1)
             loss = self.task.loss(self.engine, batch, step, at, denominators)
-            self.engine.backward(loss.total, last=index == len(batches) - 1)
+            self.engine.backward(loss.total)
             finite &= torch.isfinite(loss.total.detach())
             for name, value in loss.sums.items():
                 shares[name] = shares.get(name, 0.0) + value.detach()

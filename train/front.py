@@ -68,7 +68,9 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     _check_target(on)
     if dry_run:
         print(describe(cfg, preset), end="")
-        print("# command\n" + shlex.join(command(name, run, nproc)))
+        print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, "--nproc", str(nproc)]))
+        if nproc > 1:
+            print(f"# each of the {nproc} ranks\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
         return
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()

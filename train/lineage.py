@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from data_pipeline.shards import ShardSet, open_set
+from data_pipeline.shards import CODES_SCHEMA, ShardSet, open_set
+from data_pipeline.text import Tokenizer, load_tokenizer
 from infra.run_folder import RunFolder
 from model.clip import Clip
 from model.dvae import DVAE
@@ -17,7 +18,13 @@ from train.config import RunConfig
 def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
     """A code set, refused if another dVAE than this run's export made it."""
     parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
-    return open_set(places.code_set(cfg, run, crop, split), "codes/1", parents)
+    return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents)
+
+
+def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
+    """The run's tokenizer and its content hash."""
+    tokenizer, manifest = load_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    return tokenizer, str(manifest["content_hash"])
 
 
 def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[DVAE, str]:

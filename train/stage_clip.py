@@ -7,8 +7,7 @@ import json
 import torch
 
 from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate, pair_transform, view_transform
-from data_pipeline.shards import open_set
-from data_pipeline.text import open_tokenizer
+from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from infra.config import to_json
 from infra.run_folder import RunFolder
 from infra.seeds import derive
@@ -22,6 +21,7 @@ from train.config import RunConfig
 from train.device import set_up, tear_down
 from train.engine import ReplicatedEngine
 from train.fit import Fit
+from train.lineage import open_tokenizer
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -29,9 +29,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "prepare", "tokenizer")
     device = set_up(world)
     fit = cfg.clip_fit
-    training = open_set(places.image_set(cfg, run, "train"), "image/1")
-    validation = open_set(places.image_set(cfg, run, "validation"), "image/1")
-    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    training = open_set(places.image_set(cfg, run, "train"), IMAGE_SCHEMA)
+    validation = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
@@ -39,7 +39,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     loader = ShardLoader([training], run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=view, collate=image_collate)
     plain = view_transform(cfg.dvae.image_size, tokenizer)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate)
-    lineage = {"images": training.content_hash, "tokenizer": tokenizer.content_hash}
+    lineage = {"images": training.content_hash, "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     outcome = Fit("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()
     engine.average.values = {name.removeprefix("clip."): value for name, value in engine.average.values.items()}

@@ -7,7 +7,6 @@ import json
 import torch
 
 from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate, code_transform
-from data_pipeline.text import open_tokenizer
 from infra import storage
 from infra.config import to_json
 from infra.run_folder import RunFolder
@@ -21,7 +20,7 @@ from train.config import RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, tear_down
 from train.fit import Fit
-from train.lineage import open_codes
+from train.lineage import open_codes, open_tokenizer
 from train.zero.engine import ZeroEngine
 
 
@@ -32,7 +31,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     fit = cfg.dalle_fit
     training = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
     validation = open_codes(cfg, run, 0, "validation")
-    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
     model = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype, checkpoint_blocks=fit.activation_checkpointing).to(device)
@@ -43,7 +42,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     loader = ShardLoader(training, run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=encode, collate=code_collate)
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate)
-    lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer.content_hash}
+    lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()

@@ -7,7 +7,7 @@ import json
 import torch
 
 from data_pipeline.loaders import SequentialReader, ShardLoader, dvae_transform, image_collate, view_transform
-from data_pipeline.shards import open_set
+from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from infra.config import to_json
 from infra.run_folder import RunFolder
 from infra.seeds import derive
@@ -28,8 +28,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "prepare")
     device = set_up(world)
     fit = cfg.dvae_fit
-    training = open_set(places.image_set(cfg, run, "train"), "image/1")
-    validation = open_set(places.image_set(cfg, run, "validation"), "image/1")
+    training = open_set(places.image_set(cfg, run, "train"), IMAGE_SCHEMA)
+    validation = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     model = DVAE(cfg.dvae, branch_dtype(fit.precision, device, run, world)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema)

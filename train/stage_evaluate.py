@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from data_pipeline.loaders import SequentialReader, code_collate, code_transform, image_collate, view_transform
 from data_pipeline.shards import IMAGE_SCHEMA, open_set
-from data_pipeline.text import open_tokenizer
 from infra import storage
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -22,7 +21,7 @@ from train.config import RunConfig
 from train.dalle_task import cross_entropies
 from train.device import branch_dtype, set_up, tear_down
 from train.dvae_task import code_statistics, psnr
-from train.lineage import open_clip, open_codes, open_dalle, open_dvae
+from train.lineage import open_clip, open_codes, open_dalle, open_dvae, open_tokenizer
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -32,7 +31,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     device = set_up(world)
     dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
     (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = open_dvae(cfg, run, device), open_dalle(cfg, run, device, dtype), open_clip(cfg, run, device)
-    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     images = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     codes = open_codes(cfg, run, 0, "validation")
     samples, batch = cfg.evaluate.samples, cfg.evaluate.batch
@@ -50,7 +49,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         "ce_below_unigram_percent": 100 * (1 - ce["loss_image"] / unigram) if unigram else 0.0,
     }
     if world.is_main:
-        lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "images": images.content_hash, "codes": codes.content_hash}
+        lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash, "images": images.content_hash, "codes": codes.content_hash}
         storage.write_json(run.at("evaluate", "metrics.json"), figures | {"parents": lineage})
         seconds = time.monotonic() - started
         run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures, parents=lineage)

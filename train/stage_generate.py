@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.text import Tokenizer, open_tokenizer
+from data_pipeline.text import Tokenizer
 from infra import storage
 from infra.progress import Progress
 from infra.run_folder import RunFolder
@@ -24,7 +24,7 @@ from train.config import RunConfig
 from train.device import branch_dtype, set_up, tear_down
 from train.drawing import Prompt
 from train.dvae_task import to_array
-from train.lineage import open_clip, open_dalle, open_dvae
+from train.lineage import open_clip, open_dalle, open_dvae, open_tokenizer
 from train.report.images import grid, png_bytes
 
 
@@ -36,9 +36,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
     (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = open_dvae(cfg, run, device), open_dalle(cfg, run, device, dtype), open_clip(cfg, run, device)
     training, validation = (open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS)
-    tokenizer = open_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     wanted = drawing.prompts(cfg, training, validation)
-    lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash}
+    lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash}
     mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], lineage)]
     progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
     for done, index in enumerate(mine, 1):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from typing import Any
 
 from data_pipeline import prepare
 from infra.progress import Progress
@@ -32,6 +34,21 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     if world.is_main:
         summary = prepare.finish(cfg.data, cfg.dvae.image_size, cfg.run.seed, where, producer())
         seconds = time.monotonic() - started
+        summary = _for_people(summary)
         rate = sum(summary["splits"].values()) / seconds
         run.finish("prepare", seconds=seconds, world_size=world.size, throughput={"value": rate, "unit": "images/s"}, summary=summary)
     tear_down()
+
+
+def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary as the report shows it: counts by split, source and reason."""
+    sources: Counter[str] = Counter()
+    for entry in summary["splits"].values():
+        sources.update(entry["sources"])
+    return {
+        "splits": {split: entry["count"] for split, entry in summary["splits"].items()},
+        "groups": {split: entry["groups"] for split, entry in summary["splits"].items()},
+        "sources": dict(sources),
+        "dropped": summary["reasons"],
+        "credits": summary["credits"],
+    }

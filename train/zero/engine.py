@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from infra.errors import ConfigError
 from infra.world import World
 from train.averaging import Average
-from train.checkpoint import Fragment, even_slice
 from train.config import DalleFit, ZeroSection
 from train.engine import Update, decay_groups
+from train.fragments import Fragment, even_slice
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -69,12 +69,14 @@ class ZeroEngine:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._engine(*inputs, **named)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> None:
+        """Check that DeepSpeed counts micro-batches as we do."""
+        assert self._engine.is_gradient_accumulation_boundary() == last, "DeepSpeed's accumulation boundary is out of step"
+
+    def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. DeepSpeed averages over ranks and micro-batches, and shares of a global mean must sum."""
-        if self._engine.is_gradient_accumulation_boundary() != last:
-            raise RuntimeError("micro-batches and DeepSpeed's accumulation boundary are out of step")
         self._engine.backward(loss * self._scale)
-        if not last:
+        if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def step(self, lr: float) -> Update:

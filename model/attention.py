@@ -1,15 +1,17 @@
 """Attention engines. An engine computes ``attend(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK`` for the mask that ``kind`` names.
 
-B batch, H heads, S states (T text, then I image), K width of a head.
+B batch, H heads, S states (T text, then I image as Y rows of X columns), K width of a head, L places along one axis (a row or a column),
+W keys in the window of such a line.
 """
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import StreamShape, TransformerConfig
-from model.masks import Kind, dense_mask, layer_kinds
+from model.masks import Kind, allowed_offsets, dense_mask, layer_kinds
 
 
 class Attend(Protocol):
@@ -30,3 +32,59 @@ class DenseAttention(nn.Module):
 
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
         return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=getattr(self, f"mask_{kind}"))
+
+
+class StructuredAttention(nn.Module):
+    """The engine for CPUs: every line of the image (a row, or a column of a column mask) meets the text and a few lines only.
+
+    A line's queries see the keys of its own line and of the lines before it that the mask reaches, so scores are
+    [L, X, T + W] in place of [S, S]. Equal to DenseAttention up to rounding; the masks are cut out of its masks.
+    """
+
+    def __init__(self, cfg: TransformerConfig, shape: StreamShape) -> None:
+        super().__init__()
+        self.text_tokens, self.grid = shape.text_tokens, shape.grid
+        self.lines_before: dict[str, int] = {}
+        # Explicit softmax: at these sizes it is several times as fast as the CPU's flash kernel, whose blocks are larger than a line.
+        self.bias_text: Tensor
+        self.register_buffer("bias_text", torch.full((shape.text_tokens, shape.text_tokens), float("-inf")).triu(1), persistent=False)
+        for kind in sorted(set(layer_kinds(cfg.layers))):
+            furthest = max(allowed_offsets(kind, shape.grid, cfg.conv_kernel, cfg.conv_offsets))
+            before = 0 if kind == "column" else min(-(-furthest // shape.grid), shape.grid - 1)
+            mask_YXYX = (
+                dense_mask(kind, shape, cfg)[shape.text_tokens :, shape.text_tokens :].unflatten(1, (shape.grid, -1)).unflatten(0, (shape.grid, -1))
+            )
+            if kind == "column":
+                mask_YXYX = mask_YXYX.permute(1, 0, 3, 2)
+            # Windows of keys, as _windows makes them: the first lines have windows that begin before the image.
+            padded = F.pad(mask_YXYX, (0, 0, before, 0))
+            window_LXW = torch.stack([padded[line, :, line : line + before + 1].flatten(1) for line in range(shape.grid)])
+            self.lines_before[kind] = before
+            self.register_buffer(f"bias_{kind}", torch.zeros(window_LXW.shape).masked_fill(~window_LXW, float("-inf")), persistent=False)
+
+    def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
+        text = self.text_tokens
+        q_BHSK = q_BHSK * q_BHSK.shape[-1] ** -0.5
+        q_BHTK, k_BHTK, v_BHTK = (t[:, :, :text] for t in (q_BHSK, k_BHSK, v_BHSK))
+        out_BHTK = (q_BHTK @ k_BHTK.transpose(-1, -2) + self.bias_text.to(q_BHSK.dtype)).softmax(-1) @ v_BHTK
+        q_BHLXK = self._lines(q_BHSK, kind)
+        k_BHLWK, v_BHLWK = (self._windows(self._lines(t, kind), kind) for t in (k_BHSK, v_BHSK))
+        text_scores_BHLXT = (q_BHLXK.flatten(2, 3) @ k_BHTK.transpose(-1, -2)).unflatten(2, (self.grid, -1))
+        line_scores_BHLXW = q_BHLXK @ k_BHLWK.transpose(-1, -2) + getattr(self, f"bias_{kind}").to(q_BHSK.dtype)
+        # One softmax over text and image keys together (paper B.1, footnote 7).
+        p_BHLXT, p_BHLXW = torch.cat([text_scores_BHLXT, line_scores_BHLXW], dim=-1).softmax(-1).tensor_split([text], dim=-1)
+        out_BHLXK = p_BHLXW @ v_BHLWK + (p_BHLXT.flatten(2, 3) @ v_BHTK).unflatten(2, (self.grid, -1))
+        if kind == "column":
+            out_BHLXK = out_BHLXK.transpose(2, 3)
+        return torch.cat([out_BHTK, out_BHLXK.flatten(2, 3)], dim=2)
+
+    def _lines(self, x_BHSK: Tensor, kind: Kind) -> Tensor:
+        x_BHYXK = x_BHSK[:, :, self.text_tokens :].unflatten(2, (self.grid, -1))
+        return x_BHYXK.transpose(2, 3) if kind == "column" else x_BHYXK
+
+    def _windows(self, x_BHLXK: Tensor, kind: Kind) -> Tensor:
+        before = self.lines_before[kind]
+        if not before:
+            return x_BHLXK
+        padded = F.pad(x_BHLXK, (0, 0, 0, 0, before, 0))
+        return torch.cat([padded[:, :, shift : shift + self.grid] for shift in range(before + 1)], dim=3)

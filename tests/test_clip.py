@@ -12,16 +12,16 @@ from model.config import ClipConfig
 CFG = ClipConfig(width=32, layers=2, heads=2, patch=4, embed=16)
 
 
-def build():
+def build() -> Clip:
     torch.manual_seed(0)
     return Clip(CFG, image_size=16, text_tokens=6, text_vocab=30)
 
 
-def pictures(count=4):
-    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def pictures() -> torch.Tensor:
+    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def test_embeddings_are_unit_vectors_that_differ_between_inputs():
+def test_embeddings_are_unit_vectors_that_differ_between_inputs() -> None:
     model = build()
     text_BT = torch.arange(24).view(4, 6)
     for e_BE in (model.encode_image(pictures()), model.encode_text(text_BT, torch.tensor([6, 3, 0, 1]))):
@@ -29,7 +29,7 @@ def test_embeddings_are_unit_vectors_that_differ_between_inputs():
         assert len(e_BE.detach().unique(dim=0)) == 4
 
 
-def test_ids_beyond_a_captions_length_have_no_effect_and_those_within_do():
+def test_ids_beyond_a_captions_length_have_no_effect_and_those_within_do() -> None:
     model = build()
     a_BT = torch.arange(18).view(3, 6)
     lengths_B = torch.tensor([4, 0, 6])
@@ -41,9 +41,9 @@ def test_ids_beyond_a_captions_length_have_no_effect_and_those_within_do():
     assert not model.encode_text(b_BT, lengths_B)[0].equal(e_BE[0])
 
 
-def test_the_text_tower_is_not_causal_and_knows_order():
+def test_the_text_tower_is_not_causal_and_knows_order() -> None:
     model = build()
-    states = []
+    states: list[torch.Tensor] = []
     model.text_blocks[-1].register_forward_hook(lambda _m, _i, out: states.append(out))
     for text_BT in (torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[1, 2, 3, 4, 5, 7]])):
         model.encode_text(text_BT, torch.tensor([6]))
@@ -52,7 +52,7 @@ def test_the_text_tower_is_not_causal_and_knows_order():
     assert not torch.allclose(swapped, model.encode_text(torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([6])), atol=1e-5)
 
 
-def test_the_loss_is_symmetrical_and_lowest_for_matching_pairs():
+def test_the_loss_is_symmetrical_and_lowest_for_matching_pairs() -> None:
     e_BE = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(2)), dim=1)
     other_BE = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(3)), dim=1)
     scale = torch.tensor(20.0)
@@ -62,7 +62,7 @@ def test_the_loss_is_symmetrical_and_lowest_for_matching_pairs():
     assert float(contrastive_loss(e_BE, other_BE, torch.tensor(0.0))) == pytest.approx(math.log(5))
 
 
-def test_the_scale_is_learned_and_never_above_100():
+def test_the_scale_is_learned_and_never_above_100() -> None:
     model = build()
     text_BT = torch.arange(24).view(4, 6)
     contrastive_loss(model.encode_image(pictures()), model.encode_text(text_BT, torch.full((4,), 6)), model.scale).backward()
@@ -72,7 +72,7 @@ def test_the_scale_is_learned_and_never_above_100():
     assert float(model.scale) == pytest.approx(100.0)
 
 
-def test_four_pairs_are_learned_by_heart():
+def test_four_pairs_are_learned_by_heart() -> None:
     model = build()
     text_BT, lengths_B = torch.arange(24).view(4, 6), torch.full((4,), 6)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -84,7 +84,7 @@ def test_four_pairs_are_learned_by_heart():
     assert float(loss) < 0.1
 
 
-def test_shapes_that_do_not_fit_are_refused_by_key():
+def test_shapes_that_do_not_fit_are_refused_by_key() -> None:
     with pytest.raises(ValueError, match=r"clip.patch = 4 does not divide dvae.image_size = 18"):
         Clip(CFG, image_size=18, text_tokens=6, text_vocab=30)
     with pytest.raises(ValueError, match=r"pixels have shape \(1, 3, 8, 8\): expected \[B, 3, 16, 16\] \(dvae.image_size\)"):

@@ -1,5 +1,7 @@
 """Drawn pictures follow the model, the seed, and nothing else."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ TEXT = torch.arange(20).view(4, 5)
 LENGTHS = torch.tensor([3, 0, 5, 2])
 
 
-def build():
+def build() -> Transformer:
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(layers=5, width=32, heads=2, conv_kernel=3), SHAPE)
     # Wide logits, so that a wrong one shows.
@@ -24,11 +26,11 @@ def build():
     return model
 
 
-def generators(*seeds):
+def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_cached_logits_equal_those_of_the_whole_stream():
+def test_cached_logits_equal_those_of_the_whole_stream() -> None:
     model = build()
     codes_BI = torch.randint(0, 24, (4, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -40,7 +42,7 @@ def test_cached_logits_equal_those_of_the_whole_stream():
             torch.testing.assert_close(in_leaps(codes_BI[:, :position]), wanted_BIN[:, position], rtol=1e-4, atol=1e-4)
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours():
+def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours() -> None:
     model = build()
     together_BI = sample(model, TEXT, LENGTHS, generators(5, 6, 7, 8))
     alone_BI = sample(model, TEXT[2:3], LENGTHS[2:3], generators(7))
@@ -49,7 +51,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours():
     assert not together_BI[2].equal(sample(model, TEXT[2:3], LENGTHS[2:3], generators(9))[0])
 
 
-def test_given_codes_are_kept_and_the_rest_is_drawn_as_if_they_had_been_drawn():
+def test_given_codes_are_kept_and_the_rest_is_drawn_as_if_they_had_been_drawn() -> None:
     model = build()
     whole_BI = sample(model, TEXT, LENGTHS, generators(1, 2, 3, 4))
     assert sample(model, TEXT, LENGTHS, generators(1, 2, 3, 4), prefix_codes=whole_BI[:, :7]).equal(whole_BI)
@@ -60,7 +62,7 @@ def test_given_codes_are_kept_and_the_rest_is_drawn_as_if_they_had_been_drawn():
     assert not drawn_BI[:, 7:].equal(whole_BI[:, 7:])
 
 
-def test_first_codes_are_drawn_in_proportion_to_their_probabilities():
+def test_first_codes_are_drawn_in_proportion_to_their_probabilities() -> None:
     model = build()
     many = 4000
     text_BT, lengths_B = TEXT[:1].expand(many, -1), LENGTHS[:1].expand(many)
@@ -73,7 +75,7 @@ def test_first_codes_are_drawn_in_proportion_to_their_probabilities():
     assert float((share_N - wanted_N).abs().max()) < 0.03
 
 
-def test_top_k_draws_among_the_likeliest_codes_only():
+def test_top_k_draws_among_the_likeliest_codes_only() -> None:
     model = build()
     greedy_BI = sample(model, TEXT, LENGTHS, generators(1, 2, 3, 4), top_k=1)
     assert greedy_BI.equal(sample(model, TEXT, LENGTHS, generators(9, 8, 7, 6), top_k=1))
@@ -95,6 +97,6 @@ def test_top_k_draws_among_the_likeliest_codes_only():
         ({"prefix_codes": torch.zeros(3, 2, dtype=torch.long)}, r"prefix_codes have shape \(3, 2\)"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(options, message):
+def test_what_cannot_be_drawn_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(build(), TEXT, LENGTHS, **({"generators": generators(1, 2, 3, 4)} | options))

@@ -1,0 +1,1 @@
+"""Benchmarks: one module each, one JSON schema, one generated page."""

@@ -1,0 +1,23 @@
+"""Floors of a machine: what its matrix units and its memory can do. ``python -m train.bench.floor``"""
+
+import os
+
+from train.bench.harness import DTYPES, Options, Result, copy_rate, main, matmul_rate, start, threads
+
+
+def run(options: Options) -> Result:
+    """Matrix rates by dtype and copy bandwidth; on a CPU with one thread and with all cores."""
+    result = start("floor", "Floors: matrix products and copies", options, matmul="8192^3" if options.device == "cuda" else "1024^3")
+    counts = [1] if options.device == "cuda" else sorted({1, os.cpu_count() or 1})
+    for count in counts:
+        after = "" if options.device == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
+        with threads(count):
+            for name, dtype in DTYPES.items():
+                result.measured[f"matmul {name}{after}"] = matmul_rate(dtype, options)
+            result.measured[f"copy{after}"] = copy_rate(options)
+        result.ratio(f"bf16 over fp32{after}", f"matmul bf16{after}", f"matmul fp32{after}")
+    return result
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,319 @@
+"""What every benchmark shares: the result and its JSON schema, repeated runs, floor probes. torch and the standard library only.
+
+So a benchmark of a model runs on a machine that has nothing but torch: ``python -m train.bench.<name>`` from the root of the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = "bench/1"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a benchmark."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """'cpu' or 'cuda'."""
+    seconds: float = 1.0
+    """Time given to each measured figure."""
+    runs: int = 5
+    """Runs that share this time; a figure is their median."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure: the median of several runs, with its extremes."""
+
+    value: float
+    min: float
+    max: float
+    unit: str
+    runs: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure over another of the same run."""
+
+    value: float
+    of: str
+    """Name of the numerator, in measured."""
+    to: str
+    """Name of the denominator, in floor, measured or peers."""
+    goal: float | None = None
+    """What we want it to be at least."""
+
+
+@dataclass
+class Result:
+    """One benchmark on one device."""
+
+    name: str
+    title: str
+    device: dict[str, Any]
+    versions: dict[str, str]
+    commit: str
+    date: str
+    schema: str = SCHEMA
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was measured: sizes, dtypes, threads."""
+    floor: dict[str, Figure] = field(default_factory=dict)
+    """What the machine can do, measured in the same run."""
+    measured: dict[str, Figure] = field(default_factory=dict)
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    peers: dict[str, Figure] = field(default_factory=dict)
+    """Other implementations, measured in the same run."""
+    notes: list[str] = field(default_factory=list)
+
+    def ratio(self, name: str, of: str, to: str, goal: float | None = None) -> None:
+        """Add the ratio of two figures' medians.
+
+        Raises:
+            ValueError: there is no such figure.
+        """
+        figures = self.floor | self.measured | self.peers
+        for word in (of, to):
+            if word not in figures:
+                raise ValueError(f"ratio '{name}': no figure '{word}'; there are {', '.join(sorted(figures)) or 'none'}")
+        self.ratios[name] = Ratio(figures[of].value / figures[to].value, of, to, goal)
+
+
+def start(name: str, title: str, options: Options, **settings: Any) -> Result:
+    """A result with everything but figures."""
+    return Result(
+        name=name,
+        title=title,
+        device=describe_device(options.device),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)},
+        commit=_commit(),
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        # A shared machine is no secret: what else ran explains a wide range.
+        settings=settings | {"load_at_start": round(os.getloadavg()[0], 1)},
+    )
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """Name and size of the device: the GPU's, or the processor's as Linux names it."""
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        return {"kind": "cuda", "name": found.name, "memory_gib": round(found.total_memory / 2**30), "cores": found.multi_processor_count}
+    facts = _cpu_facts()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return {"kind": "cpu", "name": facts.get("model name", platform.machine()), "cores": os.cpu_count() or 1, "flags": flags}
+
+
+def _cpu_facts() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _commit() -> str:
+    """Commit of the checkout, with ``+dirty`` where tracked files differ; ``unknown`` on a machine that was given the files alone."""
+    try:
+        head = subprocess.run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(_ROOT), "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+dirty" if dirty else "")
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------------------------------------
+
+
+def measure(work: Callable[[], object], amount: float, unit: str, options: Options) -> Figure:
+    """Rate in ``unit`` (so much a second) of ``work``, each call of which does ``amount``: one call to warm up, then ``runs`` timed runs."""
+    work()
+    rates = sorted(_rate(work, amount, options.device, options.seconds / options.runs) for _ in range(options.runs))
+    return Figure(value=statistics.median(rates), min=rates[0], max=rates[-1], unit=unit, runs=options.runs)
+
+
+def _rate(work: Callable[[], object], amount: float, device: str, seconds: float) -> float:
+    calls, began = 0, _now(device)
+    while True:
+        work()
+        calls += 1
+        # On a GPU the queue must not outgrow the time: every call waits, and probes are large enough for that not to matter.
+        elapsed = _now(device) - began
+        if elapsed >= seconds:
+            return amount * calls / elapsed
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch with ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def matmul_rate(dtype: torch.dtype, options: Options, size: tuple[int, int, int] | None = None) -> Figure:
+    """GFLOP/s of a matrix product [m, k] x [k, n] with the present number of threads; the default size suits the device."""
+    m, k, n = size or ((8192, 8192, 8192) if options.device == "cuda" else (1024, 1024, 1024))
+    a, b = (torch.randn(shape, device=options.device).to(dtype) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=dtype, device=options.device)
+    return measure(lambda: torch.mm(a, b, out=out), 2e-9 * m * k * n, "GFLOP/s", options)
+
+
+def copy_rate(options: Options) -> Figure:
+    """GB/s of a large copy, read and written bytes both counted, with the present number of threads."""
+    count = (1 << 30) if options.device == "cuda" else (1 << 27)
+    source = torch.zeros(count, dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), 2e-9 * count, "GB/s", options)
+
+
+def probe(seconds: float = 1.0) -> dict[str, float]:
+    """GFLOP/s of this process's matrix products by dtype, on the CPU with the present number of threads, in about ``seconds``.
+
+    The shape is that of a small transformer's MLP. The dtypes take turns, and each keeps its best turn: a neighbour's load hits them alike.
+    """
+    turns, names = 3, ("fp32", "bf16")
+    options = Options(device="cpu", seconds=seconds / (2 * turns * len(names)), runs=1)
+    best = dict.fromkeys(names, 0.0)
+    for _ in range(turns):
+        for name in names:
+            best[name] = max(best[name], matmul_rate(DTYPES[name], options, size=(2048, 256, 1024)).value)
+    return best
+
+
+# --- Files --------------------------------------------------------------------------------------------------------------------------------
+
+_NUMBER = {"type": "number"}
+_FIGURE = {
+    "type": "object",
+    "properties": {"value": _NUMBER, "min": _NUMBER, "max": _NUMBER, "unit": {"type": "string"}, "runs": {"type": "integer"}},
+    "required": ["value", "min", "max", "unit", "runs"],
+    "additionalProperties": False,
+}
+_RATIO = {
+    "type": "object",
+    "properties": {"value": _NUMBER, "of": {"type": "string"}, "to": {"type": "string"}, "goal": {"type": ["number", "null"]}},
+    "required": ["value", "of", "to", "goal"],
+    "additionalProperties": False,
+}
+_FIGURES = {"type": "object", "additionalProperties": _FIGURE}
+JSON_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Result of a benchmark",
+    "type": "object",
+    "properties": {
+        "schema": {"const": SCHEMA},
+        "name": {"type": "string"},
+        "title": {"type": "string"},
+        "device": {"type": "object", "properties": {"kind": {"type": "string"}, "name": {"type": "string"}}, "required": ["kind", "name"]},
+        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+        "commit": {"type": "string"},
+        "date": {"type": "string"},
+        "settings": {"type": "object"},
+        "floor": _FIGURES,
+        "measured": _FIGURES,
+        "ratios": {"type": "object", "additionalProperties": _RATIO},
+        "peers": _FIGURES,
+        "notes": {"type": "array", "items": {"type": "string"}},
+    },
+    "additionalProperties": False,
+}
+JSON_SCHEMA["required"] = sorted(JSON_SCHEMA["properties"])
+_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "null": (type(None),),
+}
+
+
+def check(value: Any, schema: Mapping[str, Any] = JSON_SCHEMA, where: str = "result") -> None:
+    """Check parsed JSON against the part of JSON Schema that JSON_SCHEMA uses.
+
+    Raises:
+        ValueError: the place, what is there and what is expected.
+    """
+    if "const" in schema and value != schema["const"]:
+        raise ValueError(f"{where}: {value!r}; expected {schema['const']!r}")
+    wanted = schema.get("type", [])
+    kinds = [wanted] if isinstance(wanted, str) else wanted
+    if kinds and (isinstance(value, bool) or not isinstance(value, tuple(kind for name in kinds for kind in _TYPES[name]))):
+        raise ValueError(f"{where}: {value!r}; expected {' or '.join(kinds)}")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            check(item, schema.get("items", {}), f"{where}[{index}]")
+    if not isinstance(value, dict):
+        return
+    known, rest = schema.get("properties", {}), schema.get("additionalProperties", {})
+    missing = [key for key in schema.get("required", []) if key not in value]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    for key, item in value.items():
+        if key not in known and rest is False:
+            raise ValueError(f"{where}: unknown key '{key}'; accepted: {', '.join(sorted(known))}")
+        check(item, known.get(key, rest), f"{where}.{key}")
+
+
+def to_json(result: Result) -> str:
+    """A checked result as sorted JSON; figures with five significant digits."""
+    value = _rounded(asdict(result))
+    check(value)
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write a result as ``<name>-<device>.json``, in place of an earlier one."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{result.name} {result.device['name']} {result.device.get('cores', '')}".lower()).strip("-")
+    path = folder / f"{slug}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(result))
+    return path
+
+
+def main(run: Callable[[Options], Result]) -> None:
+    """Command line of a benchmark module: run it, print the result, and write it where asked."""
+    parser = argparse.ArgumentParser(description="Run a benchmark and print its result as JSON.")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=Options.device)
+    parser.add_argument("--seconds", type=float, default=Options.seconds, help="time for each figure")
+    parser.add_argument("--runs", type=int, default=Options.runs, help="runs that share this time")
+    given = parser.parse_args()
+    result = run(Options(given.device, given.seconds, given.runs))
+    print(to_json(result), end="")
+    if given.out:
+        print(write(result, given.out))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

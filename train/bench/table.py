@@ -1,0 +1,22 @@
+"""The benchmarks: name -> module. A new one is a module with ``run(options) -> Result`` and one line here."""
+
+from importlib import import_module
+
+from train.bench.harness import Options, Result
+
+BENCHES = {
+    "floor": "train.bench.floor",
+    "transformer": "train.bench.transformer",
+}
+
+
+def run(name: str, options: Options | None = None) -> Result:
+    """Run a benchmark by name.
+
+    Raises:
+        ValueError: there is none of that name; the known ones are listed.
+    """
+    if name not in BENCHES:
+        raise ValueError(f"benchmark '{name}' is not known; accepted: {', '.join(sorted(BENCHES))}")
+    result: Result = import_module(BENCHES[name]).run(options or Options())
+    return result

@@ -205,9 +205,7 @@ class ShardLoader(Generic[T, B]):
             )
         dataset._executor = _DaemonThreads()
         if dataset.num_samples != shard_set.count:
-            raise DataError(
-                f"{shard_set.url}: its index has {dataset.num_samples} records, its manifest {shard_set.count}; run its stage again to merge the parts."
-            )
+            raise DataError(f"{shard_set.url}: its index has {dataset.num_samples} records, its manifest {shard_set.count}; run its stage again.")
         return dataset
 
     def next(self) -> B:
@@ -277,9 +275,7 @@ class ShardLoader(Generic[T, B]):
                 found += 1
                 yield record
         except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"{shard_set.url}: reading stopped after {found} of {expected} samples of this rank in epoch {epoch} ({error})."
-            ) from error
+            raise DataError(f"{shard_set.url}: reading stopped after {found} of {expected} samples of this rank, epoch {epoch} ({error}).") from error
         if found != expected or dataset.failed:
             raise DataError(
                 f"{shard_set.url}: epoch {epoch} ended after {found} of {expected} samples of this rank; a shard is missing, damaged or cannot be downloaded "

@@ -108,7 +108,7 @@ def test_an_unknown_benchmark_is_refused_and_every_listed_one_can_run() -> None:
 
 
 def test_the_floor_has_a_rate_for_each_dtype_and_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "matmul_rate", lambda dtype, options: matmul_rate(dtype, options, size=(64, 64, 64)))
+    monkeypatch.setattr(floor, "matmul_rate", lambda dtype, options, size: matmul_rate(dtype, options, size=(64, 64, 64)))
     monkeypatch.setattr(floor.os, "cpu_count", lambda: 2)
     found = floor.run(QUICK)
     check(json.loads(to_json(found)))

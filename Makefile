@@ -1,0 +1,61 @@
+# Everything a newcomer or CI runs. `make` lists the targets.
+PRESET ?= demo
+VENV ?= .venv
+ARGS ?=
+# A Python is found by running it: pyenv's shims exist for versions that do not.
+FIND_PYTHON = for python in python3.11 python3.12 python3 python "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[12].*/bin/python; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo "$$python" && break; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+RUN = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check soak gpu bench-peers compat clean
+
+help:  ## List the targets
+	@echo "make demo    with PRESET=$(PRESET); ARGS=... are passed on; VENV=$(VENV) is made when needed."
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(STAMP)  ## From raw data to pictures and a report: the main job on embedded data (PRESET=tiny takes about a minute)
+	@$(RUN) launcher.py demo $(PRESET) $(ARGS)
+
+test: $(STAMP)  ## The test suite (ARGS="-k storage" selects)
+	@$(RUN) -m pytest $(ARGS)
+
+check: $(STAMP)  ## Style, formatting, types and the direction of imports
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q --durations=0 tests/test_imports.py
+
+soak: $(STAMP)  ## Long fault and training runs
+	@$(call selected,soak)
+
+gpu: $(STAMP)  ## Tests that need a GPU
+	@$(call selected,gpu)
+
+bench-peers: $(STAMP)  ## Benchmarks against other projects, which get an environment of their own
+	@if [ ! -f requirements-peers.txt ]; then echo "bench-peers: no peer is registered (there is no requirements-peers.txt)."; exit 0; fi; \
+	set -e; test -x .venv-peers/bin/python || "$(PYTHON)" -m venv .venv-peers; \
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt; \
+	$(RUN) launcher.py bench peers $(ARGS)
+
+compat: $(STAMP)  ## The tests with the lowest and the highest supported versions (two environments, about 20 minutes)
+	@$(RUN) .ci/compat.py $(ARGS)
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache
+
+# pytest ends with 5 when no test is selected.
+selected = $(RUN) -m pytest -m $(1) $(ARGS); code=$$?; \
+	if [ $$code -eq 5 ]; then echo "$(1): no test is marked '$(1)' in this selection; nothing to do."; exit 0; fi; exit $$code
+
+# The stamp comes last, and .installing marks an environment that an interrupted installation left in an unknown state.
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv was found. Debian 12: apt install python3-venv. Ubuntu 24.04: apt install python3-venv."; \
+	echo "Elsewhere: pyenv install 3.12. Or name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@if [ -e "$(VENV)/.installing" ]; then rm -rf "$(VENV)"; fi
+	@"$(PYTHON)" -m venv "$(VENV)" && touch "$(VENV)/.installing"
+	@echo "Installing into $(VENV) with $$("$(RUN)" --version): about 4 minutes and 7 GB (PyTorch's CUDA build; 2 GB with a CPU build)."
+	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@rm "$(VENV)/.installing" && touch "$(STAMP)"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.func import functional_call
 
 from infra.world import World
@@ -29,12 +29,31 @@ class BothTowers(nn.Module):
 
     def forward(self, pixels_B3YX: Tensor, text_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised image and text embeddings [B, E], and the scale of their products."""
-        return self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B), self.clip.scale()
+        return self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B), self.clip.scale
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order; a row's gradient is the sum of what all ranks have to say of it."""
+
+    @staticmethod
+    def forward(ctx: Any, local_BE: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        parts = [torch.empty_like(local_BE) for _ in range(world.size)]
+        dist.all_gather(parts, local_BE.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole_AE = grads[0].contiguous()
+        dist.all_reduce(whole_AE)
+        return whole_AE.chunk(ctx.world.size)[ctx.world.rank], None
 
 
 def _gather(local_BE: Tensor, world: World) -> Tensor:
-    """Embeddings of all ranks in rank order; gradients flow back to the rank that made them."""
-    return torch.cat(all_gather(local_BE)) if world.size > 1 else local_BE
+    if world.size == 1:
+        return local_BE
+    gathered_AE: Tensor = _Gather.apply(local_BE, world)
+    return gathered_AE
 
 
 def recall_at_1(image_BE: Tensor, text_BE: Tensor) -> Tensor:

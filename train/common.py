@@ -7,14 +7,31 @@ from typing import Any
 
 import torch
 
-from infra.errors import StopRequested
+from infra.errors import ConfigError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train import export
+from train.config import FitSection, RunConfig
 from train.engine import Engine
 from train.fit import Outcome
 from train.signal_vector import SignalVector
+
+
+def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
+    """Samples of one micro-batch over all ranks.
+
+    Raises:
+        ConfigError: the batch does not divide over ranks and micro-batches.
+    """
+    fit: FitSection = getattr(cfg, section)
+    shares = world.size * fit.accumulation
+    if fit.batch % shares:
+        raise ConfigError(
+            f"{section}.batch = {fit.batch} does not divide over {world.size} processes x {section}.accumulation = {fit.accumulation}; "
+            f"use a multiple of {shares}."
+        )
+    return fit.batch // fit.accumulation
 
 
 def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:

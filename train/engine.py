@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,6 +74,8 @@ class ReplicatedEngine:
         clip_norm: float = float("inf"),
     ) -> None:
         self.module, self.world, self.clip_norm = module, world, clip_norm
+        # A 1x1 convolution's gradient has other strides than DDP's bucket; the copy is of no weight, the warning on every rank is.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._replica = DistributedDataParallel(module, gradient_as_bucket_view=True) if world.size > 1 else module
         groups = [group for group in decay_groups(module.named_parameters(), weight_decay) if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)

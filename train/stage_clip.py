@@ -6,8 +6,9 @@ import json
 
 import torch
 
-from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate, pair_transform, view_transform
+from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate
 from data_pipeline.shards import IMAGE_SCHEMA, open_set
+from data_pipeline.transforms import pair_transform, view_transform
 from infra.config import to_json
 from infra.run_folder import RunFolder
 from infra.seeds import derive
@@ -16,7 +17,7 @@ from infra.world import World
 from model.clip import Clip
 from train import places
 from train.clip_task import BothTowers, ClipTask
-from train.common import finish_training
+from train.common import finish_training, micro_batch
 from train.config import RunConfig
 from train.device import set_up, tear_down
 from train.engine import ReplicatedEngine
@@ -36,7 +37,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
     view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
-    loader = ShardLoader([training], run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=view, collate=image_collate)
+    loader = ShardLoader([training], run.url, world, micro_batch(cfg, "clip_fit", world), cfg.run.seed, transform=view, collate=image_collate)
     plain = view_transform(cfg.dvae.image_size, tokenizer)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate)
     lineage = {"images": training.content_hash, "tokenizer": tokenizer_hash}

@@ -6,7 +6,8 @@ import json
 
 import torch
 
-from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate, code_transform
+from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate
+from data_pipeline.transforms import code_transform
 from infra import storage
 from infra.config import to_json
 from infra.run_folder import RunFolder
@@ -15,7 +16,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from model.transformer import Transformer
 from train import places
-from train.common import finish_training
+from train.common import finish_training, micro_batch
 from train.config import RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, tear_down
@@ -39,7 +40,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
     encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout)
-    loader = ShardLoader(training, run.url, world, fit.batch // fit.accumulation, cfg.run.seed, transform=encode, collate=code_collate)
+    loader = ShardLoader(training, run.url, world, micro_batch(cfg, "dalle_fit", world), cfg.run.seed, transform=encode, collate=code_collate)
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate)
     lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer_hash}

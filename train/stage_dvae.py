@@ -6,8 +6,9 @@ import json
 
 import torch
 
-from data_pipeline.loaders import SequentialReader, ShardLoader, dvae_transform, image_collate, view_transform
+from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate
 from data_pipeline.shards import IMAGE_SCHEMA, open_set
+from data_pipeline.transforms import dvae_transform, view_transform
 from infra.config import to_json
 from infra.run_folder import RunFolder
 from infra.seeds import derive
@@ -15,7 +16,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from model.dvae import DVAE
 from train import places
-from train.common import finish_training
+from train.common import finish_training, micro_batch
 from train.config import RunConfig
 from train.device import branch_dtype, set_up, tear_down
 from train.dvae_task import DvaeTask
@@ -37,7 +38,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         [training],
         run.url,
         world,
-        fit.batch // fit.accumulation,
+        micro_batch(cfg, "dvae_fit", world),
         cfg.run.seed,
         transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
         collate=image_collate,

@@ -7,8 +7,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loaders import SequentialReader, code_collate, code_transform, image_collate, view_transform
+from data_pipeline.loaders import SequentialReader, code_collate, image_collate
 from data_pipeline.shards import IMAGE_SCHEMA, open_set
+from data_pipeline.transforms import code_transform, view_transform
 from infra import storage
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag

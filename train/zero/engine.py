@@ -6,10 +6,13 @@ import logging
 import os
 from typing import Any
 
+import torch
+
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no CUDA toolkit is needed where no op is compiled
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every rank warns that it found no GPU
 
 import deepspeed
-import torch
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 

@@ -278,8 +278,8 @@ class ShardLoader(Generic[T, B]):
             raise DataError(f"{shard_set.url}: reading stopped after {found} of {expected} samples of this rank, epoch {epoch} ({error}).") from error
         if found != expected or dataset.failed:
             raise DataError(
-                f"{shard_set.url}: epoch {epoch} ended after {found} of {expected} samples of this rank; a shard is missing, damaged or cannot be downloaded "
-                "(the log above names it). Run the stage that wrote it again, or check the storage."
+                f"{shard_set.url}: epoch {epoch} ended after {found} of {expected} samples of this rank; "
+                "a shard is missing, damaged or cannot be downloaded (the log above names it). Run the stage that wrote it again, or check the storage."
             )
 
 

@@ -65,21 +65,22 @@ class StructuredAttention(nn.Module):
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
         text = self.text_tokens
         q_BHSK = q_BHSK * q_BHSK.shape[-1] ** -0.5
-        q_BHTK, k_BHTK, v_BHTK = (t[:, :, :text] for t in (q_BHSK, k_BHSK, v_BHSK))
+        # split, not slices: its backward pass is one concatenation.
+        (q_BHTK, q_BHIK), (k_BHTK, k_BHIK), (v_BHTK, v_BHIK) = (t.split([text, self.grid**2], dim=2) for t in (q_BHSK, k_BHSK, v_BHSK))
         out_BHTK = (q_BHTK @ k_BHTK.transpose(-1, -2) + self.bias_text.to(q_BHSK.dtype)).softmax(-1) @ v_BHTK
-        q_BHLXK = self._lines(q_BHSK, kind)
-        k_BHLWK, v_BHLWK = (self._windows(self._lines(t, kind), kind) for t in (k_BHSK, v_BHSK))
+        q_BHLXK = self._lines(q_BHIK, kind)
+        k_BHLWK, v_BHLWK = (self._windows(self._lines(t, kind), kind) for t in (k_BHIK, v_BHIK))
         text_scores_BHLXT = (q_BHLXK.flatten(2, 3) @ k_BHTK.transpose(-1, -2)).unflatten(2, (self.grid, -1))
         line_scores_BHLXW = q_BHLXK @ k_BHLWK.transpose(-1, -2) + getattr(self, f"bias_{kind}").to(q_BHSK.dtype)
         # One softmax over text and image keys together (paper B.1, footnote 7).
-        p_BHLXT, p_BHLXW = torch.cat([text_scores_BHLXT, line_scores_BHLXW], dim=-1).softmax(-1).tensor_split([text], dim=-1)
+        p_BHLXT, p_BHLXW = torch.cat([text_scores_BHLXT, line_scores_BHLXW], dim=-1).softmax(-1).split([text, line_scores_BHLXW.shape[-1]], dim=-1)
         out_BHLXK = p_BHLXW @ v_BHLWK + (p_BHLXT.flatten(2, 3) @ v_BHTK).unflatten(2, (self.grid, -1))
         if kind == "column":
             out_BHLXK = out_BHLXK.transpose(2, 3)
         return torch.cat([out_BHTK, out_BHLXK.flatten(2, 3)], dim=2)
 
-    def _lines(self, x_BHSK: Tensor, kind: Kind) -> Tensor:
-        x_BHYXK = x_BHSK[:, :, self.text_tokens :].unflatten(2, (self.grid, -1))
+    def _lines(self, x_BHIK: Tensor, kind: Kind) -> Tensor:
+        x_BHYXK = x_BHIK.unflatten(2, (self.grid, -1))
         return x_BHYXK.transpose(2, 3) if kind == "column" else x_BHYXK
 
     def _windows(self, x_BHLXK: Tensor, kind: Kind) -> Tensor:

@@ -64,7 +64,7 @@ def test_given_codes_are_kept_and_the_rest_is_drawn_as_if_they_had_been_drawn() 
 
 def test_first_codes_are_drawn_in_proportion_to_their_probabilities() -> None:
     model = build()
-    many = 4000
+    many = 1500
     text_BT, lengths_B = TEXT[:1].expand(many, -1), LENGTHS[:1].expand(many)
     prefix_BP = torch.full((many, 15), 3)
     drawn_B = sample(model, text_BT, lengths_B, generators(*range(many)), temperature=2.0, prefix_codes=prefix_BP)[:, -1]
@@ -72,7 +72,7 @@ def test_first_codes_are_drawn_in_proportion_to_their_probabilities() -> None:
     with torch.no_grad():
         wanted_N = (model.logits(TEXT[:1], LENGTHS[:1], torch.full((1, 16), 3))[1][0, -1] / 2).softmax(0)
     assert wanted_N.max() > 0.08
-    assert float((share_N - wanted_N).abs().max()) < 0.03
+    assert float((share_N - wanted_N).abs().max()) < 0.045
 
 
 def test_top_k_draws_among_the_likeliest_codes_only() -> None:

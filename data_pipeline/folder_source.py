@@ -10,7 +10,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
 class FolderSource:
-    """Images below a folder that have a same-named .txt file. The group of an image is its path without suffix: no two share one."""
+    """Images below a folder that have a same-named .txt file. The group of an image is its path below the folder, without suffix."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -47,7 +47,7 @@ class FolderSource:
         return Pair(f"{self.url}/{key}", captions, storage.read_bytes(storage.join(self.url, key)), self.url, "unknown", self.group(key))
 
     def group(self, key: str) -> str:
-        return f"{self.url}/{key.rsplit('.', 1)[0]}"
+        return f"folder/{key.rsplit('.', 1)[0]}"  # without the URL: a folder that moves keeps its split
 
     def version(self) -> str:
         return "folder/1"

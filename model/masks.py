@@ -43,7 +43,7 @@ def allowed_offsets(kind: Kind, grid: int, conv_kernel: int, conv_offsets: Liter
     if kind == "conv" and conv_offsets == "figure":
         return tuple(d for d in distances if d // grid <= half and min(d % grid, grid - d % grid) <= half)
     if kind == "conv":
-        kernel = {up * grid + left for up in range(half + 1) for left in range(-half if up else 0, half + 1)}
+        kernel = {up * grid + left for up in range(half + 1) for left in range(-half, half + 1)}
         return tuple(d for d in distances if d in kernel)
     raise ValueError(f"attention kind '{kind}': accepted are {', '.join(KINDS)}")
 

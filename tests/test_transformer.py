@@ -176,6 +176,26 @@ def test_a_gradient_scale_stays_inside_its_resblock(scale: float | Tensor) -> No
         assert (scaled[name] / factor - plain[name]).norm() < 1e-5 * plain[name].norm() + 1e-7 * whole, name
 
 
+def test_gradients_too_small_for_fp16_survive_because_they_are_scaled_in_fp32() -> None:
+    inputs = batch()
+
+    def tiny_gradients(scale: float) -> dict[str, Tensor]:
+        model = build(branch_dtype=torch.float16)
+        for block in model.resblocks:
+            block.gradient_scale = scale
+        (model(*inputs)[1].mean() * 2.0**-20).backward()
+        return {name: p.grad * 2.0**20 / scale for name, p in model.named_parameters() if name.endswith("post.weight") and p.grad is not None}
+
+    lost, kept = tiny_gradients(1.0), tiny_gradients(2.0**20)
+    reference = build()
+    reference(*inputs)[1].mean().backward()
+    for name in kept:
+        wanted = reference.get_parameter(name).grad
+        assert wanted is not None
+        assert (kept[name] - wanted).norm() < 0.02 * wanted.norm(), name
+        assert (lost[name] - wanted).norm() > 0.5 * wanted.norm(), name
+
+
 def test_filters_stop_non_finite_gradients_at_the_resblock_that_made_them() -> None:
     inputs = batch()
     model = build()

@@ -39,14 +39,15 @@ def test_a_run_lasts_as_long_as_it_was_given(monkeypatch: pytest.MonkeyPatch) ->
     ticks = iter(range(1000))
     monkeypatch.setattr(harness, "_now", lambda device: float(next(ticks)))
     calls = []
-    measure(lambda: calls.append(1), 1.0, "x", Options(device="cpu", seconds=10.0, runs=1))
+    found = measure(lambda: calls.append(1), 3.0, "x", Options(device="cpu", seconds=10.0, runs=1))
     assert len(calls) == 1 + 10
+    assert found.value == 3.0 * 10 / 10.0
 
 
 def test_probes_find_positive_rates_and_leave_the_number_of_threads_alone() -> None:
     before = torch.get_num_threads()
-    with threads(1):
-        assert torch.get_num_threads() == 1
+    with threads(before + 1):
+        assert torch.get_num_threads() == before + 1
         assert matmul_rate(torch.float32, QUICK, size=(64, 64, 64)).value > 0
         assert copy_rate(QUICK).value > 0
     assert torch.get_num_threads() == before

@@ -50,11 +50,13 @@ def test_the_last_line_says_what_was_done_and_how_long_it_took_and_nothing_follo
 
 
 def test_steps_of_an_earlier_attempt_count_as_done_but_not_towards_the_rate() -> None:
-    bar, _, clock = make(total=100, start=80)
+    bar, stream, clock = make(total=100, start=80)
     clock.now += 10
     bar.update(90)
     assert bar.rate() == 1.0
     assert bar.eta_s() == 10.0
+    bar.finish()
+    assert "90/100 steps  1 steps/s  took 0:10" in stream.getvalue()
 
 
 def test_the_rate_forgets_what_happened_more_than_a_minute_ago() -> None:

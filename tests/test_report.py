@@ -66,6 +66,7 @@ def fake_run(
         "groups": {"train": 3500, "validation": 184},
         "credits": ["Twemoji, © Twitter, Inc. and contributors, CC-BY 4.0", "OpenMoji, CC-BY-SA 4.0 <script>alert(1)</script>"],
     }
+    done["tokenizer"]["summary"] = {"captions": 40065, "content_hash": "67d5ece3", "settings": {"vocab": 400}}
     done["dvae"] |= {"seconds": 312.0, "throughput": {"value": 153.7, "unit": "images/s"}}
     done["dalle"] |= {"seconds": 401.0, "throughput": {"value": 41000.0, "unit": "tokens/s"}}
     for stage, what in done.items():
@@ -240,8 +241,19 @@ def test_reconstructions_are_shown_one_by_one_and_a_plain_picture_as_it_is(tmp_p
 
 def test_data_timings_and_commands_are_told(finished: tuple[Path, str]) -> None:
     page = finished[1]
-    for words in ("7\u2009612", "duplicate", "u1f468, u1f469", "6.3", "41000 tokens/s", "5:12", "git checkout " + "4fe81a0c" * 5, "317 of 512 codes"):
+    for words in (
+        "7\u2009612",
+        "duplicate",
+        "u1f468, u1f469",
+        "6.3",
+        "41000 tokens/s",
+        "5:12",
+        "git checkout " + "4fe81a0c" * 5,
+        "317 of 512 codes",
+        "40\u2009065",
+    ):
         assert words in page, words
+    assert "67d5ece3" not in page
     assert "python launcher.py demo demo.json" in page
     assert "Twemoji, © Twitter, Inc. and contributors, CC-BY 4.0" in page
 

@@ -67,7 +67,8 @@ def _other(run: RunView) -> Html | None:
     rows: list[list[Child]] = []
     for stage in ("tokenizer", "encode"):
         for name, value in run.summary(stage).items():
-            if isinstance(value, str | int | float) and not isinstance(value, bool):
-                shown = number(value) if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+            # Words there are hashes and schemas: for programs.
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                shown = number(value) if isinstance(value, int) else f"{value:.4g}"
                 rows.append([stage, name.replace("_", " "), shown])
     return join(el("h3", "Tokenizer and codes"), table(["stage", "", ""], rows, numbers=(2,))) if rows else None

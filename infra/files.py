@@ -112,8 +112,10 @@ def delete_tree(folder: Path) -> None:
     """Delete a folder with all it holds; a missing one is fine.
 
     Raises:
-        ConfigError: it may not be deleted.
+        ConfigError: it may not be deleted, or is the root of the file system.
     """
+    if folder.resolve() == folder.resolve().parent:  # here too, because no caller's mistake may get past this line
+        raise ConfigError(f"{folder}: refusing to delete a whole bucket or file system; name a folder in it.")
     with write_errors(folder), suppress(FileNotFoundError):
         shutil.rmtree(folder)
 

@@ -217,9 +217,24 @@ def test_urls_that_cannot_be_served_say_what_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("url", ["/", "s3://bucket", "s3://bucket/"])
-def test_no_call_deletes_a_whole_bucket_or_file_system(url: str) -> None:
+def test_no_call_deletes_a_whole_bucket_or_file_system(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Should the guard ever fail, this test must not be what deletes the machine: no deletion is reachable from here.
+    deleted: list[object] = []
+    monkeypatch.setattr(files, "delete_tree", deleted.append)
+    monkeypatch.setattr(s3, "delete_all", deleted.append)
+    monkeypatch.setattr("shutil.rmtree", deleted.append)
     with pytest.raises(ConfigError, match="refusing to delete a whole bucket or file system"):
         storage.delete_prefix(url)
+    assert deleted == []
+
+
+def test_the_deletion_of_folders_refuses_the_root_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[object] = []
+    monkeypatch.setattr("shutil.rmtree", deleted.append)
+    for root in (Path("/"), Path("/usr/..")):
+        with pytest.raises(ConfigError, match="refusing to delete a whole bucket or file system"):
+            files.delete_tree(root)
+    assert deleted == []
 
 
 # --- Local folders ------------------------------------------------------------------------------------------------------------------------

@@ -44,8 +44,7 @@ class DVAEConfig:
         if self.image_size % self.downsample:
             down = self.image_size // self.downsample * self.downsample
             raise ValueError(
-                f"image_size = {self.image_size} is not divisible by downsample = {self.downsample}; "
-                f"nearest sizes: {down}, {down + self.downsample}"
+                f"image_size = {self.image_size} is not divisible by downsample = {self.downsample}; nearest sizes: {down}, {down + self.downsample}"
             )
         if 2**self.groups < self.downsample:
             raise ValueError(f"groups = {self.groups} cannot downsample by {self.downsample}: at least {self.downsample.bit_length() - 1} groups")

@@ -17,7 +17,7 @@ from train.config import Precision
 
 log = logging.getLogger(__name__)
 
-_BF16_WORTH_IT = 1.3
+BF16_WORTH_IT = 1.3
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -54,7 +54,7 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
             choice = [storage.read_json(url)["precision"]]
         else:
             rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
-            choice = ["bf16" if rates["bf16"] > _BF16_WORTH_IT * rates["fp32"] else "fp32"]
+            choice = ["bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"]
             storage.write_json(url, {"precision": choice[0], "gflops": rates})
             log.info("precision %s: matrix products run at %s GFLOP/s", choice[0], {k: round(v) for k, v in rates.items()})
     if world.size > 1:

@@ -167,7 +167,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     run.claim(json.loads(to_json(cfg)))
     from train.projection import project
 
-    print(project(cfg, run), flush=True)
+    print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)
     started = time.monotonic()
     for position, (name, entry) in enumerate(STAGES.items(), 1):
         print(f"[{position}/{len(STAGES)}] {name}", flush=True)

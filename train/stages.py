@@ -22,8 +22,6 @@ class Stage:
 
     module: str
     help: str
-    weight: float
-    """Share of the demo's work, for its projection of time."""
     parallel: bool = True
     """Whether more than one rank helps; others run in one."""
     repeats: bool = False
@@ -41,52 +39,43 @@ STAGES: dict[str, Stage] = {
         "Read captioned images from data.sources, filter them, split off validation concepts, and write image shards.\n\n"
         "In: folders or embedded drawings. Out: images/train and images/validation (MDS shards with a manifest). "
         "Each input part is finished on its own: killed and run again, it goes on.",
-        weight=0.05,
     ),
     "tokenizer": Stage(
         "train.stage_tokenizer",
         "Train the sentencepiece BPE tokenizer on the captions of the training split.\n\nIn: images/train. Out: tokenizer/ (model and manifest).",
-        weight=0.01,
         parallel=False,
     ),
     "dvae": Stage(
         "train.stage_dvae",
         "Stage 1: train the discrete VAE with the logit-Laplace ELB (paper 2.1, A.2).\n\n"
         "In: image shards. Out: dvae/checkpoints, averaged weights in dvae/export. Resumes from its last checkpoint.",
-        weight=0.4,
     ),
     "encode": Stage(
         "train.stage_encode",
         "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\nIn: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part.",
-        weight=0.03,
     ),
     "dalle": Stage(
         "train.stage_dalle",
         "Stage 2: train the transformer on text and image tokens with DeepSpeed ZeRO (paper 2.2, B).\n\n"
         "In: code shards, tokenizer. Out: dalle/checkpoints, averaged weights in dalle/export. Resumes from its last checkpoint.",
-        weight=0.4,
     ),
     "clip": Stage(
         "train.stage_clip",
         "Train the contrastive model that ranks pictures by how well they match their caption (paper 2.6).\n\nIn: image shards, tokenizer. Out: clip/export.",
-        weight=0.05,
     ),
     "generate": Stage(
         "train.stage_generate",
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
         "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files.",
-        weight=0.04,
     ),
     "evaluate": Stage(
         "train.stage_evaluate",
         "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
         "In: exports, code and image shards. Out: evaluate/metrics.json.",
-        weight=0.02,
     ),
     "report": Stage(
         "train.stage_report",
         "Write report.html: a self-contained page with curves, reconstructions, pictures, timings and credits of the run.",
-        weight=0.0,
         parallel=False,
         repeats=True,
     ),

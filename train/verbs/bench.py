@@ -1,0 +1,25 @@
+"""``launcher.py bench NAME``: run a benchmark and write its JSON; ``bench docs`` renders docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infra.errors import UsageError
+
+
+def main(name: str, out: str) -> None:
+    """Run one benchmark, or render the page.
+
+    Raises:
+        UsageError: there is no such benchmark; the known ones are listed.
+    """
+    from train.bench import docs, harness, table  # torch
+
+    if name == "docs":
+        docs.main()
+        return
+    try:
+        result = table.run(name)
+    except ValueError as error:
+        raise UsageError(f"{error}, docs.") from error
+    print(harness.save(result, Path(out)))

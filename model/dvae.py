@@ -245,11 +245,13 @@ class DVAE(nn.Module):
         cfg: the sizes.
         compute_dtype: dtype of the convolutions' products; the 1x1 convolutions around the relaxation, the decoder's last one, the
             relaxation and the likelihood stay fp32 (paper A.3 and release).
+        min_ln_b: floor of ln b in the likelihood; the paper has none (-inf). The density of exactly flat areas (drawings on white) is
+            unbounded, so that without a floor they drown everything else in the objective, and codes fall out of use.
     """
 
-    def __init__(self, cfg: DVAEConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, cfg: DVAEConfig, compute_dtype: torch.dtype = torch.float32, min_ln_b: float = -math.inf) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.min_ln_b = cfg, min_ln_b
         self.encoder = Encoder(cfg, compute_dtype)
         self.decoder = Decoder(cfg, compute_dtype)
 
@@ -268,7 +270,7 @@ class DVAE(nn.Module):
         logits_BNYX = self.encoder(mapped_B3YX)
         stats_B6YX = self.decoder.from_codes(logits_BNYX.argmax(1)) if gumbel_BNYX is None else self.decoder(relax(logits_BNYX, gumbel_BNYX, tau))
         mu_B3YX, ln_b_B3YX = stats_B6YX.chunk(2, dim=1)
-        nll_B = logit_laplace_nll(mapped_B3YX, mu_B3YX, ln_b_B3YX).mean((1, 2, 3))
+        nll_B = logit_laplace_nll(mapped_B3YX, mu_B3YX, ln_b_B3YX.clamp_min(self.min_ln_b)).mean((1, 2, 3))
         return DVAETerms(nll_B, kl_to_uniform(logits_BNYX).mean((1, 2)), stats_B6YX, logits_BNYX)
 
     @torch.no_grad()

@@ -163,6 +163,21 @@ def test_objective_is_the_negative_elb_over_the_number_of_pixel_values():
     torch.testing.assert_close(loss(terms.nll_B, terms.kl_B, beta, SMALL.downsample), -elb_B.mean() / values)
 
 
+def test_floor_of_ln_b_bounds_the_likelihood_of_flat_pictures_and_touches_nothing_above_it():
+    torch.manual_seed(0)
+    free, floored = DVAE(SMALL), DVAE(SMALL, min_ln_b=-1.0)
+    floored.load_state_dict(free.state_dict())
+    assert torch.equal(free(some_pictures(), noise(), 0.5).nll_B, floored(some_pictures(), noise(), 0.5).nll_B)  # a fresh ln b is near 0
+    for model in (free, floored):
+        with torch.no_grad():
+            model.decoder.blocks.get_submodule("output.conv").b[3:] = -20.0
+            model.decoder.blocks.get_submodule("output.conv").w.zero_()
+    grey = torch.full((1, 3, 16, 16), 0.5)  # mu = 0 is exactly right for it
+    at_the_peak = math.log(2) + 2 * math.log(0.5)
+    assert free(grey, None).nll_B.item() == pytest.approx(at_the_peak - 20, abs=1e-3)
+    assert floored(grey, None).nll_B.item() == pytest.approx(at_the_peak - 1, abs=1e-3)
+
+
 def test_kl_at_initialisation_is_far_below_ln_n():
     terms: DVAETerms = net()(some_pictures(), noise(), 1.0)
     assert 0 < terms.kl_B.max() < 0.5 * math.log(SMALL.vocab)

@@ -242,6 +242,11 @@ def test_bf16_products_stay_near_fp32_ones_and_terms_stay_fp32():
     assert {p.grad.dtype for p in rounded.parameters() if p.grad is not None} == {torch.float32}
 
 
+def test_only_the_convolutions_around_the_relaxation_and_the_last_one_are_fp32():
+    exact = {name for name, part in net(dtype=torch.bfloat16).named_modules() if isinstance(part, Conv2d) and part.compute_dtype == torch.float32}
+    assert exact == {"encoder.blocks.output.conv", "decoder.blocks.input", "decoder.blocks.output.conv"}
+
+
 def test_channels_last_pictures_give_the_same_terms():
     model, pictures_B3YX = net(), some_pictures()
     a, b = model(pictures_B3YX, noise(), 0.5), model(pictures_B3YX.contiguous(memory_format=torch.channels_last), noise(), 0.5)

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import typer
 
-from infra.errors import ConfigError, ExitCode, ReportedError
+from infra.errors import ExitCode, ReportedError
 from train.stages import STAGES
 
 app = typer.Typer(

@@ -10,12 +10,14 @@ Ids: 0 padding, 1 unknown (never produced), characters other than letters, 256 b
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import logging
+import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ SCHEMA = "tokenizer/1"
 MODEL = "tokenizer.model"
 MANIFEST = "manifest.json"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_LETTER_SET = frozenset(_LETTERS)
 _SPLIT = re.compile(r"[a-z]+|[^a-z]", re.DOTALL)
 _SPACE = "\u2581"  # how sentencepiece spells a space in a piece
 _CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
@@ -138,6 +141,8 @@ class Tokenizer:
             self._character_ids[" "] = space
             self._bytes[space] = b" "
         self._words: dict[str, list[int]] = {}
+        self._merges = {piece: (index, self._model.get_score(index)) for index, piece in enumerate(pieces) if set(piece) <= _LETTER_SET}
+        """Pieces of letters: id and score; the higher score merges first."""
 
     @property
     def size(self) -> int:
@@ -160,14 +165,13 @@ class Tokenizer:
         """
         if dropout and seed is None:
             raise ValueError(f"dropout = {dropout} needs a seed, for example infra.seeds.derive(run_seed, 'bpe', epoch, id)")
-        if dropout and seed is not None:
-            sentencepiece.set_random_generator_seed(seed % 2**32)
+        draw = random.Random(seed).random
         ids: list[int] = []
         for word in _SPLIT.findall(normalise(caption)):
             if len(ids) > self.max_tokens:
                 break
             if word[0] in _LETTERS:
-                ids += self._sampled(word, dropout) if dropout else self._known(word)
+                ids += self._sampled(word, dropout, draw) if dropout else self._known(word)
             else:
                 character = self._character_ids.get(word)
                 ids += [character] if character is not None else [self._byte_ids[value] for value in word.encode()]
@@ -178,8 +182,37 @@ class Tokenizer:
         out[:length] = ids[:length]
         return out, length
 
-    def _sampled(self, word: str, dropout: float) -> list[int]:
-        return list(self._model.encode(word, enable_sampling=True, alpha=dropout, nbest_size=-1))
+    def _sampled(self, word: str, dropout: float, draw: Callable[[], float]) -> list[int]:
+        """BPE of a word, each applicable merge skipped with probability ``dropout`` (Provilkov et al. 2020).
+
+        Not sentencepiece's own sampling: that adds the address of its thread to the seed, so equal seeds differ between processes.
+        """
+        parts, count = list(word), len(word)
+        after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+        waiting: list[tuple[float, int, str]] = []
+
+        def offer(left: int) -> None:
+            if left >= 0 and after[left] < count:
+                piece = parts[left] + parts[after[left]]
+                if piece in self._merges:
+                    heapq.heappush(waiting, (-self._merges[piece][1], left, piece))
+
+        for left in range(count - 1):
+            offer(left)
+        while waiting:
+            _, left, piece = heapq.heappop(waiting)
+            right = after[left]
+            if not parts[left] or right >= count or parts[left] + parts[right] != piece:
+                continue  # one of the two has merged elsewhere since
+            if draw() < dropout:
+                continue
+            parts[left], parts[right], after[left] = piece, "", after[right]
+            if after[left] < count:
+                before[after[left]] = left
+            offer(before[left])
+            offer(left)
+        # A letter that no training caption held has no piece, and is its byte.
+        return [self._merges[part][0] if part in self._merges else self._byte_ids[ord(part)] for part in parts if part]
 
     def _known(self, word: str) -> list[int]:
         ids = self._words.get(word)

@@ -60,15 +60,19 @@ class RunFolder:
     def config_url(self) -> str:
         return self.at("config.json")
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, config: dict[str, Any], command: str) -> None:
         """Write the resolved configuration, or check that the folder already holds the same one.
+
+        Args:
+            config: the resolved configuration.
+            command: the command line that made the folder, for people.
 
         Raises:
             ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
         """
         storage.check_writable(self.url)
         if not storage.exists(self.config_url):
-            storage.write_json(self.at("provenance.json"), producer() | {"created": time.time()})
+            storage.write_json(self.at("provenance.json"), producer() | {"created": time.time(), "command": command})
             storage.write_json(self.config_url, config)
             return
         changed = differences(storage.read_json(self.config_url), config)

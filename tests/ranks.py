@@ -62,11 +62,13 @@ def _main(source: str, name: str, scratch: str) -> None:
     try:
         result = getattr(_load(source), name)(world, *pickle.loads(Path(scratch, "arguments").read_bytes()))
         Path(scratch, f"result-{world.rank}").write_bytes(pickle.dumps(result))
-        dist.barrier()
+        if dist.is_initialized():  # a stage leaves the group itself
+            dist.barrier()
     except BaseException:
         Path(scratch, f"error-{world.rank}").write_text(traceback.format_exc())
         raise
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_a_preset_states_only_what_differs_from_the_defaults(preset: str) -> Non
 
 
 def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
-    cfg = load_run("tiny", ["dalle.layers=6", "generate.captions=[\"a red apple\"]"])
+    cfg = load_run("tiny", ["dalle.layers=6", 'generate.captions=["a red apple"]'])
     (tmp_path / "config.json").write_text(to_json(cfg))
     assert load_run(str(tmp_path), []) == cfg == load_run(str(tmp_path / "config.json"), [])
 

@@ -36,11 +36,20 @@ HOMES = {
     "safetensors": ("train/export.py",),
 }
 
-NO_TORCH = ("model/config.py", "data_pipeline/config.py", "train/config.py", "train/front.py", "train/stages.py", "train/projection.py", "launcher.py")
+NO_TORCH = (
+    "model/config.py",
+    "data_pipeline/config.py",
+    "train/config.py",
+    "train/front.py",
+    "train/stages.py",
+    "train/projection.py",
+    "launcher.py",
+)
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in ("model", "data_pipeline", "train", "infra") for path in (ROOT / folder).rglob("*.py")) + [ROOT / "launcher.py"]
+    folders = sorted(path for folder in ("model", "data_pipeline", "train", "infra") for path in (ROOT / folder).rglob("*.py"))
+    return [*folders, ROOT / "launcher.py"]
 
 
 def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -68,7 +77,13 @@ def test_folders_import_only_what_they_may() -> None:
 
 def test_the_model_imports_torch_and_the_standard_library_alone() -> None:
     allowed = {"torch", "model"} | set(sys.stdlib_module_names)
-    wrong = [f"{path.name}: {name}" for path in sources() if path.is_relative_to(ROOT / "model") for name in imported(path) if name.split(".")[0] not in allowed]
+    wrong = [
+        f"{path.name}: {name}"
+        for path in sources()
+        if path.is_relative_to(ROOT / "model")
+        for name in imported(path)
+        if name.split(".")[0] not in allowed
+    ]
     assert not wrong, wrong
     text = "".join(path.read_text() for path in (ROOT / "model").glob("*.py"))
     assert "os.environ" not in text and "torch.distributed" not in text and "open(" not in text
@@ -77,7 +92,9 @@ def test_the_model_imports_torch_and_the_standard_library_alone() -> None:
 @pytest.mark.parametrize("library", sorted(HOMES))
 def test_each_library_has_its_home(library: str) -> None:
     users = {str(path.relative_to(ROOT)) for path in sources() for name in imported(path) if name.split(".")[0] == library}
-    users |= {str(path.relative_to(ROOT)) for path in sources() for name in imported(path) if library == "tensorboard" and "utils.tensorboard" in name}
+    users |= {
+        str(path.relative_to(ROOT)) for path in sources() for name in imported(path) if library == "tensorboard" and "utils.tensorboard" in name
+    }
     strays = [user for user in users if not user.startswith(HOMES[library])]
     assert not strays, f"{library} belongs to {', '.join(HOMES[library]) or 'nobody yet'}; also imported by {', '.join(strays)}"
     assert users or not HOMES[library], f"nobody imports {library} any more: strike it from the table and from requirements.txt"

@@ -19,7 +19,9 @@ _PATIENCE_S = 240
 
 
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, LAUNCHER, *words], capture_output=True, text=True, env=os.environ | environment, timeout=_PATIENCE_S, check=False)
+    return subprocess.run(
+        [sys.executable, LAUNCHER, *words], capture_output=True, text=True, env=os.environ | environment, timeout=_PATIENCE_S, check=False
+    )
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -86,7 +88,7 @@ def change(run: Path, **values: object) -> None:
     ("words", "code", "message"),
     [
         (["nonsense"], 64, "No such command 'nonsense'"),
-        (["dvae", "tiny", "--nproc", "two"], 64, "'two' is not a valid int"),
+        (["dvae", "tiny", "--nproc", "two"], 64, "Invalid value for '--nproc'"),
         (["bench", "nonsense"], 64, "benchmark 'nonsense' is not known"),
         (["dvae", "tiny", "dvae.widht=1"], 78, "unknown key; accepted in [dvae]"),
         (["dvae", "tiny", "--on", "slurm"], 78, "--on slurm: not yet"),
@@ -124,9 +126,7 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_differences(r
     assert "dalle.layers: 4 -> 6" in done.stderr and "use another run.name" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("source", "message"), [("nowhere", "nowhere"), ("empty", "empty")], ids=["missing", "empty"]
-)
+@pytest.mark.parametrize(("source", "message"), [("nowhere", "nowhere"), ("empty", "empty")], ids=["missing", "empty"])
 def test_missing_and_empty_data_folders_are_data_errors(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     done = launch("prepare", "tiny", f"run.root={tmp_path}", f'data.sources=["{tmp_path}/{source}"]', "--nproc", "1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from data_pipeline.text import Tokenizer, normalise, train_tokenizer
 from infra import storage
 from infra.errors import ConfigError, DataError
 
+ROOT = Path(__file__).parent.parent
 CAPTIONS = [
     "A flat emoji of a red apple",
     "an outlined drawing of a Red Apple, 3 of them!",
@@ -186,3 +189,21 @@ def test_a_tokenizer_that_is_missing_damaged_or_of_another_size_is_refused(tmp_p
     storage.write_bytes(f"{url}/tokenizer.model", b"damaged")
     with pytest.raises(DataError, match=r"tokenizer.model: damaged, .* delete .* run the stage 'tokenizer' again"):
         text.load_tokenizer(url, config)
+
+
+def test_our_merges_without_dropout_are_sentencepieces_own() -> None:
+    for word in sorted({word for caption in CAPTIONS for word in caption.split() if word.isalpha() and word.isascii()} | {"appleapple", "zzz", "outlinedredder"}):
+        assert TOKENIZER._sampled(word.lower(), 0.0, lambda: 0.0) == TOKENIZER._known(word.lower()), word
+
+
+def test_equal_seeds_drop_the_same_merges_in_another_process() -> None:
+    """sentencepiece's own sampling adds a thread's address to the seed, and fails here."""
+    program = """
+import sys
+from data_pipeline.text import Tokenizer
+tokenizer = Tokenizer(sys.stdin.buffer.read(), 64)
+print([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].tolist() for seed in range(20)])
+"""
+    there = subprocess.run([sys.executable, "-c", program], input=MODEL, capture_output=True, check=True, cwd=ROOT).stdout.decode().strip()
+    tokenizer = Tokenizer(MODEL, 64)
+    assert there == str([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].tolist() for seed in range(20)])

@@ -64,7 +64,7 @@ def recall_at_1(image_BE: Tensor, text_BE: Tensor) -> Tensor:
 class ClipTask:
     """Each rank scores its own images against all captions, and its own captions against all images."""
 
-    metrics = ("loss",)
+    metrics: tuple[str, ...] = ("loss",)
     unit = "images"
 
     def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Iterable[Batch]) -> None:

@@ -58,5 +58,5 @@ def finish_training(
         throughput={"value": outcome.units_per_s, "unit": unit},
         weights=weights,
         parents=lineage,
-        summary=outcome.evaluation,
+        summary=outcome.evaluation | {"parameters": sum(p.numel() for p in engine.module.parameters())},
     )

@@ -60,6 +60,12 @@ class DvaeFit(FitSection):
     """Initial step size."""
     lr_final: float = Field(default=1.25e-6, ge=0)
     """Final step size, by half-cosine."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up on top of the schedule; the paper has none."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Clip gradients to this global norm; the paper does not."""
+    min_ln_b: float | None = Field(default=None)
+    """Floor of ln b in the likelihood; the paper has none. Drawings with exactly flat areas need one: their density is unbounded, and drowns the rest."""
     lr_steps: int = Field(default=1_200_000, gt=0)
     """Updates of the step-size schedule; held afterwards."""
     beta: float = Field(default=6.6, ge=0)

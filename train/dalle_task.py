@@ -43,7 +43,7 @@ def cross_entropies(losses: Losses, batches: Iterable[Batch], device: torch.devi
 class DalleTask:
     """loss = 1/8 text + 7/8 image, each averaged over its own global count."""
 
-    metrics = ("loss", "loss_text", "loss_image")
+    metrics: tuple[str, ...] = ("loss", "loss_text", "loss_image")
     unit = "tokens"
 
     def __init__(self, cfg: RunConfig, device: torch.device, model: Transformer, validation: Iterable[Batch]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from datetime import timedelta
@@ -18,7 +19,18 @@ from train.config import Precision
 log = logging.getLogger(__name__)
 
 BF16_WORTH_IT = 1.3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def keep_memory() -> None:
+    """On a CPU, keep freed memory instead of returning it to the kernel: a training step frees and takes the same large blocks over and over,
+    and the page faults cost up to a third of it (DECISIONS.md). glibc only; elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_TOP_PAD, 1 << 27)
 
 
 def set_up(world: World) -> torch.device:
@@ -28,6 +40,7 @@ def set_up(world: World) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_memory()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -36,10 +49,15 @@ def set_up(world: World) -> torch.device:
     return device
 
 
-def tear_down() -> None:
-    """Leave the process group once all ranks are here."""
+def wait_for_all() -> None:
+    """The end of a stage: no rank leaves while another still needs it."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave_group() -> None:
+    """Leave the process group, at the end of the process: DeepSpeed keeps hold of the first group it met."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -21,7 +21,7 @@ from train.config import RunConfig
 from train.engine import Engine
 from train.fit import Batch, Loss
 from train.metrics import MetricsWriter
-from train.report.images import grid, png_bytes
+from train.report.images import grid, grid_png
 from train.schedules import half_cosine
 
 _SHOWN = 12
@@ -48,7 +48,7 @@ def code_statistics(counts_N: Tensor) -> dict[str, float]:
 class DvaeTask:
     """loss = NLL per value + beta / (3 f^2) KL per position, at the scheduled temperature and beta."""
 
-    metrics = ("loss", "nll", "kl")
+    metrics: tuple[str, ...] = ("loss", "nll", "kl")
     unit = "images"
 
     def __init__(self, cfg: RunConfig, run: RunFolder, world: World, device: torch.device, validation: SequentialReader) -> None:
@@ -58,7 +58,7 @@ class DvaeTask:
         """Half cosines for the step size, the temperature and beta (paper A.2)."""
         fit = self.cfg.dvae_fit
         return {
-            "lr": half_cosine(step, fit.lr, fit.lr_final, fit.lr_steps),
+            "lr": half_cosine(step, fit.lr, fit.lr_final, fit.lr_steps) * min(1.0, (step + 1) / max(1, fit.warmup_steps)),
             "tau": half_cosine(step, 1.0, fit.tau_final, fit.tau_steps),
             "beta": half_cosine(step, 0.0, fit.beta, fit.beta_steps),
         }
@@ -123,9 +123,9 @@ class DvaeTask:
     def _show(self, step: int, shown: list[tuple[Tensor, Tensor, Tensor]], counts_N: Tensor, samples: int, writer: MetricsWriter) -> None:
         rows = [[to_array(picture) for picture in torch.cat(parts)[:_SHOWN]] for parts in zip(*shown, strict=True)]
         if rows:
-            sheet = grid(rows)
-            storage.write_bytes(self.run.at("dvae", "pictures", "reconstructions.png"), png_bytes(sheet))
-            writer.images(step, "original, from codes, from relaxed codes", sheet)
+            labels = ("original", "from its codes", "relaxed")
+            storage.write_bytes(self.run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=labels))
+            writer.images(step, ", ".join(labels), grid(rows))
         storage.write_json(self.run.at("dvae", "pictures", "codebook.json"), {"counts": counts_N.tolist(), "samples": samples})
 
 

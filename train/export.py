@@ -60,7 +60,9 @@ def read(url: str, module: nn.Module) -> str:
     found = {name: list(t.shape) for name, t in tensors.items()}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise CheckpointError(f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}.")
+        raise CheckpointError(
+            f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}."
+        )
     module.load_state_dict(tensors)
     return str(description["content_hash"])
 

@@ -131,7 +131,8 @@ class Fit:
                 evaluation = self.task.evaluate(self.engine, step, self._writer)
                 self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
-            if step % self.section.save_every == 0 or last or stopping:
+            due = step % self.section.save_every == 0 and not self._bad  # a bad streak must not push out the last good checkpoint
+            if due or last or stopping:
                 self._save(url, step, self._elapsed + time.perf_counter() - begun)
             if stopping and not last:
                 self._writer.close()

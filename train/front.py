@@ -75,7 +75,7 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()
     started = time.monotonic()
-    run.claim(json.loads(to_json(cfg)))
+    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", name, preset, *overrides]))
     if run.done(name) is not None and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
@@ -148,7 +148,11 @@ def _exit_soon(code: int) -> None:
     """End this rank with ``code``, even if a library's own shutdown hangs after a failure."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != ExitCode.DONE:
+    if code == ExitCode.DONE:
+        from train.device import leave_group  # torch, which every rank has by now
+
+        leave_group()
+    else:
         timer = threading.Timer(_EXIT_GRACE_S, os._exit, args=(code,))
         timer.daemon = True
         timer.start()
@@ -164,7 +168,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
         print(describe(cfg, preset), end="")
         print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry))) for name, entry in STAGES.items()))
         return
-    run.claim(json.loads(to_json(cfg)))
+    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.projection import project
 
     print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)

@@ -8,6 +8,7 @@ from torch import nn
 from data_pipeline.shards import CODES_SCHEMA, ShardSet, open_set
 from data_pipeline.text import Tokenizer, load_tokenizer
 from infra.run_folder import RunFolder
+from model.attention import StructuredAttention
 from model.clip import Clip
 from model.dvae import DVAE
 from model.transformer import Transformer
@@ -35,8 +36,15 @@ def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[DVA
 
 def open_dalle(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
     """The exported transformer and its content hash."""
-    module = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype)
+    module = build_dalle(cfg, device, dtype)
     return module, _load(module, run, "dalle", device)
+
+
+def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_blocks: bool = False) -> Transformer:
+    """The transformer with the attention engine that is fastest on the device: structured on a CPU (three times dense; DECISIONS.md), else dense."""
+    shape = cfg.stream_shape()
+    attend = StructuredAttention(cfg.dalle, shape) if device.type == "cpu" else None
+    return Transformer(cfg.dalle, shape, branch_dtype=dtype, attend=attend, checkpoint_blocks=checkpoint_blocks).to(device)
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from model.dvae import DVAE, gumbel_like, loss
-from model.transformer import Transformer
 from train.bench.harness import probe
 from train.config import RunConfig, load_run
-from train.device import BF16_WORTH_IT
+from train.device import BF16_WORTH_IT, keep_memory
+from train.lineage import build_dalle
 
 
 def dvae_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], None]:
@@ -34,7 +34,7 @@ def dvae_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], 
 def dalle_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], None]:
     """An update of the transformer on ``batch`` samples."""
     shape = cfg.stream_shape()
-    model = Transformer(cfg.dalle, shape, branch_dtype=dtype, checkpoint_blocks=cfg.dalle_fit.activation_checkpointing)
+    model = build_dalle(cfg, torch.device("cpu"), dtype, checkpoint_blocks=cfg.dalle_fit.activation_checkpointing)
     text_BT = torch.randint(shape.text_vocab, (batch, shape.text_tokens))
     lengths_B = torch.full((batch,), shape.text_tokens)
     codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens))
@@ -60,6 +60,7 @@ def _update(model: nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[
 
 def main(config_url: str, nproc: int, seconds: float, stages: list[str]) -> None:
     """Print samples per second of this process for each stage."""
+    keep_memory()
     cfg = load_run(config_url, [])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rates = probe(1.0)

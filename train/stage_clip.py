@@ -19,7 +19,7 @@ from train import places
 from train.clip_task import BothTowers, ClipTask
 from train.common import finish_training, micro_batch
 from train.config import RunConfig
-from train.device import set_up, tear_down
+from train.device import set_up, wait_for_all
 from train.engine import ReplicatedEngine
 from train.fit import Fit
 from train.lineage import open_tokenizer
@@ -37,7 +37,16 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
     view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
-    loader = ShardLoader([training], run.url, world, micro_batch(cfg, "clip_fit", world), cfg.run.seed, transform=view, collate=image_collate)
+    loader = ShardLoader(
+        [training],
+        run.url,
+        world,
+        micro_batch(cfg, "clip_fit", world),
+        cfg.run.seed,
+        transform=view,
+        collate=image_collate,
+        batch_key="clip_fit.batch",
+    )
     plain = view_transform(cfg.dvae.image_size, tokenizer)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate)
     lineage = {"images": training.content_hash, "tokenizer": tokenizer_hash}
@@ -45,4 +54,4 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     outcome = Fit("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()
     engine.average.values = {name.removeprefix("clip."): value for name, value in engine.average.values.items()}
     finish_training("clip", cfg.clip, engine, outcome, "images/s", lineage, run, world)
-    tear_down()
+    wait_for_all()

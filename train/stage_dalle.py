@@ -14,14 +14,13 @@ from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
-from model.transformer import Transformer
 from train import places
 from train.common import finish_training, micro_batch
 from train.config import RunConfig
 from train.dalle_task import DalleTask
-from train.device import branch_dtype, set_up, tear_down
+from train.device import branch_dtype, set_up, wait_for_all
 from train.fit import Fit
-from train.lineage import open_codes, open_tokenizer
+from train.lineage import build_dalle, open_codes, open_tokenizer
 from train.zero.engine import ZeroEngine
 
 
@@ -35,12 +34,21 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
-    model = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype, checkpoint_blocks=fit.activation_checkpointing).to(device)
+    model = build_dalle(cfg, device, dtype, checkpoint_blocks=fit.activation_checkpointing)
     engine = ZeroEngine(model, fit, cfg.zero, world)
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
     encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout)
-    loader = ShardLoader(training, run.url, world, micro_batch(cfg, "dalle_fit", world), cfg.run.seed, transform=encode, collate=code_collate)
+    loader = ShardLoader(
+        training,
+        run.url,
+        world,
+        micro_batch(cfg, "dalle_fit", world),
+        cfg.run.seed,
+        transform=encode,
+        collate=code_collate,
+        batch_key="dalle_fit.batch",
+    )
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate)
     lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer_hash}
@@ -48,4 +56,4 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     task = DalleTask(cfg, device, model, reader)
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
     finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world)
-    tear_down()
+    wait_for_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 
@@ -18,7 +19,7 @@ from model.dvae import DVAE
 from train import places
 from train.common import finish_training, micro_batch
 from train.config import RunConfig
-from train.device import branch_dtype, set_up, tear_down
+from train.device import branch_dtype, set_up, wait_for_all
 from train.dvae_task import DvaeTask
 from train.engine import ReplicatedEngine
 from train.fit import Fit
@@ -32,8 +33,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     training = open_set(places.image_set(cfg, run, "train"), IMAGE_SCHEMA)
     validation = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
-    model = DVAE(cfg.dvae, branch_dtype(fit.precision, device, run, world)).to(device)
-    engine = ReplicatedEngine(model, world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema)
+    floor = -math.inf if fit.min_ln_b is None else fit.min_ln_b
+    model = DVAE(cfg.dvae, branch_dtype(fit.precision, device, run, world), floor).to(device)
+    clip_norm = math.inf if fit.clip_norm is None else fit.clip_norm
+    engine = ReplicatedEngine(model, world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=clip_norm)
     loader = ShardLoader(
         [training],
         run.url,
@@ -42,6 +45,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         cfg.run.seed,
         transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
         collate=image_collate,
+        batch_key="dvae_fit.batch",
     )
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, view_transform(cfg.dvae.image_size), image_collate)
     lineage = {"images": training.content_hash}
@@ -49,4 +53,4 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     task = DvaeTask(cfg, run, world, device, reader)
     outcome = Fit("dvae", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
     finish_training("dvae", cfg.dvae, engine, outcome, "images/s", lineage, run, world)
-    tear_down()
+    wait_for_all()

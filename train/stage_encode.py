@@ -21,7 +21,7 @@ from model.dvae import DVAE
 from train import places
 from train.common import stop_together
 from train.config import RunConfig
-from train.device import set_up, tear_down
+from train.device import set_up, wait_for_all
 from train.lineage import open_dvae
 
 
@@ -31,7 +31,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     finished = places.require(run, "prepare", "dvae")
     use = finished["dvae"]["summary"]["code_use"]
     if use < cfg.encode.min_code_use:
-        raise DataError(f"the dVAE uses {use:.0%} of its codes on validation images, below encode.min_code_use = {cfg.encode.min_code_use:.0%}; train it further.")
+        raise DataError(
+            f"the dVAE uses {use:.0%} of its codes on validation images, below encode.min_code_use = {cfg.encode.min_code_use:.0%}; train it further."
+        )
     device = set_up(world)
     model, weights = open_dvae(cfg, run, device)
     sets = {split: open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS}
@@ -54,12 +56,26 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
                 merge(places.code_set(cfg, run, crop, split), sets[split].num_parts, CODES_SCHEMA, _settings(cfg, crop), parents, producer())
         rate = images * world.size / seconds
         summary = {"images": sum(s.count for s in sets.values()), "crops": cfg.encode.crops}
-        run.finish("encode", seconds=seconds, world_size=world.size, throughput={"value": rate, "unit": "images/s"}, summary=summary, parents={"dvae": weights})
-    tear_down()
+        run.finish(
+            "encode",
+            seconds=seconds,
+            world_size=world.size,
+            throughput={"value": rate, "unit": "images/s"},
+            summary=summary,
+            parents={"dvae": weights},
+        )
+    wait_for_all()
 
 
 def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
-    return {"augmentation": "listing 2", "image_size": cfg.dvae.image_size, "scale_max": cfg.encode.scale_max, "crop_index": crop, "seed": cfg.run.seed, "batch": cfg.encode.batch}
+    return {
+        "augmentation": "listing 2",
+        "image_size": cfg.dvae.image_size,
+        "scale_max": cfg.encode.scale_max,
+        "crop_index": crop,
+        "seed": cfg.run.seed,
+        "batch": cfg.encode.batch,
+    }
 
 
 def _encode_part(

@@ -20,7 +20,7 @@ from train import places
 from train.clip_task import recall_at_1
 from train.config import RunConfig
 from train.dalle_task import cross_entropies
-from train.device import branch_dtype, set_up, tear_down
+from train.device import branch_dtype, set_up, wait_for_all
 from train.dvae_task import code_statistics, psnr
 from train.lineage import open_clip, open_codes, open_dalle, open_dvae, open_tokenizer
 
@@ -31,7 +31,11 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
-    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = open_dvae(cfg, run, device), open_dalle(cfg, run, device, dtype), open_clip(cfg, run, device)
+    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
+        open_dvae(cfg, run, device),
+        open_dalle(cfg, run, device, dtype),
+        open_clip(cfg, run, device),
+    )
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     images = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     codes = open_codes(cfg, run, 0, "validation")
@@ -50,11 +54,18 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         "ce_below_unigram_percent": 100 * (1 - ce["loss_image"] / unigram) if unigram else 0.0,
     }
     if world.is_main:
-        lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash, "images": images.content_hash, "codes": codes.content_hash}
+        lineage = {
+            "dalle": dalle_hash,
+            "dvae": dvae_hash,
+            "clip": clip_hash,
+            "tokenizer": tokenizer_hash,
+            "images": images.content_hash,
+            "codes": codes.content_hash,
+        }
         storage.write_json(run.at("evaluate", "metrics.json"), figures | {"parents": lineage})
         seconds = time.monotonic() - started
         run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures, parents=lineage)
-    tear_down()
+    wait_for_all()
 
 
 @torch.no_grad()

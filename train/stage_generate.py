@@ -21,7 +21,7 @@ from model.clip import Clip
 from train import drawing, places
 from train.common import stop_together
 from train.config import RunConfig
-from train.device import branch_dtype, set_up, tear_down
+from train.device import branch_dtype, set_up, wait_for_all
 from train.drawing import Prompt
 from train.dvae_task import to_array
 from train.lineage import open_clip, open_dalle, open_dvae, open_tokenizer
@@ -34,7 +34,11 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "dvae", "dalle", "clip")
     device = set_up(world)
     dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
-    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = open_dvae(cfg, run, device), open_dalle(cfg, run, device, dtype), open_clip(cfg, run, device)
+    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
+        open_dvae(cfg, run, device),
+        open_dalle(cfg, run, device, dtype),
+        open_clip(cfg, run, device),
+    )
     training, validation = (open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS)
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     wanted = drawing.prompts(cfg, training, validation)
@@ -53,12 +57,14 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     if world.is_main:
         entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(len(wanted))]
         storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
-        index = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": dalle_hash}
-        storage.write_json(run.at("generate", "index.json"), index)
+        listing = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": dalle_hash}
+        storage.write_json(run.at("generate", "index.json"), listing)
         seconds, drawn = time.monotonic() - started, len(wanted) * cfg.generate.candidates
         rate = {"value": drawn / seconds, "unit": "pictures/s"}
-        run.finish("generate", seconds=seconds, world_size=world.size, throughput=rate, summary={"captions": len(wanted), "pictures": drawn}, parents=lineage)
-    tear_down()
+        run.finish(
+            "generate", seconds=seconds, world_size=world.size, throughput=rate, summary={"captions": len(wanted), "pictures": drawn}, parents=lineage
+        )
+    wait_for_all()
 
 
 def _name(index: int) -> str:
@@ -97,7 +103,14 @@ def _write(
     order = np.argsort(scores)[::-1]
     arrays = np.stack([to_array(pictures_C3YX[i]) for i in order])
     close = drawing.nearest(arrays, training.records(), cfg.dvae.image_size, cfg.generate.nearest_among)
-    entry: dict[str, Any] = {"caption": prompt.caption, "id": prompt.id, "split": prompt.split, "truth": None, "pictures": [], "key": _key(prompt, lineage)}
+    entry: dict[str, Any] = {
+        "caption": prompt.caption,
+        "id": prompt.id,
+        "split": prompt.split,
+        "truth": None,
+        "pictures": [],
+        "key": _key(prompt, lineage),
+    }
 
     def put(name: str, data: bytes) -> str:
         storage.write_bytes(run.at("generate", _name(index), name), data)
@@ -107,7 +120,11 @@ def _write(
         entry["truth"] = put("truth.png", png_bytes(drawing.view(prompt.truth, cfg.dvae.image_size)))
     for rank, i in enumerate(order):
         found = close[rank]
-        near = {"id": found.id, "distance": found.distance, "file": put(f"{rank:03d}-nearest.png", png_bytes(drawing.view(found.image, cfg.dvae.image_size)))}
+        near = {
+            "id": found.id,
+            "distance": found.distance,
+            "file": put(f"{rank:03d}-nearest.png", png_bytes(drawing.view(found.image, cfg.dvae.image_size))),
+        }
         picture = {"file": put(f"{rank:03d}.png", png_bytes(arrays[rank])), "score": scores[i], "seed": seeds[i], "nearest": near}
         entry["pictures"].append(picture)
     storage.write_json(run.at("generate", _name(index), "entry.json"), entry)
@@ -119,4 +136,5 @@ def _sheet(cfg: RunConfig, run: RunFolder, entries: list[dict[str, Any]]) -> np.
     def pixels(file: str) -> np.ndarray:
         return drawing.view(storage.read_bytes(run.at(file)), cfg.dvae.image_size)
 
-    return grid([[pixels(picture["file"]) for picture in entry["pictures"][: cfg.generate.show]] for entry in entries])
+    rows = [[pixels(picture["file"]) for picture in entry["pictures"][: cfg.generate.show]] for entry in entries]
+    return grid(rows, labels=[entry["caption"] for entry in entries])

@@ -14,7 +14,7 @@ from infra.world import World
 from train import places
 from train.common import stop_together
 from train.config import RunConfig
-from train.device import set_up, tear_down
+from train.device import set_up, wait_for_all
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -37,7 +37,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         summary = _for_people(summary)
         rate = sum(summary["splits"].values()) / seconds
         run.finish("prepare", seconds=seconds, world_size=world.size, throughput={"value": rate, "unit": "images/s"}, summary=summary)
-    tear_down()
+    wait_for_all()
 
 
 def _for_people(summary: dict[str, Any]) -> dict[str, Any]:

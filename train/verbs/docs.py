@@ -49,5 +49,9 @@ def _type(value: dict[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(option)}`" for option in value["enum"])
     if value.get("type") == "array":
         return f"list of {value['items']['type']}"
-    bounds = [f"{sign} {value[key]}" for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")) if key in value]
+    bounds = [
+        f"{sign} {value[key]}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+        if key in value
+    ]
     return " ".join([str(value.get("type", "")), *bounds])

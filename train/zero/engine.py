@@ -59,6 +59,7 @@ class ZeroEngine:
         # DeepSpeed would compile a shared-memory collective at its first use on a CPU: 50 s and a compiler for no gain at these
         # sizes (DECISIONS.md); gloo does the same work.
         __compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # a single process has none, and DeepSpeed insists
         self.adam = torch.optim.AdamW(decay_groups(module.named_parameters(), fit.weight_decay), lr=0.0, betas=(fit.beta1, fit.beta2), eps=1e-8)
         self.config = deepspeed_config(fit, zero, world)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self.adam, config=self.config, dist_init_required=False)

@@ -1,0 +1,251 @@
+"""Whole stages on the tiny preset: exact resume, equal losses on any number of ranks, golden losses, the pipeline on S3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import storage
+from infra.errors import ConfigError, DataError, ExitCode
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from tests.ranks import run_in_ranks
+from train import front
+from train.config import load_run
+from train.metrics import read_metrics
+from train.stages import STAGES
+
+GOLDEN = Path(__file__).parent / "golden"
+TRAINED = ("dvae", "dalle", "clip")
+# fp32: bf16 rounds differently on other processors, and the choice between them is a machine's.
+BASE = [f"{stage}_fit.precision=fp32" for stage in TRAINED] + [f"{stage}_fit.steps=10" for stage in TRAINED]
+PREPARED = ("prepare", "tokenizer", "dvae", "encode")
+
+
+def run_stage(name: str, root: str, overrides: list[str], stop: StopFlag | None = None) -> None:
+    words = [f"run.root={root}", *BASE, *overrides]
+    front.stage(name, "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop)
+
+
+class StopAfter(StopFlag):
+    """A signal that comes during the n-th update."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__()
+        self.left = updates
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        if self.left == -1:  # asked once before the start
+            self.received = signal.SIGUSR2
+        return self.received is not None
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is encoded: what dalle and clip need."""
+    root = tmp_path_factory.mktemp("prepared")
+    for name in PREPARED:
+        run_stage(name, str(root), [])
+    return root
+
+
+def copy_of(prepared: Path, tmp_path: Path, *, without: str = "", changes: dict[str, Any] | None = None) -> Path:
+    """The prepared run in another root, with another configuration if asked for, and without a stage."""
+    shutil.copytree(prepared / "tiny", tmp_path / "tiny")
+    if without:
+        shutil.rmtree(tmp_path / "tiny" / without)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["run"]["root"] = str(tmp_path)
+    for name, value in (changes or {}).items():
+        section, key = name.split(".")
+        config[section][key] = value
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def losses(root: Path, stage: str) -> list[float]:
+    return [point.value for point in read_metrics(str(root / "tiny"), stage)["train/loss"]]
+
+
+def fingerprint(root: Path, stage: str) -> str:
+    (folder,) = (root / "tiny" / stage / "checkpoints").glob("step-00000010")
+    return storage.sha256_file(folder / "rank-0.bin")
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_four_updates_a_stop_and_six_more_equal_ten_bit_for_bit(prepared: Path, tmp_path: Path, stage: str) -> None:
+    whole = copy_of(prepared, tmp_path / "whole", without=stage if stage == "dvae" else "")
+    broken = copy_of(prepared, tmp_path / "broken", without=stage if stage == "dvae" else "")
+    run_stage(stage, str(whole), [])
+    with pytest.raises(front.StageFailed, match="stopped by a signal after update 4 of 10; saved") as caught:
+        run_stage(stage, str(broken), [], StopAfter(4))
+    assert caught.value.exit_code == ExitCode.REQUEUE
+    run_stage(stage, str(broken), [])
+    assert len(losses(broken, stage)) == 10
+    assert losses(broken, stage) == losses(whole, stage)
+    assert fingerprint(broken, stage) == fingerprint(whole, stage)
+    ours, theirs = (json.loads((root / "tiny" / stage / "export" / "config.json").read_text())["content_hash"] for root in (broken, whole))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_tiny_losses_are_the_golden_ones(prepared: Path, tmp_path: Path, stage: str) -> None:
+    root = copy_of(prepared, tmp_path)
+    if stage != "dvae":
+        run_stage(stage, str(root), [])
+    golden = [float(line) for line in (GOLDEN / f"tiny-{stage}.txt").read_text().split()]
+    assert len(golden) == 10
+    assert losses(root, stage) == pytest.approx(golden, rel=2e-3, abs=2e-4), "numbers changed: say why, and show the curves, before new golden losses"
+
+
+def train_in_ranks(world: World, root: str, stages: tuple[str, ...], changes: dict[str, Any]) -> dict[str, list[float]]:
+    run = RunFolder(f"{root}/tiny")
+    if world.is_main:
+        config = storage.read_json(run.config_url)
+        for name, value in changes.items():
+            section, key = name.split(".")
+            config[section][key] = value
+        storage.write_json(run.config_url, config)
+    import torch.distributed as dist
+
+    dist.barrier()
+    cfg = load_run(run.config_url, [])
+    for stage in stages:
+        STAGES[stage].function()(cfg, run, world, StopFlag())
+    return {stage: losses(Path(root), stage) for stage in stages} if world.is_main else {}
+
+
+def test_two_ranks_with_two_micro_batches_give_the_losses_of_one_process(prepared: Path, tmp_path: Path) -> None:
+    """Captions differ in length, so equal text losses need denominators over all ranks and micro-batches."""
+    alone = copy_of(prepared, tmp_path / "alone", without="dvae")
+    together = copy_of(prepared, tmp_path / "together", without="dvae")
+    changes = {"dvae_fit.accumulation": 2, "dalle_fit.accumulation": 2}
+    shared = run_in_ranks(train_in_ranks, 2, str(together), ("dvae", "clip"), changes)[0]
+    for stage in ("dvae", "clip"):
+        run_stage(stage, str(alone), [])
+        assert shared[stage] == pytest.approx(losses(alone, stage), rel=1e-4, abs=1e-5), stage
+    # dalle reads codes, which a retrained dVAE would refuse: it goes on from the prepared run
+    alone, together = (copy_of(prepared, tmp_path / name) for name in ("alone-dalle", "together-dalle"))
+    run_stage("dalle", str(alone), [])
+    shared = run_in_ranks(train_in_ranks, 2, str(together), ("dalle",), changes)[0]
+    assert shared["dalle"] == pytest.approx(losses(alone, "dalle"), rel=1e-4)
+    text = [point.value for point in read_metrics(str(alone / "tiny"), "dalle")["train/loss_text"]]
+    assert text == pytest.approx([point.value for point in read_metrics(str(together / "tiny"), "dalle")["train/loss_text"]], rel=1e-4)
+
+
+def encode_in_ranks(world: World, root: str) -> None:
+    run = RunFolder(f"{root}/tiny")
+    STAGES["encode"].function()(load_run(run.config_url, []), run, world, StopFlag())
+
+
+def test_codes_are_the_same_bytes_on_one_rank_and_on_three_and_a_finished_part_is_not_done_again(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path)
+    codes = root / "tiny" / "codes"
+    before = {path.relative_to(codes): path.read_bytes() for path in sorted(codes.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+    assert any(path.suffix == ".mds" for path in before)
+    manifest = json.loads((codes / "crop-0" / "train" / "manifest.json").read_text())
+    kept = codes / "crop-0" / "train" / "part-00000"
+    stamp = (kept / "shard.00000.mds").stat().st_mtime_ns
+    for part in sorted(codes.rglob("part-*"))[1:]:
+        shutil.rmtree(part)
+    for path in [*codes.rglob("manifest.json"), *codes.rglob("crop-0/*/index.json"), root / "tiny" / "encode" / "done.json"]:
+        path.unlink()
+    run_in_ranks(encode_in_ranks, 3, str(root))
+    after = {path.relative_to(codes): path.read_bytes() for path in sorted(codes.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+    assert before == after
+    assert json.loads((codes / "crop-0" / "train" / "manifest.json").read_text())["content_hash"] == manifest["content_hash"]
+    assert (kept / "shard.00000.mds").stat().st_mtime_ns == stamp
+
+
+def test_codes_of_another_dvae_are_refused_with_what_to_do(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path)
+    export = root / "tiny" / "dvae" / "export" / "config.json"
+    description = json.loads(export.read_text())
+    export.write_text(json.dumps(description | {"content_hash": "0" * 64}))
+    with pytest.raises(front.StageFailed, match="dvae .*run") as caught:
+        run_stage("dalle", str(root), [])
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_a_damaged_export_is_refused(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path, without="encode")
+    weights = root / "tiny" / "dvae" / "export" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(front.StageFailed, match=r"model\.safetensors is damaged") as caught:
+        run_stage("encode", str(root), [])
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_weights_of_another_shape_are_refused_by_name(prepared: Path) -> None:
+    import torch
+
+    from infra.errors import CheckpointError
+    from train.lineage import open_dvae
+
+    cfg = load_run("tiny", [f"run.root={prepared}", "dvae.vocab=64"])
+    with pytest.raises(CheckpointError, match=r"weights of another model: '.*' is \[.*\], this configuration builds \[.*\]"):
+        open_dvae(cfg, RunFolder(f"{prepared}/tiny"), torch.device("cpu"))
+
+
+def test_a_dvae_that_uses_too_few_codes_is_not_encoded_with(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path, without="encode", changes={"encode.min_code_use": 0.99})
+    with pytest.raises(front.StageFailed, match=r"below encode\.min_code_use = 99%"):
+        run_stage("encode", str(root), ["encode.min_code_use=0.99"])
+
+
+def test_a_checkpoint_of_another_model_names_the_first_difference(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path)
+    (root / "tiny" / "dvae" / "done.json").unlink()
+    for path in (root / "tiny" / "dvae" / "checkpoints").glob("*/meta.json"):
+        meta = json.loads(path.read_text())
+        meta["shapes"]["encoder.blocks.input.w"] = [1]
+        path.write_text(json.dumps(meta))
+    with pytest.raises(front.StageFailed, match=r"of another model; first difference: encoder\.blocks\.input\.w"):
+        run_stage("dvae", str(root), [])
+
+
+def test_a_missing_variable_of_the_world_is_an_error_and_not_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK is not set"):
+        World.from_env()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "one")
+    with pytest.raises(ConfigError, match="expected integers"):
+        World.from_env()
+
+
+def test_stages_need_those_before_them(tmp_path: Path) -> None:
+    from train.places import require
+
+    with pytest.raises(DataError, match=r"prepare/done\.json is missing: run 'launcher\.py prepare"):
+        require(RunFolder(str(tmp_path)), "prepare")
+
+
+def test_several_nodes_need_a_rendezvous(tmp_path: Path) -> None:
+    from infra.agent import Placement, run_ranks
+
+    with pytest.raises(ConfigError, match="2 nodes need a rendezvous"):
+        run_ranks([], Placement(nproc=1, nodes=2), RunFolder(str(tmp_path)), "dvae")
+
+
+def test_the_whole_pipeline_runs_on_s3(s3: str) -> None:
+    for name in STAGES:
+        run_stage(name, s3, ["generate.num_captions=2"])
+    run = RunFolder(storage.join(s3, "tiny"))
+    figures = storage.read_json(run.at("evaluate", "metrics.json"))
+    assert figures["samples"] > 0 and figures["image_ce_nats"] > 0
+    page = storage.read_bytes(run.at("report.html"))
+    assert page.count(b"data:image/png;base64") >= 4
+    assert [name for name in storage.list_files(run.at("tensorboard", "dalle")) if "tfevents" in name]
+    assert storage.exists(run.at("generate", "grid.png"))
+    run_stage("dalle", s3, ["generate.num_captions=2"])  # a finished stage is a no-op

@@ -23,7 +23,13 @@ from train.signal_vector import SignalVector
 def test_seeds_depend_on_every_counter_and_on_nothing_else() -> None:
     base = derive(0, "crop", 3, "a")
     assert base == derive(0, "crop", 3, "a") == 10933885446893340
-    others = [derive(1, "crop", 3, "a"), derive(0, "gumbel", 3, "a"), derive(0, "crop", 4, "a"), derive(0, "crop", 3, "b"), derive(0, "crop", "3", "a")]
+    others = [
+        derive(1, "crop", 3, "a"),
+        derive(0, "gumbel", 3, "a"),
+        derive(0, "crop", 4, "a"),
+        derive(0, "crop", 3, "b"),
+        derive(0, "crop", "3", "a"),
+    ]
     assert len({base, *others}) == 6
     assert generator(0, "crop", 1).random() == generator(0, "crop", 1).random() != generator(0, "crop", 2).random()
 

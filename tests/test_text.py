@@ -192,7 +192,9 @@ def test_a_tokenizer_that_is_missing_damaged_or_of_another_size_is_refused(tmp_p
 
 
 def test_our_merges_without_dropout_are_sentencepieces_own() -> None:
-    for word in sorted({word for caption in CAPTIONS for word in caption.split() if word.isalpha() and word.isascii()} | {"appleapple", "zzz", "outlinedredder"}):
+    for word in sorted(
+        {word for caption in CAPTIONS for word in caption.split() if word.isalpha() and word.isascii()} | {"appleapple", "zzz", "outlinedredder"}
+    ):
         assert TOKENIZER._sampled(word.lower(), 0.0, lambda: 0.0) == TOKENIZER._known(word.lower()), word
 
 

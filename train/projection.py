@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from infra import storage
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 
@@ -30,7 +31,13 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> str:
     for name in stages:
         fit = cfg.dvae_fit if name == "dvae" else cfg.dalle_fit
         samples_per_s = sum(rate[name] for rate in rates)
-        seconds[name] = fit.steps * fit.batch / samples_per_s
+        seconds[name] = (fit.steps - _steps_done(run, name)) * fit.batch / samples_per_s
     total = sum(seconds.values()) * 1.05 + _OTHER_S  # 5 %: evaluation and checkpoints
     parts = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     return f"projected time: {total / 60:.0f} minutes ({parts}, the rest {(total - sum(seconds.values())) / 60:.1f})"
+
+
+def _steps_done(run: RunFolder, name: str) -> int:
+    """Updates of the newest complete checkpoint."""
+    files = storage.list_files(run.at(name, "checkpoints"))
+    return max((int(file.split("/")[0].removeprefix("step-")) for file in files if file.endswith("/meta.json")), default=0)

@@ -77,19 +77,23 @@ def status(run: Annotated[str, typer.Argument(help="Run folder, local or s3://."
 def bench(
     name: Annotated[str, typer.Argument(help="Name of a benchmark, or 'docs' to render docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:
     """Run a benchmark and write its figures as JSON; floors are measured in the same run."""
     from train.verbs import bench as verb
 
-    verb.main(name, out)
+    verb.main(name, out, seconds)
 
 
 @app.command()
-def docs() -> None:
-    """Regenerate what is generated in docs/: the configuration reference, its JSON Schema and the drawings of the masks."""
+def docs(demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its pictures from this finished run.")] = "") -> None:
+    """Regenerate what is generated in docs/: the configuration reference and its JSON Schema."""
+    from train.verbs import demo_page
     from train.verbs import docs as verb
 
     verb.main()
+    if demo:
+        demo_page.main(demo)
 
 
 def main(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from train.metrics import read_metrics
@@ -100,3 +101,11 @@ def test_the_readmes_commands_work(tmp_path: Path) -> None:
         assert done.returncode == 0, line + done.stderr
     manifest = json.loads((tmp_path / "mine" / "images" / "train" / "manifest.json").read_text())
     assert manifest["count"] > 40
+
+
+def test_the_demos_page_wants_a_finished_run(tmp_path: Path) -> None:
+    from infra.errors import DataError
+    from train.verbs import demo_page
+
+    with pytest.raises(DataError, match="not finished .prepare, tokenizer"):
+        demo_page.main(str(tmp_path))

@@ -25,7 +25,7 @@ def noise(count: int = 3, cfg: DVAEConfig = SMALL) -> Tensor:
     return gumbel_like((count, cfg.vocab, cfg.grid, cfg.grid), [torch.Generator().manual_seed(i) for i in range(count)])
 
 
-def test_default_sizes_are_those_of_the_release_to_the_parameter():
+def test_default_sizes_are_those_of_the_release_to_the_parameter() -> None:
     with torch.device("meta"):
         model = DVAE(DVAEConfig())
         logits_BNYX = model.encoder(torch.empty(1, 3, 256, 256))
@@ -35,7 +35,7 @@ def test_default_sizes_are_those_of_the_release_to_the_parameter():
     assert (logits_BNYX.shape, stats_B6YX.shape) == ((1, 8192, 32, 32), (1, 6, 256, 256))
 
 
-def test_parameters_carry_the_names_of_the_release():
+def test_parameters_carry_the_names_of_the_release() -> None:
     with torch.device("meta"):
         names = set(DVAE(DVAEConfig()).state_dict())
     expected = {f"{half}.blocks.{place}.{letter}" for half in ("encoder", "decoder") for place in ("input", "output.conv") for letter in "wb"}
@@ -47,7 +47,7 @@ def test_parameters_carry_the_names_of_the_release():
 
 
 @pytest.mark.parametrize(("groups", "downsample"), [(1, 2), (2, 4), (3, 4), (4, 4), (2, 2), (3, 8)])
-def test_any_groups_and_downsampling_give_the_configured_grid_and_size_back(groups: int, downsample: int):
+def test_any_groups_and_downsampling_give_the_configured_grid_and_size_back(groups: int, downsample: int) -> None:
     cfg = DVAEConfig(image_size=16, downsample=downsample, groups=groups, blocks_per_group=1, width=4, init_width=4, vocab=5)
     model = net(cfg)
     codes_BYX = model.encode(some_pictures(2))
@@ -55,14 +55,14 @@ def test_any_groups_and_downsampling_give_the_configured_grid_and_size_back(grou
     assert model.decode(codes_BYX).shape == (2, 3, 16, 16)
 
 
-def test_a_fresh_convolution_keeps_the_scale_of_its_input_and_has_no_bias():
+def test_a_fresh_convolution_keeps_the_scale_of_its_input_and_has_no_bias() -> None:
     torch.manual_seed(0)
     conv = Conv2d(64, 256, 3)
     assert conv.w.std().item() == pytest.approx(1 / math.sqrt(64 * 9), rel=0.02)
     assert conv.b.abs().max() == 0
 
 
-def test_residual_branches_start_small():
+def test_residual_branches_start_small() -> None:
     model = net()
     block = model.encoder.blocks.get_submodule("group_1.block_1")
     x_BCYX = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_residual_branches_start_small():
     torch.testing.assert_close(branch_BCYX * layers**2, block.get_submodule("res_path")(x_BCYX), rtol=1e-4, atol=1e-5)
 
 
-def test_pixel_mapping_has_the_papers_ends_and_an_inverse():
+def test_pixel_mapping_has_the_papers_ends_and_an_inverse() -> None:
     assert map_pixels(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
     x = torch.linspace(0, 1, 11)
     torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
@@ -79,7 +79,7 @@ def test_pixel_mapping_has_the_papers_ends_and_an_inverse():
 
 
 @pytest.mark.parametrize(("mu", "ln_b"), [(0.0, 0.0), (1.5, -1.0), (-2.0, 0.3)])
-def test_logit_laplace_density_integrates_to_one(mu: float, ln_b: float):
+def test_logit_laplace_density_integrates_to_one(mu: float, ln_b: float) -> None:
     # Substituting the logit spreads the mass evenly: dx = x (1 - x) dt.
     t = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
     x = torch.sigmoid(t).clamp(1e-17, 1 - 1e-16)
@@ -87,7 +87,7 @@ def test_logit_laplace_density_integrates_to_one(mu: float, ln_b: float):
     assert torch.trapezoid(density * x * (1 - x), t).item() == pytest.approx(1, abs=2e-3)
 
 
-def test_kl_is_ln_n_minus_entropy_and_so_never_negative():
+def test_kl_is_ln_n_minus_entropy_and_so_never_negative() -> None:
     logits_BNYX = 3 * torch.randn(4, 7, 2, 2, generator=torch.Generator().manual_seed(0))
     entropy_BYX = torch.distributions.Categorical(logits=logits_BNYX.permute(0, 2, 3, 1)).entropy()
     kl_BYX = kl_to_uniform(logits_BNYX)
@@ -99,38 +99,38 @@ def test_kl_is_ln_n_minus_entropy_and_so_never_negative():
     torch.testing.assert_close(kl_to_uniform(certain), torch.full((1, 1, 1), math.log(7)))
 
 
-def test_derivative_of_kl_written_by_hand_is_the_true_one():
+def test_derivative_of_kl_written_by_hand_is_the_true_one() -> None:
     logits_BNYX = torch.randn(2, 5, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(kl_to_uniform, (logits_BNYX,))
 
 
-def test_gumbel_noise_has_the_distributions_mean_and_variance():
+def test_gumbel_noise_has_the_distributions_mean_and_variance() -> None:
     g = gumbel_like((4, 64, 32, 32), [torch.Generator().manual_seed(i) for i in range(4)])
     assert g.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert g.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
     assert torch.isfinite(g).all()
 
 
-def test_gumbel_noise_of_a_sample_depends_on_its_own_generator_alone():
+def test_gumbel_noise_of_a_sample_depends_on_its_own_generator_alone() -> None:
     alone = gumbel_like((1, 5, 4, 4), [torch.Generator().manual_seed(7)])
     among = gumbel_like((3, 5, 4, 4), [torch.Generator().manual_seed(i) for i in (6, 7, 8)])
     assert torch.equal(alone[0], among[1])
     assert not torch.equal(among[0], among[1])
 
 
-def test_gumbel_noise_without_a_generator_for_each_sample_is_refused():
+def test_gumbel_noise_without_a_generator_for_each_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="1 generators for 2 samples: give one for each sample"):
         gumbel_like((2, 5, 4, 4), [torch.Generator()])
 
 
-def test_the_largest_of_noisy_logits_follows_the_softmax():
+def test_the_largest_of_noisy_logits_follows_the_softmax() -> None:
     logits_N = torch.tensor([0.0, 1.0, 2.0])
     g = gumbel_like((1, 3, 100, 100), [torch.Generator().manual_seed(3)])
     shares_N = torch.bincount((logits_N[None, :, None, None] + g).argmax(1).flatten()) / 10_000
     torch.testing.assert_close(shares_N, logits_N.softmax(0), atol=0.02, rtol=0)
 
 
-def test_relaxed_codes_are_distributions_that_harden_as_tau_falls():
+def test_relaxed_codes_are_distributions_that_harden_as_tau_falls() -> None:
     logits_BNYX = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     g = gumbel_like((2, 6, 3, 3), [torch.Generator().manual_seed(i) for i in range(2)])
     hard = torch.nn.functional.one_hot((logits_BNYX + g).argmax(1), 6).permute(0, 3, 1, 2).float()
@@ -139,13 +139,13 @@ def test_relaxed_codes_are_distributions_that_harden_as_tau_falls():
     torch.testing.assert_close(relax(logits_BNYX, g, 1.0).sum(1), torch.ones(2, 3, 3))
 
 
-def test_relaxing_leaves_logits_and_noise_as_they_were():
+def test_relaxing_leaves_logits_and_noise_as_they_were() -> None:
     logits_BNYX, g = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     relax(logits_BNYX, g, 0.5)
     assert logits_BNYX.abs().max() == 0 and (g == 1).all()
 
 
-def test_likelihood_under_relaxed_codes_approaches_that_of_true_codes():
+def test_likelihood_under_relaxed_codes_approaches_that_of_true_codes() -> None:
     model = net()
     with torch.no_grad():
         model.encoder.blocks.get_submodule("output.conv").w.mul_(40)  # confident, so that noise rarely changes the winner
@@ -156,14 +156,14 @@ def test_likelihood_under_relaxed_codes_approaches_that_of_true_codes():
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.1 * gaps[0]
 
 
-def test_objective_is_the_negative_elb_over_the_number_of_pixel_values():
+def test_objective_is_the_negative_elb_over_the_number_of_pixel_values() -> None:
     beta, values, positions = 6.6, 3 * 16 * 16, SMALL.grid**2
     terms: DVAETerms = net()(some_pictures(), noise(), 0.7)
     elb_B = -terms.nll_B * values - beta * terms.kl_B * positions
     torch.testing.assert_close(loss(terms.nll_B, terms.kl_B, beta, SMALL.downsample), -elb_B.mean() / values)
 
 
-def test_floor_of_ln_b_bounds_the_likelihood_of_flat_pictures_and_touches_nothing_above_it():
+def test_floor_of_ln_b_bounds_the_likelihood_of_flat_pictures_and_touches_nothing_above_it() -> None:
     torch.manual_seed(0)
     free, floored = DVAE(SMALL), DVAE(SMALL, min_ln_b=-1.0)
     floored.load_state_dict(free.state_dict())
@@ -178,12 +178,12 @@ def test_floor_of_ln_b_bounds_the_likelihood_of_flat_pictures_and_touches_nothin
     assert floored(grey, None).nll_B.item() == pytest.approx(at_the_peak - 1, abs=1e-3)
 
 
-def test_kl_at_initialisation_is_far_below_ln_n():
+def test_kl_at_initialisation_is_far_below_ln_n() -> None:
     terms: DVAETerms = net()(some_pictures(), noise(), 1.0)
     assert 0 < terms.kl_B.max() < 0.5 * math.log(SMALL.vocab)
 
 
-def test_both_terms_train_the_encoder_through_the_relaxation():
+def test_both_terms_train_the_encoder_through_the_relaxation() -> None:
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         model = net()
         terms = model(some_pictures(), noise(), 0.5)
@@ -192,14 +192,14 @@ def test_both_terms_train_the_encoder_through_the_relaxation():
         assert grad is not None and grad.abs().max() > 0
 
 
-def test_terms_of_a_picture_do_not_depend_on_its_batch():
+def test_terms_of_a_picture_do_not_depend_on_its_batch() -> None:
     model, pictures_B3YX, g = net(), some_pictures(), noise()
     together, alone = model(pictures_B3YX, g, 0.5), model(pictures_B3YX[1:2], g[1:2], 0.5)
     torch.testing.assert_close(together.nll_B[1:2], alone.nll_B)
     torch.testing.assert_close(together.kl_B[1:2], alone.kl_B)
 
 
-def test_looking_codes_up_equals_the_one_hot_decoder_bit_for_bit():
+def test_looking_codes_up_equals_the_one_hot_decoder_bit_for_bit() -> None:
     model = net()
     with torch.no_grad():
         model.decoder.blocks.get_submodule("input").b.normal_()  # a fresh bias is zero and would hide its own absence
@@ -209,14 +209,14 @@ def test_looking_codes_up_equals_the_one_hot_decoder_bit_for_bit():
     assert torch.equal(model.decode(codes_BYX), pictures(model.decoder(one_hot_BNYX)))
 
 
-def test_without_noise_the_forward_pass_decodes_the_codes_of_encode():
+def test_without_noise_the_forward_pass_decodes_the_codes_of_encode() -> None:
     model, pictures_B3YX = net(), some_pictures()
     terms = model(pictures_B3YX, None)
     assert torch.equal(model.encode(pictures_B3YX), terms.logits_BNYX.argmax(1))
     assert torch.equal(model.decode(model.encode(pictures_B3YX)), pictures(terms.stats_B6YX))
 
 
-def test_a_few_updates_lower_the_objective():
+def test_a_few_updates_lower_the_objective() -> None:
     model, g = net(), noise()
     pictures_B3YX = some_pictures()[:, :, :1, :1].expand(-1, -1, 16, 16)  # flat colours: something to learn
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -231,7 +231,7 @@ def test_a_few_updates_lower_the_objective():
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_bf16_products_stay_near_fp32_ones_and_terms_stay_fp32():
+def test_bf16_products_stay_near_fp32_ones_and_terms_stay_fp32() -> None:
     exact, rounded = net(), net(dtype=torch.bfloat16)
     a, b = exact(some_pictures(), noise(), 0.5), rounded(some_pictures(), noise(), 0.5)
     assert {tensor.dtype for tensor in b} == {torch.float32}
@@ -242,12 +242,12 @@ def test_bf16_products_stay_near_fp32_ones_and_terms_stay_fp32():
     assert {p.grad.dtype for p in rounded.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_only_the_convolutions_around_the_relaxation_and_the_last_one_are_fp32():
+def test_only_the_convolutions_around_the_relaxation_and_the_last_one_are_fp32() -> None:
     exact = {name for name, part in net(dtype=torch.bfloat16).named_modules() if isinstance(part, Conv2d) and part.compute_dtype == torch.float32}
     assert exact == {"encoder.blocks.output.conv", "decoder.blocks.input", "decoder.blocks.output.conv"}
 
 
-def test_channels_last_pictures_give_the_same_terms():
+def test_channels_last_pictures_give_the_same_terms() -> None:
     model, pictures_B3YX = net(), some_pictures()
     a, b = model(pictures_B3YX, noise(), 0.5), model(pictures_B3YX.contiguous(memory_format=torch.channels_last), noise(), 0.5)
     torch.testing.assert_close(a.nll_B, b.nll_B)
@@ -255,12 +255,12 @@ def test_channels_last_pictures_give_the_same_terms():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 20), (2, 1, 16, 16), (3, 16, 16)])
-def test_pictures_of_another_size_are_refused_with_the_key_to_change(shape: tuple[int, ...]):
+def test_pictures_of_another_size_are_refused_with_the_key_to_change(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[batch, 3, 16, 16\]; crop them or change dvae.image_size"):
         net().encode(torch.rand(shape))
 
 
 @pytest.mark.parametrize("codes", [torch.zeros(2, 16, dtype=torch.int64), torch.zeros(1, 4, 5, dtype=torch.int64), torch.zeros(1, 4, 4)])
-def test_codes_of_another_grid_are_refused(codes: Tensor):
+def test_codes_of_another_grid_are_refused(codes: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected integers \[batch, 4, 4\], the grid of dvae.image_size / dvae.downsample"):
         net().decode(codes)

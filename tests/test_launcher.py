@@ -213,6 +213,13 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Pa
     assert launch("dvae", str(run), "--nproc", "2").returncode == 0
 
 
+def test_a_benchmark_writes_its_figures_as_json(tmp_path: Path) -> None:
+    done = launch("bench", "floor", "--out", str(tmp_path), "--seconds", "0.02")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("floor-*.json")
+    assert done.stdout.strip() == str(file) and json.loads(file.read_text())["measured"]
+
+
 def test_status_shows_each_stage(run: Path) -> None:
     done = launch("status", str(run))
     assert done.returncode == 0, done.stderr

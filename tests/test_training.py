@@ -169,7 +169,7 @@ def test_codes_of_another_dvae_are_refused_with_what_to_do(prepared: Path, tmp_p
     export = root / "tiny" / "dvae" / "export" / "config.json"
     description = json.loads(export.read_text())
     export.write_text(json.dumps(description | {"content_hash": "0" * 64}))
-    with pytest.raises(front.StageFailed, match="dvae .*run") as caught:
+    with pytest.raises(front.StageFailed, match=r"dvae .*run") as caught:
         run_stage("dalle", str(root), [])
     assert caught.value.exit_code == ExitCode.DATA
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from infra.errors import UsageError
 
 
-def main(name: str, out: str) -> None:
+def main(name: str, out: str, seconds: float) -> None:
     """Run one benchmark, or render the page.
 
     Raises:
@@ -19,7 +19,7 @@ def main(name: str, out: str) -> None:
         docs.main()
         return
     try:
-        result = table.run(name)
+        result = table.run(name, harness.Options(seconds=seconds))
     except ValueError as error:
         raise UsageError(f"{error}, docs.") from error
-    print(harness.save(result, Path(out)))
+    print(harness.write(result, Path(out)))

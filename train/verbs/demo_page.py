@@ -1,0 +1,88 @@
+"""``launcher.py docs --demo RUN``: docs/demo.md and its pictures, from the files of a finished run and from nowhere else."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.errors import DataError
+from infra.run_folder import RunFolder
+from train.stages import STAGES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def main(url: str) -> None:
+    """Write the page and copy the pictures.
+
+    Raises:
+        DataError: the run is not finished.
+    """
+    run = RunFolder(url)
+    done = {name: run.done(name) for name in STAGES}
+    missing = [name for name, marker in done.items() if marker is None]
+    if missing:
+        raise DataError(f"{url}: not finished ({', '.join(missing)}); run 'launcher.py demo' first.")
+    (DOCS / "pictures").mkdir(exist_ok=True)
+    for source, name in ((("generate", "grid.png"), "demo-grid.png"), (("dvae", "pictures", "reconstructions.png"), "demo-reconstructions.png")):
+        (DOCS / "pictures" / name).write_bytes(storage.read_bytes(run.at(*source)))
+    (DOCS / "demo.md").write_text(render(run, {name: marker for name, marker in done.items() if marker is not None}))
+    print("docs/demo.md")
+
+
+def render(run: RunFolder, done: dict[str, dict[str, Any]]) -> str:
+    """The page as Markdown."""
+    figures = storage.read_json(run.at("evaluate", "metrics.json"))
+    provenance = storage.read_json(run.at("provenance.json"))
+    day = datetime.datetime.fromtimestamp(done["report"]["finished"], datetime.UTC).date()
+    lines = [
+        "# What the demo gives",
+        "",
+        f"Written by `python launcher.py docs --demo {Path(run.url).name}` from a run of {day}, commit {provenance['commit'][:12]}, on {_processor()}. Do not edit.",
+        "",
+        "| stage | minutes | throughput |",
+        "|---|---:|---|",
+    ]
+    for name, marker in done.items():
+        rate = marker.get("throughput", {"value": "", "unit": ""})
+        value = f"{rate['value']:.0f}" if rate["unit"] else ""
+        lines.append(f"| {name} | {marker['seconds'] / 60:.1f} | {value} {rate['unit']} |")
+    total = sum(marker["seconds"] for marker in done.values()) / 60
+    lines += [
+        f"| all | {total:.1f} | and about a minute for starting processes |",
+        "",
+        "On validation (held-out concepts):",
+        "",
+        "| what | goal | reached |",
+        "|---|---|---|",
+    ]
+    goals = [
+        ("reconstruction, mean PSNR from true codes", "20 dB", f"{figures['psnr_db']:.1f} dB"),
+        ("codes in use", "50 %", f"{100 * figures['code_use']:.0f} %"),
+        ("image cross-entropy below the unigram entropy of the codes", "20 %", f"{figures['ce_below_unigram_percent']:.0f} %"),
+        ("", "", f"{figures['image_ce_nats']:.3f} against {figures['unigram_entropy_nats']:.3f} nats per code"),
+        ("caption gain: shuffled minus right caption", "above 0", f"{figures['caption_gain_nats']:.3f} nats per code"),
+        (
+            "own picture nearest to a caption, in a batch",
+            f"chance {100 * figures['clip_chance']:.0f} %",
+            f"{100 * figures['clip_recall_at_1']:.0f} %",
+        ),
+    ]
+    lines += [f"| {what} | {goal} | {reached} |" for what, goal, reached in goals]
+    lines += ["", "Held-out drawings, and what 256 codes of 512 keep of them:", "", "![Reconstructions](pictures/demo-reconstructions.png)", ""]
+    lines += [
+        "Drawn for captions of held-out concepts, then of frequent training concepts; best first:",
+        "",
+        "![Drawn pictures](pictures/demo-grid.png)",
+        "",
+    ]
+    lines += ["Credits:", "", *(f"- {line}" for line in done["prepare"]["summary"]["credits"])]
+    return "\n".join(lines) + "\n"
+
+
+def _processor() -> str:
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0] if names else platform.machine()}"

@@ -107,5 +107,5 @@ def test_the_demos_page_wants_a_finished_run(tmp_path: Path) -> None:
     from infra.errors import DataError
     from train.verbs import demo_page
 
-    with pytest.raises(DataError, match="not finished .prepare, tokenizer"):
+    with pytest.raises(DataError, match=r"not finished \(prepare, tokenizer"):
         demo_page.main(str(tmp_path))

@@ -38,7 +38,7 @@ from data_pipeline.shards import INDEX, ShardSet
 from data_pipeline.transforms import Record, Sample, code_transform, dvae_transform, pair_transform, view_transform
 from infra import storage
 from infra.errors import ConfigError, DataError
-from infra.seeds import derive
+from infra.seeds import derive, generator
 from infra.world import World
 
 __all__ = [
@@ -295,6 +295,7 @@ class SequentialReader(Generic[T, B]):
         transform: Callable[[Record, int], T],
         collate: Callable[[list[T]], B],
         cache_dir: str | Path = "",
+        mix_seed: int | None = None,
     ) -> None:
         """
         Args:
@@ -305,12 +306,14 @@ class SequentialReader(Generic[T, B]):
             transform: (record, 0) -> sample.
             collate: samples -> batch.
             cache_dir: local folder for shards of an s3:// set; empty: the system's temporary folder.
+            mix_seed: batches of a random order (all samples of this rank are held in memory), for measures that compare the samples of a batch: records
+                that stand together are alike. None keeps the order of the set.
 
         Raises:
             DataError: the set's index is missing.
         """
         self._set, self._cache = shard_set, _cache_folder(cache_dir)
-        self._batch, self._transform, self._collate = batch, transform, collate
+        self._batch, self._transform, self._collate, self._mix_seed = batch, transform, collate, mix_seed
         self._shards = storage.read_json(storage.join(shard_set.url, INDEX))["shards"]
         taken = min(limit, shard_set.count)
         self.indices = [position * shard_set.count // taken for position in range(world.rank, taken, world.size)]
@@ -321,9 +324,12 @@ class SequentialReader(Generic[T, B]):
         return -(-len(self.indices) // self._batch)
 
     def __iter__(self) -> Iterator[B]:
-        records = self.records()
-        while group := list(itertools.islice(records, self._batch)):
-            yield self._collate([self._transform(record, 0) for record in group])
+        samples: Iterator[T] = (self._transform(record, 0) for record in self.records())
+        if self._mix_seed is not None:
+            held = list(samples)
+            samples = (held[index] for index in generator(self._mix_seed, "evaluate", "mix").permutation(len(held)))
+        while group := list(itertools.islice(samples, self._batch)):
+            yield self._collate(group)
 
     def records(self) -> Iterator[Record]:
         """The records themselves.

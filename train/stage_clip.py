@@ -48,7 +48,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         batch_key="clip_fit.batch",
     )
     plain = view_transform(cfg.dvae.image_size, tokenizer)
-    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate)
+    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate, mix_seed=cfg.run.seed)
     lineage = {"images": training.content_hash, "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     outcome = Fit("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()

@@ -40,8 +40,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     images = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     codes = open_codes(cfg, run, 0, "validation")
     samples, batch = cfg.evaluate.samples, cfg.evaluate.batch
-    pairs = SequentialReader(images, world, samples, batch, view_transform(cfg.dvae.image_size, tokenizer), image_collate)
-    tokens = SequentialReader(codes, world, samples, batch, code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True), code_collate)
+    pairs = SequentialReader(images, world, samples, batch, view_transform(cfg.dvae.image_size, tokenizer), image_collate, mix_seed=cfg.run.seed)
+    tokens = SequentialReader(
+        codes, world, samples, batch, code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True), code_collate, mix_seed=cfg.run.seed
+    )
     figures = _on_images(cfg, dvae, clip, pairs, device) | _unigram(cfg, tokens, device)
     with torch.no_grad():
         ce = cross_entropies(dalle, tokens, device, dalle.text_counts)

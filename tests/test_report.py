@@ -224,6 +224,18 @@ def test_pictures_stand_best_first_beside_the_nearest_training_image_and_the_hel
     assert "Δ 0.334" in card and "near-0-3" in card
 
 
+def test_a_drawing_that_was_trained_on_is_not_called_held_out(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "demo")
+    index = json.loads((run / "generate/index.json").read_text())
+    before = body_of("pictures", run)
+    assert "<figcaption>held out</figcaption>" in before and "<figcaption>trained on</figcaption>" not in before
+    for entry in index["captions"]:
+        entry["split"] = "train"
+    write_json(run / "generate/index.json", index)
+    after = body_of("pictures", run)
+    assert "<figcaption>held out</figcaption>" not in after and "<figcaption>trained on</figcaption>" in after
+
+
 def test_a_picture_that_is_missing_leaves_a_blank_and_not_an_error(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "demo")
     (run / "generate/pictures/0-3.png").unlink()

@@ -21,7 +21,9 @@ def section(run: RunView) -> Section | None:
     words = [
         f"The best {shown}{of} pictures for each caption by CLIP score, best first. Below each stands the training image nearest to it, ",
         "so that copying would be seen: a distance of 0 is a copy. ",
-        "Framed on the left: the real drawing, which was held out." if any(caption.get("truth") for caption in captions) else None,
+        "Framed on the left: the real drawing, held out from training or a training image, as it says."
+        if any(caption.get("truth") for caption in captions)
+        else None,
     ]
     facts = [
         f"Temperature {index['temperature']:g}." if isinstance(index.get("temperature"), int | float) else None,
@@ -36,7 +38,8 @@ def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:
     pictures = sorted(caption.get("pictures") or [], key=lambda picture: -float(picture.get("score") or 0))[:shown]
     columns = [_pair(run, picture, text) for picture in pictures]
     if caption.get("truth"):
-        real = el("figure", _image(run, caption["truth"], f"held-out drawing of: {text}"), el("figcaption", "held out"), class_="truth")
+        kind = "trained on" if caption.get("split") == "train" else "held out"
+        real = el("figure", _image(run, caption["truth"], f"{kind}: {text}"), el("figcaption", kind), class_="truth")
         columns.insert(0, el("div", real, class_="pair"))
     return el("article", el("h3", text), el("div", columns, class_="pairs"), class_="card")
 

@@ -1,0 +1,41 @@
+"""What needs a GPU (``make gpu``): the networks give there what they give on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.config import DVAEConfig, StreamShape, TransformerConfig
+from model.dvae import DVAE, gumbel_like
+from model.transformer import Transformer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_the_transformer_gives_the_same_losses_and_gradients() -> None:
+    shape = StreamShape(text_tokens=8, text_vocab=50, grid=4, image_vocab=30)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(layers=4, width=64, heads=4, conv_kernel=3), shape)
+    inputs = torch.randint(50, (3, 8)), torch.tensor([0, 5, 8]), torch.randint(30, (3, 16))
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.zero_grad()
+        text_nll_BT, image_nll_BI = model(*(tensor.to(device) for tensor in inputs))
+        (text_nll_BT.sum() + image_nll_BI.sum()).backward()
+        losses.append(torch.cat([text_nll_BT.flatten(), image_nll_BI.flatten()]).detach().cpu())
+        gradients.append({name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-2, atol=1e-3)
+
+
+def test_the_dvae_gives_the_same_terms() -> None:
+    torch.manual_seed(0)
+    model = DVAE(DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32))
+    pixels_B3YX = torch.rand(2, 3, 16, 16)
+    noise_BNYX = gumbel_like((2, 32, 4, 4), [torch.Generator().manual_seed(i) for i in range(2)])
+    ours = model(pixels_B3YX, noise_BNYX, 0.5)
+    theirs = model.to("cuda")(pixels_B3YX.to("cuda"), noise_BNYX.to("cuda"), 0.5)
+    torch.testing.assert_close(theirs.nll_B.cpu(), ours.nll_B, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(theirs.kl_B.cpu(), ours.kl_B, rtol=1e-3, atol=1e-3)

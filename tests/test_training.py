@@ -174,6 +174,21 @@ def test_codes_of_another_dvae_are_refused_with_what_to_do(prepared: Path, tmp_p
     assert caught.value.exit_code == ExitCode.DATA
 
 
+def test_pictures_are_not_drawn_with_models_that_do_not_belong_together(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path)
+    for stage in ("dalle", "clip"):
+        run_stage(stage, str(root), [])
+    export = root / "tiny" / "dalle" / "export" / "config.json"
+    description = json.loads(export.read_text())
+    description["parents"]["dvae"] = "0" * 64
+    export.write_text(json.dumps(description))
+    with pytest.raises(
+        front.StageFailed, match=r"dalle/export was trained with dvae 000000000000, this run has dvae .*run 'launcher\.py dalle"
+    ) as caught:
+        run_stage("generate", str(root), [])
+    assert caught.value.exit_code == ExitCode.DATA
+
+
 def test_a_damaged_export_is_refused(prepared: Path, tmp_path: Path) -> None:
     root = copy_of(prepared, tmp_path, without="encode")
     weights = root / "tiny" / "dvae" / "export" / "model.safetensors"

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from data_pipeline.images import Pixels, center_crop, cut, decode
 from data_pipeline.shards import ShardSet
-from data_pipeline.text import Tokenizer
 from infra.seeds import derive
-from model.dvae import DVAE
 from model.sampling import sample
-from model.transformer import Transformer
 from train.config import RunConfig
+from train.lineage import Exports
 
 _THUMB = 16
 
@@ -58,9 +56,9 @@ def _one_for_each_group(images: ShardSet) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def draw(cfg: RunConfig, dalle: Transformer, dvae: DVAE, tokenizer: Tokenizer, prompt: Prompt, device: torch.device) -> tuple[Tensor, list[int]]:
+def draw(cfg: RunConfig, models: Exports, prompt: Prompt, device: torch.device) -> tuple[Tensor, list[int]]:
     """generate.candidates pictures [C, 3, S, S] in [0, 1] of one caption, and their seeds. Each depends on (seed, caption, candidate) alone."""
-    ids, length = tokenizer.encode(prompt.caption)
+    ids, length = models.tokenizer.encode(prompt.caption)
     seeds = [derive(cfg.run.seed, "sample", prompt.caption, candidate) for candidate in range(cfg.generate.candidates)]
     parts = []
     for start in range(0, len(seeds), cfg.generate.batch):
@@ -68,8 +66,8 @@ def draw(cfg: RunConfig, dalle: Transformer, dvae: DVAE, tokenizer: Tokenizer, p
         text_BT = torch.from_numpy(ids).to(device).expand(len(some), -1)
         lengths_B = torch.full((len(some),), length, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in some]
-        codes_BI = sample(dalle, text_BT, lengths_B, generators, temperature=cfg.generate.temperature)
-        parts.append(dvae.decode(codes_BI.unflatten(1, (cfg.dvae.grid, cfg.dvae.grid))))
+        codes_BI = sample(models.dalle, text_BT, lengths_B, generators, temperature=cfg.generate.temperature)
+        parts.append(models.dvae.decode(codes_BI.unflatten(1, (cfg.dvae.grid, cfg.dvae.grid))))
     return torch.cat(parts), seeds
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from data_pipeline.shards import CODES_SCHEMA, ShardSet, open_set
 from data_pipeline.text import Tokenizer, load_tokenizer
+from infra.errors import DataError
 from infra.run_folder import RunFolder
 from model.attention import StructuredAttention
 from model.clip import Clip
@@ -38,6 +41,40 @@ def open_dalle(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torc
     """The exported transformer and its content hash."""
     module = build_dalle(cfg, device, dtype)
     return module, _load(module, run, "dalle", device)
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Everything that draws and judges pictures, known to belong together."""
+
+    dvae: DVAE
+    dalle: Transformer
+    clip: Clip
+    tokenizer: Tokenizer
+    lineage: dict[str, str]
+    """Kind -> content hash."""
+
+
+def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> Exports:
+    """The run's exported models and its tokenizer.
+
+    Raises:
+        DataError: the transformer was trained on codes of another dVAE, or it or the contrastive model with another tokenizer.
+    """
+    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
+        open_dvae(cfg, run, device),
+        open_dalle(cfg, run, device, dtype),
+        open_clip(cfg, run, device),
+    )
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
+    for stage, parent, expected in (("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash), ("clip", "tokenizer", tokenizer_hash)):
+        found = export.describe(run.at(stage, "export"))["parents"][parent]
+        if found != expected:
+            raise DataError(
+                f"{run.at(stage, 'export')} was trained with {parent} {found[:12]}, this run has {parent} {expected[:12]}; "
+                f"delete {run.at(stage)} and run 'launcher.py {stage} {run.url}' again."
+            )
+    return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 
 
 def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_blocks: bool = False) -> Transformer:

@@ -51,7 +51,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     )
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)
-    lineage = {"codes": training[0].content_hash, "tokenizer": tokenizer_hash}
+    lineage = {"codes": training[0].content_hash, "dvae": training[0].manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()

@@ -14,15 +14,13 @@ from infra import storage
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
-from model.clip import Clip
-from model.dvae import DVAE
 from train import places
 from train.clip_task import recall_at_1
 from train.config import RunConfig
 from train.dalle_task import cross_entropies
 from train.device import branch_dtype, set_up, wait_for_all
 from train.dvae_task import code_statistics, psnr
-from train.lineage import open_clip, open_codes, open_dalle, open_dvae, open_tokenizer
+from train.lineage import Exports, open_codes, open_exports
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -30,23 +28,25 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
-    dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
-    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
-        open_dvae(cfg, run, device),
-        open_dalle(cfg, run, device, dtype),
-        open_clip(cfg, run, device),
-    )
-    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
+    models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     images = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
     codes = open_codes(cfg, run, 0, "validation")
     samples, batch = cfg.evaluate.samples, cfg.evaluate.batch
-    pairs = SequentialReader(images, world, samples, batch, view_transform(cfg.dvae.image_size, tokenizer), image_collate, mix_seed=cfg.run.seed)
-    tokens = SequentialReader(
-        codes, world, samples, batch, code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True), code_collate, mix_seed=cfg.run.seed
+    pairs = SequentialReader(
+        images, world, samples, batch, view_transform(cfg.dvae.image_size, models.tokenizer), image_collate, mix_seed=cfg.run.seed
     )
-    figures = _on_images(cfg, dvae, clip, pairs, device) | _unigram(cfg, tokens, device)
+    tokens = SequentialReader(
+        codes,
+        world,
+        samples,
+        batch,
+        code_transform(models.tokenizer, cfg.run.seed, dropout=0.0, first_caption=True),
+        code_collate,
+        mix_seed=cfg.run.seed,
+    )
+    figures = _on_images(cfg, models, pairs, device) | _unigram(cfg, tokens, device)
     with torch.no_grad():
-        ce = cross_entropies(dalle, tokens, device, dalle.text_counts)
+        ce = cross_entropies(models.dalle, tokens, device, models.dalle.text_counts)
     unigram = figures["unigram_entropy_nats"]
     figures |= {
         "image_ce_nats": ce["loss_image"],
@@ -56,14 +56,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         "ce_below_unigram_percent": 100 * (1 - ce["loss_image"] / unigram) if unigram else 0.0,
     }
     if world.is_main:
-        lineage = {
-            "dalle": dalle_hash,
-            "dvae": dvae_hash,
-            "clip": clip_hash,
-            "tokenizer": tokenizer_hash,
-            "images": images.content_hash,
-            "codes": codes.content_hash,
-        }
+        lineage = models.lineage | {"images": images.content_hash, "codes": codes.content_hash}
         storage.write_json(run.at("evaluate", "metrics.json"), figures | {"parents": lineage})
         seconds = time.monotonic() - started
         run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures, parents=lineage)
@@ -71,17 +64,17 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 
 @torch.no_grad()
-def _on_images(cfg: RunConfig, dvae: DVAE, clip: Clip, pairs: SequentialReader, device: torch.device) -> dict[str, float]:
+def _on_images(cfg: RunConfig, models: Exports, pairs: SequentialReader, device: torch.device) -> dict[str, float]:
     """Reconstruction through true codes, codebook use, and retrieval within batches."""
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     counts_N = torch.zeros(cfg.dvae.vocab, dtype=torch.int64, device=device)
     for batch in pairs:
         pixels_B3YX = batch["pixels"].to(device)
-        codes_BYX = dvae.encode(pixels_B3YX)
+        codes_BYX = models.dvae.encode(pixels_B3YX)
         counts_N += torch.bincount(codes_BYX.flatten(), minlength=len(counts_N))
-        drawn_B3YX = dvae.decode(codes_BYX)
+        drawn_B3YX = models.dvae.decode(codes_BYX)
         error = (drawn_B3YX - pixels_B3YX).square().mean((1, 2, 3)).sum()
-        found = recall_at_1(clip.encode_image(pixels_B3YX), clip.encode_text(batch["text"].to(device), batch["lengths"].to(device)))
+        found = recall_at_1(models.clip.encode_image(pixels_B3YX), models.clip.encode_text(batch["text"].to(device), batch["lengths"].to(device)))
         row = (psnr(drawn_B3YX, pixels_B3YX).sum(), error, found, torch.tensor(float(len(pixels_B3YX))), torch.tensor(1.0))
         sums += torch.stack([value.double().to(device) for value in row])
     for part in (sums, counts_N):

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 
 from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.text import Tokenizer
 from infra import storage
 from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
-from model.clip import Clip
 from train import drawing, places
 from train.common import stop_together
 from train.config import RunConfig
 from train.device import branch_dtype, set_up, wait_for_all
 from train.drawing import Prompt
 from train.dvae_task import to_array
-from train.lineage import open_clip, open_dalle, open_dvae, open_tokenizer
+from train.lineage import Exports, open_exports
 from train.report.images import grid, png_bytes
 
 
@@ -33,36 +31,39 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     places.require(run, "dvae", "dalle", "clip")
     device = set_up(world)
-    dtype = branch_dtype(cfg.dalle_fit.precision, device, run, world)
-    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
-        open_dvae(cfg, run, device),
-        open_dalle(cfg, run, device, dtype),
-        open_clip(cfg, run, device),
-    )
+    models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS)
-    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     wanted = drawing.prompts(cfg, training, validation)
-    lineage = {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash}
-    mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], lineage)]
+    mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], models.lineage)]
     progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
     for done, index in enumerate(mine, 1):
         if stop:
             break
-        pictures_C3YX, seeds = drawing.draw(cfg, dalle, dvae, tokenizer, wanted[index], device)
-        scores = _scores(clip, tokenizer, wanted[index], pictures_C3YX)
-        _write(cfg, run, index, wanted[index], pictures_C3YX, seeds, scores, training, lineage)
+        pictures_C3YX, seeds = drawing.draw(cfg, models, wanted[index], device)
+        scores = _scores(models, wanted[index], pictures_C3YX)
+        _write(cfg, run, index, wanted[index], pictures_C3YX, seeds, scores, training, models.lineage)
         progress.update(done)
     progress.finish()
     stop_together(stop, device, "generate")
     if world.is_main:
         entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(len(wanted))]
         storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
-        listing = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": dalle_hash}
+        listing = {
+            "captions": entries,
+            "temperature": cfg.generate.temperature,
+            "candidates": cfg.generate.candidates,
+            "checkpoint": models.lineage["dalle"],
+        }
         storage.write_json(run.at("generate", "index.json"), listing)
         seconds, drawn = time.monotonic() - started, len(wanted) * cfg.generate.candidates
         rate = {"value": drawn / seconds, "unit": "pictures/s"}
         run.finish(
-            "generate", seconds=seconds, world_size=world.size, throughput=rate, summary={"captions": len(wanted), "pictures": drawn}, parents=lineage
+            "generate",
+            seconds=seconds,
+            world_size=world.size,
+            throughput=rate,
+            summary={"captions": len(wanted), "pictures": drawn},
+            parents=models.lineage,
         )
     wait_for_all()
 
@@ -81,11 +82,11 @@ def _finished(run: RunFolder, index: int, prompt: Prompt, lineage: dict[str, str
 
 
 @torch.no_grad()
-def _scores(clip: Clip, tokenizer: Tokenizer, prompt: Prompt, pictures_C3YX: Tensor) -> list[float]:
-    ids, length = tokenizer.encode(prompt.caption)
+def _scores(models: Exports, prompt: Prompt, pictures_C3YX: Tensor) -> list[float]:
+    ids, length = models.tokenizer.encode(prompt.caption)
     device = pictures_C3YX.device
-    text_1E = clip.encode_text(torch.from_numpy(ids)[None].to(device), torch.tensor([length], device=device))
-    return [float(score) for score in (clip.encode_image(pictures_C3YX) @ text_1E.T)[:, 0]]
+    text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(device), torch.tensor([length], device=device))
+    return [float(score) for score in (models.clip.encode_image(pictures_C3YX) @ text_1E.T)[:, 0]]
 
 
 def _write(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,20 +126,21 @@ class RunFolder:
                 return ExitCode.REQUEUE, record["reason"]
         return ExitCode.DONE, "finished"
 
-    def lock(self, stage: str) -> int | None:
-        """Hold the stage's lock until this process ends; None for a run folder on s3, where the scheduler keeps launchers apart.
+    @contextlib.contextmanager
+    def lock(self, stage: str) -> Iterator[None]:
+        """Hold the stage's lock. A run folder on s3 has none: there the scheduler keeps launchers apart.
 
         Raises:
             ConfigError: another launcher runs this stage in this folder.
         """
         if storage.is_remote(self.url):
-            return None
+            yield
+            return
         path = storage.local_path(self.at(stage, ".lock"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            raise ConfigError(f"{self.url}: another launcher runs '{stage}' in this folder; wait for it, or use another run.name.") from error
-        return handle
+        with path.open("a") as file:  # the kernel drops the lock with the file, however the process ends
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"{self.url}: another launcher runs '{stage}' in this folder; wait for it, or use another run.name.") from error
+            yield

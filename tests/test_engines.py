@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
-from infra.errors import CheckpointError
+from infra.errors import CheckpointError, ConfigError
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
@@ -21,6 +21,7 @@ from tests.ranks import run_in_ranks
 from train import checkpoint
 from train.config import DalleFit, ZeroSection
 from train.engine import ReplicatedEngine, decay_groups, global_sum
+from train.zero import engine as zero_engine
 from train.zero.engine import ZeroEngine
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
@@ -124,7 +125,21 @@ def train_and_save(world: World, folder: str) -> dict[str, Any]:
         poisoned = updates(engine, world, 6, 7, poison=6)
         out[kind] += (poisoned[0][2], all(torch.equal(before[n], p) for n, p in whole_state(engine).items()))
         out[kind] += (updates(engine, world, 7, 8)[0][2],)
+    out["refusals"] = [refusal("_SERIES", "0.1.", world), refusal("_NEEDED", ("no_such_attribute",), world)]
     return out
+
+
+def refusal(name: str, value: Any, world: World) -> str:
+    """What the ZeRO engine says when DeepSpeed is not as it knows it."""
+    kept = getattr(zero_engine, name)
+    setattr(zero_engine, name, value)
+    try:
+        make_engine("zero2", make_model(), world)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        setattr(zero_engine, name, kept)
+    return "accepted"
 
 
 def load_and_go_on(world: World, folder: str, saved_on: int) -> dict[Any, Any]:
@@ -164,6 +179,12 @@ def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_training_goes_o
     for rank in trained[1][2]:
         *_, applied, unchanged, next_applied = rank[kind]
         assert not applied and unchanged and next_applied
+
+
+def test_another_deepspeed_is_refused_at_start(trained: Any) -> None:
+    version, attribute = trained[1][1][0]["refusals"]
+    assert "is installed; train/zero/ knows 0.1.x (requirements.txt)" in version
+    assert "lacks what train/zero/ stands on: no_such_attribute" in attribute
 
 
 @pytest.mark.parametrize(("saved_on", "size"), [(2, 1), (1, 2), (2, 2)])

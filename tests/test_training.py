@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra import storage
-from infra.errors import ConfigError, DataError, ExitCode
+from infra.errors import ConfigError, DataError, ExitCode, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
@@ -162,6 +162,21 @@ def test_codes_are_the_same_bytes_on_one_rank_and_on_three_and_a_finished_part_i
     assert before == after
     assert json.loads((codes / "crop-0" / "train" / "manifest.json").read_text())["content_hash"] == manifest["content_hash"]
     assert (kept / "shard.00000.mds").stat().st_mtime_ns == stamp
+
+
+def test_a_stop_between_parts_keeps_what_is_finished(prepared: Path, tmp_path: Path) -> None:
+    root = copy_of(prepared, tmp_path, without="encode")
+    shutil.rmtree(root / "tiny" / "codes")
+    with pytest.raises(front.StageFailed, match="finished parts are kept") as caught:
+        run_stage("encode", str(root), [], StopAfter(2))
+    assert caught.value.exit_code == ExitCode.REQUEUE
+    assert len(list((root / "tiny" / "codes").rglob("done.json"))) == 1
+    with pytest.raises(StopRequested, match="before the start"):
+        run_stage("encode", str(root), [], StopAfter(0))
+    run_stage("encode", str(root), [])
+    for split in ("train", "validation"):
+        manifests = [json.loads((place / "tiny" / "codes" / "crop-0" / split / "manifest.json").read_text()) for place in (prepared, root)]
+        assert manifests[0]["content_hash"] == manifests[1]["content_hash"]
 
 
 def test_codes_of_another_dvae_are_refused_with_what_to_do(prepared: Path, tmp_path: Path) -> None:

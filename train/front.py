@@ -79,11 +79,9 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     if run.done(name) is not None and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
-    handle = run.lock(name)
-    _refuse_if_stopped(stop)
-    code, reason = _execute(name, cfg, run, nproc, stop)
-    if handle is not None:
-        os.close(handle)
+    with run.lock(name):
+        _refuse_if_stopped(stop)
+        code, reason = _execute(name, cfg, run, nproc, stop)
     if code != ExitCode.DONE:
         raise StageFailed(code, f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)

@@ -41,7 +41,7 @@ def render(run: RunFolder, done: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# What the demo gives",
         "",
-        f"Written by `python launcher.py docs --demo {Path(run.url).name}` from a run of {day}, commit {provenance['commit'][:12]}, on {_processor()}. Do not edit.",
+        f"Written by `python launcher.py docs --demo runs/{Path(run.url).name}` from a run of {day}, commit {provenance['commit'][:12]}, on {_processor()}. Do not edit.",
         "",
         "| stage | minutes | throughput |",
         "|---|---:|---|",

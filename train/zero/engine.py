@@ -26,7 +26,7 @@ from train.fragments import Fragment, even_slice
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 _SERIES = "0.19."
-_NEEDED = ("single_partition_of_fp32_groups", "averaged_gradients", "update_lp_params", "optimizer", "overflow")
+_NEEDED = ("single_partition_of_fp32_groups", "averaged_gradients", "update_lp_params", "optimizer", "overflow", "check_grad_overflow")
 
 
 def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World) -> dict[str, Any]:

@@ -254,6 +254,20 @@ def test_a_missing_variable_of_the_world_is_an_error_and_not_rank_zero(monkeypat
         World.from_env()
 
 
+def test_probing_for_the_precision_leaves_the_generator_of_the_weights_alone(tmp_path: Path) -> None:
+    """Only the first attempt of a run probes: a later one must start from the same weights."""
+    import torch
+
+    from train.device import branch_dtype
+
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    branch_dtype("auto", torch.device("cpu"), RunFolder(str(tmp_path)), World.single())
+    assert (tmp_path / "precision.json").exists()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_stages_need_those_before_them(tmp_path: Path) -> None:
     from train.places import require
 

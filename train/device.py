@@ -71,7 +71,8 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
         if storage.exists(url):
             choice = [storage.read_json(url)["precision"]]
         else:
-            rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
+            with torch.random.fork_rng(devices=[]):  # the probe's random matrices must not move the seed of the weights
+                rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
             choice = ["bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"]
             storage.write_json(url, {"precision": choice[0], "gflops": rates})
             log.info("precision %s: matrix products run at %s GFLOP/s", choice[0], {k: round(v) for k, v in rates.items()})

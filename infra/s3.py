@@ -63,6 +63,17 @@ def read(url: str) -> bytes:
     return _retry_body(url, get)
 
 
+def read_range(url: str, start: int, size: int) -> bytes:
+    """``size`` bytes of an object, from ``start`` on."""
+    bucket, key = bucket_and_key(url)
+
+    def get() -> bytes:
+        body: bytes = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + size - 1}")["Body"].read()
+        return body
+
+    return _retry_body(url, get)
+
+
 def download(url: str, local: Path, sha256: str) -> None:
     """Copy an object to a local file, in parallel ranges if it is large. S3 checks no ranges, hence the hash (empty: none)."""
     bucket, key = bucket_and_key(url)

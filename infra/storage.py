@@ -34,6 +34,7 @@ __all__ = [
     "local_path",
     "read_bytes",
     "read_json",
+    "read_range",
     "read_text",
     "sha256_file",
     "size",
@@ -89,6 +90,23 @@ def read_bytes(url: str) -> bytes:
         return s3.read(url)
     with files.read_errors(url):
         return local_path(url).read_bytes()
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    """``size`` bytes of a file or object, from byte ``start`` on.
+
+    Raises:
+        DataError: it is missing, cannot be read, or ends before.
+    """
+    if is_remote(url):
+        data = s3.read_range(url, start, size)
+    else:
+        with files.read_errors(url), local_path(url).open("rb") as file:
+            file.seek(start)
+            data = file.read(size)
+    if len(data) != size:
+        raise DataError(f"{url}: ends after {start + len(data)} bytes, {start + size} were expected; run the stage that wrote it again.")
+    return data
 
 
 def read_text(url: str) -> str:

@@ -1,0 +1,102 @@
+"""Versions of a shard set: finished parts plus the positions of records that do not count. Merging is idempotent, and old versions stay readable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards import EXCLUDED, INDEX, MANIFEST, U64, ShardSet, digest, part_name, read_markers, version_url
+from infra import storage
+from infra.errors import DataError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that a version is to hold."""
+
+    inputs: str
+    """Digest of what it is made from."""
+    source: str
+    """The entry of data.sources that its records came from."""
+
+
+def collect(set_url: str, parts: list[Part], stage: str) -> list[dict[str, Any]]:
+    """Markers of finished parts, in order.
+
+    Raises:
+        DataError: a part is not finished.
+    """
+    markers = read_markers(set_url, [part.inputs for part in parts])
+    missing = [part_name(part.inputs) for part, marker in zip(parts, markers, strict=True) if marker is None]
+    if missing:
+        raise DataError(
+            f"{set_url}: {len(missing)} of {len(parts)} parts are not finished ({', '.join(missing[:5])}); "
+            f"run the stage '{stage}' again, it skips finished parts."
+        )
+    return [marker for marker in markers if marker is not None]
+
+
+def merge(
+    set_url: str,
+    parts: list[Part],
+    markers: list[dict[str, Any]],
+    schema: str,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str] | None = None,
+    producer: Mapping[str, Any] | None = None,
+    excluded: NDArray[np.int64] | None = None,
+) -> ShardSet:
+    """Make a version of finished parts, and make it the newest. Merging the same again changes nothing; other versions stay as they are.
+
+    Args:
+        set_url: place of the shard set.
+        parts: in order.
+        markers: of these parts, from ``collect``.
+        schema: IMAGE_SCHEMA or CODES_SCHEMA.
+        settings: what shaped the records (part of the content hash).
+        parents: kind -> content hash of what the records were made from.
+        producer: commit and versions (not part of the content hash).
+        excluded: sorted positions of stored records that are not part of the version.
+    """
+    hidden = np.empty(0, np.int64) if excluded is None else excluded
+    stored = sum(marker["count"] for marker in markers)
+    packed = hidden.astype(U64).tobytes()
+    facts = {
+        "schema": schema,
+        "count": stored - len(hidden),
+        "stored": stored,
+        "parts": [{"source": part.source, "count": marker["count"], "files": marker["files"]} for part, marker in zip(parts, markers, strict=True)],
+        "excluded": {"count": len(hidden), "sha256": hashlib.sha256(packed).hexdigest()},
+        "parents": dict(parents or {}),
+        "settings": dict(settings),
+    }
+    manifest = facts | {"content_hash": digest(facts), "producer": dict(producer or {})}
+    for entry, part in zip(manifest["parts"], parts, strict=True):
+        entry["name"] = part_name(part.inputs)  # where a part lies says nothing of what it holds, so it is not in the hash
+    place = version_url(set_url, str(manifest["content_hash"]))
+    index = {"version": 2, "shards": _all_shards(parts, markers)}
+    if storage.exists(storage.join(place, MANIFEST)):
+        manifest = storage.read_json(storage.join(place, MANIFEST))  # keeps its first producer
+    else:
+        storage.write_bytes(storage.join(place, EXCLUDED), packed)
+        storage.write_json(storage.join(place, INDEX), index)
+        storage.write_json(storage.join(place, MANIFEST), manifest)
+    newest = storage.join(set_url, MANIFEST)
+    if not storage.exists(newest) or storage.read_json(newest) != manifest:
+        storage.write_json(storage.join(set_url, INDEX), index)
+        storage.write_json(newest, manifest)
+    return ShardSet(set_url, manifest)
+
+
+def _all_shards(parts: list[Part], markers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    shards = []
+    for part, marker in zip(parts, markers, strict=True):
+        for shard in marker["shards"]:
+            raw = shard["raw_data"] | {"basename": f"{part_name(part.inputs)}/{shard['raw_data']['basename']}"}
+            shards.append(shard | {"raw_data": raw})
+    return shards

@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak gpu bench-peers compat clean
+.PHONY: help demo test check raises soak gpu bench-peers compat clean
 
 help:  ## List the targets
 	@echo "make demo    with PRESET=$(PRESET); ARGS=... are passed on; VENV=$(VENV) is made when needed."
@@ -27,6 +27,9 @@ check: $(STAMP)  ## Style, formatting, types and the direction of imports
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --durations=0 tests/test_imports.py
+
+raises: $(STAMP)  ## The tests under coverage: every raise must be reached by one
+	@$(RUN) .ci/raises.py $(ARGS)
 
 soak: $(STAMP)  ## Long fault and training runs
 	@$(call selected,soak)

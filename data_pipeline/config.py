@@ -1,17 +1,43 @@
 """Sections of the data pipeline: sources, splits, shards and the tokenizer. No torch."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.config import Section
+
+
+class SourceConfig(Section):
+    """One place of captioned images. A plain "URL" in data.sources stands for {url = "URL"}."""
+
+    url: str
+    """'emoji' (drawings embedded in packages), or a folder, file or glob, local or s3://."""
+    kind: Literal["", "emoji", "folder", "table", "parquet", "webdataset"] = ""
+    """How to read it; empty: found by the names of its files."""
+    weight: float = Field(default=1.0, gt=0)
+    """Samples of an epoch for each record: 2 reads every record twice an epoch, 0.5 another half of them in each epoch."""
+    split: Literal["", "train", "validation"] = ""
+    """The split of all its records; empty: the split that a record brings, else by the hash of its group."""
+    image: str = ""
+    """Column or key of the image's path or bytes; empty: the usual names are looked for."""
+    captions: tuple[str, ...] = ()
+    """Columns or keys of captions; empty: the usual names are looked for."""
+    license: str = ""
+    """Licence (SPDX identifier) of records that bring none."""
+
+    @field_validator("url")
+    @classmethod
+    def _names_something(cls, url: str) -> str:
+        if not url.strip():
+            raise ValueError("an entry of data.sources is empty; accepted are 'emoji' and the path or s3:// URL of a folder, file or glob")
+        return url
 
 
 class DataConfig(Section):
     """Where captioned images come from, and where shard sets lie."""
 
-    sources: tuple[str, ...] = ("emoji",)
-    """'emoji' (drawings embedded in packages), or folders of images with same-named .txt files, local or s3://."""
+    sources: tuple[SourceConfig, ...] = (SourceConfig(url="emoji"),)
+    """Places of captioned images: URLs, or tables with the keys of a source (url, kind, weight, split, image, captions, license)."""
     images: str = ""
     """URL of the image shard sets; empty: images/ in the run folder."""
     tokenizer: str = ""
@@ -24,18 +50,45 @@ class DataConfig(Section):
     """Images with a shorter side below this many pixels are dropped; 0: dvae.image_size."""
     validation_share: float = Field(default=0.05, gt=0, lt=1)
     """Share of groups (concepts) held out for validation, by a stable hash of the group key."""
-    max_groups: int = Field(default=0, ge=0)
-    """Use only this many groups (the first by stable hash); 0: all."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of groups that is used, the first by stable hash."""
+    takedown: str = ""
+    """URL of a take-down list: ids of records that nothing may show or train on any more, one a line; empty: none."""
     records_per_part: int = Field(default=1024, gt=0)
-    """Records of one input part: the unit of work, restart and exactly-once."""
+    """Records of one input shard, the unit of work, where the source has no files of its own to go by (folders, drawings)."""
     shard_bytes: int = Field(default=1 << 26, gt=0)
     """Size limit of one MDS shard file in bytes."""
+    max_tries: int = Field(default=3, gt=0)
+    """Tries at an input shard before it is quarantined and the run goes on without it."""
+    max_quarantined: int = Field(default=10, ge=0)
+    """Quarantined input shards that are tolerated; more end the stage with exit code 65."""
+    workers: int = Field(default=0, ge=0)
+    """Processes of each rank that read and decode ahead of training; 0: the rank does it itself."""
+    cache_bytes: int = Field(default=0, ge=0)
+    """Limit in bytes of the local cache of an s3:// shard set, for each node and loader; 0: none."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _plain_urls(cls, sources: Any) -> Any:
+        return [{"url": entry} if isinstance(entry, str) else entry for entry in sources] if isinstance(sources, list | tuple) else sources
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:
         if not self.sources:
             raise ValueError("sources is empty: name at least one, for example 'emoji'")
+        urls = [source.url for source in self.sources]
+        if len(set(urls)) != len(urls):
+            raise ValueError(f"sources names {max(urls, key=urls.count)!r} twice; raise its weight instead")
         return self
+
+
+class FilterConfig(Section):
+    """stub"""
+
+    exact_duplicates: bool = True
+    near_duplicates: bool = False
+    near_duplicate_bits: int = 3
+    validation_overlap: bool = False
 
 
 class TokenizerConfig(Section):

@@ -269,9 +269,7 @@ class ShardSet:
         entries = storage.read_json(storage.join(self.version_url, INDEX))["shards"]
         sources = {part["name"]: part["source"] for part in self.parts}
         names = [entry["raw_data"]["basename"] for entry in entries]
-        return [
-            Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)
-        ]
+        return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards import EXCLUDED, INDEX, MANIFEST, U64, ShardSet, digest, part_name, read_markers, version_url
+from data_pipeline.shards import DONE, EXCLUDED, INDEX, MANIFEST, U64, VERSIONS, ShardSet, digest, part_name, read_markers, version_url
 from infra import storage
 from infra.errors import DataError
 
@@ -100,3 +100,43 @@ def _all_shards(parts: list[Part], markers: list[dict[str, Any]]) -> list[dict[s
             raw = shard["raw_data"] | {"basename": f"{part_name(part.inputs)}/{shard['raw_data']['basename']}"}
             shards.append(shard | {"raw_data": raw})
     return shards
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What deleting the records of a take-down list means for one shard set."""
+
+    set_url: str
+    records: int
+    """Records that are on the list."""
+    parts: list[str]
+    """Parts that hold them."""
+    versions: list[str]
+    """URLs of the versions that have such parts."""
+
+    def carry_out(self) -> None:
+        """Delete these parts and versions. Markers go first, so that nothing half deleted can be read; doing it again does the rest."""
+        storage.delete(storage.join(self.set_url, MANIFEST))
+        for url in self.versions:
+            storage.delete(storage.join(url, MANIFEST))
+        for part in self.parts:
+            storage.delete(storage.join(self.set_url, part, DONE))
+            storage.delete_prefix(storage.join(self.set_url, part))
+        for url in self.versions:
+            storage.delete_prefix(url)
+
+
+def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
+    """Look up which parts of a set hold records of these ids, in any version; None if there are none."""
+    names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
+    affected: dict[str, int] = {}
+    versions = []
+    for name in names:
+        manifest = storage.read_json(storage.join(set_url, VERSIONS, name))
+        opened = ShardSet(set_url, manifest, ids)
+        parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
+        hit = {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
+        if hit:
+            versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
+            affected |= hit
+    return Purge(set_url, sum(affected.values()), sorted(affected), versions) if affected else None

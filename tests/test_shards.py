@@ -229,3 +229,19 @@ def test_a_set_on_s3_holds_the_same_bytes(s3: str, tmp_path: Path) -> None:
         storage.read_range(storage.join(s3, remote.shards[0].basename), 0, 1 << 20)
     with pytest.raises(DataError, match="ends after"):
         storage.read_range(storage.join(local.url, local.shards[0].basename), 0, 1 << 20)
+
+
+def test_a_purge_deletes_the_parts_of_taken_down_records_and_nothing_else(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    old = make_set(url, (3, 3))
+    make_set(url, (3, 3, 2))
+    assert versions.plan_purge(url, frozenset({"nobody"})) is None
+    purge = versions.plan_purge(url, frozenset({"id-7", "nobody"}))
+    assert purge is not None and (purge.records, purge.parts, len(purge.versions)) == (1, ["part-inputs-2"], 1)
+    before = tree(tmp_path)
+    purge.carry_out()
+    gone = before.keys() - tree(tmp_path).keys()
+    assert "manifest.json" in gone and all(name.startswith(("part-inputs-2/", "versions/")) or name == "manifest.json" for name in gone)
+    assert not part_done(url, "inputs-2") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
+    both = versions.plan_purge(url, frozenset({"id-1", "id-4"}))
+    assert both is not None and (both.records, both.parts) == (2, ["part-inputs-0", "part-inputs-1"])

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ Record = ImageRecord | CodeRecord
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One MDS file of a set."""
+
+    basename: str
+    """Name relative to the set."""
+    samples: int
+    source: str
+    """Name of the data.sources entry that it came from."""
+    entry: dict[str, Any]
+    """As in index.json."""
+
+
+@dataclass(frozen=True)
 class ShardSet:
     """An opened shard set: its place and its manifest."""
 
@@ -80,7 +94,24 @@ class ShardSet:
 
     @property
     def count(self) -> int:
+        """Records that readers show."""
+        return self.stored - len(self.removed)
+
+    @property
+    def stored(self) -> int:
+        """Records in the shards."""
         return int(self.manifest["count"])
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The files in order."""
+        entries = storage.read_json(storage.join(self.url, INDEX))["shards"]
+        return [Shard(entry["raw_data"]["basename"], entry["samples"], "", entry) for entry in entries]
+
+    @cached_property
+    def removed(self) -> NDArray[np.int64]:
+        """Sorted positions of stored records that no reader may show."""
+        return np.zeros(0, np.int64)
 
     @property
     def content_hash(self) -> str:

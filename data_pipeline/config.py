@@ -31,6 +31,15 @@ class DataConfig(Section):
     shard_bytes: int = Field(default=1 << 26, gt=0)
     """Size limit of one MDS shard file in bytes."""
 
+    workers: int = Field(default=0, ge=0)
+    """Processes of each rank that read and prepare batches; 0: the rank does it itself, between its steps."""
+    prefetch: int = Field(default=2, gt=0)
+    """Batches that each of these processes prepares ahead. They wait in shared memory (/dev/shm)."""
+    cache_bytes: int = Field(default=0, ge=0)
+    """Limit in bytes, on each node, of the local cache that a loader keeps of shards on S3; 0: none."""
+    shuffle_block: int = Field(default=1 << 18, gt=0)
+    """Samples among which a sample may move when an epoch is shuffled, at least. A node caches the shards of about two such blocks."""
+
     @model_validator(mode="after")
     def _has_sources(self) -> Self:
         if not self.sources:

@@ -136,20 +136,15 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
 
     cache_filelock = True
     """streaming asks for this name before it makes another lock for each call."""
-    _lock_owner = -1
 
     def __init__(self, **options: Any) -> None:
-        self._damaged: dict[int, DamagedShard] = {}
         super().__init__(**options)
+        self._damaged: dict[int, DamagedShard] = {}
+        self._cache_filelock = FileLock(self._cache_filelock_path)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        present = self._shard_states[shard_id] == _ShardState.LOCAL
-        if present and not self.cache_limit:
-            return  # it stays, so no lock is needed
         if shard_id in self._damaged:
             raise self._damaged[shard_id]
-        if self._lock_owner != os.getpid():
-            self._cache_filelock, self._lock_owner = FileLock(self._cache_filelock_path), os.getpid()
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
@@ -208,6 +203,8 @@ class ShardCache:
                 )
         except ValueError as error:
             self._claim.release()
+            if not cache_bytes:
+                raise
             raise ConfigError(f"data.cache_bytes = {cache_bytes}: {error}") from error
         self._folder = folder
         self._open: OrderedDict[int, ShardRows] = OrderedDict()

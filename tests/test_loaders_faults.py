@@ -194,3 +194,19 @@ def test_a_shard_that_failed_is_given_back_so_that_nobody_waits_for_it(tmp_path:
     path.write_bytes(data)
     assert cache.rows(2)[0]["id"].startswith("id-"), "what was missing may come back"
     cache.close()
+
+
+def test_a_shard_that_vanishes_from_a_cache_is_fetched_again_and_from_a_local_set_named(s3: str, tmp_path: Path) -> None:
+    for url in (s3, str(tmp_path / "set")):
+        cache = shard_cache.ShardCache(code_set(url), tmp_path, data_faults.World.single(), 10_003)
+        cache.rows(2)
+        cache.use([])  # which closes it
+        (cache.folder / "part-00000/shard.00002.mds").unlink()
+        if url == s3:
+            assert cache.rows(2)[0]["id"].startswith("id-")
+        else:
+            with pytest.raises(
+                DataError, match=r"shard\.00002\.mds: vanished from .* while in use; raise data.cache_bytes, or find who deletes there"
+            ):
+                cache.rows(2)
+        cache.close()

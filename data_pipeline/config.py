@@ -63,9 +63,13 @@ class DataConfig(Section):
     max_quarantined: int = Field(default=10, ge=0)
     """Quarantined input shards that are tolerated; more end the stage with exit code 65."""
     workers: int = Field(default=0, ge=0)
-    """Processes of each rank that read and decode ahead of training; 0: the rank does it itself."""
+    """Processes of each rank that read and prepare batches; 0: the rank does it itself, between its steps."""
+    prefetch: int = Field(default=2, gt=0)
+    """Batches that each of these processes prepares ahead. They wait in shared memory (/dev/shm)."""
     cache_bytes: int = Field(default=0, ge=0)
-    """Limit in bytes of the local cache of an s3:// shard set, for each node and loader; 0: none."""
+    """Limit in bytes, on each node, of the local cache that a loader keeps of shards on S3; 0: none."""
+    shuffle_block: int = Field(default=1 << 18, gt=0)
+    """Samples among which a sample may move when an epoch is shuffled, at least. A node caches the shards of about two such blocks."""
 
     @field_validator("sources", mode="before")
     @classmethod

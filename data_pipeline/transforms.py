@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from data_pipeline import images
 from data_pipeline.text import Tokenizer
 from infra.seeds import derive, generator
 
-Record = dict[str, Any]
-"""One record of a shard set, as a dictionary of its columns."""
+Record = Mapping[str, Any]
+"""One record of a shard set: its columns by name. Columns that are not asked for are not decoded."""
 Sample = dict[str, Any]
 """What collation stacks: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
 

@@ -23,6 +23,9 @@ MAX_ATTEMPTS = 6
 """Attempts of one request (throttling, resets), and of one whole download whose body broke off."""
 BACKOFF_S = 0.25
 """Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+"""Silence of a server in seconds after which a request counts as broken."""
 PART_BYTES = 16 << 20
 """Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB)."""
 DELETE_AT_ONCE = 1000
@@ -167,7 +170,7 @@ def delete_all(url: str) -> None:
 def _client() -> Any:
     """The client of this process and environment: clients do not survive a fork, and an environment may change (in tests it does)."""
     settings = "\n".join(os.environ.get(name, "") for name in _CLIENT_VARIABLES)
-    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {settings}".encode()).hexdigest()
+    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {READ_TIMEOUT_S} {settings}".encode()).hexdigest()
     with _lock:
         if key not in _clients:
             _clients[key] = _connect()
@@ -181,8 +184,8 @@ def _connect() -> Any:
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     config = Config(
         retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=16,
         s3={"addressing_style": "path"} if endpoint else None,  # bucket.host resolves on AWS, rarely elsewhere
     )

@@ -16,7 +16,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from model.dvae import DVAE
 from train import places
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
 from train.device import branch_dtype, set_up, wait_for_all
 from train.dvae_task import DvaeTask
@@ -46,6 +46,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
         collate=image_collate,
         batch_key="dvae_fit.batch",
+        **loader_options(cfg.data),
     )
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, view_transform(cfg.dvae.image_size), image_collate)
     lineage = {"images": training.content_hash}

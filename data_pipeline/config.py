@@ -1,17 +1,59 @@
 """Sections of the data pipeline: sources, splits, shards and the tokenizer. No torch."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from infra.config import Section
 
 
+class SourceConfig(Section):
+    """One source of captioned images. Where a source is expected, a plain string stands for its url."""
+
+    url: str
+    """'emoji' (drawings embedded in packages), or the path or s3:// URL of a folder, a file, or a pattern (*, ?, [...]; ** for any depth)."""
+    kind: Literal["", "emoji", "folder", "table", "parquet", "webdataset"] = ""
+    """How it is read; empty: found by looking at the names of its files."""
+    weight: float = Field(default=1.0, gt=0)
+    """Samples of an epoch per record; 0.5: half of the records in each epoch, in turn."""
+    split: Literal["", "train", "validation"] = ""
+    """Split of all records; empty: each record's own, else by the hash of its group."""
+    image: str = ""
+    """Column, key or tar extension of the image (its bytes or its path); empty: looked for under usual names."""
+    captions: tuple[str, ...] = ()
+    """Columns, keys or tar extensions of the captions; empty: looked for under usual names."""
+    license: str = ""
+    """Licence of all records that bring none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"url": given}
+        # What passes through here is no longer JSON to pydantic, whose strict tuples accept a list from JSON only.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.url.strip():
+            raise ValueError("an entry is empty; accepted are 'emoji' and the path or s3:// URL of a folder, a file or a pattern")
+        if (self.kind == "emoji") != (self.url == "emoji") and (self.kind or self.url != "emoji"):
+            raise ValueError(
+                f"kind = '{self.kind}' does not fit url = '{self.url}'; the drawings are url = 'emoji', for a folder of that name write ./emoji"
+            )
+        return self
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether it is the drawings embedded in packages."""
+        return self.url == "emoji"
+
+
 class DataConfig(Section):
     """Where captioned images come from, and where shard sets lie."""
 
-    sources: tuple[str, ...] = ("emoji",)
-    """'emoji' (drawings embedded in packages), or folders of images with same-named .txt files, local or s3://."""
+    sources: tuple[SourceConfig, ...] = (SourceConfig(url="emoji"),)
+    """Sources of captioned images, local or s3://: URLs, or tables of url, kind, weight, split, image, captions and license."""
     images: str = ""
     """URL of the image shard sets; empty: images/ in the run folder."""
     tokenizer: str = ""

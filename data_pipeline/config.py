@@ -2,35 +2,51 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from infra.config import Section
 
 
 class SourceConfig(Section):
-    """One place of captioned images. A plain "URL" in data.sources stands for {url = "URL"}."""
+    """One source of captioned images. Where a source is expected, a plain string stands for its url."""
 
     url: str
-    """'emoji' (drawings embedded in packages), or a folder, file or glob, local or s3://."""
+    """'emoji' (drawings embedded in packages), or the path or s3:// URL of a folder, a file, or a pattern (*, ?, [...]; ** for any depth)."""
     kind: Literal["", "emoji", "folder", "table", "parquet", "webdataset"] = ""
-    """How to read it; empty: found by the names of its files."""
+    """How it is read; empty: found by looking at the names of its files."""
     weight: float = Field(default=1.0, gt=0)
-    """Samples of an epoch for each record: 2 reads every record twice an epoch, 0.5 another half of them in each epoch."""
+    """Samples of an epoch per record; 0.5: half of the records in each epoch, in turn."""
     split: Literal["", "train", "validation"] = ""
-    """The split of all its records; empty: the split that a record brings, else by the hash of its group."""
+    """Split of all records; empty: each record's own, else by the hash of its group."""
     image: str = ""
-    """Column or key of the image's path or bytes; empty: the usual names are looked for."""
+    """Column, key or tar extension of the image (its bytes or its path); empty: looked for under usual names."""
     captions: tuple[str, ...] = ()
-    """Columns or keys of captions; empty: the usual names are looked for."""
+    """Columns, keys or tar extensions of the captions; empty: looked for under usual names."""
     license: str = ""
-    """Licence (SPDX identifier) of records that bring none."""
+    """Licence of all records that bring none."""
 
-    @field_validator("url")
+    @model_validator(mode="before")
     @classmethod
-    def _names_something(cls, url: str) -> str:
-        if not url.strip():
-            raise ValueError("an entry of data.sources is empty; accepted are 'emoji' and the path or s3:// URL of a folder, file or glob")
-        return url
+    def _from_url(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"url": given}
+        # What passes through here is no longer JSON to pydantic, whose strict tuples accept a list from JSON only.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.url.strip():
+            raise ValueError("an entry is empty; accepted are 'emoji' and the path or s3:// URL of a folder, a file or a pattern")
+        if (self.kind == "emoji") != (self.url == "emoji") and (self.kind or self.url != "emoji"):
+            raise ValueError(
+                f"kind = '{self.kind}' does not fit url = '{self.url}'; the drawings are url = 'emoji', for a folder of that name write ./emoji"
+            )
+        return self
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether it is the drawings embedded in packages."""
+        return self.url == "emoji"
 
 
 class DataConfig(Section):
@@ -70,11 +86,6 @@ class DataConfig(Section):
     """Limit in bytes, on each node, of the local cache that a loader keeps of shards on S3; 0: none."""
     shuffle_block: int = Field(default=1 << 18, gt=0)
     """Samples among which a sample may move when an epoch is shuffled, at least. A node caches the shards of about two such blocks."""
-
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _plain_urls(cls, sources: Any) -> Any:
-        return [{"url": entry} if isinstance(entry, str) else entry for entry in sources] if isinstance(sources, list | tuple) else sources
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:

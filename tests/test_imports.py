@@ -31,6 +31,7 @@ HOMES = {
     "sentencepiece": ("data_pipeline/text.py",),
     "tensorboard": ("train/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
+    "pyarrow": ("data_pipeline/parquet_source.py",),
     "resvg_py": ("data_pipeline/emoji_source.py",),
     "emoji": ("data_pipeline/emoji_source.py",),
     "typer": ("launcher.py",),

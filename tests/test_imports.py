@@ -29,6 +29,8 @@ HOMES = {
     "sentencepiece": ("data_pipeline/text.py",),
     "tensorboard": ("train/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
+    "simplejpeg": ("data_pipeline/jpeg.py", "train/bench/data_images.py"),
+    "numba": ("data_pipeline/area.py",),
     "resvg_py": ("data_pipeline/emoji_source.py",),
     "emoji": ("data_pipeline/emoji_source.py",),
     "typer": ("launcher.py",),

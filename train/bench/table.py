@@ -5,6 +5,7 @@ from importlib import import_module
 from train.bench.harness import Options, Result
 
 BENCHES = {
+    "data-images": "train.bench.data_images",
     "floor": "train.bench.floor",
     "transformer": "train.bench.transformer",
 }

@@ -32,6 +32,8 @@ HOMES = {
     "tensorboard": ("train/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
     "pyarrow": ("data_pipeline/parquet_source.py",),
+    "simplejpeg": ("data_pipeline/jpeg.py", "train/bench/data_images.py"),
+    "numba": ("data_pipeline/area.py",),
     "resvg_py": ("data_pipeline/emoji_source.py",),
     "emoji": ("data_pipeline/emoji_source.py",),
     "typer": ("launcher.py",),

@@ -35,7 +35,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
-    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
+    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode)
     loader = ShardLoader(
         [training],
         run.url,

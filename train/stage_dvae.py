@@ -43,7 +43,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         world,
         micro_batch(cfg, "dvae_fit", world),
         cfg.run.seed,
-        transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
+        transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed, cfg.data.decode),
         collate=image_collate,
         batch_key="dvae_fit.batch",
         **loader_options(cfg.data),

@@ -8,23 +8,19 @@ this s exceeds in / out, so the last intervals reach past the last pixel; it is 
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from data_pipeline.config import MAX_PIXELS
+from data_pipeline.image_files import load_file, open_file, to_pixels
 from infra.errors import DataError
 
 Pixels = NDArray[np.uint8]
 """An image: uint8, height x width x 3, RGB."""
-
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused before they are decoded: a small file can claim to be enormous."""
 
 
 @dataclass(frozen=True)
@@ -51,36 +47,12 @@ class CropBox:
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode an image file into RGB, with transparency laid onto white.
+    """Decode an image file into RGB as it is meant to be seen: upright by its EXIF orientation, the first frame, 8 bits, on white.
 
     Raises:
         DataError: not an image, damaged, or larger than ``MAX_PIXELS``.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and is an error
-            image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"image of {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are accepted; shrink it or remove it from the source."
-            )
-        if image.mode != "RGB":
-            image = _onto_white(image)
-        return np.asarray(image)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
-        raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
-
-
-def _onto_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema() != (255, 255):
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            rgba = Image.alpha_composite(white, rgba)
-        return rgba.convert("RGB")
-    return image.convert("RGB")
+    return to_pixels(load_file(open_file(data, MAX_PIXELS)))
 
 
 @lru_cache(maxsize=512)

@@ -27,6 +27,7 @@ HOMES = {
     "s3transfer": ("infra/s3.py",),
     "streaming": ("data_pipeline/shards.py", "data_pipeline/loaders.py"),
     "sentencepiece": ("data_pipeline/text.py",),
+    "pycld2": ("data_pipeline/language.py",),
     "tensorboard": ("train/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
     "resvg_py": ("data_pipeline/emoji_source.py",),

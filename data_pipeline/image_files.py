@@ -35,7 +35,9 @@ WEBP_DIVISOR = 2
 _STRIP_PIXELS = 2_000_000  # larger images are converted in strips, so that no second copy of them is made
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-_ORIENTATION = 0x0112
+_IMAGE_WIDTH = 256
+_IMAGE_LENGTH = 257
+_ORIENTATION = 274
 _BITS_PER_SAMPLE = 258
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,7 +61,7 @@ def _as_data_error() -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
-        if "Decompressed data too large" in str(error):  # texts and profiles of a PNG
+        if "decompressed data too large" in str(error).lower():  # texts and profiles of a PNG
             raise BombError(f"image with metadata that unpack to far more than they are ({error}); encode it again without them.") from error
         raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
 
@@ -107,8 +109,9 @@ def load_file(image: ImageFile.ImageFile, grey_of_side: int = 0) -> Image.Image:
 
 def shown_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """(width, height) of an opened file as ``load_file`` turns it."""
-    on_side = image.format != "TIFF" and orientation(image) >= 5  # Pillow gives the size of a TIFF upright
-    return (image.height, image.width) if on_side else image.size
+    # Versions of Pillow differ in whether the size of a TIFF is upright before it is decoded; its tags are not.
+    width, height = (_tag(image, _IMAGE_WIDTH), _tag(image, _IMAGE_LENGTH)) if image.format == "TIFF" else image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def orientation(image: ImageFile.ImageFile) -> int:

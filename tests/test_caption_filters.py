@@ -94,7 +94,7 @@ def test_what_says_something_is_no_boilerplate(caption: str) -> None:
 FOREIGN = """Un chien court dans l'herbe verte|Zwei Kinder spielen am Strand mit einem roten Ball|Una mujer con vestido azul delante de la ventana|Casa à venda com jardim e piscina
 Een vrouw in een blauwe jurk voor het raam|En hund springer över det gröna gräset|Kobieta w niebieskiej sukience przed oknem|Pencerenin önünde mavi elbiseli bir kadın
 Seekor anjing berlari di atas rumput hijau|Một con chó chạy trên bãi cỏ xanh|Собака бежит по зелёной траве|Ένας σκύλος τρέχει στο πράσινο γρασίδι|كلب يركض على العشب الأخضر
-夜の東京タワー|푸른 잔디 위를 달리는 개|एक कुत्ता हरी घास पर दौड़ रहा है|สุนัขกำลังวิ่ง|כלב רץ על הדשא הירוק|Ricetta della torta di mele della nonna|Dům na prodej se zahradou a bazénem""".replace(
+夜の東京タワー|夜晚的上海外滩夜景 Bund|푸른 잔디 위를 달리는 개|एक कुत्ता हरी घास पर दौड़ रहा है|สุนัขกำลังวิ่ง|כלב רץ על הדשא הירוק|Ricetta della torta di mele della nonna|Dům na prodej se zahradou a bazénem""".replace(
     "\n", "|"
 ).split("|")
 
@@ -108,6 +108,7 @@ def test_other_languages_are_recognised(caption: str) -> None:
     "caption",
     [
         "Eiffel Tower",
+        "Machu Picchu, Peru",
         "Taj Mahal, Agra, India",
         "chihuahua puppy",
         "Café de Flore",

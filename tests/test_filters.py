@@ -53,7 +53,8 @@ def reason(image: bytes = PHOTO, *captions: str, config: FilterConfig | None = N
 
 
 def test_what_utf8_cannot_write_is_dropped_whatever_is_switched_off() -> None:
-    assert caption_reason("a dog \ud83d runs", OFF) == "broken text"
+    for half in ("\ud83d", "\udc00"):
+        assert caption_reason(f"a dog {half} runs", OFF) == "broken text"
     found = judge(pair(PHOTO, group="g\udc00"), OFF, 0)
     assert isinstance(found, Dropped) and found.reason == "broken metadata" and found.example == "g\\udc00"
 
@@ -253,6 +254,7 @@ def test_perceptual_hashes_survive_encoding_scaling_and_brightness_and_tell_pict
             assert distance(original, copy) <= FilterConfig().near_duplicate_bits
         apart.append(distance(original, encode(other)))
     assert min(apart) > 12
+    assert accepted(original).perceptual_hash.bit_count() == 32, "the median halves them"
 
 
 def test_flat_pictures_equal_nothing_but_themselves() -> None:

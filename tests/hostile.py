@@ -64,7 +64,19 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     yield "png just below the limit", encode(Image.new("RGB", (5000, 4999), (1, 200, 30)))
     yield "png with alpha just below the limit", encode(Image.new("RGBA", (5000, 4999), (1, 200, 30, 90)))
     yield "16-bit png just below the limit", encode(Image.new("I;16", (5000, 4999), 700))
-    yield "webp just below the limit", encode(Image.new("RGB", (5000, 4999), (1, 200, 30)), "WEBP", lossless=True, method=0)
+    yield "webp just below its limit", encode(Image.new("RGB", (3535, 3535), (1, 200, 30)), "WEBP", lossless=True, method=0)
+    yield (
+        "animated webp just below its limit",
+        encode(
+            Image.new("RGB", (3535, 3535), (1, 200, 30)),
+            "WEBP",
+            lossless=True,
+            method=0,
+            save_all=True,
+            append_images=[Image.new("RGB", (3535, 3535))],
+        ),
+    )
+    yield "webp above its limit", encode(Image.new("RGB", (5000, 4999), (1, 200, 30)), "WEBP", lossless=True, method=0)
     yield "progressive jpeg just below the limit", encode(Image.new("RGB", (5000, 4999), (1, 2, 3)), "JPEG", progressive=True, subsampling=0)
     yield "jpeg just below the limit", encode(Image.new("RGB", (5000, 4999), (1, 2, 3)), "JPEG")
     yield "cmyk jpeg just below the limit", encode(Image.new("CMYK", (5000, 4999), (1, 2, 3, 4)), "JPEG")

@@ -1,10 +1,16 @@
-"""Sections of the data pipeline: sources, splits, shards and the tokenizer. No torch."""
+"""Sections of the data pipeline: sources, filters, splits, shards and the tokenizer. No torch."""
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from infra.config import Section
+
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are refused before they are decoded, everywhere: a small file can claim to be enormous."""
+
+ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+ImageKind = Literal["animated", "cmyk", "16-bit", "palette", "greyscale", "transparent", "rotated"]
 
 
 class SourceConfig(Section):
@@ -101,12 +107,50 @@ class DataConfig(Section):
 
 
 class FilterConfig(Section):
-    """stub"""
+    """What is dropped and why (paper, appendix C; Sharma et al. 2018). The defaults suit photographs from the web; drawings with short names want less."""
 
-    exact_duplicates: bool = True
-    near_duplicates: bool = False
-    near_duplicate_bits: int = 3
-    validation_overlap: bool = False
+    min_words: int = Field(default=3, ge=0)
+    """Captions with fewer words are 'caption too short'; 0: off. Captions without any visible character are always dropped."""
+    max_characters: int = Field(default=1000, ge=0)
+    """Captions with more characters are 'caption too long'; 0: off."""
+    broken_text: bool = True
+    """Drop captions with control characters, U+FFFD, HTML tags or HTML entities. Lone surrogates are always dropped: they cannot be stored."""
+    english: bool = True
+    """Drop captions that are identified as another language; those too short to judge are kept."""
+    boilerplate: bool = True
+    """Drop captions that are mostly dates, file names, camera defaults and stock phrases such as 'photographed on'."""
+    max_repetition: float = Field(default=0.6, gt=0, le=1)
+    """Captions in which more than this share of the words repeats an earlier word are dropped; 1: off."""
+    max_capitals: float = Field(default=1.0, gt=0, le=1)
+    """Captions with more than this share of capitalised words are dropped (Sharma et al.); 1: off."""
+    blocked_words: str = ""
+    """URL of a text file with words and phrases, one a line, '#' before comments: captions that contain one are dropped; empty: off."""
+    formats: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp")
+    """Image formats that are accepted; "tiff" may be added, ["jpeg"] is what Sharma et al. take."""
+    refuse: tuple[ImageKind, ...] = ("animated",)
+    """Kinds of images that are dropped, each under its own reason. The others are converted: first frame, 8 bits, RGB, on white, upright; []: all are."""
+    max_aspect: float = Field(default=2.0, ge=0)
+    """Images whose longer side is more than this multiple of the shorter one are dropped; 0: off. The smallest side is data.min_side."""
+    max_pixels: int = Field(default=25_000_000, gt=0, le=MAX_PIXELS)
+    """Images that claim more pixels are a 'decompression bomb', and are not decoded (WebP: half as many). Decoding takes up to 10 bytes a pixel."""
+    max_image_bytes: int = Field(default=1 << 23, ge=0)
+    """Larger image files are encoded again (JPEG of quality 95, or PNG if they were lossless), and shrunk until they fit; 0: never."""
+    max_side: int = Field(default=0, ge=0)
+    """Images with a longer side above this are shrunk to it, but never below data.min_side, and encoded again; 0: never."""
+    duplicates: bool = True
+    """Drop records that repeat the image file and the captions of an earlier one."""
+    near_duplicate_bits: int = Field(default=4, ge=-1, le=7)
+    """Drop records whose image differs from an earlier one in at most this many of the 64 bits of the perceptual hash; -1: off."""
+    validation_overlap: bool = True
+    """Drop training records whose image is that near (0 bits where near-duplicates are off) to an image of the validation split."""
+
+    @model_validator(mode="after")
+    def _has_meaning(self) -> Self:
+        if not self.formats:
+            raise ValueError("formats is empty: no image would be accepted; name at least one, for example 'jpeg'")
+        if 0 < self.max_aspect < 1:
+            raise ValueError(f"max_aspect = {self.max_aspect}: longer over shorter side, expected at least 1, or 0 for off")
+        return self
 
 
 class TokenizerConfig(Section):

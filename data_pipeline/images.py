@@ -6,24 +6,20 @@ A picture is drawn, then cut: ``dvae_crop``, ``transformer_crop`` and ``center_c
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.area import Pixels, resize
+from data_pipeline.config import MAX_PIXELS
+from data_pipeline.image_files import load_file, open_file, to_pixels
 from data_pipeline.jpeg import decode_jpeg, jpeg_size
 from infra.errors import DataError
 
 Decoding = Literal["exact", "fast"]
 """'exact': the pixels of the paper. 'fast': chroma of JPEG files is repeated, not interpolated, where the resize then averages it."""
-
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused before they are decoded: a small file can claim to be enormous."""
 
 _FAST_SHRINK = 1.25
 """Smallest ratio of resize at which 'fast' differs from 'exact': below it the difference on photographs is above -45 dB."""
@@ -53,44 +49,14 @@ class CropBox:
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode an image file into RGB, with transparency laid onto white.
+    """Decode an image file into RGB as it is meant to be seen: upright by its EXIF orientation, the first frame, 8 bits, on white.
 
     Raises:
         DataError: not an image, damaged, or larger than ``MAX_PIXELS``.
     """
-    jpeg = _decode_jpeg(data)
-    if jpeg is not None:
-        return jpeg
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and is an error
-            image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"image of {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are accepted; shrink it or remove it from the source."
-            )
-        if image.mode != "RGB":
-            image = _onto_white(image)
-        return np.asarray(image)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
-        raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
-
-
-def _decode_jpeg(data: bytes) -> Pixels | None:
     size = jpeg_size(data, MAX_PIXELS)
-    return None if size is None else decode_jpeg(data)
-
-
-def _onto_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema() != (255, 255):
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            rgba = Image.alpha_composite(white, rgba)
-        return rgba.convert("RGB")
-    return image.convert("RGB")
+    jpeg = None if size is None else decode_jpeg(data)
+    return to_pixels(load_file(open_file(data, MAX_PIXELS))) if jpeg is None else jpeg
 
 
 def cut(image: Pixels, crop: CropBox, target: int) -> Pixels:

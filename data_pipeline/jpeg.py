@@ -7,6 +7,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.image_files import MAX_SCANS
+
 _START, _SCAN, _APP1 = b"\xff\xd8\xff", 0xDA, 0xE1
 _ORIENTATION = 0x0112
 _ORIENTATION_BYTES = (b"\x01\x12", b"\x12\x01")
@@ -15,9 +17,9 @@ _ORIENTATION_BYTES = (b"\x01\x12", b"\x12\x01")
 def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     """Width and height of a JPEG file for ``decode_jpeg``.
 
-    None leaves it to others: another format, more than ``max_pixels``, other colours than brightness and its differences, to be turned.
+    None leaves it to others: another format, more than ``max_pixels``, too many scans, other colours than brightness and its differences, to be turned.
     """
-    if not data.startswith(_START):
+    if not data.startswith(_START) or data.count(b"\xff\xda") > MAX_SCANS:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

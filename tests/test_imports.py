@@ -29,6 +29,7 @@ HOMES = {
     "filelock": ("data_pipeline/shard_cache.py",),
     "xxhash": ("data_pipeline/rows.py",),
     "sentencepiece": ("data_pipeline/text.py",),
+    "pycld2": ("data_pipeline/language.py",),
     "tensorboard": ("train/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
     "pyarrow": ("data_pipeline/parquet_source.py",),

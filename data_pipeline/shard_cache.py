@@ -140,11 +140,16 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._damaged: dict[int, DamagedShard] = {}
-        self._cache_filelock = FileLock(self._cache_filelock_path)
+        self._make_lock()
+
+    def _make_lock(self) -> None:
+        self._cache_filelock, self._lock_owner = FileLock(self._cache_filelock_path), os.getpid()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         if shard_id in self._damaged:
             raise self._damaged[shard_id]
+        if self._lock_owner != os.getpid():  # filelock refuses a lock that was made before a fork
+            self._make_lock()
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:

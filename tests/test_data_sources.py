@@ -14,7 +14,6 @@ from PIL import Image
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.emoji_source import EmojiSource
-from data_pipeline.filters import FILTERS, Candidate, first_reason
 from data_pipeline.folder_source import FolderSource
 from data_pipeline.pairs import Pair, Source, Unreadable
 from data_pipeline.records import split_of_name
@@ -315,42 +314,3 @@ def test_a_plain_string_stands_for_the_url_of_a_source_and_reads_back() -> None:
 def test_a_wrong_source_is_refused_by_its_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(Whole, {}, "preset", [override])
-
-
-def reason(image: bytes, captions: tuple[str, ...] = ("x",), seen: set[tuple[bytes, tuple[str, ...]]] | None = None) -> str | None:
-    return first_reason(Candidate(Pair("id", captions, image, "s", "l", "g"), 16, set() if seen is None else seen))
-
-
-@pytest.mark.parametrize(
-    ("image", "captions", "expected"),
-    [
-        (png(), ("", "  \t"), "empty caption"),
-        (png(), (), "empty caption"),
-        (b"nothing", ("x",), "undecodable image"),
-        (png()[:50], ("x",), "undecodable image"),
-        (png(15, 16), ("x",), "image too small"),
-        (png(16, 33), ("x",), "aspect ratio"),
-        (png(65, 32), ("x",), "aspect ratio"),
-        (png(16, 32), ("x",), None),
-        (png(64, 32), ("", "x"), None),
-    ],
-)
-def test_each_filter_names_its_reason(image: bytes, captions: tuple[str, ...], expected: str | None) -> None:
-    assert reason(image, captions) == expected
-
-
-def test_only_an_accepted_pair_makes_the_next_one_a_duplicate() -> None:
-    seen: set[tuple[bytes, tuple[str, ...]]] = set()
-    assert reason(png(8, 8), seen=seen) == "image too small"
-    assert reason(png(8, 8), seen=seen) == "image too small"
-    assert reason(png(), seen=seen) is None
-    assert reason(png(), seen=seen) == "exact duplicate"
-    assert reason(png(), ("another caption",), seen=seen) is None
-
-
-def test_filters_that_need_no_pixels_come_first() -> None:
-    names = [check.__name__ for check in FILTERS]
-    assert names.index("empty_caption") < names.index("exact_duplicate") < names.index("undecodable")
-    candidate = Candidate(Pair("id", ("",), png(), "s", "l", "g"), 16, set())
-    first_reason(candidate)
-    assert candidate.pixels is None, "an empty caption must not cost a decode"

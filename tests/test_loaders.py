@@ -201,7 +201,7 @@ def test_no_thread_of_a_loader_keeps_the_process_alive(tmp_path: Path, monkeypat
 def test_a_closed_loader_leaves_nothing_behind(tmp_path: Path) -> None:
     one = loader([code_set(str(tmp_path / "set"))], World.single(), workers=1)
     one.next()
-    number, (pid,) = one._caches[0].segments, one._source.pids
+    number, (pid,) = one._caches[0].segments, one.worker_pids
     assert len(list(Path("/dev/shm").glob(f"{number:06}_*"))) >= 5
     one.close()
     one.close()

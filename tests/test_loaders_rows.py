@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CODE = st.builds(CodeRecord, TEXT, st.lists(TEXT), CODES, st.dictionaries(TEXT, 
 IMAGE = st.builds(ImageRecord, TEXT, st.lists(TEXT), st.binary(max_size=50), INT64, INT64, TEXT, TEXT, TEXT, TEXT)
 
 
-def write(folder: Path, records: list[Record], shard_bytes: int = 1 << 26) -> list[dict[str, Any]]:
+def write(folder: Path, records: Sequence[Record], shard_bytes: int = 1 << 26) -> list[dict[str, Any]]:
     write_part(str(folder), 0, records, "inputs", shard_bytes)
     entries: list[dict[str, Any]] = json.loads((folder / "part-00000" / "index.json").read_text())["shards"]
     return entries

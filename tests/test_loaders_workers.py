@@ -132,7 +132,7 @@ def test_errors_of_workers_arrive_as_they_are() -> None:
 def test_a_loader_goes_on_after_an_error(shard_set: ShardSet) -> None:
     one = loader([shard_set], World.single(), workers=1)
     first = one.next()
-    os.kill(one._source.pids[0], signal.SIGKILL)
+    os.kill(one.worker_pids[0], signal.SIGKILL)
     with pytest.raises(ReportedError, match="killed by SIGKILL"):
         for _ in range(9):
             first = one.next()

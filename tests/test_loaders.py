@@ -194,8 +194,9 @@ def test_no_thread_of_a_loader_keeps_the_process_alive(tmp_path: Path, monkeypat
             super().__init__(*arguments, **options)
             made.append(self)
 
+    shard_set = code_set(str(tmp_path))
     monkeypatch.setattr("data_pipeline.shard_cache.threading.Thread", Recorded)
-    loader([code_set(str(tmp_path))], World.single()).next()
+    loader([shard_set], World.single()).next()
     assert made and all(thread.daemon for thread in made), "Python waits at exit for threads that are no daemons"
 
 
@@ -324,7 +325,7 @@ def test_no_set_and_empty_sets_are_refused(tmp_path: Path) -> None:
 def test_an_index_of_another_length_than_the_manifest_is_refused(tmp_path: Path) -> None:
     found = code_set(str(tmp_path))
     with pytest.raises(DataError, match=rf"its index has {COUNT} records, its manifest 99; run its stage again"):
-        loader([ShardSet(found.url, found.manifest | {"count": 99})], World.single())
+        loader([ShardSet(found.url, found.manifest | {"stored": 99})], World.single())
 
 
 def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:

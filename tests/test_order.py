@@ -59,7 +59,7 @@ def test_a_position_is_kept_exactly_under_another_list_of_removed_records(sample
 
 def test_weights_above_one_bring_copies_and_below_one_take_turns() -> None:
     order = Order([10, 4, 7], 0, [2.0, 0.5, 1.3], block=8)
-    uses = Counter()
+    uses: Counter[tuple[int, int]] = Counter()
     for epoch in range(10):
         here = Counter(shard for shard, _, _ in walk(order.epoch(epoch)))
         assert here[0] == 20 and here[1] == 2 and here[2] in (9, 10)

@@ -89,6 +89,21 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command()
+def validate(
+    url: Annotated[str, typer.Argument(help="A shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")],
+    images: Annotated[str, typer.Option(help="Image set, or root of image sets, that codes and tokenizer were made from; default: the run's.")] = "",
+    run: Annotated[str, typer.Option(help="Run folder that sets belong to; default: URL, if it is a run.")] = "",
+    version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")] = 0,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
+) -> None:
+    """Check every file, record and reference of shard sets and tokenizers; exit code 65 names what is damaged and what to run."""
+    from train.verbs import validate as verb
+
+    verb.main(url, verb.Options(images, run, version, workers, decode), STOP)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Name of a benchmark, or 'docs' to render docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",

@@ -28,9 +28,15 @@ def png(number: int, width: int = 24, height: int = 20) -> bytes:
 
 def image(number: int, split: str = "train", **fields: Any) -> ImageRecord:
     """A sound record of an image set."""
-    values = {"id": f"id-{number}", "captions": [f"a picture of number {number}", "ein Bild"], "image": png(number), "width": 24, "height": 20}
+    values: dict[str, Any] = {
+        "id": f"id-{number}",
+        "captions": [f"a picture of number {number}", "ein Bild"],
+        "image": png(number),
+        "width": 24,
+        "height": 20,
+    }
     values |= {"source": ("photos", "emoji")[number % 2], "license": "CC-BY-4.0", "group": f"group-{number}", "split": split}
-    return ImageRecord(**values | fields)  # type: ignore[arg-type]
+    return ImageRecord(**values | fields)
 
 
 def code(number: int, crop_index: int = 0, **fields: Any) -> CodeRecord:

@@ -44,7 +44,7 @@ def code(number: int, crop_index: int = 0, **fields: Any) -> CodeRecord:
     crop = transformer_crop((24, 20), SIDE, 9 / 8, generator(0, "crop", crop_index, f"id-{number}")).to_json()
     codes = np.random.default_rng(number).integers(0, VOCAB, GRID**2).astype(np.uint16)
     seed = derive(0, "crop", crop_index, f"id-{number}")
-    values = {
+    values: dict[str, Any] = {
         "id": f"id-{number}",
         "captions": [f"a picture of number {number}"],
         "codes": codes,

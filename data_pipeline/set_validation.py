@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ class Layout:
     """What the files of a set beside its parts say."""
 
     url: str
+    version_url: str = ""
+    """Folder of the version."""
     manifest: dict[str, Any] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Of the index."""
@@ -33,7 +35,7 @@ class Layout:
         owned: dict[str, list[dict[str, Any]]] = {}
         for entry in self.shards:
             owned.setdefault(entry["raw_data"]["basename"].partition("/")[0], []).append(entry)
-        return [PartJob(self.url, part, tuple(owned.get(part["name"], ())), rules) for part in self.manifest.get("parts", ())]
+        return [PartJob(self.url, part, tuple(owned.get(part["name"], ())), rules, self.version_url) for part in self.manifest.get("parts", ())]
 
 
 def read_layout(url: str, version: str = "") -> Layout:
@@ -47,28 +49,31 @@ def read_layout(url: str, version: str = "") -> Layout:
     try:
         place = storage.join(version_url(url, version), MANIFEST) if version else storage.join(url, MANIFEST)
         layout.manifest = storage.read_json(place)
-        own = str(layout.manifest["content_hash"])
-        index = storage.join(version_url(url, own), INDEX)
+        layout.version_url = version_url(url, str(layout.manifest["content_hash"]))
+        index = storage.join(layout.version_url, INDEX)
         layout.shards = storage.read_json(index)["shards"]
         if not version:
-            layout.problems += _copies(url, own, layout)
-        layout.excluded = _read_excluded(layout, storage.join(version_url(url, own), EXCLUDED))
+            layout.problems += _copies(layout)
+        layout.excluded = _read_excluded(layout, storage.join(layout.version_url, EXCLUDED))
         layout.problems += _sums(layout, place, index)
     except DataError as error:
         name, _, what = str(error).partition(": ")
         layout.problems.append(Problem(name, what.rstrip(".")))
     except (KeyError, TypeError, ValueError) as error:
         layout.problems.append(Problem(storage.join(url, MANIFEST), f"not the manifest of a shard set ({type(error).__name__}: {error})"))
+    # A version that is there is not written again, nor its copies if the newest manifest is the same.
+    wrong = tuple(place for place in (storage.join(url, MANIFEST), layout.version_url) if place)
+    layout.problems = [replace(problem, delete=wrong) for problem in layout.problems]
     return layout
 
 
-def _copies(url: str, own: str, layout: Layout) -> list[Problem]:
+def _copies(layout: Layout) -> list[Problem]:
     """The newest version's files, and their copies at the top, which readers of other programs open."""
-    found = []
-    if storage.read_json(storage.join(version_url(url, own), MANIFEST)) != layout.manifest:
-        found.append(Problem(storage.join(url, MANIFEST), f"is not the manifest of version {own[:16]}, which it names"))
-    if storage.read_json(storage.join(url, INDEX))["shards"] != layout.shards:
-        found.append(Problem(storage.join(url, INDEX), f"is not the index of version {own[:16]}"))
+    found, name = [], layout.version_url.rpartition("/")[2]
+    if storage.read_json(storage.join(layout.version_url, MANIFEST)) != layout.manifest:
+        found.append(Problem(storage.join(layout.url, MANIFEST), f"is not the manifest of version {name}, which it names"))
+    if storage.read_json(storage.join(layout.url, INDEX))["shards"] != layout.shards:
+        found.append(Problem(storage.join(layout.url, INDEX), f"is not the index of version {name}"))
     return found
 
 

@@ -33,7 +33,8 @@ def quantiles(values: Sequence[float] | NDArray[np.generic]) -> Row:
     whole = np.issubdtype(array.dtype, np.integer)
     found = {name: float(np.quantile(array, share, method="inverted_cdf")) for name, share in _QUANTILES.items()}
     shown: Row = {name: int(value) if whole else value for name, value in found.items()}
-    return shown | {"mean": float(array.mean())}
+    mean = float(array.mean())
+    return shown | {"mean": round(mean) if abs(mean) >= 1000 else mean}
 
 
 def caption_rows(captions: Sequence[Sequence[str]], tokens: Sequence[int] = (), max_tokens: int = 0) -> list[Row]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.images import CropBox, decode
 from data_pipeline.peek import row_decoder
-from data_pipeline.shards import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, INDEX, PRINTS, U64, CodeRecord, ImageRecord, id_hash, part_name
+from data_pipeline.shards import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, INDEX, MANIFEST, PRINTS, U64, CodeRecord, ImageRecord, id_hash, part_name
 from infra import storage
 from infra.errors import DataError
 from infra.seeds import derive
@@ -30,8 +30,8 @@ class Problem:
 
     file: str
     what: str
-    part: str = ""
-    """URL of the part to delete, where a part is damaged."""
+    delete: tuple[str, ...] = ()
+    """URLs that must go so that their stage writes them again."""
     stage: str = ""
     """Stage that writes the file, where it is another than the set's."""
 
@@ -59,6 +59,8 @@ class PartJob:
     entries: tuple[Mapping[str, Any], ...]
     """The part's shards in the index of the set."""
     rules: Rules
+    version_url: str
+    """Folder of the version's index and manifest."""
     images: PartJob | None = None
     """Of a part of codes: the part of images that it was made from, for the sizes of images."""
 
@@ -91,13 +93,16 @@ class _Columns:
 def check_part(job: PartJob) -> PartResult:
     """Check one part: marker against manifest, files against hashes, index against shards, records against the rules, side files against records."""
     result = PartResult()
-    result.problems += [Problem(storage.join(job.place, DONE), what, job.place) for what in _marker_problems(job)]
+    result.problems += [Problem(storage.join(job.place, DONE), what, (job.place,)) for what in _marker_problems(job)]
     with _local(job, result) as (folder, sound):
-        if INDEX in sound:
-            result.problems += _index_problems(job, folder)
+        # The part's own index says where its rows are, as long as it is sound; the set's is to say the same.
+        entries = _own_entries(job, folder) if INDEX in sound else list(job.entries)
+        if entries != list(job.entries):
+            what = f"lists other shards of {job.part['name']} than the part's own index"
+            result.problems.append(Problem(storage.join(job.version_url, INDEX), what, (storage.join(job.set_url, MANIFEST), job.version_url)))
         columns, whole = _Columns(), True
         sizes = image_sizes(job.images) if job.images is not None else None
-        for entry in job.entries:
+        for entry in entries:
             name = entry["raw_data"]["basename"].partition("/")[2]
             if name not in sound:
                 whole = False  # told already, by its hash
@@ -108,7 +113,9 @@ def check_part(job: PartJob) -> PartResult:
         result.records = len(columns.ids)
         result.ids = np.array(columns.ids, U64)
         if whole:  # records that could not be read would look like differences
-            result.problems += [Problem(storage.join(job.place, name), what, job.place) for name, what in _side_problems(job, folder, sound, columns)]
+            result.problems += [
+                Problem(storage.join(job.place, name), what, (job.place,)) for name, what in _side_problems(job, folder, sound, columns)
+            ]
         if IDS in sound:
             result.ids = _read_u64(folder / IDS)
     return result
@@ -171,23 +178,21 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
                 size = path.stat().st_size if path.is_file() else -1
                 found = storage.sha256_file(path)
             except DataError as error:
-                result.problems.append(Problem(place, _without_place(error, place), job.place))
+                result.problems.append(Problem(place, _without_place(error, place), (job.place,)))
                 continue
             result.num_bytes += size
             if found == file["sha256"]:
                 sound.add(file["name"])
                 continue
             what = f"{size} bytes instead of {file['bytes']}" if size != file["bytes"] else "its SHA-256 is not the manifest's"
-            result.problems.append(Problem(place, f"damaged: {what}", job.place))
+            result.problems.append(Problem(place, f"damaged: {what}", (job.place,)))
         yield folder, sound
 
 
-def _index_problems(job: PartJob, folder: Path) -> Iterator[Problem]:
-    own = json.loads((folder / INDEX).read_text())["shards"]
-    for shard in own:
-        shard["raw_data"]["basename"] = f"{job.part['name']}/{shard['raw_data']['basename']}"
-    if own != [dict(entry) for entry in job.entries]:
-        yield Problem(storage.join(job.set_url, INDEX), f"lists other shards of {job.part['name']} than the part's own index")
+def _own_entries(job: PartJob, folder: Path) -> list[Mapping[str, Any]]:
+    """The part's index, with the names that its shards have in the set's index."""
+    found: list[Mapping[str, Any]] = json.loads((folder / INDEX).read_text())["shards"]
+    return [{**entry, "raw_data": {**entry["raw_data"], "basename": f"{job.part['name']}/{entry['raw_data']['basename']}"}} for entry in found]
 
 
 def _check_shard(job: PartJob, path: Path, entry: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]] | None, columns: _Columns) -> list[Problem]:
@@ -206,7 +211,7 @@ def _check_shard(job: PartJob, path: Path, entry: Mapping[str, Any], sizes: Mapp
         complaints.append(_without_place(error, place))
     if len(complaints) > _TOLD:
         complaints[_TOLD:] = [f"and {len(complaints) - _TOLD} more records like these"]
-    return [Problem(place, what, job.place) for what in complaints]
+    return [Problem(place, what, (job.place,)) for what in complaints]
 
 
 def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
@@ -316,16 +321,20 @@ def crop_problem(crop: CropBox, image_size: int, size: tuple[int, int] | None) -
     return ""
 
 
-def image_sizes(job: PartJob) -> dict[str, tuple[int, int]]:
-    """Id -> (width, height) of a part of images; of damaged files nothing (their own set tells)."""
+def image_sizes(job: PartJob) -> dict[str, tuple[int, int]] | None:
+    """Id -> (width, height) of a part of images; None if a file of it is damaged (the check of its own set tells which)."""
     sizes = {}
     with _local(job, PartResult()) as (folder, sound):
-        for entry in job.entries:
-            name = entry["raw_data"]["basename"].partition("/")[2]
-            if name in sound:
+        try:
+            for entry in job.entries:
+                name = entry["raw_data"]["basename"].partition("/")[2]
+                if name not in sound:
+                    return None
                 place = storage.join(job.set_url, entry["raw_data"]["basename"])
                 for record in read_shard(folder / name, entry, columns_of(job.rules.schema, entry), place):
                     sizes[record["id"]] = (int(record["width"]), int(record["height"]))
+        except DataError:
+            return None
     return sizes
 
 

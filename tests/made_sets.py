@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.images import transformer_crop
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, digest, write_part
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, digest, part_done, write_part
 from data_pipeline.versions import Part, collect, merge
 from infra.seeds import derive, generator
 
@@ -69,8 +69,9 @@ def make_set(
     url: str, schema: str, parts: Sequence[Sequence[Any]], settings: Mapping[str, Any], parents: Mapping[str, str], excluded: Sequence[int] = ()
 ) -> ShardSet:
     """A set of the given parts, the first from 'photos', the second from 'emoji', and so on."""
-    named = [Part(digest([schema, number]), ("photos", "emoji")[number % 2]) for number in range(len(parts))]
+    named = [Part(digest([schema, len(records), number]), ("photos", "emoji")[number % 2]) for number, records in enumerate(parts)]
     for part, records in zip(named, parts, strict=True):
-        write_part(url, part.inputs, records, shard_bytes=6000)
+        if not part_done(url, part.inputs):
+            write_part(url, part.inputs, records, shard_bytes=6000)
     producer = {"commit": "c" * 40, "versions": {"python": "3.11"}}
     return merge(url, named, collect(url, named, "prepare"), schema, settings, parents, producer, np.array(excluded, np.int64))

@@ -340,7 +340,7 @@ def test_raw_data_are_read_by_few_records_of_few_shards(tmp_path: Path, capsys: 
     for words in (
         "input shards 10, 8 of them looked into",
         "not counted; --count",
-        "of 16 sampled records source records share fake 16 100.0 %",
+        "of 16 records, as many from each of 8 input shards source records share fake 16 100.0 %",
         "CC0-1.0 16",
         "per record 2 2 2",
         "dog 50 %",

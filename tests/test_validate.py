@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,61 @@ def test_every_damaged_file_is_in_the_table_and_the_first_five_in_the_message(tm
     assert table.count("shard.00000.mds") == 7
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["shard.00000.mds", "index.json", "ids.u64", "done.json", "../manifest.json", "../index.json", "version/index.json", "version/excluded.u64"],
+)
+def test_what_is_told_to_do_mends_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    made = images(str(tmp_path), 6, 3, excluded=[2])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    path = Path(made.version_url, name[8:]) if name.startswith("version/") else first_part(tmp_path) / name
+    if name.endswith("manifest.json"):
+        edit(path, lambda tree: tree["settings"].update(seed=5))
+    elif name.endswith("index.json"):
+        edit(path, lambda tree: tree["shards"][0].update(samples=1))
+    else:
+        flip(path)
+    listed = re.findall(r"delete (\S+)(?: and (\S+))? and RUN/prepare/done.json, then run", problems_of(tmp_path, capsys))
+    assert listed
+    for each in {place for places in listed for place in places if place}:
+        assert Path(each).is_relative_to(tmp_path)
+        storage.delete_prefix(each) if Path(each).is_dir() else storage.delete(each)
+    images(str(tmp_path), 6, 3, excluded=[2])  # as the stage does: finished parts and versions are kept
+    passes(tmp_path, capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tree: tree["files"][0].update(sha256="0" * 64), "has another hash of captions.jsonl.gz than the manifest"),
+        (lambda tree: tree.update(inputs="0" * 64), "marks part-0000000000000000, not part-"),
+        (lambda tree: tree.update(count=2), "counts 2 records, the manifest 6"),
+    ],
+)
+def test_a_marker_that_does_not_fit_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    images(str(tmp_path), 6, 3)
+    edit(first_part(tmp_path) / "done.json", change)
+    found = problems_of(tmp_path, capsys)
+    assert words in found and "1 problem in 1 file" in found
+
+
+def test_a_part_with_other_records_than_counted_is_told(tmp_path: Path) -> None:
+    images(str(tmp_path), 6)
+    (job,) = set_validation.read_layout(str(tmp_path)).jobs(Rules(IMAGE_SCHEMA, {}))
+    result = check_part(replace(job, part={**job.part, "count": 5}))
+    assert "names shards of 6 records, the manifest counts 5" in [problem.what for problem in result.problems]
+
+
+def test_exclusions_that_cannot_be_read_do_not_look_like_repeated_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_images(str(tmp_path), [[image(0), image(1)], [image(1), image(2)]], excluded=[2])
+    Path(made.version_url, "index.json").unlink()
+    found = problems_of(tmp_path, capsys)
+    assert "index.json\n" not in found and "does not exist" in found and "shown twice" not in found
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     tree = json.loads(path.read_text())
     change(tree)
@@ -268,7 +324,10 @@ def test_a_shard_whose_hash_is_right_but_whose_rows_are_not_is_told(tmp_path: Pa
     shard = first_part(tmp_path) / "shard.00000.mds"
     data = shard.read_bytes()
     forge(tmp_path, shard.name, (3).to_bytes(4, "little") + data[4:])
-    assert "its own table of 3 rows does not fit" in problems_of(tmp_path, capsys)
+    found = problems_of(tmp_path, capsys)
+    assert "its own table of 3 rows does not fit" in found and "ids.u64" not in found, "what follows from it is not told"
+    forge(tmp_path, shard.name, data[:4] + data[8:12] + data[4:8] + data[12:])
+    assert "its own table of 2 rows does not fit" in problems_of(tmp_path, capsys)
     begin = int.from_bytes(data[4:8], "little")
     forge(tmp_path, shard.name, data[:begin] + b"\xff" * (len(data) - begin))
     assert "a row cannot be decoded" in problems_of(tmp_path, capsys)
@@ -381,6 +440,18 @@ def test_codes_are_compared_with_the_version_of_images_that_they_name(tmp_path: 
     passes(tmp_path / "few", capsys)
 
 
+def test_codes_of_damaged_images_are_not_blamed_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = images(str(tmp_path / "images"), 3)
+    codes(str(tmp_path / "codes"), 3, dvae=DVAE, images=made.content_hash)
+    shard = tmp_path / "images" / made.shards[0].basename
+    data = shard.read_bytes()
+    begin = int.from_bytes(data[4:8], "little")
+    forge(tmp_path / "images", shard.name, data[:begin] + b"\xff" * (len(data) - begin))
+    passes(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
+    flip(shard)
+    passes(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
+
+
 def test_crops_are_compared_with_the_sizes_of_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make_images(str(tmp_path / "images"), [[image(number, width=18) for number in range(3)]])
     codes(str(tmp_path / "codes"), 3, dvae=DVAE, images=made.content_hash)
@@ -406,7 +477,7 @@ def test_tokenizer_and_exports_belong_to_what_is_there(tmp_path: Path, capsys: p
     assert "tokenizer.model damaged: its SHA-256" in found and "trained on images ffffffffffff, which is no version of" in found
     assert (
         "trained with dvae 000000000000, the run has dvae dddddddddddd " in found
-        and f"delete {run / 'dalle'} and {run / 'dalle/done.json'}, then run 'launcher.py dalle {run}'" in found
+        and f"delete {run / 'dalle'}, then run 'launcher.py dalle {run}'" in found
     )
     assert "3 problems in 3 files" in found
     (run / "tokenizer/tokenizer.model").unlink()

@@ -202,7 +202,7 @@ def _inspect_source(url: str, options: Options, measure: _Measure | None) -> Non
     _show(rows, title=url)
     if not found.pairs:
         raise DataError(f"{url}: none of the first records of {found.looked_into} input shards can be read; the reasons are in the table above.")
-    sampled = _SAMPLED.format(len(found.pairs))
+    sampled = f"of {len(found.pairs)} records, as many from each of {found.looked_into} input shards"
     for name, values in (
         ("source", [p.source for p in found.pairs]),
         ("licence", [p.license for p in found.pairs]),

@@ -46,7 +46,7 @@ def export_parents(run: Run) -> Iterator[Problem]:
         found = str(storage.read_json(place).get("parents", {}).get(parent, "none"))
         there = _export_hash(run, "dvae") if parent == "dvae" else _tokenizer_hash(run)
         if found != there:
-            yield Problem(place, f"trained with {parent} {found[:12]}, the run has {parent} {there[:12]}", run.folder.at(stage), stage)
+            yield Problem(place, f"trained with {parent} {found[:12]}, the run has {parent} {there[:12]}", (run.folder.at(stage),), stage)
 
 
 def _owner(identity: str, images: Sequence[str]) -> str | None:

@@ -204,9 +204,9 @@ def _check_tokenizer(url: str, images: Sequence[str]) -> Checked:
         model = storage.join(url, "tokenizer.model")
         problems = list(tokenizer_parents(place, manifest, images))
         if hashlib.sha256(storage.read_bytes(model)).hexdigest() != manifest["sha256"]:
-            problems.append(Problem(model, "damaged: its SHA-256 is not the manifest's", url))
+            problems.append(Problem(model, "damaged: its SHA-256 is not the manifest's", (url,)))
     except DataError as error:
-        problems = [Problem(place, str(error), url)]
+        problems = [Problem(place, str(error), (url,))]
     return Checked(url, "2 files", problems, "tokenizer")
 
 
@@ -235,5 +235,6 @@ def _number(count: int, noun: str) -> str:
 
 def _remedy(problem: Problem, stage: str, run: Run | None) -> str:
     folder = run.folder.url if run else "RUN"
-    marker = storage.join(folder, stage, "done.json")  # a finished stage is not run again
-    return f"delete {f'{problem.part} and ' if problem.part else ''}{marker}, then run 'launcher.py {stage} {folder}'"
+    # A finished stage is not run again, and what lies in its folder is gone with it.
+    places = [*problem.delete, *(() if storage.join(folder, stage) in problem.delete else (storage.join(folder, stage, "done.json"),))]
+    return f"delete {' and '.join(places)}, then run 'launcher.py {stage} {folder}'"

@@ -117,11 +117,12 @@ def validate(
     version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")] = 0,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
+    takedown: Annotated[str, typer.Option(help="Take-down list, whose images need no codes; default: the run's.")] = "",
 ) -> None:
     """Check every file, record and reference of shard sets and tokenizers; exit code 65 names what is damaged and what to run."""
     from train.verbs import validate as verb
 
-    verb.main(url, verb.Options(images, run, version, workers, decode), STOP)
+    verb.main(url, verb.Options(images, run, version, workers, decode, takedown), STOP)
 
 
 @app.command()

@@ -440,6 +440,31 @@ def test_codes_are_compared_with_the_version_of_images_that_they_name(tmp_path: 
     passes(tmp_path / "few", capsys)
 
 
+def test_images_that_were_taken_down_need_no_codes_and_excluded_ones_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = images(str(tmp_path / "images"), 5, 4, excluded=[6])
+    parts = [[code(0), code(1), code(3), code(4)], [code(5), code(7), code(8)]]
+    make_codes(str(tmp_path / "codes"), parts, {"dvae": DVAE, "images": made.content_hash})
+    place = str(tmp_path / "images")
+    assert "1 images of" in problems_of(tmp_path / "codes", capsys, images=place)
+    listed = tmp_path / "takedown.txt"
+    listed.write_text("id-2\n")
+    passes(tmp_path / "codes", capsys, images=place, takedown=str(listed))
+    make_codes(str(tmp_path / "codes"), [[*parts[0], *parts[1]]], {"dvae": DVAE, "images": made.content_hash})
+    assert "has 1 parts, the images that it names have 2" in problems_of(tmp_path / "codes", capsys, images=place)
+
+
+def test_a_run_is_checked_in_the_versions_that_its_stages_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(tmp_path)
+    version = json.loads((run / "images/train/manifest.json").read_text())["content_hash"]
+    write(run / "prepare/done.json", {"versions": {"train": version}})
+    newest = make_images(str(run / "images/train"), [[image(number) for number in some] for some in numbers(6, 3, 4)])
+    Path(newest.version_url, "excluded.u64").write_bytes(b"x")
+    out = passes(run, capsys)
+    assert "13 records" not in out
+    write(run / "prepare/done.json", {"versions": {"train": newest.content_hash}})
+    assert "excluded.u64" in problems_of(run, capsys)
+
+
 def test_codes_of_damaged_images_are_not_blamed_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = images(str(tmp_path / "images"), 3)
     codes(str(tmp_path / "codes"), 3, dvae=DVAE, images=made.content_hash)

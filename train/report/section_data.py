@@ -72,7 +72,7 @@ def _filters(summary: dict[str, Any]) -> Html:
 def _examples(reason: str, examples: list[dict[str, Any]]) -> Html | None:
     if not examples:
         return None
-    lines = [el("li", el("span", str(each["id"]), class_="mono"), el("br"), str(each["why"])) for each in examples[:_EXAMPLES]]
+    lines = [el("li", el("span", str(each["id"]), class_="mono"), [el("br"), each["why"]] if each["why"] else None) for each in examples[:_EXAMPLES]]
     return el("details", el("summary", f"Examples: {reason}"), el("ul", lines), class_="examples")
 
 

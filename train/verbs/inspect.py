@@ -17,7 +17,7 @@ from infra import progress, storage
 from infra.errors import ConfigError, DataError
 from train.report.contact_sheet import contact_sheet, thumbnail
 from train.report.images import Pixels, png_bytes
-from train.verbs.targets import Run, Target, open_run, resolve
+from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
 
 _WORDS = 30
 _ALL_TOKENS = 4096  # captions are measured up to this length; the limit of a run is lower
@@ -68,7 +68,7 @@ def main(url: str, options: Options) -> None:
     if target.kind == "source":
         _inspect_source(url, options, tokenizer)
     for place in target.sets:
-        _inspect_set(place, options, run, tokenizer, _sheet_name(place, options.out, target))
+        _inspect_set(place, options, run, tokenizer, _sheet_name(place.url, options.out, target))
     if target.kind == "run" and not target.sets and not target.tokenizers:
         raise DataError(f"{url}: the run holds no data yet; run 'launcher.py prepare {url}' first.")
 
@@ -78,10 +78,10 @@ def _show(rows: Sequence[Row], title: str = "") -> None:
     progress.table(rows)
 
 
-def _inspect_set(url: str, options: Options, run: Run | None, tokenizer: _Measure | None, out: str) -> None:
-    schema = str(storage.read_json(storage.join(url, "manifest.json"))["schema"])
+def _inspect_set(place: Place, options: Options, run: Run | None, tokenizer: _Measure | None, out: str) -> None:
+    url, schema = place.url, schema_of(place.url)
     takedown = options.takedown or (run.cfg.data.takedown if run else "")
-    opened = open_set(url, schema, version=options.version, takedown=takedown)
+    opened = open_set(url, schema, version=options.version or place.version, takedown=takedown)
     _show(_facts(opened), title=url)
     _show(_removed(opened))
     _show(_lineage(opened))

@@ -18,6 +18,15 @@ TOKENIZER_SCHEMA = "tokenizer/"
 
 
 @dataclass(frozen=True)
+class Place:
+    """A shard set, in one version."""
+
+    url: str
+    version: str = ""
+    """Content hash; empty: the newest."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder and its configuration."""
 
@@ -35,8 +44,8 @@ class Target:
     """What lies at a URL."""
 
     kind: Kind
-    sets: tuple[str, ...] = ()
-    """URLs of shard sets, image sets first."""
+    sets: tuple[Place, ...] = ()
+    """Shard sets, image sets first; those of a run in the versions that its stages made or found."""
     tokenizers: tuple[str, ...] = ()
     run: Run | None = None
 
@@ -50,15 +59,26 @@ def resolve(url: str) -> Target:
         run = open_run(url)
         roots = (places.images(run.cfg, run.folder), run.cfg.data.codes or run.folder.at("codes"))
         tokenizer = places.tokenizer(run.cfg, run.folder)
-        found = tuple(each for root in roots for each in _sets_below(root))
+        pinned = _pinned(run)
+        found = tuple(Place(each, pinned.get(each, "")) for root in roots for each in _sets_below(root))
         return Target("run", found, (tokenizer,) if schema_of(tokenizer).startswith(TOKENIZER_SCHEMA) else (), run)
     schema = schema_of(url)
     if schema.startswith(SET_SCHEMAS):
-        return Target("set", (url,))
+        return Target("set", (Place(url),))
     if schema.startswith(TOKENIZER_SCHEMA):
         return Target("tokenizer", (), (url,))
-    sets = tuple(_sets_below(url))
+    sets = tuple(Place(each) for each in _sets_below(url))
     return Target("folder", sets) if sets else Target("source")
+
+
+def _pinned(run: Run) -> dict[str, str]:
+    """Set -> version, of those that a run's finished stages name: a place that others append to does not change under a run."""
+    images, codes = ((run.folder.done(stage) or {}).get("versions", {}) for stage in ("prepare", "encode"))
+    found = {places.image_set(run.cfg, run.folder, split): version for split, version in images.items()}
+    for name, version in codes.items():
+        crop, _, split = name.partition("/")
+        found[places.code_set(run.cfg, run.folder, int(crop), split)] = version
+    return found
 
 
 def open_run(url: str) -> Run:

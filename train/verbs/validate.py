@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.set_validation import Layout, read_ids, read_layout, repeated, shown_ids
-from data_pipeline.shards import CODES_SCHEMA, IDS, IMAGE_SCHEMA
+from data_pipeline.shards import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, id_hash, read_takedown
 from data_pipeline.validation import PartJob, PartResult, Problem, Rules, check_part
 from infra import storage
 from infra.errors import ConfigError, DataError, StopRequested
 from infra.progress import Progress, table
 from infra.signals import StopFlag
 from train.verbs.lineage_checks import code_parents, export_parents, tokenizer_parents
-from train.verbs.targets import Run, Target, open_run, resolve
+from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
 
 _AHEAD = 4  # parts that wait for each process
 _NAMED = 5
@@ -41,6 +41,8 @@ class Options:
     """Processes that read; 0: one for each core."""
     decode: bool = False
     """Decode every image."""
+    takedown: str = ""
+    """URL of a take-down list, whose images need no codes; empty: the run's, or none."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def main(url: str, options: Options, stop: StopFlag) -> None:
     if options.version and target.kind != "set":
         raise ConfigError(f"--version {options.version}: {url} is no single shard set; name one, for example {storage.join(url, 'train')}.")
     run = open_run(options.run) if options.run else target.run
-    images = _image_sets(options, run, target)
-    checked = [_check_set(place, options, run, images, stop) for place in target.sets]
+    images, hidden = _image_sets(options, run, target), _taken_down(options, run)
+    checked = [_check_set(place, options, run, images, hidden, stop) for place in target.sets]
     checked += [_check_tokenizer(place, images) for place in target.tokenizers]
     if run is not None:
         checked.append(Checked(run.folder.at("*", "export"), "lineage of exports", list(export_parents(run)), "dalle"))
@@ -79,20 +81,22 @@ def main(url: str, options: Options, stop: StopFlag) -> None:
 def _image_sets(options: Options, run: Run | None, target: Target) -> list[str]:
     """URLs of the image sets that codes and tokenizers may name as their parents."""
     if options.images:
-        found = [place for place in resolve(options.images).sets if _schema(place) == IMAGE_SCHEMA]
+        found = [place.url for place in resolve(options.images).sets if schema_of(place.url) == IMAGE_SCHEMA]
         if not found:
             raise ConfigError(f"--images {options.images}: no image set there; name a set, or the folder that holds train and validation.")
         return found
     sets = target.sets if run is target.run else resolve(run.folder.url).sets if run else ()
-    return [place for place in sets if _schema(place) == IMAGE_SCHEMA]
+    return [place.url for place in sets if schema_of(place.url) == IMAGE_SCHEMA]
 
 
-def _schema(url: str) -> str:
-    return str(storage.read_json(storage.join(url, "manifest.json")).get("schema"))
+def _taken_down(options: Options, run: Run | None) -> NDArray[np.uint64]:
+    """What stands in ids.u64 for the ids of the take-down list, sorted."""
+    listed = read_takedown(options.takedown or (run.cfg.data.takedown if run else ""))
+    return np.array(sorted(id_hash(identity) for identity in listed), np.uint64)
 
 
-def _check_set(url: str, options: Options, run: Run | None, images: Sequence[str], stop: StopFlag) -> Checked:
-    layout = read_layout(url, options.version)
+def _check_set(where: Place, options: Options, run: Run | None, images: Sequence[str], hidden: NDArray[np.uint64], stop: StopFlag) -> Checked:
+    url, layout = where.url, read_layout(where.url, options.version or where.version)
     schema = str(layout.manifest.get("schema", ""))
     vocab = run.cfg.dvae.vocab if run is not None else 0
     rules = Rules(schema, layout.manifest.get("settings") or {}, vocab, options.decode)
@@ -102,48 +106,46 @@ def _check_set(url: str, options: Options, run: Run | None, images: Sequence[str
     if schema == CODES_SCHEMA:
         parent, found = code_parents(layout, images, run)
         problems += found
-        jobs = _with_images(jobs, parent) if parent is not None else jobs
+        if parent is not None:
+            jobs, found = _with_images(layout, jobs, parent)
+            problems += found
     results = _run(jobs, f"validate {url}", options.workers, stop)
     problems += [problem for result in results for problem in result.problems]
     if not problems:  # damaged ids would look like missing and repeated ones
         shown = shown_ids(layout, [result.ids for result in results])
-        problems += _ids_once(storage.join(url, "*", IDS), shown, parent)
+        problems += _ids_once(storage.join(url, "*", IDS), shown, parent, hidden)
     words = [
         f"{sum(r.files for r in results):,} files",
         f"{sum(r.num_bytes for r in results):,} bytes",
         f"{sum(r.records for r in results):,} records",
     ]
-    return Checked(url, ", ".join([*words, *_unchecked(schema, jobs, parent, run)]), problems, "encode" if schema == CODES_SCHEMA else "prepare")
+    return Checked(url, ", ".join([*words, *_unchecked(schema, parent, run)]), problems, "encode" if schema == CODES_SCHEMA else "prepare")
 
 
-def _unchecked(schema: str, jobs: Sequence[PartJob], parent: Layout | None, run: Run | None) -> Iterator[str]:
+def _unchecked(schema: str, parent: Layout | None, run: Run | None) -> Iterator[str]:
     """What could not be compared, because nothing to compare with was named."""
     if schema == CODES_SCHEMA:
         if run is None:
             yield "not compared with a dVAE (--run)"
         if parent is None:
             yield "not compared with images (--images)"
-        elif any(job.images is None for job in jobs):
-            yield f"crops of {sum(job.images is None for job in jobs)} parts not compared with images: no part of images holds the same ids"
 
 
-def _with_images(jobs: Sequence[PartJob], parent: Layout) -> list[PartJob]:
-    """Each part of codes with the part of images that holds the same ids, told by the hash of ids.u64."""
-    rules = Rules(IMAGE_SCHEMA, {})
-    owners = {_hash_of_ids(job): job for job in parent.jobs(rules)}
-    return [replace(job, images=owners.get(_hash_of_ids(job))) for job in jobs]
+def _with_images(layout: Layout, jobs: Sequence[PartJob], parent: Layout) -> tuple[list[PartJob], list[Problem]]:
+    """Each part of codes with the part of images that it was made from: they are in the same order, one for one."""
+    owners = parent.jobs(Rules(IMAGE_SCHEMA, {}))
+    if len(owners) != len(jobs):
+        what = f"has {len(jobs)} parts, the images that it names have {len(owners)}"
+        return list(jobs), [Problem(storage.join(layout.url, MANIFEST), what)]
+    return [replace(job, images=owner) for job, owner in zip(jobs, owners, strict=True)], []
 
 
-def _hash_of_ids(job: PartJob) -> str:
-    return next((str(file["sha256"]) for file in job.part["files"] if file["name"] == IDS), "")
-
-
-def _ids_once(place: str, shown: NDArray[np.uint64], parent: Layout | None) -> Iterator[Problem]:
+def _ids_once(place: str, shown: NDArray[np.uint64], parent: Layout | None, hidden: NDArray[np.uint64]) -> Iterator[Problem]:
     if repeated(shown):
         yield Problem(place, f"{repeated(shown)} records would be shown twice: their ids repeat, and the version does not exclude them")
     if parent is not None:
         theirs = shown_ids(parent, read_ids(parent))
-        missing, strange = len(np.setdiff1d(theirs, shown)), len(np.setdiff1d(shown, theirs))
+        missing, strange = len(np.setdiff1d(np.setdiff1d(theirs, shown), hidden)), len(np.setdiff1d(shown, theirs))
         if missing or strange:
             yield Problem(place, f"{missing} images of {parent.url} have no codes here, {strange} codes have no image there")
 

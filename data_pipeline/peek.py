@@ -6,7 +6,6 @@ A row of a set costs two small reads, of its two offsets and of its bytes, so a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.pairs import Pair, Source, Unreadable
+from data_pipeline.rows import row_decoder
 from data_pipeline.shards import Shard, ShardSet
 from infra import storage
 from infra.errors import DataError
@@ -27,34 +27,6 @@ SOURCE_SHARDS = 8
 _SPREAD = 2  # a sample of n records of an input shard is drawn from its first 2 n
 
 
-def row_decoder(entry: Mapping[str, Any], place: str) -> Callable[[bytes], dict[str, Any]]:
-    """A function from the bytes of one row of a shard to its columns; it raises DataError for bytes that are no row.
-
-    Args:
-        entry: the shard's entry of an index.
-        place: URL of the shard, for messages.
-
-    Raises:
-        DataError: the entry is none, or asks for pickled columns, which may run code.
-    """
-    from streaming.base.format.mds.reader import MDSReader  # brings torch
-
-    try:
-        reader = MDSReader.from_json("", None, dict(entry))
-        reader.validate(allow_unsafe_types=False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: its entry in the index cannot be used ({type(error).__name__}: {error}).") from error
-
-    def decode(data: bytes) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = reader.decode_sample(data)
-            return found
-        except Exception as error:  # whatever a decoder makes of hostile bytes
-            raise DataError(f"{place}: a row cannot be decoded ({type(error).__name__}: {error}); run 'launcher.py validate' on the set.") from error
-
-    return decode
-
-
 def read_row(set_url: str, shard: Shard, row: int) -> dict[str, Any]:
     """One row of one shard, read without the others.
 
@@ -65,7 +37,7 @@ def read_row(set_url: str, shard: Shard, row: int) -> dict[str, Any]:
     begin, end = (int(value) for value in np.frombuffer(storage.read_range(place, 4 * (1 + row), 8), "<u4"))
     if not 0 < begin < end:
         raise DataError(f"{place}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
-    return row_decoder(shard.entry, place)(storage.read_range(place, begin, end - begin))
+    return dict(row_decoder(shard.entry, place)(storage.read_range(place, begin, end - begin)))
 
 
 def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[dict[str, Any]]:

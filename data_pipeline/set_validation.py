@@ -15,6 +15,9 @@ from data_pipeline.validation import PartJob, Problem, Rules
 from infra import storage
 from infra.errors import DataError
 
+_ENTRY = frozenset({"column_encodings", "column_names", "format", "raw_data", "samples"})
+"""What an index says of a shard, as far as it is read here."""
+
 
 @dataclass
 class Layout:
@@ -51,7 +54,11 @@ def read_layout(url: str, version: str = "") -> Layout:
         layout.manifest = storage.read_json(place)
         layout.version_url = version_url(url, str(layout.manifest["content_hash"]))
         index = storage.join(layout.version_url, INDEX)
-        layout.shards = storage.read_json(index)["shards"]
+        shards = storage.read_json(index)["shards"]
+        bad = [place for place, entry in enumerate(shards) if not entry.keys() >= _ENTRY or "basename" not in entry["raw_data"]]
+        if bad:
+            raise DataError(f"{index}: entry {bad[0]} of its shards is none: {', '.join(sorted(_ENTRY))} are needed.")
+        layout.shards = shards
         if not version:
             layout.problems += _copies(layout)
         layout.excluded = _read_excluded(layout, storage.join(layout.version_url, EXCLUDED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.images import CropBox, decode
-from data_pipeline.peek import row_decoder
+from data_pipeline.rows import Row, ShardRows
 from data_pipeline.shards import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, INDEX, MANIFEST, PRINTS, U64, CodeRecord, ImageRecord, id_hash, part_name
 from infra import storage
 from infra.errors import DataError
@@ -132,8 +133,12 @@ def _side_problems(job: PartJob, folder: Path, sound: set[str], columns: _Column
         prints = _read_u64(folder / PRINTS)
         yield from ((PRINTS, what) for what in _difference("three numbers a record, the third of its group", prints[2::3].tolist(), columns.groups))
     if CAPTIONS in sound:
-        captions = [json.loads(line) for line in gzip.decompress((folder / CAPTIONS).read_bytes()).splitlines()]
-        yield from ((CAPTIONS, what) for what in _difference("the captions of the records", captions, columns.captions))
+        try:
+            captions = [json.loads(line) for line in gzip.decompress((folder / CAPTIONS).read_bytes()).splitlines()]
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            yield CAPTIONS, f"is no gzipped file of JSON lines ({error})"
+        else:
+            yield from ((CAPTIONS, what) for what in _difference("the captions of the records", captions, columns.captions))
 
 
 def _difference(what: str, stored: Sequence[Any], expected: Sequence[Any]) -> Iterator[str]:
@@ -199,14 +204,15 @@ def _check_shard(job: PartJob, path: Path, entry: Mapping[str, Any], sizes: Mapp
     place = storage.join(job.set_url, entry["raw_data"]["basename"])
     complaints: list[str] = []
     try:
-        for row, record in enumerate(read_shard(path, entry, columns_of(job.rules.schema, entry), place)):
+        for number, row in enumerate(read_shard(path, entry, columns_of(job.rules.schema, entry), place)):
+            record = dict(row)
             columns.ids.append(id_hash(record["id"]))
             if job.rules.schema == IMAGE_SCHEMA:
                 columns.groups.append(id_hash(record["group"]))
                 columns.captions.append(record["captions"])
             what = record_problem(record, job.rules, None if sizes is None else sizes.get(record["id"], (0, 0)))
             if what:
-                complaints.append(f"record {row} ('{record['id'][:80]}'): {what}")
+                complaints.append(f"record {number} ('{record['id'][:80]}'): {what}")
     except DataError as error:
         complaints.append(_without_place(error, place))
     if len(complaints) > _TOLD:
@@ -223,8 +229,8 @@ def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
     return CodeRecord("", [], np.zeros(int(length) if length.isdigit() else 0, np.uint16), {}, 0, 0).columns()
 
 
-def read_shard(path: Path, entry: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Iterator[dict[str, Any]]:
-    """All rows of a local shard file, each decoded on its own.
+def read_shard(path: Path, entry: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Iterator[Row]:
+    """All rows of a local shard file.
 
     Args:
         path: the file.
@@ -239,14 +245,11 @@ def read_shard(path: Path, entry: Mapping[str, Any], columns: Mapping[str, str],
     if found != dict(columns):
         odd = sorted(name for name in found.keys() | columns.keys() if found.get(name) != columns.get(name))
         raise DataError(f"{place}: column '{odd[0]}' is {found.get(odd[0])}, the schema has {columns.get(odd[0])}")
-    data = path.read_bytes()
-    count = int.from_bytes(data[:4], "little")
-    offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64) if len(data) >= 8 + 4 * count else np.zeros(1, np.int64)
-    if count != entry["samples"] or offsets[-1] != len(data) or (np.diff(offsets) <= 0).any():
-        raise DataError(f"{place}: its own table of {count} rows does not fit its {len(data)} bytes and the {entry['samples']} rows of the index")
-    decoded = row_decoder(entry, place)
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        yield decoded(data[begin:end])
+    rows = ShardRows(path, entry, place)
+    try:
+        yield from (rows[number] for number in range(len(rows)))
+    finally:
+        rows.close()
 
 
 def record_problem(record: Mapping[str, Any], rules: Rules, size: tuple[int, int] | None) -> str:

@@ -247,14 +247,15 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ("manifest.json", lambda tree: tree["parts"][0].update(count=5), "counts 6 records, the manifest 5"),
         ("manifest.json", lambda tree: tree["parts"][0].update(name="part-0123456789abcdef"), "which is no part in the manifest"),
         ("index.json", lambda tree: tree["shards"].pop(), "is not the index of version"),
+        ("version/index.json", lambda tree: tree["shards"][1].pop("samples"), "entry 1 of its shards is none: column_encodings, "),
     ],
 )
 def test_a_changed_file_of_a_set_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, change: Callable[[dict[str, Any]], Any], words: str
 ) -> None:
-    images(str(tmp_path), 6, 3, excluded=[4])
+    made = images(str(tmp_path), 6, 3, excluded=[4])
     passes(tmp_path, capsys)
-    edit(tmp_path / name, change)
+    edit(Path(made.version_url, name[8:]) if name.startswith("version/") else tmp_path / name, change)
     found = problems_of(tmp_path, capsys)
     assert re.search(words, found), found
     assert "RUN/prepare/done.json, then run 'launcher.py prepare RUN'" in found
@@ -317,6 +318,9 @@ def test_captions_beside_the_shards_are_compared(tmp_path: Path, capsys: pytest.
     lines = gzip.decompress(packed.read_bytes()).splitlines()
     forge(tmp_path, packed.name, gzip.compress(b"\n".join([*lines[:3], b'["another"]', *lines[4:]])))
     assert "is not the captions of the records: row 3 is the first that differs" in problems_of(tmp_path, capsys)
+    for data in (b"x", gzip.compress(b"[")):
+        forge(tmp_path, packed.name, data)
+        assert "is no gzipped file of JSON lines" in problems_of(tmp_path, capsys)
 
 
 def test_a_shard_whose_hash_is_right_but_whose_rows_are_not_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,12 +329,12 @@ def test_a_shard_whose_hash_is_right_but_whose_rows_are_not_is_told(tmp_path: Pa
     data = shard.read_bytes()
     forge(tmp_path, shard.name, (3).to_bytes(4, "little") + data[4:])
     found = problems_of(tmp_path, capsys)
-    assert "its own table of 3 rows does not fit" in found and "ids.u64" not in found, "what follows from it is not told"
+    assert "it is no MDS file of 2 rows" in found and "ids.u64" not in found, "what follows from it is not told"
     forge(tmp_path, shard.name, data[:4] + data[8:12] + data[4:8] + data[12:])
-    assert "its own table of 2 rows does not fit" in problems_of(tmp_path, capsys)
+    assert "it is no MDS file of 2 rows" in problems_of(tmp_path, capsys)
     begin = int.from_bytes(data[4:8], "little")
     forge(tmp_path, shard.name, data[:begin] + b"\xff" * (len(data) - begin))
-    assert "a row cannot be decoded" in problems_of(tmp_path, capsys)
+    assert "row 0: damaged, the columns of a row are" in problems_of(tmp_path, capsys)
 
 
 def test_pickled_or_foreign_columns_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
@@ -340,7 +344,7 @@ def test_pickled_or_foreign_columns_are_refused_before_they_are_decoded(tmp_path
     pickled = entry | {"column_encodings": ["pkl", *entry["column_encodings"][1:]]}
     with pytest.raises(DataError, match=r"here: column 'captions' is pkl, the schema has json"):
         list(validation.read_shard(path, pickled, columns, "here"))
-    with pytest.raises(DataError, match=r"here: its entry in the index cannot be used \(ValueError: .*unsafe type: pkl"):
+    with pytest.raises(DataError, match=r"here: column 'captions' has encoding 'pkl'"):
         list(validation.read_shard(path, pickled, columns | {"captions": "pkl"}, "here"))
 
 

@@ -63,8 +63,8 @@ def main(url: str, options: Options) -> None:
         raise ConfigError(f"--version {options.version}: {url} is no single shard set; name one, for example {storage.join(url, 'train')}.")
     run = open_run(options.run) if options.run else target.run
     tokenizer = _open_tokenizer(options.tokenizer or next(iter(target.tokenizers), ""), run)
-    for place in target.tokenizers:
-        _print_tokenizer(place)
+    for each in target.tokenizers:
+        _print_tokenizer(each)
     if target.kind == "source":
         _inspect_source(url, options, tokenizer)
     for place in target.sets:

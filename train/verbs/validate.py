@@ -175,7 +175,7 @@ def _in_order_of_ending(jobs: Sequence[PartJob], workers: int, stop: StopFlag) -
         return
     # Not forked: this process has threads and connections. One server imports what is needed, and forks itself.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.validation", "streaming.base.format.mds.reader"])
+    context.set_forkserver_preload(["data_pipeline.validation"])
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         waiting: dict[Future[PartResult], int] = {}
         following = iter(enumerate(jobs))

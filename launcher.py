@@ -89,6 +89,43 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command()
+def inspect(
+    url: Annotated[
+        str, typer.Argument(help="Raw data (as in data.sources), a shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")
+    ],
+    out: Annotated[str, typer.Option(help="PNG file of the contact sheet; default: inspect-<name>.png here.")] = "",
+    samples: Annotated[int, typer.Option(help="Random records that the statistics are made of.")] = 500,
+    pictures: Annotated[int, typer.Option(min=0, help="Records on the contact sheet; 0: none.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of records.")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer that counts the tokens of captions; default: the run's.")] = "",
+    run: Annotated[str, typer.Option(help="Run folder whose dVAE draws code sets; default: URL, if it is a run.")] = "",
+    version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
+    takedown: Annotated[str, typer.Option(help="Take-down list; default: the run's.")] = "",
+    count: Annotated[bool, typer.Option("--count", help="Count all records of raw data, which reads all of its index.")] = False,
+) -> None:
+    """Show what is in a data set: counts, sizes, captions, sources, lineage, and a contact sheet of random records."""
+    from train.verbs import inspect as verb
+
+    verb.main(url, verb.Options(out, samples, pictures, seed, tokenizer, run, version, takedown, count))
+
+
+@app.command()
+def validate(
+    url: Annotated[str, typer.Argument(help="A shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")],
+    images: Annotated[str, typer.Option(help="Image set, or root of image sets, that codes and tokenizer were made from; default: the run's.")] = "",
+    run: Annotated[str, typer.Option(help="Run folder that sets belong to; default: URL, if it is a run.")] = "",
+    version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")] = 0,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
+    takedown: Annotated[str, typer.Option(help="Take-down list, whose images need no codes; default: the run's.")] = "",
+) -> None:
+    """Check every file, record and reference of shard sets and tokenizers; exit code 65 names what is damaged and what to run."""
+    from train.verbs import validate as verb
+
+    verb.main(url, verb.Options(images, run, version, workers, decode, takedown), STOP)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Name of a benchmark, or 'docs' to render docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",

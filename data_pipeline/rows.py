@@ -98,6 +98,20 @@ class Row(Mapping[str, Any]):
         return len(self._layout.columns)
 
 
+def row_decoder(entry: Mapping[str, Any], name: str) -> Callable[[bytes], Row]:
+    """A function from the bytes of one row to the row, for who reads single rows from afar; it raises DataError for bytes that are no row.
+
+    Args:
+        entry: the shard's entry in the index.
+        name: what messages call the shard.
+
+    Raises:
+        DataError: a column has an unknown encoding.
+    """
+    layout = _layout(entry, name)
+    return lambda data: Row(data, layout, lambda: name)
+
+
 class ShardRows:
     """Random access to the rows of one shard file."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,15 @@ BASE = ["dvae_fit.steps=4", "dvae_fit.precision=fp32", "data.records_per_part=32
 
 
 @pytest.fixture(autouse=True)
-def no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_share(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    yield
+    os.environ.pop("LAUNCHER_SHARE", None)  # the launcher hands its share to its ranks
 
 
 def stage(name: str, root: Path, *overrides: str, share: str = "") -> None:
+    os.environ.pop("LAUNCHER_SHARE", None)
     words = [f"run.root={root}", *BASE, *overrides]
     front.stage(name, "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag(), share=share)
 

@@ -69,6 +69,7 @@ class ZeroEngine:
             raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/zero/ stands on: {', '.join(absent or unmapped[:3])}.")
         self.average = Average(module.named_parameters(), fit.ema, fit.ema_every)
         self.updates = 0
+        self.loss_scale = None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._engine(*inputs, **named)

@@ -283,7 +283,9 @@ class DVAE(nn.Module):
         """
         low, high = (int(value) for value in codes_BYX.aminmax()) if codes_BYX.numel() else (0, 0)
         if low < 0 or high >= self.cfg.vocab:
-            raise ValueError(f"codes from {low} to {high}: dvae.vocab = {self.cfg.vocab} accepts 0 to {self.cfg.vocab - 1}; are they of another dVAE?")
+            raise ValueError(
+                f"codes from {low} to {high}: dvae.vocab = {self.cfg.vocab} accepts 0 to {self.cfg.vocab - 1}; are they of another dVAE?"
+            )
         return pictures(self.decoder.from_codes(codes_BYX))
 
     def groups(self) -> list[nn.Module]:

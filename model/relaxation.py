@@ -132,7 +132,8 @@ class _Relaxed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         spans = _spans(len(h_RC), len(b_N), block)
         keep = len(spans) == 1 and h_RC.shape[0] * len(b_N) <= KEPT_ELEMENTS
-        parts, kept = [], ()
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        kept: tuple[Tensor, ...] = ()
         for (start, stop), noise_rN in zip(spans, noise.blocks(positions, len(b_N), spans), strict=True):
             logits_rN = torch.addmm(b_N, h_RC[start:stop].float(), w_NC.T)
             total_r, derivative_rN = _negative_entropy(logits_rN)

@@ -20,8 +20,9 @@ def gumbel(batch: int, positions: int, vocab: int, first: int = 0) -> Tensor:
     return noise
 
 
-def plain(h_BCYX: Tensor, w: Tensor, b: Tensor, codebook: Tensor, bias: Tensor, tau: float) -> Relaxed:
+def plain(inputs: list[Tensor], tau: float) -> Relaxed:
     """The formulas as the paper has them, by convolutions and autograd."""
+    h_BCYX, w, b, codebook, bias = inputs
     logits_BNYX = F.conv2d(h_BCYX.float(), w, b)
     batch, vocab, rows, columns = logits_BNYX.shape
     g_BNYX = gumbel(batch, rows * columns, vocab).view(batch, rows, columns, vocab).permute(0, 3, 1, 2)
@@ -52,7 +53,7 @@ def test_any_blocks_give_the_values_and_derivatives_of_the_plain_formulas(batch:
     inputs = tensors(batch, side)
     h, w, b, codebook, bias = inputs
     ours = relaxed_codes(h, (w, b), (codebook, bias), GumbelNoise(range(batch)), tau, block)
-    theirs = plain(*inputs, tau)
+    theirs = plain(inputs, tau)
     assert torch.equal(ours.codes_BYX, theirs.codes_BYX)
     for a, b in zip(values_and_derivatives(ours, inputs), values_and_derivatives(theirs, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -64,7 +65,7 @@ def test_features_in_half_precision_get_gradients_in_half_precision() -> None:
         h, w, b, codebook, bias = inputs
         found = values_and_derivatives(relaxed_codes(h, (w, b), (codebook, bias), GumbelNoise(range(2)), 0.5, 40), inputs)
         assert [tensor.dtype for tensor in found] == [torch.float32, torch.float32, dtype, *[torch.float32] * 4]
-        for a, b in zip(found, values_and_derivatives(plain(*inputs, 0.5), inputs), strict=True):
+        for a, b in zip(found, values_and_derivatives(plain(inputs, 0.5), inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype == torch.float32 else 0.02, atol=1e-4 if a.dtype == torch.float32 else 0.02)
 
 
@@ -145,6 +146,6 @@ def test_a_vocabulary_of_thousands_is_not_kept_between_the_passes() -> None:
     h, w, b, codebook, bias = inputs
     one = 2 * 16 * 16 * 8192 * 4  # bytes of one tensor with a value for each code
     ours = kept_bytes(lambda: relaxed_codes(h, (w, b), (codebook, bias), GumbelNoise(range(2)), 0.5, 1 << 20), inputs)
-    theirs = kept_bytes(lambda: plain(*inputs, 0.5), inputs)
+    theirs = kept_bytes(lambda: plain(inputs, 0.5), inputs)
     assert ours == 0
     assert theirs >= 3 * one

@@ -20,7 +20,8 @@ from model.dvae import DVAE, DVAETerms
 from model.relaxation import GumbelNoise
 from train.config import RunConfig
 from train.engine import Engine
-from train.evaluation.codes import ENOUGH_CODES, CodeWindow, code_statistics, collapse_warning
+from train.evaluation.codes import ENOUGH_CODES, CodeWindow, code_statistics
+from train.evaluation.collapse import collapse_warning
 from train.evaluation.reconstruction import Judges, Reconstruction, noise_of, reconstruct
 from train.fit import Batch, Loss
 from train.metrics import MetricsWriter

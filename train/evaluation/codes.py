@@ -1,10 +1,9 @@
-"""Use of the codebook: statistics of counts, counts of the newest million codes, and when to warn. Shapes: N code vocabulary."""
+"""Use of the codebook: statistics of counts, and counts of the newest million codes. Shapes: N code vocabulary."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,23 +19,6 @@ def code_statistics(counts_N: Tensor) -> dict[str, float]:
     entropy = -(shares_N * shares_N.clamp_min(1e-30).log()).sum().item()
     used = int((counts_N > 0).sum())
     return {"code_use": used / len(counts_N), "dead_codes": float(len(counts_N) - used), "perplexity": math.exp(entropy), "entropy_nats": entropy}
-
-
-def collapse_warning(found: Mapping[str, float], vocab: int, share: float) -> str:
-    """What to say of a codebook whose perplexity is below ``share`` of its codes; empty if all is well.
-
-    Args:
-        found: perplexity and code_use.
-        vocab: number of codes.
-        share: dvae_fit.warn_perplexity.
-    """
-    if found["perplexity"] >= share * vocab:
-        return ""
-    return (
-        f"the codebook collapses: {100 * found['code_use']:.1f} % of {vocab} codes are in use, at a perplexity of {found['perplexity']:.1f} "
-        f"(below {100 * share:g} % of the codes, dvae_fit.warn_perplexity). Raise dvae_fit.beta, or lower the temperature more slowly "
-        f"(dvae_fit.tau_steps) or the step size (dvae_fit.lr); drawings with flat areas need dvae_fit.min_ln_b."
-    )
 
 
 class CodeWindow:

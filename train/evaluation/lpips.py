@@ -47,7 +47,9 @@ class Lpips(nn.Module):
         needed = [f"{layer[0]}.{part}" for layer in self.plan for part in ("weight", "bias")] + [f"lin{i}" for i in range(heads)]
         missing = [name for name in needed if name not in found]
         if missing:
-            raise DataError(f"no weights for {', '.join(missing[:3])} of {self.kind}; {_KEY} names the trunk's file and the file of the linear heads.")
+            raise DataError(
+                f"no weights for {', '.join(missing[:3])} of {self.kind}; {_KEY} names the trunk's file and the file of the linear heads."
+            )
         for name in needed:
             self.register_buffer(name.replace(".", "_"), found[name].float())
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))

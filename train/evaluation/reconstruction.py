@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ _SSIM_SIDE = 11
 Forward = Callable[[Tensor, GumbelNoise | None, float], DVAETerms]
 
 
-def noise_of(seed: int, purpose: str, ids: list[str], device: torch.device, *counters: int) -> GumbelNoise:
+def noise_of(seed: int, purpose: Literal["gumbel", "evaluate"], ids: list[str], device: torch.device, *counters: int) -> GumbelNoise:
     """Noise of named pictures: each one's depends on (seed, purpose, counters, id) alone (docs/contracts.md, section 2)."""
     return GumbelNoise([derive(seed, purpose, *counters, name) for name in ids], device)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK_ELEMENTS = 1 << 24
-"""Values of one block (64 MiB in fp32): large enough for a GPU's matrix units, and of no weight beside the activations of a large model."""
+BLOCK_ELEMENTS = 1 << 23
+"""Values of one block (32 MiB in fp32, a picture of the released size): large enough for a GPU's matrix units, and little beside the activations of a large model."""
 KEPT_ELEMENTS = 1 << 21
 """Up to so many values in all, two tensors are kept instead (16 MiB): in a small model the second computation would cost more than it saves."""
 
@@ -132,18 +132,13 @@ class _Relaxed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         spans = _spans(len(h_RC), len(b_N), block)
         keep = len(spans) == 1 and h_RC.shape[0] * len(b_N) <= KEPT_ELEMENTS
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        kept: tuple[Tensor, ...] = ()
-        for (start, stop), noise_rN in zip(spans, noise.blocks(positions, len(b_N), spans), strict=True):
-            logits_rN = torch.addmm(b_N, h_RC[start:stop].float(), w_NC.T)
-            total_r, derivative_rN = _negative_entropy(logits_rN)
-            soft_rN = _soften(logits_rN, noise_rN, tau)
-            parts.append((torch.addmm(b_D, soft_rN, codebook_DN.T), total_r, logits_rN.argmax(-1)))
-            if keep:
-                kept = (soft_rN, derivative_rN)
-        ctx.save_for_backward(h_RC, w_NC, b_N, codebook_DN, *kept)
+        found = [
+            _forward_block(h_RC[start:stop].float(), w_NC, b_N, codebook_DN, b_D, noise_rN, tau, keep)
+            for (start, stop), noise_rN in zip(spans, noise.blocks(positions, len(b_N), spans), strict=True)
+        ]
+        ctx.save_for_backward(h_RC, w_NC, b_N, codebook_DN, *found[0][3:])
         ctx.rest = (noise, positions, tau, spans)
-        x_RD, total_R, codes_R = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+        x_RD, total_R, codes_R = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in list(zip(*found, strict=True))[:3])
         ctx.mark_non_differentiable(codes_R)
         return x_RD, total_R + math.log(len(b_N)), codes_R
 
@@ -153,25 +148,54 @@ class _Relaxed(torch.autograd.Function):
         h_RC, w_NC, b_N, codebook_DN, *kept = ctx.saved_tensors
         noise, positions, tau, spans = ctx.rest
         grad_x_RD, grad_kl_R = grads[0], grads[1]
-        grad_h_RC, grad_w_NC, grad_b_N, grad_codebook_DN = (torch.zeros_like(tensor) for tensor in (h_RC, w_NC, b_N, codebook_DN))
+        sums = tuple(torch.zeros_like(tensor) for tensor in (w_NC, b_N, codebook_DN))
+        grad_h_RC = torch.empty_like(h_RC)
         noises = iter([None]) if kept else noise.blocks(positions, len(b_N), spans)
         for (start, stop), noise_rN in zip(spans, noises, strict=True):
-            h_rC, grad_x_rD = h_RC[start:stop].float(), grad_x_RD[start:stop]
-            if noise_rN is None:
-                soft_rN, derivative_rN = kept
-            else:
-                logits_rN = torch.addmm(b_N, h_rC, w_NC.T)
-                derivative_rN = _negative_entropy(logits_rN)[1]
-                soft_rN = _soften(logits_rN, noise_rN, tau)
-            grad_codebook_DN.addmm_(grad_x_rD.T, soft_rN)
-            grad_soft_rN = grad_x_rD @ codebook_DN
-            # Of a softmax: soft * (grad - <grad, soft>); tau divides once, on the way to the logits.
-            grad_logits_rN = torch._softmax_backward_data(grad_soft_rN, soft_rN, -1, soft_rN.dtype).mul_(1 / tau)
-            grad_logits_rN.addcmul_(derivative_rN, grad_kl_R[start:stop].unsqueeze(-1))
-            grad_h_RC[start:stop] = grad_logits_rN @ w_NC
-            grad_w_NC.addmm_(grad_logits_rN.T, h_rC)
-            grad_b_N += grad_logits_rN.sum(0)
-        return grad_h_RC, grad_w_NC, grad_b_N, grad_codebook_DN, grad_x_RD.sum(0), None, None, None, None
+            h_rC = h_RC[start:stop].float()
+            pair = kept if noise_rN is None else _again(h_rC, w_NC, b_N, noise_rN, tau)
+            grad_h_RC[start:stop] = _backward_block(h_rC, w_NC, codebook_DN, *pair, grad_x_RD[start:stop], grad_kl_R[start:stop], tau, sums)
+            del pair, noise_rN  # else the next block would be made beside this one
+        return grad_h_RC, *sums, grad_x_RD.sum(0), None, None, None, None
+
+
+def _forward_block(
+    h_rC: Tensor, w_NC: Tensor, b_N: Tensor, codebook_DN: Tensor, b_D: Tensor, noise_rN: Tensor, tau: float, keep: bool
+) -> tuple[Tensor, ...]:
+    """x [r, D], negative entropy [r], codes [r]; and relaxed codes and the entropy's derivative [r, N], if they are to be kept."""
+    logits_rN = torch.addmm(b_N, h_rC, w_NC.T)
+    total_r, derivative_rN = _negative_entropy(logits_rN)
+    soft_rN = _soften(logits_rN, noise_rN, tau)
+    found = (torch.addmm(b_D, soft_rN, codebook_DN.T), total_r, logits_rN.argmax(-1))
+    return (*found, soft_rN, derivative_rN) if keep else found
+
+
+def _again(h_rC: Tensor, w_NC: Tensor, b_N: Tensor, noise_rN: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Relaxed codes and the entropy's derivative of a block, from its features and noise."""
+    logits_rN = torch.addmm(b_N, h_rC, w_NC.T)
+    return _soften(logits_rN, noise_rN, tau), _negative_entropy(logits_rN)[1]
+
+
+def _backward_block(
+    h_rC: Tensor,
+    w_NC: Tensor,
+    codebook_DN: Tensor,
+    soft_rN: Tensor,
+    derivative_rN: Tensor,
+    grad_x_rD: Tensor,
+    grad_kl_r: Tensor,
+    tau: float,
+    sums: tuple[Tensor, ...],
+) -> Tensor:
+    """The gradient of a block's features; those of W, b and the codebook are added to ``sums``."""
+    grad_w_NC, grad_b_N, grad_codebook_DN = sums
+    grad_codebook_DN.addmm_(grad_x_rD.T, soft_rN)
+    # Of a softmax: soft * (grad - <grad, soft>); tau divides once, on the way to the logits.
+    grad_logits_rN = torch._softmax_backward_data(grad_x_rD @ codebook_DN, soft_rN, -1, soft_rN.dtype).mul_(1 / tau)
+    grad_logits_rN.addcmul_(derivative_rN, grad_kl_r.unsqueeze(-1))
+    grad_w_NC.addmm_(grad_logits_rN.T, h_rC)
+    grad_b_N += grad_logits_rN.sum(0)
+    return grad_logits_rN @ w_NC
 
 
 def _rows(h_BCYX: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
     try:
         layers = torch.jit.load(_file(weights), map_location=device).eval().layers
     except (RuntimeError, AttributeError) as error:
-        raise DataError(f"{weights}: not clean-fid's TorchScript of Inception ({' '.join(str(error).split())[:200]}); {_KEY} names inception-2015-12-05.pt.") from error
+        raise DataError(
+            f"{weights}: not clean-fid's TorchScript of Inception ({' '.join(str(error).split())[:200]}); {_KEY} names inception-2015-12-05.pt."
+        ) from error
 
     def features(pictures_B3YX: Tensor) -> Tensor:
         x_B3YX = _resized(pictures_B3YX, 299) * 255
@@ -76,7 +78,9 @@ def _lite0(weights: str, device: torch.device) -> FeatureNet:
     try:
         net.load_state_dict(read_weights(path, _KEY))
     except RuntimeError as error:
-        raise DataError(f"{path}: weights of another network ({' '.join(str(error).split())[:200]}); {_KEY} names those of EfficientNet-Lite0.") from error
+        raise DataError(
+            f"{path}: weights of another network ({' '.join(str(error).split())[:200]}); {_KEY} names those of EfficientNet-Lite0."
+        ) from error
     net = net.to(device).eval()
 
     def features(pictures_B3YX: Tensor) -> Tensor:

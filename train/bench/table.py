@@ -5,6 +5,7 @@ from importlib import import_module
 from train.bench.harness import Options, Result
 
 BENCHES = {
+    "dvae": "train.bench.dvae",
     "floor": "train.bench.floor",
     "transformer": "train.bench.transformer",
 }

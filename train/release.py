@@ -95,12 +95,17 @@ def shape_of(encoder: Module, decoder: Module, cfg: DVAEConfig) -> DVAEConfig:
     """
     try:
         first, last = encoder.tensors["blocks.input.w"], encoder.tensors["blocks.output.conv.w"]
-        codebook = decoder.tensors["blocks.input.w"]
+        codebook, statistics = decoder.tensors["blocks.input.w"], decoder.tensors["blocks.output.conv.w"]
         names = [name.split(".") for name in encoder.tensors]
         groups = len({words[1] for words in names if words[1].startswith("group_")})
         blocks = len({words[2] for words in names if words[1] == "group_1"})
     except (KeyError, IndexError) as error:
         raise ConfigError(f"no pair of encoder and decoder: '{error.args[0]}' is missing; give encoder.pkl first and decoder.pkl second.") from error
+    if first.shape[1] != 3 or statistics.shape[0] != 6:
+        raise ConfigError(
+            f"an encoder takes 3 channels and a decoder gives 6, these take {first.shape[1]} and give {statistics.shape[0]}: "
+            f"give encoder.pkl first and decoder.pkl second."
+        )
     pools = sum(name.endswith(".pool") for name in encoder.names)
     return DVAEConfig(
         image_size=cfg.image_size,

@@ -279,6 +279,55 @@ def test_sizes_in_the_older_format_must_agree(tmp_path: Path) -> None:
         read_half(str(path))
 
 
+class Made:
+    """Pickled, a call of a function that such files may name."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def older(tree: Any, identifier: tuple[Any, ...], path: Path) -> str:
+    """A file in torch's older format whose sets stand for one persistent identifier."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            return identifier if isinstance(value, set) else None
+
+    buffer = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {}):
+        pickle.dump(value, buffer, protocol=2)
+    Pickler(buffer, protocol=2).dump(tree)
+    pickle.dump([], buffer, protocol=2)
+    path.write_bytes(buffer.getvalue())
+    return str(path)
+
+
+def test_what_stands_where_a_tensor_or_a_storage_belongs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    empty: Any
+    empty, rebuild, load = collections.OrderedDict(), torch._utils._rebuild_tensor_v2, torch.storage._load_from_bytes
+    inner = io.BytesIO()
+    torch.save({"a": 1}, inner, _use_new_zipfile_serialization=False)
+    for tree, message in (
+        (empty, "'collections.OrderedDict' where a tensor belongs"),
+        (Made(rebuild, empty, 0, (1,), (1,)), "'collections.OrderedDict' where a storage belongs"),
+        (Made(rebuild, Made(load, inner.getvalue()), 0, (1,), (1,)), r"no storage\)"),
+    ):
+        path.write_bytes(pickle.dumps({"a": tree}, protocol=4))
+        with pytest.raises(DataError, match=message):
+            read_half(str(path))
+    for identifier, message in (
+        (("storage", torch.FloatStorage, "0", "cpu", 1, (0, 1)), "a view of a storage"),
+        (("storage", collections.OrderedDict, "0", "cpu", 1, None), "no storage: 'storage', collections.OrderedDict"),
+        (("tensor", torch.FloatStorage, "0", "cpu", 1, None), "no storage: 'tensor'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_half(older({"a": Made(rebuild, set(), 0, (1,), (1,))}, identifier, path))
+
+
 def test_a_pickle_without_an_end_is_refused() -> None:
     with pytest.raises(DataError, match="damaged"):
         read_tree(io.BytesIO(b"\x80\x02N"), (), lambda identifier: identifier, "x")

@@ -81,12 +81,11 @@ def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[A
     machine = _Machine(allowed, persistent, where)
     try:
         for operation, argument, _ in pickletools.genops(file):
-            if operation.name == "STOP":
-                return machine.stack.pop()
-            machine.step(operation.name, argument)
+            if operation.name != "STOP":
+                machine.step(operation.name, argument)
+        return machine.stack.pop()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
         raise DataError(f"{where}: damaged, or no pickle ({type(error).__name__}: {error}).") from error
-    raise DataError(f"{where}: damaged: the pickle has no end.")
 
 
 class _Machine:

@@ -218,11 +218,11 @@ def _tensor(value: Any, path: str) -> Tensor:
 
 def _nested(call: Call, path: str) -> _Stored:
     """``torch.storage._load_from_bytes``: a storage in torch's older format, as bytes inside a plain pickle."""
+    if str(call.function) != "torch.storage._load_from_bytes":
+        raise ValueError(f"'{call.function}' where a storage belongs")
     (data,) = call.arguments
     if isinstance(data, Call) and str(data.function) == "_codecs.encode":  # protocol 2 writes bytes as latin-1 text
         data = data.arguments[0].encode("latin-1")
-    if str(call.function) != "torch.storage._load_from_bytes":
-        raise ValueError(f"'{call.function}' where a storage belongs")
     stored = _stream_tree(io.BytesIO(data), path)
     if not isinstance(stored, _Stored):
         raise ValueError("no storage")

@@ -224,7 +224,7 @@ class Harm:
         return open, ("trap", "w")
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Harm()), b"", b"PK\x03\x04 and so on"])
+@pytest.mark.parametrize("content", [pickle.dumps(Harm(), protocol=2), b"", b"PK\x03\x04 and so on"])
 def test_weights_that_are_no_tensors_are_refused_and_nothing_runs(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(content)

@@ -35,7 +35,8 @@ def fake_runs(root: Path, codes: dict[str, int]) -> tuple[list[tuple[str, str]],
 def test_each_variant_differs_from_the_first_in_its_one_thing_and_shares_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, launch = fake_runs(tmp_path, {"tiny-linear-temperature": int(ExitCode.DIVERGED)})
     monkeypatch.setattr(experiments, "_launch", launch)
-    found = experiments.run("tiny", [f"run.root={tmp_path}"], 1)
+    found = experiments.run("tiny", [f"run.root={tmp_path}", "dvae_fit.steps=7"], 1)
+    assert found["settings"]["overrides"] == ["dvae_fit.steps=7"] and found["settings"]["steps"] == 7
     names = [f"tiny-{slug}" for slug in ("as-the-paper", "beta-0", "beta-1", "linear-temperature", "average-pooling")]
     assert calls == [(stage, name) for name in names for stage in ("prepare", "dvae")]
     assert {title: row["figures"].get("psnr") for title, row in found["rows"].items()} == {

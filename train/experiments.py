@@ -110,7 +110,8 @@ def run(preset: str, overrides: Sequence[str], nproc: int) -> dict[str, Any]:
         "lr": fit.lr,
         "seed": cfg.run.seed,
     }
-    return {"name": name, "settings": settings | {"overrides": list(overrides)}, "rows": rows, "producer": producer()}
+    shown = [word for word in overrides if not word.startswith("run.root=")]  # a place on somebody's machine
+    return {"name": name, "settings": settings | {"overrides": shown}, "rows": rows, "producer": producer()}
 
 
 def _launch(stage: str, preset: str, words: Sequence[str], nproc: int) -> int:

@@ -47,8 +47,8 @@ Made by `python -m train.experiments --render` from the JSON files in `docs/expe
 
 What the paper says, and what each row would show:
 
-- **beta**: "raising beta to 6.6 gave better codebook use and a lower final reconstruction error" (2.1). Rows beta 0 and beta 1 should use fewer codes, and reconstruct worse.
-- **temperature**: a linear schedule "typically diverged" (2.1).
+- **beta**: raising it to 6.6 gave better use of the codebook and, in the end, a lower reconstruction error (2.1). Rows beta 0 and beta 1 should use fewer codes, and reconstruct worse.
+- **temperature**: a linear schedule typically diverged (2.1).
 - **pooling**: max-pooling gave a better ELB than average-pooling (A.1).
 
 Figures are those of the last evaluation on validation images with averaged weights; ELBs are in nats per channel value at beta = 1, and the gap is relaxed minus true.

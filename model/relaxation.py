@@ -153,9 +153,10 @@ class _Relaxed(torch.autograd.Function):
         noises = iter([None]) if kept else noise.blocks(positions, len(b_N), spans)
         for (start, stop), noise_rN in zip(spans, noises, strict=True):
             h_rC = h_RC[start:stop].float()
-            pair = kept if noise_rN is None else _again(h_rC, w_NC, b_N, noise_rN, tau)
-            grad_h_RC[start:stop] = _backward_block(h_rC, w_NC, codebook_DN, *pair, grad_x_RD[start:stop], grad_kl_R[start:stop], tau, sums)
-            del pair, noise_rN  # else the next block would be made beside this one
+            soft_rN, derivative_rN = kept if noise_rN is None else _again(h_rC, w_NC, b_N, noise_rN, tau)
+            grads_r = (grad_x_RD[start:stop], grad_kl_R[start:stop])
+            grad_h_RC[start:stop] = _backward_block(h_rC, w_NC, codebook_DN, soft_rN, derivative_rN, *grads_r, tau, sums)
+            del soft_rN, derivative_rN, noise_rN  # else the next block would be made beside this one
         return grad_h_RC, *sums, grad_x_RD.sum(0), None, None, None, None
 
 

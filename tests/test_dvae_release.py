@@ -297,7 +297,8 @@ def older(tree: Any, identifier: tuple[Any, ...], path: Path) -> str:
             return identifier if isinstance(value, set) else None
 
     buffer = io.BytesIO()
-    for value in (0x1950A86A20F9469CFC6C, 1001, {}):
+    head: tuple[Any, ...] = (0x1950A86A20F9469CFC6C, 1001, {})
+    for value in head:
         pickle.dump(value, buffer, protocol=2)
     Pickler(buffer, protocol=2).dump(tree)
     pickle.dump([], buffer, protocol=2)

@@ -266,6 +266,15 @@ def test_a_window_counts_the_newest_codes_and_enough_of_them(batches: list[list[
     assert counted >= min(enough, len(stream))
 
 
+def test_a_window_holds_at_most_an_eighth_more_than_asked_for() -> None:
+    window = CodeWindow(3, torch.device("cpu"), 16)
+    for _ in range(100):
+        window.add(torch.tensor([1]))
+        counted = int(window.counts()[1])
+        assert counted <= 18
+    assert counted >= 16
+
+
 def test_statistics_of_codes_and_the_warning() -> None:
     even = code_statistics(torch.tensor([5, 5, 5, 5]))
     assert even["code_use"] == 1 and even["dead_codes"] == 0 and even["perplexity"] == pytest.approx(4)

@@ -34,11 +34,10 @@ def run(options: Options) -> Result:
 def compare(cfg: DVAEConfig, batch: int, options: Options) -> Result:
     """See run."""
     flops = {"training": train_flops(cfg), "encoding": encoder_flops(cfg)}
-    result = start(
-        *("dvae", "dVAE: training step and encoding", options),
-        **{"image_size": cfg.image_size, "width": cfg.width, "vocab": cfg.vocab, "groups": cfg.groups, "blocks_per_group": cfg.blocks_per_group},
-        **{"batch": batch, "threads": 1, **{f"gflop_per_image_{name}": round(value / 1e9, 3) for name, value in flops.items()}},
-    )
+    sizes: dict[str, Any] = {"image_size": cfg.image_size, "width": cfg.width, "vocab": cfg.vocab, "groups": cfg.groups}
+    sizes |= {"blocks_per_group": cfg.blocks_per_group, "batch": batch, "threads": 1}
+    sizes |= {f"gflop_per_image_{name}": round(value / 1e9, 3) for name, value in flops.items()}
+    result = start("dvae", "dVAE: training step and encoding", options, **sizes)
     package = _released(cfg, options.device)
     with threads(1):
         for dtype in ("fp32", "bf16"):

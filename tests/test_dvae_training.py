@@ -19,7 +19,8 @@ from infra import storage
 from infra.errors import ExitCode
 from infra.signals import StopFlag
 from infra.world import World
-from tests.test_training import StopAfter, fingerprint, losses
+from tests.ranks import run_in_ranks
+from tests.test_training import StopAfter, fingerprint, losses, train_in_ranks
 from train import front, stage_dvae
 from train.config import DvaeFit, RunConfig
 from train.dvae_task import DvaeTask
@@ -158,6 +159,18 @@ def test_fp16_survives_a_long_streak_of_overflows_and_a_restart_equals_no_restar
     assert {point.value for point in series["optim/loss_scale"]} >= {2.0**18, 2.0**19}
     meta = json.loads((whole / "tiny/dvae/checkpoints/step-00000010/meta.json").read_text())
     assert meta["loss_scale"]["skipped"] == skipped[-1] and meta["updates"] == 10 - skipped[-1]
+
+
+def test_two_ranks_with_two_micro_batches_follow_one_process_in_fp16(place: Callable[[str], Path]) -> None:
+    alone, together = place("alone"), place("together")
+    run_dvae(alone, "dvae_fit.precision=fp16")
+    config = json.loads((alone / "tiny/config.json").read_text())
+    config["run"]["root"] = str(together)
+    (together / "tiny/config.json").write_text(json.dumps(config))
+    shared = run_in_ranks(train_in_ranks, 2, str(together), ("dvae",), {"dvae_fit.accumulation": 2})[0]
+    assert shared["dvae"] == pytest.approx(losses(alone, "dvae"), rel=2e-3)
+    scales = [[point.value for point in read_metrics(str(root / "tiny"), "dvae")["optim/loss_scale"]] for root in (alone, together)]
+    assert scales[0] == scales[1] == [2.0**16] * 10
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -77,6 +77,23 @@ def status(run: Annotated[str, typer.Argument(help="Run folder, local or s3://."
     verb.main(run)
 
 
+@app.command(name="import-dvae")
+def import_dvae(
+    encoder: Annotated[str, typer.Argument(help="encoder.pkl of the released dVAE, or any file of such a module.")],
+    decoder: Annotated[str, typer.Argument(help="decoder.pkl.")],
+    preset: Preset,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
+) -> None:
+    """Take a dVAE from pickled modules of the dall-e package instead of training one: no code in the files is executed.
+
+    In: two files, images/validation. Out: dvae/export and the marker of stage dvae, so that encode and all after it go on from there.
+    """
+    from train.verbs import import_dvae as verb
+
+    verb.main(encoder, decoder, preset, overrides or [], samples)
+
+
 @app.command()
 def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Delete the shards that hold records of the list data.takedown; prepare and encode then make them again without.

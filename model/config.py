@@ -36,6 +36,8 @@ class DVAEConfig:
     """Channels after the decoder's first 1x1 convolution (n_init): the width of a codebook vector."""
     vocab: int = 8192
     """Number of codes."""
+    pool: Literal["max", "average"] = "max"
+    """How the encoder's groups halve the picture; 'max' gave the better ELB (paper A.1)."""
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")

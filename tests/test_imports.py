@@ -39,7 +39,11 @@ HOMES = {
     "emoji": ("data_pipeline/emoji_source.py",),
     "typer": ("launcher.py",),
     "rich": ("launcher.py", "infra/progress.py"),
-    "safetensors": ("train/export.py",),
+    "safetensors": ("train/export.py", "train/evaluation/weights.py"),
+    "scipy": (),
+    "torchvision": (),
+    "dall_e": (),
+    "lpips": (),
 }
 
 NO_TORCH = (

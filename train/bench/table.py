@@ -7,6 +7,7 @@ from train.bench.harness import Options, Result
 BENCHES = {
     "data-codes": "train.bench.data_codes",
     "data-images": "train.bench.data_images",
+    "dvae": "train.bench.dvae",
     "floor": "train.bench.floor",
     "transformer": "train.bench.transformer",
 }

@@ -153,7 +153,7 @@ def test_losses_are_the_cross_entropies_of_the_logits() -> None:
 
 def test_checkpointing_recomputes_blocks_and_leaves_gradients_equal() -> None:
     inputs = batch()
-    plain, checkpointed = build(), build(checkpoint_blocks=True)
+    plain, checkpointed = build(), build(checkpoint_every=1)
     runs: list[int] = []
     for model in (plain, checkpointed):
         model.resblocks[0].norm.register_forward_hook(lambda *_: runs.append(1))

@@ -39,6 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits_RV = torch.mm(x_ND[part], weight_VD.t(), out=None if kept_NV is None else kept_NV[part])
             log_sum_N[part] = logits_RV.logsumexp(1)
             nll_N[part] = log_sum_N[part] - logits_RV.gather(1, targets_N[part, None])[:, 0]
+            del logits_RV  # before the next chunk is made
         ctx.save_for_backward(x_ND, weight_VD, targets_N, log_sum_N, *([] if kept_NV is None else [kept_NV]))
         return nll_N
 
@@ -55,6 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_RV.scatter_add_(1, targets_N[part, None], -grads[0][part, None])
             torch.mm(grad_RV, weight_VD, out=grad_x_ND[part])
             grad_weight_VD.addmm_(grad_RV.t(), x_ND[part])
+            del logits_RV, grad_RV
         return grad_x_ND, grad_weight_VD, None, None
 
 

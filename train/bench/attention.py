@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,8 @@ from model.engines import ENGINES, EngineName, make_engine, why_unavailable
 from model.offsets import layer_kinds
 from train.bench.harness import DTYPES, Figure, Options, measure
 
+_PATTERN = 5
+"""Layers that are timed: row, column, row, row, and the last one's convolution."""
 _NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+)")
 
 
@@ -50,7 +52,7 @@ def mean_step(
     head = cfg.width // cfg.heads
     qkv = [torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     seed = torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2)
-    kinds = layer_kinds(5)
+    kinds = layer_kinds(_PATTERN)
 
     def step() -> None:
         for kind in kinds:
@@ -66,7 +68,7 @@ def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[
     for engine in ENGINES:
         if why_unavailable(engine, device, cfg):
             continue
-        module = make_engine(engine, cfg, shape, device).to(device)
+        module = make_engine(engine, replace(cfg, layers=_PATTERN), shape, device).to(device)
         for dtype in dtypes:
             step, layers = mean_step(module, cfg, shape, batch, DTYPES[dtype], options.device)
             point = AttentionPoint(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads)

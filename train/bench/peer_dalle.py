@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import types
@@ -33,9 +34,8 @@ _STAND_INS: dict[str, tuple[str, ...]] = {
 
 
 def folders() -> list[Path]:
-    """Where peers may be installed: $PEERS, or the environment that ``make bench-peers`` makes."""
-    named = os.environ.get("PEERS")
-    return [Path(named)] if named else sorted((_ROOT / ".venv-peers").glob("lib/python3*/site-packages"))
+    """Where peers may be installed: $PEERS, or the folder that ``make bench-peers`` fills."""
+    return [Path(os.environ.get("PEERS") or _ROOT / ".venv-peers")]
 
 
 def find(package: str) -> Path | None:
@@ -61,9 +61,7 @@ def load() -> Any:
             sys.modules[name] = module
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: what we have installed ourselves goes first
-    import dalle_pytorch  # type: ignore[import-not-found]
-
-    return dalle_pytorch
+    return importlib.import_module("dalle_pytorch")
 
 
 def attention_pattern(layers: int) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from train.bench.harness import Options, Result
 
 BENCHES = {
     "floor": "train.bench.floor",
-    "transformer": "train.bench.transformer",
+    "memory": "train.bench.memory",
+    "model": "train.bench.model",
 }
 
 

@@ -117,10 +117,11 @@ def peak(run: Run) -> int:
 
 def _peak_in_head(run: Run) -> int:
     shape, width = run.shape, run.cfg.width
-    moments = []
-    for positions, vocab in ((shape.text_tokens, shape.text_vocab), (shape.image_tokens, shape.image_vocab)):
+    moments, gone = [], 0
+    for positions, vocab in ((shape.image_tokens, shape.image_vocab), (shape.text_tokens, shape.text_vocab)):  # the image's head comes first
         chunk = _FP32 * min(max(1, run.chunk_elements // vocab), run.batch * positions) * vocab
-        moments.append(chunk + _FP32 * width * (run.batch * positions + vocab))
+        moments.append(chunk + _FP32 * width * (run.batch * positions + vocab) - gone)
+        gone += 0 if run.checkpoint_every else _FP32 * run.batch * positions * vocab
     return kept_by_forward(run) + max(moments)
 
 
@@ -146,11 +147,11 @@ def _backward_of_mlp(run: Run) -> int:
 
 
 def _backward_of_engine(run: Run, kind: Kind) -> int:
-    """Gradients of q, k, v and, without a fused kernel, of scores and windows."""
+    """Gradients of q, k, v and the result or, without a fused kernel, of the scores."""
     cfg, shape, size = run.cfg, run.shape, run.branch_bytes
     if run.engine != "structured":
         return 4 * size * run.positions
-    lines = _window_lines(run, kind)
+    # In the softmax's backward pass two tensors of its size are made; the gradient of the windows of values is there, the result is gone.
+    head, lines = cfg.width // cfg.heads, _window_lines(run, kind)
     scores = shape.image_tokens * (shape.text_tokens + lines * shape.grid)
-    windows = 2 * lines * shape.image_tokens * cfg.width // cfg.heads
-    return size * run.batch * cfg.heads * (2 * scores + windows)
+    return size * run.batch * cfg.heads * (2 * scores + (lines * shape.image_tokens - shape.states) * head)

@@ -65,7 +65,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.states.total + self.kept + self.working
+        """At the widest point: inside the backward pass, or in the optimizer's update."""
+        return self.states.total + max(self.kept + self.working, self.states.update - self.states.buckets - self.states.gradients)
 
 
 def activation_run(setting: Setting) -> activations.Run:
@@ -96,6 +97,7 @@ def memory(setting: Setting) -> Memory:
         bucket_elements=setting.cfg.zero.reduce_bucket_size * (2 if setting.cfg.zero.overlap_comm else 1),
         error_shards=setting.cluster.gpus if setting.rank is not None else 0,
         largest_resblock=8 * run.cfg.width**2,
+        micro_batches=setting.cfg.dalle_fit.accumulation,
     )
     kept = activations.kept_by_forward(run)
     return Memory(found, kept, activations.peak(run) - kept, 4.0 * parameters.total / (shards if setting.stage else 1))

@@ -80,9 +80,12 @@ class States:
     gradients: float
     buckets: float
     error_buffers: float
+    update: float = 0.0
+    """What the optimizer's update holds when activations, buckets and gradients of the backward pass are gone."""
 
     @property
     def total(self) -> float:
+        """All but ``update``."""
         return self.parameters + self.masters + self.moments + self.gradients + self.buckets + self.error_buffers
 
 
@@ -96,6 +99,7 @@ def states(
     bucket_elements: int = 0,
     error_shards: int = 0,
     largest_resblock: int = 0,
+    micro_batches: int = 1,
 ) -> States:
     """Bytes of model states on one GPU under DeepSpeed ZeRO.
 
@@ -107,6 +111,7 @@ def states(
         moment_bytes: both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
         bucket_elements: elements of a gradient reduction (zero.reduce_bucket_size).
         error_shards: GPUs of a machine that share the error buffers (1-6-9) of gradient compression; 0 without compression.
+        micro_batches: of an update: between them, stage 1 holds whole gradients.
         largest_resblock: parameters of the largest resblock: stage 3 has one gathered while the next is on its way.
 
     Raises:
@@ -122,14 +127,14 @@ def states(
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, errors)
     # A bucket is never larger than what there is to reduce.
     bucket = matrix * min(bucket_elements, parameters.total)
-    # Partitions are reduced in fp32 (grad_accum_dtype). Between micro-batches stage 1 holds whole gradients, stage 2 and 3 their own share only.
-    whole_gradients = stored if stage == 1 else 0.0
+    share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
     gathered = 2.0 * matrix * largest_resblock if stage == 3 else 0.0
     return States(
         parameters=stored / shards + gathered if stage == 3 else stored,
-        masters=_FP32 * parameters.total / shards,
+        masters=share,
         moments=moments / shards,
-        gradients=_FP32 * parameters.total / shards + whole_gradients,
+        gradients=max(stored, share) if stage == 1 and micro_batches > 1 else share,
         buckets=bucket,
         error_buffers=errors,
+        update=4 * share,  # gradients, the same laid end to end, and two temporaries of torch's AdamW
     )

@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak gpu bench-peers compat clean
+.PHONY: help demo test check raises soak gpu bench-peers compat clean
 
 help:  ## List the targets
 	@echo "make demo    with PRESET=$(PRESET); ARGS=... are passed on; VENV=$(VENV) is made when needed."
@@ -28,17 +28,19 @@ check: $(STAMP)  ## Style, formatting, types and the direction of imports
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --durations=0 tests/test_imports.py
 
+raises: $(STAMP)  ## The tests under coverage: every raise must be reached by one
+	@$(RUN) .ci/raises.py $(ARGS)
+
 soak: $(STAMP)  ## Long fault and training runs
 	@$(call selected,soak)
 
 gpu: $(STAMP)  ## Tests that need a GPU
 	@$(call selected,gpu)
 
-bench-peers: $(STAMP)  ## Benchmarks against other projects, which get an environment of their own
-	@if [ ! -f requirements-peers.txt ]; then echo "bench-peers: no peer is registered (there is no requirements-peers.txt)."; exit 0; fi; \
-	set -e; test -x .venv-peers/bin/python || "$(PYTHON)" -m venv .venv-peers; \
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt; \
-	$(RUN) launcher.py bench peers $(ARGS)
+bench-peers: $(STAMP)  ## Benchmarks that compare with other projects, which are installed beside the environment
+	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-peers -r requirements-peers.txt
+	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench data-images $(ARGS)
+	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench model $(ARGS)
 
 compat: $(STAMP)  ## The tests with the lowest and the highest supported versions (two environments, about 20 minutes)
 	@$(RUN) .ci/compat.py $(ARGS)

@@ -31,6 +31,9 @@ Overrides = Annotated[
 ]
 On = Annotated[str, typer.Option(help="Where to run: local, slurm or k8s.")]
 Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU, or two on a CPU.")]
+Share = Annotated[
+    str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare and encode); array tasks of SLURM and Indexed Jobs know theirs.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
 
@@ -40,12 +43,13 @@ def _add_stage(name: str) -> None:
         overrides: Overrides = None,
         on: On = "local",
         nproc: Nproc = 0,
+        share: Share = "",
         dry_run: DryRun = False,
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
         from train import front
 
-        front.stage(name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP)
+        front.stage(name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share)
 
     app.command(name, help=STAGES[name].help)(command)
 
@@ -88,6 +92,17 @@ def plan(
     from train.verbs import plan as verb
 
     verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank)
+
+
+@app.command()
+def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Delete the shards that hold records of the list data.takedown; prepare and encode then make them again without.
+
+    Loaders hide the records on the list at once, whether this has run or not.
+    """
+    from train.verbs import takedown as verb
+
+    verb.main(preset, overrides or [], dry_run=dry_run)
 
 
 @app.command()

@@ -1,31 +1,52 @@
-"""Shard sets: parts of MDS shards, an index over all parts, and a manifest that is written last (docs/contracts.md, section 3)."""
+"""Shard sets: parts of MDS shards that never change once written, and versions that say which parts and records make up the set.
+
+    <set>/part-<16 hex>/shard.00000.mds  index.json  ids.u64  [prints.u64  captions.jsonl.gz]  done.json
+    <set>/versions/<16 hex>/index.json  excluded.u64  manifest.json      one folder for each version, see data_pipeline/versions.py
+    <set>/index.json  manifest.json                                      copies of the newest version; manifest.json is the very last write
+
+docs/contracts.md, section 3, is the specification.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import MDSWriter
-from streaming.base.format.mds.reader import MDSReader
 
 from infra import storage
 from infra.errors import DataError
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter  # brings torch: imported where shards are really read or written
 
 IMAGE_SCHEMA = "image/1"
 CODES_SCHEMA = "codes/1"
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 DONE = "done.json"
+IDS = "ids.u64"
+PRINTS = "prints.u64"
+CAPTIONS = "captions.jsonl.gz"
+EXCLUDED = "excluded.u64"
+VERSIONS = "versions"
 _HASH = "xxh64"  # what StreamingDataset checks on download; manifests carry SHA-256
+_NAME_DIGITS = 16
+_PARALLEL = 16  # small files read at once, where they may lie on S3
+
+U64 = np.dtype("<u8")
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,8 @@ class ImageRecord:
     license: str
     group: str
     split: str
+    prints: tuple[int, int] = (0, 0)
+    """Content hash and perceptual hash, 64 bits each: for the search of duplicates; no column."""
 
     schema = IMAGE_SCHEMA
 
@@ -71,33 +94,9 @@ class CodeRecord:
 Record = ImageRecord | CodeRecord
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    """An opened shard set: its place and its manifest."""
-
-    url: str
-    manifest: dict[str, Any]
-
-    @property
-    def count(self) -> int:
-        return int(self.manifest["count"])
-
-    @property
-    def content_hash(self) -> str:
-        return str(self.manifest["content_hash"])
-
-    @property
-    def num_parts(self) -> int:
-        return len(self.manifest["parts"])
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records, part by part, in order."""
-        for part in range(self.num_parts):
-            yield from read_part(self.url, part)
-
-
-def part_name(part: int) -> str:
-    return f"part-{part:05d}"
+def part_name(inputs_hash: str) -> str:
+    """Folder of the part that is made from these inputs."""
+    return f"part-{inputs_hash[:_NAME_DIGITS]}"
 
 
 def digest(value: Any) -> str:
@@ -105,34 +104,77 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_part(
-    set_url: str, part: int, records: Iterable[Record], inputs_hash: str, shard_bytes: int = 1 << 26, extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write one part: shards, then the marker. Equal records give equal bytes; no record at all is fine. A former part is replaced.
+def id_hash(identity: str) -> int:
+    """64 bits that stand for a record's id or group (BLAKE2b). Among 250 million ids two are equal with a probability of 0.2 %."""
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
-    Args:
-        set_url: place of the shard set.
-        part: number of the part.
-        records: in order; all of one kind.
-        inputs_hash: what the part was made from; ``part_done`` compares it.
-        shard_bytes: size limit of one shard file in bytes.
-        extra: JSON-able, kept in the marker (counts, reasons).
 
-    Returns:
-        The marker: inputs, count, files (name, bytes, sha256), extra.
+class PartWriter:
+    """Writes one part: shards and side files into a temporary folder, then everything to its place, the marker last.
+
+    Equal records give equal bytes, so two processes that write the same part at once do no harm; no record at all is fine.
     """
-    place = storage.join(set_url, part_name(part))
-    # Markers go first: a set whose parts change does not exist until it is merged again.
-    storage.delete(storage.join(set_url, MANIFEST))
-    storage.delete(storage.join(place, DONE))
-    storage.delete_prefix(place)
-    with tempfile.TemporaryDirectory(prefix="part-") as folder:
-        count = _write_mds(Path(folder), records, shard_bytes)
-        files = [{"name": name, **_fingerprint(Path(folder, name))} for name in storage.list_files(folder)]
-        marker = {"inputs": inputs_hash, "count": count, "files": files, "extra": dict(extra or {})}
-        Path(folder, DONE).write_text(json.dumps(marker, indent=2, sort_keys=True) + "\n")
-        storage.upload_folder(Path(folder), place, last=[DONE])
-    return marker
+
+    def __init__(self, set_url: str, inputs_hash: str, shard_bytes: int = 1 << 26) -> None:
+        """
+        Args:
+            set_url: place of the shard set.
+            inputs_hash: digest of all that the part is made from; names the part.
+            shard_bytes: size limit of one shard file in bytes.
+        """
+        self.place = storage.join(set_url, part_name(inputs_hash))
+        self._inputs, self._shard_bytes = inputs_hash, shard_bytes
+        self._folder = tempfile.TemporaryDirectory(prefix="part-")
+        self._mds: MDSWriter | None = None
+        self._ids: list[int] = []
+        self._prints: list[tuple[int, int, int]] = []
+        self._captions: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._folder.cleanup()
+
+    def add(self, record: Record) -> None:
+        """Append a record; all records of a part are of one kind."""
+        columns = record.columns()
+        if self._mds is None:
+            from streaming import MDSWriter
+
+            self._mds = MDSWriter(out=self._folder.name, columns=columns, hashes=[_HASH], size_limit=self._shard_bytes)
+            self._mds.executor = _Inline()
+        self._mds.write({name: getattr(record, name) for name in columns})
+        self._ids.append(id_hash(record.id))
+        if isinstance(record, ImageRecord):
+            self._prints.append((*record.prints, id_hash(record.group)))
+            self._captions.append(json.dumps(record.captions, ensure_ascii=True))
+
+    def finish(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write what is left, upload, and mark the part done.
+
+        Args:
+            extra: JSON-able, kept in the marker (counts, reasons).
+
+        Returns:
+            The marker: inputs, count, files (name, bytes, sha256), shards (as in index.json), extra.
+        """
+        folder = Path(self._folder.name)
+        if self._mds is None:
+            (folder / INDEX).write_text(json.dumps({"shards": [], "version": 2}, sort_keys=True))
+        else:
+            self._mds.finish()
+        (folder / IDS).write_bytes(np.array(self._ids, U64).tobytes())
+        if self._prints:
+            (folder / PRINTS).write_bytes(np.array(self._prints, U64).tobytes())
+            # No name and no time in the header: equal captions are equal bytes.
+            (folder / CAPTIONS).write_bytes(gzip.compress("".join(f"{line}\n" for line in self._captions).encode(), 6, mtime=0))
+        files = [{"name": name, **_fingerprint(folder / name)} for name in storage.list_files(str(folder))]
+        shards = json.loads((folder / INDEX).read_text())["shards"]
+        marker = {"inputs": self._inputs, "count": len(self._ids), "files": files, "shards": shards, "extra": dict(extra or {})}
+        (folder / DONE).write_text(json.dumps(marker, indent=2, sort_keys=True) + "\n")
+        storage.upload_folder(folder, self.place, last=[DONE])
+        return marker
 
 
 class _Inline(ThreadPoolExecutor):
@@ -144,116 +186,216 @@ class _Inline(ThreadPoolExecutor):
         return future
 
 
-def _write_mds(folder: Path, records: Iterable[Record], shard_bytes: int) -> int:
-    count, writer = 0, None
-    for record in records:
-        if writer is None:
-            writer = MDSWriter(out=str(folder), columns=record.columns(), hashes=[_HASH], size_limit=shard_bytes)
-            writer.executor = _Inline()
-        writer.write({field.name: getattr(record, field.name) for field in dataclasses.fields(record)})
-        count += 1
-    if writer is None:
-        (folder / INDEX).write_text(json.dumps({"shards": [], "version": 2}, sort_keys=True))
-    else:
-        writer.finish()
-    return count
+def write_part(
+    set_url: str, inputs_hash: str, records: Iterable[Record], shard_bytes: int = 1 << 26, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write one part of the given records; see ``PartWriter``. Returns the marker."""
+    with PartWriter(set_url, inputs_hash, shard_bytes) as writer:
+        for record in records:
+            writer.add(record)
+        return writer.finish(extra)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": storage.sha256_file(path)}
 
 
-def read_marker(set_url: str, part: int) -> dict[str, Any] | None:
-    """The marker of a finished part, or None."""
-    url = storage.join(set_url, part_name(part), DONE)
+def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:
+    """The marker of the part that is made from these inputs, or None if it is not finished."""
+    url = storage.join(set_url, part_name(inputs_hash), DONE)
     return storage.read_json(url) if storage.exists(url) else None
 
 
-def part_done(set_url: str, part: int, inputs_hash: str) -> bool:
-    """Whether a part is finished and was made from these very inputs."""
-    marker = read_marker(set_url, part)
-    return marker is not None and marker["inputs"] == inputs_hash
+def read_markers(set_url: str, inputs_hashes: list[str]) -> list[dict[str, Any] | None]:
+    """Markers of many parts, read in parallel."""
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return list(pool.map(lambda inputs: read_marker(set_url, inputs), inputs_hashes))
 
 
-def merge(
-    set_url: str,
-    parts: int,
-    schema: str,
-    settings: Mapping[str, Any],
-    parents: Mapping[str, str] | None = None,
-    producer: Mapping[str, Any] | None = None,
-) -> ShardSet:
-    """Make a set of its finished parts: index over all, leftovers of former runs deleted, manifest last. Merging again changes nothing.
-
-    Args:
-        set_url: place of the shard set.
-        parts: how many parts the set has.
-        schema: IMAGE_SCHEMA or CODES_SCHEMA.
-        settings: what shaped the records (part of the content hash).
-        parents: kind -> content hash of what the records were made from.
-        producer: commit and versions (not part of the content hash).
-
-    Raises:
-        DataError: a part is not finished.
-    """
-    markers = [read_marker(set_url, part) for part in range(parts)]
-    missing = [part_name(part) for part, marker in enumerate(markers) if marker is None]
-    if missing:
-        raise DataError(
-            f"{set_url}: {len(missing)} of {parts} parts are not finished ({', '.join(missing[:5])}); run the stage again, it skips finished parts."
-        )
-    _drop_leftovers(set_url, parts)
-    finished = [marker for marker in markers if marker is not None]
-    storage.write_json(storage.join(set_url, INDEX), {"version": 2, "shards": _merged_shards(set_url, finished)})
-    manifest = {
-        "schema": schema,
-        "count": sum(marker["count"] for marker in finished),
-        "parts": [{"count": marker["count"], "files": marker["files"]} for marker in finished],
-        "parents": dict(parents or {}),
-        "settings": dict(settings),
-    }
-    manifest |= {"content_hash": digest(manifest), "producer": dict(producer or {})}
-    url = storage.join(set_url, MANIFEST)
-    if storage.exists(url):
-        former = storage.read_json(url)
-        if former.get("content_hash") == manifest["content_hash"]:
-            return ShardSet(set_url, former)
-    storage.write_json(url, manifest)
-    return ShardSet(set_url, manifest)
+def part_done(set_url: str, inputs_hash: str) -> bool:
+    """Whether the part that is made from these inputs is finished."""
+    return storage.exists(storage.join(set_url, part_name(inputs_hash), DONE))
 
 
-def _drop_leftovers(set_url: str, parts: int) -> None:
-    valid = {part_name(part) for part in range(parts)}
-    found = {name.split("/")[0] for name in storage.list_files(set_url) if name.startswith("part-")}
-    for name in sorted(found - valid):
-        storage.delete_prefix(storage.join(set_url, name))
+@dataclass(frozen=True)
+class Shard:
+    """One MDS file of a set."""
+
+    basename: str
+    """Its name below the set: 'part-.../shard.00000.mds'."""
+    samples: int
+    source: str
+    """The entry of data.sources that it came from."""
+    entry: dict[str, Any]
+    """Its description in index.json."""
 
 
-def _merged_shards(set_url: str, markers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    shards = []
-    for part, marker in enumerate(markers):
-        if marker["count"]:
-            for shard in storage.read_json(storage.join(set_url, part_name(part), INDEX))["shards"]:
-                shard["raw_data"]["basename"] = f"{part_name(part)}/{shard['raw_data']['basename']}"
-                shards.append(shard)
-    return shards
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened version of a shard set, without the records that were taken down."""
+
+    url: str
+    manifest: dict[str, Any]
+    taken_ids: frozenset[str] = frozenset()
+    """Ids on the take-down list."""
+
+    @property
+    def stored(self) -> int:
+        """Records in the shard files, visible or not."""
+        return int(self.manifest["stored"])
+
+    @property
+    def content_hash(self) -> str:
+        return str(self.manifest["content_hash"])
+
+    @property
+    def version_url(self) -> str:
+        """Folder of this version's index, exclusions and manifest."""
+        return version_url(self.url, self.content_hash)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Name, source, count and files of each part, in order."""
+        return list(self.manifest["parts"])
+
+    @cached_property
+    def count(self) -> int:
+        """Records that a reader sees."""
+        return self.stored - len(self.removed)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """All shard files, in order."""
+        entries = storage.read_json(storage.join(self.version_url, INDEX))["shards"]
+        sources = {part["name"]: part["source"] for part in self.parts}
+        names = [entry["raw_data"]["basename"] for entry in entries]
+        return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Position of each part's first record, and the number of stored records at the end: int64 [parts + 1]."""
+        return np.cumsum([0, *(part["count"] for part in self.parts)], dtype=np.int64)
+
+    @cached_property
+    def excluded(self) -> NDArray[np.int64]:
+        """Sorted positions of stored records that are not part of this version (duplicates, repeated ids).
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        facts = self.manifest["excluded"]
+        return _read_u64(storage.join(self.version_url, EXCLUDED), facts["sha256"]).astype(np.int64) if facts["count"] else np.empty(0, np.int64)
+
+    @cached_property
+    def taken_down(self) -> NDArray[np.int64]:
+        """Sorted positions of the records whose ids are on the take-down list."""
+        if not self.taken_ids:
+            return np.empty(0, np.int64)
+        wanted = np.array(sorted(id_hash(identity) for identity in self.taken_ids), U64)
+        found = [np.flatnonzero(np.isin(ids, wanted)) + self.starts[part] for part, ids in enumerate(self.id_hashes())]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    @cached_property
+    def removed(self) -> NDArray[np.int64]:
+        """Sorted positions of all records that no reader may show: excluded or taken down."""
+        return np.union1d(self.excluded, self.taken_down) if len(self.taken_down) else self.excluded
+
+    def removed_rows(self, part: int) -> NDArray[np.int64]:
+        """Rows of one part that no reader may show."""
+        begin, end = np.searchsorted(self.removed, self.starts[part : part + 2])
+        return self.removed[begin:end] - self.starts[part]
+
+    def id_hashes(self) -> list[NDArray[np.uint64]]:
+        """``id_hash`` of every stored record, an array for each part.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        return self._side_file(IDS)
+
+    def prints(self) -> list[NDArray[np.uint64]]:
+        """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
+        return [values.reshape(-1, 3) for values in self._side_file(PRINTS)]
+
+    def _side_file(self, name: str) -> list[NDArray[np.uint64]]:
+        def read(part: dict[str, Any]) -> NDArray[np.uint64]:
+            found = [file["sha256"] for file in part["files"] if file["name"] == name]
+            return _read_u64(storage.join(self.url, part["name"], name), found[0]) if found else np.empty(0, U64)
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(read, self.parts))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All visible records, part by part, in order."""
+        for part in range(len(self.parts)):
+            yield from self.read_part(part)
+
+    def read_part(self, part: int) -> Iterator[dict[str, Any]]:
+        """Visible records of one part in order, as dictionaries of columns. Every file is checked against its hash first.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        entry, hidden = self.parts[part], set(self.removed_rows(part).tolist())
+        for row, record in enumerate(_read_files(self.url, entry)):
+            if row not in hidden:
+                yield record
+
+    def captions(self) -> Iterator[list[str]]:
+        """Captions of all visible images, in order; no image is read.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        for part, entry in enumerate(self.parts):
+            if not entry["count"]:
+                continue
+            hidden = set(self.removed_rows(part).tolist())
+            data = _checked(storage.join(self.url, entry["name"], CAPTIONS), _sha256(entry, CAPTIONS))
+            for row, line in enumerate(gzip.decompress(data).splitlines()):
+                if row not in hidden:
+                    yield json.loads(line)
+
+    def ids_at(self, positions: list[int]) -> list[str]:
+        """Ids of a few stored records; of each only its own bytes are read."""
+        from streaming.base.format.mds.reader import MDSReader
+
+        ends = np.cumsum([shard.samples for shard in self.shards])
+        found = []
+        for position in positions:
+            number = int(np.searchsorted(ends, position, side="right"))
+            shard = self.shards[number]
+            row = position - int(ends[number]) + shard.samples
+            url = storage.join(self.url, shard.basename)
+            begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
+            reader = MDSReader.from_json("", None, shard.entry)
+            found.append(str(reader.decode_sample(storage.read_range(url, begin, end - begin))["id"]))
+        return found
 
 
-def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = None) -> ShardSet:
-    """Open a finished shard set, and refuse one that is not what the caller needs.
+def version_url(set_url: str, content_hash: str) -> str:
+    """Folder of one version."""
+    return storage.join(set_url, VERSIONS, content_hash[:_NAME_DIGITS])
+
+
+def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = None, version: str = "", takedown: str = "") -> ShardSet:
+    """Open a version of a shard set, and refuse one that is not what the caller needs.
 
     Args:
         url: place of the shard set.
         schema: IMAGE_SCHEMA or CODES_SCHEMA.
         expect_parents: kind -> content hash, of every parent that the caller has an opinion on.
+        version: content hash of the version; empty: the newest.
+        takedown: URL of the take-down list (data.takedown); empty: none.
 
     Raises:
-        DataError: no manifest, another schema, or other parents.
+        DataError: no such version, another schema, other parents, or no take-down list where one is named.
     """
     stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
-    place = storage.join(url, MANIFEST)
+    place = storage.join(version_url(url, version) if version else url, MANIFEST)
     if not storage.exists(place):
-        raise DataError(f"{url}: no shard set here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
+        what = f"no version {version[:_NAME_DIGITS]} of a shard set" if version else "no shard set"
+        raise DataError(f"{url}: {what} here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
     manifest = storage.read_json(place)
     if manifest.get("schema") != schema:
         raise DataError(
@@ -265,37 +407,66 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
         if found != expected:
             raise DataError(
                 f"{url}: made from {kind} {found[:12]}, but this run uses {kind} {expected[:12]}; "
-                f"delete {url} and run '{stage}' again, or go back to the {kind} it was made from."
+                f"run '{stage}' again for this run, or go back to the {kind} it was made from."
             )
-    return ShardSet(url, manifest)
+    return ShardSet(url, manifest, read_takedown(takedown))
 
 
-def read_part(set_url: str, part: int) -> Iterator[dict[str, Any]]:
-    """Records of one finished part in order, as dictionaries of columns. Every file is checked against its hash first.
+def read_takedown(url: str) -> frozenset[str]:
+    """Ids on a take-down list: a text file, one id a line. An empty URL is no list.
 
     Raises:
-        DataError: the part is not finished, or a file is missing or damaged.
+        DataError: the list is missing or is not UTF-8.
     """
-    place = storage.join(set_url, part_name(part))
-    marker = read_marker(set_url, part)
-    if marker is None:
-        raise DataError(f"{place}: not finished; run the stage that writes {set_url} again.")
+    if not url:
+        return frozenset()
+    return frozenset(line.strip() for line in storage.read_text(url).splitlines() if line.strip())
+
+
+def _sha256(part: Mapping[str, Any], name: str) -> str:
+    return next(str(file["sha256"]) for file in part["files"] if file["name"] == name)
+
+
+def _checked(url: str, sha256: str) -> bytes:
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _damaged(url)
+    return data
+
+
+def _damaged(url: str) -> DataError:
+    folder = url.rpartition("/")[0]
+    return DataError(f"{url}: damaged, its SHA-256 is not the one it was written with; delete {folder} and run the stage that wrote it again.")
+
+
+def _read_u64(url: str, sha256: str) -> NDArray[np.uint64]:
+    return np.frombuffer(_checked(url, sha256), U64)
+
+
+def _read_files(set_url: str, part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    place = storage.join(set_url, part["name"])
     if not storage.is_remote(place):
-        yield from _read_local(storage.local_path(place), marker, place)
+        yield from _read_local(storage.local_path(place), part, place)
         return
     with tempfile.TemporaryDirectory(prefix="part-") as folder:
-        for file in marker["files"]:
-            storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))
-        yield from _read_local(Path(folder), marker, place)
+        for file in part["files"]:
+            if file["name"].endswith((".mds", INDEX)):
+                storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))
+        yield from _read_local(Path(folder), part, place)
 
 
-def _read_local(folder: Path, marker: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
-    for file in marker["files"]:
-        if storage.sha256_file(folder / file["name"]) != file["sha256"]:
-            raise DataError(
-                f"{storage.join(place, file['name'])}: damaged, its SHA-256 is not the one in {DONE}; delete {place} and run its stage again."
-            )
+def _read_local(folder: Path, part: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+    from streaming.base.format.mds.reader import MDSReader
+
+    for file in part["files"]:
+        if file["name"].endswith((".mds", INDEX)) and storage.sha256_file(folder / file["name"]) != file["sha256"]:
+            raise _damaged(storage.join(place, file["name"]))
     for shard in json.loads((folder / INDEX).read_text())["shards"]:
         reader = MDSReader.from_json(str(folder), None, shard)
         for index in range(len(reader)):
             yield reader[index]
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """The columns of a record, as reading it back gives them."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name in record.columns()}

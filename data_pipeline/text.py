@@ -41,6 +41,7 @@ _LETTER_SET = frozenset(_LETTERS)
 _SPLIT = re.compile(r"[a-z]+|[^a-z]", re.DOTALL)
 _SPACE = "\u2581"  # how sentencepiece spells a space in a piece
 _CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
+_MEASURED = 50_000  # captions whose lengths are measured
 _NUM_FIXED = 2 + 256 + len(_LETTERS)  # padding, unknown, bytes, letters
 
 
@@ -259,29 +260,47 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
             return former
         storage.delete(place)
     num_captions, num_records = 0, 0
+    sample: list[str] = []
+    draw = random.Random(0).randrange
 
     def captions() -> Iterable[str]:
         nonlocal num_captions, num_records
-        for record in images.records():
+        for several in images.captions():
             num_records += 1
-            num_captions += len(record["captions"])
-            yield from record["captions"]
+            for caption in several:
+                num_captions += 1
+                if len(sample) < _MEASURED:
+                    sample.append(caption)
+                elif (place := draw(num_captions)) < _MEASURED:  # reservoir: every caption is as likely to be in it
+                    sample[place] = caption
+                yield caption
 
     model = train_tokenizer(captions(), config.vocab)
+    tokenizer = Tokenizer(model, config.max_tokens)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "sha256": hashlib.sha256(model).hexdigest(),
-        "size": Tokenizer(model, config.max_tokens).size,
+        "size": tokenizer.size,
         "captions": num_captions,
         "records": num_records,
         "parents": parents,
         "settings": settings,
     }
-    manifest |= {"content_hash": digest(manifest), "producer": producer or {}}
+    manifest |= {"content_hash": digest(manifest), "producer": producer or {}, **_lengths(tokenizer, sample)}
     storage.write_bytes(storage.join(url, MODEL), model)
     storage.write_json(place, manifest)
     log.info("tokenizer of %d pieces from %d captions", manifest["size"], num_captions)
     return manifest
+
+
+def _lengths(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
+    """How long captions are in tokens, and which share is cut at tokenizer.max_tokens."""
+    lengths = [tokenizer.encode(caption)[1] for caption in captions]
+    return {
+        "captions_measured": len(lengths),
+        "tokens_per_caption": round(float(np.mean(lengths)), 3),
+        "share_truncated": tokenizer.truncated / len(lengths),
+    }
 
 
 def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[str, Any]]:

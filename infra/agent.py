@@ -67,13 +67,25 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(number.name for number in signals.STOP_SIGNALS),
-        shutdown_timeout=signals.SHUTDOWN_S,
+        **_shutdown_timeout(),
     )
     _quiet_elastic()
     signals.block_in_children()
     with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
         elastic_launch(config, sys.executable)(*arguments)
     return run.root_cause(stage, attempt, placement.size)
+
+
+def _shutdown_timeout() -> dict[str, int]:
+    """The option that gives stopped ranks SHUTDOWN_S to save. torch 2.11 has no such option: there the default of 30 s is replaced where it is written."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        return {"shutdown_timeout": signals.SHUTDOWN_S}
+    assert PContext.close.__defaults__ == (None, 30), "torch's PContext.close(death_sig, timeout) has changed"
+    PContext.close.__defaults__ = (None, signals.SHUTDOWN_S)
+    return {}
 
 
 def _free_port() -> int:

@@ -136,7 +136,7 @@ class RunFolder:
         if storage.is_remote(self.url):
             yield
             return
-        path = storage.local_path(self.at(stage, ".lock"))
+        path = storage.local_path(self.at("locks", stage))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:  # the kernel drops the lock with the file, however the process ends
             try:

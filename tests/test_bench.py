@@ -101,7 +101,7 @@ def test_a_ratio_of_a_figure_that_is_not_there_is_refused() -> None:
 
 
 def test_an_unknown_benchmark_is_refused_and_every_listed_one_can_run() -> None:
-    with pytest.raises(ValueError, match="benchmark 'flor' is not known; accepted: floor, memory, model"):
+    with pytest.raises(ValueError, match=r"benchmark .flor. is not known; accepted: .*floor.*memory, model"):
         table.run("flor")
     for name in table.BENCHES:
         source = (ROOT / (table.BENCHES[name].replace(".", "/") + ".py")).read_text()
@@ -194,8 +194,10 @@ def test_the_committed_page_and_schema_are_those_that_the_committed_files_give()
     assert (ROOT / "docs/benchmarks.schema.json").read_text() == docs.schema_text(), "run: python -m train.bench.docs"
 
 
-def test_benchmarks_import_nothing_but_torch_the_standard_library_and_model() -> None:
+def test_benchmarks_of_models_import_nothing_but_torch_the_standard_library_and_model() -> None:
     for path in sorted((ROOT / "train" / "bench").glob("*.py")):
+        if path.name.startswith("data_") or path.name == "photographs.py":
+            continue  # what they measure needs NumPy and the data pipeline
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:

@@ -1,163 +1,345 @@
-"""Stage 'prepare': parts, splits, restarts and the summary."""
+"""Stage 'prepare': shares, splits, restarts, versions, quarantine, duplicates and the summary."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import plan as planning
 from data_pipeline import prepare
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare import split_of
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.finish_prepare import finish, state
+from data_pipeline.pairs import InputShard, Pair, Unreadable
+from data_pipeline.plan import SPLITS, Plan, make_plan, split_of, spread
+from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.tries import Tries
 from infra import storage
 from infra.errors import DataError
 from infra.world import World
 
-
-def pictures(folder: Path, count: int, size: int = 16) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        out = io.BytesIO()
-        Image.new("RGB", (size, size), (number % 256, number // 256, 0)).save(out, "PNG")
-        (folder / f"{number:03d}.png").write_bytes(out.getvalue())
-        (folder / f"{number:03d}.txt").write_text(f"picture {number}\nanother name of {number}")
-    return str(folder)
+EVERYTHING_OFF: dict[str, Any] = {}
 
 
-def config(source: str, **fields: object) -> DataConfig:
-    return DataConfig.model_validate({"sources": (source,), "records_per_part": 8, "validation_share": 0.25} | fields)
+def picture(number: int, size: int = 24) -> bytes:
+    """A picture unlike the others: noise in 4 x 4 blocks."""
+    out = io.BytesIO()
+    blocks = np.random.default_rng(number).integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
+    Image.fromarray(blocks.repeat(4, 0).repeat(4, 1)).save(out, "PNG")
+    return out.getvalue()
 
 
-def prepared(data: DataConfig, url: str, ranks: int = 1, seed: int = 0) -> list[dict[str, int]]:
-    return [prepare.run(data, 16, seed, url, World(rank, ranks, rank, ranks)) for rank in range(ranks)]
+def pair(number: int, **fields: Any) -> Pair:
+    facts = {"id": f"id-{number}", "captions": (f"a red picture with number {number}",), "image": picture(number), "source": "shelf"}
+    return Pair(**(facts | {"license": "CC0-1.0", "group": f"group-{number}"} | fields))
 
 
-def tree(url: str) -> dict[str, str]:
-    return {str(path.relative_to(url)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(url).rglob("*")) if path.is_file()}
+@dataclass
+class Shelf:
+    """A source in memory: shards of pairs, and what happens when a shard is read."""
+
+    boxes: list[list[Pair | Unreadable]]
+    broken: dict[int, str] = field(default_factory=dict)
+    """Shard -> message of the DataError that reading it ends in."""
+    reads: list[str] = field(default_factory=list)
+    name: str = "shelf"
+
+    def shards(self) -> Iterator[InputShard]:
+        for number, box in enumerate(self.boxes):
+            yield InputShard(f"box-{number}", f"{len(box)} pairs")
+
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+        self.reads.append(shard.name)
+        number = int(shard.name.removeprefix("box-"))
+        for found in self.boxes[number]:
+            if isinstance(found, Unreadable) or wanted(found.group):
+                yield found
+        if number in self.broken:
+            raise DataError(self.broken[number])
+
+    def version(self) -> str:
+        return "shelf/1"
+
+    def credits(self) -> dict[str, str]:
+        return {"shelf": "Made for tests, CC0."}
 
 
-def test_every_pair_lands_once_in_the_split_of_its_group(tmp_path: Path) -> None:
-    source, url = pictures(tmp_path / "in", 60), str(tmp_path / "out")
-    prepared(config(source), url)
-    summary = prepare.finish(config(source), 16, 0, url)
-    sets = prepare.open_splits(url)
-    records = {split: list(sets[split].records()) for split in prepare.SPLITS}
-    ids = [record["id"] for split in prepare.SPLITS for record in records[split]]
-    assert sorted(ids) == [f"{source}/{number:03d}.png" for number in range(60)]
-    for split in prepare.SPLITS:
+def boxes(*sizes: int, first: int = 0) -> list[list[Pair | Unreadable]]:
+    made: list[list[Pair | Unreadable]] = []
+    for size in sizes:
+        made.append([pair(first + number) for number in range(size)])
+        first += size
+    return made
+
+
+@pytest.fixture
+def plan_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Plans over shelves."""
+
+    def make(*shelves: Shelf, filters: dict[str, Any] | None = None, seed: int = 0, **fields: Any) -> Plan:
+        by_url = {f"shelf-{number}": shelf for number, shelf in enumerate(shelves)}
+        monkeypatch.setattr(planning, "open_source", lambda entry, data: by_url[entry.url])
+        data = DataConfig.model_validate({"sources": list(by_url), "validation_share": 0.25} | fields, strict=False)
+        return make_plan(data, FilterConfig.model_validate(EVERYTHING_OFF | (filters or {})), 16, seed)
+
+    return make
+
+
+def run(plan: Plan, url: str, ranks: int = 1) -> list[prepare.Share]:
+    return [prepare.run(plan, url, World(rank, ranks, rank, ranks)) for rank in range(ranks)]
+
+
+def open_splits(url: str, version: dict[str, Any] | None = None) -> dict[str, ShardSet]:
+    versions = {split: version["splits"][split]["version"] if version else "" for split in SPLITS}
+    return {split: open_set(storage.join(url, split), IMAGE_SCHEMA, version=versions[split]) for split in SPLITS}
+
+
+def ids(url: str, version: dict[str, Any] | None = None) -> list[str]:
+    return sorted(record["id"] for shard_set in open_splits(url, version).values() for record in shard_set.records())
+
+
+def tree(url: Path) -> dict[str, str]:
+    return {str(path.relative_to(url)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(url.rglob("*")) if path.is_file()}
+
+
+def test_every_pair_lands_once_in_the_split_of_its_group(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, plan = str(tmp_path), plan_of(Shelf(boxes(30, 30)))
+    assert run(plan, url) == [prepare.Share(2, written=2)]
+    summary = finish(plan, url)
+    records = {split: list(shard_set.records()) for split, shard_set in open_splits(url).items()}
+    assert ids(url) == sorted(f"id-{number}" for number in range(60))
+    for split in SPLITS:
         assert all(record["split"] == split == split_of(record["group"], 0, 0.25) for record in records[split])
-        assert summary["splits"][split] == {"count": len(records[split]), "groups": len(records[split]), "sources": {source: len(records[split])}}
+        entry = summary["splits"][split]
+        assert (entry["count"], entry["groups"], entry["sources"]) == (len(records[split]), len(records[split]), {"shelf": len(records[split])})
+        assert entry["licenses"] == {"CC0-1.0": len(records[split])}
     assert summary["seen"] == 60 and 5 <= summary["splits"]["validation"]["count"] <= 25
-    assert (records["train"][0]["width"], records["train"][0]["height"]) == (16, 16)
-    assert summary["credits"] == [f"Images and captions from {source}; their licence is not recorded."]
+    assert (records["train"][0]["width"], records["train"][0]["height"]) == (24, 24)
+    assert (summary["credits"], summary["groups_in_both"], summary["dropped"]) == (["Made for tests, CC0."], 0, {})
     assert storage.read_json(f"{url}/summary.json") == summary
 
 
-def test_any_number_of_ranks_and_any_restart_write_the_same_bytes(tmp_path: Path) -> None:
-    source, data = pictures(tmp_path / "in", 40), config(str(tmp_path / "in"))
-    assert source == data.sources[0]
-    prepared(data, str(tmp_path / "one"))
-    assert [entry["written"] for entry in prepared(data, str(tmp_path / "three"), ranks=3)] == [2, 2, 1]
-    (tmp_path / "three" / "train" / "part-00001" / "done.json").unlink()  # as if killed between shards and marker
-    (tmp_path / "three" / "validation" / "part-00003" / "shard.00000.mds").write_bytes(b"half")
-    (tmp_path / "three" / "validation" / "part-00003" / "done.json").unlink()
-    assert sum(entry["written"] for entry in prepared(data, str(tmp_path / "three"), ranks=2)) == 2
+def test_any_number_of_ranks_and_any_restart_write_the_same_bytes(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(Shelf(boxes(8, 8, 8, 8, 8)))
+    run(plan, str(tmp_path / "one"))
+    assert [share.written for share in run(plan, str(tmp_path / "three"), ranks=3)] == [2, 2, 1]
+    markers = sorted((tmp_path / "three" / "train").glob("part-*/done.json"))
+    markers[1].unlink()  # as if killed between shards and marker
+    (markers[3].parent / "shard.00000.mds").write_bytes(b"half")
+    markers[3].unlink()
+    assert sum(share.written for share in run(plan, str(tmp_path / "three"), ranks=2)) == 2
     for name in ("one", "three"):
-        prepare.finish(data, 16, 0, str(tmp_path / name))
-    assert tree(str(tmp_path / "one")) == tree(str(tmp_path / "three"))
-    before = tree(str(tmp_path / "one"))
-    assert prepared(data, str(tmp_path / "one")) == [{"parts": 5, "written": 0, "skipped": 5}]
-    prepare.finish(data, 16, 0, str(tmp_path / "one"))
-    assert tree(str(tmp_path / "one")) == before
+        finish(plan, str(tmp_path / name))
+    assert tree(tmp_path / "one") == tree(tmp_path / "three")
+    before = tree(tmp_path / "one")
+    assert run(plan, str(tmp_path / "one")) == [prepare.Share(5, skipped=5)]
+    finish(plan, str(tmp_path / "one"))
+    assert tree(tmp_path / "one") == before
 
 
-def test_adding_data_moves_no_sample_and_redoes_no_full_part(tmp_path: Path) -> None:
-    data, url = config(pictures(tmp_path / "in", 24)), str(tmp_path / "out")
-    prepared(data, url)
-    prepare.finish(data, 16, 0, url)
-    before = {record["id"]: record["split"] for shard_set in prepare.open_splits(url).values() for record in shard_set.records()}
-    pictures(tmp_path / "in", 30)
-    assert prepared(data, url) == [{"parts": 4, "written": 1, "skipped": 3}]
-    with pytest.raises(DataError, match=r"part 3 is not finished"):
-        storage.delete(f"{url}/train/part-00003/done.json")
-        prepare.finish(data, 16, 0, url)
-    prepared(data, url)
-    prepare.finish(data, 16, 0, url)
-    after = {record["id"]: record["split"] for shard_set in prepare.open_splits(url).values() for record in shard_set.records()}
-    assert len(after) == 30 and before.items() <= after.items()
+def test_growing_and_shrinking_moves_no_sample_redoes_nothing_and_keeps_versions(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, first, second = str(tmp_path), Shelf(boxes(12, 12)), Shelf(boxes(12, first=100))
+    small = plan_of(first)
+    run(small, url)
+    old = finish(small, url)
+    before = {record["id"]: record["split"] for shard_set in open_splits(url).values() for record in shard_set.records()}
+    grown = plan_of(first, second)
+    assert run(grown, url) == [prepare.Share(3, written=1, skipped=2)]
+    new = finish(grown, url)
+    after = {record["id"]: record["split"] for shard_set in open_splits(url).values() for record in shard_set.records()}
+    assert len(after) == 36 and before.items() <= after.items()
+    assert len(ids(url, old)) == 24, "a run that pinned the old version still reads it"
+    shrunk = plan_of(first)
+    assert run(shrunk, url) == [prepare.Share(2, skipped=2)]
+    assert finish(shrunk, url)["splits"] == old["splits"] != new["splits"]
 
 
-def test_drops_are_counted_with_up_to_five_examples(tmp_path: Path) -> None:
-    source = pictures(tmp_path / "in", 30)
-    for number in range(7):
-        (tmp_path / "in" / f"{number:03d}.png").write_bytes(b"broken")
-    (tmp_path / "in" / "010.txt").write_text("\n\n")
-    url = str(tmp_path / "out")
-    prepared(config(source), url)
-    summary = prepare.finish(config(source), 16, 0, url)
-    assert {name: entry["count"] for name, entry in summary["reasons"].items()} == {"undecodable image": 7, "empty caption": 1}
-    assert summary["reasons"]["undecodable image"]["examples"] == [f"{source}/{number:03d}.png" for number in range(5)]
-    assert summary["seen"] == 30 == 8 + sum(summary["splits"][split]["count"] for split in prepare.SPLITS)
+def test_a_change_of_a_filter_redoes_parts_and_one_of_duplicates_does_not(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, shelf = str(tmp_path), Shelf(boxes(12, 12))
+    run(plan_of(shelf), url)
+    assert run(plan_of(shelf, filters={"duplicates": False}), url) == [prepare.Share(2, skipped=2)]
+    assert run(plan_of(shelf, min_side=20), url) == [prepare.Share(2, written=2)]
+    assert run(plan_of(shelf, sources=[{"url": "shelf-0", "weight": 2.0}]), url) == [prepare.Share(2, skipped=2)]
 
 
-def test_a_pair_whose_file_vanishes_is_a_counted_drop(tmp_path: Path) -> None:
-    data = config(pictures(tmp_path / "in", 8))
-    plan = prepare.make_plan(data, 16, 0)
-    (tmp_path / "in" / "003.txt").unlink()
-    tally = prepare.Tally()
-    assert len(list(prepare.accepted(plan, plan.parts[0], tally))) == 7
-    assert tally.reasons == {"unreadable": {"count": 1, "examples": ["003.png"]}}
+def test_dropped_pairs_are_counted_with_examples(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    good = boxes(20)[0]
+    wide = io.BytesIO()
+    Image.new("RGB", (90, 30)).save(wide, "PNG")
+    bad: list[Pair | Unreadable] = [
+        pair(100, image=b"no image"),
+        pair(101, image=wide.getvalue()),
+        *(Unreadable(f"missing-{number}", "missing image") for number in range(7)),
+    ]
+    plan = plan_of(Shelf([good + bad]))
+    run(plan, str(tmp_path))
+    summary = finish(plan, str(tmp_path))
+    assert summary["seen"] == 29 and len(ids(str(tmp_path))) == 20
+    assert summary["dropped"]["missing image"] == {"count": 7, "examples": [{"id": f"missing-{n}", "why": ""} for n in range(5)]}
+    assert [example["id"] for example in summary["dropped"]["undecodable image"]["examples"]] == ["id-100"]
+    (example,) = summary["dropped"]["aspect ratio"]["examples"]
+    assert example["id"] == "id-101" and "90 x 30" in example["why"]
 
 
-def test_a_data_set_without_accepted_pairs_is_refused_with_the_reasons(tmp_path: Path) -> None:
-    data, url = config(pictures(tmp_path / "in", 10, size=8)), str(tmp_path / "out")
-    prepared(data, url)
-    with pytest.raises(DataError, match=r"no record in the train split \(10 pairs read; dropped: image too small: 10\).*lower data.min_side"):
-        prepare.finish(data, 16, 0, url)
-    assert not storage.exists(f"{url}/train/manifest.json")
+def test_a_filter_that_breaks_on_a_record_costs_that_record_alone(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prepare.judge
+
+    def touchy(found: Pair, *rest: Any) -> Any:
+        if found.id == "id-3":
+            raise RecursionError("too deep")
+        return real(found, *rest)
+
+    monkeypatch.setattr(prepare, "judge", touchy)
+    plan = plan_of(Shelf(boxes(20)))
+    run(plan, str(tmp_path))
+    dropped = finish(plan, str(tmp_path))["dropped"]
+    assert dropped == {"a filter failed": {"count": 1, "examples": [{"id": "id-3", "why": "RecursionError: too deep"}]}}
 
 
-def test_an_empty_split_is_refused(tmp_path: Path) -> None:
-    data, url = config(pictures(tmp_path / "in", 3), validation_share=1e-9), str(tmp_path / "out")
-    prepared(data, url)
-    with pytest.raises(DataError, match=r"no record in the validation split .*raise data.max_groups or data.validation_share"):
-        prepare.finish(data, 16, 0, url)
+def test_a_share_of_groups_is_stable_and_is_asked_for_before_images_are_read(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    half, most = (plan_of(Shelf(boxes(40)), share=share) for share in (0.5, 0.8))
+    for plan, name in ((half, "half"), (most, "most")):
+        run(plan, str(tmp_path / name))
+        finish(plan, str(tmp_path / name))
+    assert 10 < len(ids(str(tmp_path / "half"))) < 30
+    assert set(ids(str(tmp_path / "half"))) < set(ids(str(tmp_path / "most")))
 
 
-def test_max_groups_keeps_the_same_groups_however_many_more_there_are(tmp_path: Path) -> None:
-    data = config(pictures(tmp_path / "in", 60), max_groups=20)
-    kept = {key for part in prepare.make_plan(data, 16, 0).parts for key in part.keys}
-    assert len(kept) == 20
-    fewer = {key for part in prepare.make_plan(data.model_copy(update={"max_groups": 10}), 16, 0).parts for key in part.keys}
-    assert {split_of(f"folder/{key.removesuffix('.png')}", 0, 0.5) for key in fewer} == {"train", "validation"}, (
-        "not the first by the hash of the split"
-    )
-    assert fewer < kept
+def test_a_source_keeps_the_split_that_it_brings(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    box: list[Pair | Unreadable] = [pair(number, split="validation" if number < 3 else "train", group=f"g{number % 5}") for number in range(20)]
+    plan = plan_of(Shelf([box]))
+    run(plan, str(tmp_path))
+    summary = finish(plan, str(tmp_path))
+    assert sorted(record["id"] for record in open_splits(str(tmp_path))["validation"].records()) == ["id-0", "id-1", "id-2"]
+    assert summary["groups_in_both"] == 3, "the report warns of groups that such a split tears apart"
 
 
-def test_a_changed_setting_does_finished_parts_again(tmp_path: Path) -> None:
-    data, url = config(pictures(tmp_path / "in", 16)), str(tmp_path / "out")
-    prepared(data, url)
-    for other in (data.model_copy(update={"min_side": 12}), data.model_copy(update={"validation_share": 0.5})):
-        assert prepared(other, url)[0]["written"] == 2
-    assert prepared(other, url, seed=1)[0]["written"] == 2
+def test_a_poisoned_shard_is_quarantined_after_its_tries_and_the_rest_goes_on(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, shelf = str(tmp_path), Shelf(boxes(12, 12, 12), broken={1: "box-1.tar: truncated"})
+    plan = plan_of(shelf, max_tries=3)
+    assert run(plan, url) == [prepare.Share(3, written=2, quarantined=1)]
+    assert shelf.reads.count("box-1") == 3 and shelf.reads[:3] == ["box-0", "box-1", "box-2"], "others come before a second try"
+    summary = finish(plan, url)
+    assert summary["quarantined"] == [{"shard": "box-1", "reason": "DataError: box-1.tar: truncated", "tries": 3}]
+    assert ids(url) == sorted(f"id-{number}" for number in [*range(12), *range(24, 36)])
+    assert run(plan, url) == [prepare.Share(3, skipped=2, quarantined=1)] and shelf.reads.count("box-1") == 3
+    shelf.broken.clear()
+    storage.delete_prefix(Tries(url, plan.inputs(plan.units[1])).url)  # what the message says
+    assert run(plan, url) == [prepare.Share(3, written=1, skipped=2)]
+    assert finish(plan, url)["quarantined"] == [] and len(ids(url)) == 36
 
 
-def test_a_stop_request_is_obeyed_between_parts_and_progress_counts_pairs(tmp_path: Path) -> None:
-    data, url, calls = config(pictures(tmp_path / "in", 20)), str(tmp_path / "out"), list[tuple[int, int]]()
-    stopped = prepare.run(data, 16, 0, url, World.single(), progress=lambda done, total: calls.append((done, total)), stop=lambda: len(calls) == 2)
-    assert stopped == {"parts": 3, "written": 2, "skipped": 0}
-    assert calls == [(8, 20), (16, 20)]
-    assert prepare.run(data, 16, 0, url, World.single()) == {"parts": 3, "written": 1, "skipped": 2}
+def test_a_shard_that_fails_once_is_tried_again_and_leaves_no_trace(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(boxes(12, 12), broken={0: "a hiccup"})
+    real = shelf.read
+
+    def read(shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+        yield from real(shard, wanted)
+
+    def once(shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+        monkeypatch.setattr(shelf, "read", read)
+        try:
+            yield from real(shard, wanted)
+        finally:
+            shelf.broken.clear()
+
+    monkeypatch.setattr(shelf, "read", once)
+    plan = plan_of(shelf)
+    assert run(plan, str(tmp_path)) == [prepare.Share(2, written=2)]
+    assert not (tmp_path / "tries").exists() or not list((tmp_path / "tries").rglob("*.json"))
 
 
-def test_emoji_concepts_never_cross_the_splits(tmp_path: Path) -> None:
-    data, url = DataConfig(render_size=16, max_groups=12, validation_share=0.3, records_per_part=50), str(tmp_path)
-    prepared(data, url, ranks=2)
-    summary = prepare.finish(data, 16, 0, url)
-    groups = {split: {record["group"] for record in shard_set.records()} for split, shard_set in prepare.open_splits(url).items()}
-    assert len(groups["train"] | groups["validation"]) == 12 and not groups["train"] & groups["validation"]
-    assert len(summary["credits"]) == 2
+def test_a_reader_that_is_killed_again_and_again_counts_as_tries(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, plan = str(tmp_path), plan_of(Shelf(boxes(12, 12)), max_tries=2)
+    tries = Tries(url, plan.inputs(plan.units[0]))
+    for number in range(2):
+        tries.begin(number)  # and no more: kill -9
+    assert run(plan, url) == [prepare.Share(2, written=1, quarantined=1)]
+    assert finish(plan, url)["quarantined"][0]["reason"] == "the process that read it was killed"
+
+
+def test_when_too_many_shards_fail_the_stage_does(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    url, plan = str(tmp_path), plan_of(Shelf(boxes(8, 8, 8), broken=dict.fromkeys(range(3), "no network")), max_tries=1, max_quarantined=1)
+    with pytest.raises(DataError, match=r"2 input shards could not be read .*no network.*, more than data.max_quarantined = 1; check the sources"):
+        run(plan, url)
+    lax = plan_of(Shelf(boxes(8, 8, 8), broken=dict.fromkeys(range(2), "no network")), max_tries=1, max_quarantined=2)
+    run(lax, str(tmp_path / "lax"))
+    assert len(finish(lax, str(tmp_path / "lax"))["quarantined"]) == 2
+    with pytest.raises(DataError, match=r"2 input shards .*\(the last: box-1: DataError: no network\), more than data.max_quarantined = 1"):
+        finish(plan_of(Shelf(boxes(8, 8, 8)), max_tries=1, max_quarantined=1), str(tmp_path / "lax"))
+
+
+def test_a_stop_in_mid_shard_leaves_no_part_and_no_try(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan, asked = plan_of(Shelf(boxes(12, 12))), iter([False] * 20 + [True] * 50)
+    assert prepare.run(plan, str(tmp_path), World.single(), stop=lambda: next(asked)).written == 1
+    assert len(state(plan, str(tmp_path)).open) == 1 and not list((tmp_path / "tries").rglob("*.json"))
+    run(plan, str(tmp_path))
+    finish(plan, str(tmp_path))
+    assert len(ids(str(tmp_path))) == 24
+
+
+def test_an_unfinished_unit_and_an_empty_split_are_named(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(Shelf(boxes(12, 12)))
+    prepare.run(plan, str(tmp_path), World(0, 2, 0, 2))
+    with pytest.raises(DataError, match=r"1 of 2 parts are not finished \(part-[0-9a-f]{16}\); run the stage 'prepare' again"):
+        finish(plan, str(tmp_path))
+    assert len(state(plan, str(tmp_path)).open) == 1
+    large = plan_of(Shelf(boxes(12)), min_side=1000)
+    run(large, str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"no record in the train split \(12 pairs read; dropped: image too small: 12\). Add data, lower data.min_side"
+    ):
+        finish(large, str(tmp_path))
+
+
+def test_taken_down_records_enter_no_new_part(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    (tmp_path / "list").write_text("id-4\n")
+    plan = plan_of(Shelf(boxes(20)), takedown=str(tmp_path / "list"))
+    run(plan, str(tmp_path / "set"))
+    assert finish(plan, str(tmp_path / "set"))["dropped"]["taken down"]["count"] == 1
+    assert "id-4" not in ids(str(tmp_path / "set"))
+
+
+def test_duplicates_are_found_across_parts_and_splits(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    brought = {"split": "train"}
+    first: list[Pair | Unreadable] = [pair(number, split="validation" if number < 4 else "train") for number in range(12)]
+    second: list[Pair | Unreadable] = [
+        pair(5, image=picture(50), captions=("another picture of the same id",), **brought),
+        pair(21, image=picture(6), captions=("a red picture with number 6",), **brought),  # the same image and captions
+        pair(22, image=picture(7), captions=("the same image under other words",), **brought),
+        pair(23, image=picture(2), captions=("an image of the validation split",), **brought),
+        pair(24, **brought),
+    ]
+    url = str(tmp_path)
+    off = {"near_duplicate_bits": -1, "validation_overlap": False}
+    plain = plan_of(Shelf([first, second]), filters=off)
+    run(plain, url)
+    summary = finish(plain, url)
+    assert summary["dropped"] == {
+        "repeated id": {"count": 1, "examples": [{"id": "id-5", "why": "repeats id-5"}]},
+        "exact duplicate": {"count": 1, "examples": [{"id": "id-21", "why": "repeats id-6"}]},
+    }
+    assert "id-21" not in ids(url) and len(ids(url)) == 15
+    strict = plan_of(Shelf([first, second]), filters={"validation_overlap": True, "near_duplicate_bits": 0})
+    assert run(strict, url) == [prepare.Share(2, skipped=2)], "a search among all parts does no part again"
+    dropped = finish(strict, url)["dropped"]
+    assert dropped["near-duplicate image"] == {"count": 1, "examples": [{"id": "id-22", "why": "repeats id-7"}]}
+    assert dropped["overlaps validation"] == {"count": 1, "examples": [{"id": "id-23", "why": "repeats id-2"}]}
+    assert len(ids(url)) == 13 and len(ids(url, summary)) == 15
+
+
+def test_a_sample_is_spread_over_the_units(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(Shelf(boxes(*[1] * 10)))
+    assert [unit.shard.name for unit in spread(plan.units, 5)] == ["box-0", "box-2", "box-4", "box-6", "box-8"]
+    assert len(list(spread(plan.units, 50))) == 10

@@ -1,4 +1,4 @@
-"""Shard sets: parts, markers, merging, and what a consumer refuses."""
+"""Shard sets: parts, versions, exclusions, take-down, and what a consumer refuses."""
 
 from __future__ import annotations
 
@@ -10,51 +10,74 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline import versions
 from data_pipeline.shards import (
     CODES_SCHEMA,
     IMAGE_SCHEMA,
     CodeRecord,
     ImageRecord,
-    merge,
+    ShardSet,
+    as_dict,
+    id_hash,
     open_set,
     part_done,
     read_marker,
-    read_part,
     write_part,
 )
+from data_pipeline.versions import Part
 from infra import storage
 from infra.errors import DataError
 
 
 def image(number: int, size: int = 20) -> ImageRecord:
-    return ImageRecord(f"id-{number}", [f"caption {number}", "ä"], bytes([number % 256]) * size, 4, 5, "source", "CC-BY-4.0", "group", "train")
+    pixels = bytes([number % 256]) * size
+    return ImageRecord(f"id-{number}", [f"caption {number}", "ä"], pixels, 4, 5, "source", "CC-BY-4.0", "group", "train", (number, number + 1))
 
 
 def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def make_set(url: str, counts: tuple[int, ...], **fields: Any) -> None:
+def parts(count: int) -> list[Part]:
+    return [Part(f"inputs-{part}", "here") for part in range(count)]
+
+
+def merge(url: str, count: int, settings: dict[str, int], schema: str = IMAGE_SCHEMA, **fields: Any) -> ShardSet:
+    return versions.merge(url, parts(count), versions.collect(url, parts(count), "prepare"), schema, settings, **fields)
+
+
+def make_set(url: str, counts: tuple[int, ...], **fields: Any) -> ShardSet:
     number = 0
     for part, count in enumerate(counts):
-        write_part(url, part, [image(number + index) for index in range(count)], f"inputs-{part}", shard_bytes=300)
+        write_part(url, f"inputs-{part}", [image(number + index) for index in range(count)], shard_bytes=300)
         number += count
-    merge(url, len(counts), IMAGE_SCHEMA, {"k": 1}, **fields)
+    return merge(url, len(counts), {"k": 1}, **fields)
+
+
+def ids(shard_set: ShardSet) -> list[str]:
+    return [record["id"] for record in shard_set.records()]
 
 
 def test_records_come_back_in_order_with_all_columns(tmp_path: Path) -> None:
     make_set(str(tmp_path), (7, 0, 3))
-    records = list(open_set(str(tmp_path), IMAGE_SCHEMA).records())
+    opened = open_set(str(tmp_path), IMAGE_SCHEMA)
+    records = list(opened.records())
     assert [record["id"] for record in records] == [f"id-{number}" for number in range(10)]
-    assert records[9] == {name: getattr(image(9), name) for name in image(9).columns()}
-    assert len([name for name in storage.list_files(str(tmp_path)) if name.endswith(".mds")]) > 3, "the size limit cuts parts into shards"
+    assert records[9] == as_dict(image(9)) and "prints" not in records[9]
+    assert list(opened.captions()) == [record["captions"] for record in records]
+    assert np.concatenate(opened.id_hashes()).tolist() == [id_hash(record["id"]) for record in records]
+    assert np.concatenate(opened.prints()).tolist() == [[number, number + 1, id_hash("group")] for number in range(10)]
+    assert len(opened.shards) > 3, "the size limit cuts parts into shards"
+    assert {shard.source for shard in opened.shards} == {"here"} and sum(shard.samples for shard in opened.shards) == 10
+    assert all((tmp_path / shard.basename).is_file() for shard in opened.shards)
+    assert opened.ids_at([9, 0, 7]) == ["id-9", "id-0", "id-7"]
 
 
 def test_code_records_keep_their_codes_exactly(tmp_path: Path) -> None:
     codes = np.array([0, 65535, 7, 8], np.uint16)
     crop = {"box": [0, 1, 2, 3], "resize": 2, "offset": [0, 0], "flip": False}
-    write_part(str(tmp_path), 0, [CodeRecord("a", ["x"], codes, crop, 2, 2**62)], "inputs")
-    (record,) = read_part(str(tmp_path), 0)
+    write_part(str(tmp_path), "inputs-0", [CodeRecord("a", ["x"], codes, crop, 2, 2**62)])
+    (record,) = merge(str(tmp_path), 1, {}, CODES_SCHEMA).records()
     assert record["codes"].dtype == np.uint16 and record["codes"].tolist() == codes.tolist()
     assert (record["crop"], record["crop_index"], record["seed"]) == (crop, 2, 2**62)
 
@@ -70,63 +93,97 @@ def test_writing_twice_is_byte_identical(tmp_path: Path) -> None:
 
 def test_a_part_is_done_for_its_inputs_only(tmp_path: Path) -> None:
     url = str(tmp_path)
-    assert not part_done(url, 3, "x")
-    write_part(url, 3, [image(1)], "x", extra={"reasons": {"a": 1}})
-    assert part_done(url, 3, "x")
-    assert not part_done(url, 3, "y")
-    marker = read_marker(url, 3)
+    assert not part_done(url, "x")
+    write_part(url, "x", [image(1)], extra={"reasons": {"a": 1}})
+    assert part_done(url, "x")
+    assert not part_done(url, "y")
+    marker = read_marker(url, "x")
     assert marker is not None and marker["extra"] == {"reasons": {"a": 1}} and marker["count"] == 1
 
 
-def test_a_part_that_fails_midway_is_not_done_and_leaves_no_set(tmp_path: Path) -> None:
+def test_a_part_that_fails_midway_is_not_done_and_leaves_no_file(tmp_path: Path) -> None:
     url = str(tmp_path)
-    make_set(url, (3,))
+    before = make_set(url, (3,))
+    files = tree(tmp_path)
 
     def failing() -> Iterator[ImageRecord]:
         yield image(1)
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        write_part(url, 0, failing(), "other inputs")
-    assert not part_done(url, 0, "inputs-0")
-    with pytest.raises(DataError, match="no shard set here"):
-        open_set(url, IMAGE_SCHEMA)
+        write_part(url, "other inputs", failing())
+    assert not part_done(url, "other inputs")
+    assert tree(tmp_path) == files and open_set(url, IMAGE_SCHEMA) == before, "what was there stays readable"
 
 
 def test_merging_again_changes_nothing_and_the_producer_is_not_content(tmp_path: Path) -> None:
     url = str(tmp_path)
-    make_set(url, (3, 2), parents={"images": "abc"}, producer={"commit": "one"})
-    before, opened = tree(tmp_path), open_set(url, IMAGE_SCHEMA)
-    again = merge(url, 2, IMAGE_SCHEMA, {"k": 1}, {"images": "abc"}, {"commit": "two"})
-    assert tree(tmp_path) == before and again == opened
-    assert (opened.count, opened.num_parts, opened.manifest["producer"]) == (5, 2, {"commit": "one"})
+    opened = make_set(url, (3, 2), parents={"images": "abc"}, producer={"commit": "one"})
+    before = tree(tmp_path)
+    again = merge(url, 2, {"k": 1}, parents={"images": "abc"}, producer={"commit": "two"})
+    assert tree(tmp_path) == before and again == opened == open_set(url, IMAGE_SCHEMA)
+    assert (opened.count, len(opened.parts), opened.manifest["producer"]) == (5, 2, {"commit": "one"})
     others = [
-        merge(url, 2, IMAGE_SCHEMA, {"k": 2}, {"images": "abc"}).content_hash,
-        merge(url, 2, IMAGE_SCHEMA, {"k": 1}, {"images": "abd"}).content_hash,
-        merge(url, 1, IMAGE_SCHEMA, {"k": 1}, {"images": "abc"}).content_hash,
+        merge(url, 2, {"k": 2}, parents={"images": "abc"}).content_hash,
+        merge(url, 2, {"k": 1}, parents={"images": "abd"}).content_hash,
+        merge(url, 1, {"k": 1}, parents={"images": "abc"}).content_hash,
+        merge(url, 2, {"k": 1}, parents={"images": "abc"}, excluded=np.array([1])).content_hash,
     ]
-    assert len({opened.content_hash, *others}) == 4
+    assert len({opened.content_hash, *others}) == 5
 
 
-def test_the_content_hash_sees_every_byte_of_a_record(tmp_path: Path) -> None:
+def test_the_content_hash_sees_every_byte_of_a_record_and_not_where_it_lies(tmp_path: Path) -> None:
     hashes = []
-    for name, record in (("a", image(1)), ("b", image(2))):
-        write_part(str(tmp_path / name), 0, [record], "inputs")
-        hashes.append(merge(str(tmp_path / name), 1, IMAGE_SCHEMA, {}).content_hash)
-    assert hashes[0] != hashes[1]
+    for name, record, inputs in (("a", image(1), "inputs-0"), ("b", image(2), "inputs-0"), ("c", image(1), "elsewhere")):
+        url = str(tmp_path / name)
+        write_part(url, inputs, [record])
+        where = [Part(inputs, "here")]
+        hashes.append(versions.merge(url, where, versions.collect(url, where, "prepare"), IMAGE_SCHEMA, {}).content_hash)
+    assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
 
 
-def test_merging_fewer_parts_deletes_the_leftovers(tmp_path: Path) -> None:
-    make_set(str(tmp_path), (2, 2, 2))
-    merge(str(tmp_path), 2, IMAGE_SCHEMA, {})
-    assert sorted({name.split("/")[0] for name in storage.list_files(str(tmp_path))}) == ["index.json", "manifest.json", "part-00000", "part-00001"]
-    assert [record["id"] for record in open_set(str(tmp_path), IMAGE_SCHEMA).records()] == ["id-0", "id-1", "id-2", "id-3"]
+def test_old_versions_stay_readable_when_a_set_grows_and_shrinks(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    two = make_set(url, (2, 2))
+    files = tree(tmp_path)
+    three = make_set(url, (2, 2, 2))
+    assert {name for name in files if name.startswith("part-")} <= tree(tmp_path).keys()
+    assert ids(open_set(url, IMAGE_SCHEMA)) == [f"id-{number}" for number in range(6)]
+    assert ids(open_set(url, IMAGE_SCHEMA, version=two.content_hash)) == [f"id-{number}" for number in range(4)]
+    one = merge(url, 1, {"k": 1})
+    assert ids(open_set(url, IMAGE_SCHEMA)) == ["id-0", "id-1"]
+    assert open_set(url, IMAGE_SCHEMA, version=three.content_hash).count == 6
+    merge(url, 2, {"k": 1})
+    assert open_set(url, IMAGE_SCHEMA) == two, "a version that comes back is the same one"
+    assert one.content_hash not in (two.content_hash, three.content_hash)
+
+
+def test_excluded_records_are_not_read_by_anyone(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    make_set(url, (4, 0, 3), excluded=np.array([1, 4]))
+    opened = open_set(url, IMAGE_SCHEMA)
+    assert (opened.count, opened.stored, opened.manifest["count"]) == (5, 7, 5)
+    assert ids(opened) == ["id-0", "id-2", "id-3", "id-5", "id-6"]
+    assert [captions[0] for captions in opened.captions()] == [f"caption {number}" for number in (0, 2, 3, 5, 6)]
+    assert [opened.removed_rows(part).tolist() for part in range(3)] == [[1], [], [0]]
+
+
+def test_a_take_down_hides_records_at_once_and_a_missing_list_is_an_error(tmp_path: Path) -> None:
+    url, takedown = str(tmp_path / "set"), tmp_path / "takedown.txt"
+    make_set(url, (4, 3), excluded=np.array([1]))
+    takedown.write_text("id-6\n\n id-0 \nnobody\nid-1\n")
+    opened = open_set(url, IMAGE_SCHEMA, takedown=str(takedown))
+    assert opened.taken_down.tolist() == [0, 1, 6] and opened.removed.tolist() == [0, 1, 6]
+    assert (opened.count, ids(opened)) == (4, ["id-2", "id-3", "id-4", "id-5"])
+    assert opened.content_hash == open_set(url, IMAGE_SCHEMA).content_hash, "the version is the same, its readers see less of it"
+    with pytest.raises(DataError, match=r"missing.txt"):
+        open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "missing.txt"))
 
 
 def test_an_unfinished_part_is_named_when_merging(tmp_path: Path) -> None:
-    write_part(str(tmp_path), 0, [image(0)], "x")
-    with pytest.raises(DataError, match=r"1 of 2 parts are not finished \(part-00001\); run the stage again"):
-        merge(str(tmp_path), 2, IMAGE_SCHEMA, {})
+    write_part(str(tmp_path), "inputs-0", [image(0)])
+    with pytest.raises(DataError, match=r"1 of 2 parts are not finished \(part-inputs-1\); run the stage 'prepare' again, it skips"):
+        merge(str(tmp_path), 2, {})
     assert not storage.exists(storage.join(str(tmp_path), "manifest.json"))
 
 
@@ -135,32 +192,56 @@ def test_a_consumer_refuses_what_it_did_not_expect(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no shard set here \(manifest.json is missing\); run the stage 'encode' first"):
         open_set(url, CODES_SCHEMA)
     make_set(url, (1,), parents={"dvae": "a" * 64})
+    with pytest.raises(DataError, match=r"no version cccccccccccccccc of a shard set here"):
+        open_set(url, IMAGE_SCHEMA, version="c" * 64)
     with pytest.raises(DataError, match=r"holds schema 'image/1', this stage reads 'codes/1'; point data.images or data.codes"):
         open_set(url, CODES_SCHEMA)
-    with pytest.raises(DataError, match=r"made from dvae aaaaaaaaaaaa, but this run uses dvae bbbbbbbbbbbb; delete .* run 'prepare' again"):
+    with pytest.raises(DataError, match=r"made from dvae aaaaaaaaaaaa, but this run uses dvae bbbbbbbbbbbb; run 'prepare' again"):
         open_set(url, IMAGE_SCHEMA, {"dvae": "b" * 64})
     with pytest.raises(DataError, match=r"made from clip none, but this run uses clip c"):
         open_set(url, IMAGE_SCHEMA, {"clip": "c"})
     assert open_set(url, IMAGE_SCHEMA, {"dvae": "a" * 64}).count == 1
 
 
-def test_a_damaged_or_unfinished_part_is_not_read(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    make_set(url, (3, 3))
-    shard = tmp_path / "part-00001" / "shard.00000.mds"
-    data = bytearray(shard.read_bytes())
+@pytest.mark.parametrize("name", ["shard.00000.mds", "captions.jsonl.gz", "ids.u64", "prints.u64"])
+def test_a_damaged_file_is_not_read(tmp_path: Path, name: str) -> None:
+    opened = make_set(str(tmp_path), (3, 3))
+    path = tmp_path / "part-inputs-1" / name
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    shard.write_bytes(data)
-    assert len(list(read_part(url, 0))) == 3
-    with pytest.raises(DataError, match=r"part-00001/shard.00000.mds: damaged, .* delete .*part-00001 and run its stage again"):
-        list(read_part(url, 1))
-    with pytest.raises(DataError, match=r"part-00002: not finished; run the stage that writes"):
-        list(read_part(url, 2))
+    path.write_bytes(data)
+    assert len(list(opened.read_part(0))) == 3
+    read = {"shard.00000.mds": lambda: list(opened.read_part(1)), "captions.jsonl.gz": lambda: list(opened.captions())}
+    with pytest.raises(DataError, match=rf"part-inputs-1/{name}: damaged, .* delete .*part-inputs-1 and run the stage that wrote it again"):
+        read.get(name, opened.id_hashes if name == "ids.u64" else opened.prints)()
 
 
 def test_a_set_on_s3_holds_the_same_bytes(s3: str, tmp_path: Path) -> None:
-    for url in (s3, str(tmp_path)):
-        make_set(url, (5, 0, 2))
-    remote, local = open_set(s3, IMAGE_SCHEMA), open_set(str(tmp_path), IMAGE_SCHEMA)
+    (tmp_path / "list").write_text("id-3\n")
+    for url in (s3, str(tmp_path / "set")):
+        make_set(url, (5, 0, 2), excluded=np.array([2]))
+    remote, local = (open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "list")) for url in (s3, str(tmp_path / "set")))
     assert remote.manifest == local.manifest
-    assert list(remote.records()) == list(local.records())
+    assert list(remote.records()) == list(local.records()) and remote.count == 5
+    assert list(remote.captions()) == list(local.captions())
+    assert remote.ids_at([6]) == ["id-6"]
+    with pytest.raises(DataError, match="ends after"):
+        storage.read_range(storage.join(s3, remote.shards[0].basename), 0, 1 << 20)
+    with pytest.raises(DataError, match="ends after"):
+        storage.read_range(storage.join(local.url, local.shards[0].basename), 0, 1 << 20)
+
+
+def test_a_purge_deletes_the_parts_of_taken_down_records_and_nothing_else(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    old = make_set(url, (3, 3))
+    make_set(url, (3, 3, 2))
+    assert versions.plan_purge(url, frozenset({"nobody"})) is None
+    purge = versions.plan_purge(url, frozenset({"id-7", "nobody"}))
+    assert purge is not None and (purge.records, purge.parts, len(purge.versions)) == (1, ["part-inputs-2"], 1)
+    before = tree(tmp_path)
+    purge.carry_out()
+    gone = before.keys() - tree(tmp_path).keys()
+    assert "manifest.json" in gone and all(name.startswith(("part-inputs-2/", "versions/")) or name == "manifest.json" for name in gone)
+    assert not part_done(url, "inputs-2") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
+    both = versions.plan_purge(url, frozenset({"id-1", "id-4"}))
+    assert both is not None and (both.records, both.parts) == (2, ["part-inputs-0", "part-inputs-1"])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from data_pipeline import text
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.shards import IMAGE_SCHEMA, ImageRecord, ShardSet, merge, write_part
+from data_pipeline.shards import IMAGE_SCHEMA, ImageRecord, ShardSet, write_part
 from data_pipeline.text import Tokenizer, normalise, train_tokenizer
+from data_pipeline.versions import Part, collect, merge
 from infra import storage
 from infra.errors import ConfigError, DataError
 
@@ -161,14 +162,18 @@ def test_bytes_that_are_no_model_are_refused() -> None:
 
 
 def image_set(url: str, captions: list[str]) -> ShardSet:
-    write_part(url, 0, [ImageRecord(str(i), [c], b"", 1, 1, "s", "l", "g", "train") for i, c in enumerate(captions)], "inputs")
-    return merge(url, 1, IMAGE_SCHEMA, {})
+    write_part(url, "inputs", [ImageRecord(str(i), [c], b"", 1, 1, "s", "l", "g", "train") for i, c in enumerate(captions)])
+    parts = [Part("inputs", "s")]
+    return merge(url, parts, collect(url, parts, "prepare"), IMAGE_SCHEMA, {})
 
 
 def test_the_stage_writes_once_and_again_when_its_images_change(tmp_path: Path) -> None:
     config, url = TokenizerConfig(vocab=400, max_tokens=16), str(tmp_path / "tokenizer")
     first = text.run(config, image_set(str(tmp_path / "a"), CAPTIONS), url, {"commit": "x"})
-    assert first["captions"] == first["records"] == len(CAPTIONS)
+    assert first["captions"] == first["records"] == first["captions_measured"] == len(CAPTIONS)
+    lengths = [Tokenizer(storage.read_bytes(f"{url}/tokenizer.model"), 1000).encode(caption)[1] for caption in CAPTIONS]
+    assert first["share_truncated"] == sum(length > 16 for length in lengths) / len(lengths) > 0
+    assert first["tokens_per_caption"] == round(sum(min(length, 16) for length in lengths) / len(lengths), 3)
     storage.delete(f"{url}/tokenizer.model")
     assert text.run(config, image_set(str(tmp_path / "b"), CAPTIONS), url, {"commit": "y"}) == first, "equal captions: nothing to do"
     assert not storage.exists(f"{url}/tokenizer.model")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
 from infra.errors import ConfigError
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
@@ -190,6 +190,7 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataConfig = DataConfig()
+    filters: FilterConfig = FilterConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     dvae: DVAEConfig = DVAEConfig()
     dvae_fit: DvaeFit = DvaeFit()
@@ -209,7 +210,7 @@ class RunConfig(Section):
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
         if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
             raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")
-        if "emoji" in self.data.sources and self.data.render_size < size:
+        if any(source.is_emoji for source in self.data.sources) and self.data.render_size < size:
             raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
         if self.dvae.vocab > 65536:
             raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")

@@ -19,7 +19,7 @@ from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
-from infra.world import World
+from infra.world import Share, World
 from train.config import RunConfig, load_run, read_preset
 from train.stages import STAGES, Stage
 
@@ -49,7 +49,7 @@ def default_nproc(stage: Stage) -> int:
     return gpus or min(2, len(os.sched_getaffinity(0)))
 
 
-def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, worker: bool, stop: StopFlag) -> None:
+def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, worker: bool, stop: StopFlag, share: str = "") -> None:
     """Run one stage, in this process or as agent of several; see ``launcher.py``.
 
     Raises:
@@ -62,15 +62,19 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
         signals.die_with_parent()
         _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, int(os.environ["LAUNCHER_ATTEMPT"])))
         return
+    if share:
+        os.environ["LAUNCHER_SHARE"] = share  # ranks inherit it
+    label = _label(name, entry)
     nproc = nproc or default_nproc(entry)
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
     _check_target(on)
     if dry_run:
-        print(describe(cfg, preset), end="")
+        print(describe(cfg, preset), end="", flush=True)
         print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, "--nproc", str(nproc)]))
         if nproc > 1:
             print(f"# each of the {nproc} ranks\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
+        print(entry.previewed(cfg), end="")
         return
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()
@@ -79,12 +83,25 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     if run.done(name) is not None and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
-    with run.lock(name):
+    with run.lock(label):
         _refuse_if_stopped(stop)
         code, reason = _execute(name, cfg, run, nproc, stop)
     if code != ExitCode.DONE:
         raise StageFailed(code, f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _label(name: str, entry: Stage) -> str:
+    """The stage, or the share of it that this launcher does: the name of its lock and of its exit records.
+
+    Raises:
+        ConfigError: the work of this stage cannot be shared, or the share is no share.
+    """
+    share = Share.from_env() if entry.shared or os.environ.get("LAUNCHER_SHARE") else Share()
+    if share.count > 1 and not entry.shared:
+        shared = ", ".join(stage for stage, other in STAGES.items() if other.shared)
+        raise ConfigError(f"--share {share.index}/{share.count}: '{name}' is not divided among launchers; {shared} are.")
+    return share.label(name)
 
 
 def _check_target(on: str) -> None:
@@ -120,11 +137,12 @@ def describe(cfg: RunConfig, preset: str) -> str:
 
 
 def _execute(name: str, cfg: RunConfig, run: RunFolder, nproc: int, stop: StopFlag) -> tuple[int, str]:
+    label = _label(name, STAGES[name])
     if nproc == 1:
-        attempt = run.begin_attempt(name)
+        attempt = run.begin_attempt(label)
         code = _guarded(name, cfg, run, World.single(), stop, attempt)
-        return run.root_cause(name, attempt, 1) if code else (ExitCode.DONE, "")
-    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], Placement(nproc), run, name)
+        return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
+    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], Placement(nproc), run, label)
 
 
 def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
@@ -138,7 +156,7 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     except Exception as error:
         traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-    run.record_exit(name, attempt, world.rank, code, reason)
+    run.record_exit(_label(name, STAGES[name]), attempt, world.rank, code, reason)
     return code
 
 

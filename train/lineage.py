@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data_pipeline.shards import CODES_SCHEMA, ShardSet, open_set
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.text import Tokenizer, load_tokenizer
 from infra.errors import DataError
 from infra.run_folder import RunFolder
@@ -20,10 +20,21 @@ from train.attention_choice import choose
 from train.config import RunConfig
 
 
+def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
+    """One split's images, in the version that this run's stage prepare made or found: a place that others append to does not change under a run.
+
+    Raises:
+        DataError: prepare has not finished, or the version is gone.
+    """
+    version = places.require(run, "prepare")["prepare"]["versions"][split]
+    return open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA, version=version, takedown=cfg.data.takedown)
+
+
 def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
-    """A code set, refused if another dVAE than this run's export made it."""
+    """A code set in the version of this run's stage encode, refused if another dVAE than this run's export made it."""
     parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
-    return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents)
+    version = places.require(run, "encode")["encode"]["versions"][f"{crop}/{split}"]
+    return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents, version, cfg.data.takedown)
 
 
 def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:

@@ -7,7 +7,6 @@ import json
 import torch
 
 from data_pipeline.loaders import SequentialReader, ShardLoader, image_collate
-from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from data_pipeline.transforms import pair_transform, view_transform
 from infra.config import to_json
 from infra.run_folder import RunFolder
@@ -17,12 +16,12 @@ from infra.world import World
 from model.clip import Clip
 from train import places
 from train.clip_task import BothTowers, ClipTask
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
 from train.device import set_up, wait_for_all
 from train.engine import ReplicatedEngine
 from train.fit import Fit
-from train.lineage import open_tokenizer
+from train.lineage import open_images, open_tokenizer
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -30,13 +29,13 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "prepare", "tokenizer")
     device = set_up(world)
     fit = cfg.clip_fit
-    training = open_set(places.image_set(cfg, run, "train"), IMAGE_SCHEMA)
-    validation = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
+    training = open_images(cfg, run, "train")
+    validation = open_images(cfg, run, "validation")
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
-    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
+    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode)
     loader = ShardLoader(
         [training],
         run.url,
@@ -46,6 +45,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         transform=view,
         collate=image_collate,
         batch_key="clip_fit.batch",
+        **loader_options(cfg.data),
     )
     plain = view_transform(cfg.dvae.image_size, tokenizer)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate, mix_seed=cfg.run.seed)

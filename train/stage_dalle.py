@@ -15,7 +15,7 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from train import places
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, wait_for_all
@@ -48,6 +48,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         transform=encode,
         collate=code_collate,
         batch_key="dalle_fit.batch",
+        **loader_options(cfg.data),
     )
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)

@@ -4,67 +4,114 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipeline.images import CropBox, Pixels, cut, decode, transformer_crop
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ShardSet, digest, merge, open_set, part_done, read_part, write_part
+from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done, write_part
+from data_pipeline.versions import Part, collect, merge
 from infra.errors import DataError
 from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
 from infra.seeds import derive, generator
 from infra.signals import StopFlag
-from infra.world import World
+from infra.world import Share, World
 from model.dvae import DVAE
 from train import places
 from train.common import stop_together
 from train.config import RunConfig
 from train.device import set_up, wait_for_all
-from train.lineage import open_dvae
+from train.lineage import open_dvae, open_images
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: a part of an image set becomes a part of a code set."""
+
+    crop: int
+    split: str
+    images: ShardSet
+    part: int
+    url: str
+    """Place of the code set."""
+    inputs: str
+    """Digest of everything that the codes depend on."""
+
+    def target(self) -> Part:
+        return Part(self.inputs, self.images.parts[self.part]["source"])
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Encode every part of both splits, ``encode.crops`` times, then merge the sets."""
+    """Encode every part of both splits, ``encode.crops`` times; once all parts are there, of other launchers too, merge the sets."""
     started = time.monotonic()
-    finished = places.require(run, "prepare", "dvae")
-    use = finished["dvae"]["summary"]["code_use"]
+    use = places.require(run, "prepare", "dvae")["dvae"]["summary"]["code_use"]
     if use < cfg.encode.min_code_use:
         raise DataError(
             f"the dVAE uses {use:.0%} of its codes on validation images, below encode.min_code_use = {cfg.encode.min_code_use:.0%}; train it further."
         )
-    device = set_up(world)
+    device, share = set_up(world), Share.from_env()
     model, weights = open_dvae(cfg, run, device)
-    sets = {split: open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS}
-    work = [(crop, split, part) for split in places.SPLITS for crop in range(cfg.encode.crops) for part in range(sets[split].num_parts)]
-    mine = work[world.rank :: world.size]
+    units = _units(cfg, run, weights)
+    place = share.of(world)
+    mine = units[place.rank :: place.size]
     progress = Progress(len(mine), "encode", unit="parts", enabled=world.is_main)
     images = 0
-    for done, (crop, split, part) in enumerate(mine, 1):
+    for done, unit in enumerate(mine, 1):
         if stop:
             break
-        images += _encode_part(cfg, run, model, weights, sets[split], crop, split, part, device)
+        if not part_done(unit.url, unit.inputs):
+            write_part(unit.url, unit.inputs, _codes(cfg, model, unit.images.read_part(unit.part), unit.crop, device), cfg.data.shard_bytes)
+            images += unit.images.parts[unit.part]["count"]
         progress.update(done)
     progress.finish()
     stop_together(stop, device, "encode")
-    seconds = time.monotonic() - started
     if world.is_main:
-        for crop in range(cfg.encode.crops):
-            for split in places.SPLITS:
-                parents = {"dvae": weights, "images": sets[split].content_hash}
-                merge(places.code_set(cfg, run, crop, split), sets[split].num_parts, CODES_SCHEMA, _settings(cfg, crop), parents, producer())
-        rate = images * world.size / seconds
-        summary = {"images": sum(s.count for s in sets.values()), "crops": cfg.encode.crops}
-        run.finish(
-            "encode",
-            seconds=seconds,
-            world_size=world.size,
-            throughput={"value": rate, "unit": "images/s"},
-            summary=summary,
-            parents={"dvae": weights},
-        )
+        left = sum(not part_done(unit.url, unit.inputs) for unit in units) if share.count > 1 else 0
+        if left:
+            print(f"encode: this share is done; {left} of {len(units)} parts are left to others, and the last of them merges.", flush=True)
+        else:
+            sets = _merge(cfg, units, weights)
+            seconds = time.monotonic() - started
+            run.finish(
+                "encode",
+                seconds=seconds,
+                world_size=world.size,
+                throughput={"value": images * world.size / seconds, "unit": "images/s"},
+                summary={"images": sum(sets[f"0/{split}"].count for split in places.SPLITS), "crops": cfg.encode.crops},
+                parents={"dvae": weights},
+                versions={name: code_set.content_hash for name, code_set in sets.items()},
+            )
     wait_for_all()
+
+
+def _units(cfg: RunConfig, run: RunFolder, weights: str) -> list[Unit]:
+    """All units, in the order of the sets' parts. The inputs are the bytes of the images, not the names of their parts: data that were prepared
+    again to the same bytes, or that others appended to, are not encoded again."""
+    units = []
+    for split in places.SPLITS:
+        images = open_images(cfg, run, split)
+        for crop in range(cfg.encode.crops):
+            url = places.code_set(cfg, run, crop, split)
+            for part, entry in enumerate(images.parts):
+                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop), cfg.data.shard_bytes]
+                units.append(Unit(crop, split, images, part, url, digest(inputs)))
+    return units
+
+
+def _merge(cfg: RunConfig, units: list[Unit], weights: str) -> dict[str, ShardSet]:
+    """Merge every code set; returns them by 'crop/split'."""
+    sets = {}
+    for name, group in groupby(units, key=lambda unit: f"{unit.crop}/{unit.split}"):
+        chosen = list(group)
+        parts = [unit.target() for unit in chosen]
+        markers = collect(chosen[0].url, parts, "encode")
+        parents = {"dvae": weights, "images": chosen[0].images.content_hash}
+        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, _settings(cfg, chosen[0].crop), parents, producer())
+    return sets
 
 
 def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
@@ -76,18 +123,6 @@ def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
         "seed": cfg.run.seed,
         "batch": cfg.encode.batch,
     }
-
-
-def _encode_part(
-    cfg: RunConfig, run: RunFolder, model: DVAE, weights: str, images: ShardSet, crop: int, split: str, part: int, device: torch.device
-) -> int:
-    """Encode one part unless it is done for the same inputs; returns the number of images encoded."""
-    url = places.code_set(cfg, run, crop, split)
-    key = digest({"dvae": weights, "part": images.manifest["parts"][part], "settings": _settings(cfg, crop)})
-    if part_done(url, part, key):
-        return 0
-    write_part(url, part, _codes(cfg, model, read_part(images.url, part), crop, device), key, cfg.data.shard_bytes)
-    return int(images.manifest["parts"][part]["count"])
 
 
 def _codes(cfg: RunConfig, model: DVAE, records: Iterator[dict[str, Any]], crop: int, device: torch.device) -> Iterator[CodeRecord]:

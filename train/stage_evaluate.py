@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loaders import SequentialReader, code_collate, image_collate
-from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from data_pipeline.transforms import code_transform, view_transform
 from infra import storage
 from infra.run_folder import RunFolder
@@ -20,7 +19,7 @@ from train.config import RunConfig
 from train.dalle_task import cross_entropies
 from train.device import branch_dtype, set_up, wait_for_all
 from train.dvae_task import code_statistics, psnr
-from train.lineage import Exports, open_codes, open_exports
+from train.lineage import Exports, open_codes, open_exports, open_images
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -29,7 +28,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
-    images = open_set(places.image_set(cfg, run, "validation"), IMAGE_SCHEMA)
+    images = open_images(cfg, run, "validation")
     codes = open_codes(cfg, run, 0, "validation")
     samples, batch = cfg.evaluate.samples, cfg.evaluate.batch
     pairs = SequentialReader(

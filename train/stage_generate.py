@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.shards import ShardSet
 from infra import storage
 from infra.progress import Progress
 from infra.run_folder import RunFolder
@@ -22,7 +22,7 @@ from train.config import RunConfig
 from train.device import branch_dtype, set_up, wait_for_all
 from train.drawing import Prompt
 from train.dvae_task import to_array
-from train.lineage import Exports, open_exports
+from train.lineage import Exports, open_exports, open_images
 from train.report.images import grid, png_bytes
 
 
@@ -32,7 +32,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "dvae", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
-    training, validation = (open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA) for split in places.SPLITS)
+    training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     wanted = drawing.prompts(cfg, training, validation)
     mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], models.lineage)]
     progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)

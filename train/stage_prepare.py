@@ -7,37 +7,52 @@ from collections import Counter
 from typing import Any
 
 from data_pipeline import prepare
+from data_pipeline.finish_prepare import finish, state
+from data_pipeline.plan import Plan
 from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
 from infra.signals import StopFlag
-from infra.world import World
+from infra.world import Share, World
 from train import places
 from train.common import stop_together
 from train.config import RunConfig
 from train.device import set_up, wait_for_all
+from train.preview import plan_of
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Write this rank's parts; once all ranks have, merge the sets and mark the stage done."""
+    """Write this rank's parts; once all are there, of other launchers too, merge the sets and mark the stage done."""
     started = time.monotonic()
     device = set_up(world)
-    progress = Progress(0, "prepare", unit="records", enabled=world.is_main)
+    share = Share.from_env()
+    progress = Progress(0, "prepare", unit="shards", enabled=world.is_main)
 
     def report(done: int, total: int) -> None:
         progress.total = total
         progress.update(done)
 
-    where = places.images(cfg, run)
-    prepare.run(cfg.data, cfg.dvae.image_size, cfg.run.seed, where, world, progress=report, stop=lambda: bool(stop))
+    where, plan = places.images(cfg, run), plan_of(cfg)
+    prepare.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
     progress.finish()
     stop_together(stop, device, "prepare")
     if world.is_main:
-        summary = prepare.finish(cfg.data, cfg.dvae.image_size, cfg.run.seed, where, producer())
-        seconds = time.monotonic() - started
-        summary = _for_people(summary)
-        rate = sum(summary["splits"].values()) / seconds
-        run.finish("prepare", seconds=seconds, world_size=world.size, throughput={"value": rate, "unit": "images/s"}, summary=summary)
+        left = len(state(plan, where).open) if share.count > 1 else 0
+        if left:
+            print(
+                f"prepare: this share is done; {left} of {len(plan.units)} input shards are left to others, and the last of them merges.", flush=True
+            )
+        else:
+            _finish(run, plan, where, started, world)
     wait_for_all()
+
+
+def _finish(run: RunFolder, plan: Plan, where: str, started: float, world: World) -> None:
+    summary = finish(plan, where, producer())
+    versions = {split: entry["version"] for split, entry in summary["splits"].items()}
+    seconds = time.monotonic() - started
+    people = _for_people(summary)
+    rate = {"value": sum(people["splits"].values()) / seconds, "unit": "images/s"}
+    run.finish("prepare", seconds=seconds, world_size=world.size, throughput=rate, summary=people, versions=versions)
 
 
 def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
@@ -46,9 +61,12 @@ def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
     for entry in summary["splits"].values():
         sources.update(entry["sources"])
     return {
+        "seen": summary["seen"],
         "splits": {split: entry["count"] for split, entry in summary["splits"].items()},
         "groups": {split: entry["groups"] for split, entry in summary["splits"].items()},
         "sources": dict(sources),
-        "dropped": summary["reasons"],
+        "dropped": summary["dropped"],
+        "dropped_captions": summary["dropped_captions"],
+        "quarantined": summary["quarantined"],
         "credits": summary["credits"],
     }

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 
 from data_pipeline import text
-from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from infra.run_folder import RunFolder, producer
 from infra.signals import StopFlag
 from infra.world import World
 from train import places
 from train.config import RunConfig
+from train.lineage import open_images
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Train the tokenizer unless it is there for the same captions, and mark the stage done."""
     started = time.monotonic()
     places.require(run, "prepare")
-    training = open_set(places.image_set(cfg, run, "train"), IMAGE_SCHEMA)
+    training = open_images(cfg, run, "train")
     summary = text.run(cfg.tokenizer, training, places.tokenizer(cfg, run), producer())
     run.finish("tokenizer", seconds=time.monotonic() - started, world_size=1, summary=summary, parents={"images": training.content_hash})

@@ -26,11 +26,19 @@ class Stage:
     """Whether more than one rank helps; others run in one."""
     repeats: bool = False
     """Whether the stage runs again although it has finished: for what is cheap and shows the run as it is now."""
+    shared: bool = False
+    """Whether independent launchers may divide the work (infra/world.py: Share)."""
+    preview: str = ""
+    """Module with ``preview(cfg)``: text for ``--dry-run``, made without torch."""
 
     def function(self) -> StageFunction:
         """Import the stage's module and return its ``run``."""
         function: StageFunction = importlib.import_module(self.module).run
         return function
+
+    def previewed(self, cfg: RunConfig) -> str:
+        """What a dry run shows besides the configuration."""
+        return str(importlib.import_module(self.preview).preview(cfg)) if self.preview else ""
 
 
 STAGES: dict[str, Stage] = {
@@ -38,7 +46,10 @@ STAGES: dict[str, Stage] = {
         "train.stage_prepare",
         "Read captioned images from data.sources, filter them, split off validation concepts, and write image shards.\n\n"
         "In: folders or embedded drawings. Out: images/train and images/validation (MDS shards with a manifest). "
-        "Each input part is finished on its own: killed and run again, it goes on.",
+        "Each input shard is finished on its own: killed and run again, it goes on. In a SLURM array or a Kubernetes Indexed Job, or with --share I/N, "
+        "independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
+        shared=True,
+        preview="train.preview",
     ),
     "tokenizer": Stage(
         "train.stage_tokenizer",
@@ -52,7 +63,9 @@ STAGES: dict[str, Stage] = {
     ),
     "encode": Stage(
         "train.stage_encode",
-        "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\nIn: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part.",
+        "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
+        "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
+        shared=True,
     ),
     "dalle": Stage(
         "train.stage_dalle",

@@ -5,6 +5,8 @@ from importlib import import_module
 from train.bench.harness import Options, Result
 
 BENCHES = {
+    "data-codes": "train.bench.data_codes",
+    "data-images": "train.bench.data_images",
     "floor": "train.bench.floor",
     "memory": "train.bench.memory",
     "model": "train.bench.model",

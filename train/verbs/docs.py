@@ -48,7 +48,7 @@ def _type(value: dict[str, Any]) -> str:
     if "enum" in value:
         return ", ".join(f"`{json.dumps(option)}`" for option in value["enum"])
     if value.get("type") == "array":
-        return f"list of {value['items']['type']}"
+        return f"list of {value['items'].get('type') or 'tables'}"
     bounds = [
         f"{sign} {value[key]}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -1,5 +1,6 @@
 """Masks as tensors, and what of the past a cache must visit; all from the rules in model/offsets.py (paper B.1, Figure 11)."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ def cache_plan(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> CacheP
     """
     offsets = offsets_of(kind, shape, cfg)
     furthest = offsets[-1]
-    step = min((b - a for a, b in zip(offsets, offsets[1:], strict=False)), default=1)
+    step = min((b - a for a, b in itertools.pairwise(offsets)), default=1)
     if any(d % step for d in offsets):
         step = 1
     visited = range(furthest, -1, -step)

@@ -108,7 +108,9 @@ def test_an_engine_is_made_by_name_and_says_why_it_cannot_be() -> None:
     assert isinstance(make_engine("structured", CFG, SHAPE, CPU), StructuredAttention)
     with pytest.raises(ValueError, match="attention engine 'sparse': accepted are dense, flex, structured"):
         make_engine(cast(EngineName, "sparse"), CFG, SHAPE, CPU)
-    with pytest.raises(ValueError, match="attention = 'flex': FlexAttention has no backward pass on device type 'cpu'.*accepted here: dense, structured"):
+    with pytest.raises(
+        ValueError, match=r"attention = 'flex': FlexAttention has no backward pass on device type 'cpu'.*accepted here: dense, structured"
+    ):
         make_engine("flex", CFG, SHAPE, CPU)
 
 

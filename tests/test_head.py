@@ -22,7 +22,10 @@ def test_losses_and_gradients_equal_those_of_torch_whatever_the_chunk(rows: int,
         x_ND, weight_VD = torch.randn(rows, width, generator=g), torch.randn(vocab, width, generator=g)
         targets_N, above_N = torch.randint(vocab, (rows,), generator=g), torch.randn(rows, generator=g)
         results = []
-        for function in (lambda x, w: cross_entropy(x, w, targets_N, keeps_logits=keeps), lambda x, w: F.cross_entropy(x @ w.t(), targets_N, reduction="none")):
+        for function in (
+            lambda x, w: cross_entropy(x, w, targets_N, keeps_logits=keeps),
+            lambda x, w: F.cross_entropy(x @ w.t(), targets_N, reduction="none"),
+        ):
             x, w = x_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
             nll_N = function(x, w)
             (nll_N * above_N).sum().backward()

@@ -13,6 +13,7 @@ from model.flex import block_mask, mask_mod
 from model.masks import KINDS, Kind, allowed_offsets, cache_plan, dense_mask, layer_kinds
 from model.offsets import allowed_pairs, is_allowed, touched_blocks, transposed
 from tests.peers import peer_file
+from train import mask_picture
 
 # Figure 11: 6 text states and a 4 x 4 image; the image part of the rows of the last query, and of one in the middle of the picture.
 FIGURE = StreamShape(text_tokens=6, text_vocab=10, grid=4, image_vocab=10)
@@ -61,6 +62,18 @@ def test_transposed_columns_are_triangles_on_the_diagonal_as_in_figure_11_c() ->
     assert mask_SS[:, :6].equal(dense_mask("column", FIGURE, TOY)[:, :6])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_picture_in_the_documentation_shows_the_masks(kind: Kind) -> None:
+    """Cell by cell; the transposed panel shows the transposed mask."""
+    assert (mask_picture.TEXT, mask_picture.GRID, mask_picture.KERNEL) == (6, 4, 3)
+    for column_by_column in {False, kind == "column"}:
+        mask_SS = transposed_mask(kind, FIGURE, TOY) if column_by_column else dense_mask(kind, FIGURE, TOY)
+        drawn = [[mask_picture.may_see(kind, q, k, column_by_column=column_by_column) for k in range(22)] for q in range(22)]
+        assert torch.tensor([[cell != "none" for cell in row] for row in drawn]).equal(mask_SS)
+    assert drawn[7][:8] == ["text"] * 6 + [drawn[7][6], "image"]
+    assert mask_picture.svg().count("<rect") == 4 * 22**2 + 1
+
+
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_text_is_causal_and_blind_to_images_while_images_see_all_text(kind: Kind) -> None:
     mask_SS = dense_mask(kind, FIGURE, TOY)
@@ -97,9 +110,7 @@ def test_an_unknown_kind_is_refused_with_the_accepted_ones() -> None:
         allowed_offsets(cast(Kind, "diagonal"), 4, 3, "figure")
 
 
-SHAPES = st.builds(
-    lambda text, grid: StreamShape(text_tokens=text, text_vocab=9, grid=grid, image_vocab=9), st.integers(1, 9), st.integers(1, 7)
-)
+SHAPES = st.builds(lambda text, grid: StreamShape(text_tokens=text, text_vocab=9, grid=grid, image_vocab=9), st.integers(1, 9), st.integers(1, 7))
 CONFIGS = st.builds(
     lambda kernel, rule: TransformerConfig(layers=4, width=8, heads=2, conv_kernel=kernel, conv_offsets=rule),
     st.sampled_from([1, 3, 5, 7, 11]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +89,9 @@ def test_operations_are_those_that_torch_counts_less_masked_pairs() -> None:
     ],
     ids=["blocks", "vocabulary"],
 )
-def test_activations_are_within_5_percent_of_the_bytes_of_real_runs(engine: str, dtype: str, cfg: TransformerConfig, shape: StreamShape, batch: int) -> None:
+def test_activations_are_within_5_percent_of_the_bytes_of_real_runs(
+    engine: str, dtype: str, cfg: TransformerConfig, shape: StreamShape, batch: int
+) -> None:
     for every in (0, 1, 2, 4):
         model = build(cfg, shape, engine, dtype, every, "cpu")  # type: ignore[arg-type]
         train_peak(model, batch, "cpu")  # gradients exist from here on
@@ -267,7 +268,9 @@ def test_remedies_include_checkpointing_and_higher_stages() -> None:
 
 def test_a_batch_that_does_not_divide_and_an_unknown_gpu_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["plan", "1.2B", "--nodes", "3"]) == ExitCode.CONFIG
-    assert "dalle_fit.batch = 1024 does not divide over 3 nodes x 8 GPUs x dalle_fit.accumulation = 1; use a multiple of 24" in capsys.readouterr().err
+    assert (
+        "dalle_fit.batch = 1024 does not divide over 3 nodes x 8 GPUs x dalle_fit.accumulation = 1; use a multiple of 24" in capsys.readouterr().err
+    )
     assert launcher.main(["plan", "1.2B", "--gpu", "TPU"]) == ExitCode.USAGE
     assert "--gpu TPU: accepted are V100-16GB, A100-80GB, H100-80GB" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="use a multiple of 24"):

@@ -59,7 +59,9 @@ def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dty
     records = [record for record in read_records(device.type, folder) if not why_unavailable(record.point.engine, device, cfg)]
     rivals = _nearest(records, name, {kind: key for key, kind in DTYPES.items()}[dtype], cfg, shape)
     if not rivals:
-        log.info("attention %s: nothing is measured on %s; 'launcher.py bench model --out docs/benchmarks' records what 'auto' needs", _UNMEASURED, name)
+        log.info(
+            "attention %s: nothing is measured on %s; 'launcher.py bench model --out docs/benchmarks' records what 'auto' needs", _UNMEASURED, name
+        )
         return _UNMEASURED
     best = min(rivals, key=lambda record: record.ms)
     times = ", ".join(f"{record.point.engine} {record.ms:.3g} ms" for record in sorted(rivals, key=lambda record: record.ms))

@@ -22,7 +22,9 @@ class Gpu:
 
 
 GPUS = {
-    "V100-16GB": Gpu(16, 125.0, 900, 150, 1.5625, 300, "NVIDIA V100 SXM2 datasheet; network: 100 Gbit/s for a machine of eight, assumed (the paper does not say)"),
+    "V100-16GB": Gpu(
+        16, 125.0, 900, 150, 1.5625, 300, "NVIDIA V100 SXM2 datasheet; network: 100 Gbit/s for a machine of eight, assumed (the paper does not say)"
+    ),
     "A100-80GB": Gpu(80, 312.0, 2039, 300, 25, 400, "NVIDIA A100 SXM4 80 GB datasheet; network: DGX A100, 200 Gbit/s for each GPU"),
     "H100-80GB": Gpu(80, 989.4, 3350, 450, 50, 700, "NVIDIA H100 SXM5 datasheet; network: DGX H100, 400 Gbit/s for each GPU"),
     "H200-141GB": Gpu(141, 989.4, 4800, 450, 50, 700, "NVIDIA H200 SXM datasheet; network: DGX H200, 400 Gbit/s for each GPU"),

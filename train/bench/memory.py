@@ -110,7 +110,9 @@ def run(options: Options) -> Result:
         result.measured[f"peak, {name}"] = _exact(peak / 1e6, "MB")
         result.measured[f"time, {name}"] = _exact(seconds, "s")
     result.ratio("kept, every resblock over none", "kept by the forward pass, checkpoint every 1", "kept by the forward pass, no checkpointing")
-    result.notes.append("Bytes are counted exactly (every storage from its making to its end) beyond parameters and gradients; the times are of one run each.")
+    result.notes.append(
+        "Bytes are counted exactly (every storage from its making to its end) beyond parameters and gradients; the times are of one run each."
+    )
     return result
 
 

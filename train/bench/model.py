@@ -61,7 +61,7 @@ def compare(
             result.measured |= attention.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
     result.notes += [
         "Useful arithmetic: matrix products that the model needs, attention over pairs that its masks allow, each head at its own positions.",
-        "Attention: one layer forward and backward, mean over row, column, row, row, convolution. `dalle.attention = \"auto\"` reads these figures.",
+        'Attention: one layer forward and backward, mean over row, column, row, row, convolution. `dalle.attention = "auto"` reads these figures.',
     ]
     if result.peers:
         result.notes.append(
@@ -98,7 +98,10 @@ def _theirs(result: Result, cfg: TransformerConfig, shape: StreamShape, batch: i
             result.peers[name] = measure(step, batch * shape.states, "tokens/s", options)
             found[name] = dtype
     best = max(found, key=lambda name: result.peers[name].value)
-    ours = max((name for name in result.measured if name.startswith("training step") and name.endswith(_states(shape))), key=lambda n: result.measured[n].value)
+    ours = max(
+        (name for name in result.measured if name.startswith("training step") and name.endswith(_states(shape))),
+        key=lambda n: result.measured[n].value,
+    )
     result.ratio(f"ours over dalle-pytorch at its best, {_states(shape)}", ours, best, goal=GOAL_OVER_PEER)
     return (found[best],)
 

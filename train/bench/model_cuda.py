@@ -32,7 +32,9 @@ _GOAL_OVER_FLEX_CAUSAL, _GOAL_OVER_SDPA = 1 / 0.6, 1.0
 
 def run_cuda(options: Options) -> Result:
     """See the module."""
-    result = start("model", "Model: training step and attention", options, layers=_CFG.layers, width=_CFG.width, heads=_CFG.heads, states=_SHAPE.states)
+    result = start(
+        "model", "Model: training step and attention", options, layers=_CFG.layers, width=_CFG.width, heads=_CFG.heads, states=_SHAPE.states
+    )
     for dtype in ("bf16", "fp16"):
         result.floor[f"matmul {dtype}"] = matmul_rate(DTYPES[dtype], options)
     gpu = find_by_device_name(str(result.device["name"]))

@@ -66,7 +66,9 @@ def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
     for layout in layouts:
         found += [(f"ZeRO {stage}, {layout}, fp32 cast", replace(setting, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     layout = layouts[-1]
-    found += [(f"ZeRO {stage}, {layout}, 16-bit", replace(setting, stage=stage, layout=layout, storage="half", moment_bytes=4)) for stage in (1, 2, 3)]
+    found += [
+        (f"ZeRO {stage}, {layout}, 16-bit", replace(setting, stage=stage, layout=layout, storage="half", moment_bytes=4)) for stage in (1, 2, 3)
+    ]
     if rank is not None and setting.cluster.nodes > 1 and rank % setting.cluster.gpus == 0:
         found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(setting, stage=3, layout="node", storage="half", moment_bytes=4, rank=rank)))
     return found
@@ -75,7 +77,9 @@ def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
 def table(setting: Setting, room: float, rank: int | None) -> list[str]:
     """GB on each GPU, and MB sent in an update, for every variant."""
     names = ("params", "masters", "moments", "gradients", "buckets", "errors", "kept", "working", "total")
-    lines = [f"GB on each GPU, of which {room / _GB:.1f} may be filled; MB sent in an update, inside and outside the machine; host: the iterate average, GB"]
+    lines = [
+        f"GB on each GPU, of which {room / _GB:.1f} may be filled; MB sent in an update, inside and outside the machine; host: the iterate average, GB"
+    ]
     lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names) + f"{'inside':>10}{'outside':>10}{'host':>8}")
     for name, variant in variants(setting, rank):
         found, sent = estimate.memory(variant), estimate.traffic(variant)
@@ -115,7 +119,9 @@ def remedies(setting: Setting, room: float) -> str:
     found = []
     for accumulation in (2, 4, 8, 16, 32):
         if cfg.dalle_fit.batch % (setting.cluster.world * cfg.dalle_fit.accumulation * accumulation) == 0:
-            found.append((f"dalle_fit.accumulation={cfg.dalle_fit.accumulation * accumulation}", {"accumulation": cfg.dalle_fit.accumulation * accumulation}))
+            found.append(
+                (f"dalle_fit.accumulation={cfg.dalle_fit.accumulation * accumulation}", {"accumulation": cfg.dalle_fit.accumulation * accumulation})
+            )
     if not cfg.dalle_fit.activation_checkpointing:
         found.append(("dalle_fit.activation_checkpointing=true", {"activation_checkpointing": True}))
     changed = [(words, _with_fit(setting, values)) for words, values in found]

@@ -95,6 +95,23 @@ def import_dvae(
 
 
 @app.command()
+def plan(
+    preset: Preset,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in each machine.")] = 8,
+    memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
+    gpu: Annotated[str, typer.Option(help="Whose datasheet to plan with.")] = "H100-80GB",
+    tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
+) -> None:
+    """Say what training the transformer takes: bytes on each GPU for every ZeRO stage and layout, bytes sent, time, days and energy; and what does not fit."""
+    from train.verbs import plan as verb
+
+    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank)
+
+
+@app.command()
 def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Delete the shards that hold records of the list data.takedown; prepare and encode then make them again without.
 

@@ -59,12 +59,20 @@ def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, fir
     return choose
 
 
-def code_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False) -> Callable[[Record, int], Sample]:
-    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id."""
+def code_transform(
+    tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False, caption_dropout: float = 0.0
+) -> Callable[[Record, int], Sample]:
+    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id.
+
+    With caption_dropout that share of samples, drawn by (seed, epoch, id), has a caption of length 0 (for classifier-free guidance).
+    """
     encode = caption_transform(tokenizer, seed, dropout, first_caption)
 
     def transform(record: Record, epoch: int) -> Sample:
-        return {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        sample: Sample = {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        if caption_dropout and generator(seed, "caption_dropout", epoch, record["id"]).random() < caption_dropout:
+            return sample | {"text": np.zeros_like(sample["text"]), "length": 0}
+        return sample
 
     return transform
 

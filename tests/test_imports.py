@@ -48,11 +48,14 @@ HOMES = {
 
 NO_TORCH = (
     "model/config.py",
+    "model/offsets.py",
     "data_pipeline/config.py",
     "train/config.py",
     "train/front.py",
     "train/stages.py",
     "train/projection.py",
+    "train/planning/estimate.py",
+    "train/verbs/plan.py",
     "launcher.py",
 )
 

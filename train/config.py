@@ -134,6 +134,11 @@ class DalleFit(FitSection):
     """Updates between copies into the iterate average."""
     activation_checkpointing: bool = True
     """Recompute activations inside resblocks in the backward pass."""
+    checkpoint_every: int = Field(default=1, gt=0)
+    """Resblocks recomputed together where activation_checkpointing is on: states are kept before every n-th one."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training samples that lose their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Drawn anew
+    in each epoch and never stored."""
 
 
 class ZeroSection(Section):

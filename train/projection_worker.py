@@ -33,8 +33,8 @@ def dvae_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], 
 
 def dalle_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], None]:
     """An update of the transformer on ``batch`` samples."""
-    shape = cfg.stream_shape()
-    model = build_dalle(cfg, torch.device("cpu"), dtype, checkpoint_blocks=cfg.dalle_fit.activation_checkpointing)
+    shape, fit = cfg.stream_shape(), cfg.dalle_fit
+    model = build_dalle(cfg, torch.device("cpu"), dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     text_BT = torch.randint(shape.text_vocab, (batch, shape.text_tokens))
     lengths_B = torch.full((batch,), shape.text_tokens)
     codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens))

@@ -34,11 +34,11 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
-    model = build_dalle(cfg, device, dtype, checkpoint_blocks=fit.activation_checkpointing)
+    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     engine = ZeroEngine(model, fit, cfg.zero, world)
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
-    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout)
+    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=fit.caption_dropout)
     loader = ShardLoader(
         training,
         run.url,

@@ -9,7 +9,8 @@ BENCHES = {
     "data-images": "train.bench.data_images",
     "dvae": "train.bench.dvae",
     "floor": "train.bench.floor",
-    "transformer": "train.bench.transformer",
+    "memory": "train.bench.memory",
+    "model": "train.bench.model",
 }
 
 

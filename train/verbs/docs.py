@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train import mask_picture
 from train.config import RunConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,7 +22,11 @@ def main() -> None:
 def generated() -> dict[str, str]:
     """File name -> text of what is generated from the models."""
     schema = RunConfig.model_json_schema()
-    return {"config.schema.json": json.dumps(schema, indent=2, sort_keys=True) + "\n", "configuration.md": _reference(schema)}
+    return {
+        "config.schema.json": json.dumps(schema, indent=2, sort_keys=True) + "\n",
+        "configuration.md": _reference(schema),
+        "pictures/masks.svg": mask_picture.svg(),
+    }
 
 
 def _reference(schema: dict[str, Any]) -> str:

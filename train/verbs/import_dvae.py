@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loaders import SequentialReader, image_collate
-from data_pipeline.shards import IMAGE_SCHEMA, open_set
 from data_pipeline.transforms import view_transform
 from infra import storage
 from infra.config import to_json
@@ -25,6 +24,7 @@ from train.device import set_up
 from train.dvae_task import show
 from train.evaluation.reconstruction import Judges, Reconstruction, reconstruct
 from train.front import run_folder
+from train.lineage import open_images
 from train.metrics import MetricsWriter, next_attempt
 from train.release import join_halves, read_half, shape_of
 
@@ -85,7 +85,7 @@ def read(encoder: str, decoder: str, cfg: DVAEConfig) -> DVAE:
 
 def measure(cfg: RunConfig, model: DVAE, samples: int, device: torch.device) -> Reconstruction:
     """Reconstructions of validation images at the final temperature."""
-    validation = open_set(places.image_set(cfg, run_folder(cfg), "validation"), IMAGE_SCHEMA)
+    validation = open_images(cfg, run_folder(cfg), "validation")
     batch = min(_BATCH, cfg.evaluate.batch)
     reader = SequentialReader(validation, World.single(), samples, batch, view_transform(cfg.dvae.image_size), image_collate)
     judges = Judges.load(cfg.evaluate, device)

@@ -116,7 +116,7 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
 def remedies(setting: Setting, room: float) -> str:
     """Changes that would make it fit, each by itself."""
     cfg = setting.cfg
-    found = []
+    found: list[tuple[str, dict[str, object]]] = []
     for accumulation in (2, 4, 8, 16, 32):
         if cfg.dalle_fit.batch % (setting.cluster.world * cfg.dalle_fit.accumulation * accumulation) == 0:
             found.append(

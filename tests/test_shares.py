@@ -18,7 +18,7 @@ from train import front
 from train.verbs import takedown
 
 _VARIABLES = ("LAUNCHER_SHARE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
-BASE = ["dvae_fit.steps=4", "dvae_fit.precision=fp32", "data.records_per_part=32", "encode.crops=2"]
+BASE = ["dvae_fit.steps=4", "dvae_fit.precision=fp32", "data.records_per_part=1024", "encode.crops=2"]
 
 
 @pytest.fixture(autouse=True)

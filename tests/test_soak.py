@@ -15,7 +15,7 @@ from tests.test_demo import command, processes_of
 from train.metrics import read_metrics
 
 _KILLS = 6
-_WORDS = ["data.records_per_part=16"] + [
+_WORDS = ["data.records_per_part=512"] + [
     f"{stage}_fit.{key}" for stage in ("dvae", "dalle") for key in ("steps=60", "save_every=10", "eval_every=60")
 ]
 

@@ -24,7 +24,7 @@ from data_pipeline import area, images, jpeg
 from data_pipeline.images import CropBox
 from infra.errors import DataError
 from infra.seeds import generator
-from train.bench import photographs
+from train.bench import data_images, harness, photographs
 
 _TOO_SMALL = r"40 x 15 pixels: crops of 16 .* raise data.min_side"
 
@@ -96,7 +96,7 @@ def test_halves_are_rounded_to_even_as_tensorflow_rounds() -> None:
     image = np.zeros((5, 5, 3), np.uint8)
     image[:, ::2] = 1  # the scale is 2: every pair of columns averages to a half
     image[:, 2:] += 1
-    assert area.resize(image, (0, 0, 5, 5), 3, (0, 0), 3)[0, :, 0].tolist() == [0, 2, 2]
+    assert area.resize(image, (0, 0, 5, 5), 3, (0, 0), 3)[0].tolist() == [[0] * 3, [2] * 3, [2] * 3]
 
 
 def test_a_cut_equals_the_literal_resize_rounded_cropped_and_flipped() -> None:
@@ -140,7 +140,7 @@ def test_a_machine_that_can_keep_no_compiled_code_compiles_again(monkeypatch: py
     monkeypatch.setattr(numba, "njit", njit)
     kernel = area._compiled.__wrapped__(3)
     assert tried == [True, False] and callable(kernel)
-    assert numba.config.SLP_VECTORIZE == 0, "a setting of other users of numba stays theirs"
+    assert vars(numba.config)["SLP_VECTORIZE"] == 0, "a setting of other users of numba stays theirs"
 
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("another reason")
@@ -416,3 +416,17 @@ def test_generated_photographs_repeat_and_fall_off_as_photographs_do(tmp_path: P
     frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.fftfreq(500)[None])
     low, high = (power[(frequency > f) & (frequency < 1.2 * f)].mean() for f in (0.02, 0.2))
     assert 1.6 < np.log10(low / high) < 3.6, "amplitude over frequency to the power of 0.8 to 1.8"
+
+
+def test_the_benchmark_of_images_measures_the_peers_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [photographs.encode(photographs.photograph(1, index)) for index in range(2)]
+    options = harness.Options(device="cpu", seconds=0.01, runs=1)
+    monkeypatch.setattr(data_images, "_CHUNK", 2)
+    monkeypatch.setattr(data_images, "find_spec", lambda name: None)
+    found = data_images.compare(files, options)
+    harness.to_json(found)
+    assert found.ratios["exact over torchvision"].value == found.measured[data_images._EXACT].value / found.peers[data_images._TORCHVISION].value
+    assert set(found.floor) == {"decode at full size", "decode at an eighth of the size"}
+    assert found.measured["fast, difference from exact"].min >= 45
+    assert any("webdataset is not installed" in note for note in found.notes)
+    assert "exact over webdataset" not in found.ratios

@@ -112,7 +112,8 @@ def _compiled(known: int) -> Callable[..., None]:
     signature = types.void(read_only(uint8, 2), indices, weights, int64, indices, weights, uint8[::1])
     # No fastmath: neither another order of sums nor fused products, so that a pixel does not depend on what the machine's processor can do.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    before, numba.config.SLP_VECTORIZE = numba.config.SLP_VECTORIZE, 1  # joins the channels of a pixel; numba leaves it off by default
+    settings: Any = numba.config
+    before, settings.SLP_VECTORIZE = settings.SLP_VECTORIZE, 1  # joins the channels of a pixel; numba leaves it off by default
     try:
         return numba.njit(signature, cache=True, **options)(_loops(known))
     except RuntimeError as error:
@@ -120,7 +121,7 @@ def _compiled(known: int) -> Callable[..., None]:
             raise
         return numba.njit(signature, **options)(_loops(known))  # nowhere to write: compiled in each process
     finally:
-        numba.config.SLP_VECTORIZE = before
+        settings.SLP_VECTORIZE = before
 
 
 def _loops(known: int) -> Callable[..., None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.images import CropBox, Pixels, cut, decode, transformer_crop
+from data_pipeline.images import CropBox, Pixels, picture, transformer_crop
 from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done, write_part
 from data_pipeline.versions import Part, collect, merge
 from infra.errors import DataError
@@ -117,6 +118,7 @@ def _merge(cfg: RunConfig, units: list[Unit], weights: str) -> dict[str, ShardSe
 def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
     return {
         "augmentation": "listing 2",
+        "decode": cfg.data.decode,
         "image_size": cfg.dvae.image_size,
         "scale_max": cfg.encode.scale_max,
         "crop_index": crop,
@@ -128,12 +130,12 @@ def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
 def _codes(cfg: RunConfig, model: DVAE, records: Iterator[dict[str, Any]], crop: int, device: torch.device) -> Iterator[CodeRecord]:
     """Code records of image records. Batches depend on the part alone, and the last is padded, so that bytes repeat on any number of ranks."""
     batch: list[tuple[dict[str, Any], CropBox]] = []
-    pictures_BYXC = np.zeros((cfg.encode.batch, cfg.dvae.image_size, cfg.dvae.image_size, 3), dtype=np.uint8)
+    size = cfg.dvae.image_size
+    pictures_BYXC = np.zeros((cfg.encode.batch, size, size, 3), dtype=np.uint8)
     for record in records:
-        image = decode(record["image"])
         rng = generator(cfg.run.seed, "crop", crop, record["id"])
-        box = transformer_crop((image.shape[1], image.shape[0]), cfg.dvae.image_size, cfg.encode.scale_max, rng)
-        pictures_BYXC[len(batch)] = cut(image, box, cfg.dvae.image_size)
+        draw = partial(transformer_crop, target=size, scale_max=cfg.encode.scale_max, rng=rng)
+        pictures_BYXC[len(batch)], box = picture(record["image"], draw, size, cfg.data.decode)
         batch.append((record, box))
         if len(batch) == cfg.encode.batch:
             yield from _encode_batch(cfg, model, pictures_BYXC, batch, crop, device)

@@ -140,16 +140,14 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._damaged: dict[int, DamagedShard] = {}
-        self._make_lock()
-
-    def _make_lock(self) -> None:
-        self._cache_filelock, self._lock_owner = FileLock(self._cache_filelock_path), os.getpid()
+        self._making, self._maker = threading.Lock(), -1
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         if shard_id in self._damaged:
             raise self._damaged[shard_id]
-        if self._lock_owner != os.getpid():  # filelock refuses a lock that was made before a fork
-            self._make_lock()
+        with self._making:  # one lock for both threads of a process: each process needs its own
+            if self._maker != os.getpid():
+                self._cache_filelock, self._maker = FileLock(self._cache_filelock_path), os.getpid()
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:

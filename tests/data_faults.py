@@ -128,7 +128,7 @@ def _outcome(proxy: FaultProxy, shard_set: ShardSet) -> str:
 
 def _asked(proxy: FaultProxy) -> str:
     asked = sum("shard.00002.mds" in line and line.startswith("GET") for line in proxy.requests)
-    return f"{asked} request{'s' if asked > 1 else ''} for the shard"
+    return f"{asked} request{'s' if asked != 1 else ''} for the shard"
 
 
 def check(fault: Fault, proxy: FaultProxy, outcome: str) -> None:

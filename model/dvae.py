@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.config import DVAEConfig
-from model.relaxation import GumbelNoise, hard_codes, relaxed_codes
+from model.relaxation import GumbelNoise, argmax_codes, hard_codes, relaxed_codes
 
 EPSILON = 0.1
 """Margin of the pixel mapping: pixels in [0, 1] land in [EPSILON, 1 - EPSILON], where the likelihood is finite (paper Eq. 3)."""
@@ -272,7 +272,7 @@ class DVAE(nn.Module):
         Raises:
             ValueError: pictures of another size than dvae.image_size.
         """
-        return hard_codes(self.encoder.features(map_pixels(pixels_B3YX)), self.encoder.to_logits).codes_BYX
+        return argmax_codes(self.encoder.features(map_pixels(pixels_B3YX)), self.encoder.to_logits)
 
     @torch.no_grad()
     def decode(self, codes_BYX: Tensor) -> Tensor:

@@ -104,14 +104,24 @@ def relaxed_codes(
 @torch.no_grad()
 def hard_codes(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int = BLOCK_ELEMENTS) -> Hard:
     """True codes and KL of the logits of ``h``; arguments as in ``relaxed_codes``."""
-    h_RC, (w, b_N) = _rows(h_BCYX), to_logits
-    parts = []
-    for start, stop in _spans(len(h_RC), len(b_N), block):
-        logits_rN = torch.addmm(b_N, h_RC[start:stop].float(), w.flatten(1).T)
-        parts.append((_negative_entropy(logits_rN)[0], logits_rN.argmax(-1)))
+    parts = [(_negative_entropy(logits_rN)[0], logits_rN.argmax(-1)) for logits_rN in _logits(h_BCYX, to_logits, block)]
     shape = (len(h_BCYX), *h_BCYX.shape[2:])
     entropy_R, codes_R = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Hard((entropy_R + math.log(len(b_N))).view(shape), codes_R.view(shape))
+    return Hard((entropy_R + math.log(len(to_logits[1]))).view(shape), codes_R.view(shape))
+
+
+@torch.no_grad()
+def argmax_codes(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int = BLOCK_ELEMENTS) -> Tensor:
+    """The codes of ``hard_codes`` alone, [B, Y, X], int64."""
+    codes_R = torch.cat([logits_rN.argmax(-1) for logits_rN in _logits(h_BCYX, to_logits, block)])
+    return codes_R.view(len(h_BCYX), *h_BCYX.shape[2:])
+
+
+def _logits(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int) -> Iterator[Tensor]:
+    """Logits [r, N] of one block of rows after the other."""
+    h_RC, (w, b_N) = _rows(h_BCYX), to_logits
+    for start, stop in _spans(len(h_RC), len(b_N), block):
+        yield torch.addmm(b_N, h_RC[start:stop].float(), w.flatten(1).T)
 
 
 class _Relaxed(torch.autograd.Function):

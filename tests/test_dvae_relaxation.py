@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.relaxation import GumbelNoise, Relaxed, hard_codes, relaxed_codes
+from model.relaxation import GumbelNoise, Relaxed, argmax_codes, hard_codes, relaxed_codes
 
 C, N, D = 6, 11, 5
 
@@ -74,6 +74,7 @@ def test_true_codes_are_the_argmax_and_their_kl_is_that_of_the_relaxation() -> N
     h, w, b, codebook, bias = inputs
     hard = hard_codes(h, (w, b), block=50)
     relaxed = relaxed_codes(h, (w, b), (codebook, bias), GumbelNoise(range(3)), 0.5)
+    assert torch.equal(argmax_codes(h, (w, b), block=70), hard.codes_BYX)
     assert torch.equal(hard.codes_BYX, F.conv2d(h, w, b).argmax(1)) and torch.equal(relaxed.codes_BYX, hard.codes_BYX)
     torch.testing.assert_close(hard.kl_BYX, relaxed.kl_BYX)
 

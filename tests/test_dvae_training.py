@@ -168,7 +168,7 @@ def test_two_ranks_with_two_micro_batches_follow_one_process_in_fp16(place: Call
     config["run"]["root"] = str(together)
     (together / "tiny/config.json").write_text(json.dumps(config))
     shared = run_in_ranks(train_in_ranks, 2, str(together), ("dvae",), {"dvae_fit.accumulation": 2})[0]
-    assert shared["dvae"] == pytest.approx(losses(alone, "dvae"), rel=2e-3)
+    assert shared["dvae"] == pytest.approx(losses(alone, "dvae"), rel=2e-3, abs=2e-5)
     scales = [[point.value for point in read_metrics(str(root / "tiny"), "dvae")["optim/loss_scale"]] for root in (alone, together)]
     assert scales[0] == scales[1] == [2.0**16] * 10
 

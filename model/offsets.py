@@ -47,10 +47,7 @@ def is_allowed(kind: Kind, distance: Any, grid: int, conv_kernel: int, conv_offs
     if kind == "conv" and conv_offsets == "figure":
         return is_past & (up <= half) & ((left <= half) | (grid - left <= half))
     if kind == "conv":
-        in_row, in_row_above = (up <= half) & (left <= half), (up < half) & (grid - left <= half)
-        # Only where the kernel is wider than the grid does its top row reach further than one grid row.
-        beyond_top = (distance >= half * grid) & (distance - half * grid <= half)
-        return is_past & (in_row | in_row_above | beyond_top)
+        return is_past & (((up <= half) & (left <= half)) | ((up < half) & (grid - left <= half)))
     raise ValueError(f"attention kind '{kind}': accepted are {', '.join(KINDS)}")
 
 

@@ -25,6 +25,7 @@ from train.attention_choice import RECORDS, choose, read_records
 from train.bench import attention
 from train.bench.attention import AttentionPoint
 from train.bench.harness import Figure, Options
+from train.config import load_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CFG = TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3)
@@ -129,8 +130,13 @@ def test_a_wanted_engine_that_cannot_run_is_refused_by_its_key() -> None:
     assert choose(replace(CFG, attention="dense"), SHAPE, CPU, torch.float32) == "dense"
 
 
+def test_an_unknown_engine_is_refused_by_the_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"dalle\.attention: Input should be 'auto', 'dense', 'flex' or 'structured'; given: 'sparse'"):
+        load_run("tiny", ["dalle.attention=sparse"])
+
+
 def record(folder: Path, name: str, device: str, kind: str, figures: dict[str, float]) -> None:
-    measured = {name: {"value": value, "min": value, "max": value, "unit": "ms", "runs": 1} for name, value in figures.items()}
+    measured = {name: {"value": 50 - value, "min": value, "max": 90.0, "unit": "ms", "runs": 3} for name, value in figures.items()}
     (folder / f"model-{name}.json").write_text(json.dumps({"device": {"kind": kind, "name": device}, "measured": measured}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +13,6 @@ from model.engines import ENGINES, EngineName, make_engine, why_unavailable
 from model.offsets import layer_kinds
 from train.bench.harness import DTYPES, Figure, Options, measure
 
-_PATTERN = 5
-"""Layers that are timed: row, column, row, row, and the last one's convolution."""
 _NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+)")
 
 
@@ -48,11 +46,11 @@ def milliseconds(rate: Figure) -> Figure:
 def mean_step(
     engine: Callable[..., torch.Tensor], cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], None], int]:
-    """A function that runs attention of one layer pattern (four layers and the last one), forward and backward; and its number of layers."""
+    """A function that runs attention of every layer of a model, forward and backward; and the number of layers."""
     head = cfg.width // cfg.heads
     qkv = [torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     seed = torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2)
-    kinds = layer_kinds(_PATTERN)
+    kinds = layer_kinds(cfg.layers)
 
     def step() -> None:
         for kind in kinds:
@@ -62,13 +60,13 @@ def mean_step(
 
 
 def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[str, ...], options: Options) -> dict[str, Figure]:
-    """Milliseconds of one layer, forward and backward, mean over the layer pattern, for every engine that runs on the device."""
+    """Milliseconds of one layer, forward and backward, mean over a model's layers, for every engine that runs on the device."""
     found = {}
     device = torch.device(options.device)
     for engine in ENGINES:
         if why_unavailable(engine, device, cfg):
             continue
-        module = make_engine(engine, replace(cfg, layers=_PATTERN), shape, device).to(device)
+        module = make_engine(engine, cfg, shape, device).to(device)
         for dtype in dtypes:
             step, layers = mean_step(module, cfg, shape, batch, DTYPES[dtype], options.device)
             point = AttentionPoint(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads)

@@ -61,7 +61,7 @@ def compare(
             result.measured |= attention.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
     result.notes += [
         "Useful arithmetic: matrix products that the model needs, attention over pairs that its masks allow, each head at its own positions.",
-        'Attention: one layer forward and backward, mean over row, column, row, row, convolution. `dalle.attention = "auto"` reads these figures.',
+        'Attention: one layer forward and backward, mean over the layers of such a model. `dalle.attention = "auto"` reads the best of these times.',
     ]
     if options.device == "cpu":
         result.notes.append(

@@ -14,10 +14,12 @@ def main(name: str, out: str, seconds: float) -> None:
         UsageError: there is no such benchmark; the known ones are listed.
     """
     from train.bench import docs, harness, table  # torch
+    from train.device import keep_memory
 
     if name == "docs":
         docs.main()
         return
+    keep_memory()  # as every training stage does
     try:
         result = table.run(name, harness.Options(seconds=seconds))
     except ValueError as error:

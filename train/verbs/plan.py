@@ -115,21 +115,17 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
 
 def remedies(setting: Setting, room: float) -> str:
     """Changes that would make it fit, each by itself."""
-    cfg = setting.cfg
-    found: list[tuple[str, dict[str, object]]] = []
-    for accumulation in (2, 4, 8, 16, 32):
-        if cfg.dalle_fit.batch % (setting.cluster.world * cfg.dalle_fit.accumulation * accumulation) == 0:
-            found.append(
-                (f"dalle_fit.accumulation={cfg.dalle_fit.accumulation * accumulation}", {"accumulation": cfg.dalle_fit.accumulation * accumulation})
-            )
-    if not cfg.dalle_fit.activation_checkpointing:
-        found.append(("dalle_fit.activation_checkpointing=true", {"activation_checkpointing": True}))
-    changed = [(words, _with_fit(setting, values)) for words, values in found]
+    fit, changed = setting.cfg.dalle_fit, []
+    for accumulation in (fit.accumulation * factor for factor in (2, 4, 8, 16, 32)):
+        if fit.batch % (setting.cluster.world * accumulation) == 0:
+            changed.append((f"dalle_fit.accumulation={accumulation}", _with_fit(setting, accumulation=accumulation)))
+    if not fit.activation_checkpointing:
+        changed.append(("dalle_fit.activation_checkpointing=true", _with_fit(setting, activation_checkpointing=True)))
     changed += [(f"zero.stage={stage}", replace(setting, stage=stage)) for stage in (1, 2, 3) if stage > setting.stage]
     fitting = [words for words, other in changed if estimate.memory(other).total <= room]
     return "any of these would fit: " + ", ".join(fitting) if fitting else "use more or larger GPUs, or a smaller model"
 
 
-def _with_fit(setting: Setting, values: dict[str, object]) -> Setting:
+def _with_fit(setting: Setting, **values: int) -> Setting:
     cfg: RunConfig = setting.cfg.model_copy(update={"dalle_fit": setting.cfg.dalle_fit.model_copy(update=values)})
     return replace(setting, cfg=cfg)

@@ -13,6 +13,7 @@ import torch
 from model.config import StreamShape, TransformerConfig
 from train.bench import docs, floor, harness, model, peer_dalle, table
 from train.bench.harness import Figure, Options, Result, check, copy_rate, matmul_rate, measure, probe, threads, to_json, write
+from train.verbs import bench as bench_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = Options(device="cpu", seconds=0.02, runs=2)
@@ -219,3 +220,16 @@ def test_the_command_line_of_a_benchmark_passes_its_options_and_prints_and_write
     (path,) = tmp_path.glob("*.json")
     assert given == [Options("cpu", 0.5, 3)]
     assert capsys.readouterr().out.startswith(path.read_text())
+
+
+def test_a_word_that_names_begin_with_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(name: str, options: Options) -> Result:
+        ran.append(name)
+        return result()
+
+    monkeypatch.setattr(table, "run", run)
+    bench_verb.main("data", str(tmp_path), 0.1)
+    bench_verb.main("floor", str(tmp_path), 0.1)
+    assert ran == ["data-codes", "data-images", "floor"]

@@ -94,10 +94,10 @@ def test_the_readmes_commands_work(tmp_path: Path) -> None:
     assert len(real) >= 2
     for line in real:
         words = shlex.split(line)[2:]
-        words = [word.replace("/data/pictures", str(pictures)).replace("runs/demo", str(tmp_path / "mine")) for word in words]
-        if words[0] != "status":
+        words = [re.sub(r"runs/(demo|mine)", str(tmp_path / "mine"), word.replace("/data/pictures", str(pictures))) for word in words]
+        if words[0] not in ("status", "inspect"):
             words.append(f"run.root={tmp_path}")
-        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=_PATIENCE_S, check=False, cwd=tmp_path)
         assert done.returncode == 0, line + done.stderr
     manifest = json.loads((tmp_path / "mine" / "images" / "train" / "manifest.json").read_text())
     assert manifest["count"] > 40

@@ -20,8 +20,10 @@ def main(name: str, out: str, seconds: float) -> None:
         docs.main()
         return
     keep_memory()  # as every training stage does
-    try:
-        result = table.run(name, harness.Options(seconds=seconds))
-    except ValueError as error:
-        raise UsageError(f"{error}, docs.") from error
-    print(harness.write(result, Path(out)))
+    several = [other for other in table.BENCHES if other.startswith(f"{name}-")]  # 'data' stands for data-codes and data-images
+    for chosen in several or [name]:
+        try:
+            result = table.run(chosen, harness.Options(seconds=seconds))
+        except ValueError as error:
+            raise UsageError(f"{error}, docs.") from error
+        print(harness.write(result, Path(out)))

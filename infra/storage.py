@@ -32,6 +32,7 @@ __all__ = [
     "join",
     "list_files",
     "local_path",
+    "modified",
     "read_bytes",
     "read_json",
     "read_range",
@@ -152,6 +153,21 @@ def size(url: str) -> int:
     if found is None:
         raise DataError(f"{url}: does not exist.")
     return int(found["ContentLength"])
+
+
+def modified(url: str) -> float:
+    """When a file or object was last written, by the clock of its storage: seconds since 1970.
+
+    Raises:
+        DataError: it is missing.
+    """
+    if not is_remote(url):
+        with files.read_errors(url):
+            return local_path(url).stat().st_mtime
+    found = s3.head(url)
+    if found is None:
+        raise DataError(f"{url}: does not exist.")
+    return float(found["LastModified"].timestamp())
 
 
 def list_files(url: str) -> list[str]:

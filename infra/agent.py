@@ -80,6 +80,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
         elastic_launch(config, sys.executable)(*arguments)
     if not one_node:
+        signals.install()  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
         run.wait_for_records(stage, attempt, placement.size, _PEERS_S)
     return run.root_cause(stage, attempt, placement.size)
 

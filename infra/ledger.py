@@ -69,11 +69,12 @@ def crashes_in_a_row(attempts: list[Attempt], saved: int) -> int:
     """
     count = 0
     for attempt in reversed(attempts):
-        if attempt.code in (ExitCode.DONE, ExitCode.REQUEUE) or (count and attempt.saved < saved):
+        moved = attempt.saved < saved
+        if attempt.code in (ExitCode.DONE, ExitCode.REQUEUE) or (count and moved):
             break
         count += 1
         saved = attempt.saved
-        if attempt.restart == 0:
+        if moved or attempt.restart == 0:
             break
     return count
 

@@ -22,6 +22,7 @@ from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
+from train import watchdog
 from train.config import RunConfig, load_run, read_preset
 from train.stages import STAGES, Stage
 from train.verbs import doctor
@@ -201,6 +202,8 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     """Run a stage's function as one rank, and record how it ended."""
     faulthandler.enable()
     code, reason = ExitCode.DONE, "finished"
+    label = _label(name, STAGES[name])
+    watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
     try:
         STAGES[name].function()(cfg, run, world, stop)
     except ReportedError as error:
@@ -208,7 +211,8 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     except Exception as error:
         traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-    run.record_exit(_label(name, STAGES[name]), attempt, world.rank, code, reason)
+    watchdog.rest()
+    run.record_exit(label, attempt, world.rank, code, reason)
     return code
 
 

@@ -25,7 +25,7 @@ choose_runtime() {
 }
 
 # A signal may come before Python has a handler: blocked, it waits for one; ignored (an old env), it is lost; by default, it would kill.
-early_signals=(env --block-signal=USR2,TERM,INT)
+early_signals=(env "--block-signal=USR2,TERM,INT")
 "${early_signals[@]}" true 2> /dev/null || early_signals=(bash -c 'trap "" USR2 TERM INT; exec "$@"' early)
 
 # run_stage STAGE RUN_FOLDER_OR_PRESET [section.key=value...]

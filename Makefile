@@ -37,11 +37,10 @@ soak: $(STAMP)  ## Long fault and training runs
 gpu: $(STAMP)  ## Tests that need a GPU
 	@$(call selected,gpu)
 
-bench-peers: $(STAMP)  ## Benchmarks against other projects, which get an environment of their own
-	@if [ ! -f requirements-peers.txt ]; then echo "bench-peers: no peer is registered (there is no requirements-peers.txt)."; exit 0; fi; \
-	set -e; test -x .venv-peers/bin/python || "$(PYTHON)" -m venv .venv-peers; \
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt; \
-	$(RUN) launcher.py bench peers $(ARGS)
+bench-peers: $(STAMP)  ## Benchmarks that compare with other projects, which are installed beside the environment
+	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-peers -r requirements-peers.txt
+	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench data-images $(ARGS)
+	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench model $(ARGS)
 
 compat: $(STAMP)  ## The tests with the lowest and the highest supported versions (two environments, about 20 minutes)
 	@$(RUN) .ci/compat.py $(ARGS)

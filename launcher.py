@@ -79,6 +79,40 @@ def status(run: Annotated[str, typer.Argument(help="Run folder, local or s3://."
     verb.main(run)
 
 
+@app.command(name="import-dvae")
+def import_dvae(
+    encoder: Annotated[str, typer.Argument(help="encoder.pkl of the released dVAE, or any file of such a module.")],
+    decoder: Annotated[str, typer.Argument(help="decoder.pkl.")],
+    preset: Preset,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
+) -> None:
+    """Take a dVAE from pickled modules of the dall-e package instead of training one: no code in the files is executed.
+
+    In: two files, images/validation. Out: dvae/export and the marker of stage dvae, so that encode and all after it go on from there.
+    """
+    from train.verbs import import_dvae as verb
+
+    verb.main(encoder, decoder, preset, overrides or [], samples)
+
+
+@app.command()
+def plan(
+    preset: Preset,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in each machine.")] = 8,
+    memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
+    gpu: Annotated[str, typer.Option(help="Whose datasheet to plan with.")] = "H100-80GB",
+    tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
+) -> None:
+    """Say what training the transformer takes: bytes on each GPU for every ZeRO stage and layout, bytes sent, time, days and energy; and what does not fit."""
+    from train.verbs import plan as verb
+
+    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank)
+
+
 @app.command()
 def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Delete the shards that hold records of the list data.takedown; prepare and encode then make them again without.
@@ -109,6 +143,43 @@ def doctor(
     from train.verbs import doctor as verb
 
     verb.main(preset, overrides or [])
+
+
+@app.command()
+def inspect(
+    url: Annotated[
+        str, typer.Argument(help="Raw data (as in data.sources), a shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")
+    ],
+    out: Annotated[str, typer.Option(help="PNG file of the contact sheet; default: inspect-<name>.png here.")] = "",
+    samples: Annotated[int, typer.Option(help="Random records that the statistics are made of.")] = 500,
+    pictures: Annotated[int, typer.Option(min=0, help="Records on the contact sheet; 0: none.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of records.")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer that counts the tokens of captions; default: the run's.")] = "",
+    run: Annotated[str, typer.Option(help="Run folder whose dVAE draws code sets; default: URL, if it is a run.")] = "",
+    version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
+    takedown: Annotated[str, typer.Option(help="Take-down list; default: the run's.")] = "",
+    count: Annotated[bool, typer.Option("--count", help="Count all records of raw data, which reads all of its index.")] = False,
+) -> None:
+    """Show what is in a data set: counts, sizes, captions, sources, lineage, and a contact sheet of random records."""
+    from train.verbs import inspect as verb
+
+    verb.main(url, verb.Options(out, samples, pictures, seed, tokenizer, run, version, takedown, count))
+
+
+@app.command()
+def validate(
+    url: Annotated[str, typer.Argument(help="A shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")],
+    images: Annotated[str, typer.Option(help="Image set, or root of image sets, that codes and tokenizer were made from; default: the run's.")] = "",
+    run: Annotated[str, typer.Option(help="Run folder that sets belong to; default: URL, if it is a run.")] = "",
+    version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")] = 0,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
+    takedown: Annotated[str, typer.Option(help="Take-down list, whose images need no codes; default: the run's.")] = "",
+) -> None:
+    """Check every file, record and reference of shard sets and tokenizers; exit code 65 names what is damaged and what to run."""
+    from train.verbs import validate as verb
+
+    verb.main(url, verb.Options(images, run, version, workers, decode, takedown), STOP)
 
 
 @app.command()

@@ -1,36 +1,58 @@
-"""Sections of the data pipeline: sources, splits, shards and the tokenizer. No torch."""
+"""Sections of the data pipeline: sources, filters, splits, shards and the tokenizer. No torch."""
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from infra.config import Section
 
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are refused before they are decoded, everywhere: a small file can claim to be enormous."""
+
+ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+ImageKind = Literal["animated", "cmyk", "16-bit", "palette", "greyscale", "transparent", "rotated"]
+
 
 class SourceConfig(Section):
-    """One place of captioned images. A plain "URL" in data.sources stands for {url = "URL"}."""
+    """One source of captioned images. Where a source is expected, a plain string stands for its url."""
 
     url: str
-    """'emoji' (drawings embedded in packages), or a folder, file or glob, local or s3://."""
+    """'emoji' (drawings embedded in packages), or the path or s3:// URL of a folder, a file, or a pattern (*, ?, [...]; ** for any depth)."""
     kind: Literal["", "emoji", "folder", "table", "parquet", "webdataset"] = ""
-    """How to read it; empty: found by the names of its files."""
+    """How it is read; empty: found by looking at the names of its files."""
     weight: float = Field(default=1.0, gt=0)
-    """Samples of an epoch for each record: 2 reads every record twice an epoch, 0.5 another half of them in each epoch."""
+    """Samples of an epoch per record; 0.5: half of the records in each epoch, in turn."""
     split: Literal["", "train", "validation"] = ""
-    """The split of all its records; empty: the split that a record brings, else by the hash of its group."""
+    """Split of all records; empty: each record's own, else by the hash of its group."""
     image: str = ""
-    """Column or key of the image's path or bytes; empty: the usual names are looked for."""
+    """Column, key or tar extension of the image (its bytes or its path); empty: looked for under usual names."""
     captions: tuple[str, ...] = ()
-    """Columns or keys of captions; empty: the usual names are looked for."""
+    """Columns, keys or tar extensions of the captions; empty: looked for under usual names."""
     license: str = ""
-    """Licence (SPDX identifier) of records that bring none."""
+    """Licence of all records that bring none."""
 
-    @field_validator("url")
+    @model_validator(mode="before")
     @classmethod
-    def _names_something(cls, url: str) -> str:
-        if not url.strip():
-            raise ValueError("an entry of data.sources is empty; accepted are 'emoji' and the path or s3:// URL of a folder, file or glob")
-        return url
+    def _from_url(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"url": given}
+        # What passes through here is no longer JSON to pydantic, whose strict tuples accept a list from JSON only.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.url.strip():
+            raise ValueError("an entry is empty; accepted are 'emoji' and the path or s3:// URL of a folder, a file or a pattern")
+        if (self.kind == "emoji") != (self.url == "emoji") and (self.kind or self.url != "emoji"):
+            raise ValueError(
+                f"kind = '{self.kind}' does not fit url = '{self.url}'; the drawings are url = 'emoji', for a folder of that name write ./emoji"
+            )
+        return self
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether it is the drawings embedded in packages."""
+        return self.url == "emoji"
 
 
 class DataConfig(Section):
@@ -63,14 +85,16 @@ class DataConfig(Section):
     max_quarantined: int = Field(default=10, ge=0)
     """Quarantined input shards that are tolerated; more end the stage with exit code 65."""
     workers: int = Field(default=0, ge=0)
-    """Processes of each rank that read and decode ahead of training; 0: the rank does it itself."""
+    """Processes of each rank that read and prepare batches; 0: the rank does it itself, between its steps."""
+    prefetch: int = Field(default=2, gt=0)
+    """Batches that each of these processes prepares ahead. They wait in shared memory (/dev/shm)."""
     cache_bytes: int = Field(default=0, ge=0)
-    """Limit in bytes of the local cache of an s3:// shard set, for each node and loader; 0: none."""
-
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _plain_urls(cls, sources: Any) -> Any:
-        return [{"url": entry} if isinstance(entry, str) else entry for entry in sources] if isinstance(sources, list | tuple) else sources
+    """Limit in bytes, on each node, of the local cache that a loader keeps of shards on S3; 0: none."""
+    shuffle_block: int = Field(default=1 << 18, gt=0)
+    """Samples among which a sample may move when an epoch is shuffled, at least. A node caches the shards of about two such blocks."""
+    decode: Literal["exact", "fast"] = "exact"
+    """How JPEG files are decoded for training: 'exact' as the paper; 'fast' repeats halved chroma instead of interpolating it where the picture is
+    then shrunk by 1.25 or more (47 dB or better on ordinary photographs, less on tiny ones of glaring colours; a tenth faster)."""
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:
@@ -83,12 +107,50 @@ class DataConfig(Section):
 
 
 class FilterConfig(Section):
-    """stub"""
+    """What is dropped and why (paper, appendix C; Sharma et al. 2018). The defaults suit photographs from the web; drawings with short names want less."""
 
-    exact_duplicates: bool = True
-    near_duplicates: bool = False
-    near_duplicate_bits: int = 3
-    validation_overlap: bool = False
+    min_words: int = Field(default=3, ge=0)
+    """Captions with fewer words are 'caption too short'; 0: off. Captions without any visible character are always dropped."""
+    max_characters: int = Field(default=1000, ge=0)
+    """Captions with more characters are 'caption too long'; 0: off."""
+    broken_text: bool = True
+    """Drop captions with control characters, U+FFFD, HTML tags or HTML entities. Lone surrogates are always dropped: they cannot be stored."""
+    english: bool = True
+    """Drop captions that are identified as another language; those too short to judge are kept."""
+    boilerplate: bool = True
+    """Drop captions that are mostly dates, file names, camera defaults and stock phrases such as 'photographed on'."""
+    max_repetition: float = Field(default=0.6, gt=0, le=1)
+    """Captions in which more than this share of the words repeats an earlier word are dropped; 1: off."""
+    max_capitals: float = Field(default=1.0, gt=0, le=1)
+    """Captions with more than this share of capitalised words are dropped (Sharma et al.); 1: off."""
+    blocked_words: str = ""
+    """URL of a text file with words and phrases, one a line, '#' before comments: captions that contain one are dropped; empty: off."""
+    formats: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp")
+    """Image formats that are accepted; "tiff" may be added, ["jpeg"] is what Sharma et al. take."""
+    refuse: tuple[ImageKind, ...] = ("animated",)
+    """Kinds of images that are dropped, each under its own reason. The others are converted: first frame, 8 bits, RGB, on white, upright; []: all are."""
+    max_aspect: float = Field(default=2.0, ge=0)
+    """Images whose longer side is more than this multiple of the shorter one are dropped; 0: off. The smallest side is data.min_side."""
+    max_pixels: int = Field(default=25_000_000, gt=0, le=MAX_PIXELS)
+    """Images that claim more pixels are a 'decompression bomb', and are not decoded (WebP: half as many). Decoding takes up to 10 bytes a pixel."""
+    max_image_bytes: int = Field(default=1 << 23, ge=0)
+    """Larger image files are encoded again (JPEG of quality 95, or PNG if they were lossless), and shrunk until they fit; 0: never."""
+    max_side: int = Field(default=0, ge=0)
+    """Images with a longer side above this are shrunk to it, but never below data.min_side, and encoded again; 0: never."""
+    duplicates: bool = True
+    """Drop records that repeat the image file and the captions of an earlier one."""
+    near_duplicate_bits: int = Field(default=4, ge=-1, le=7)
+    """Drop records whose image differs from an earlier one in at most this many of the 64 bits of the perceptual hash; -1: off."""
+    validation_overlap: bool = True
+    """Drop training records whose image is that near (0 bits where near-duplicates are off) to an image of the validation split."""
+
+    @model_validator(mode="after")
+    def _has_meaning(self) -> Self:
+        if not self.formats:
+            raise ValueError("formats is empty: no image would be accepted; name at least one, for example 'jpeg'")
+        if 0 < self.max_aspect < 1:
+            raise ValueError(f"max_aspect = {self.max_aspect}: longer over shorter side, expected at least 1, or 0 for off")
+        return self
 
 
 class TokenizerConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,7 +15,7 @@ import resvg_py
 from emoji import EMOJI_DATA
 from PIL import Image
 
-from data_pipeline.pairs import Pair
+from data_pipeline.pairs import InputShard, Pair
 from infra.errors import DataError
 
 _SKIN = re.compile(r"_?(?P<tone>light|medium-light|medium|medium-dark|dark)_skin_tone")
@@ -241,10 +242,14 @@ def captions(codes: str, style: Style) -> tuple[str, ...]:
 
 
 class EmojiSource:
-    """Twemoji (flat) and OpenMoji (outlined), rendered on white. A handle is 'style/file name without suffix'."""
+    """Twemoji (flat) and OpenMoji (outlined), rendered on white. A handle is 'style/file name without suffix', a shard consecutive handles."""
 
-    def __init__(self, render_size: int) -> None:
+    name = "emoji"
+
+    def __init__(self, render_size: int, records_per_part: int = 1024, split: str = "") -> None:
         self.render_size = render_size
+        self.records_per_part = records_per_part
+        self.split = split
 
     def keys(self) -> list[str]:
         """Handles of all drawings that have a name, sorted within each style; nothing is rendered."""
@@ -254,7 +259,22 @@ class EmojiSource:
             handles += [f"{style.name}/{stem}" for stem in stems if codes_of(stem) in _names()]
         return handles
 
-    def read(self, key: str) -> Pair:
+    def shards(self) -> Iterator[InputShard]:
+        """Consecutive handles, ``records_per_part`` at a time. Their files are those of the installed packages: see version()."""
+        keys = self.keys()
+        for start in range(0, len(keys), self.records_per_part):
+            some = tuple(keys[start : start + self.records_per_part])
+            yield InputShard(f"{some[0]}..{some[-1]}", "", some)
+
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair]:
+        """Render the drawings of wanted groups.
+
+        Raises:
+            DataError: a handle names no drawing of the installed packages.
+        """
+        return (self.pair(key) for key in shard.keys if wanted(self.group(key)))
+
+    def pair(self, key: str) -> Pair:
         """Render one drawing as RGB PNG.
 
         Raises:
@@ -275,6 +295,7 @@ class EmojiSource:
             source=style.name,
             license=style.license,
             group=self.group(key),
+            split=self.split,
         )
 
     def group(self, key: str) -> str:
@@ -282,7 +303,7 @@ class EmojiSource:
 
     def version(self) -> str:
         packages = ("emoji", "resvg_py", *(style.package for style in STYLES.values()))
-        return f"emoji/1 {self.render_size} px " + " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        return f"emoji/1 {self.render_size} px {self.split} " + " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
     def credits(self) -> dict[str, str]:
         return credits()

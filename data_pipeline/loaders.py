@@ -1,135 +1,45 @@
-"""Loaders: shard sets to batches, in one global order for any number of ranks. StreamingDataset underneath; torch in collation only.
+"""Loaders: shard sets to batches, in one global order for any number of ranks, workers and nodes.
 
-The global order is an endless sequence: epoch 0 of set 0, epoch 1 of set 1, ... (set e mod number of sets), each epoch a shuffle of all its records,
-each record exactly once. Global batch k is positions [k B, (k + 1) B) of that sequence; rank r of R takes every R-th position, from r on. Batches
-run across the ends of epochs: nothing is dropped, padded or repeated, and one integer, the number of samples drawn, is the whole state. So a run
-resumes to the sample, on any number of ranks.
-
-StreamingDataset would repeat samples at the end of an epoch until they divide over the ranks. ``_Epochs`` therefore asks it for the order of one
-rank, and takes the rank's positions from that; shards, cache, downloads and shared memory are StreamingDataset's own.
+The order is endless: epoch 0 of set 0, epoch 1 of set 1, ... (set e mod number of sets), each in the order of ``order.py``. Global batch k is samples
+[k B, (k + 1) B) of it; rank r of R takes every R-th sample, from r on. Batches run across the ends of epochs: nothing is dropped, padded or repeated.
+The position is an epoch and a place in its stored order, so a run resumes to the sample on any number of ranks, workers and nodes, and also when records
+were taken down meanwhile.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import logging
-import os
-import shutil
 import tempfile
-import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming import StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.format.mds.reader import MDSReader
-from streaming.base.shared import prefix as streaming_prefix
-from streaming.base.world import World as StreamingWorld
 from torch import Tensor
 
-from data_pipeline.shards import INDEX, ShardSet
-from data_pipeline.transforms import Record, Sample, code_transform, dvae_transform, pair_transform, view_transform
+from data_pipeline.order import BLOCK, Endless, Order
+from data_pipeline.rows import ShardRows
+from data_pipeline.shard_cache import ShardCache, check_local, check_world, fetch
+from data_pipeline.shards import Shard, ShardSet
+from data_pipeline.shared_memory import Claim, check_room
+from data_pipeline.transforms import Record, Sample
+from data_pipeline.workers import Workers
 from infra import storage
 from infra.errors import ConfigError, DataError
-from infra.seeds import derive, generator
+from infra.seeds import generator
 from infra.world import World
-
-__all__ = [
-    "SequentialReader",
-    "ShardLoader",
-    "code_collate",
-    "code_transform",
-    "dvae_transform",
-    "image_collate",
-    "pair_transform",
-    "to_pixels",
-    "view_transform",
-]
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B")
 Batch = dict[str, Any]
 
-_SHUFFLE_BLOCK = 1 << 18  # samples among which a sample may move
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
+_COPY = 1 << 32  # what the second use of a record in an epoch (weights above 1) adds to the epoch of its transform
 _serial = itertools.count()  # loaders are made in the same order on every rank, so this number is the same on all of them
-
-
-class _DaemonThreads:
-    """What StreamingDataset needs of an executor. Python joins a ThreadPoolExecutor's threads at exit, and in mid-epoch they never end."""
-
-    def submit(self, function: Callable[..., object], *arguments: Any) -> Future[object]:
-        future: Future[object] = Future()
-
-        def work() -> None:
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        return future
-
-
-class _Epochs(StreamingDataset):  # type: ignore[misc, unused-ignore]  # streaming ships no types
-    """A StreamingDataset that is told where to start: epoch, and which positions of its order are this rank's."""
-
-    place: tuple[int, int, int] = (0, 0, 1)
-    """Epoch, first position, stride."""
-
-    def _resume_incr_epoch(self) -> tuple[int, int]:
-        return self.place[0], 0
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        # A world of one rank: every sample once, without the repeats that make ranks equal.
-        self._parallel_worker_world = StreamingWorld(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-        order: NDArray[np.int64] = super()._get_work(epoch, sample_in_epoch)
-        _, first, stride = self.place
-        return order[first::stride]
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        # The look-ahead thread comes by for every sample. Without eviction a shard that is here stays here, so it needs no file lock.
-        if blocking or self.cache_limit or self._shard_states[shard_id] != _ShardState.LOCAL:
-            super().prepare_shard(shard_id, blocking)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a thread failed: iteration then just ends (in streaming 0.13)."""
-        return hasattr(self, "_event") and self._event.is_set()
-
-
-@contextmanager
-def _own_shared_memory(world: World, serial: int) -> Iterator[str]:
-    """Names in shared memory that belong to this process group: no other job's are looked at, waited for or removed. Yields the group's key."""
-    environment = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
-    if not environment[1]:  # no port to tell groups apart: ranks of one node have their parent in common
-        environment.append(str(os.getppid()))
-    alone = [str(os.getpid())] if world.local_size == 1 else []
-    words = [*environment, *alone, str(os.getuid()), str(world.rank // world.local_size), str(serial)]
-    key = hashlib.blake2b("\x1f".join(words).encode(), digest_size=6).hexdigest()
-    original = streaming_prefix._each_prefix_int
-    streaming_prefix._each_prefix_int = lambda: itertools.count(int(key, 16))
-    try:
-        yield key
-    finally:
-        streaming_prefix._each_prefix_int = original
-
-
-def _check_world(world: World) -> None:
-    found = StreamingWorld.detect()
-    if (found.rank, found.num_ranks, found.ranks_per_node) != (world.rank, world.size, world.local_size):
-        raise ConfigError(
-            f"this process is rank {world.rank} of {world.size} ({world.local_size} on this node), but its environment says rank {found.rank} of "
-            f"{found.num_ranks} ({found.ranks_per_node} on this node): start ranks through launcher.py or torchrun, which set these variables."
-        )
 
 
 def _cache_folder(place: str | Path) -> Path:
@@ -152,6 +62,11 @@ class ShardLoader(Generic[T, B]):
         collate: Callable[[list[T]], B],
         shuffle: bool = True,
         batch_key: str = "batch",
+        workers: int = 0,
+        prefetch: int = PREFETCH,
+        cache_bytes: int = 0,
+        block: int = BLOCK,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
@@ -161,73 +76,84 @@ class ShardLoader(Generic[T, B]):
             world: this process; all ranks make the same loaders in the same order.
             batch: samples of one global batch.
             seed: run.seed.
-            transform: (record, epoch) -> sample.
+            transform: (record, epoch) -> sample. Further copies of a record in one epoch come with another number in place of the epoch.
             collate: samples of this rank -> batch.
             shuffle: False keeps the order of the records.
             batch_key: the configuration's name of ``batch``, for messages.
+            workers: processes of this rank that make batches; 0: this thread does.
+            prefetch: batches that each of them prepares ahead.
+            cache_bytes: limit of the cached shards of s3:// sets on each node; 0: none.
+            block: samples among which a sample may move, at least.
+            weights: source of shards -> samples of an epoch per record; 1 where nothing is said.
 
         Raises:
-            ConfigError: the batch does not divide over the ranks, or the environment has other ranks.
+            ConfigError: the batch does not divide over the ranks, the environment has other ranks, or a cache or shared memory is too small.
             DataError: no set, or an empty one.
         """
         if batch % world.size:
             raise ConfigError(f"{batch_key} = {batch} does not divide over {world.size} processes; use a multiple of {world.size}.")
-        empty = [shard_set.url for shard_set in sets if not shard_set.count]
+        self._weights = {name: weight for name, weight in sorted((weights or {}).items()) if weight != 1}
+        self._orders = [_order(shard_set, self._weights, seed, block, shuffle) for shard_set in sets]
+        empty = [shard_set.url for shard_set, order in zip(sets, self._orders, strict=True) if order.empty]
         if not sets or empty:
             raise DataError(
                 f"nothing to load: {', '.join(empty) + ' has no records' if empty else 'no shard set was given'}; run the stage that writes it again."
             )
-        _check_world(world)
+        check_world(world)
+        check_room()
         self.sets = list(sets)
-        self._world, self._batch, self._seed, self._shuffle = world, batch, seed, shuffle
-        self._transform, self._collate = transform, collate
-        self._counts = [shard_set.count for shard_set in sets]
-        self._datasets = [self._open(shard_set, _cache_folder(cache_dir)) for shard_set in sets]
-        self._drawn = 0  # samples of the global order
-        self._records: Iterator[tuple[Record, int]] | None = None
-
-    def _open(self, shard_set: ShardSet, cache_dir: Path) -> _Epochs:
-        remote = storage.is_remote(shard_set.url)
-        with _own_shared_memory(self._world, next(_serial)) as key:
-            local = cache_dir / f"{shard_set.content_hash[:16]}-{key}" if remote else storage.local_path(shard_set.url)
-            if remote and self._world.local_rank == 0:
-                shutil.rmtree(local, ignore_errors=True)  # a former attempt's shards: present files are not checked again
-            dataset = _Epochs(
-                remote=shard_set.url if remote else None,
-                local=str(local),
-                validate_hash="xxh64" if remote else None,
-                num_canonical_nodes=1,
-                batch_size=1,
-                predownload=4096,
-                shuffle=self._shuffle,
-                shuffle_seed=derive(self._seed, "order") % 2**31,
-                shuffle_block_size=_SHUFFLE_BLOCK,
-            )
-        dataset._executor = _DaemonThreads()
-        if dataset.num_samples != shard_set.count:
-            raise DataError(f"{shard_set.url}: its index has {dataset.num_samples} records, its manifest {shard_set.count}; run its stage again.")
-        return dataset
+        self._world, self._batch, self._seed, self._shuffle, self._block = world, batch, seed, shuffle, block
+        self._transform, self._collate, self._num_workers, self._prefetch = transform, collate, workers, prefetch
+        self._endless = Endless(self._orders)
+        processes, folder = world.local_size * max(1, workers), _cache_folder(cache_dir)
+        limits = [_limit(shard_set, order, cache_bytes, processes) for shard_set, order in zip(sets, self._orders, strict=True)]
+        self._caches = [ShardCache(shard_set, folder, world, next(_serial), limit) for shard_set, limit in zip(sets, limits, strict=True)]
+        self._position = (0, 0)  # epoch, samples drawn in it
+        self._entered = (-1, -1)  # epoch and block that the caches are prepared for
+        self._source: Workers[B] | None = None
 
     def next(self) -> B:
         """The next batch of this rank: ``batch / world.size`` samples.
 
         Raises:
-            DataError: shards are missing or damaged. Nothing is skipped.
+            DataError: a shard is missing or damaged; it is named, and nothing is skipped.
+            ReportedError: a worker process was killed.
         """
-        if self._records is None:
-            self._records = self._run()
-        samples = [self._transform(*pair) for pair in itertools.islice(self._records, self._batch // self._world.size)]
-        self._drawn += self._batch
-        return self._collate(samples)
+        if self._num_workers:
+            if self._source is None:
+                self._source = Workers(self._share, self._num_workers, self._prefetch)
+            try:
+                batch = self._source.next()
+            except BaseException:
+                self._stop_workers()
+                raise
+        else:
+            batch = self._make(self._position)
+        self._position = self._endless.advance(*self._position, self._batch)
+        return batch
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process numbers of the workers that run now."""
+        return [] if self._source is None else self._source.pids
 
     @property
     def epoch(self) -> int:
         """Epoch of the next batch's first sample."""
-        return self._locate(self._drawn)[0]
+        return self._endless.advance(*self._position)[0]
 
     def state(self) -> dict[str, Any]:
-        """Where the loader stands; JSON-able, the same on every rank, and valid on any number of ranks."""
-        return {"samples": self._drawn, "seed": self._seed, "shuffle": self._shuffle, "sets": [shard_set.content_hash for shard_set in self.sets]}
+        """Where the loader stands; JSON-able, the same on every rank, and valid on any number of ranks, workers and nodes.
+
+        ``index`` counts the stored samples of the epoch that lie behind, records that are taken down among them: so it means the same when others are.
+        """
+        epoch, drawn = self._position
+        return {"epoch": epoch, "index": self._endless.epoch(epoch).cursor(drawn), **self._identity()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a position depends on."""
+        sets = [shard_set.content_hash for shard_set in self.sets]
+        return {"seed": self._seed, "shuffle": self._shuffle, "block": self._block, "weights": self._weights, "sets": sets}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -235,52 +161,93 @@ class ShardLoader(Generic[T, B]):
         Raises:
             DataError: the state belongs to other shard sets, another seed or another order.
         """
-        now = self.state()
-        differing = [name for name in ("seed", "shuffle", "sets") if state.get(name) != now[name]]
+        now = self._identity()
+        differing = [name for name in now if state.get(name) != now[name]]
         if differing:
             parts = "; ".join(f"{name}: {state.get(name)} in the checkpoint, {now[name]} now" for name in differing)
             raise DataError(
                 f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage anew."
             )
-        self._drawn = int(state["samples"])
-        self._records = None
-
-    def _locate(self, samples: int) -> tuple[int, int]:
-        """Position in the endless order -> (epoch, position in the epoch)."""
-        cycles, rest = divmod(samples, sum(self._counts))
-        epoch = cycles * len(self.sets)
-        while rest >= self._counts[epoch % len(self.sets)]:
-            rest -= self._counts[epoch % len(self.sets)]
-            epoch += 1
-        return epoch, rest
-
-    def _run(self) -> Iterator[tuple[Record, int]]:
-        rank, size = self._world.rank, self._world.size
-        epoch, start = self._locate(self._drawn)
-        position = self._drawn  # of the epoch's entry point, in the endless order
-        while True:
-            count = self._counts[epoch % len(self.sets)]
-            first = start + (rank - position) % size
-            for record in self._epoch(epoch, first, len(range(first, count, size))):
-                yield record, epoch
-            position += count - start
-            epoch, start = epoch + 1, 0
-
-    def _epoch(self, epoch: int, first: int, expected: int) -> Iterator[Record]:
-        shard_set, dataset = self.sets[epoch % len(self.sets)], self._datasets[epoch % len(self.sets)]
-        dataset.place = (epoch, first, self._world.size)
-        found = 0
+        epoch, index = int(state["epoch"]), int(state["index"])
         try:
-            for record in dataset:
-                found += 1
-                yield record
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{shard_set.url}: reading stopped after {found} of {expected} samples of this rank, epoch {epoch} ({error}).") from error
-        if found != expected or dataset.failed:
-            raise DataError(
-                f"{shard_set.url}: epoch {epoch} ended after {found} of {expected} samples of this rank; "
-                "a shard is missing, damaged or cannot be downloaded (the log above names it). Run the stage that wrote it again, or check the storage."
-            )
+            drawn = self._endless.epoch(epoch).drawn(index)
+        except ValueError as error:
+            raise DataError(f"the loader's state is damaged ({error}); resume from an earlier checkpoint.") from error
+        self._stop_workers()
+        self._position = (epoch, drawn)
+
+    def close(self) -> None:
+        """End the workers, and remove cached shards and shared memory; again is fine. What is forgotten is closed when the process ends."""
+        self._stop_workers()
+        for cache in self._caches:
+            cache.close()
+
+    def _stop_workers(self) -> None:
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _share(self, worker: int, workers: int) -> Iterator[B]:
+        """This rank's batches worker, worker + workers, ... from the present position on."""
+        position = self._endless.advance(*self._position, worker * self._batch)
+        while True:
+            yield self._make(position)
+            position = self._endless.advance(*position, workers * self._batch)
+
+    def _make(self, position: tuple[int, int]) -> B:
+        """This rank's part of the global batch that begins at a position."""
+        self._enter(*self._endless.advance(*position))
+        samples = []
+        for epoch, places in self._endless.every(*position, self._batch, self._world.rank, self._world.size):
+            cache = self._caches[epoch % len(self._caches)]
+            for shard, row, copy in places.T.tolist():
+                samples.append(self._transform(cache.rows(shard)[row], epoch + _COPY * copy))
+            cache.touch()
+        return self._collate(samples)
+
+    def _enter(self, epoch: int, drawn: int) -> None:
+        """Tell the caches when another block begins: which shards it reads, and which ones the block after it."""
+        order = self._endless.epoch(epoch)
+        block = order.block_of(drawn)
+        if self._entered == (epoch, block):
+            return
+        self._entered = (epoch, block)
+        after, following = (epoch, block + 1) if block + 1 < order.num_blocks else (epoch + 1, 0)
+        later = self._endless.epoch(after)
+        ahead = later.shards_of(following).tolist() if following < later.num_blocks else []
+        for number, cache in enumerate(self._caches):
+            now = order.shards_of(block).tolist() if number == epoch % len(self._caches) else []
+            cache.use(now, ahead if number == after % len(self._caches) else [])
+
+
+def _order(shard_set: ShardSet, weights: Mapping[str, float], seed: int, block: int, shuffle: bool) -> Order:
+    shards = shard_set.shards
+    stored = sum(shard.samples for shard in shards)
+    if stored != shard_set.stored:
+        raise DataError(f"{shard_set.url}: its index has {stored} records, its manifest {shard_set.stored}; run its stage again.")
+    each = [weights.get(shard.source, 1.0) for shard in shards]
+    return Order([shard.samples for shard in shards], seed, each, shard_set.removed, block, shuffle)
+
+
+def _limit(shard_set: ShardSet, order: Order, cache_bytes: int, processes: int) -> int:
+    """The limit for shards that have arrived, so that all together stay within ``cache_bytes``: those on their way are not counted by streaming.
+
+    Raises:
+        ConfigError: the shards that are read and those that are fetched ahead would push each other out.
+    """
+    if not cache_bytes or not storage.is_remote(shard_set.url):
+        return 0
+    sizes = np.array([shard.entry["raw_data"]["bytes"] for shard in shard_set.shards], np.int64)
+    first = order.epoch(0)
+    largest = max((int(sizes[first.shards_of(block)].sum()) for block in range(first.num_blocks)), default=0)
+    underway = 2 * processes * int(sizes.max())  # each process reads, and looks ahead
+    needed = max(min(int(sizes.sum()), 2 * largest), 4 * int(sizes.max())) + underway
+    if cache_bytes < needed:
+        raise ConfigError(
+            f"data.cache_bytes = {cache_bytes}: {shard_set.url} needs {needed} on each node, for two blocks of {order.block} samples and the shards that "
+            f"{processes} processes fetch; raise it (0: no limit) or lower data.shuffle_block."
+        )
+    return cache_bytes - underway
 
 
 class SequentialReader(Generic[T, B]):
@@ -312,12 +279,19 @@ class SequentialReader(Generic[T, B]):
         Raises:
             DataError: the set's index is missing.
         """
-        self._set, self._cache = shard_set, _cache_folder(cache_dir)
+        self._set, self._shards = shard_set, shard_set.shards
         self._batch, self._transform, self._collate, self._mix_seed = batch, transform, collate, mix_seed
-        self._shards = storage.read_json(storage.join(shard_set.url, INDEX))["shards"]
+        self._checked: set[int] = set()
+        self._folder = storage.local_path(shard_set.url) if not storage.is_remote(shard_set.url) else self._make_cache(world, cache_dir)
         taken = min(limit, shard_set.count)
         self.indices = [position * shard_set.count // taken for position in range(world.rank, taken, world.size)]
-        """Positions in the set of this rank's records, ascending. Ranks' numbers differ by at most one."""
+        """Positions among the set's visible records of this rank's, ascending. Ranks' numbers differ by at most one."""
+
+    def _make_cache(self, world: World, cache_dir: str | Path) -> Path:
+        claim = Claim(World(world.rank, world.size, 0, 1), next(_serial), _cache_folder(cache_dir))
+        weakref.finalize(self, claim.release)
+        assert claim.cache is not None
+        return claim.cache
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -335,28 +309,29 @@ class SequentialReader(Generic[T, B]):
         """The records themselves.
 
         Raises:
-            DataError: a shard file is missing.
+            DataError: a shard file is missing or damaged; it is named.
         """
-        ends = np.cumsum([shard["samples"] for shard in self._shards])
-        opened: tuple[int, MDSReader] | None = None
-        for index in self.indices:
+        ends = np.cumsum([shard.samples for shard in self._shards])
+        removed = self._set.removed
+        stored = np.array(self.indices, np.int64)
+        stored += np.searchsorted(removed - np.arange(len(removed)), stored, side="right")
+        opened: tuple[int, ShardRows] | None = None
+        for index in stored.tolist():
             number = int(np.searchsorted(ends, index, side="right"))
             if opened is None or opened[0] != number:
-                opened = number, self._reader(self._shards[number])
-            yield opened[1][index - int(ends[number]) + self._shards[number]["samples"]]
+                opened = number, self._rows(number)
+            yield opened[1][index - int(ends[number]) + self._shards[number].samples]
 
-    def _reader(self, shard: dict[str, Any]) -> MDSReader:
-        basename = shard["raw_data"]["basename"]
-        if not storage.is_remote(self._set.url):
-            folder = storage.local_path(self._set.url)
-            if not (folder / basename).is_file():
-                raise DataError(f"{storage.join(self._set.url, basename)}: missing; run the stage that writes {self._set.url} again.")
-        else:
-            folder = self._cache / f"{self._set.content_hash[:16]}-evaluation-{os.getpid()}"
-            if not (folder / basename).is_file():
-                (folder / basename).parent.mkdir(parents=True, exist_ok=True)
-                storage.download_file(storage.join(self._set.url, basename), folder / basename)
-        return MDSReader.from_json(str(folder), None, shard)
+    def _rows(self, number: int) -> ShardRows:
+        shard: Shard = self._shards[number]
+        url, path = storage.join(self._set.url, shard.basename), self._folder / shard.basename
+        if number not in self._checked:
+            if storage.is_remote(url):
+                fetch(url, shard.entry, path)
+            else:
+                check_local(url, shard.entry, path)
+            self._checked.add(number)
+        return ShardRows(path, shard.entry, url)
 
 
 def image_collate(samples: list[Sample]) -> Batch:

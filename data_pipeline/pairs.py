@@ -1,4 +1,4 @@
-"""What sources yield: captioned images, and the units of work that they come in."""
+"""What sources yield: captioned images, records that cannot be read, and the shards in which both are found."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class Pair:
     """One captioned image before filters and splits."""
 
     id: str
-    """Unique among all sources, and stable: the same drawing has the same id in every run."""
+    """Unique among all sources, and stable: the same record has the same id in every run."""
     captions: tuple[str, ...]
     """At least one, the fullest first."""
     image: bytes
@@ -20,9 +20,9 @@ class Pair:
     license: str
     """SPDX identifier, or 'unknown'."""
     group: str
-    """Key of the split: pairs of one group never lie in different splits."""
+    """Key of the split: pairs of one group never lie in different splits, unless they bring their own."""
     split: str = ""
-    """'train' or 'validation' where the source brings its own split; empty: by the hash of the group."""
+    """'train' or 'validation' where the source brings its own, else empty."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,31 @@ class Unreadable:
 
     id: str
     reason: str
-    """Short and fixed: 'missing image', 'no caption', ..."""
+    """One of ``data_pipeline.records.REASONS``."""
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """One unit of work: a tar, a range of row groups of a Parquet file, a byte range of a table, a run of file names."""
+    """One unit of work: a tar, row groups of a Parquet file, a byte range of a table, a run of file names."""
 
     name: str
-    """Stable within the source, and readable."""
+    """Stable within its source, and readable: 'train-00000.tar', 'captions.tsv@0', 'a/000.png..a/999.png'."""
     version: str
-    """Changes whenever the shard's content may have."""
+    """Changes whenever the content of the shard may have."""
     keys: tuple[str, ...] = ()
     """Of sources that list names."""
     span: tuple[int, int] = (0, 0)
-    """Bytes or row groups, of sources that cut files."""
+    """Bytes, or row groups: from the first up to, not including, the last."""
 
 
 class Source(Protocol):
-    """A place of captioned images that can say what there is without reading it."""
+    """A list of shards that is cheap to make, and a way to read one of them, in any process."""
 
-    @property
-    def name(self) -> str:
-        """The source of records that bring none."""
-        ...
+    name: str
+    """``Pair.source`` of records that bring none."""
 
     def shards(self) -> Iterator[InputShard]:
-        """Units of work in a stable order. Files are listed, records are not.
+        """The shards in a stable order. Files are listed, records are not read.
 
         Raises:
             DataError: the source is missing or empty.
@@ -65,17 +63,21 @@ class Source(Protocol):
         ...
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
-        """Records of a shard in a stable order; those of groups that are not wanted are left out, and their images not read.
+        """The records of a shard in a stable order.
+
+        Args:
+            shard: one of ``shards()``.
+            wanted: asked for the group of each record, before its image is fetched or rendered where that can be avoided; others are left out.
 
         Raises:
-            DataError: the shard itself is broken; the file is named.
+            DataError: the shard as a whole is broken, or cannot be reached.
         """
         ...
 
-    def version(self) -> str:
-        """What all shards depend on besides themselves (package versions, render size): finished parts are done again when it changes."""
+    def credits(self) -> dict[str, str]:
+        """Source name of a record -> one line naming author, licence and origin; names that records bring themselves are not in it."""
         ...
 
-    def credits(self) -> dict[str, str]:
-        """Source name of a record -> one line naming author, licence and origin."""
+    def version(self) -> str:
+        """What all shards depend on besides their files: settings, code, package versions."""
         ...

@@ -80,7 +80,7 @@ class Plan:
     def _shaping(self) -> dict[str, Any]:
         return {
             "filters": fingerprint(self.filters.model_copy(update=_AT_MERGE)),
-            "render_size": self.data.render_size if any(source.url == "emoji" for source in self.data.sources) else None,
+            "render_size": self.data.render_size if any(source.is_emoji for source in self.data.sources) else None,
             "min_side": self.min_side,
             "validation_share": self.data.validation_share,
             "share": self.data.share,

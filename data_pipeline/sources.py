@@ -1,44 +1,84 @@
-"""From a configured source to handles, and from handles to input parts."""
+"""From an entry of ``data.sources`` to the reader of what it names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import islice
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.folder_source import FolderSource
 from data_pipeline.pairs import Source
-from infra.errors import ConfigError
+from data_pipeline.records import IMAGE_SUFFIXES
+from data_pipeline.table_source import SUFFIXES, TableSource
+from data_pipeline.webdataset_source import WebDatasetSource
+from infra import storage
+from infra.errors import DataError
+
+LOOK = 10_000
+"""Names that are looked at to tell what a folder holds; a folder with several kinds of files is told apart by ``kind``."""
 
 
-def open_source(spec: str, config: DataConfig) -> Source:
-    """The source that one entry of ``data.sources`` names: 'emoji', or the path or s3:// URL of a folder.
+def open_source(config: SourceConfig, data: DataConfig) -> Source:
+    """The reader of one entry of ``data.sources``; what kind it is is found by names unless ``kind`` says it.
 
     Raises:
-        ConfigError: the entry is empty.
+        DataError: there is nothing at its URL, or nothing that can be read.
     """
-    if not spec.strip():
-        raise ConfigError("data.sources: an entry is empty; accepted are 'emoji' and the path or s3:// URL of a folder.")
-    if spec == "emoji":
-        from data_pipeline.emoji_source import EmojiSource  # its packages are needed by this source only
-
-        return EmojiSource(config.render_size)
-    return FolderSource(spec)
+    return _OPENERS[config.kind or find_kind(config.url)](config, data)
 
 
-@dataclass(frozen=True)
-class InputPart:
-    """One unit of work: consecutive handles of one source."""
+def find_kind(url: str) -> str:
+    """The kind of a source, by the names of the first files that a URL names.
 
-    index: int
-    source: int
-    """Position in ``data.sources``."""
-    keys: tuple[str, ...]
+    Tars come first: the .parquet, .json and .jsonl files beside them describe them. Then images with captions of the same name, beside which
+    img2dataset leaves .parquet files too. Then Parquet files, then tables.
+
+    Raises:
+        DataError: nothing is there, or nothing that can be read.
+    """
+    if url == "emoji":
+        return "emoji"
+    for suffixes, kind in _BY_SUFFIX:
+        if url.lower().endswith(suffixes):
+            return kind
+    names = [info.name for info in islice(storage.glob(url)[1], LOOK)]
+    lower = [name.lower() for name in names]
+    if not any(name.endswith(".tar") for name in lower):
+        texts = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
+        if any(name.lower().endswith(IMAGE_SUFFIXES) and name.rpartition(".")[0] in texts for name in names):
+            return "folder"
+    for suffixes, kind in _BY_SUFFIX:
+        if any(name.endswith(suffixes) for name in lower):
+            return kind
+    what = f"none of its files, such as {names[0]}, is data" if names else "no such folder or file, or it is empty"
+    raise DataError(
+        f"{url}: {what}; data.sources accepts 'emoji', and folders or patterns of images with same-named .txt or .json files, of tables "
+        f"({', '.join(SUFFIXES)}), of .parquet files, or of WebDataset .tar files."
+    )
 
 
-def input_parts(handles: list[list[str]], records_per_part: int) -> list[InputPart]:
-    """Cut the handles of every source into parts of at most ``records_per_part``. No part crosses sources, so appending one moves nothing."""
-    parts: list[InputPart] = []
-    for source, keys in enumerate(handles):
-        for start in range(0, len(keys), records_per_part):
-            parts.append(InputPart(len(parts), source, tuple(keys[start : start + records_per_part])))
-    return parts
+def _emoji(config: SourceConfig, data: DataConfig) -> Source:
+    from data_pipeline.emoji_source import EmojiSource  # its packages are needed by this source only
+
+    return EmojiSource(data.render_size, data.records_per_part, config.split)
+
+
+def _parquet(config: SourceConfig, data: DataConfig) -> Source:
+    from data_pipeline.parquet_source import ParquetSource  # pyarrow takes a second to import
+
+    return ParquetSource(config, data.records_per_part)
+
+
+_BY_SUFFIX: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((".tar",), "webdataset"),
+    ((".parquet",), "parquet"),
+    (SUFFIXES, "table"),
+    (IMAGE_SUFFIXES, "folder"),
+)
+_OPENERS: dict[str, Callable[[SourceConfig, DataConfig], Source]] = {
+    "emoji": _emoji,
+    "folder": lambda config, data: FolderSource(config, data.records_per_part),
+    "table": lambda config, data: TableSource(config, data.records_per_part),
+    "parquet": _parquet,
+    "webdataset": lambda config, data: WebDatasetSource(config),
+}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,36 @@ from data_pipeline import images
 from data_pipeline.text import Tokenizer
 from infra.seeds import derive, generator
 
-Record = dict[str, Any]
-"""One record of a shard set, as a dictionary of its columns."""
+Record = Mapping[str, Any]
+"""One record of a shard set: its columns by name. Columns that are not asked for are not decoded."""
 Sample = dict[str, Any]
 """What collation stacks: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
 
 
-def dvae_transform(image_size: int, scale_min: float, scale_max: float, seed: int) -> Callable[[Record, int], Sample]:
+def dvae_transform(
+    image_size: int, scale_min: float, scale_max: float, seed: int, decoding: images.Decoding = "exact"
+) -> Callable[[Record, int], Sample]:
     """Image records by Listing 1, for the dVAE: pixels uint8 [H, W, 3] and id."""
 
     def transform(record: Record, epoch: int) -> Sample:
         rng = generator(seed, "crop", epoch, record["id"])
-        picture, _ = images.listing1(images.decode(record["image"]), image_size, scale_min, scale_max, rng)
+        draw = partial(images.dvae_crop, target=image_size, scale_min=scale_min, scale_max=scale_max, rng=rng)
+        picture, _ = images.picture(record["image"], draw, image_size, decoding)
         return {"id": record["id"], "pixels": picture}
 
     return transform
 
 
-def pair_transform(image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0) -> Callable[[Record, int], Sample]:
+def pair_transform(
+    image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0, decoding: images.Decoding = "exact"
+) -> Callable[[Record, int], Sample]:
     """Image records by Listing 2 with one of their captions, for the contrastive model: pixels, text, length and id."""
     encode = caption_transform(tokenizer, seed, dropout)
 
     def transform(record: Record, epoch: int) -> Sample:
         rng = generator(seed, "crop", epoch, record["id"])
-        picture, _ = images.listing2(images.decode(record["image"]), image_size, scale_max, rng)
+        draw = partial(images.transformer_crop, target=image_size, scale_max=scale_max, rng=rng)
+        picture, _ = images.picture(record["image"], draw, image_size, decoding)
         return {"id": record["id"], "pixels": picture} | encode(record, epoch)
 
     return transform
@@ -52,12 +59,20 @@ def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, fir
     return choose
 
 
-def code_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False) -> Callable[[Record, int], Sample]:
-    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id."""
+def code_transform(
+    tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False, caption_dropout: float = 0.0
+) -> Callable[[Record, int], Sample]:
+    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id.
+
+    With caption_dropout that share of samples, drawn by (seed, epoch, id), has a caption of length 0 (for classifier-free guidance).
+    """
     encode = caption_transform(tokenizer, seed, dropout, first_caption)
 
     def transform(record: Record, epoch: int) -> Sample:
-        return {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        sample: Sample = {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        if caption_dropout and generator(seed, "caption_dropout", epoch, record["id"]).random() < caption_dropout:
+            return sample | {"text": np.zeros_like(sample["text"]), "length": 0}
+        return sample
 
     return transform
 
@@ -66,7 +81,7 @@ def view_transform(image_size: int, tokenizer: Tokenizer | None = None) -> Calla
     """The view of evaluation, with nothing random: the central crop, and the first caption if there is a tokenizer."""
 
     def transform(record: Record, epoch: int) -> Sample:
-        picture, _ = images.center(images.decode(record["image"]), image_size)
+        picture, _ = images.picture(record["image"], partial(images.center_crop, target=image_size), image_size)
         sample: Sample = {"id": record["id"], "pixels": picture}
         if tokenizer is not None:
             sample["text"], sample["length"] = tokenizer.encode(record["captions"][0])

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards import DONE, EXCLUDED, INDEX, MANIFEST, U64, VERSIONS, ShardSet, digest, part_name, read_markers, version_url
+from data_pipeline.shards import (
+    DONE,
+    EXCLUDED,
+    INDEX,
+    MANIFEST,
+    U64,
+    VERSIONS,
+    Record,
+    ShardSet,
+    digest,
+    part_name,
+    read_markers,
+    version_url,
+    write_part,
+)
 from infra import storage
 from infra.errors import DataError
 
@@ -100,6 +114,33 @@ def _all_shards(parts: list[Part], markers: list[dict[str, Any]]) -> list[dict[s
             raw = shard["raw_data"] | {"basename": f"{part_name(part.inputs)}/{shard['raw_data']['basename']}"}
             shards.append(shard | {"raw_data": raw})
     return shards
+
+
+def write_set(
+    url: str,
+    parts: Sequence[Iterable[Record]],
+    schema: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = 1 << 26,
+    sources: Sequence[str] = (),
+    excluded: NDArray[np.int64] | None = None,
+) -> ShardSet:
+    """Write and merge a whole set at once, for benchmarks and tests.
+
+    Args:
+        url: place of the set.
+        parts: records of each part.
+        schema: IMAGE_SCHEMA or CODES_SCHEMA.
+        settings: part of the content hash.
+        shard_bytes: size limit of one shard file in bytes.
+        sources: of each part; empty: all of one source without a name.
+        excluded: as for ``merge``.
+    """
+    targets = [Part(f"{number:05d}", sources[number] if sources else "") for number in range(len(parts))]
+    for target, records in zip(targets, parts, strict=True):
+        write_part(url, target.inputs, records, shard_bytes)
+    return merge(url, targets, collect(url, targets, "encode"), schema, settings or {}, excluded=excluded)
 
 
 @dataclass(frozen=True)

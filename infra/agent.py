@@ -72,8 +72,8 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(number.name for number in signals.STOP_SIGNALS),
-        shutdown_timeout=signals.SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(tee=Std.ALL if job.id else Std.NONE),
+        **_shutdown_timeout(),
     )
     _quiet_elastic()
     signals.block_in_children()
@@ -98,6 +98,18 @@ def begin(placement: Placement, run: RunFolder, stage: str) -> int:
     ledger.refuse_a_crash_loop(run, stage, job.restart, int(os.environ.get("LAUNCHER_RETRIES", RETRIES)))
     saved = ledger.newest_checkpoint(run, stage)
     return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved)
+
+
+def _shutdown_timeout() -> dict[str, int]:
+    """The option that gives stopped ranks SHUTDOWN_S to save. torch 2.11 has no such option: there the default of 30 s is replaced where it is written."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        return {"shutdown_timeout": signals.SHUTDOWN_S}
+    assert PContext.close.__defaults__ == (None, 30), "torch's PContext.close(death_sig, timeout) has changed"
+    PContext.close.__defaults__ = (None, signals.SHUTDOWN_S)
+    return {}
 
 
 def _free_port() -> int:

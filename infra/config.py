@@ -101,7 +101,7 @@ def accepted_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     schema = model.model_json_schema()
     node = schema
     for part in path:
-        node = node.get("properties", {}).get(part, {})
+        node = node["items"] if node.get("type") == "array" and "items" in node else node.get("properties", {}).get(part, {})
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return list(node.get("properties", {}))

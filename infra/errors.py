@@ -40,6 +40,10 @@ class DataError(ReportedError):
     exit_code = ExitCode.DATA
 
 
+class MissingError(DataError):
+    """There is no such file or object. Anything else that keeps it from being read is another DataError: absence is a fact, not a fault."""
+
+
 class CheckpointError(DataError):
     """A checkpoint is missing, incomplete, damaged or of another shape."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, MissingError
 
 TEMPORARY = ".tmp-"
 """Prefix of the names of files that are being written; listings leave them out."""
@@ -29,11 +29,11 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def read_errors(name: str) -> Iterator[None]:
-    """Turn an OSError into a DataError that names the file."""
+    """Turn an OSError into a DataError that names the file; of one that is not there, a MissingError."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{name}: does not exist.") from error
+        raise MissingError(f"{name}: does not exist.") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
 

@@ -7,6 +7,7 @@ missing or broken (DataError) or whether the bucket, the credentials or the endp
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import secrets
 import threading
@@ -16,13 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infra.errors import ConfigError, DataError, ReportedError
+from infra.errors import ConfigError, DataError, MissingError, ReportedError
 from infra.files import atomic
 
 MAX_ATTEMPTS = 6
 """Attempts of one request (throttling, resets), and of one whole download whose body broke off."""
 BACKOFF_S = 0.25
 """Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+"""Silence of a server in seconds after which a request counts as broken."""
 PART_BYTES = 16 << 20
 """Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB)."""
 DELETE_AT_ONCE = 1000
@@ -85,6 +89,109 @@ def download(url: str, local: Path, sha256: str) -> None:
     _retry_body(url, get)
 
 
+class ObjectStream(io.RawIOBase):
+    """An object read from ``start`` to its end. A body that breaks off goes on where it broke, unless the object has changed meanwhile."""
+
+    def __init__(self, url: str, start: int = 0) -> None:
+        super().__init__()
+        self._url, self._position, self._etag, self._failures = url, start, "", 0
+        self._body: Any = None
+        self._connect()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self._body is not None:
+            self._body.close()
+        self._body = None
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """As of RawIOBase.
+
+        Raises:
+            DataError: MAX_ATTEMPTS requests in a row brought nothing, the object has changed, or its checksum is wrong.
+        """
+        from botocore.exceptions import FlexibleChecksumError
+
+        while True:
+            try:
+                if self._body is None:
+                    self._connect()
+                data: bytes = self._body.read(len(buffer))
+                break
+            except FlexibleChecksumError as error:
+                raise DataError(f"{self._url}: damaged on its way ({error}).") from error
+            except _broken_bodies() as error:
+                self._body, self._failures = None, self._failures + 1
+                if self._failures >= MAX_ATTEMPTS:
+                    raise DataError(
+                        f"{self._url}: failed after {MAX_ATTEMPTS} attempts at byte {self._position} ({error}); check the network."
+                    ) from error
+                time.sleep(BACKOFF_S * 2 ** (self._failures - 1))
+        if data:
+            self._failures = 0
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _connect(self) -> None:
+        from botocore.exceptions import ClientError
+
+        bucket, key = bucket_and_key(self._url)
+        options = {"Range": f"bytes={self._position}-"} if self._position else {}
+        options |= {"IfMatch": self._etag} if self._etag else {}
+        with _errors(self._url):
+            try:
+                answer = _client().get_object(Bucket=bucket, Key=key, **options)
+            except ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412"):
+                    raise DataError(f"{self._url}: has changed while it was being read; run again.") from error
+                if _code(error) not in ("InvalidRange", "416"):
+                    raise
+                self._body = io.BytesIO()  # the range begins at the end
+                return
+        self._body, self._etag = answer["Body"], str(answer.get("ETag", ""))
+
+
+class ObjectFile(io.RawIOBase):
+    """An object with random access: each read is one ranged request. Buffer it, or read in large pieces."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._url, self._size, self._position = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """As of RawIOBase; broken bodies are read again.
+
+        Raises:
+            DataError: it cannot be read, also after retries.
+        """
+        bucket, key = bucket_and_key(self._url)
+        length = max(0, min(len(buffer), self._size - self._position))
+        if not length:
+            return 0
+        asked = f"bytes={self._position}-{self._position + length - 1}"
+        data = _retry_body(self._url, lambda: _client().get_object(Bucket=bucket, Key=key, Range=asked)["Body"].read())
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def write(url: str, data: bytes) -> None:
     """Put an object."""
     bucket, key = bucket_and_key(url)
@@ -137,12 +244,29 @@ def head(url: str) -> dict[str, Any] | None:
 
 def list_names(url: str) -> list[str]:
     """Names of all objects below a prefix, relative to it."""
+    return [name for name, _, _ in list_objects(url)]
+
+
+def list_objects(url: str, start: str = "", *, shallow: bool = False) -> Iterator[tuple[str, int, str]]:
+    """(name relative to ``url``, size in bytes, ETag) of the objects below a prefix, in the server's order, page by page.
+
+    Args:
+        url: the prefix, a folder.
+        start: only names that begin with this.
+        shallow: stay in this folder; each folder in it is one item, named with a slash at its end, of size -1.
+    """
     bucket, key = bucket_and_key(url)
     prefix = f"{key}/" if key else ""
+    options = {"Delimiter": "/"} if shallow else {}
     with _errors(url):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-    return [found.removeprefix(prefix) for found in keys if not found.endswith("/")]
+        for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + start, **options):
+            found = [
+                (item["Key"], int(item.get("Size", 0)), str(item.get("ETag", "")).strip('"'))
+                for item in page.get("Contents", [])
+                if item["Key"][-1] != "/"
+            ]
+            found += [(item["Prefix"], -1, "") for item in page.get("CommonPrefixes", [])]
+            yield from ((name.removeprefix(prefix), size, etag) for name, size, etag in sorted(found))
 
 
 def delete(url: str) -> None:
@@ -167,7 +291,7 @@ def delete_all(url: str) -> None:
 def _client() -> Any:
     """The client of this process and environment: clients do not survive a fork, and an environment may change (in tests it does)."""
     settings = "\n".join(os.environ.get(name, "") for name in _CLIENT_VARIABLES)
-    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {settings}".encode()).hexdigest()
+    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {READ_TIMEOUT_S} {settings}".encode()).hexdigest()
     with _lock:
         if key not in _clients:
             _clients[key] = _connect()
@@ -181,8 +305,8 @@ def _connect() -> Any:
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     config = Config(
         retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=16,
         s3={"addressing_style": "path"} if endpoint else None,  # bucket.host resolves on AWS, rarely elsewhere
     )
@@ -200,9 +324,9 @@ def _transfer() -> Any:
 
 def _retry_body(url: str, action: Callable[[], T]) -> T:
     """Repeat a whole download when its body breaks off or fails its checksum: botocore retries up to the first byte of a body only."""
-    from botocore import exceptions as found
+    from botocore.exceptions import FlexibleChecksumError
 
-    broken = (found.FlexibleChecksumError, found.IncompleteReadError, found.ReadTimeoutError, found.ResponseStreamingError)
+    broken: tuple[type[Exception], ...] = (FlexibleChecksumError, *_broken_bodies())
     with _errors(url):
         for attempt in range(MAX_ATTEMPTS - 1):
             try:
@@ -210,6 +334,13 @@ def _retry_body(url: str, action: Callable[[], T]) -> T:
             except broken:
                 time.sleep(BACKOFF_S * 2**attempt)
         return action()
+
+
+def _broken_bodies() -> tuple[type[Exception], ...]:
+    """What botocore raises when a body breaks off."""
+    from botocore import exceptions as found
+
+    return found.IncompleteReadError, found.ReadTimeoutError, found.ResponseStreamingError
 
 
 def _code(error: Any) -> str:
@@ -244,5 +375,5 @@ def _explain(url: str, code: str, detail: str) -> ReportedError:
     if code in _REFUSED:
         return ConfigError(f"{url}: refused ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of this key on the bucket.")
     if code in _MISSING:
-        return DataError(f"{url}: does not exist.")
+        return MissingError(f"{url}: does not exist.")
     return DataError(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")

@@ -8,19 +8,23 @@ unwritable place, a missing bucket, refused credentials or an unknown scheme.
 
 from __future__ import annotations
 
+import io
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from infra import files, s3
-from infra.errors import ConfigError, DataError
+from infra import files, globs, s3
+from infra.errors import ConfigError, DataError, MissingError
 from infra.files import TEMPORARY, sha256_file
+from infra.globs import FileInfo
 
 __all__ = [
+    "FileInfo",
     "check_writable",
     "create_once",
     "delete",
@@ -28,23 +32,30 @@ __all__ = [
     "download_file",
     "download_folder",
     "exists",
+    "glob",
     "is_remote",
     "join",
     "list_files",
     "local_path",
     "modified",
+    "open_seekable",
+    "open_stream",
     "read_bytes",
     "read_json",
     "read_range",
     "read_text",
     "sha256_file",
     "size",
+    "stat",
     "upload_file",
     "upload_folder",
     "write_bytes",
     "write_json",
     "write_text",
 ]
+
+STREAM_BUFFER = 1 << 18
+"""Bytes that an open stream reads at a time."""
 
 
 def is_remote(url: str) -> bool:
@@ -146,13 +157,103 @@ def size(url: str) -> int:
     Raises:
         DataError: it is missing.
     """
+    return stat(url).size
+
+
+def stat(url: str) -> FileInfo:
+    """Size of a file or object, and what changes with its content: size and modification time, or size and ETag.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it cannot be looked at.
+    """
     if not is_remote(url):
         with files.read_errors(url):
-            return local_path(url).stat().st_size
+            return globs.local_info(url, local_path(url).stat())
     found = s3.head(url)
     if found is None:
-        raise DataError(f"{url}: does not exist.")
-    return int(found["ContentLength"])
+        raise MissingError(f"{url}: does not exist.")
+    return globs.remote_info(url, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
+
+
+def glob(url: str) -> tuple[str, Iterator[FileInfo]]:
+    """The files that a URL names: a file, all files below a folder, or those that match a pattern.
+
+    A pattern holds ``*``, ``?`` or ``[...]``, which stay within one folder, or ``**`` for folders of any depth. Only what lies below its
+    longest fixed part is listed, lazily. Hidden and temporary files are left out. A name that exists is taken literally.
+
+    Returns:
+        The folder to which names are relative, and the files in a stable order; none if there is nothing.
+
+    Raises:
+        DataError: a folder cannot be read (while listing, too).
+    """
+    found = None
+    if not url.endswith("/") and not (is_remote(url) and globs.is_pattern(url)):
+        try:
+            found = stat(url)
+        except MissingError:
+            found = None
+    if found is not None and (is_remote(url) or local_path(url).is_file()):
+        base, _, name = url.rpartition("/")
+        return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
+    level = _remote_level if is_remote(url) else _local_level
+    deep = _remote_walk if is_remote(url) else _local_walk
+    if found is not None or not globs.is_pattern(url):
+        return url.rstrip("/") or url, deep(url)
+    base, parts = globs.split(url)
+    return base or ".", globs.expand(base or ".", parts, level, deep)
+
+
+def _local_level(place: str, start: str) -> Iterator[FileInfo]:
+    return globs.local_level(local_path(place), start)
+
+
+def _local_walk(place: str) -> Iterator[FileInfo]:
+    return globs.local_walk(local_path(place))
+
+
+def _remote_level(place: str, start: str) -> Iterator[FileInfo]:
+    return (globs.remote_info(*found) for found in s3.list_objects(place, start, shallow=True))
+
+
+def _remote_walk(place: str) -> Iterator[FileInfo]:
+    return (globs.remote_info(*found) for found in s3.list_objects(place) if not globs.is_hidden(found[0]))
+
+
+@contextmanager
+def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
+    """A file or object open for reading from byte ``start`` on, in order. What breaks off on the network goes on where it broke.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it is not a regular file, or cannot be read (while reading, too), also after retries.
+    """
+    if is_remote(url):
+        with io.BufferedReader(s3.ObjectStream(url, start), STREAM_BUFFER) as stream:
+            yield cast(BinaryIO, stream)
+        return
+    path = local_path(url)
+    with files.read_errors(url):
+        if path.exists() and not path.is_file():
+            raise DataError(f"{url}: not a regular file.")  # a pipe would block for ever, a device never end
+        with path.open("rb", buffering=STREAM_BUFFER) as file:
+            file.seek(start)
+            yield file
+
+
+@contextmanager
+def open_seekable(url: str) -> Iterator[BinaryIO]:
+    """A file or object open for reading at any place; remote ones are fetched in the pieces that are asked for, unbuffered.
+
+    Raises:
+        MissingError, DataError: as open_stream.
+    """
+    if is_remote(url):
+        yield cast(BinaryIO, s3.ObjectFile(url, size(url)))
+        return
+    with open_stream(url) as file:
+        yield file
 
 
 def modified(url: str) -> float:

@@ -1,4 +1,6 @@
-"""Attention engines. An engine computes ``attend(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK`` for the mask that ``kind`` names.
+"""Attention engines that run anywhere. An engine computes ``attend(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK`` for the mask that ``kind`` names.
+
+``model/engines.py`` makes one by name; FlexAttention is in ``model/flex.py``.
 
 B batch, H heads, S states (T text, then I image as Y rows of X columns), K width of a head, L places along one axis (a row or a column),
 W keys in the window of such a line.
@@ -9,9 +11,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import StreamShape, TransformerConfig
-from model.masks import Kind, allowed_offsets, dense_mask, layer_kinds
+from model.masks import Kind, dense_mask, layer_kinds
+from model.offsets import offsets_of
+
+# On CUDA the fallback of scaled_dot_product_attention would write all scores to memory: without a kernel that does not, it is an error.
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class Attend(Protocol):
@@ -31,7 +38,11 @@ class DenseAttention(nn.Module):
             self.register_buffer(f"mask_{kind}", dense_mask(kind, shape, cfg), persistent=False)
 
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
-        return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=getattr(self, f"mask_{kind}"))
+        mask_SS = getattr(self, f"mask_{kind}")
+        if q_BHSK.is_cuda:
+            with sdpa_kernel(_FUSED):
+                return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
+        return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
 
 
 class StructuredAttention(nn.Module):
@@ -49,7 +60,7 @@ class StructuredAttention(nn.Module):
         self.bias_text: Tensor
         self.register_buffer("bias_text", torch.full((shape.text_tokens, shape.text_tokens), float("-inf")).triu(1), persistent=False)
         for kind in sorted(set(layer_kinds(cfg.layers))):
-            furthest = max(allowed_offsets(kind, shape.grid, cfg.conv_kernel, cfg.conv_offsets))
+            furthest = offsets_of(kind, shape, cfg)[-1]
             before = 0 if kind == "column" else min(-(-furthest // shape.grid), shape.grid - 1)
             mask_YXYX = (
                 dense_mask(kind, shape, cfg)[shape.text_tokens :, shape.text_tokens :].unflatten(1, (shape.grid, -1)).unflatten(0, (shape.grid, -1))

@@ -36,6 +36,8 @@ class DVAEConfig:
     """Channels after the decoder's first 1x1 convolution (n_init): the width of a codebook vector."""
     vocab: int = 8192
     """Number of codes."""
+    pool: Literal["max", "average"] = "max"
+    """How the encoder's groups halve the picture; 'max' gave the better ELB (paper A.1)."""
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")
@@ -73,6 +75,9 @@ class TransformerConfig:
     """Kernel of the convolutional mask of the last layer; odd."""
     conv_offsets: Literal["figure", "causal"] = "figure"
     """'figure': the rule fitted to Figure 11(d), 66 offsets at 11x11 on 32x32; 'causal': the plain causal half, 61."""
+    attention: Literal["auto", "dense", "flex", "structured"] = "auto"
+    """Attention engine; all compute the same. 'dense': the reference; 'structured': short lines, for CPUs; 'flex': FlexAttention's block masks, CUDA
+    only; 'auto': the fastest by the recorded measurements (docs/benchmarks), 'dense' where there are none."""
     pads_in_text_loss: bool = False
     """Whether padding positions count in the text loss, with the padding id as target. The paper is silent."""
     text_loss_weight: float = 0.125

@@ -7,13 +7,15 @@ Parameters carry the release's names (``encoder.blocks.group_1.block_1.res_path.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.config import DVAEConfig
+from model.relaxation import GumbelNoise, hard_codes, relaxed_codes
 
 EPSILON = 0.1
 """Margin of the pixel mapping: pixels in [0, 1] land in [EPSILON, 1 - EPSILON], where the likelihood is finite (paper Eq. 3)."""
@@ -39,59 +41,6 @@ def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     return math.log(2) + ln_b + log_x + log_1mx + (log_x - log_1mx - mu).abs() * torch.exp(-ln_b)
 
 
-class _NegativeEntropy(torch.autograd.Function):
-    """Sum of q ln q over the last axis for q = softmax(logits). Fused by hand: autograd would make three more passes over the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        log_q = F.log_softmax(logits, dim=-1)
-        q = log_q.exp()
-        total = torch.linalg.vecdot(q, log_q)
-        # d total / d logits = q * (ln q - total); the log is not needed again, so its memory becomes the derivative.
-        ctx.save_for_backward(log_q.sub_(total.unsqueeze(-1)).mul_(q))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (derivative,) = ctx.saved_tensors
-        return torch.mul(derivative, grads[0].unsqueeze(-1))
-
-
-def kl_to_uniform(logits_BNYX: Tensor) -> Tensor:
-    """KL divergence in nats of softmax(logits) over N from the uniform prior, [B, Y, X]: ln N minus the entropy (paper 2.1).
-
-    The plain softmax, without noise or temperature, even while the relaxation is on.
-    """
-    negative_entropy_BYX: Tensor = _NegativeEntropy.apply(logits_BNYX.permute(0, 2, 3, 1))
-    return negative_entropy_BYX + math.log(logits_BNYX.shape[1])
-
-
-def gumbel_like(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device | str = "cpu") -> Tensor:
-    """Standard Gumbel noise [B, N, Y, X] in fp32, sample i from ``generators[i]`` alone, so that it depends on nothing else in the batch.
-
-    Stored with N innermost, as the logits of channels-last pictures are.
-
-    Raises:
-        ValueError: not one generator for each sample.
-    """
-    batch, vocab, rows, columns = shape
-    if len(generators) != batch:
-        raise ValueError(f"{len(generators)} generators for {batch} samples: give one for each sample")
-    noise_BYXN = torch.empty(batch, rows, columns, vocab, device=device)
-    for sample_YXN, generator in zip(noise_BYXN, generators, strict=True):
-        sample_YXN.uniform_(generator=generator)  # exponential_ would save a logarithm, but is ten times as slow on a CPU
-    # Uniform numbers are multiples of 2^-24; an exact zero would become an infinity.
-    noise_BYXN.clamp_(min=2.0**-25)
-    return noise_BYXN.log_().neg_().log_().neg_().permute(0, 3, 1, 2)
-
-
-def relax(logits_BNYX: Tensor, gumbel_BNYX: Tensor, tau: float) -> Tensor:
-    """Gumbel-softmax over N at temperature tau, [B, N, Y, X]: relaxed in forward and backward, no straight-through (paper 2.1)."""
-    # The sum is ours alone: scaling it in place spares a pass over the largest tensor of a small model.
-    soft_BYXN = F.softmax((logits_BNYX + gumbel_BNYX).mul_(1 / tau).permute(0, 2, 3, 1), dim=-1)
-    return soft_BYXN.permute(0, 3, 1, 2)
-
-
 def loss(nll_B: Tensor, kl_B: Tensor, beta: float, downsample: int) -> Tensor:
     """The objective per pixel value (paper A.2): NLL per value plus beta / (3 f^2) times KL per position, averaged over the batch.
 
@@ -109,8 +58,8 @@ class DVAETerms(NamedTuple):
     """KL divergence of each picture in nats per code position."""
     stats_B6YX: Tensor
     """Decoder output: mu (3 channels) and ln b (3 channels) on the logit axis, fp32."""
-    logits_BNYX: Tensor
-    """Encoder output: code logits, fp32."""
+    codes_BYX: Tensor
+    """The true codes: argmax of the encoder's logits, int64."""
 
 
 class Conv2d(nn.Module):
@@ -144,8 +93,15 @@ class ResidualBlock(nn.Module):
         self.res_path = nn.Sequential(path)
         # Small residual branches: at initialisation the network is close to its identity paths, whatever its depth (paper 2.1).
         self.gain = gain
+        self.recompute = False
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            y_BCYX: Tensor = checkpoint(self._forward, x_BCYX, use_reentrant=False, preserve_rng_state=False)
+            return y_BCYX
+        return self._forward(x_BCYX)
+
+    def _forward(self, x_BCYX: Tensor) -> Tensor:
         return torch.add(self.id_path(x_BCYX), self.res_path(x_BCYX), alpha=self.gain)
 
 
@@ -161,7 +117,7 @@ def _output(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Mapped pixels [B, 3, S, S] -> code logits [B, N, S/f, S/f], fp32. The first log2(f) groups end in a max-pool."""
+    """Mapped pixels [B, 3, S, S] -> code logits [B, N, S/f, S/f], fp32. The first log2(f) groups end in a pool."""
 
     def __init__(self, cfg: DVAEConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -171,7 +127,7 @@ class Encoder(nn.Module):
         for i in range(cfg.groups):
             group = _group(cfg, n_in, cfg.width * 2**i, (3, 3, 3, 1), compute_dtype)
             if i < pools:
-                group["pool"] = nn.MaxPool2d(2)
+                group["pool"] = nn.MaxPool2d(2) if cfg.pool == "max" else nn.AvgPool2d(2)
             blocks[f"group_{i + 1}"] = nn.Sequential(group)
             n_in = cfg.width * 2**i
         blocks["output"] = _output(n_in, cfg.vocab)
@@ -179,14 +135,36 @@ class Encoder(nn.Module):
         self.image_size = cfg.image_size
 
     def forward(self, mapped_B3YX: Tensor) -> Tensor:
-        """Raises ValueError for pictures of another size than dvae.image_size or of other than 3 channels."""
+        """All logits at once: N values for each position. `DVAE` goes from the features to codes without them.
+
+        Raises:
+            ValueError: pictures of another size than dvae.image_size or of other than 3 channels.
+        """
+        last = self.blocks.get_submodule("output.conv")
+        logits_BNYX: Tensor = last(self.features(mapped_B3YX))
+        return logits_BNYX
+
+    def features(self, mapped_B3YX: Tensor) -> Tensor:
+        """What the last convolution turns into logits, [B, C, S/f, S/f].
+
+        Raises:
+            ValueError: as forward.
+        """
         expected = (3, self.image_size, self.image_size)
         if mapped_B3YX.ndim != 4 or mapped_B3YX.shape[1:] != expected:
             raise ValueError(
                 f"pictures of shape {list(mapped_B3YX.shape)}: expected [batch, {', '.join(map(str, expected))}]; crop them or change dvae.image_size"
             )
-        logits_BNYX: Tensor = self.blocks(mapped_B3YX)
-        return logits_BNYX
+        x: Tensor = mapped_B3YX
+        for module in list(self.blocks)[:-1]:
+            x = module(x)
+        return F.relu(x)
+
+    @property
+    def to_logits(self) -> tuple[Tensor, Tensor]:
+        """Weight [N, C, 1, 1] and bias [N] of the last convolution."""
+        last = self.blocks.get_submodule("output.conv")
+        return last.w, last.b
 
 
 class Decoder(nn.Module):
@@ -218,6 +196,19 @@ class Decoder(nn.Module):
         stats_B6YX: Tensor = self.blocks(z_BNYX)
         return stats_B6YX
 
+    @property
+    def codebook(self) -> tuple[Tensor, Tensor]:
+        """Weight [D, N, 1, 1] and bias [D] of the first convolution: code vectors, and what is added to each."""
+        first = self.blocks.get_submodule("input")
+        return first.w, first.b
+
+    def from_vectors(self, x_BDYX: Tensor) -> Tensor:
+        """Code vectors with the bias added -> mu and ln b [B, 6, S, S]: everything after the first convolution."""
+        x = x_BDYX
+        for module in list(self.blocks)[1:]:
+            x = module(x)
+        return x
+
     def from_codes(self, codes_BYX: Tensor) -> Tensor:
         """As ``forward`` of the one-hot vectors of the codes, bit for bit, by looking code vectors up instead of multiplying.
 
@@ -229,13 +220,9 @@ class Decoder(nn.Module):
                 f"codes of shape {list(codes_BYX.shape)} and {codes_BYX.dtype}: expected integers [batch, {self.grid}, {self.grid}], "
                 f"the grid of dvae.image_size / dvae.downsample"
             )
-        codebook = self.blocks.get_submodule("input")
-        assert isinstance(codebook, Conv2d)
-        x_BYXD = F.embedding(codes_BYX.long(), codebook.w[:, :, 0, 0].T) + codebook.b
-        x: Tensor = x_BYXD.permute(0, 3, 1, 2)
-        for module in list(self.blocks)[1:]:
-            x = module(x)
-        return x
+        w, b_D = self.codebook
+        x_BYXD = F.embedding(codes_BYX.long(), w[:, :, 0, 0].T) + b_D
+        return self.from_vectors(x_BYXD.permute(0, 3, 1, 2))
 
 
 class DVAE(nn.Module):
@@ -255,23 +242,28 @@ class DVAE(nn.Module):
         self.encoder = Encoder(cfg, compute_dtype)
         self.decoder = Decoder(cfg, compute_dtype)
 
-    def forward(self, pixels_B3YX: Tensor, gumbel_BNYX: Tensor | None, tau: float = 1.0) -> DVAETerms:
+    def forward(self, pixels_B3YX: Tensor, noise: GumbelNoise | None, tau: float = 1.0) -> DVAETerms:
         """Both terms of the objective for pictures in [0, 1].
 
         Args:
             pixels_B3YX: fp32 pictures [B, 3, S, S] in [0, 1]; fastest in channels-last order.
-            gumbel_BNYX: noise of the relaxation (`gumbel_like`); None decodes the true codes (argmax), through which no gradient flows.
+            noise: of the relaxation; None decodes the true codes (argmax), through which no gradient reaches the encoder.
             tau: temperature of the relaxation; unused without noise.
 
         Raises:
-            ValueError: pictures of another size than dvae.image_size.
+            ValueError: pictures of another size than dvae.image_size, or not one seed of noise for each.
         """
         mapped_B3YX = map_pixels(pixels_B3YX)
-        logits_BNYX = self.encoder(mapped_B3YX)
-        stats_B6YX = self.decoder.from_codes(logits_BNYX.argmax(1)) if gumbel_BNYX is None else self.decoder(relax(logits_BNYX, gumbel_BNYX, tau))
+        h_BCYX = self.encoder.features(mapped_B3YX)
+        if noise is None:
+            kl_BYX, codes_BYX = hard_codes(h_BCYX, self.encoder.to_logits)
+            stats_B6YX = self.decoder.from_codes(codes_BYX)
+        else:
+            x_BDYX, kl_BYX, codes_BYX = relaxed_codes(h_BCYX, self.encoder.to_logits, self.decoder.codebook, noise, tau)
+            stats_B6YX = self.decoder.from_vectors(x_BDYX)
         mu_B3YX, ln_b_B3YX = stats_B6YX.chunk(2, dim=1)
         nll_B = logit_laplace_nll(mapped_B3YX, mu_B3YX, ln_b_B3YX.clamp_min(self.min_ln_b)).mean((1, 2, 3))
-        return DVAETerms(nll_B, kl_to_uniform(logits_BNYX).mean((1, 2)), stats_B6YX, logits_BNYX)
+        return DVAETerms(nll_B, kl_BYX.mean((1, 2)), stats_B6YX, codes_BYX)
 
     @torch.no_grad()
     def encode(self, pixels_B3YX: Tensor) -> Tensor:
@@ -280,17 +272,36 @@ class DVAE(nn.Module):
         Raises:
             ValueError: pictures of another size than dvae.image_size.
         """
-        codes_BYX: Tensor = self.encoder(map_pixels(pixels_B3YX)).argmax(1)
-        return codes_BYX
+        return hard_codes(self.encoder.features(map_pixels(pixels_B3YX)), self.encoder.to_logits).codes_BYX
 
     @torch.no_grad()
     def decode(self, codes_BYX: Tensor) -> Tensor:
         """Codes [B, grid, grid] -> pictures [B, 3, S, S] in [0, 1]: the mode's location, ln b is ignored (paper A.3).
 
         Raises:
-            ValueError: codes of another grid.
+            ValueError: codes of another grid, or out of range.
         """
+        low, high = (int(value) for value in codes_BYX.aminmax()) if codes_BYX.numel() else (0, 0)
+        if low < 0 or high >= self.cfg.vocab:
+            raise ValueError(
+                f"codes from {low} to {high}: dvae.vocab = {self.cfg.vocab} accepts 0 to {self.cfg.vocab - 1}; are they of another dVAE?"
+            )
         return pictures(self.decoder.from_codes(codes_BYX))
+
+    def groups(self) -> list[nn.Module]:
+        """The groups of residual blocks, where nearly all of the arithmetic is."""
+        return [module for half in (self.encoder, self.decoder) for name, module in half.blocks.named_children() if name.startswith("group_")]
+
+    def compile_groups(self, backend: str = "inductor") -> None:
+        """Hand each group to torch.compile. The rest stays as it is: blocks of noise and codes have no shape that a compiler could fix."""
+        for group in self.groups():
+            group.compile(backend=backend, dynamic=False)
+
+    def recompute_blocks(self) -> None:
+        """Keep the inputs of residual blocks alone, and compute their insides again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.recompute = True
 
 
 def pictures(stats_B6YX: Tensor) -> Tensor:

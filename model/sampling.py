@@ -1,21 +1,22 @@
 """Drawing image codes from a trained transformer, one position after the other, with a static cache of keys and values.
 
-B pictures, T text and I image positions, S = T + I states, P given codes, N image codes, H heads, K width of a head, Q states at once.
+B pictures, T text and I image positions, S = T + I states, P given codes, N image codes, H heads, K width of a head, Q states at once,
+V image states that one image state visits.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.masks import Kind, dense_mask, layer_kinds
+from model.masks import CachePlan, Kind, cache_plan, dense_mask, layer_kinds
 from model.transformer import Transformer
 
 
 class CachedAttention:
-    """Engine of one layer: attends from new states to all states so far, whose keys and values it keeps."""
+    """Engine of one layer: attends from new states to the states so far that its mask allows, whose keys and values it keeps."""
 
-    def __init__(self, mask_SS: Tensor) -> None:
-        self.mask_SS = mask_SS
+    def __init__(self, mask_SS: Tensor, plan: CachePlan, text_tokens: int) -> None:
+        self.mask_SS, self.plan, self.text_tokens = mask_SS, plan, text_tokens
         self.filled = 0
         self.keys_BHSK: Tensor | None = None
         self.values_BHSK: Tensor | None = None
@@ -28,18 +29,34 @@ class CachedAttention:
         end = self.filled + q_BHQK.shape[2]
         self.keys_BHSK[:, :, self.filled : end] = k_BHQK
         self.values_BHSK[:, :, self.filled : end] = v_BHQK
-        mask_QS = self.mask_SS[self.filled : end, :end]
-        self.filled = end
+        begin, self.filled = self.filled, end
+        if end - begin == 1 and begin >= self.text_tokens:
+            return self._visit(q_BHQK, self.keys_BHSK, self.values_BHSK, begin - self.text_tokens)
+        mask_QS = self.mask_SS[begin:end, :end]
         return F.scaled_dot_product_attention(q_BHQK, self.keys_BHSK[:, :, :end], self.values_BHSK[:, :, :end], attn_mask=mask_QS)
+
+    def _visit(self, q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, position: int) -> Tensor:
+        """One image state: all text, and of the image only what the plan visits."""
+        visited, is_allowed_V = self.plan.visit(position)
+        image = slice(self.text_tokens + visited.start, self.text_tokens + visited.stop, visited.step)
+        q_BH1K = q_BH1K * q_BH1K.shape[-1] ** -0.5
+        text_BH1T = q_BH1K @ k_BHSK[:, :, : self.text_tokens].transpose(-1, -2)
+        image_BH1V = q_BH1K @ k_BHSK[:, :, image].transpose(-1, -2)
+        if is_allowed_V is not None:
+            image_BH1V = image_BH1V.masked_fill(~is_allowed_V.to(q_BH1K.device), float("-inf"))
+        p_BH1T, p_BH1V = torch.cat([text_BH1T, image_BH1V], dim=-1).softmax(-1).split([self.text_tokens, image_BH1V.shape[-1]], dim=-1)
+        return p_BH1T @ v_BHSK[:, :, : self.text_tokens] + p_BH1V @ v_BHSK[:, :, image]
 
 
 class CodePredictor:
     """The logits of the next image code, state by state: equal to ``Transformer.logits`` up to rounding, at a fraction of its cost."""
 
     def __init__(self, model: Transformer, text_BT: Tensor, lengths_B: Tensor) -> None:
-        masks = {kind: dense_mask(kind, model.shape, model.cfg).to(text_BT.device) for kind in set(layer_kinds(model.cfg.layers))}
+        kinds = layer_kinds(model.cfg.layers)
+        masks = {kind: dense_mask(kind, model.shape, model.cfg).to(text_BT.device) for kind in set(kinds)}
+        plans = {kind: cache_plan(kind, model.shape, model.cfg) for kind in set(kinds)}
         self._model = model
-        self._engines = [CachedAttention(masks[kind]) for kind in layer_kinds(model.cfg.layers)]
+        self._engines = [CachedAttention(masks[kind], plans[kind], model.shape.text_tokens) for kind in kinds]
         self._seen = 0
         self._waiting_BTD: Tensor | None = model.embed_text(text_BT, lengths_B)
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attend, DenseAttention
 from model.config import StreamShape, TransformerConfig
-from model.masks import Kind, layer_kinds
+from model.head import Unembedding
+from model.offsets import Kind, layer_kinds
 
 # Initialisation of the same group's published code (distribution augmentation); the paper is silent.
 _WEIGHT_VARIANCE = 0.125
@@ -69,18 +70,6 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         return F.linear(x, weight.t() if self.transposed else weight, self.bias.to(x.dtype))
-
-
-class Unembedding(nn.Module):
-    """States to fp32 logits; untied and without a bias. Weight (vocabulary, D)."""
-
-    def __init__(self, width: int, vocab: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, width))
-        nn.init.normal_(self.weight, std=math.sqrt(_WEIGHT_VARIANCE / width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 class Table(nn.Module):
@@ -189,7 +178,7 @@ class Transformer(nn.Module):
         branch_dtype: torch.dtype = torch.float32,
         norm: Norm | None = None,
         attend: Attend | None = None,
-        checkpoint_blocks: bool = False,
+        checkpoint_every: int = 0,
     ) -> None:
         """Build and initialise the model in fp32.
 
@@ -199,10 +188,11 @@ class Transformer(nn.Module):
             branch_dtype: arithmetic of the residual branches; everything else is fp32.
             norm: makes a norm of a given width; layer norm with eps 1e-5 if None.
             attend: the attention engine (a module, if it holds buffers); DenseAttention if None.
-            checkpoint_blocks: recompute each resblock in the backward pass.
+            checkpoint_every: keep the states before every n-th resblock only, and recompute the n resblocks between (and the logits) in the backward
+                pass (paper 2.4 recomputes each resblock: 1); 0 keeps everything.
         """
         super().__init__()
-        self.cfg, self.shape, self.checkpoint_blocks = cfg, shape, checkpoint_blocks
+        self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
         make_norm = norm or (lambda width: nn.LayerNorm(width, eps=1e-5))
         self.attend = attend or DenseAttention(cfg, shape)
         width = cfg.width
@@ -220,8 +210,8 @@ class Transformer(nn.Module):
             blocks.append(MLPResblock(cfg, make_norm(width), branch_dtype))
         self.resblocks = nn.ModuleList(blocks)
         self.final_norm = make_norm(width)
-        self.text_unembedding = Unembedding(width, shape.text_vocab)
-        self.image_unembedding = Unembedding(width, shape.image_vocab)
+        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE)
+        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE)
 
     def embed_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Input states of the text slots, fp32 [B, T, D]."""
@@ -241,19 +231,28 @@ class Transformer(nn.Module):
     def states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> Tensor:
         """Final states before the last norm, fp32 [B, S, D]."""
         x_BSD = torch.cat([self.embed_text(text_BT, lengths_B), self.embed_image(codes_BI[:, :-1])], dim=1)
-        for block in self.resblocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, self.attend, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BSD = block(x_BSD, self.attend)
+        if not self.checkpoint_every or not torch.is_grad_enabled():
+            return self._run(0, len(self.resblocks), x_BSD)
+        for first in range(0, len(self.resblocks), self.checkpoint_every):
+            last = min(first + self.checkpoint_every, len(self.resblocks))
+            x_BSD = checkpoint(self._run, first, last, x_BSD, use_reentrant=False, preserve_rng_state=False)
+        return x_BSD
+
+    def _run(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
+        for block in list(self.resblocks)[first:last]:
+            x_BSD = block(x_BSD, self.attend)
         return x_BSD
 
     def logits(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every text and image position, fp32 [B, T, V] and [B, I, N]. Arguments and errors as in ``forward``."""
+        text_BTD, image_BID = self._predicting_states(text_BT, lengths_B, codes_BI)
+        return self.text_unembedding(text_BTD), self.image_unembedding(image_BID)
+
+    def _predicting_states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
         self._check(text_BT, lengths_B, codes_BI)
         x_BSD = self.final_norm(self.states(text_BT, lengths_B, codes_BI))
         text_BTD, image_BID = x_BSD.split([self.shape.text_tokens, self.shape.image_tokens], dim=1)
-        return self.text_unembedding(text_BTD), self.image_unembedding(image_BID)
+        return text_BTD, image_BID
 
     def forward(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]; means are the caller's, over its own counts.
@@ -268,12 +267,13 @@ class Transformer(nn.Module):
         Raises:
             ValueError: wrong shapes; ids or lengths out of range (looked for on CPU tensors only: elsewhere it would cost a wait).
         """
-        text_logits_BTV, image_logits_BIN = self.logits(text_BT, lengths_B, codes_BI)
+        text_BTD, image_BID = self._predicting_states(text_BT, lengths_B, codes_BI)
+        keeps_logits = not self.checkpoint_every
         is_token_BT = torch.arange(self.shape.text_tokens, device=text_BT.device) < lengths_B[:, None]
-        text_nll_BT = _nll(text_logits_BTV, text_BT.where(is_token_BT, 0))
+        text_nll_BT = self.text_unembedding(text_BTD, text_BT.where(is_token_BT, 0), keeps_logits)
         if not self.cfg.pads_in_text_loss:
             text_nll_BT = text_nll_BT.where(is_token_BT, 0.0)
-        return text_nll_BT, _nll(image_logits_BIN, codes_BI)
+        return text_nll_BT, self.image_unembedding(image_BID, codes_BI, keeps_logits)
 
     def text_counts(self, lengths_B: Tensor) -> Tensor:
         """Text positions of each caption that count in the loss, int64 [B]: the denominator of the text loss is their global sum."""
@@ -301,10 +301,6 @@ def _check_range(what: str, ids: Tensor, bound: int, key: str) -> None:
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= bound:
         raise ValueError(f"{what} run from {low} to {high}: accepted are 0 to {bound - 1}, below {key} = {bound}")
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 @dataclass(frozen=True)

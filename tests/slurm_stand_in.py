@@ -49,14 +49,18 @@ def batch_environment(folder: Path, nodes: int = 1, restart: int = 0, job: str =
 
 
 def _srun(arguments: list[str]) -> int:
-    options = dict(word.removeprefix("--").partition("=")[::2] for word in arguments if word.startswith("--") and "=" in word and "signal" not in word)
+    options = dict(
+        word.removeprefix("--").partition("=")[::2] for word in arguments if word.startswith("--") and "=" in word and "signal" not in word
+    )
     first = next(i for i, word in enumerate(arguments) if not word.startswith("--"))
     nodes = int(options["nodes"])
     base = os.environ | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": options["ntasks"]}
     base["SLURM_STEP_NODELIST"] = os.environ["SLURM_JOB_NODELIST"]
     tasks = [
         subprocess.Popen(
-            arguments[first:], env=base | {"SLURM_NODEID": str(i), "SLURM_PROCID": str(i), "SLURMD_NODENAME": f"127.0.0.{i + 1}"}, start_new_session=True
+            arguments[first:],
+            env=base | {"SLURM_NODEID": str(i), "SLURM_PROCID": str(i), "SLURMD_NODENAME": f"127.0.0.{i + 1}"},
+            start_new_session=True,
         )
         for i in range(nodes)
     ]

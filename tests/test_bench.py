@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.config import StreamShape, TransformerConfig
-from train.bench import docs, floor, harness, table, transformer
+from train.bench import docs, floor, harness, model, peer_dalle, table
 from train.bench.harness import Figure, Options, Result, check, copy_rate, matmul_rate, measure, probe, threads, to_json, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ def test_a_ratio_of_a_figure_that_is_not_there_is_refused() -> None:
 
 
 def test_an_unknown_benchmark_is_refused_and_every_listed_one_can_run() -> None:
-    with pytest.raises(ValueError, match="benchmark 'flor' is not known; accepted: floor, transformer"):
+    with pytest.raises(ValueError, match=r"benchmark .flor. is not known; accepted: .*floor.*memory, model"):
         table.run("flor")
     for name in table.BENCHES:
         source = (ROOT / (table.BENCHES[name].replace(".", "/") + ".py")).read_text()
@@ -117,29 +117,59 @@ def test_the_floor_has_a_rate_for_each_dtype_and_thread_count(monkeypatch: pytes
     assert {"copy, 1 thread", "copy, 2 threads"} <= set(found.measured)
 
 
-def test_the_operations_of_a_training_step_are_those_that_torch_counts_less_masked_pairs() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3)
-    shape = StreamShape(text_tokens=8, text_vocab=64, grid=4, image_vocab=32)
-    step = transformer.training_step(cfg, shape, 2, torch.float32, "cpu")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-    pairs = sum(int(transformer.dense_mask(kind, shape, cfg).sum()) for kind in transformer.layer_kinds(cfg.layers))
-    attention = 3.0 * 2 * 2 * cfg.width * pairs
-    assert 2 * (transformer.train_flops(cfg, shape) - attention) == products
+CFG = TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3)
+SHAPES = tuple(StreamShape(text_tokens=8, text_vocab=64, grid=grid, image_vocab=16) for grid in (4, 8))
 
 
-def test_the_transformer_benchmark_compares_with_the_floor_of_its_own_run() -> None:
-    cfg = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
-    found = transformer.compare(cfg, StreamShape(text_tokens=4, text_vocab=32, grid=4, image_vocab=16), 2, QUICK)
+def test_the_model_benchmark_compares_with_the_floor_and_the_peer_of_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer is a stand-in, so that its place in the result is tested where it is not installed."""
+    asked = []
+
+    def step(cfg: object, shape: StreamShape, batch: int, dtype: torch.dtype, device: str, attention: tuple[str, ...]) -> Any:
+        asked.append((shape.grid, dtype, attention))
+        a = torch.randn(64, 64)
+        return lambda: a @ a
+
+    monkeypatch.setattr(peer_dalle, "find", lambda package: Path("somewhere"))
+    monkeypatch.setattr(peer_dalle, "training_step", step)
+    found = model.compare(CFG, SHAPES, 2, QUICK, ((CFG, SHAPES[0], 2),))
     check(json.loads(to_json(found)))
     for name in ("fp32", "bf16"):
-        ratio = found.ratios[f"share of the matrix rate, {name}"]
-        assert ratio.value == found.measured[f"useful arithmetic {name}"].value / found.floor[f"matmul {name}"].value
+        ratio = found.ratios[f"share of the matrix rate, {name}, 8+16 states"]
+        assert ratio.value == found.measured[f"useful arithmetic {name}, 8+16 states"].value / found.floor[f"matmul {name}"].value
         assert 0 < ratio.value < 1.5
+    assert [(grid, dtype) for grid, dtype, _ in asked[:4]] == [(4, torch.float32), (4, torch.bfloat16)] * 2
+    assert len(asked) == 4 + 2 and len({dtype for _, dtype, _ in asked[4:]}) == 1, "the slower dtype is not tried again"
+    versus = found.ratios["ours over dalle-pytorch at its best, 8+64 states"]
+    assert versus.goal == 3.0 and found.peers[versus.to].value == max(f.value for n, f in found.peers.items() if n.endswith("8+64 states"))
+    assert "attention structured fp32, 8+4x4 states, heads of 16" in found.measured
+
+
+def test_without_the_peer_the_model_benchmark_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_dalle, "folders", lambda: [])
+    found = model.compare(CFG, SHAPES[:1], 2, QUICK)
+    assert not found.peers and not any("dalle-pytorch" in name for name in found.ratios)
+    with pytest.raises(ValueError, match="dalle_pytorch is not installed: run 'make bench-peers', or set PEERS"):
+        peer_dalle.load()
+
+
+def test_the_peers_pattern_is_ours_in_its_words() -> None:
+    assert peer_dalle.attention_pattern(6) == ("axial_row", "axial_col", "axial_row", "axial_row", "axial_row", "conv_like")
+
+
+@pytest.mark.skipif(peer_dalle.find("dalle_pytorch") is None, reason="dalle_pytorch is not installed (make bench-peers)")
+@pytest.mark.parametrize("attention", [("full",), peer_dalle.attention_pattern(2)])
+def test_the_peer_trains(attention: tuple[str, ...]) -> None:
+    shape = StreamShape(text_tokens=8, text_vocab=64, grid=4, image_vocab=16)
+    peer_dalle.training_step(TransformerConfig(layers=2, width=64, heads=2), shape, 2, torch.bfloat16, "cpu", attention)()
+
+
+def test_peers_are_looked_for_where_the_environment_says_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PEERS", str(tmp_path))
+    assert peer_dalle.find("dalle_pytorch") is None
+    (tmp_path / "dalle_pytorch").mkdir()
+    (tmp_path / "dalle_pytorch" / "__init__.py").touch()
+    assert peer_dalle.find("dalle_pytorch") == tmp_path
 
 
 def test_the_page_shows_medians_ranges_ratios_and_goals_of_every_file_and_nothing_else(tmp_path: Path) -> None:
@@ -164,8 +194,10 @@ def test_the_committed_page_and_schema_are_those_that_the_committed_files_give()
     assert (ROOT / "docs/benchmarks.schema.json").read_text() == docs.schema_text(), "run: python -m train.bench.docs"
 
 
-def test_benchmarks_import_nothing_but_torch_the_standard_library_and_model() -> None:
+def test_benchmarks_of_models_import_nothing_but_torch_the_standard_library_and_model() -> None:
     for path in sorted((ROOT / "train" / "bench").glob("*.py")):
+        if path.name.startswith("data_") or path.name == "photographs.py":
+            continue  # what they measure needs NumPy and the data pipeline
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:

@@ -101,13 +101,13 @@ def test_concepts_are_readable_and_none_swallows_everything() -> None:
 
 def test_a_drawing_is_rendered_on_white_the_same_every_time() -> None:
     for key in ("twemoji/1f34e", "openmoji/1F34E"):
-        pair = SOURCE.read(key)
+        pair = SOURCE.pair(key)
         pixels = decode(pair.image)
         assert pixels.shape == (48, 48, 3)
         assert (pixels[0, 0] == 255).all()
         centre = pixels[24, 24].astype(int)
         assert centre[0] > centre[1] + 40 and centre[0] > centre[2] + 40, "a red apple is red"
-        assert SOURCE.read(key) == pair
+        assert SOURCE.pair(key) == pair
 
 
 def test_a_drawing_that_is_not_square_is_padded_with_white() -> None:
@@ -118,7 +118,7 @@ def test_a_drawing_that_is_not_square_is_padded_with_white() -> None:
 
 
 def test_records_name_licence_and_credits_name_package_and_version() -> None:
-    pair = SOURCE.read("openmoji/1F34E")
+    pair = SOURCE.pair("openmoji/1F34E")
     assert (pair.source, pair.license, pair.group) == ("openmoji", "CC-BY-SA-4.0", "emoji/red_apple")
     lines = credits()
     assert lines == SOURCE.credits() and set(lines) == {"twemoji", "openmoji"}
@@ -129,7 +129,24 @@ def test_records_name_licence_and_credits_name_package_and_version() -> None:
 @pytest.mark.parametrize("key", ["twemoji/ffff", "nostyle/1f34e", "twemoji/../1f34e"])
 def test_a_handle_of_no_drawing_is_refused(key: str) -> None:
     with pytest.raises(DataError, match=r"not in the installed packages .* prepare the data again"):
-        SOURCE.read(key)
+        SOURCE.pair(key)
+
+
+def test_shards_hold_every_handle_once_and_only_wanted_drawings_are_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = EmojiSource(48, 1000, "train")
+    shards = list(source.shards())
+    assert [key for shard in shards for key in shard.keys] == KEYS
+    assert {len(shard.keys) for shard in shards[:-1]} == {1000} and len({shard.name for shard in shards}) == len(shards)
+    rendered: list[str] = []
+
+    def record(svg: str, size: int) -> bytes:
+        rendered.append(svg)
+        return b"png"
+
+    monkeypatch.setattr("data_pipeline.emoji_source.render", record)
+    found = [pair for shard in shards for pair in source.read(shard, lambda group: group == "emoji/red_apple")]
+    assert sorted(pair.id for pair in found) == ["openmoji/1f34e", "twemoji/1f34e"] and len(rendered) == 2
+    assert {pair.split for pair in found} == {"train"} and SOURCE.pair("twemoji/1f34e").split == ""
 
 
 def test_the_version_tells_render_sizes_apart() -> None:

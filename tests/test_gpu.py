@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.config import DVAEConfig, StreamShape, TransformerConfig
-from model.dvae import DVAE, gumbel_like
+from model.dvae import DVAE
+from model.relaxation import GumbelNoise
 from model.transformer import Transformer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -34,8 +35,10 @@ def test_the_dvae_gives_the_same_terms() -> None:
     torch.manual_seed(0)
     model = DVAE(DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32))
     pixels_B3YX = torch.rand(2, 3, 16, 16)
-    noise_BNYX = gumbel_like((2, 32, 4, 4), [torch.Generator().manual_seed(i) for i in range(2)])
-    ours = model(pixels_B3YX, noise_BNYX, 0.5)
-    theirs = model.to("cuda")(pixels_B3YX.to("cuda"), noise_BNYX.to("cuda"), 0.5)
+    noise = GumbelNoise([0, 1])  # drawn on the CPU and moved: a GPU's own generator gives other numbers
+    ours = model(pixels_B3YX, noise, 0.5)
+    moved = GumbelNoise([0, 1])
+    moved.blocks = lambda *arguments: (block.to("cuda") for block in noise.blocks(*arguments))  # type: ignore[method-assign]
+    theirs = model.to("cuda")(pixels_B3YX.to("cuda"), moved, 0.5)
     torch.testing.assert_close(theirs.nll_B.cpu(), ours.nll_B, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(theirs.kl_B.cpu(), ours.kl_B, rtol=1e-3, atol=1e-3)

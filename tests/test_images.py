@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import cbook
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline import images
+from data_pipeline import area, images, jpeg
 from data_pipeline.images import CropBox
 from infra.errors import DataError
+from infra.seeds import generator
+from train.bench import photographs
 
 _TOO_SMALL = r"40 x 15 pixels: crops of 16 .* raise data.min_side"
 
@@ -46,39 +56,129 @@ def literal_area(image: images.Pixels, size: int) -> NDArray[np.float64]:
     return out
 
 
+def near_a_tie(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.abs(values - np.floor(values) - 0.5) < 1e-3
+
+
+def dense(size_in: int, size_out: int) -> NDArray[np.float64]:
+    """The matrix of an axis, float64 [size_out, size_in]."""
+    first, weights = area.taps(size_in, size_out)
+    out = np.zeros((size_out, size_in))
+    for row, (start, some) in enumerate(zip(first, weights, strict=True)):
+        out[row, start : start + len(some)] += some
+    return out
+
+
+@settings(deadline=None)  # the first example compiles
 @given(st.integers(1, 20), st.integers(0, 15), st.integers(0, 10))
-def test_area_resize_equals_the_literal_definition(size: int, more: int, seed: int) -> None:
+def test_area_resize_equals_the_literal_definition_but_for_ties(size: int, more: int, seed: int) -> None:
     image = noise(size + more, size + more, seed)
-    weights = images.area_weights(size + more, size).astype(np.float64)
-    fast = np.einsum("yi,ijc,xj->yxc", weights, image.astype(np.float64), weights)
-    assert np.abs(fast - literal_area(image, size)).max() < 1e-3
+    slow = literal_area(image, size)
+    fast = area.resize(image, (0, 0, size + more, size + more), size, (0, 0), size)
+    assert (near_a_tie(slow) | (fast == np.rint(slow))).all()
+    assert np.abs(fast - slow).max() < 0.502
 
 
-def test_a_cut_equals_the_literal_resize_rounded_and_cropped() -> None:
+@pytest.mark.parametrize("side", [256, 257, 300, 375, 511, 512, 600, 1023])
+def test_a_cut_at_256_pixels_equals_the_definition_but_for_ties(side: int) -> None:
+    image = noise(side + 9, side + 30, side)
+    crop = CropBox((13, 5, 13 + side, 5 + side), resize=min(side, 271), offset=(min(side, 271) - 256, 0))
+    rows = dense(side, crop.resize)
+    slow = np.einsum("yi,ijc,xj->yxc", rows, image[5 : 5 + side, 13 : 13 + side].astype(np.float64), rows, optimize=True)
+    slow = slow[:256, crop.offset[0] : crop.offset[0] + 256]
+    fast = images.cut(image, crop, 256)
+    wrong = fast != np.rint(slow)
+    assert not (wrong & ~near_a_tie(slow)).any()
+    assert wrong.mean() < 1e-3
+
+
+def test_halves_are_rounded_to_even_as_tensorflow_rounds() -> None:
+    image = np.zeros((5, 5, 3), np.uint8)
+    image[:, ::2] = 1  # the scale is 2: every pair of columns averages to a half
+    image[:, 2:] += 1
+    assert area.resize(image, (0, 0, 5, 5), 3, (0, 0), 3)[0, :, 0].tolist() == [0, 2, 2]
+
+
+def test_a_cut_equals_the_literal_resize_rounded_cropped_and_flipped() -> None:
     image = noise(40, 31)
-    crop = CropBox((0, 5, 31, 36), resize=20, offset=(3, 2))
-    slow = np.rint(np.clip(literal_area(image[5:36], 20), 0, 255))[2:18, 3:19]
-    difference = np.abs(images.cut(image, crop, 16).astype(int) - slow)
-    assert difference.max() <= 1, "further off than a tie in rounding"
-    assert (difference > 0).mean() < 0.01
+    slow = np.rint(literal_area(image[5:36], 20))[2:18, 3:19]
+    for flip in (False, True):
+        fast = images.cut(image, CropBox((0, 5, 31, 36), resize=20, offset=(3, 2), flip=flip), 16)
+        difference = np.abs((fast[:, ::-1] if flip else fast).astype(int) - slow)
+        assert difference.max() <= 1, "further off than a tie in rounding"
+        assert (difference > 0).mean() < 0.01
+
+
+def test_an_image_that_is_a_view_or_read_only_is_cut_alike() -> None:
+    image = noise(60, 50)
+    crop = CropBox((0, 0, 25, 25), resize=18, offset=(1, 1))
+    expected = images.cut(np.ascontiguousarray(image[::2, ::2]), crop, 16)
+    frozen = np.ascontiguousarray(image[::2, ::2])
+    frozen.setflags(write=False)
+    assert np.array_equal(images.cut(image[::2, ::2], crop, 16), expected)
+    assert np.array_equal(images.cut(frozen, crop, 16), expected)
+
+
+def test_threads_may_cut_at_once() -> None:
+    image = noise(300, 300)
+    crop = CropBox((0, 0, 300, 300), resize=200, offset=(5, 9))
+    expected = images.cut(image, crop, 190)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: images.cut(image, crop, 190), range(40)):
+            assert np.array_equal(found, expected)
+
+
+def test_a_machine_that_can_keep_no_compiled_code_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tried = numba.njit, []
+
+    def njit(*args: Any, cache: bool = False, **options: Any) -> Any:
+        tried.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function 'loops': no locator available for file 'area.py'")
+        return real(*args, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    kernel = area._compiled.__wrapped__(3)
+    assert tried == [True, False] and callable(kernel)
+    assert numba.config.SLP_VECTORIZE == 0, "a setting of other users of numba stays theirs"
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("another reason")
+
+    monkeypatch.setattr(numba, "njit", broken)
+    with pytest.raises(RuntimeError, match="another reason"):
+        area._compiled.__wrapped__(3)
 
 
 def test_the_last_pixels_of_an_area_resize_lean_on_the_edge() -> None:
     # The scale is (in - 1) / (out - 1) = 3: the second pixel covers [3, 6], of which only [3, 4] exists.
-    assert images.area_weights(4, 2).tolist() == [[pytest.approx(1 / 3)] * 3 + [0.0], [0.0, 0.0, 0.0, pytest.approx(1.0)]]
+    assert dense(4, 2).tolist() == [[pytest.approx(1 / 3)] * 3 + [0.0], [0.0, 0.0, 0.0, pytest.approx(1.0)]]
 
 
 @given(st.integers(1, 64), st.integers(0, 64))
 def test_area_weights_sum_to_one_and_equal_sizes_change_nothing(size: int, more: int) -> None:
-    weights = images.area_weights(size + more, size)
-    assert np.allclose(weights.sum(axis=1), 1, atol=1e-4)
+    first, weights = area.taps(size + more, size)
+    assert np.allclose(weights.sum(axis=1), 1, atol=1e-6)
     assert (weights >= 0).all()
-    assert np.array_equal(images.area_weights(size, size), np.eye(size, dtype=np.float32))
+    assert (first >= 0).all() and (first + weights.shape[1] <= size + more).all()
+    assert np.array_equal(dense(size, size), np.eye(size))
 
 
 def test_area_weights_refuse_to_enlarge() -> None:
     with pytest.raises(ValueError, match="from 3 to 5 pixels: expected 0 < output <= input"):
-        images.area_weights(3, 5)
+        area.taps(3, 5)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 11, 11), (-1, 0, 5, 6), (0, 0, 5, 6), (4, 4, 4, 4)])
+def test_a_box_outside_the_image_or_not_square_is_refused(box: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"of an image of 12 x 10 pixels: expected a square inside it"):
+        area.resize(noise(10, 12), box, 3, (0, 0), 2)
+
+
+@pytest.mark.parametrize("offset", [(-1, 0), (0, 2), (2, 0)])
+def test_a_part_outside_the_resized_square_is_refused(offset: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"part of 4 pixels at .* of a square resized to 5: expected it to lie inside"):
+        area.resize(noise(10, 12), (0, 0, 9, 9), 5, offset, 4)
 
 
 @given(st.integers(16, 80), st.integers(16, 80), st.integers(0, 1000))
@@ -184,3 +284,135 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytes
     monkeypatch.setattr(images, "MAX_PIXELS", 999_999)
     with pytest.raises(DataError, match=r"1000 x 1000 pixels: at most 999,999"):
         images.decode(bomb)
+
+
+# --- JPEG files ---------------------------------------------------------------------------------------------------------------------------
+
+
+def jpeg_file(picture: images.Pixels, **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def pillow(data: bytes) -> images.Pixels:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from(["4:2:0", "4:2:2", "4:4:4"]),
+    st.sampled_from([30, 90, 100]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_jpeg_files_have_the_pixels_that_pillow_gives(width: int, height: int, chroma: str, quality: int, progressive: bool, seed: int) -> None:
+    data = jpeg_file(noise(height, width, seed), quality=quality, subsampling=chroma, progressive=progressive)
+    assert jpeg.jpeg_size(data, images.MAX_PIXELS) == (width, height)
+    found = jpeg.decode_jpeg(data)
+    assert found is not None and np.array_equal(found, pillow(data))
+    assert np.array_equal(images.decode(data), found)
+
+
+def test_a_grey_jpeg_has_the_pixels_that_pillow_gives() -> None:
+    data = jpeg_file(noise(20, 30)[:, :, 0])
+    found = jpeg.decode_jpeg(data)
+    assert found is not None and np.array_equal(found, pillow(data))
+
+
+def turned(orientation: int, description: str = "") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if description:
+        exif[0x010E] = description
+    return jpeg_file(noise(20, 30), exif=exif)
+
+
+def test_files_that_need_pillows_care_are_left_to_it() -> None:
+    plain = jpeg_file(noise(20, 30))
+    size = partial(jpeg.jpeg_size, max_pixels=600)
+    assert size(plain) == (30, 20) == size(turned(1)) == size(turned(1, "a caption"))
+    exif_without = Image.Exif()
+    exif_without[0x010E] = "a caption"
+    assert size(jpeg_file(noise(20, 30), exif=exif_without)) == (30, 20)
+    assert size(turned(6)) is None and size(turned(3, "a caption")) is None, "to be turned"
+    assert size(jpeg_file(noise(20, 30), xmp=b"<tiff:Orientation>6</tiff:Orientation>")) is None
+    assert jpeg.jpeg_size(plain, 599) is None, "too large"
+    assert size(encoded(Image.new("CMYK", (6, 5)), "JPEG")) is None
+    assert size(encoded(Image.new("RGB", (6, 5)))) is None
+    assert size(plain[:30]) is None and size(b"\xff\xd8\xff") is None
+    broken = b"\xff\xe1\x00\x10Exif\0\0\x01\x12damage"
+    assert size(plain[:2] + broken + plain[2:]) is None, "Exif that cannot be read"
+    assert size(plain[:2] + b"\xff\xe0\xff\xff" + plain[2:]) is None, "markers that lead nowhere"
+
+
+def test_a_truncated_or_damaged_jpeg_is_never_half_a_picture() -> None:
+    data = jpeg_file(noise(64, 64), quality=90)
+    assert jpeg.decode_jpeg(data[: len(data) // 2]) is None
+    with pytest.raises(DataError, match="cannot be decoded"):
+        images.decode(data[: len(data) // 2])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        images.picture(data[: len(data) // 2], partial(images.center_crop, target=16), 16)
+
+
+def test_a_picture_is_the_cut_of_the_decoded_image_for_every_format_and_either_decoding() -> None:
+    draw = partial(images.center_crop, target=24)
+    for data, side in ((jpeg_file(noise(40, 50)), 40), (encoded(Image.fromarray(noise(40, 50))), 40)):
+        found, crop = images.picture(data, draw, 24)
+        assert crop.box[2] - crop.box[0] == side
+        assert np.array_equal(found, images.cut(images.decode(data), crop, 24))
+    assert np.array_equal(images.picture(encoded(Image.fromarray(noise(40, 50))), draw, 24, "fast")[0], found)
+
+
+def test_a_picture_depends_on_seed_epoch_and_id_alone() -> None:
+    data = jpeg_file(photographs.photograph(0, 0, 90, 80))
+
+    def drawn(seed: int, epoch: int, name: str) -> tuple[images.Pixels, CropBox]:
+        return images.picture(data, partial(images.transformer_crop, target=48, scale_max=9 / 8, rng=generator(seed, "crop", epoch, name)), 48)
+
+    picture, crop = drawn(1, 2, "a")
+    again, same = drawn(1, 2, "a")
+    assert crop == same and np.array_equal(picture, again)
+    assert len({drawn(*key)[1] for key in ((1, 2, "a"), (1, 3, "a"), (2, 2, "a"), (1, 2, "b"))}) == 4
+
+
+def decibels(a: images.Pixels, b: images.Pixels) -> float:
+    return float(10 * np.log10(255**2 / max(np.square(a.astype(np.float64) - b).mean(), 1e-9)))
+
+
+def real_photograph(side: int) -> images.Pixels:
+    """A portrait that comes with matplotlib, at the size and sharpness of a photograph on the web."""
+    whole = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB").crop((0, 0, 512, 512))
+    return np.asarray(whole.resize((side, side), Image.Resampling.LANCZOS))
+
+
+@pytest.mark.parametrize("quality", [75, 90, 95])
+@pytest.mark.parametrize("resize", [256, 288])
+def test_the_fast_option_is_45_decibels_from_the_exact_one_and_not_the_same(quality: int, resize: int) -> None:
+    for pixels in (real_photograph(375), real_photograph(480), photographs.photograph(3, 1), photographs.photograph(3, 2, 640, 480)):
+        data = photographs.encode(pixels, quality)
+        exact, fast = (
+            images.picture(data, lambda size: replace(images.center_crop(size, 256), resize=resize), 256, decoding)[0]
+            for decoding in ("exact", "fast")
+        )
+        assert 45 <= decibels(exact, fast) < 70
+
+
+def test_the_fast_option_is_exact_where_too_little_is_averaged() -> None:
+    data = photographs.encode(real_photograph(300))
+    exact, fast = (images.picture(data, partial(images.center_crop, target=256), 256, decoding)[0] for decoding in ("exact", "fast"))
+    assert np.array_equal(exact, fast)
+
+
+def test_generated_photographs_repeat_and_fall_off_as_photographs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = photographs.files(2, seed=5)
+    assert first == photographs.files(2, seed=5) and first[0] != first[1], "the second call reads what the first kept"
+    assert first[0] == photographs.encode(photographs.photograph(5, 0))
+    assert len(list(tmp_path.glob("*/*"))) == 2
+    grey = pillow(first[0]).mean(axis=2)
+    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.fftfreq(500)[None])
+    low, high = (power[(frequency > f) & (frequency < 1.2 * f)].mean() for f in (0.02, 0.2))
+    assert 1.6 < np.log10(low / high) < 3.6, "amplitude over frequency to the power of 0.8 to 1.8"

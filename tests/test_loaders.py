@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
+import os
+import tempfile
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from streaming.base.shared import prefix as streaming_prefix
 
 from data_pipeline import loaders
 from data_pipeline.images import center, decode
-from data_pipeline.loaders import (
-    SequentialReader,
-    ShardLoader,
-    code_collate,
-    code_transform,
-    dvae_transform,
-    image_collate,
-    pair_transform,
-    view_transform,
-)
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, merge, write_part
+from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate, image_collate
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet
 from data_pipeline.text import Tokenizer, train_tokenizer
-from infra import storage
+from data_pipeline.transforms import code_transform, dvae_transform, pair_transform, view_transform
+from data_pipeline.versions import write_set
 from infra.errors import ConfigError, DataError
 from infra.world import World
 from tests.ranks import run_in_ranks
@@ -42,16 +37,18 @@ COUNT = sum(PARTS)
 
 
 def code_set(url: str, prefix: str = "id", parts: tuple[int, ...] = PARTS, shard_bytes: int = 600) -> ShardSet:
-    number = 0
-    for part, count in enumerate(parts):
-        records = [CodeRecord(f"{prefix}-{number + i}", [f"red {i}", "blue"], np.full(4, number + i, np.uint16), {}, 0, 0) for i in range(count)]
-        write_part(url, part, records, "inputs", shard_bytes)
-        number += count
-    return merge(url, len(parts), CODES_SCHEMA, {"prefix": prefix})
+    ends = itertools.accumulate(parts)
+    made = [
+        [CodeRecord(f"{prefix}-{end - count + i}", [f"red {i}", "blue"], np.full(4, end - count + i, np.uint16), {}, 0, 0) for i in range(count)]
+        for count, end in zip(parts, ends, strict=True)
+    ]
+    return write_set(url, made, CODES_SCHEMA, {"prefix": prefix}, shard_bytes=shard_bytes)
 
 
-def loader(sets: list[ShardSet], world: World, batch: int = 6, seed: int = 0, **options: Any) -> ShardLoader[str, list[str]]:
-    return ShardLoader(sets, "", world, batch, seed, transform=lambda record, epoch: f"{record['id']}@{epoch}", collate=list, **options)
+def loader(
+    sets: list[ShardSet], world: World, batch: int = 6, seed: int = 0, cache_dir: str | Path = "", **options: Any
+) -> ShardLoader[str, list[str]]:
+    return ShardLoader(sets, cache_dir, world, batch, seed, transform=lambda record, epoch: f"{record['id']}@{epoch}", collate=list, **options)
 
 
 @pytest.fixture
@@ -115,15 +112,6 @@ def test_a_loader_goes_back_to_a_state_it_has_passed(tmp_path: Path) -> None:
     assert [one.next() for _ in range(9)] == following
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 100))
-def test_positions_of_the_endless_order_count_up_through_sets_of_any_sizes(counts: list[int], samples: int) -> None:
-    blank = object.__new__(ShardLoader)
-    blank.sets, blank._counts = [ShardSet("", {})] * len(counts), counts
-    epoch, rest = blank._locate(samples)
-    assert 0 <= rest < counts[epoch % len(counts)]
-    assert sum(counts[e % len(counts)] for e in range(epoch)) + rest == samples
-
-
 def test_epochs_take_turns_over_the_sets(tmp_path: Path) -> None:
     sets = [code_set(str(tmp_path / "a"), "a", (5,)), code_set(str(tmp_path / "b"), "b", (4, 3))]
     one = loader(sets, World.single(), batch=3)
@@ -142,37 +130,48 @@ def test_the_seed_sets_the_order_and_without_shuffling_records_keep_theirs(tmp_p
     assert plain.next() == [f"id-{i}@0" for i in range(COUNT)]
 
 
-def in_two_processes(world: World, folder: str) -> list[Any]:
-    """Two loaders in each process, one left in mid-epoch."""
+def on_two_nodes(world: World, folder: str) -> list[Any]:
+    """Loaders of 2 nodes with 2 ranks each, made by 4 processes of this machine: without workers, with them, and left in mid-epoch."""
     import torch.distributed as dist
 
     from data_pipeline.shards import open_set
 
+    here = World(world.rank, world.size, world.rank % 2, 2)
+    os.environ |= {"LOCAL_RANK": str(here.local_rank), "LOCAL_WORLD_SIZE": "2"}
     sets = [open_set(folder, CODES_SCHEMA)]
-    first, second = loader(sets, world), loader(sets, world, seed=5)
-    drawn = [first.next() for _ in range(15)]
-    second.next()
-    state = first.state()
-    further = [first.next() for _ in range(4)]
-    first.restore(state)
-    assert [first.next() for _ in range(4)] == further
+    plain, worked = loader(sets, here, batch=12), loader(sets, here, batch=12, workers=2)
+    drawn = [plain.next() for _ in range(8)]
+    assert [worked.next() for _ in range(8)] == drawn
+    state = worked.state()
+    further = [worked.next() for _ in range(4)]
+    worked.restore(state)
+    assert [worked.next() for _ in range(4)] == further == [plain.next() for _ in range(4)]
     dist.destroy_process_group()
-    third = loader(sets, world)  # with no process group: streaming makes one for the moment
+    third = loader(sets, here, batch=12)  # with no process group: streaming makes one for the moment
     last = third.next()
     dist.init_process_group("gloo")  # which run_in_ranks ends
-    return [drawn, last, sorted({dataset._shm_prefix_int for each in (first, second, third) for dataset in each._datasets})]
+    names = [cache.segments for each in (plain, worked, third) for cache in each._caches]
+    for each in (plain, worked, third):
+        each.close()
+    return [drawn + further, last, names, state]
 
 
-def test_two_processes_share_the_order_of_one_and_end_in_mid_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_nodes_of_two_ranks_share_an_order_that_three_ranks_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_rank: Any) -> None:
     sets = [code_set(str(tmp_path))]
-    wanted = draw([loader(sets, World.single())], 15)
+    wanted = draw([loader(sets, World.single(), batch=12)], 12)
     with _free_port() as port:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        results = run_in_ranks(in_two_processes, 2, str(tmp_path))
-    assert [sorted(a + b) for a, b in zip(results[0][0], results[1][0], strict=True)] == wanted
-    assert sorted(results[0][1] + results[1][1]) == wanted[0]
-    assert results[0][2] == results[1][2] and len(results[0][2]) == 3, "one name in shared memory for each loader, the same on both ranks"
+        results = run_in_ranks(on_two_nodes, 4, str(tmp_path))
+    assert [sorted(itertools.chain(*parts)) for parts in zip(*(result[0] for result in results), strict=True)] == wanted
+    assert sorted(itertools.chain(*(result[1] for result in results))) == wanted[0]
+    assert results[0][2] == results[1][2] != results[2][2] == results[3][2], "names in shared memory are those of the node"
+    assert len(set(results[0][2])) == 3, "and of the loader"
+    assert all(result[3] == results[0][3] for result in results)
+    after = as_rank(sets, 3, batch=12)
+    for rank in after:
+        rank.restore(results[0][3])
+    assert draw(after, 4) == wanted[8:]
 
 
 class _free_port:
@@ -187,62 +186,112 @@ class _free_port:
         return None
 
 
-def test_no_thread_of_a_loader_keeps_the_process_alive_in_mid_epoch(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
-    one = loader([code_set(str(tmp_path), parts=(6000,), shard_bytes=1 << 20)], World.single(), batch=2)  # more than threads look ahead
+def test_no_thread_of_a_loader_keeps_the_process_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[threading.Thread] = []
+
+    class Recorded(threading.Thread):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    shard_set = code_set(str(tmp_path))
+    monkeypatch.setattr("data_pipeline.shard_cache.threading.Thread", Recorded)
+    loader([shard_set], World.single()).next()
+    assert made and all(thread.daemon for thread in made), "Python waits at exit for threads that are no daemons"
+
+
+def test_a_closed_loader_leaves_nothing_behind(tmp_path: Path) -> None:
+    one = loader([code_set(str(tmp_path / "set"))], World.single(), workers=1)
     one.next()
-    mine = set(threading.enumerate()) - before
-    assert mine and all(thread.daemon for thread in mine), "Python waits at exit for threads that are no daemons, and these wait for us"
+    number, (pid,) = one._caches[0].segments, one.worker_pids
+    assert len(list(Path("/dev/shm").glob(f"{number:06}_*"))) >= 5
+    one.close()
+    one.close()
+    assert not [path for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob(f"{number:06}_*")]
+    assert not Path(f"/proc/{pid}").exists()
 
 
-def test_names_in_shared_memory_belong_to_one_loader_and_no_other_job(tmp_path: Path) -> None:
+def test_names_in_shared_memory_belong_to_one_loader(tmp_path: Path) -> None:
     sets = [code_set(str(tmp_path))]
-    a, b = (loader(sets, World.single())._datasets[0]._shm_prefix_int for _ in range(2))
-    assert a != b and min(a, b) > 1_000_000, "streaming counts from 0, where other jobs' names are"
-    assert streaming_prefix._each_prefix_int().__next__() == 0, "and other users of streaming in this process are left alone"
+    a, b = (loader(sets, World.single())._caches[0].segments for _ in range(2))
+    assert a != b
+    assert streaming_prefix._each_prefix_int().__next__() == 0, "other users of streaming in this process are left alone"
 
 
-# --- Faults: an epoch never ends early in silence -----------------------------------------------------------------------------------------
+# --- Weights, records taken down, caches ----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_shard_is_an_error_that_names_the_set(tmp_path: Path) -> None:
-    sets = [code_set(str(tmp_path))]
-    (tmp_path / "part-00003" / "shard.00001.mds").unlink()
-    one = loader(sets, World.single())
-    with pytest.raises(DataError, match=rf"{tmp_path}: .* of {COUNT} samples of this rank"):
-        draw([one], COUNT)
+def from_sources(shard_set: ShardSet, *sources: str) -> ShardSet:
+    """The set with its parts told apart by source."""
+    parts = sorted({shard.basename.split("/")[0] for shard in shard_set.shards})
+    named = dict(zip(parts, sources, strict=True))
+    vars(shard_set)["shards"] = [dataclasses.replace(shard, source=named[shard.basename.split("/")[0]]) for shard in shard_set.shards]
+    return shard_set
 
 
-def test_an_epoch_that_streaming_ends_early_and_silently_is_an_error(tmp_path: Path) -> None:
-    one = loader([code_set(str(tmp_path), parts=(50, 50))], World.single(), batch=4)
-    one.next()
-    one._datasets[0]._event.set()  # what a failed look-ahead thread leaves behind
-    with pytest.raises(DataError, match=r"epoch 0 ended after \d+ of 100 samples of this rank; a shard is missing, damaged or cannot be"):
-        draw([one], 30)
+def without(shard_set: ShardSet, *positions: int) -> ShardSet:
+    """The set with records taken down."""
+    fresh = ShardSet(shard_set.url, shard_set.manifest)
+    vars(fresh)["removed"] = np.array(sorted(positions), np.int64)
+    return fresh
 
 
-@pytest.mark.parametrize("fault", ["missing", "corrupt"])
-def test_a_shard_that_is_missing_or_corrupt_on_s3_is_an_error(s3: str, tmp_path: Path, fault: str) -> None:
-    sets = [code_set(s3)]
-    name = storage.join(s3, "part-00003/shard.00001.mds")
-    data = bytearray(storage.read_bytes(name))
-    data[-1] ^= 1
-    storage.delete(name)
-    if fault == "corrupt":
-        storage.write_bytes(name, bytes(data))
-    one = ShardLoader(sets, tmp_path, World.single(), 1, 0, transform=lambda record, epoch: record["id"], collate=list)
-    with pytest.raises(DataError, match=rf"{s3}: .* of {COUNT} samples of this rank"):
-        draw([one], COUNT)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_weights_say_how_often_the_records_of_a_source_come(tmp_path: Path, workers: int) -> None:
+    shard_set = from_sources(code_set(str(tmp_path), parts=(6, 4, 5)), "twice", "half", "plain")
+    one = loader([shard_set], World.single(), batch=19, weights={"twice": 2, "half": 0.5, "unheard of": 3}, workers=workers)
+    counts: Counter[str] = Counter()
+    for epoch in range(4):
+        names = one.next()
+        assert {int(name.split("@")[1]) for name in names} == {epoch, epoch + (1 << 32)}, "a copy is augmented anew"
+        counts.update(name.split("@")[0] for name in names)
+    one.close()
+    assert [counts[f"id-{number}"] for number in range(15)] == [8] * 6 + [2] * 4 + [4] * 5
 
 
-def test_a_set_on_s3_gives_the_batches_of_the_same_set_on_disk(s3: str, tmp_path: Path) -> None:
-    remote, local = code_set(s3), code_set(str(tmp_path / "set"))
-    a = ShardLoader([remote], tmp_path, World.single(), 5, 0, transform=lambda record, epoch: record["id"], collate=list)
-    b = ShardLoader([local], s3, World.single(), 5, 0, transform=lambda record, epoch: record["id"], collate=list)
-    assert [a.next() for _ in range(10)] == [b.next() for _ in range(10)]
-    assert list((tmp_path / "cache").rglob("*.mds")), "shards of a remote set are kept here"
-    readers = [SequentialReader(each, World.single(), 9, 4, lambda record, epoch: record["id"], list, tmp_path) for each in (remote, local)]
-    assert list(readers[0]) == list(readers[1])
+def test_records_taken_down_in_mid_epoch_are_gone_and_no_other_is_lost_or_repeated(tmp_path: Path, as_rank: Any) -> None:
+    whole = code_set(str(tmp_path))
+    before = as_rank([without(whole, 3, 11)], 2)
+    drawn = [name for batch in draw(before, 3) for name in batch]
+    state = before[0].state()
+    gone = [int(name.split("@")[0][3:]) for name in drawn[:2]] + [30, 31, 32]  # some were drawn already
+    after = as_rank([without(whole, *gone)], 3)  # and 3 and 11 are back
+    for rank in after:
+        rank.restore(state)
+    rest = []
+    while after[0].epoch == 0:
+        rest += [name for rank in after for name in rank.next() if name.endswith("@0")]
+    assert len(set(drawn + rest)) == len(drawn + rest)
+    expected = {f"id-{number}@0" for number in range(COUNT) if number not in (30, 31, 32)}
+    assert expected - set(drawn + rest) <= {"id-3@0", "id-11@0"}, "which may have had their turn while they were down"
+    assert set(drawn + rest) - expected <= {f"id-{number}@0" for number in (30, 31, 32)} & set(drawn)
+
+
+def test_a_bounded_cache_stays_within_its_limit_and_gives_the_same_batches(s3: str, tmp_path: Path) -> None:
+    shard_set = code_set(s3, parts=(400,))
+    limit = 12_000
+    assert sum(shard.entry["raw_data"]["bytes"] for shard in shard_set.shards) > 2 * limit
+    free, bounded = (loader([shard_set], World.single(), batch=8, block=16, cache_bytes=each, cache_dir=tmp_path) for each in (0, limit))
+    folder, sizes = bounded._caches[0].folder, []
+    for _ in range(100):
+        assert bounded.next() == free.next()
+        with suppress(FileNotFoundError):  # evicted while we look
+            sizes.append(sum(path.stat().st_size for path in folder.rglob("*.mds")))
+    assert limit / 4 < max(sizes) <= limit
+    for each in (free, bounded):
+        each.close()
+    assert not folder.exists()
+
+
+def test_a_cache_too_small_is_refused_by_its_key(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard_set = code_set(s3, parts=(400,))
+    with pytest.raises(
+        ConfigError, match=r"data.cache_bytes = 5000: s3://.* needs \d+ on each node, for two blocks of 16 samples .* data.shuffle_block"
+    ):
+        loader([shard_set], World.single(), block=16, cache_bytes=5000)
+    monkeypatch.setattr(loaders, "_limit", lambda *_: 500)
+    with pytest.raises(ConfigError, match=r"data.cache_bytes = 500: .*"):
+        loader([shard_set], World.single(), block=16, cache_bytes=500)
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------------------------------
@@ -268,12 +317,15 @@ def test_no_set_and_empty_sets_are_refused(tmp_path: Path) -> None:
         loader([], World.single())
     with pytest.raises(DataError, match=rf"nothing to load: {tmp_path} has no records; run the stage that writes it again"):
         loader([code_set(str(tmp_path), parts=(0,))], World.single())
+    few = code_set(str(tmp_path), parts=(2,))
+    with pytest.raises(DataError, match=rf"nothing to load: {tmp_path} has no records"):
+        loader([without(few, 0, 1)], World.single())
 
 
 def test_an_index_of_another_length_than_the_manifest_is_refused(tmp_path: Path) -> None:
     found = code_set(str(tmp_path))
     with pytest.raises(DataError, match=rf"its index has {COUNT} records, its manifest 99; run its stage again"):
-        loader([ShardSet(found.url, found.manifest | {"count": 99})], World.single())
+        loader([ShardSet(found.url, found.manifest | {"stored": 99})], World.single())
 
 
 def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:
@@ -283,6 +335,10 @@ def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:
         loader([a], World.single(), seed=7).restore(state)
     with pytest.raises(DataError, match=rf"sets: \['{a.content_hash}'\] in the checkpoint, \['{b.content_hash}'\] now"):
         loader([b], World.single()).restore(state)
+    with pytest.raises(DataError, match=r"block: 262144 in the checkpoint, 9 now; weights: {} in the checkpoint, {'x': 2.0} now"):
+        loader([a], World.single(), block=9, weights={"x": 2.0}).restore(state)
+    with pytest.raises(DataError, match=r"the loader's state is damaged \(position 99 of an epoch of 37 samples\); resume from an earlier"):
+        loader([a], World.single()).restore(state | {"index": 99})
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------------------------------------
@@ -313,10 +369,23 @@ def test_evaluation_spreads_over_the_whole_set_and_its_last_batch_may_be_small(t
     assert [name for batch in batches for name in batch] == [f"id-{i}" for i in range(0, 100, 10)]
 
 
+def test_evaluation_leaves_out_what_was_taken_down(tmp_path: Path) -> None:
+    shard_set = without(code_set(str(tmp_path), parts=(6, 4)), 0, 1, 4, 9)
+    assert [name for batch in read_ids(shard_set, World.single(), 100) for name in batch] == [f"id-{number}" for number in (2, 3, 5, 6, 7, 8)]
+
+
+def test_evaluation_names_a_damaged_shard(tmp_path: Path) -> None:
+    shard_set = code_set(str(tmp_path))
+    path = tmp_path / "part-00002" / "shard.00000.mds"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"part-00002/shard.00000.mds: damaged \(its xxh64 is"):
+        read_ids(shard_set, World.single(), 1000)
+
+
 def test_evaluation_names_a_missing_shard(tmp_path: Path) -> None:
     shard_set = code_set(str(tmp_path))
     (tmp_path / "part-00002" / "shard.00000.mds").unlink()
-    with pytest.raises(DataError, match=r"part-00002/shard.00000.mds: missing; run the stage that writes"):
+    with pytest.raises(DataError, match=r"part-00002/shard.00000.mds: missing; run the stage that writes it again"):
         read_ids(shard_set, World.single(), 1000)
 
 
@@ -331,8 +400,7 @@ def png(seed: int, size: int = 40) -> bytes:
 
 def image_set(url: str, count: int = 12) -> ShardSet:
     captions = ["a red apple", "an apple", "the redder of two apples"]
-    write_part(url, 0, [ImageRecord(f"id-{i}", captions, png(i), 40, 40, "s", "l", "g", "train") for i in range(count)], "inputs")
-    return merge(url, 1, IMAGE_SCHEMA, {})
+    return write_set(url, [[ImageRecord(f"id-{i}", captions, png(i), 40, 40, "s", "l", "g", "train") for i in range(count)]], IMAGE_SCHEMA)
 
 
 TOKENIZER = Tokenizer(train_tokenizer(["a red apple", "an apple", "the redder of two apples"], 400), 16)

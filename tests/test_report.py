@@ -62,7 +62,12 @@ def fake_run(
     done["prepare"]["summary"] = {
         "splits": {"train": 7612, "validation": 401},
         "sources": {"emoji": 8013},
-        "dropped": {"duplicate": {"count": 31, "examples": ["u1f468", "u1f469"]}, "too <small>": {"count": 2, "examples": ["x"]}},
+        "dropped": {
+            "duplicate": {"count": 31, "examples": [{"id": f"u1f46{i}", "why": "same bytes as u1f400"} for i in range(7)]},
+            "too <small>": {"count": 2, "examples": [{"id": "x", "why": "12 x <b>9</b> pixels"}]},
+        },
+        "dropped_captions": {"not English": 412, "too short": 5},
+        "quarantined": [{"shard": "train-<0>.tar", "reason": "truncated after 3 members", "tries": 3}],
         "groups": {"train": 3500, "validation": 184},
         "credits": ["Twemoji, © Twitter, Inc. and contributors, CC-BY 4.0", "OpenMoji, CC-BY-SA 4.0 <script>alert(1)</script>"],
     }
@@ -256,7 +261,6 @@ def test_data_timings_and_commands_are_told(finished: tuple[Path, str]) -> None:
     for words in (
         "7\u2009612",
         "duplicate",
-        "u1f468, u1f469",
         "6.3",
         "41000 tokens/s",
         "5:12",
@@ -268,6 +272,30 @@ def test_data_timings_and_commands_are_told(finished: tuple[Path, str]) -> None:
     assert "67d5ece3" not in page
     assert "python launcher.py demo demo.json" in page
     assert "Twemoji, © Twitter, Inc. and contributors, CC-BY 4.0" in page
+
+
+def test_filters_are_told_with_counts_shares_and_five_examples_each(finished: tuple[Path, str]) -> None:
+    body = body_of("data", finished[0])
+    assert "33 of 8\u2009046 records were not used" in body  # 31 + 2 beside 7612 + 401
+    counts = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>(.*?)</tr>", body)]
+    assert ["duplicate", "31", "0.4", "%"] in counts and ["too", "&lt;small&gt;", "2", "&lt;", "0.1", "%"] in counts
+    assert counts.index(["duplicate", "31", "0.4", "%"]) < counts.index(["too", "&lt;small&gt;", "2", "&lt;", "0.1", "%"]), "the most frequent first"
+    assert body.count("same bytes as u1f400") == 5 and "u1f464" in body and "u1f465" not in body
+    assert "12 x &lt;b&gt;9&lt;/b&gt; pixels" in body
+    assert ["not", "English", "412"] in counts
+    assert "1 input shard could not be read" in body and "train-&lt;0&gt;.tar" in body and "truncated after 3 members (3 tries)" in body
+
+
+def test_a_run_without_drops_says_so_and_many_quarantined_shards_are_cut_short(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "demo")
+    done = json.loads((run / "prepare/done.json").read_text())
+    done["summary"] |= {"dropped": {}, "dropped_captions": {}}
+    done["summary"]["quarantined"] = [{"shard": f"part-{i:03}.tar", "reason": "not a tar", "tries": 1} for i in range(23)]
+    write_json(run / "prepare/done.json", done)
+    body = body_of("data", run)
+    assert "No record was dropped." in body and "Captions left out" not in body
+    assert "23 input shards could not be read" in body and "part-019.tar" in body and "part-020.tar" not in body and "and 3 more" in body
+    assert "not a tar (1 try)" in body
 
 
 def test_the_configuration_in_the_page_is_the_configuration(finished: tuple[Path, str]) -> None:

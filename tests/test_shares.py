@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +18,19 @@ from train import front
 from train.verbs import takedown
 
 _VARIABLES = ("LAUNCHER_SHARE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
-BASE = ["dvae_fit.steps=4", "dvae_fit.precision=fp32", "data.records_per_part=32", "encode.crops=2"]
+BASE = ["dvae_fit.steps=4", "dvae_fit.precision=fp32", "data.records_per_part=1024", "encode.crops=2"]
 
 
 @pytest.fixture(autouse=True)
-def no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_share(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    yield
+    os.environ.pop("LAUNCHER_SHARE", None)  # the launcher hands its share to its ranks
 
 
 def stage(name: str, root: Path, *overrides: str, share: str = "") -> None:
+    os.environ.pop("LAUNCHER_SHARE", None)
     words = [f"run.root={root}", *BASE, *overrides]
     front.stage(name, "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag(), share=share)
 
@@ -72,7 +77,7 @@ def test_ranks_of_all_shares_are_numbered_through() -> None:
     assert (Share().label("prepare"), Share(1, 3).label("prepare")) == ("prepare", "prepare.1-of-3")
 
 
-def test_shares_in_any_order_make_the_sets_of_one_process_and_the_last_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shares_in_any_order_make_the_sets_of_one_process_and_the_last_merges(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("prepare", "dvae", "encode"):
         stage(name, tmp_path / "one")
     for name in ("prepare", "dvae", "encode"):
@@ -81,7 +86,7 @@ def test_shares_in_any_order_make_the_sets_of_one_process_and_the_last_merges(tm
             assert not (tmp_path / "three" / "tiny" / name / "done.json").exists()
             stage(name, tmp_path / "three", share=share)
             if share and position < 2:
-                assert "are left to others" in capsys.readouterr().out
+                assert "are left to others" in capfd.readouterr().out
         assert (tmp_path / "three" / "tiny" / name / "done.json").exists()
     for kind in ("images", "codes"):
         assert tree(tmp_path / "one" / "tiny" / kind) == tree(tmp_path / "three" / "tiny" / kind)
@@ -105,7 +110,7 @@ def test_appended_data_encode_only_what_is_new_and_a_run_keeps_its_version(tmp_p
     assert tree(tmp_path / "codes") == codes, "the first run reads its own version, and finds everything encoded"
 
 
-def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     listed = tmp_path / "takedown.txt"
     listed.write_text("nobody\n")
     words = (f"data.takedown={listed}",)
@@ -115,11 +120,11 @@ def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: 
     before = open_set(f"{run}/images/train", IMAGE_SCHEMA)
     victim = next(iter(before.records()))["id"]
     takedown.main("tiny", arguments, dry_run=False)
-    assert "none of the 1 ids" in capsys.readouterr().out
+    assert "none of the 1 ids" in capfd.readouterr().out
     listed.write_text(f"{victim}\n")
     assert victim not in [record["id"] for record in open_set(f"{run}/codes/crop-0/train", CODES_SCHEMA, takedown=str(listed)).records()]
     takedown.main("tiny", arguments, dry_run=True)
-    assert (run / "prepare" / "done.json").exists() and "1 records in 1 parts" in capsys.readouterr().out
+    assert (run / "prepare" / "done.json").exists() and "1 records in 1 parts" in capfd.readouterr().out
     takedown.main("tiny", arguments, dry_run=False)
     with pytest.raises(DataError, match="run the stage 'prepare' first"):
         open_set(f"{run}/images/train", IMAGE_SCHEMA)

@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def whole(handler: _Handler) -> None:
-    handler.answer(200, CONTENT)
+    handler.answer(200, CONTENT, headers={"ETag": '"1"'})
 
 
 def cut(handler: _Handler) -> None:
@@ -120,6 +120,62 @@ def test_a_body_with_a_wrong_checksum_is_read_again(server: ScriptedServer) -> N
     server.script = [lambda handler: handler.answer(200, CONTENT, headers=checksum), whole]
     assert storage.read_bytes(URL) == CONTENT
     assert len(server.requests) == 2
+
+
+def ranged(size: int, etag: str = '"1"') -> Callable[[_Handler], None]:
+    """Answers a range honestly, but sends at most ``size`` bytes of it before the connection closes."""
+
+    def handle(handler: _Handler) -> None:
+        asked = handler.headers.get("Range", "bytes=0-")
+        start, _, end = asked.removeprefix("bytes=").partition("-")
+        body = CONTENT[int(start) : int(end) + 1 if end else None]
+        if handler.headers.get("If-Match", etag) != etag:
+            handler.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+        elif not body:
+            handler.answer(416, b"<Error><Code>InvalidRange</Code></Error>")
+        else:
+            handler.answer(206 if int(start) else 200, body[:size], length=len(body), headers={"ETag": etag})
+
+    return handle
+
+
+def test_a_stream_that_breaks_off_goes_on_where_it_broke_however_often_it_gets_on(server: ScriptedServer) -> None:
+    server.script = [ranged(3000), drop, ranged(100), error(503, "SlowDown"), ranged(5000), ranged(10_000)]
+    with storage.open_stream(URL) as stream:
+        assert stream.read() == CONTENT
+    asked = [headers.get("range", "") for method, headers in server.requests]
+    assert asked == ["", "bytes=3000-", "bytes=3000-", "bytes=3100-", "bytes=3100-", "bytes=8100-"]
+
+
+def test_a_stream_that_gets_no_further_is_a_data_error_that_names_the_object_and_the_byte(server: ScriptedServer) -> None:
+    server.script = [ranged(3000), ranged(0)]
+    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: failed after 3 attempts at byte 3000 .*check the network"):
+        stream.read()
+
+
+def test_a_stream_of_an_object_that_changes_meanwhile_is_refused(server: ScriptedServer) -> None:
+    server.script = [ranged(3000), ranged(10_000, '"2"')]
+    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: has changed while it was being read"):
+        stream.read()
+
+
+def test_a_stream_with_a_wrong_checksum_is_refused_at_its_end(server: ScriptedServer) -> None:
+    server.script = [lambda handler: handler.answer(200, CONTENT, headers={"x-amz-checksum-crc32": "AAAAAA=="})]
+    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: damaged on its way"):
+        stream.read()
+
+
+def test_a_stream_may_begin_at_the_end(server: ScriptedServer) -> None:
+    server.script = [ranged(10_000)]
+    with storage.open_stream(URL, len(CONTENT)) as stream:
+        assert stream.read() == b""
+
+
+def test_a_range_that_breaks_off_is_read_again(server: ScriptedServer) -> None:
+    server.script = [whole, ranged(10), ranged(10_000)]  # the first answers HEAD
+    with storage.open_seekable(URL) as file:
+        file.seek(100)
+        assert file.read(50) == CONTENT[100:150]
 
 
 def test_a_download_that_breaks_off_is_repeated_and_leaves_no_pieces(server: ScriptedServer, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.config import DataConfig
 from infra.errors import ConfigError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -32,6 +33,11 @@ def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
             f"use a multiple of {shares}."
         )
     return fit.batch // fit.accumulation
+
+
+def loader_options(data: DataConfig) -> dict[str, Any]:
+    """How a training stage's loader works on this machine; its batches do not depend on it, but on the block of the shuffle."""
+    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block}
 
 
 def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:

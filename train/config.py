@@ -15,7 +15,9 @@ from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+UnscaledPrecision = Literal["auto", "bf16", "fp32"]
+"""Of stages without loss scaling."""
 
 
 class RunSection(Section):
@@ -39,7 +41,7 @@ class FitSection(Section):
     accumulation: int = Field(default=1, gt=0)
     """Micro-batches per update and process."""
     precision: Precision = "auto"
-    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
+    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32. 'fp16' scales the loss (dVAE only)."""
     log_every: int = Field(default=10, gt=0)
     """Updates between logged points."""
     eval_every: int = Field(default=1000, gt=0)
@@ -57,6 +59,10 @@ class FitSection(Section):
 class DvaeFit(FitSection):
     """Training of the dVAE (paper A.2)."""
 
+    activation_checkpointing: bool = False
+    """Recompute activations inside residual blocks in the backward pass."""
+    compile: bool = False
+    """Hand the groups of residual blocks to torch.compile: a minute or more at the start (on a CPU it needs a C++ compiler)."""
     lr: float = Field(default=1e-4, gt=0)
     """Initial step size."""
     lr_final: float = Field(default=1.25e-6, ge=0)
@@ -76,7 +82,11 @@ class DvaeFit(FitSection):
     tau_final: float = Field(default=1 / 16, gt=0)
     """Final temperature of the relaxation; the initial one is 1."""
     tau_steps: int = Field(default=150_000, gt=0)
-    """Updates over which the temperature falls, by half-cosine."""
+    """Updates over which the temperature falls."""
+    tau_schedule: Literal["cosine", "linear"] = "cosine"
+    """How the temperature falls; 'linear' typically diverged (paper 2.1)."""
+    warn_perplexity: float = Field(default=0.05, ge=0, le=1)
+    """Warn of a collapsing codebook where the perplexity of the codes is below this share of dvae.vocab."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """AdamW's weight decay."""
     ema: float = Field(default=0.999, ge=0, lt=1)
@@ -103,6 +113,8 @@ class EncodeSection(Section):
 class DalleFit(FitSection):
     """Training of the transformer (paper B.2)."""
 
+    precision: UnscaledPrecision = "auto"
+    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
     lr: float = Field(default=4.5e-4, gt=0)
     """Peak step size."""
     lr_final: float = Field(default=0.0, ge=0)
@@ -123,6 +135,11 @@ class DalleFit(FitSection):
     """Updates between copies into the iterate average."""
     activation_checkpointing: bool = True
     """Recompute activations inside resblocks in the backward pass."""
+    checkpoint_every: int = Field(default=1, gt=0)
+    """Resblocks recomputed together where activation_checkpointing is on: states are kept before every n-th one."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training samples that lose their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Drawn anew
+    in each epoch and never stored."""
 
 
 class ZeroSection(Section):
@@ -141,6 +158,8 @@ class ZeroSection(Section):
 class ClipFit(FitSection):
     """Training of the contrastive model."""
 
+    precision: UnscaledPrecision = "auto"
+    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak step size."""
     warmup_steps: int = Field(default=100, ge=0)
@@ -179,6 +198,12 @@ class EvaluateSection(Section):
     """Samples for reconstruction, cross-entropies and retrieval."""
     batch: int = Field(default=64, gt=0)
     """Samples per forward pass."""
+    lpips_weights: tuple[str, ...] = ()
+    """Files with the weights of LPIPS, for reconstructions of the dVAE: torchvision's AlexNet or VGG-16 and the linear heads (.safetensors or .pth). Empty: not measured."""
+    frechet_net: Literal["none", "inception-cleanfid", "inception-torch-fidelity", "efficientnet-lite0"] = "none"
+    """Feature network of the Fréchet distance of reconstructions. Only the two Inception networks give an FID; 'efficientnet-lite0' is an offline stand-in under its own name."""
+    frechet_weights: str = ""
+    """File with that network's weights; 'efficientnet-lite0' finds those of its package."""
 
 
 class RunConfig(Section):
@@ -208,7 +233,7 @@ class RunConfig(Section):
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
         if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
             raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")
-        if any(source.url == "emoji" for source in self.data.sources) and self.data.render_size < size:
+        if any(source.is_emoji for source in self.data.sources) and self.data.render_size < size:
             raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
         if self.dvae.vocab > 65536:
             raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")

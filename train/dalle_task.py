@@ -48,6 +48,8 @@ class DalleTask:
 
     def __init__(self, cfg: RunConfig, device: torch.device, model: Transformer, validation: Iterable[Batch]) -> None:
         self.cfg, self.device, self.model, self.validation = cfg, device, model, validation
+        if cfg.dalle_fit.caption_dropout:
+            self.metrics = (*self.metrics, "captions_dropped")
 
     def schedule(self, step: int) -> dict[str, float]:
         """Linear warm-up, then half a cosine."""
@@ -71,7 +73,10 @@ class DalleTask:
         text, image = text_nll_BT.sum() / max(denominators["text"], 1), image_nll_BI.sum() / denominators["image"]
         weight = self.cfg.dalle.text_loss_weight
         total = weight * text + (1 - weight) * image
-        return Loss(total, {"loss": total, "loss_text": text, "loss_image": image})
+        sums = {"loss": total, "loss_text": text, "loss_image": image}
+        if self.cfg.dalle_fit.caption_dropout:
+            sums["captions_dropped"] = (lengths_B == 0).sum()
+        return Loss(total, sums)
 
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Averaged weights on validation codes."""

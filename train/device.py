@@ -13,7 +13,7 @@ import torch.distributed as dist
 from infra import storage
 from infra.run_folder import RunFolder
 from infra.world import World
-from train.bench.harness import probe
+from train.bench.harness import DTYPES, Options, matmul_rate, probe
 from train.config import Precision
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,17 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of large matrix products in this process: what a share of the peak (MFU) refers to. A fraction of a second."""
+    size = (8192, 8192, 8192) if device.type == "cuda" else (512, 512, 512)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random matrices must not move anybody's seed
+        return 1e9 * matmul_rate(dtype, Options(device.type, seconds=0.1, runs=3), size).value
+
+
 def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world: World) -> torch.dtype:
     """The dtype of heavy products. 'auto' is decided once for a run, by a probe, and kept in precision.json so that a resumed run computes alike."""
     if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
+        return DTYPES[wanted]
     choice = [""]
     if world.is_main:
         url = run.at("precision.json")
@@ -78,4 +85,4 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
             log.info("precision %s: matrix products run at %s GFLOP/s", choice[0], {k: round(v) for k, v in rates.items()})
     if world.size > 1:
         dist.broadcast_object_list(choice, device=device)
-    return torch.bfloat16 if choice[0] == "bf16" else torch.float32
+    return DTYPES[choice[0]]

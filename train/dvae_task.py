@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,35 +15,22 @@ from torch.func import functional_call
 from data_pipeline.loaders import SequentialReader
 from infra import storage
 from infra.run_folder import RunFolder
-from infra.seeds import derive
 from infra.world import World
-from model.dvae import DVAE, DVAETerms, gumbel_like, pictures
+from model.dvae import DVAE, DVAETerms
+from model.relaxation import GumbelNoise
 from train.config import RunConfig
 from train.engine import Engine
+from train.evaluation.codes import ENOUGH_CODES, CodeWindow, code_statistics
+from train.evaluation.collapse import collapse_warning
+from train.evaluation.reconstruction import Judges, Reconstruction, noise_of, reconstruct
 from train.fit import Batch, Loss
 from train.metrics import MetricsWriter
 from train.report.images import grid, grid_png
-from train.schedules import half_cosine
+from train.schedules import half_cosine, linear
 
-_SHOWN = 12
+log = logging.getLogger(__name__)
 
-
-def seeded(seed: int, purpose: str, ids: list[str], *counters: int) -> list[torch.Generator]:
-    """One generator for each sample (docs/contracts.md, section 2)."""
-    return [torch.Generator().manual_seed(derive(seed, purpose, *counters, name)) for name in ids]  # type: ignore[arg-type]
-
-
-def psnr(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, for values in [0, 1]."""
-    mse_B = (a_BCYX - b_BCYX).square().mean((1, 2, 3)).clamp_min(1e-10)
-    return -10 * torch.log10(mse_B)
-
-
-def code_statistics(counts_N: Tensor) -> dict[str, float]:
-    """Share of codes in use, their perplexity, and the entropy in nats of a code drawn by its frequency."""
-    shares_N = counts_N.double() / counts_N.sum().clamp_min(1)
-    entropy = -(shares_N * shares_N.clamp_min(1e-30).log()).sum().item()
-    return {"code_use": (counts_N > 0).double().mean().item(), "perplexity": float(np.exp(entropy)), "entropy_nats": entropy}
+_LABELS = ("original", "from its codes", "relaxed")
 
 
 class DvaeTask:
@@ -53,13 +41,16 @@ class DvaeTask:
 
     def __init__(self, cfg: RunConfig, run: RunFolder, world: World, device: torch.device, validation: SequentialReader) -> None:
         self.cfg, self.run, self.world, self.device, self.validation = cfg, run, world, device, validation
+        self.judges = Judges.load(cfg.evaluate, device)
+        self.window = CodeWindow(cfg.dvae.vocab, device, -(-ENOUGH_CODES // world.size))
 
     def schedule(self, step: int) -> dict[str, float]:
         """Half cosines for the step size, the temperature and beta (paper A.2)."""
         fit = self.cfg.dvae_fit
+        fall = linear if fit.tau_schedule == "linear" else half_cosine
         return {
             "lr": half_cosine(step, fit.lr, fit.lr_final, fit.lr_steps) * min(1.0, (step + 1) / max(1, fit.warmup_steps)),
-            "tau": half_cosine(step, 1.0, fit.tau_final, fit.tau_steps),
+            "tau": fall(step, 1.0, fit.tau_final, fit.tau_steps),
             "beta": half_cosine(step, 0.0, fit.beta, fit.beta_steps),
         }
 
@@ -73,60 +64,50 @@ class DvaeTask:
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
         """The ELB's two terms on this rank's images."""
-        shape = (len(batch["ids"]), self.cfg.dvae.vocab, self.cfg.dvae.grid, self.cfg.dvae.grid)
-        noise_BNYX = gumbel_like(shape, seeded(self.cfg.run.seed, "gumbel", batch["ids"], step)).to(self.device)
-        terms: DVAETerms = engine(self._pixels(batch), noise_BNYX, at["tau"])
+        noise = noise_of(self.cfg.run.seed, "gumbel", batch["ids"], self.device, step)
+        terms: DVAETerms = engine(batch["pixels"].to(self.device, memory_format=torch.channels_last), noise, at["tau"])
+        self.window.add(terms.codes_BYX)
         count = denominators["images"]
         nll, kl = terms.nll_B.sum() / count, terms.kl_B.sum() / count
         total = nll + at["beta"] / (3 * self.cfg.dvae.downsample**2) * kl
         return Loss(total, {"loss": total, "nll": nll, "kl": kl})
 
-    def _pixels(self, batch: Batch) -> Tensor:
-        pixels_B3YX: Tensor = batch["pixels"].to(self.device, memory_format=torch.channels_last)
-        return pixels_B3YX
-
-    @torch.no_grad()
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
-        """Averaged weights on validation images: reconstruction from true and relaxed codes, ELB of both, codebook use."""
-        tau = self.schedule(step)["tau"]
-        names = ("images", "psnr", "psnr_relaxed", "nll_true", "nll_relaxed", "kl")
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        counts_N = torch.zeros(self.cfg.dvae.vocab, dtype=torch.int64, device=self.device)
-        shown: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in self.validation:
-            pixels_B3YX = self._pixels(batch)
-            true = self._averaged(engine, pixels_B3YX, None, 1.0)
-            noise_BNYX = gumbel_like(true.logits_BNYX.shape, seeded(self.cfg.run.seed, "evaluate", batch["ids"])).to(self.device)
-            relaxed = self._averaged(engine, pixels_B3YX, noise_BNYX, tau)
-            from_true, from_relaxed = pictures(true.stats_B6YX), pictures(relaxed.stats_B6YX)
-            rows = (torch.ones_like(true.nll_B), psnr(from_true, pixels_B3YX), psnr(from_relaxed, pixels_B3YX), true.nll_B, relaxed.nll_B, true.kl_B)
-            sums += torch.stack([row.double().sum() for row in rows])
-            counts_N += torch.bincount(true.logits_BNYX.argmax(1).flatten(), minlength=len(counts_N))
-            if sum(len(part[0]) for part in shown) < _SHOWN:
-                shown.append((pixels_B3YX, from_true, from_relaxed))
-        for part in (sums, counts_N):
-            if dist.is_initialized():
-                dist.all_reduce(part)
-        values = dict(zip(names, (sums / sums[0]).tolist(), strict=True))
-        values |= code_statistics(counts_N)
-        del values["images"]
-        if self.world.is_main:
-            self._show(step, shown, counts_N, int(sums[0].item()), writer)
-        return values
-
-    def _averaged(self, engine: Engine, pixels_B3YX: Tensor, noise_BNYX: Tensor | None, tau: float) -> DVAETerms:
+        """Averaged weights on validation images (see ``reconstruct``), and the codes of the newest million training positions (``train_``)."""
         module = engine.module
         assert isinstance(module, DVAE)
-        terms: DVAETerms = functional_call(module, engine.average.values, (pixels_B3YX, noise_BNYX, tau))
-        return terms
 
-    def _show(self, step: int, shown: list[tuple[Tensor, Tensor, Tensor]], counts_N: Tensor, samples: int, writer: MetricsWriter) -> None:
-        rows = [[to_array(picture) for picture in torch.cat(parts)[:_SHOWN]] for parts in zip(*shown, strict=True)]
-        if rows:
-            labels = ("original", "from its codes", "relaxed")
-            storage.write_bytes(self.run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=labels))
-            writer.images(step, ", ".join(labels), grid(rows))
-        storage.write_json(self.run.at("dvae", "pictures", "codebook.json"), {"counts": counts_N.tolist(), "samples": samples})
+        def forward(pixels_B3YX: Tensor, noise: GumbelNoise | None, tau: float) -> DVAETerms:
+            terms: DVAETerms = functional_call(module, engine.average.values, (pixels_B3YX, noise, tau))
+            return terms
+
+        found = reconstruct(forward, self.cfg.dvae, self.validation, self.cfg.run.seed, self.schedule(step)["tau"], self.judges, self.device)
+        values = found.values | self._codes_of_training()
+        warning = collapse_warning(values, self.cfg.dvae.vocab, self.cfg.dvae_fit.warn_perplexity)
+        if self.world.is_main:
+            show(self.run, found, step, writer)
+            if warning:
+                log.warning("update %d: %s", step, warning)
+                writer.text(step, "warning", warning)
+        return values
+
+    def _codes_of_training(self) -> dict[str, float]:
+        counts_N = self.window.counts()
+        if dist.is_initialized():
+            dist.all_reduce(counts_N)
+        total = float(counts_N.sum())
+        if not total:  # an evaluation right after a restart
+            return {}
+        return {f"train_{name}": value for name, value in code_statistics(counts_N).items()} | {"train_codes_counted": total}
+
+
+def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter) -> None:
+    """Originals above both reconstructions, and the counts of the codes: for TensorBoard and the report."""
+    rows = [[to_array(picture) for picture in row] for row in found.shown]
+    if rows:
+        storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))
+        writer.images(step, ", ".join(_LABELS), grid(rows))
+    storage.write_json(run.at("dvae", "pictures", "codebook.json"), {"counts": found.counts_N.tolist(), "samples": found.samples})
 
 
 def to_array(picture_CYX: Tensor) -> NDArray[np.uint8]:

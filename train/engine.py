@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from infra.world import World
 from train.averaging import Average
 from train.fragments import Fragment, even_slice
+from train.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Update:
     """False where a non-finite gradient was found: parameters and moments are untouched on every rank."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
+    overflow: bool = False
+    """Not applied because scaled gradients overflowed; the loss scale has been lowered in answer."""
 
 
 class Engine(Protocol):
@@ -34,6 +37,8 @@ class Engine(Protocol):
     average: Average
     updates: int
     """Applied updates: Adam's count."""
+    loss_scale: LossScale | None
+    """Scale of fp16 gradients, if the engine scales the loss."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Any: ...
 
@@ -72,8 +77,9 @@ class ReplicatedEngine:
         ema: float,
         ema_every: int = 1,
         clip_norm: float = float("inf"),
+        loss_scale: LossScale | None = None,
     ) -> None:
-        self.module, self.world, self.clip_norm = module, world, clip_norm
+        self.module, self.world, self.clip_norm, self.loss_scale = module, world, clip_norm, loss_scale
         # A 1x1 convolution's gradient has other strides than DDP's bucket; the copy is of no weight, the warning on every rank is.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._replica = DistributedDataParallel(module, gradient_as_bucket_view=True) if world.size > 1 else module
@@ -92,12 +98,15 @@ class ReplicatedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. DDP averages over ranks, and shares of a global mean must sum."""
-        (loss * self.world.size).backward()
+        (loss * (self.world.size * self._scale)).backward()
 
     def step(self, lr: float) -> Update:
         """Apply the update, unless a gradient is not finite (every rank sees the same reduced gradients)."""
+        if self.loss_scale is not None:
+            torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / self._scale)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm).item()
         applied = norm < float("inf")  # False for NaN too
+        overflow = self.loss_scale is not None and self.loss_scale.update(finite=applied)
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -105,7 +114,11 @@ class ReplicatedEngine:
             self.updates += 1
             self.average.update(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(applied, norm)
+        return Update(applied, norm, overflow)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
         """Every tensor whole to load into; to save, this rank's even slice, so that ranks share the writing."""

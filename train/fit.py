@@ -104,6 +104,10 @@ class Fit:
     device: torch.device
     meta: dict[str, Any] = field(default_factory=dict)
     """Facts for meta.json: configuration and lineage."""
+    flops_per_unit: float = 0.0
+    """Useful arithmetic of one unit, forward and backward; 0: not counted."""
+    peak_flops: float = 0.0
+    """What one process could do of it in a second, for perf/mfu; only the main rank needs it."""
 
     def run_to_end(self) -> Outcome:
         """Train from the newest checkpoint to section.steps.
@@ -180,7 +184,7 @@ class Fit:
         elapsed = time.perf_counter() - started
         agreed = self._vector.exchange({"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares})
         update = self.engine.step(at["lr"])
-        self._count_bad(step, ok=update.applied and agreed["non_finite"] == 0)
+        self._count_bad(step, ok=(update.applied or update.overflow) and agreed["non_finite"] == 0)
         seconds = time.perf_counter() - started
         self._goodput.add("data", waited)
         self._goodput.add("step", seconds - waited)
@@ -189,6 +193,10 @@ class Fit:
         logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
         logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
         logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
+        if self.engine.loss_scale is not None:
+            logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
+        if self.peak_flops:
+            logged["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)
         return agreed, logged
 
     def _count_bad(self, step: int, *, ok: bool) -> None:
@@ -210,6 +218,8 @@ class Fit:
             odd = sorted(name for name in shapes.keys() | meta["shapes"].keys() if shapes.get(name) != meta["shapes"].get(name))
             raise CheckpointError(f"{self.run.at(self.stage)}: the checkpoint is of another model; first difference: {odd[0]}.")
         self.engine.loaded(meta["updates"])
+        if self.engine.loss_scale is not None and meta.get("loss_scale"):
+            self.engine.loss_scale.restore(meta["loss_scale"])
         self.loader.restore(meta["loader"])
         self._elapsed = meta["elapsed_s"]
         log.info("%s: resumed after update %d", self.stage, meta["step"])
@@ -217,6 +227,8 @@ class Fit:
 
     def _save(self, url: str, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
+        if self.engine.loss_scale is not None:
+            facts["loss_scale"] = self.engine.loss_scale.state()
         checkpoint.save(url, step, self.engine.fragments(to_load=False), facts, self.world, self.section.keep)
         self._writer.flush()
 

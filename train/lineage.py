@@ -11,11 +11,12 @@ from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.text import Tokenizer, load_tokenizer
 from infra.errors import DataError
 from infra.run_folder import RunFolder
-from model.attention import StructuredAttention
 from model.clip import Clip
 from model.dvae import DVAE
+from model.engines import make_engine
 from model.transformer import Transformer
 from train import export, places
+from train.attention_choice import choose
 from train.config import RunConfig
 
 
@@ -88,11 +89,15 @@ def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: to
     return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 
 
-def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_blocks: bool = False) -> Transformer:
-    """The transformer with the attention engine that is fastest on the device: structured on a CPU (three times dense; DECISIONS.md), else dense."""
+def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_every: int = 0) -> Transformer:
+    """The transformer with the attention engine that dalle.attention names.
+
+    Raises:
+        ConfigError: that engine cannot run on the device.
+    """
     shape = cfg.stream_shape()
-    attend = StructuredAttention(cfg.dalle, shape) if device.type == "cpu" else None
-    return Transformer(cfg.dalle, shape, branch_dtype=dtype, attend=attend, checkpoint_blocks=checkpoint_blocks).to(device)
+    attend = make_engine(choose(cfg.dalle, shape, device, dtype), cfg.dalle, shape, device)
+    return Transformer(cfg.dalle, shape, branch_dtype=dtype, attend=attend, checkpoint_every=checkpoint_every).to(device)
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from model.dvae import DVAE, gumbel_like, loss
+from model.dvae import DVAE, loss
+from model.relaxation import GumbelNoise
 from train.bench.harness import probe
 from train.config import RunConfig, load_run
 from train.device import BF16_WORTH_IT, keep_memory
@@ -20,12 +21,11 @@ from train.lineage import build_dalle
 def dvae_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], None]:
     """An update of the dVAE on ``batch`` images."""
     model = DVAE(cfg.dvae, dtype)
-    size, grid = cfg.dvae.image_size, cfg.dvae.grid
+    size = cfg.dvae.image_size
     pixels_B3YX = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    generators = [torch.Generator().manual_seed(i) for i in range(batch)]
 
     def forward() -> torch.Tensor:
-        terms = model(pixels_B3YX, gumbel_like((batch, cfg.dvae.vocab, grid, grid), generators), 0.5)
+        terms = model(pixels_B3YX, GumbelNoise(range(batch)), 0.5)
         return loss(terms.nll_B, terms.kl_B, cfg.dvae_fit.beta, cfg.dvae.downsample)
 
     return _update(model, forward)
@@ -33,8 +33,8 @@ def dvae_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], 
 
 def dalle_update(cfg: RunConfig, dtype: torch.dtype, batch: int) -> Callable[[], None]:
     """An update of the transformer on ``batch`` samples."""
-    shape = cfg.stream_shape()
-    model = build_dalle(cfg, torch.device("cpu"), dtype, checkpoint_blocks=cfg.dalle_fit.activation_checkpointing)
+    shape, fit = cfg.stream_shape(), cfg.dalle_fit
+    model = build_dalle(cfg, torch.device("cpu"), dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     text_BT = torch.randint(shape.text_vocab, (batch, shape.text_tokens))
     lengths_B = torch.full((batch,), shape.text_tokens)
     codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens))

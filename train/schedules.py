@@ -10,6 +10,11 @@ def half_cosine(step: int, start: float, end: float, steps: int) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def linear(step: int, start: float, end: float, steps: int) -> float:
+    """From ``start`` at step 0 to ``end`` at ``steps`` along a straight line, then flat."""
+    return end if step >= steps else start + (end - start) * step / steps
+
+
 def warmup_cosine(step: int, peak: float, end: float, warmup_steps: int, steps: int) -> float:
     """Linear from peak / warmup_steps to ``peak``, then along half a cosine to ``end`` at ``steps``."""
     if step < warmup_steps:

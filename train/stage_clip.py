@@ -16,7 +16,7 @@ from infra.world import World
 from model.clip import Clip
 from train import places
 from train.clip_task import BothTowers, ClipTask
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
 from train.device import set_up, wait_for_all
 from train.engine import ReplicatedEngine
@@ -35,7 +35,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
     engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
-    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed)
+    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode)
     loader = ShardLoader(
         [training],
         run.url,
@@ -45,6 +45,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         transform=view,
         collate=image_collate,
         batch_key="clip_fit.batch",
+        **loader_options(cfg.data),
     )
     plain = view_transform(cfg.dvae.image_size, tokenizer)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate, mix_seed=cfg.run.seed)

@@ -15,7 +15,7 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from train import places
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, wait_for_all
@@ -34,11 +34,11 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
-    model = build_dalle(cfg, device, dtype, checkpoint_blocks=fit.activation_checkpointing)
+    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     engine = ZeroEngine(model, fit, cfg.zero, world)
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
-    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout)
+    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=fit.caption_dropout)
     loader = ShardLoader(
         training,
         run.url,
@@ -48,6 +48,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         transform=encode,
         collate=code_collate,
         batch_key="dalle_fit.batch",
+        **loader_options(cfg.data),
     )
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)

@@ -15,14 +15,16 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from model.dvae import DVAE
+from model.dvae_flops import train_flops
 from train import places
-from train.common import finish_training, micro_batch
+from train.common import finish_training, loader_options, micro_batch
 from train.config import RunConfig
-from train.device import branch_dtype, set_up, wait_for_all
+from train.device import branch_dtype, matrix_peak, set_up, wait_for_all
 from train.dvae_task import DvaeTask
 from train.engine import ReplicatedEngine
 from train.fit import Fit
 from train.lineage import open_images
+from train.loss_scale import LossScale
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -34,23 +36,38 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     validation = open_images(cfg, run, "validation")
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     floor = -math.inf if fit.min_ln_b is None else fit.min_ln_b
-    model = DVAE(cfg.dvae, branch_dtype(fit.precision, device, run, world), floor).to(device)
-    clip_norm = math.inf if fit.clip_norm is None else fit.clip_norm
-    engine = ReplicatedEngine(model, world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=clip_norm)
+    dtype = branch_dtype(fit.precision, device, run, world)
+    model = DVAE(cfg.dvae, dtype, floor).to(device)
+    if fit.activation_checkpointing:
+        model.recompute_blocks()
+    if fit.compile:
+        model.compile_groups()
+    engine = ReplicatedEngine(
+        model,
+        world,
+        betas=(0.9, 0.999),
+        weight_decay=fit.weight_decay,
+        ema=fit.ema,
+        clip_norm=math.inf if fit.clip_norm is None else fit.clip_norm,
+        loss_scale=LossScale() if dtype == torch.float16 else None,
+    )
     loader = ShardLoader(
         [training],
         run.url,
         world,
         micro_batch(cfg, "dvae_fit", world),
         cfg.run.seed,
-        transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed),
+        transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed, cfg.data.decode),
         collate=image_collate,
         batch_key="dvae_fit.batch",
+        **loader_options(cfg.data),
     )
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, view_transform(cfg.dvae.image_size), image_collate)
     lineage = {"images": training.content_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DvaeTask(cfg, run, world, device, reader)
-    outcome = Fit("dvae", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
+    peak = matrix_peak(dtype, device) if world.is_main else 0.0
+    flops = train_flops(cfg.dvae)
+    outcome = Fit("dvae", task, engine, loader, fit, run, world, stop, device, meta, flops, peak).run_to_end()
     finish_training("dvae", cfg.dvae, engine, outcome, "images/s", lineage, run, world)
     wait_for_all()

@@ -18,7 +18,8 @@ from train.clip_task import recall_at_1
 from train.config import RunConfig
 from train.dalle_task import cross_entropies
 from train.device import branch_dtype, set_up, wait_for_all
-from train.dvae_task import code_statistics, psnr
+from train.evaluation.codes import code_statistics
+from train.evaluation.pixels import psnr
 from train.lineage import Exports, open_codes, open_exports, open_images
 
 

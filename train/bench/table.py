@@ -5,8 +5,12 @@ from importlib import import_module
 from train.bench.harness import Options, Result
 
 BENCHES = {
+    "data-codes": "train.bench.data_codes",
+    "data-images": "train.bench.data_images",
+    "dvae": "train.bench.dvae",
     "floor": "train.bench.floor",
-    "transformer": "train.bench.transformer",
+    "memory": "train.bench.memory",
+    "model": "train.bench.model",
 }
 
 

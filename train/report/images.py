@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 Pixels = NDArray[np.uint8]
 
-_LABEL_SIZE = 12
+LABEL_SIZE = 12
+"""Size of the letters of labels, in pixels."""
+WHITE, INK = (255, 255, 255), (70, 74, 82)
 _LAYOUT = "dalle-grid"
-_WHITE, _INK = (255, 255, 255), (70, 74, 82)
 _INLINE_BYTES = 150_000
 
 
@@ -50,7 +52,7 @@ def read_png(data: bytes) -> Pixels:
         picture = Image.open(io.BytesIO(data)).convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{len(data)} bytes are no picture ({error})") from error
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*_WHITE, 255)), picture).convert("RGB"))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert("RGB"))
 
 
 def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> Pixels:
@@ -68,11 +70,11 @@ def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str]
         ValueError: no pictures, pictures of different sizes, or another number of labels than rows.
     """
     layout = _layout(images, pad, labels)
-    canvas = Image.new("RGB", (layout["width"], layout["height"]), _WHITE)
+    canvas = Image.new("RGB", (layout["width"], layout["height"]), WHITE)
     draw = ImageDraw.Draw(canvas)
     for row, (top, pictures) in enumerate(zip(layout["tops"], images, strict=True)):
         if labels:
-            draw.text((pad, top - _LABEL_SIZE - 4), _fit(labels[row], layout["width"] - 2 * pad), fill=_INK, font=_font())
+            draw.text((pad, top - LABEL_SIZE - 4), fit(labels[row], layout["width"] - 2 * pad), fill=INK, font=font())
         for column, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (pad + column * (layout["tile_width"] + pad), top))
     return np.asarray(canvas)
@@ -138,7 +140,7 @@ def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str])
     if labels and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} rows: give one for each row, or none")
     height, width, _ = shapes.pop()
-    above = _LABEL_SIZE + 8 if labels else 0
+    above = LABEL_SIZE + 8 if labels else 0
     tops = [pad + above + row * (height + pad + above) for row in range(len(images))]
     across = max(len(row) for row in images)
     return {
@@ -150,14 +152,19 @@ def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str])
     }
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_LABEL_SIZE)
+@lru_cache(maxsize=8)
+def font(size: int = LABEL_SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of labels."""
+    return ImageFont.load_default(size)
 
 
-def _fit(text: str, width: int) -> str:
-    font = _font()
-    if font.getlength(text) <= width:
+def fit(text: str, width: int, size: int = LABEL_SIZE) -> str:
+    """Text cut to ``width`` pixels; what was cut ends in an ellipsis."""
+    face = font(size)
+    if face.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    low, high = 0, len(text)  # the most characters that fit, by bisection: a caption may have a million
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if face.getlength(text[:middle] + "…") <= width else (low, middle - 1)
+    return text[:low] + "…"

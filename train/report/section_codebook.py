@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from train.report.markup import el, join, note, number
+from train.evaluation.collapse import collapse_warning
+from train.report.markup import Child, el, join, note, number
 from train.report.plots import ranked
 from train.report.view import RunView, Section
 
@@ -23,13 +24,28 @@ def section(run: RunView) -> Section | None:
         f"Perplexity {perplexity(counts):.0f}: as many codes would carry the same information if all were used equally (dashed line: all of them)."
     )
     top = 100 * max(counts) / sum(counts)
+    share = float(run.section("dvae_fit").get("warn_perplexity", 0))
+    warning = collapse_warning({"code_use": used / len(counts), "perplexity": perplexity(counts)}, len(counts), share)
     return Section(
         "codebook",
         "Codebook use",
         join(
+            el("p", f"Warning: {warning}", class_="error") if warning else None,
             note(words, f" The most frequent code takes {top:.1f} %."),
+            _in_training(run, len(counts)),
             el("div", el("figure", ranked("codebook", "share of each code", counts), class_="plot"), class_="plots one"),
         ),
+    )
+
+
+def _in_training(run: RunView, vocab: int) -> Child:
+    """The same of the newest training codes: more of them, so that rare codes are seen."""
+    names = ("train_codes_counted", "train_code_use", "train_dead_codes", "train_perplexity")
+    counted, use, dead, effective = (run.last("dvae", f"eval/{name}") for name in names)
+    if counted is None or use is None or dead is None or effective is None:
+        return None
+    return note(
+        f"Over the newest {number(counted)} codes of training pictures: {100 * use:.0f} % of {vocab} in use, {number(dead)} dead, perplexity {effective:.0f}."
     )
 
 

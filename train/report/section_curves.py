@@ -24,19 +24,28 @@ class Panel:
 
 PANELS: dict[str, tuple[Panel, ...]] = {
     "dvae": (
+        Panel("ELB (nats per channel value)", (("eval/elb_relaxed", "relaxed codes"), ("eval/elb_true", "true codes"))),
         Panel(
             "reconstruction term",
             (("train/nll", "training"), ("eval/nll_true", "validation, true codes"), ("eval/nll_relaxed", "validation, relaxed")),
         ),
         Panel("PSNR on validation (dB)", (("eval/psnr", "true codes"), ("eval/psnr_relaxed", "relaxed"))),
-        Panel("codes in use (share)", (("eval/code_use", "validation"),)),
+        Panel("codes in use (share)", (("eval/code_use", "validation"), ("eval/train_code_use", "newest training codes"))),
+        Panel("ELB gap: relaxed minus true", (("eval/elb_gap", "validation"),)),
+        Panel("SSIM on validation", (("eval/ssim", "true codes"),)),
+        Panel("LPIPS on validation", (("eval/lpips", "true codes"),)),
+        Panel("Fréchet distance of reconstructions", (("eval/fid", "FID"), ("eval/frechet_efficientnet_lite0", "by EfficientNet-Lite0 (no FID)"))),
         Panel("loss (nats per channel value)", (("train/loss", "training"),)),
         Panel("KL to uniform (nats per code)", (("train/kl", "training"),)),
-        Panel("perplexity of codes", (("eval/perplexity", "validation"),)),
+        Panel("perplexity of codes", (("eval/perplexity", "validation"), ("eval/train_perplexity", "newest training codes"))),
+        Panel("dead codes", (("eval/dead_codes", "validation"), ("eval/train_dead_codes", "newest training codes"))),
         Panel("schedules: temperature, KL weight", (("sched/tau", "temperature"), ("sched/beta", "KL weight"))),
         Panel("step size", (("optim/lr", "step size"),)),
         Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
+        Panel("loss scale", (("optim/loss_scale", "scale"),), log=True),
+        Panel("skipped updates", (("optim/skipped_updates", "overflows so far"),)),
         Panel("images per second", (("perf/images_per_s", "images/s"),)),
+        Panel("share of the matrix peak (MFU)", (("perf/mfu", "useful arithmetic"),)),
         Panel("waiting for data (s per update)", (("data/wait_s", "wait"),)),
     ),
     "dalle": (

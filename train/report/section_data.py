@@ -10,6 +10,7 @@ from train.report.view import TRAINED, RunView, Section
 _TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
 _READS = {"dvae": "images", "dalle": "captions and codes", "clip": "images and captions"}
 _EXAMPLES = 5
+_SHARDS = 20
 
 
 def section(run: RunView) -> Section | None:
@@ -17,7 +18,7 @@ def section(run: RunView) -> Section | None:
     summary = run.summary("prepare")
     if not summary:
         return Section("data", "What was trained on what", note("The prepare stage has not finished: nothing is known about the data."))
-    parts: list[Child] = [_counts(summary), _passes(run, summary), _dropped(summary), _other(run)]
+    parts: list[Child] = [_counts(summary), _passes(run, summary), _filters(summary), _other(run)]
     return Section("data", "What was trained on what", join(parts))
 
 
@@ -52,15 +53,58 @@ def _passes(run: RunView, summary: dict[str, Any]) -> Html | None:
     return join(el("h3", "Training"), table(header, rows, numbers=range(2, len(header))))
 
 
-def _dropped(summary: dict[str, Any]) -> Html:
-    dropped = summary.get("dropped") or {}
+def _filters(summary: dict[str, Any]) -> Html:
+    """What was left out: records by reason with examples, captions by reason, and input shards that could not be read."""
+    title, dropped = el("h3", "Filters"), summary.get("dropped") or {}
+    captions, quarantined = _dropped_captions(summary), _quarantined(summary)
     if not dropped:
-        return join(el("h3", "Filters"), note("No record was dropped."))
-    rows: list[list[Child]] = []
-    for reason, what in sorted(dropped.items(), key=lambda item: -int(item[1].get("count", 0))):
-        examples = [str(name) for name in what.get("examples") or []][:_EXAMPLES]
-        rows.append([reason, number(what.get("count", 0)), el("span", ", ".join(examples), class_="mono")])
-    return join(el("h3", "Filters"), note("Records that were not used, and why."), table(["reason", "count", "examples"], rows, numbers=(1,)))
+        return join(title, note("No record was dropped."), captions, quarantined)
+    kept = sum((summary.get("splits") or {}).values())
+    entries = sorted(dropped.items(), key=lambda item: (-int(item[1]["count"]), item[0]))
+    lost = sum(int(what["count"]) for _, what in entries)
+    words = f"{number(lost)} of {number(kept + lost)} records were not used."
+    rows: list[list[Child]] = [[reason, number(what["count"]), _percent(what["count"], kept + lost)] for reason, what in entries]
+    # Examples stand in lists below the counts: beside them, a phone would show neither.
+    examples = [_examples(reason, what.get("examples") or []) for reason, what in entries]
+    return join(title, note(words), table(["reason", "records", "share"], rows, numbers=(1, 2)), examples, captions, quarantined)
+
+
+def _examples(reason: str, examples: list[dict[str, Any]]) -> Html | None:
+    if not examples:
+        return None
+    lines = [el("li", el("span", str(each["id"]), class_="mono"), [el("br"), each["why"]] if each["why"] else None) for each in examples[:_EXAMPLES]]
+    return el("details", el("summary", f"Examples: {reason}"), el("ul", lines), class_="examples")
+
+
+def _dropped_captions(summary: dict[str, Any]) -> Html | None:
+    dropped = summary.get("dropped_captions") or {}
+    if not dropped:
+        return None
+    rows: list[list[Child]] = [[reason, number(count)] for reason, count in sorted(dropped.items(), key=lambda item: (-int(item[1]), item[0]))]
+    words = "Captions are judged one by one; a record goes when none of its captions is left."
+    return join(el("h3", "Captions left out"), note(words), table(["reason", "captions"], rows, numbers=(1,)))
+
+
+def _quarantined(summary: dict[str, Any]) -> Html | None:
+    shards = summary.get("quarantined") or []
+    if not shards:
+        return None
+    words = f"{number(len(shards))} input shard{'s' if len(shards) > 1 else ''} could not be read; the rest went on without. Repair the input and run prepare again."
+    lines = [
+        el("li", el("span", str(each["shard"]), class_="mono"), el("br"), f"{each['reason']} ({_tries(each['tries'])})") for each in shards[:_SHARDS]
+    ]
+    if len(shards) > _SHARDS:
+        lines.append(el("li", f"and {number(len(shards) - _SHARDS)} more"))
+    return join(el("h3", "Quarantined input"), el("p", words, class_="error"), el("ul", lines))
+
+
+def _tries(tries: int) -> str:
+    return f"{tries} tr{'y' if tries == 1 else 'ies'}"
+
+
+def _percent(count: int, total: int) -> str:
+    share = 100 * count / total
+    return f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
 
 
 def _other(run: RunView) -> Html | None:

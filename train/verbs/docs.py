@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train import mask_picture
 from train.config import RunConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,7 +22,11 @@ def main() -> None:
 def generated() -> dict[str, str]:
     """File name -> text of what is generated from the models."""
     schema = RunConfig.model_json_schema()
-    return {"config.schema.json": json.dumps(schema, indent=2, sort_keys=True) + "\n", "configuration.md": _reference(schema)}
+    return {
+        "config.schema.json": json.dumps(schema, indent=2, sort_keys=True) + "\n",
+        "configuration.md": _reference(schema),
+        "pictures/masks.svg": mask_picture.svg(),
+    }
 
 
 def _reference(schema: dict[str, Any]) -> str:
@@ -33,11 +38,26 @@ def _reference(schema: dict[str, Any]) -> str:
         "`section.key=value`. Unknown keys and wrong types are refused. The defaults are the paper's; presets in `train/presets/` scale them.",
     ]
     for name, entry in schema["properties"].items():
-        section = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
-        lines += ["", f"## [{name}]", "", _one_line(section.get("description", "")), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        section = _resolved(schema, entry)
+        lines += ["", f"## [{name}]", "", _one_line(section.get("description", "")), *_table(section)]
         for key, value in section["properties"].items():
-            lines.append(f"| `{key}` | {_type(value)} | `{json.dumps(value.get('default'))}` | {_one_line(value.get('description', ''))} |")
+            if "$ref" in value.get("items", {}):
+                item = _resolved(schema, value["items"])
+                lines += ["", f"Keys of an entry of `{name}.{key}`. {_one_line(item.get('description', ''))}", *_table(item)]
     return "\n".join(lines) + "\n"
+
+
+def _resolved(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
+    return found
+
+
+def _table(section: dict[str, Any]) -> list[str]:
+    lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, value in section["properties"].items():
+        default = f"`{json.dumps(value['default'])}`" if "default" in value else "must be given"
+        lines.append(f"| `{key}` | {_type(value)} | {default} | {_one_line(value.get('description', ''))} |")
+    return lines
 
 
 def _one_line(text: str) -> str:
@@ -48,7 +68,7 @@ def _type(value: dict[str, Any]) -> str:
     if "enum" in value:
         return ", ".join(f"`{json.dumps(option)}`" for option in value["enum"])
     if value.get("type") == "array":
-        return f"list of {value['items']['type']}"
+        return f"list of {value['items'].get('type') or 'tables'}"
     bounds = [
         f"{sign} {value[key]}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -22,6 +22,7 @@ from train.averaging import Average
 from train.config import DalleFit, ZeroSection
 from train.engine import Update, decay_groups
 from train.fragments import Fragment, even_slice
+from train.loss_scale import LossScale
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -69,6 +70,7 @@ class ZeroEngine:
             raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/zero/ stands on: {', '.join(absent or unmapped[:3])}.")
         self.average = Average(module.named_parameters(), fit.ema, fit.ema_every)
         self.updates = 0
+        self.loss_scale: LossScale | None = None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._engine(*inputs, **named)

@@ -1,0 +1,274 @@
+"""The global order of samples, evaluated lazily: epochs of shuffled blocks of shuffled shards. NumPy only.
+
+An epoch's shards are shuffled by (seed, epoch), cut into blocks of at least ``block`` samples, and samples are shuffled within their block by (seed,
+epoch, block). Finding any position costs the shards of the epoch and the samples of one block, whatever the size of the set.
+
+A shard of weight w brings floor(w) copies of all its rows, and for the rest of w a window of rows that moves on with every visit of its set, so that
+use evens out to one exactly. Removed records keep their place in the order and are passed over: the order of all others does not change with them,
+and a position in the *stored* order (``EpochOrder.cursor``) means the same under any list of removed records.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.seeds import generator
+
+BLOCK = 1 << 18
+"""Samples among which a sample may move."""
+_FINEST = 10_000  # weights are fractions with denominators up to this
+_KEPT = 2  # epochs, and blocks of an epoch, that are kept: the present and the next one
+
+Places = NDArray[np.int32]
+"""int32 [3, N]: the shard, the row in it, and the copy of each sample (0, and 1, 2, ... for repeats within an epoch)."""
+
+
+class Order:
+    """The order of one shard set in every epoch."""
+
+    def __init__(
+        self,
+        samples: Sequence[int] | NDArray[np.int64],
+        seed: int,
+        weights: Sequence[float] | None = None,
+        removed: NDArray[np.int64] | None = None,
+        block: int = BLOCK,
+        shuffle: bool = True,
+    ) -> None:
+        """
+        Args:
+            samples: records of each shard.
+            seed: run.seed.
+            weights: samples of an epoch per record, for each shard; None: 1.
+            removed: sorted positions in the concatenation of all shards that are passed over.
+            block: least samples of a block.
+            shuffle: False keeps the order of the records.
+
+        Raises:
+            ValueError: a weight below 0, a block below 1, or a removed position that no shard has.
+        """
+        self.samples = np.asarray(samples, np.int64)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
+        self.removed = np.zeros(0, np.int64) if removed is None else np.asarray(removed, np.int64)
+        self.seed, self.block, self.shuffle = seed, block, shuffle
+        given = [1.0] * len(self.samples) if weights is None else list(weights)
+        if min(given, default=0.0) < 0 or block < 1:
+            raise ValueError(f"weights {min(given, default=0.0)} and block {block}: expected weights of at least 0 and blocks of at least 1 sample")
+        if len(self.removed) and not 0 <= self.removed[0] <= self.removed[-1] < self.starts[-1]:
+            raise ValueError(f"removed positions run from {self.removed[0]} to {self.removed[-1]}, but there are {self.starts[-1]} records")
+        parts = {weight: Fraction(weight).limit_denominator(_FINEST) for weight in set(given)}
+        self._whole = np.array([int(parts[weight]) for weight in given], np.int64)
+        self._numerator = np.array([(parts[weight] % 1).numerator for weight in given], np.int64)
+        self._denominator = np.array([(parts[weight] % 1).denominator for weight in given], np.int64)
+        self._epochs: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no epoch ever has a sample."""
+        used = self.samples * (self._whole + self._numerator) > 0
+        return not int((self.samples - np.diff(np.searchsorted(self.removed, self.starts)))[used].sum())
+
+    def epoch(self, epoch: int, visit: int | None = None) -> EpochOrder:
+        """The order of an epoch, which is the ``visit``-th one of this set (None: every epoch is of this set)."""
+        key = (epoch, epoch if visit is None else visit)
+        if key not in self._epochs:
+            self._epochs[key] = EpochOrder(self, epoch, *self._instances(key[1]))
+            if len(self._epochs) > _KEPT:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(key)
+        return self._epochs[key]
+
+    def _instances(self, visit: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Shard, first row, number of rows (running on from row 0 past the last one), and copy, of each use of a shard."""
+        shards = np.arange(len(self.samples))
+        whole = np.repeat(shards, self._whole)
+        copies = np.arange(len(whole)) - np.repeat(np.cumsum(self._whole) - self._whole, self._whole)
+        used = self._numerator * self.samples
+        begin, end = visit * used // self._denominator, (visit + 1) * used // self._denominator
+        partial = shards[end > begin]
+        shard = np.concatenate([whole, partial])
+        first = np.concatenate([np.zeros(len(whole), np.int64), (begin % np.maximum(self.samples, 1))[partial]])
+        rows = np.concatenate([self.samples[whole], (end - begin)[partial]])
+        copy = np.concatenate([copies, self._whole[partial]])
+        keep = np.flatnonzero(rows)
+        keep = keep[np.argsort(shard[keep], kind="stable")]
+        return shard[keep], first[keep], rows[keep], copy[keep]
+
+
+class EpochOrder:
+    """One epoch of one set. Positions count visible samples, cursors count stored ones, removed records among them."""
+
+    def __init__(
+        self,
+        order: Order,
+        epoch: int,
+        shard: NDArray[np.int64],
+        first: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        copy: NDArray[np.int64],
+    ) -> None:
+        self._order, self._epoch = order, epoch
+        mixed = generator(order.seed, "order", epoch).permutation(len(shard)) if order.shuffle else np.arange(len(shard))
+        self._shard, self._first, self._rows, self._copy = shard[mixed], first[mixed], rows[mixed], copy[mixed]
+        self._bounds = _blocks(self._rows, order.block)
+        self._stored = _sums(self._rows, self._bounds)
+        self._visible = _sums(self._rows - self._gone(), self._bounds)
+        self._blocks: OrderedDict[int, tuple[Places, NDArray[np.bool_] | None]] = OrderedDict()
+
+    @property
+    def count(self) -> int:
+        """Visible samples of the epoch."""
+        return int(self._visible[-1])
+
+    @property
+    def stored(self) -> int:
+        """Stored samples of the epoch, removed ones included."""
+        return int(self._stored[-1])
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._bounds) - 1
+
+    def block_of(self, position: int) -> int:
+        """The block of a visible sample."""
+        return int(np.searchsorted(self._visible, position, side="right")) - 1
+
+    def shards_of(self, block: int) -> NDArray[np.int64]:
+        """The shards that a block reads, each once."""
+        return np.unique(self._shard[self._bounds[block] : self._bounds[block + 1]])
+
+    def at(self, positions: NDArray[np.int64]) -> Places:
+        """Places of visible samples, whose positions ascend; int32 [3, N]."""
+        if not len(positions):
+            return np.zeros((3, 0), np.int32)
+        blocks = np.searchsorted(self._visible, positions, side="right") - 1
+        cuts = np.flatnonzero(np.diff(blocks)) + 1
+        parts = [
+            self._places(int(blocks[part[0]]))[0][:, positions[part] - self._visible[blocks[part[0]]]]
+            for part in np.split(np.arange(len(positions)), cuts)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def cursor(self, drawn: int) -> int:
+        """Stored samples that lie behind when ``drawn`` visible ones have been drawn."""
+        if drawn == 0:
+            return 0
+        block = self.block_of(drawn - 1)
+        shown = self._places(block)[1]
+        last = drawn - 1 - int(self._visible[block])
+        return int(self._stored[block]) + 1 + (last if shown is None else int(np.flatnonzero(shown)[last]))
+
+    def drawn(self, cursor: int) -> int:
+        """Visible samples among the first ``cursor`` stored ones: under another list of removed records, where to go on.
+
+        Raises:
+            ValueError: the epoch has fewer samples.
+        """
+        if not 0 <= cursor <= self.stored:
+            raise ValueError(f"position {cursor} of an epoch of {self.stored} samples")
+        if cursor == self.stored:
+            return self.count
+        block = int(np.searchsorted(self._stored, cursor, side="right")) - 1
+        shown = self._places(block)[1]
+        inside = cursor - int(self._stored[block])
+        return int(self._visible[block]) + (inside if shown is None else int(shown[:inside].sum()))
+
+    def _gone(self) -> NDArray[np.int64]:
+        """Removed records in each instance."""
+        start, size = self._order.starts[self._shard], self._order.samples[self._shard]
+        end = self._first + self._rows
+        ends = [start + self._first, start + np.minimum(end, size), start, start + np.maximum(end - size, 0)]
+        a, b, c, d = (np.searchsorted(self._order.removed, each) for each in ends)
+        gone: NDArray[np.int64] = b - a + d - c
+        return gone
+
+    def _places(self, block: int) -> tuple[Places, NDArray[np.bool_] | None]:
+        """Visible places of a block in order, and which of its stored samples they are (None: all)."""
+        if block not in self._blocks:
+            self._blocks[block] = self._make(block)
+            if len(self._blocks) > _KEPT:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(block)
+        return self._blocks[block]
+
+    def _make(self, block: int) -> tuple[Places, NDArray[np.bool_] | None]:
+        order, part = self._order, slice(self._bounds[block], self._bounds[block + 1])
+        shard, rows = self._shard[part], self._rows[part]
+        total = int(rows.sum())
+        before = np.cumsum(rows) - rows
+        row = np.arange(total) + np.repeat(self._first[part] - before, rows)
+        size = np.repeat(order.samples[shard], rows)
+        row -= np.where(row >= size, size, 0)
+        places = np.stack([np.repeat(shard, rows), row, np.repeat(self._copy[part], rows)]).astype(np.int32)
+        shown = None
+        if self._visible[block + 1] - self._visible[block] != total:
+            at = np.repeat(order.starts[shard], rows) + row
+            found = np.searchsorted(order.removed, at)
+            shown = order.removed[np.minimum(found, len(order.removed) - 1)] != at
+        if order.shuffle:
+            mixed = generator(order.seed, "order", self._epoch, block).permutation(total)
+            places = places[:, mixed]
+            shown = None if shown is None else shown[mixed]
+        return (places if shown is None else places[:, shown]), shown
+
+
+class Endless:
+    """The endless order of several sets in turn: epoch e is of set e mod n. A position is (epoch, visible samples drawn in it)."""
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        """
+        Raises:
+            ValueError: no order, or one without a sample.
+        """
+        if not orders or any(order.empty for order in orders):
+            raise ValueError("an order without samples never ends")
+        self._orders = list(orders)
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """The order of an epoch."""
+        return self._orders[epoch % len(self._orders)].epoch(epoch, epoch // len(self._orders))
+
+    def advance(self, epoch: int, drawn: int, samples: int = 0) -> tuple[int, int]:
+        """The position ``samples`` further on, within an epoch and not at its end."""
+        drawn += samples
+        while drawn >= (count := self.epoch(epoch).count):
+            epoch, drawn = epoch + 1, drawn - count
+        return epoch, drawn
+
+    def every(self, epoch: int, drawn: int, samples: int, first: int, stride: int) -> list[tuple[int, Places]]:
+        """Of the next ``samples`` samples, the ``first`` one and every ``stride``-th after it: (epoch, places), in order."""
+        found = []
+        while samples:
+            epoch, drawn = self.advance(epoch, drawn)
+            order = self.epoch(epoch)
+            here = min(samples, order.count - drawn)
+            if first < here:
+                found.append((epoch, order.at(np.arange(drawn + first, drawn + here, stride))))
+            samples, drawn, first = samples - here, drawn + here, (first - here) % stride
+        return found
+
+
+def _blocks(rows: NDArray[np.int64], block: int) -> NDArray[np.int64]:
+    """Bounds of blocks of consecutive instances with at least ``block`` rows each; what is left at the end joins the last block."""
+    ends = np.cumsum(rows)
+    bounds = [0]
+    while len(ends):
+        reached = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+        stop = int(np.searchsorted(ends, reached + block)) + 1
+        if stop > len(ends):
+            break
+        bounds.append(stop)
+    if bounds[-1] != len(ends):
+        bounds[-1 if len(bounds) > 1 else len(bounds) :] = [len(ends)]
+    return np.array(bounds, np.int64)
+
+
+def _sums(values: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum of the values before each bound."""
+    sums: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])[bounds]
+    return sums

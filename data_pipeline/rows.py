@@ -1,0 +1,203 @@
+"""Rows of MDS shard files, fast: one read a row, and only the columns that are asked for are decoded. No streaming, no torch.
+
+Files are read, not mapped: a disk that fails under a mapping, or a file that is cut short, would end the process with SIGBUS and no message.
+
+An MDS file is little-endian: uint32 n, n + 1 uint32 offsets, a JSON header, rows; a row is the uint32 sizes of its columns of variable size, then all
+columns. Encodings are those of our record types: str, bytes, json, int, and ndarray with dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from infra.errors import DataError
+
+HASH = "xxh64"
+"""The hash of shard files in an index, by streaming's name."""
+_CHUNK = 1 << 20
+
+Decoder = Callable[[bytes], Any]
+
+
+def check_file(path: Path, entry: Mapping[str, Any], name: str) -> str:
+    """What is wrong with a shard file, in words; '' if it has the size and hash of its index entry.
+
+    Raises:
+        DataError: the entry has no hash, or the file cannot be read; ``name`` is what the message calls it.
+    """
+    raw = entry["raw_data"]
+    expected = raw["hashes"].get(HASH)
+    if expected is None:
+        raise DataError(f"{name}: its index entry has no {HASH} hash, so damage would not be seen; write the set again with this project's stages.")
+    found, size = xxhash.xxh64(), 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
+    if size != raw["bytes"]:
+        return f"{size} bytes instead of {raw['bytes']}"
+    return "" if found.hexdigest() == expected else f"its {HASH} is {found.hexdigest()} instead of {expected}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Columns of the rows of a file."""
+
+    columns: dict[str, tuple[int, Decoder]]
+    """Name -> place in a row, and how to decode it."""
+    sizes: tuple[int, ...]
+    """Bytes of each column; 0 where the row says."""
+    variable: tuple[int, ...]
+    """Places of columns of variable size."""
+    head: struct.Struct
+    """Their sizes."""
+
+
+class Row(Mapping[str, Any]):
+    """One record; a column is decoded when it is asked for. Arrays are read-only."""
+
+    __slots__ = ("_data", "_ends", "_layout", "_name")
+
+    def __init__(self, data: bytes, layout: _Layout, name: Callable[[], str]) -> None:
+        self._data, self._layout, self._name = data, layout, name
+        try:
+            found = layout.head.unpack_from(data)
+        except struct.error as error:
+            raise DataError(f"{name()}: damaged, a row is too short.") from error
+        sizes = list(layout.sizes)
+        for place, size in zip(layout.variable, found, strict=True):
+            sizes[place] = size
+        self._ends = list(accumulate(sizes, initial=layout.head.size))
+        if self._ends[-1] != len(data):
+            raise DataError(f"{name()}: damaged, the columns of a row are {self._ends[-1]} bytes, the row {len(data)}.")
+
+    def __getitem__(self, column: str) -> Any:
+        place, decode = self._layout.columns[column]
+        try:
+            return decode(self._data[self._ends[place] : self._ends[place + 1]])
+        except ValueError as error:
+            raise DataError(f"{self._name()}: damaged, column '{column}' of a row does not decode ({error}).") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.columns)
+
+    def __len__(self) -> int:
+        return len(self._layout.columns)
+
+
+def row_decoder(entry: Mapping[str, Any], name: str) -> Callable[[bytes], Row]:
+    """A function from the bytes of one row to the row, for who reads single rows from afar; it raises DataError for bytes that are no row.
+
+    Args:
+        entry: the shard's entry in the index.
+        name: what messages call the shard.
+
+    Raises:
+        DataError: a column has an unknown encoding.
+    """
+    layout = _layout(entry, name)
+    return lambda data: Row(data, layout, lambda: name)
+
+
+class ShardRows:
+    """Random access to the rows of one shard file."""
+
+    def __init__(self, path: Path, entry: Mapping[str, Any], name: str) -> None:
+        """
+        Args:
+            path: the file; it must have been checked (``check_file``): rows are trusted to be what was written.
+            entry: its entry in the index.
+            name: what messages call it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            DataError: it is no MDS file of this entry, or has a column of an unknown encoding.
+        """
+        self._name, self._samples = name, int(entry["samples"])
+        self._layout = _layout(entry, name)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            head = os.pread(self._file, 4 * (self._samples + 2), 0)
+            size = os.fstat(self._file).st_size
+        except OSError as error:
+            self.close()
+            raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
+        numbers = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
+        offsets = numbers[1:].astype(np.int64)
+        whole = len(numbers) == self._samples + 2 and numbers[0] == self._samples
+        if not (whole and offsets[0] >= len(head) and (np.diff(offsets) >= 0).all() and offsets[-1] == size == entry["raw_data"]["bytes"]):
+            self.close()
+            raise DataError(f"{name}: damaged, it is no MDS file of {self._samples} rows in {entry['raw_data']['bytes']} bytes (it has {size}).")
+        self._offsets: list[int] = offsets.tolist()
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, row: int) -> Row:
+        """
+        Raises:
+            DataError: the file cannot be read any more, or the row is not what its columns say.
+        """
+        begin, end = self._offsets[row], self._offsets[row + 1]
+        try:
+            data = os.pread(self._file, end - begin, begin)
+        except OSError as error:
+            raise DataError(f"{self._name}: cannot be read ({error.strerror}).") from error
+        return Row(data, self._layout, lambda: f"{self._name}, row {row}")
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is fine."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+
+def _layout(entry: Mapping[str, Any], name: str) -> _Layout:
+    if entry.get("format") != "mds" or entry.get("compression"):
+        raise DataError(f"{name}: format '{entry.get('format')}', compression '{entry.get('compression')}'; expected uncompressed 'mds'.")
+    columns, sizes = {}, []
+    for place, (column, encoding) in enumerate(zip(entry["column_names"], entry["column_encodings"], strict=True)):
+        decode, size = _decoder(encoding, column, name)
+        columns[column] = (place, decode)
+        sizes.append(size)
+    variable = tuple(place for place, size in enumerate(sizes) if not size)
+    return _Layout(columns, tuple(sizes), variable, struct.Struct(f"<{len(variable)}I"))
+
+
+def _decoder(encoding: str, column: str, name: str) -> tuple[Decoder, int]:
+    """How to decode a column, and its size in bytes (0: each row says)."""
+    if encoding in _PLAIN:
+        return _PLAIN[encoding]
+    kind, _, rest = encoding.partition(":")
+    if kind == "ndarray" and rest.count(":") == 1:
+        words, shape = rest.split(":")
+        dtype, sides = np.dtype(words).newbyteorder("<"), tuple(int(side) for side in shape.split(","))
+        if len(sides) == 1:
+            return (lambda data: np.frombuffer(data, dtype)), dtype.itemsize * sides[0]
+        return (lambda data: np.frombuffer(data, dtype).reshape(sides)), dtype.itemsize * int(np.prod(sides))
+    raise DataError(f"{name}: column '{column}' has encoding '{encoding}'; accepted are {', '.join(_PLAIN)} and ndarray:<dtype>:<shape>.")
+
+
+_PLAIN: dict[str, tuple[Decoder, int]] = {
+    "str": (lambda data: data.decode(), 0),
+    "bytes": (lambda data: data, 0),
+    "json": (lambda data: json.loads(data.decode()), 0),
+    "int": (lambda data: int.from_bytes(data, "little", signed=True), 8),
+}

@@ -1,0 +1,132 @@
+"""Names that match a pattern, below any listing: ``*``, ``?`` and ``[...]`` within one folder, ``**`` for folders of any depth.
+
+Listings come in the order of their full names, as S3 lists them, so that a folder copied to S3 is the same list.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from infra.files import read_errors
+
+_SPECIAL = "*?["
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file or object of a listing."""
+
+    name: str
+    """Relative to the folder that was listed; a folder's ends with a slash."""
+    size: int
+    """In bytes."""
+    version: str
+    """Changes whenever the content may have."""
+
+
+Level = Callable[[str, str], Iterator[FileInfo]]
+"""(folder, start) -> files and folders directly in it whose names begin with ``start``."""
+Walk = Callable[[str], Iterator[FileInfo]]
+"""folder -> all files below it."""
+
+
+def is_pattern(url: str) -> bool:
+    """Whether a URL holds a special character."""
+    return any(character in url for character in _SPECIAL)
+
+
+def escape(url: str) -> str:
+    """A pattern that matches this URL alone."""
+    return "".join(f"[{character}]" if character in _SPECIAL else character for character in url)
+
+
+def split(url: str) -> tuple[str, list[str]]:
+    """The folder above the first part that holds a special character, and the parts from there on."""
+    parts = url.split("/")
+    first = next(number for number, part in enumerate(parts) if is_pattern(part))
+    base = "/".join(parts[:first])
+    return (base or "/" if url.startswith("/") else base), [part for part in parts[first:] if part]
+
+
+def fixed_start(part: str) -> str:
+    """The characters of a pattern before its first special one."""
+    return part[: min((part.index(character) for character in _SPECIAL if character in part), default=len(part))]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a path begins with a dot: patterns and folders leave such names out."""
+    return name.startswith(".") or "/." in name
+
+
+def matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match the parts of a pattern."""
+    if not pattern:
+        return not name
+    if pattern[0] != "**":
+        return bool(name) and fnmatchcase(name[0], pattern[0]) and matches(name[1:], pattern[1:])
+    if len(pattern) == 1:
+        return bool(name)
+    return any(matches(name[skipped:], pattern[1:]) for skipped in range(len(name)))
+
+
+def expand(place: str, parts: list[str], level: Level, walk: Walk) -> Iterator[FileInfo]:
+    """The files below ``place`` that match ``parts``; folders that cannot match are not listed."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        yield from (found for found in walk(place) if matches(found.name.split("/"), parts))
+        return
+    for found in level(place, fixed_start(part)):
+        name = found.name.rstrip("/")
+        if is_hidden(name) or not fnmatchcase(name, part):
+            continue
+        is_folder = found.name.endswith("/")
+        if rest and is_folder:
+            inside = expand(f"{place.rstrip('/')}/{name}", rest, level, walk)
+            yield from (replace(deeper, name=f"{name}/{deeper.name}") for deeper in inside)
+        elif not rest and not is_folder:
+            yield found
+
+
+def local_info(name: str, found: os.stat_result) -> FileInfo:
+    """What stat() says."""
+    return FileInfo(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+
+
+def remote_info(name: str, size: int, etag: str) -> FileInfo:
+    """What a listing or HEAD of S3 says."""
+    return FileInfo(name, size, f"{size}-{etag}")
+
+
+def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
+    """Files and folders directly in a local folder, in the order of their full names; a missing folder has none. A broken link is listed."""
+    if not folder.is_dir():
+        return
+    with read_errors(str(folder)), os.scandir(folder) as entries:
+        named = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in entries if entry.name.startswith(start))
+    for name, entry in named:
+        if name.endswith("/"):
+            yield FileInfo(name, -1, "")
+            continue
+        try:
+            yield local_info(name, entry.stat())
+        except OSError:
+            yield FileInfo(name, 0, "broken link")
+
+
+def local_walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    """All files below a local folder, one folder in memory at a time. Links to folders are followed, but not in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for found in local_level(folder):
+        if is_hidden(found.name):
+            continue
+        if found.name.endswith("/"):
+            inside = local_walk(folder / found.name, (*above, real))
+            yield from (replace(deeper, name=found.name + deeper.name) for deeper in inside)
+        else:
+            yield found

@@ -1,0 +1,90 @@
+"""Logits and cross-entropy in fp32, in chunks of rows (paper D.2), so that the logits are in memory once at most.
+
+N positions, D width, V vocabulary, R rows of a chunk.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 21}
+_LARGE_CHUNK_ELEMENTS = 1 << 26
+"""fp32 values of a chunk of logits: on a CPU about its cache, elsewhere enough to fill the device."""
+
+
+def chunk_rows(vocab: int, device_type: str) -> int:
+    """Rows of a chunk."""
+    return max(1, _CHUNK_ELEMENTS.get(device_type, _LARGE_CHUNK_ELEMENTS) // vocab)
+
+
+def _chunks(rows: int, vocab: int, device_type: str) -> Iterator[slice]:
+    step = chunk_rows(vocab, device_type)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """See cross_entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, keeps_logits: bool) -> Tensor:
+        rows, vocab = len(x_ND), len(weight_VD)
+        kept_NV = x_ND.new_empty(rows, vocab) if keeps_logits else None
+        log_sum_N, nll_N = x_ND.new_empty(rows), x_ND.new_empty(rows)
+        for part in _chunks(rows, vocab, x_ND.device.type):
+            logits_RV = torch.mm(x_ND[part], weight_VD.t(), out=None if kept_NV is None else kept_NV[part])
+            log_sum_N[part] = logits_RV.logsumexp(1)
+            nll_N[part] = log_sum_N[part] - logits_RV.gather(1, targets_N[part, None])[:, 0]
+            del logits_RV  # before the next chunk is made
+        ctx.save_for_backward(x_ND, weight_VD, targets_N, log_sum_N, *([] if kept_NV is None else [kept_NV]))
+        return nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_ND, weight_VD, targets_N, log_sum_N, *kept = ctx.saved_tensors
+        grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
+        for part in _chunks(len(x_ND), len(weight_VD), x_ND.device.type):
+            logits_RV = kept[0][part] if kept else torch.mm(x_ND[part], weight_VD.t())
+            # d nll / d logits = softmax - one-hot, times what comes from above.
+            grad_RV = logits_RV.sub(log_sum_N[part, None]) if kept else logits_RV.sub_(log_sum_N[part, None])
+            grad_RV = grad_RV.exp_().mul_(grads[0][part, None])
+            grad_RV.scatter_add_(1, targets_N[part, None], -grads[0][part, None])
+            torch.mm(grad_RV, weight_VD, out=grad_x_ND[part])
+            grad_weight_VD.addmm_(grad_RV.t(), x_ND[part])
+            del logits_RV, grad_RV
+        return grad_x_ND, grad_weight_VD, None, None
+
+
+def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, keeps_logits: bool) -> Tensor:
+    """Negative log-likelihood in nats of each target under the logits ``x @ weight.T``, fp32 [N].
+
+    Args:
+        x_ND: states, fp32.
+        weight_VD: the unembedding, fp32.
+        targets_N: int64, 0 to V - 1.
+        keeps_logits: hold the logits, fp32 [N, V], from the forward to the backward pass; otherwise only a chunk of them is ever in memory, and the
+            backward pass computes them again.
+    """
+    nll_N: Tensor = _CrossEntropy.apply(x_ND, weight_VD, targets_N, keeps_logits and torch.is_grad_enabled())
+    return nll_N
+
+
+class Unembedding(nn.Module):
+    """States to fp32 logits, or to the cross-entropies of targets; untied and without a bias. Weight (vocabulary, D)."""
+
+    def __init__(self, width: int, vocab: int, variance: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+        nn.init.normal_(self.weight, std=math.sqrt(variance / width))
+
+    def forward(self, x_BPD: Tensor, targets_BP: Tensor | None = None, keeps_logits: bool = True) -> Tensor:
+        """Logits fp32 [..., V] of states [..., D]; with targets int64 [B, P] their cross-entropies, fp32 [B, P] (see ``cross_entropy``)."""
+        if targets_BP is None:
+            return F.linear(x_BPD, self.weight)
+        nll_N = cross_entropy(x_BPD.flatten(0, 1), self.weight, targets_BP.flatten(), keeps_logits=keeps_logits)
+        return nll_N.view_as(targets_BP)

@@ -1,0 +1,124 @@
+"""Bytes of live tensors, and what activation checkpointing saves of them. ``launcher.py bench memory``
+
+Counted, not sampled: every storage that an operation makes is followed until it is freed, so the figures are the same on every machine and in every run.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.config import StreamShape, TransformerConfig
+from model.engines import EngineName, make_engine
+from model.transformer import Transformer
+from train.bench.harness import DTYPES, Figure, Options, Result, main, start
+
+_SIZES = {
+    "cpu": (TransformerConfig(layers=8, width=256, heads=4), StreamShape(text_tokens=64, text_vocab=2048, grid=16, image_vocab=1024), 2),
+    "cuda": (TransformerConfig(layers=24, width=2048, heads=32), StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192), 4),
+}
+"""Configuration, stream and batch by device."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages of all tensors that operations return inside the block: bytes alive now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.follow(leaf)
+        return out
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage until it is freed; one that is counted already is left alone."""
+        if tensor.device.type == "meta":  # describes a shape and holds nothing
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
+
+
+def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
+    """Bytes of one forward and backward pass on random tokens, beyond what was alive before: kept at the end of the forward pass, and at most.
+
+    Parameters' gradients are among the second where they are not there already.
+    """
+    shape = model.shape
+    text_BT = torch.randint(shape.text_vocab, (batch, shape.text_tokens), device=device)
+    lengths_B = torch.full((batch,), shape.text_tokens, device=device)
+    codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens), device=device)
+    live = LiveBytes()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for tensor in (*model.parameters(), *gradients, *model.buffers(), text_BT, lengths_B, codes_BI):
+        live.follow(tensor)
+    before = live.now
+    with live:
+        live.restart()
+        text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
+        loss = text_nll_BT.mean() / 8 + image_nll_BI.mean() * 7 / 8
+        del text_nll_BT, image_nll_BI
+        kept = live.now - before
+        loss.backward()
+    return kept, live.peak - before
+
+
+def build(cfg: TransformerConfig, shape: StreamShape, engine: EngineName, dtype: str, checkpoint_every: int, device: str) -> Transformer:
+    """A model with an engine by name."""
+    torch.manual_seed(0)
+    place = torch.device(device)
+    attend = make_engine(engine, cfg, shape, place)
+    return Transformer(cfg, shape, branch_dtype=DTYPES[dtype], attend=attend, checkpoint_every=checkpoint_every).to(place)
+
+
+def run(options: Options) -> Result:
+    """Peak bytes and time of forward + backward, without checkpointing and with every n resblocks recomputed together."""
+    cfg, shape, batch = _SIZES[options.device]
+    engine: EngineName = "structured" if options.device == "cpu" else "flex"
+    sizes = {"layers": cfg.layers, "width": cfg.width, "heads": cfg.heads, "states": shape.states, "batch": batch, "dtype": "bf16", "engine": engine}
+    result = start("memory", "Activation checkpointing: live tensors of forward + backward, gradients included", options, **sizes)
+    for every in (0, 1, 2, 4, 8):
+        name = f"checkpoint every {every}" if every else "no checkpointing"
+        model = build(cfg, shape, engine, "bf16", every, options.device)
+        train_peak(model, batch, options.device)  # gradients exist from now on, as in every step but the first
+        began = time.perf_counter()
+        kept, peak = train_peak(model, batch, options.device)
+        seconds = time.perf_counter() - began
+        result.measured[f"kept by the forward pass, {name}"] = _exact(kept / 1e6, "MB")
+        result.measured[f"peak, {name}"] = _exact(peak / 1e6, "MB")
+        result.measured[f"time, {name}"] = _exact(seconds, "s")
+    result.ratio("kept, every resblock over none", "kept by the forward pass, checkpoint every 1", "kept by the forward pass, no checkpointing")
+    result.notes.append(
+        "Bytes are counted exactly (every storage from its making to its end) beyond parameters and gradients; the times are of one run each."
+    )
+    return result
+
+
+def _exact(value: float, unit: str) -> Figure:
+    return Figure(value, value, value, unit, 1)
+
+
+if __name__ == "__main__":
+    main(run)

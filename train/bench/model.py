@@ -1,0 +1,141 @@
+"""Training step of the transformer against the matrix rate of the same run and against dalle-pytorch; attention by engine. ``python -m train.bench.model``"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from model.config import StreamShape, TransformerConfig
+from model.engines import EngineName
+from train.bench import attention, peer_dalle
+from train.bench.flops import train_flops
+from train.bench.harness import DTYPES, Figure, Options, Result, main, matmul_rate, measure, start, threads
+from train.bench.memory import build
+
+GOAL_OVER_PEER = 3.0
+_CFG = TransformerConfig(layers=8, width=512, heads=8)
+_SHAPES = tuple(StreamShape(text_tokens=256, text_vocab=16384, grid=grid, image_vocab=8192) for grid in (16, 32))
+_BATCH = 2
+_SMALL = (
+    (TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3), StreamShape(text_tokens=16, text_vocab=400, grid=4, image_vocab=32), 8),
+    (TransformerConfig(layers=4, width=128, heads=4, conv_kernel=5), StreamShape(text_tokens=40, text_vocab=1000, grid=16, image_vocab=512), 16),
+)
+"""Sizes of the presets tiny and demo, with the batch of one process: attention only."""
+
+
+def run(options: Options) -> Result:
+    """On a CPU: the 8-layer, 512-wide model beside the peer. On CUDA: see train/bench/model_cuda.py."""
+    if options.device == "cuda":
+        from train.bench.model_cuda import run_cuda
+
+        return run_cuda(options)
+    return compare(_CFG, _SHAPES, _BATCH, replace(options, runs=min(options.runs, 3)), _SMALL)
+
+
+def compare(
+    cfg: TransformerConfig,
+    shapes: tuple[StreamShape, ...],
+    batch: int,
+    options: Options,
+    small: tuple[tuple[TransformerConfig, StreamShape, int], ...] = (),
+) -> Result:
+    """Tokens/s of forward + backward + AdamW for each shape: ours by dtype, the peer's by dtype and attention; milliseconds of attention by engine.
+
+    The peer's dtypes are all tried on the first shape, and the faster one runs on the others.
+    """
+    count = os.cpu_count() or 1
+    sizes = {"layers": cfg.layers, "width": cfg.width, "heads": cfg.heads, "batch": batch, "text_vocab": shapes[0].text_vocab}
+    result = start("model", "Model: training step and attention", options, **sizes, image_vocab=shapes[0].image_vocab, threads=count)
+    peer_dtypes: tuple[str, ...] = ("fp32", "bf16")
+    with threads(count):
+        for dtype in ("fp32", "bf16"):
+            result.floor[f"matmul {dtype}"] = matmul_rate(DTYPES[dtype], options)
+        for shape in shapes:
+            _ours(result, cfg, shape, batch, options)
+            if peer_dalle.find("dalle_pytorch") is not None:
+                peer_dtypes = _theirs(result, cfg, shape, batch, options, peer_dtypes)
+        for small_cfg, small_shape, small_batch in (*small, *((cfg, shape, batch) for shape in shapes)):
+            result.measured |= attention.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
+    result.notes += [
+        "Useful arithmetic: matrix products that the model needs, attention over pairs that its masks allow, each head at its own positions.",
+        'Attention: one layer forward and backward, mean over row, column, row, row, convolution. `dalle.attention = "auto"` reads these figures.',
+    ]
+    if options.device == "cpu":
+        result.notes.append(
+            "Open, because no GPU has run train/bench/model_cuda.py yet: at 1.2B on an H100, useful arithmetic of at least 60 % of the measured matrix rate "
+            "(50 % when recomputing) and above llm-foundry's 401 TFLOP/s; attention in at most 0.6 of FlexAttention-causal's time, and not slower than "
+            "the fastest causal SDPA kernel."
+        )
+    if result.peers:
+        result.notes.append(
+            "Peer: dalle-pytorch 1.6.6 with equal depth, width, heads, vocabularies, batch and optimizer. Its MLP is gated and so has half as many matrices "
+            "again, it computes all logits at all positions, and under autocast its logits are bf16; ours are fp32 (paper D.2)."
+        )
+    return result
+
+
+def _states(shape: StreamShape) -> str:
+    return f"{shape.text_tokens}+{shape.image_tokens} states"
+
+
+def _ours(result: Result, cfg: TransformerConfig, shape: StreamShape, batch: int, options: Options) -> None:
+    flops = train_flops(cfg, shape)
+    best = ""
+    for dtype in ("fp32", "bf16"):
+        name = f"training step {dtype}, {_states(shape)}"
+        figure = measure(training_step(cfg, shape, batch, dtype, options.device, "structured"), batch * shape.states, "tokens/s", options)
+        result.measured[name] = figure
+        arithmetic = f"useful arithmetic {dtype}, {_states(shape)}"
+        result.measured[arithmetic] = scaled(figure, flops / shape.states / 1e9, "GFLOP/s")
+        result.ratio(f"share of the matrix rate, {dtype}, {_states(shape)}", arithmetic, f"matmul {dtype}")
+        best = name if not best or figure.value > result.measured[best].value else best
+
+
+def _theirs(result: Result, cfg: TransformerConfig, shape: StreamShape, batch: int, options: Options, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Measure the peer, and return the dtype of its fastest variant."""
+    found: dict[str, str] = {}
+    for kind, pattern in (("full", ("full",)), ("axial", peer_dalle.attention_pattern(cfg.layers))):
+        for dtype in dtypes:
+            name = f"dalle-pytorch, {kind} attention, {dtype}, {_states(shape)}"
+            step = peer_dalle.training_step(cfg, shape, batch, DTYPES[dtype], options.device, pattern)
+            result.peers[name] = measure(step, batch * shape.states, "tokens/s", options)
+            found[name] = dtype
+    best = max(found, key=lambda name: result.peers[name].value)
+    ours = max(
+        (name for name in result.measured if name.startswith("training step") and name.endswith(_states(shape))),
+        key=lambda n: result.measured[n].value,
+    )
+    result.ratio(f"ours over dalle-pytorch at its best, {_states(shape)}", ours, best, goal=GOAL_OVER_PEER)
+    return (found[best],)
+
+
+def scaled(figure: Figure, factor: float, unit: str) -> Figure:
+    """A figure in another unit."""
+    return Figure(figure.value * factor, figure.min * factor, figure.max * factor, unit, figure.runs)
+
+
+def training_step(
+    cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: str, device: str, engine: EngineName, checkpoint_every: int = 0
+) -> Callable[[], None]:
+    """A function that does one update on fixed, random tokens."""
+    model = build(cfg, shape, engine, dtype, checkpoint_every, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    text_BT = torch.randint(2, shape.text_vocab, (batch, shape.text_tokens), device=device)
+    lengths_B = torch.full((batch,), shape.text_tokens, device=device)
+    codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens), device=device)
+
+    def step() -> None:
+        text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
+        loss = cfg.text_loss_weight * text_nll_BT.mean() + (1 - cfg.text_loss_weight) * image_nll_BI.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    main(run)

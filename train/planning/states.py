@@ -1,0 +1,140 @@
+"""Parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. No torch.
+
+The formulas of ZeRO 1 and 2 are compared with real runs (tests/test_planning.py); stage 3, 16-bit storage and error buffers are formulas only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import StreamShape, TransformerConfig
+
+Layout = Literal["flat", "node"]
+"""'flat': shards over all GPUs. 'node': shards over the GPUs of a machine, machines are replicas (paper 6.1)."""
+Storage = Literal["cast", "half"]
+"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are stored in 16 bits, with fp32 masters in the optimizer."""
+
+_FP32, _HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of parameters."""
+
+    matrices: int
+    """Matrices of resblocks: what may be stored in 16 bits, and compressed (paper D.2)."""
+    blocks_rest: int
+    """Gains and biases inside resblocks."""
+    embeddings: int
+    unembeddings: int
+    final_norm: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.rest
+
+    @property
+    def rest(self) -> int:
+        """Everything that stays fp32."""
+        return self.blocks_rest + self.embeddings + self.unembeddings + self.final_norm
+
+
+def count(cfg: TransformerConfig, shape: StreamShape) -> Parameters:
+    """Parameters of a model (paper 3.1: 12 d^2 of matrices for each layer)."""
+    width = cfg.width
+    starts, places = 2, 2 * shape.grid + 2 * shape.text_tokens  # rows and columns; positions and padding
+    return Parameters(
+        matrices=cfg.layers * 12 * width**2,
+        blocks_rest=cfg.layers * 13 * width,  # two norms of two vectors, and biases of d for all but the first MLP matrix, which has 4 d
+        embeddings=(shape.text_vocab + shape.image_vocab + places + starts) * width,
+        unembeddings=(shape.text_vocab + shape.image_vocab) * width,
+        final_norm=2 * width,
+    )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of equal size."""
+
+    nodes: int
+    gpus: int
+    """In each machine."""
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    def shards(self, layout: Layout) -> int:
+        """GPUs that share one copy of what is sharded."""
+        return self.world if layout == "flat" else self.gpus
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one GPU."""
+
+    parameters: float
+    masters: float
+    moments: float
+    gradients: float
+    buckets: float
+    error_buffers: float
+    update: float = 0.0
+    """What the optimizer's update holds when activations, buckets and gradients of the backward pass are gone."""
+
+    @property
+    def total(self) -> float:
+        """All but ``update``."""
+        return self.parameters + self.masters + self.moments + self.gradients + self.buckets + self.error_buffers
+
+
+def states(
+    parameters: Parameters,
+    stage: int,
+    shards: int,
+    *,
+    storage: Storage = "cast",
+    moment_bytes: int = 8,
+    bucket_elements: int = 0,
+    error_shards: int = 0,
+    largest_resblock: int = 0,
+    micro_batches: int = 1,
+) -> States:
+    """Bytes of model states on one GPU under DeepSpeed ZeRO.
+
+    Args:
+        parameters: counts.
+        stage: 0 (replicated, torch AdamW), 1, 2 or 3.
+        shards: GPUs that share one copy.
+        storage: how matrices are stored.
+        moment_bytes: both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
+        bucket_elements: elements of a gradient reduction (zero.reduce_bucket_size).
+        error_shards: GPUs of a machine that share the error buffers (1-6-9) of gradient compression; 0 without compression.
+        micro_batches: of an update: between them, stage 1 holds whole gradients.
+        largest_resblock: parameters of the largest resblock: stage 3 has one gathered while the next is on its way.
+
+    Raises:
+        ValueError: an unknown stage.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"ZeRO stage {stage}: accepted are 0, 1, 2 and 3")
+    matrix = _HALF if storage == "half" else _FP32
+    stored = matrix * parameters.matrices + _FP32 * parameters.rest
+    moments = moment_bytes * parameters.matrices + 2 * _FP32 * parameters.rest
+    errors = _HALF * parameters.matrices / error_shards if error_shards else 0.0
+    if stage == 0:
+        return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, errors)
+    # A bucket is never larger than what there is to reduce.
+    bucket = matrix * min(bucket_elements, parameters.total)
+    share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
+    gathered = 2.0 * matrix * largest_resblock if stage == 3 else 0.0
+    return States(
+        parameters=stored / shards + gathered if stage == 3 else stored,
+        masters=share,
+        moments=moments / shards,
+        gradients=max(stored, share) if stage == 1 and micro_batches > 1 else share,
+        buckets=bucket,
+        error_buffers=errors,
+        update=4 * share,  # gradients, the same laid end to end, and two temporaries of torch's AdamW
+    )

@@ -1,0 +1,74 @@
+"""A contact sheet: small pictures in a grid, each above its caption. For people who want to see what is in a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from train.report.images import INK, LABEL_SIZE, WHITE, Pixels, fit, font
+
+TILE = 160
+"""Side of the square in which a picture is shown, in pixels."""
+_LINES, _PAD, _LEADING = 3, 8, 15
+_BEHIND = (240, 240, 238)
+
+
+def contact_sheet(pictures: Sequence[Pixels | None], captions: Sequence[str], columns: int = 8) -> Pixels:
+    """Pictures of any size, shrunk or enlarged into equal squares without distortion, with up to three lines of caption below each.
+
+    Args:
+        pictures: uint8 [H, W, 3]; None leaves the square empty (a picture that cannot be decoded).
+        captions: one for each picture, of printable characters.
+        columns: pictures in a row.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        ValueError: no pictures, or another number of captions.
+    """
+    if not pictures or len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give one caption for each picture, and at least one")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    step_x, step_y = TILE + _PAD, TILE + _PAD + _LINES * _LEADING + _PAD // 2
+    canvas = Image.new("RGB", (_PAD + columns * step_x, _PAD + rows * step_y), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = _PAD + index % columns * step_x, _PAD + index // columns * step_y
+        draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=_BEHIND)
+        if picture is not None:
+            small = thumbnail(picture)
+            canvas.paste(Image.fromarray(small), (left + (TILE - small.shape[1]) // 2, top + (TILE - small.shape[0]) // 2))
+        for line, words in enumerate(wrap(caption, TILE, _LINES)):
+            draw.text((left, top + TILE + 3 + line * _LEADING), words, fill=INK, font=font(LABEL_SIZE - 1))
+    return np.asarray(canvas)
+
+
+def thumbnail(picture_YXC: Pixels) -> Pixels:
+    """A picture whose longer side is TILE: small ones are enlarged by whole factors with hard edges, so that their pixels show."""
+    height, width = picture_YXC.shape[:2]
+    longer = max(height, width)
+    image = Image.fromarray(picture_YXC)
+    if longer <= TILE:
+        factor = TILE // longer
+        return np.asarray(image.resize((width * factor, height * factor), Image.Resampling.NEAREST))
+    size = (max(1, round(width * TILE / longer)), max(1, round(height * TILE / longer)))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3))
+
+
+def wrap(text: str, width: int, lines: int) -> list[str]:
+    """Text in at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    face = font(LABEL_SIZE - 1)
+    out: list[str] = []
+    words = text.split()
+    while words and len(out) < lines:
+        line = words.pop(0)
+        while words and face.getlength(f"{line} {words[0]}") <= width:
+            line += " " + words.pop(0)
+        if words and len(out) == lines - 1:
+            line += " " + " ".join(words)
+        out.append(fit(line, width, LABEL_SIZE - 1))
+    return out

@@ -1,0 +1,92 @@
+"""``launcher.py import-dvae ENCODER DECODER PRESET``: published weights in place of stage dvae."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loaders import SequentialReader, image_collate
+from data_pipeline.transforms import view_transform
+from infra import storage
+from infra.config import to_json
+from infra.errors import ConfigError, DataError
+from infra.world import World
+from model.config import DVAEConfig
+from model.dvae import DVAE
+from train import export, places
+from train.config import RunConfig, load_run
+from train.device import set_up
+from train.dvae_task import show
+from train.evaluation.reconstruction import Judges, Reconstruction, reconstruct
+from train.front import run_folder
+from train.lineage import open_images
+from train.metrics import MetricsWriter, next_attempt
+from train.release import join_halves, read_half, shape_of
+
+_BATCH = 8  # of pictures that may be large, on a machine that may be small
+
+
+def main(encoder: str, decoder: str, preset: str, overrides: list[str], samples: int) -> None:
+    """Convert, measure on validation images, export, and mark stage dvae done.
+
+    Raises:
+        ConfigError: the run has another dVAE already, or its [dvae] section is of another shape than the files; the keys to give are listed.
+        DataError: the files cannot be read as modules of that package, or the run has no images yet.
+    """
+    started = time.monotonic()
+    cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
+    model = read(encoder, decoder, cfg.dvae)
+    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", "import-dvae", encoder, decoder, preset, *overrides]))
+    places.require(run, "prepare")
+    with run.lock("dvae"):
+        if run.done("dvae") is not None or storage.list_files(run.at("dvae", "checkpoints")):
+            raise ConfigError(f"{run.at('dvae')} holds a dVAE already, trained or imported; use another run.name.")
+        device = set_up(World.single())
+        found = measure(cfg, model.to(device), samples, device)
+        writer = MetricsWriter(run.url, "dvae", next_attempt(run.url, "dvae"))
+        show(run, found, 0, writer)
+        writer.scalars(0, {f"eval/{name}": value for name, value in found.values.items()})
+        writer.close()
+        files = {half: storage.sha256_file(Path(path)) for half, path in (("encoder", encoder), ("decoder", decoder))}
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        weights = export.write(run.at("dvae", "export"), tensors, cfg.dvae, parents={}, evaluation=found.values, imported=files)
+        summary = found.values | {"parameters": sum(tensor.numel() for tensor in tensors.values()), "imported": files}
+        run.finish("dvae", seconds=time.monotonic() - started, world_size=1, weights=weights, parents={}, summary=summary)
+    figures = ", ".join(f"{name} {found.values[name]:.3g}" for name in ("psnr", "code_use", "perplexity"))
+    print(f"imported {weights[:12]} ({figures} on {found.samples} validation images): {run.at('dvae', 'export')}")
+
+
+def read(encoder: str, decoder: str, cfg: DVAEConfig) -> DVAE:
+    """The model of two files.
+
+    Raises:
+        ConfigError: they are of another shape than ``cfg``.
+        DataError: they cannot be read.
+    """
+    halves = read_half(encoder), read_half(decoder)
+    shape = shape_of(*halves, cfg)
+    ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(shape)
+    words = [f"dvae.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if words:
+        raise ConfigError(f"{encoder} and {decoder} hold a dVAE of another shape than this configuration; give {' '.join(words)}.")
+    model = DVAE(cfg)
+    try:
+        model.load_state_dict(join_halves(*(half.tensors for half in halves)))
+    except RuntimeError as error:
+        raise DataError(f"{encoder} and {decoder} do not belong together: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def measure(cfg: RunConfig, model: DVAE, samples: int, device: torch.device) -> Reconstruction:
+    """Reconstructions of validation images at the final temperature."""
+    validation = open_images(cfg, run_folder(cfg), "validation")
+    batch = min(_BATCH, cfg.evaluate.batch)
+    reader = SequentialReader(validation, World.single(), samples, batch, view_transform(cfg.dvae.image_size), image_collate)
+    judges = Judges.load(cfg.evaluate, device)
+    return reconstruct(model, cfg.dvae, reader, cfg.run.seed, cfg.dvae_fit.tau_final, judges, device)

@@ -1,0 +1,135 @@
+"""``launcher.py plan PRESET``: what a training run of the transformer takes, before any GPU is taken. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+from infra.errors import ConfigError, UsageError
+from train.bench.flops import layer_pairs, train_flops
+from train.bench.hardware import GPUS, Gpu
+from train.config import RunConfig, load_run
+from train.planning import estimate, network, states
+from train.planning.estimate import Setting
+from train.planning.states import Cluster, Layout
+
+_GB = 1e9
+
+
+def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int) -> None:
+    """Print the plan.
+
+    Args:
+        memory: GB of a GPU; 0: as its datasheet says.
+        tokens: budget in states of the stream; 0: dalle_fit.steps updates.
+        rank: total rank of gradient compression between machines; 0: that of the paper's Table 1 for its widths, otherwise none.
+
+    Raises:
+        UsageError: an unknown GPU.
+        ConfigError: the preset's own stage does not fit into the memory, or its batch does not divide.
+    """
+    if gpu not in GPUS:
+        raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}")
+    cfg, figures = load_run(preset, overrides), GPUS[gpu]
+    own = Setting(cfg, Cluster(nodes, gpus), cfg.zero.stage, "flat")
+    room = estimate.room(memory or figures.memory_gb)
+    print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
+    print("\n".join(costs(own, figures, gpu, tokens or None)))
+    needed = estimate.memory(own).total
+    if needed > room:
+        raise ConfigError(
+            f"{preset} as configured (zero.stage = {own.stage}, {own.micro_batch} samples at once) needs {needed / _GB:.1f} GB of "
+            f"{room / _GB:.1f} GB on each GPU: {remedies(own, room)}."
+        )
+
+
+def describe(preset: str, setting: Setting) -> list[str]:
+    """What is planned: sizes and operations."""
+    cfg = setting.cfg
+    shape, found = cfg.stream_shape(), states.count(cfg.dalle, cfg.stream_shape())
+    flops = train_flops(cfg.dalle, shape)
+    return [
+        f"{preset}: {cfg.dalle.layers} layers of width {cfg.dalle.width}, {cfg.dalle.heads} heads; {shape.text_tokens} + {shape.image_tokens} states",
+        f"parameters           {found.total:,} (matrices {found.matrices:,}; embeddings {found.embeddings:,}; unembeddings {found.unembeddings:,}; "
+        f"gains and biases {found.blocks_rest + found.final_norm:,})",
+        f"operations           {flops / shape.states:.4g} for each token, forward and backward, without recomputation "
+        f"({layer_pairs(cfg.dalle, shape):,} allowed pairs in a sample)",
+        f"batch                {cfg.dalle_fit.batch} = {setting.cluster.nodes} nodes x {setting.cluster.gpus} GPUs x {cfg.dalle_fit.accumulation} micro-batches "
+        f"x {setting.micro_batch} samples",
+    ]
+
+
+def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
+    """What could be done with the same model on the same machines: every stage, layout and storage, by name."""
+    found = [("DDP, fp32", replace(setting, stage=0, layout="flat"))]
+    layouts: tuple[Layout, ...] = get_args(Layout) if setting.cluster.nodes > 1 else ("flat",)
+    for layout in layouts:
+        found += [(f"ZeRO {stage}, {layout}, fp32 cast", replace(setting, stage=stage, layout=layout)) for stage in (1, 2, 3)]
+    layout = layouts[-1]
+    found += [
+        (f"ZeRO {stage}, {layout}, 16-bit", replace(setting, stage=stage, layout=layout, storage="half", moment_bytes=4)) for stage in (1, 2, 3)
+    ]
+    if rank is not None and setting.cluster.nodes > 1 and rank % setting.cluster.gpus == 0:
+        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(setting, stage=3, layout="node", storage="half", moment_bytes=4, rank=rank)))
+    return found
+
+
+def table(setting: Setting, room: float, rank: int | None) -> list[str]:
+    """GB on each GPU, and MB sent in an update, for every variant."""
+    names = ("params", "masters", "moments", "gradients", "buckets", "errors", "kept", "working", "total")
+    lines = [
+        f"GB on each GPU, of which {room / _GB:.1f} may be filled; MB sent in an update, inside and outside the machine; host: the iterate average, GB"
+    ]
+    lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names) + f"{'inside':>10}{'outside':>10}{'host':>8}")
+    for name, variant in variants(setting, rank):
+        found, sent = estimate.memory(variant), estimate.traffic(variant)
+        s = found.states
+        values = (s.parameters, s.masters, s.moments, s.gradients, s.buckets, s.error_buffers, found.kept, found.working, found.total)
+        row = "".join(f"{value / _GB:10.2f}" for value in values) + f"{sent.inside / 1e6:10,.0f}{sent.outside / 1e6:10,.0f}{found.host / _GB:8.2f}"
+        over = found.total - room
+        mark = "*" if (variant.stage, variant.layout, variant.storage) == (setting.stage, setting.layout, setting.storage) else " "
+        lines.append(f"{mark} {name:30}{row}" + (f"  does not fit: {over / _GB:.1f} GB too much" if over > 0 else ""))
+    return [
+        *lines,
+        "* as configured. 16-bit: matrices stored in 16 bits, moments in 1-6-9 and 0-6-10 (paper B.2). ZeRO 3, 'node', 16-bit and ranks are not trained yet.",
+    ]
+
+
+def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> list[str]:
+    """Time, days and energy of what is configured."""
+    cfg, times, whole = setting.cfg, estimate.times(setting, figures), estimate.bill(setting, figures, tokens)
+    states_per_s = cfg.dalle_fit.batch * cfg.stream_shape().states / times.expected
+    useful = states_per_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states / setting.cluster.world
+    return [
+        f"time of an update    {times.expected:.2f} s expected (compute {times.compute:.2f}, inside {times.inside:.2f}, outside {times.outside:.2f}, "
+        f"optimizer {times.optimizer:.3f}; {times.unhidden:.2f} if nothing is hidden)",
+        f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
+        f"{useful / figures.tflops_16bit / 1e12:.0%} of the datasheet",
+        f"the whole run        {whole.updates:,.0f} updates: {whole.days:.1f} days, {whole.gpu_hours:,.0f} GPU hours, {whole.megawatt_hours:,.1f} MWh at the wall",
+        f"from                 {gpu}: {figures.tflops_16bit:g} TFLOP/s, {figures.memory_gb_s:g} GB/s memory, {figures.link_gb_s:g} GB/s to its neighbours, "
+        f"{figures.network_gb_s:g} GB/s network, {figures.watts:g} W ({figures.source})",
+        f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory at {estimate.LINK_EFFICIENCY:.0%}, "
+        f"{estimate.POWER_OVERHEAD:g} times the GPUs' power at the wall, {estimate.RESERVE:.0%} of memory in reserve. Nothing here has been seen on a GPU.",
+    ]
+
+
+def remedies(setting: Setting, room: float) -> str:
+    """Changes that would make it fit, each by itself."""
+    cfg = setting.cfg
+    found: list[tuple[str, dict[str, object]]] = []
+    for accumulation in (2, 4, 8, 16, 32):
+        if cfg.dalle_fit.batch % (setting.cluster.world * cfg.dalle_fit.accumulation * accumulation) == 0:
+            found.append(
+                (f"dalle_fit.accumulation={cfg.dalle_fit.accumulation * accumulation}", {"accumulation": cfg.dalle_fit.accumulation * accumulation})
+            )
+    if not cfg.dalle_fit.activation_checkpointing:
+        found.append(("dalle_fit.activation_checkpointing=true", {"activation_checkpointing": True}))
+    changed = [(words, _with_fit(setting, values)) for words, values in found]
+    changed += [(f"zero.stage={stage}", replace(setting, stage=stage)) for stage in (1, 2, 3) if stage > setting.stage]
+    fitting = [words for words, other in changed if estimate.memory(other).total <= room]
+    return "any of these would fit: " + ", ".join(fitting) if fitting else "use more or larger GPUs, or a smaller model"
+
+
+def _with_fit(setting: Setting, values: dict[str, object]) -> Setting:
+    cfg: RunConfig = setting.cfg.model_copy(update={"dalle_fit": setting.cfg.dalle_fit.model_copy(update=values)})
+    return replace(setting, cfg=cfg)

@@ -1,0 +1,125 @@
+"""What a URL given to ``inspect`` or ``validate`` is: a shard set, a tokenizer, a folder of such, a run folder, or raw data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from infra import storage
+from infra.errors import ConfigError
+from infra.run_folder import RunFolder
+from train import places
+from train.config import RunConfig, load_run
+
+Kind = Literal["set", "tokenizer", "folder", "run", "source"]
+SET_SCHEMAS = ("image/", "codes/")
+TOKENIZER_SCHEMA = "tokenizer/"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A shard set, in one version."""
+
+    url: str
+    version: str = ""
+    """Content hash; empty: the newest."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its configuration."""
+
+    cfg: RunConfig
+    folder: RunFolder
+
+    @property
+    def decoder(self) -> bool:
+        """Whether there is an exported dVAE."""
+        return storage.exists(self.folder.at("dvae", "export", "config.json"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What lies at a URL."""
+
+    kind: Kind
+    sets: tuple[Place, ...] = ()
+    """Shard sets, image sets first; those of a run in the versions that its stages made or found."""
+    tokenizers: tuple[str, ...] = ()
+    run: Run | None = None
+
+
+def resolve(url: str) -> Target:
+    """Find out what lies at a URL, by asking for a few names; nothing is listed."""
+    url = url.rstrip("/") or url
+    if url == "emoji":
+        return Target("source")
+    if is_run(url):
+        run = open_run(url)
+        roots = (places.images(run.cfg, run.folder), run.cfg.data.codes or run.folder.at("codes"))
+        tokenizer = places.tokenizer(run.cfg, run.folder)
+        pinned = _pinned(run)
+        found = tuple(Place(each, pinned.get(each, "")) for root in roots for each in _sets_below(root))
+        return Target("run", found, (tokenizer,) if schema_of(tokenizer).startswith(TOKENIZER_SCHEMA) else (), run)
+    schema = schema_of(url)
+    if schema.startswith(SET_SCHEMAS):
+        return Target("set", (Place(url),))
+    if schema.startswith(TOKENIZER_SCHEMA):
+        return Target("tokenizer", (), (url,))
+    sets = tuple(Place(each) for each in _sets_below(url))
+    return Target("folder", sets) if sets else Target("source")
+
+
+def _pinned(run: Run) -> dict[str, str]:
+    """Set -> version, of those that a run's finished stages name: a place that others append to does not change under a run."""
+    images, codes = ((run.folder.done(stage) or {}).get("versions", {}) for stage in ("prepare", "encode"))
+    found = {places.image_set(run.cfg, run.folder, split): version for split, version in images.items()}
+    for name, version in codes.items():
+        crop, _, split = name.partition("/")
+        found[places.code_set(run.cfg, run.folder, int(crop), split)] = version
+    return found
+
+
+def open_run(url: str) -> Run:
+    """A run folder by its URL.
+
+    Raises:
+        ConfigError: there is no run, or its configuration is of another version.
+    """
+    if not is_run(url):
+        raise ConfigError(f"{url}: no run folder (config.json and provenance.json are missing); name one, for example runs/demo.")
+    return Run(load_run(url, []), RunFolder(url))
+
+
+def is_run(url: str) -> bool:
+    """Whether a run folder lies at a URL."""
+    return all(storage.exists(storage.join(url, name)) for name in ("provenance.json", "config.json"))
+
+
+def schema_of(url: str) -> str:
+    """The schema that the manifest at a URL names; empty where there is no manifest of ours.
+
+    Raises:
+        DataError: the manifest is no JSON.
+    """
+    place = storage.join(url, "manifest.json")
+    if any(mark in url for mark in "*?[") or not storage.exists(place):
+        return ""
+    found = storage.read_json(place)
+    return str(found.get("schema", "")) if isinstance(found, dict) else ""
+
+
+def _sets_below(root: str) -> Iterator[str]:
+    yield from _splits(root)
+    crop = 0
+    while found := list(_splits(storage.join(root, f"crop-{crop}"))):
+        yield from found
+        crop += 1
+
+
+def _splits(root: str) -> Iterator[str]:
+    for split in places.SPLITS:
+        url = storage.join(root, split)
+        if schema_of(url).startswith(SET_SCHEMAS):
+            yield url

@@ -56,8 +56,6 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     if one_node:
         # The loopback needs no name service and crosses no network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if job.id:
-        os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
     host = job.rendezvous.rpartition(":")[0]
     config = LaunchConfig(
         min_nodes=placement.nodes,
@@ -72,6 +70,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(number.name for number in signals.STOP_SIGNALS),
+        log_line_prefix_template="[rank ${rank}] ",
         logs_specs=DefaultLogsSpecs(tee=Std.ALL if job.id else Std.NONE),
         **_shutdown_timeout(),
     )

@@ -18,7 +18,11 @@ from infra.errors import ConfigError, DivergedError, LostPeerError
 from infra.job import FIRST_PORT, PORTS, ClusterConfig, Job, JobSpec, expand_hosts, port
 from infra.ledger import Attempt, crashes_in_a_row, judge
 from infra.run_folder import RunFolder
+from infra.world import World
+from train import elastic
 from train.cluster import GANGS, NEEDS, Start, verdict
+from train.config import load_run
+from train.elastic import accumulation
 from train.goodput import Goodput, lost_s, process_age_s
 from train.stages import STAGES
 from train.watchdog import Watchdog
@@ -242,3 +246,23 @@ def test_goodput_adds_up_and_names_what_was_lost(tmp_path: Path) -> None:
     assert lost_s(str(tmp_path), "dvae", 0) == 0
     (folder / "attempt-0.jsonl").write_text("".join(json.dumps({"step": s, "time": 100.0 + s, "values": {}}) + "\n" for s in range(1, 9)))
     assert lost_s(str(tmp_path), "dvae", 5) == 3.0 and lost_s(str(tmp_path), "dvae", 8) == 0.0 and lost_s(str(tmp_path), "dvae", 0) == 7.0
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
+def test_any_number_of_ranks_keeps_the_batch_and_grows_no_micro_batch(share: int, ranks: int, rows: int) -> None:
+    batch = share * ranks
+    count = accumulation(batch, ranks, rows)
+    assert count is not None and batch % (ranks * count) == 0 and batch // (ranks * count) <= rows
+    assert accumulation(batch, ranks, batch // (ranks * count)) == count
+    assert accumulation(batch * 2 + 1, 2, rows) is None
+
+
+def test_a_run_on_fewer_ranks_accumulates(tmp_path: Path) -> None:
+    run, cfg = RunFolder(str(tmp_path)), load_run("tiny", [])
+    four, two, eight = (World(0, size, 0, size) for size in (4, 2, 8))
+    assert elastic.adapted(cfg, run, "dvae", four).dvae_fit.accumulation == 1
+    fewer = elastic.adapted(cfg, run, "dvae", two).dvae_fit
+    assert (fewer.accumulation, fewer.batch) == (2, cfg.dvae_fit.batch)
+    assert elastic.adapted(cfg, run, "dvae", eight).dvae_fit.accumulation == 1
+    assert elastic.adapted(cfg, run, "dvae", World(0, 3, 0, 3)) is cfg, "refused later, by name"
+    assert elastic.adapted(cfg, run, "prepare", two) is cfg

@@ -166,7 +166,9 @@ def test_a_job_is_filled_in_and_nothing_else_changes(with_kubectl: None) -> None
 
 def test_kubectl_gets_exactly_what_was_shown(tmp_path: Path, with_kubectl: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = k8s.shown(spec())
-    (tmp_path / "kubectl").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD/argv"\ncat > "$RECORD/bytes"\necho "jobset.jobset.x-k8s.io/x created"\n')
+    (tmp_path / "kubectl").write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD/argv"\ncat > "$RECORD/bytes"\necho "jobset.jobset.x-k8s.io/x created"\n'
+    )
     (tmp_path / "kubectl").chmod(0o755)
     rendered = k8s.render(spec())
     monkeypatch.setattr(k8s, "render", lambda spec: rendered)

@@ -22,7 +22,7 @@ from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
-from train import watchdog
+from train import elastic, watchdog
 from train.config import RunConfig, load_run, read_preset
 from train.stages import STAGES, Stage
 from train.verbs import doctor
@@ -205,7 +205,7 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     label = _label(name, STAGES[name])
     watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
     try:
-        STAGES[name].function()(cfg, run, world, stop)
+        STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
     except ReportedError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:

@@ -9,7 +9,7 @@ python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 }
 python3 -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check --no-input -c "$folder/constraints.txt")
-[ -z "${TORCH_INDEX:-}" ] || "${pip[@]}" --index-url "$TORCH_INDEX" torch torchvision
+[ -z "${TORCH_INDEX:-}" ] || PIP_INDEX_URL=$TORCH_INDEX "${pip[@]}" torch torchvision
 "${pip[@]}" -r "$folder/requirements.txt"
 "$venv/bin/python" -m pip check
 # Nothing compiles at run time on a read-only file system; byte code now.

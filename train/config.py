@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
 from infra.errors import ConfigError
+from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -222,6 +223,8 @@ class RunConfig(Section):
     clip_fit: ClipFit = ClipFit()
     generate: GenerateSection = GenerateSection()
     evaluate: EvaluateSection = EvaluateSection()
+    # What a scheduler is asked for is no part of the run: it stays out of config.json, and a run goes on with other values.
+    cluster: ClusterConfig = Field(default=ClusterConfig(), exclude=True)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

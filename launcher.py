@@ -184,7 +184,9 @@ def validate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:

@@ -54,7 +54,12 @@ def test_the_install_steps_run_in_order_and_stop_at_the_first_failure(tmp_path: 
 
     assert install(TORCH_INDEX="https://index").returncode == 0
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[0].startswith("https://index ") and asked[0].endswith("torch torchvision") and "-r /opt/build/requirements.txt" in asked[1] and asked[2] == " -m pip check"
+    assert (
+        asked[0].startswith("https://index ")
+        and asked[0].endswith("torch torchvision")
+        and "-r /opt/build/requirements.txt" in asked[1]
+        and asked[2] == " -m pip check"
+    )
     assert all("-c /opt/build/constraints.txt" in line for line in asked[:2])
     (tmp_path / "asked").unlink()
     assert install(FAIL="requirements.txt").returncode == 3 and len((tmp_path / "asked").read_text().splitlines()) == 1
@@ -70,7 +75,9 @@ def test_every_command_of_the_cluster_page_runs(tmp_path: Path) -> None:
     """Those fenced as bash, in a copy of nothing but their run folder, against stand-ins for SLURM."""
     env = os.environ | stand_in.install(tmp_path / "slurm")
     script = "\n".join(["set -e", *commands("bash")]).replace("python ", f"{sys.executable} ").replace("runs", str(tmp_path / "runs"))
-    done = subprocess.run(["bash", "-c", script.replace(f"{sys.executable} launcher.py doctor\n", "", 1)], capture_output=True, text=True, cwd=ROOT, env=env)
+    done = subprocess.run(
+        ["bash", "-c", script.replace(f"{sys.executable} launcher.py doctor\n", "", 1)], capture_output=True, text=True, cwd=ROOT, env=env
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(stand_in.calls(tmp_path / "slurm", "sbatch")) == 10
 

@@ -41,7 +41,7 @@ HOMES = {
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/export.py", "train/evaluation/weights.py"),
     "scipy": (),
-    "torchvision": (),
+    "torchvision": ("train/bench/data_images.py",),
     "dall_e": (),
     "lpips": (),
 }

@@ -40,6 +40,7 @@ HOMES = {
     "typer": ("launcher.py",),
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/export.py", "train/evaluation/weights.py"),
+    "triton": ("train/adamw_kernel.py",),
     "scipy": (),
     "torchvision": ("train/bench/data_images.py",),
     "dall_e": (),

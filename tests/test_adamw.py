@@ -58,9 +58,9 @@ def test_packed_moments_are_the_rounded_ones(seed: int, scale: float) -> None:
 
 def test_chunks_change_nothing() -> None:
     whole, cut = tensors(CHUNK + 17, 1, 1.0), tensors(CHUNK + 17, 1, 1.0)
-    update(*whole, HYPER)
+    update(whole[0], whole[1], whole[2], whole[3], HYPER)
     for part in (slice(0, 1000), slice(1000, CHUNK + 17)):
-        update(*(t[part] for t in cut), HYPER)
+        update(cut[0][part], cut[1][part], cut[2][part], cut[3][part], HYPER)
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
@@ -149,8 +149,8 @@ def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool) -> None:
     if packed:
         a[2], a[3] = SIGNED_169.encode(a[2]), UNSIGNED_0610.encode(a[3])
     b: list[Any] = [t.cuda() for t in a]
-    update(*a, HYPER)
-    update(*b, HYPER)
+    update(a[0], a[1], a[2], a[3], HYPER)
+    update(b[0], b[1], b[2], b[3], HYPER)
     torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-5, atol=1e-6)
     if packed:
         assert ((b[2].cpu().int() & 0x7FFF) - (a[2].int() & 0x7FFF)).abs().max() <= 1

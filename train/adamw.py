@@ -86,9 +86,9 @@ def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper
 
         fused(p, grad, mean, variance, hyper)
         return
-    flats = [t.detach().view(-1) for t in (p, grad, mean, variance)]
-    for start in range(0, p.numel(), CHUNK):
-        _chunk(*(flat[start : start + CHUNK] for flat in flats), hyper=hyper)
+    flats = [t.detach().view(-1).split(CHUNK) for t in (p, grad, mean, variance)]
+    for chunks in zip(*flats, strict=True):
+        _chunk(chunks[0], chunks[1], chunks[2], chunks[3], hyper)
 
 
 def _chunk(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.config import to_json
 from tests import k8s_local, manifests
+from train.config import load_run
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -81,17 +83,8 @@ def test_divided_work_loses_one_poisoned_share_and_no_other(
 ) -> None:
     monkeypatch.chdir(ROOT)
     run = tmp_path / "tiny"
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from train.config import *; from infra.config import to_json; print(to_json(load_run('tiny', sys.argv[1:])))",
-        ]
-        + [f"run.root={tmp_path}"],
-        check=True,
-        stdout=(run.mkdir(), (run / "config.json").open("w"))[1],
-        cwd=ROOT,
-    )
+    run.mkdir()
+    (run / "config.json").write_text(to_json(load_run("tiny", [f"run.root={tmp_path}"])))
     job = named(documents, "Job", "prepare")
     job["spec"]["completions"] = job["spec"]["parallelism"] = 2
     job["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"] = "2"

@@ -64,7 +64,13 @@ def _srun(arguments: list[str]) -> int:
         )
         for i in range(nodes)
     ]
-    signal.signal(signal.SIGUSR2, lambda number, frame: [task.send_signal(number) for task in tasks if task.poll() is None])
+
+    def forward(number: int, frame: object) -> None:
+        for task in tasks:
+            if task.poll() is None:
+                task.send_signal(number)
+
+    signal.signal(signal.SIGUSR2, forward)
     deadline = 0.0
     while any(task.poll() is None for task in tasks):
         bad = [task.returncode for task in tasks if task.returncode]

@@ -1,4 +1,4 @@
-"""A real SLURM of three nodes on this machine: preemption, a lost node, a requeue, a wrong configuration, a crash loop. Several minutes.
+"""A real SLURM of three nodes on this machine: preemption, a lost node, a requeue, a wrong configuration. Several minutes.
 
 Needs root and the packages slurm-wlm and munge (Debian: apt-get install --no-install-recommends slurm-wlm munge); skipped elsewhere, where
 test_slurm.py runs the same scripts against stand-ins.
@@ -90,7 +90,7 @@ def test_a_disturbed_job_of_two_nodes_goes_on_to_its_end(slurm: dict[str, str], 
     assert (run / "dvae/done.json").exists() and attempts(run)[-1] == 0
 
 
-def test_a_wrong_configuration_is_not_retried_and_a_crash_loop_stops(slurm: dict[str, str], run: Path) -> None:
+def test_a_wrong_configuration_is_not_retried(slurm: dict[str, str], run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["dvae_fit"]["batch"] = 7
     (run / "config.json").write_text(json.dumps(config))

@@ -1,6 +1,6 @@
 """SLURM: what sbatch is asked, what the job scripts do with every end, and two nodes preempted in mid-run; with stand-ins for the commands. About 90 s.
 
-The tests at the end run the same on a real SLURM, where slurmctld, slurmd and munged are installed (Debian: slurm-wlm, munge) and this is root.
+test_slurm_real.py runs the same on a real SLURM, where one can be started.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def test_two_nodes_preempted_by_usr2_save_requeue_and_go_on_to_the_same_losses(t
     assert losses(run) == losses(calm) and losses(run)[-1][0] == 40
 
 
-def test_a_configuration_error_and_a_crash_loop_end_as_they_should(tmp_path: Path) -> None:
+def test_configuration_and_data_errors_are_not_requeued(tmp_path: Path) -> None:
     env = stand_in.install(tmp_path / "slurm") | {"LAUNCHER_VENV": venv(tmp_path / "venv")}
 
     def once(restart: int, *words: str) -> subprocess.CompletedProcess[str]:

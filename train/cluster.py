@@ -52,6 +52,8 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     """
     if chain and on == "k8s":
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
+    if on == "k8s":
+        k8s.overlay(job_spec(stage, cfg, run))  # refused before anything is written
     run.claim(json.loads(to_json(cfg)), command)
     if not chain and run.done(stage) is not None and not STAGES[stage].repeats:
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")

@@ -25,7 +25,7 @@ HOMES = {
     "boto3": ("infra/s3.py",),
     "botocore": ("infra/s3.py",),
     "s3transfer": ("infra/s3.py",),
-    "streaming": ("data_pipeline/shards.py", "data_pipeline/shard_cache.py"),
+    "streaming": ("data_pipeline/shards.py", "data_pipeline/part_writer.py", "data_pipeline/shard_cache.py"),
     "filelock": ("data_pipeline/shard_cache.py",),
     "xxhash": ("data_pipeline/rows.py",),
     "sentencepiece": ("data_pipeline/text.py",),

@@ -15,7 +15,8 @@ import pytest
 from streaming import StreamingDataset
 
 from data_pipeline import shard_cache
-from data_pipeline.shards import CODES_SCHEMA, open_set, read_marker, write_part
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import CODES_SCHEMA, open_set, read_marker
 from data_pipeline.versions import Part, collect
 from infra import storage
 from infra.errors import DataError, MissingError

@@ -53,11 +53,12 @@ selected = $(RUN) -m pytest -m $(1) $(ARGS); code=$$?; \
 	if [ $$code -eq 5 ]; then echo "$(1): no test is marked '$(1)' in this selection; nothing to do."; exit 0; fi; exit $$code
 
 # The stamp comes last, and .installing marks an environment that an interrupted installation left in an unknown state.
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+$(STAMP): requirements.txt requirements-dev.txt requirements-tools.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv was found. Debian 12: apt install python3-venv. Ubuntu 24.04: apt install python3-venv."; \
 	echo "Elsewhere: pyenv install 3.12. Or name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@if [ -e "$(VENV)/.installing" ]; then rm -rf "$(VENV)"; fi
 	@"$(PYTHON)" -m venv "$(VENV)" && touch "$(VENV)/.installing"
 	@echo "Installing into $(VENV) with $$("$(RUN)" --version): about 4 minutes and 7 GB (PyTorch's CUDA build; 2 GB with a CPU build)."
 	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-input --no-deps -r requirements-tools.txt -c constraints.txt
 	@rm "$(VENV)/.installing" && touch "$(STAMP)"

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import typer
 
-from infra.errors import ExitCode, ReportedError
+from infra.errors import ExitCode, ReportedError, UsageError
 from train.stages import STAGES
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU,
 Share = Annotated[
     str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare and encode); array tasks of SLURM and Indexed Jobs know theirs.")
 ]
+Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
 
@@ -44,12 +45,13 @@ def _add_stage(name: str) -> None:
         on: On = "local",
         nproc: Nproc = 0,
         share: Share = "",
+        chain: Chain = False,
         dry_run: DryRun = False,
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
         from train import front
 
-        front.stage(name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share)
+        front.stage(name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share, chain=chain)
 
     app.command(name, help=STAGES[name].help)(command)
 
@@ -123,6 +125,27 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command()
+def verdict(stage: Annotated[str, typer.Argument(help="Stage.")], preset: Preset, overrides: Overrides = None) -> None:
+    """Say what a scheduler should do after an attempt at a stage: ends with 75 to requeue, with any other code to stop. For job scripts."""
+    from train import front
+
+    if stage not in STAGES:
+        raise UsageError(f"stage '{stage}' is not known; stages: {', '.join(STAGES)}.")
+    front.verdict(stage, preset, overrides or [])
+
+
+@app.command()
+def doctor(
+    preset: Annotated[str, typer.Argument(help="Preset, .toml file or run folder: its storage and inputs are checked too.")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine (and, under srun, all nodes of the job) in half a minute: GPUs, network, /dev/shm, disk, S3, clock, versions, inputs."""
+    from train.verbs import doctor as verb
+
+    verb.main(preset, overrides or [])
+
+
+@app.command()
 def inspect(
     url: Annotated[
         str, typer.Argument(help="Raw data (as in data.sources), a shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")
@@ -161,7 +184,9 @@ def validate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from data_pipeline.filters import Dropped, judge
 from data_pipeline.pairs import Pair, Unreadable
+from data_pipeline.part_writer import PartWriter
 from data_pipeline.plan import SPLITS, Plan, Unit
-from data_pipeline.shards import ImageRecord, PartWriter, part_done
+from data_pipeline.shards import ImageRecord, part_done
 from data_pipeline.tally import Tally
 from data_pipeline.tries import Tries, record_failure, withdraw
 from infra import storage

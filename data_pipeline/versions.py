@@ -10,21 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards import (
-    DONE,
-    EXCLUDED,
-    INDEX,
-    MANIFEST,
-    U64,
-    VERSIONS,
-    Record,
-    ShardSet,
-    digest,
-    part_name,
-    read_markers,
-    version_url,
-    write_part,
-)
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import DONE, EXCLUDED, INDEX, MANIFEST, U64, VERSIONS, Record, ShardSet, digest, part_name, read_markers, version_url
 from infra import storage
 from infra.errors import DataError
 

@@ -8,11 +8,14 @@ import os
 import socket
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from infra import signals
-from infra.errors import ConfigError
+from infra import ledger, signals
+from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
+
+_RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
+_PEERS_S = 60  # nodes end within seconds of each other, or not at all
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,12 @@ class Placement:
 
     nproc: int
     """Ranks on each node."""
-    nodes: int = 1
-    """Nodes in all; each runs one agent."""
-    rendezvous: str = ""
-    """host:port of the first node; empty on one node."""
-    run_id: str = ""
-    """Equal on all nodes of a job, different for every job; empty on one node."""
+    job: Job = field(default_factory=Job)
+    """This node's place in the scheduler's job."""
+
+    @property
+    def nodes(self) -> int:
+        return self.job.nodes
 
     @property
     def size(self) -> int:
@@ -43,37 +46,57 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     Returns:
         Exit code and reason by the ranks' records (docs/contracts.md, section 1).
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if placement.nodes > 1 and not placement.rendezvous:
-        raise ConfigError(f"{placement.nodes} nodes need a rendezvous host:port.")
-    attempt = run.begin_attempt(stage)
-    one_node = placement.nodes == 1
+    attempt = begin(placement, run, stage)
+    job, one_node = placement.job, placement.nodes == 1
     os.environ |= {"LAUNCHER_ATTEMPT": str(attempt), "LAUNCHER_PID": str(os.getpid()), "OMP_NUM_THREADS": _threads(placement.nproc)}
     if one_node:
         # The loopback needs no name service and crosses no network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    host = job.rendezvous.rpartition(":")[0]
     config = LaunchConfig(
         min_nodes=placement.nodes,
         max_nodes=placement.nodes,
         nproc_per_node=placement.nproc,
-        run_id=placement.run_id or uuid.uuid4().hex,
+        run_id=job.run_id or uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{_free_port()}" if one_node else placement.rendezvous,
-        rdzv_configs={"is_host": True} if one_node else {},
-        local_addr="127.0.0.1" if one_node else None,
+        rdzv_endpoint=f"127.0.0.1:{_free_port()}" if one_node else job.rendezvous,
+        # Said, not guessed: elastic compares names, and where nodes share one, nobody would host the store.
+        rdzv_configs={"is_host": job.node == 0, "timeout": _RENDEZVOUS_S},
+        local_addr="127.0.0.1" if one_node else (host if job.node == 0 else job.address) or None,
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(number.name for number in signals.STOP_SIGNALS),
+        log_line_prefix_template="[rank ${rank}] ",
+        logs_specs=DefaultLogsSpecs(tee=Std.ALL if job.id else Std.NONE),
         **_shutdown_timeout(),
     )
     _quiet_elastic()
     signals.block_in_children()
     with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
         elastic_launch(config, sys.executable)(*arguments)
+    if not one_node:
+        signals.install()  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
+        run.wait_for_records(stage, attempt, placement.size, _PEERS_S)
     return run.root_cause(stage, attempt, placement.size)
+
+
+def begin(placement: Placement, run: RunFolder, stage: str) -> int:
+    """Number of the attempt that this node takes part in: node 0 begins it in the ledger, the others find it there.
+
+    Raises:
+        DivergedError: this job has crashed too often in a row; see ``ledger.refuse_a_crash_loop``.
+        LostPeerError: node 0 did not begin.
+    """
+    job = placement.job
+    if job.node:
+        return run.join_attempt(stage, job.run_id, _RENDEZVOUS_S)
+    ledger.refuse_a_crash_loop(run, stage, job.restart, int(os.environ.get("LAUNCHER_RETRIES", RETRIES)))
+    saved = ledger.newest_checkpoint(run, stage)
+    return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved)
 
 
 def _shutdown_timeout() -> dict[str, int]:

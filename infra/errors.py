@@ -64,3 +64,7 @@ class StopRequested(ReportedError):
     """A signal asked to stop, and the state is saved."""
 
     exit_code = ExitCode.REQUEUE
+
+
+class LostPeerError(ReportedError):
+    """Another node or rank did not do its part: may be retried."""

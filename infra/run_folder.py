@@ -15,10 +15,11 @@ from typing import Any
 
 from infra import storage
 from infra.config import differences
-from infra.errors import ConfigError, ExitCode
+from infra.errors import ConfigError, ExitCode, LostPeerError
 
 REPOSITORY = Path(__file__).parent.parent
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
+_POLL_S = 0.5  # between looks at what other nodes have written
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
 
@@ -94,13 +95,45 @@ class RunFolder:
         """Mark a stage finished. The stage's last write."""
         storage.write_json(self.at(stage, "done.json"), {"stage": stage, "commit": commit(), "finished": time.time(), **facts})
 
-    def begin_attempt(self, stage: str) -> int:
-        """Number of a new attempt at a stage, counted by the exit records' folders."""
-        base = self.at("exits", stage)
-        numbers = [int(name.split("/")[0].removeprefix("attempt-")) for name in storage.list_files(base)]
-        attempt = max(numbers, default=-1) + 1
-        storage.write_json(storage.join(base, f"attempt-{attempt}", "begin.json"), {"time": time.time(), "pid": os.getpid()})
+    def begin_attempt(self, stage: str, **facts: Any) -> int:
+        """Number of a new attempt at a stage, counted by the exit records' folders; facts go into its begin.json."""
+        attempt = max(self._attempts(stage), default=-1) + 1
+        storage.write_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"), {"time": time.time(), "pid": os.getpid(), **facts})
         return attempt
+
+    def join_attempt(self, stage: str, run_id: str, timeout_s: float) -> int:
+        """Number of the attempt that node 0 has begun under the same run id; waits for it.
+
+        Raises:
+            LostPeerError: it did not appear in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for attempt in sorted(self._attempts(stage), reverse=True)[:1]:
+                begin = storage.read_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"))
+                if begin.get("run_id") == run_id:
+                    return attempt
+            if time.monotonic() > deadline:
+                raise LostPeerError(f"node 0 of job {run_id} did not begin '{stage}' in {self.url} within {timeout_s:.0f} s: see its log.")
+            time.sleep(_POLL_S)
+
+    def wait_for_records(self, stage: str, attempt: int, size: int, timeout_s: float) -> None:
+        """Wait until every rank of all nodes has recorded its end, or one a code of its own, or time is up: whoever leaves early may end the rest."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            records = self._records(stage, attempt)
+            if len(records) >= size or any(record["code"] in _OWN_CODES for record in records):
+                return
+            time.sleep(_POLL_S)
+
+    def _attempts(self, stage: str) -> set[int]:
+        names = storage.list_files(self.at("exits", stage))
+        return {int(name.split("/")[0].removeprefix("attempt-")) for name in names if name.endswith("/begin.json")}
+
+    def _records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
+        base = self.at("exits", stage, f"attempt-{attempt}")
+        names = [name for name in storage.list_files(base) if name.startswith("rank-")]
+        return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
         """Record how a rank ended; the agent's exit code follows from these records."""
@@ -109,9 +142,7 @@ class RunFolder:
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
         """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75."""
-        base = self.at("exits", stage, f"attempt-{attempt}")
-        names = [name for name in storage.list_files(base) if name.startswith("rank-")]
-        records = sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
+        records = self._records(stage, attempt)
         for record in records:
             if record["code"] in _OWN_CODES:
                 return record["code"], f"rank {record['rank']}: {record['reason']}"

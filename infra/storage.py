@@ -37,6 +37,7 @@ __all__ = [
     "join",
     "list_files",
     "local_path",
+    "modified",
     "open_seekable",
     "open_stream",
     "read_bytes",
@@ -253,6 +254,21 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
         return
     with open_stream(url) as file:
         yield file
+
+
+def modified(url: str) -> float:
+    """When a file or object was last written, by the clock of its storage: seconds since 1970.
+
+    Raises:
+        DataError: it is missing.
+    """
+    if not is_remote(url):
+        with files.read_errors(url):
+            return local_path(url).stat().st_mtime
+    found = s3.head(url)
+    if found is None:
+        raise DataError(f"{url}: does not exist.")
+    return float(found["LastModified"].timestamp())
 
 
 def list_files(url: str) -> list[str]:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.images import transformer_crop
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, digest, part_done, write_part
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, digest, part_done
 from data_pipeline.versions import Part, collect, merge
 from infra.seeds import derive, generator
 

@@ -15,10 +15,11 @@ import pytest
 from streaming import StreamingDataset
 
 from data_pipeline import shard_cache
-from data_pipeline.shards import CODES_SCHEMA, open_set, read_marker, write_part
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import CODES_SCHEMA, open_set, read_marker
 from data_pipeline.versions import Part, collect
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, MissingError
 from tests import data_faults
 from tests.data_faults import FAULTS, Fault, code_set, read_epoch
 from tests.fault_proxy import FaultProxy, Rule, fault_proxy
@@ -147,7 +148,7 @@ def test_workers_hand_on_the_error_as_it_was(s3: str, tmp_path: Path) -> None:
     storage.delete(storage.join(s3, "part-00000/shard.00002.mds"))
     with pytest.raises(DataError) as caught:
         read_epoch(shard_set, str(tmp_path), workers=2)
-    assert type(caught.value) is DataError and str(caught.value) == f"{s3}/part-00000/shard.00002.mds: does not exist."
+    assert type(caught.value) is MissingError and str(caught.value) == f"{s3}/part-00000/shard.00002.mds: does not exist."
 
 
 @pytest.mark.parametrize(
@@ -168,11 +169,11 @@ def test_a_damaged_shard_of_a_local_set_is_never_trained_on(tmp_path: Path, dama
 
 
 def test_shards_without_a_hash_are_refused(tmp_path: Path) -> None:
-    code_set(str(tmp_path))
-    index = json.loads((tmp_path / "index.json").read_text())
+    place = Path(code_set(str(tmp_path)).version_url, "index.json")
+    index = json.loads(place.read_text())
     for shard in index["shards"]:
         shard["raw_data"]["hashes"] = {}
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    place.write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"shard\.\d+\.mds: its index entry has no xxh64 hash, so damage would not be seen"):
         read_epoch(open_set(str(tmp_path), CODES_SCHEMA), "")
 

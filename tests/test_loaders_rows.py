@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from streaming.base.format.mds.reader import MDSReader
 
+from data_pipeline.part_writer import write_part
 from data_pipeline.rows import ShardRows, check_file
-from data_pipeline.shards import CodeRecord, ImageRecord, Record, write_part
+from data_pipeline.shards import CodeRecord, ImageRecord, Record
 from infra.errors import DataError
 
 TEXT = st.text(max_size=20)

@@ -11,19 +11,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import versions
-from data_pipeline.shards import (
-    CODES_SCHEMA,
-    IMAGE_SCHEMA,
-    CodeRecord,
-    ImageRecord,
-    ShardSet,
-    as_dict,
-    id_hash,
-    open_set,
-    part_done,
-    read_marker,
-    write_part,
-)
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, as_dict, id_hash, open_set, part_done, read_marker
 from data_pipeline.versions import Part
 from infra import storage
 from infra.errors import DataError

@@ -136,3 +136,10 @@ def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: 
     assert not [path for path in run.rglob("*.mds") if victim.encode() in path.read_bytes()]
     with pytest.raises(ConfigError, match=r"data.takedown = '': a list of at least one id is needed"):
         takedown.main("tiny", [f"run.root={tmp_path}", *BASE], dry_run=False)
+
+
+def test_a_training_stage_reads_sources_by_their_weights(tmp_path: Path) -> None:
+    for name in ("prepare", "dvae"):
+        stage(name, tmp_path, 'data.sources=[{url="emoji", weight=2.0}]')
+    (checkpoint,) = (tmp_path / "tiny" / "dvae" / "checkpoints").glob("step-*4/meta.json")
+    assert json.loads(checkpoint.read_text())["loader"]["weights"] == {"emoji": 2.0}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from data_pipeline import text
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.shards import IMAGE_SCHEMA, ImageRecord, ShardSet, write_part
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import IMAGE_SCHEMA, ImageRecord, ShardSet
 from data_pipeline.text import Tokenizer, normalise, train_tokenizer
 from data_pipeline.versions import Part, collect, merge
 from infra import storage

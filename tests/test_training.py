@@ -277,13 +277,6 @@ def test_stages_need_those_before_them(tmp_path: Path) -> None:
         require(RunFolder(str(tmp_path)), "prepare")
 
 
-def test_several_nodes_need_a_rendezvous(tmp_path: Path) -> None:
-    from infra.agent import Placement, run_ranks
-
-    with pytest.raises(ConfigError, match="2 nodes need a rendezvous"):
-        run_ranks([], Placement(nproc=1, nodes=2), RunFolder(str(tmp_path)), "dvae")
-
-
 def test_the_whole_pipeline_runs_on_s3(s3: str) -> None:
     for name in STAGES:
         run_stage(name, s3, ["generate.num_captions=2"])

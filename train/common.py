@@ -36,8 +36,9 @@ def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
 
 
 def loader_options(data: DataConfig) -> dict[str, Any]:
-    """How a training stage's loader works on this machine; its batches do not depend on it, but on the block of the shuffle."""
-    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block}
+    """How a training stage's loader works. Its batches depend on the block of the shuffle and on the weights of sources, and on nothing else of it."""
+    weights = {source.url: source.weight for source in data.sources}
+    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block, "weights": weights}
 
 
 def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:

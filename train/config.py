@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
 from infra.errors import ConfigError
+from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -154,6 +155,36 @@ class ZeroSection(Section):
     """Elements per parameter gather."""
 
 
+class ScaleSection(Section):
+    """Gradient scales of the transformer's resblocks, for dalle_fit.precision = "fp16" (paper D.1). Exponents of two, on top of the number of shares of
+    the global batch (processes times micro-batches; the paper's M)."""
+
+    scope: Literal["resblock", "global", "none"] = "resblock"
+    """One scale for each resblock, one for all of them, or none."""
+    initial: float = 13
+    """Exponent at the start."""
+    growth_updates: int = Field(default=1000, gt=0)
+    """Updates without overflow in which a scale doubles."""
+    division: float = Field(default=0.5, gt=0)
+    """What an overflow takes off the exponent: 0.5 divides by the square root of 2."""
+    window: int = Field(default=125, gt=0)
+    """Updates within which a scale is not divided again."""
+    lowest: float = 7
+    """Lowest exponent."""
+    highest: float = 24
+    """Highest exponent."""
+    filter: bool = True
+    """Set non-finite activation gradients to zero where they enter and leave a resblock (Figure 4)."""
+    skip: Literal["all", "resblock"] = "all"
+    """What a non-finite parameter gradient skips: the whole update (paper E.2), or its resblock's part of it."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.lowest <= self.initial <= self.highest:
+            raise ValueError(f"initial = {self.initial} is not between lowest = {self.lowest} and highest = {self.highest}")
+        return self
+
+
 class ClipFit(FitSection):
     """Training of the contrastive model."""
 
@@ -222,6 +253,8 @@ class RunConfig(Section):
     clip_fit: ClipFit = ClipFit()
     generate: GenerateSection = GenerateSection()
     evaluate: EvaluateSection = EvaluateSection()
+    # What a scheduler is asked for is no part of the run: it stays out of config.json, and a run goes on with other values.
+    cluster: ClusterConfig = Field(default=ClusterConfig(), exclude=True)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -16,15 +16,18 @@ from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
-from train import checkpoint
+from train import checkpoint, watchdog
 from train.config import FitSection
+from train.device import wait_for_all
 from train.engine import Engine
+from train.goodput import Goodput, lost_s, process_age_s
 from train.metrics import MetricsWriter, next_attempt
 from train.signal_vector import SignalVector
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+_PATIENCE = 6.0  # an evaluation or a save may take that many times as long as the watchdog's limit for a step
 
 
 class Loader(Protocol):
@@ -115,6 +118,8 @@ class Fit:
         """
         url = self.run.at(self.stage)
         step = self._restore()
+        lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
+        self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
         self._vector = SignalVector(self.task.metrics, self.device)
@@ -126,27 +131,40 @@ class Fit:
         while step < self.section.steps:
             started = time.perf_counter()
             agreed, logged = self._update(step, started)
+            watchdog.beat(_PATIENCE)
             step += 1
             last = step == self.section.steps
             progress.update(step, loss=logged["train/loss"])
             if step % self.section.log_every == 0 or last:
                 self._writer.scalars(step, logged)
             if step % self.section.eval_every == 0 or last:
-                evaluation = self.task.evaluate(self.engine, step, self._writer)
+                with self._goodput.timing("evaluate"):
+                    evaluation = self.task.evaluate(self.engine, step, self._writer)
                 self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
             due = step % self.section.save_every == 0 and not self._bad  # a bad streak must not push out the last good checkpoint
             if due or last or stopping:
-                self._save(url, step, self._elapsed + time.perf_counter() - begun)
+                with self._goodput.timing("save"):
+                    self._save(url, step, self._elapsed + time.perf_counter() - begun)
+            watchdog.beat()
             if stopping and not last:
-                self._writer.close()
+                self._account(step)
+                wait_for_all()  # no launcher may see a rank end while another still writes
                 raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
         progress.finish()
         if not evaluation:  # killed between the last checkpoint and the stage's marker
             evaluation = self.task.evaluate(self.engine, step, self._writer)
-        self._writer.close()
+        self._account(step)
         rate = self._units / self._update_s if self._update_s else 0.0
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate)
+
+    def _account(self, step: int) -> None:
+        """The last words of an attempt: where its time went."""
+        watchdog.rest()
+        if self.world.is_main:
+            self._writer.scalars(step, self._goodput.metrics())
+            print(self._goodput.line(self.stage), flush=True)
+        self._writer.close()
 
     def _update(self, step: int, started: float) -> tuple[dict[str, float], dict[str, float]]:
         """One optimizer update: fetch, forward, backward, agree, step."""
@@ -168,6 +186,8 @@ class Fit:
         update = self.engine.step(at["lr"])
         self._count_bad(step, ok=(update.applied or update.overflow) and agreed["non_finite"] == 0)
         seconds = time.perf_counter() - started
+        self._goodput.add("data", waited)
+        self._goodput.add("step", seconds - waited)
         units = sum(self.task.units(batch) for batch in batches) * self.world.size
         self._units, self._update_s = self._units + units, self._update_s + seconds
         logged = {f"train/{name}": agreed[name] for name in self.task.metrics}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -14,14 +15,17 @@ import traceback
 from pathlib import Path
 
 from infra import signals, storage
-from infra.agent import Placement, run_ranks
+from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
+from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
+from train import elastic, watchdog
 from train.config import RunConfig, load_run, read_preset
 from train.stages import STAGES, Stage
+from train.verbs import doctor
 
 LAUNCHER = Path(__file__).parent.parent / "launcher.py"
 _EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
@@ -49,7 +53,19 @@ def default_nproc(stage: Stage) -> int:
     return gpus or min(2, len(os.sched_getaffinity(0)))
 
 
-def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, worker: bool, stop: StopFlag, share: str = "") -> None:
+def stage(
+    name: str,
+    preset: str,
+    overrides: list[str],
+    *,
+    on: str,
+    nproc: int,
+    dry_run: bool,
+    worker: bool,
+    stop: StopFlag,
+    share: str = "",
+    chain: bool = False,
+) -> None:
     """Run one stage, in this process or as agent of several; see ``launcher.py``.
 
     Raises:
@@ -69,6 +85,9 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
     _check_target(on)
+    if on != "local" or chain:
+        _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run)
+        return
     if dry_run:
         print(describe(cfg, preset), end="", flush=True)
         print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, "--nproc", str(nproc)]))
@@ -83,9 +102,14 @@ def stage(name: str, preset: str, overrides: list[str], *, on: str, nproc: int, 
     if run.done(name) is not None and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
-    with run.lock(label):
+    job = Job.from_env()
+    if job.nodes > 1 and not entry.parallel:
+        raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")
+    if job.id:
+        doctor.preflight(run)
+    with run.lock(label) if job.node == 0 else contextlib.nullcontext():  # on a shared file system all nodes meet in this folder
         _refuse_if_stopped(stop)
-        code, reason = _execute(name, cfg, run, nproc, stop)
+        code, reason = _execute(name, cfg, run, Placement(nproc, job), stop)
     if code != ExitCode.DONE:
         raise StageFailed(code, f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
@@ -107,8 +131,37 @@ def _label(name: str, entry: Stage) -> str:
 def _check_target(on: str) -> None:
     if on not in ("local", "slurm", "k8s"):
         raise ConfigError(f"--on {on}: accepted are local, slurm and k8s.")
-    if on != "local":
-        raise ConfigError(f"--on {on}: not yet; run with --on local inside your own job script. Exit codes are in docs/contracts.md, section 1.")
+
+
+def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str, *, chain: bool, dry_run: bool) -> None:
+    if on == "local":
+        raise ConfigError("--chain: submits all stages to a scheduler; on this machine, 'launcher.py demo' runs them in turn.")
+    from train import cluster
+
+    if dry_run:
+        print(describe(cfg, words[0]), end="", flush=True)
+        print(cluster.show(name, cfg, run, on, chain=chain))
+        return
+    cluster.submit(name, cfg, run, on, chain=chain, command=shlex.join(["python", "launcher.py", name, *words]))
+
+
+def verdict(name: str, preset: str, overrides: list[str]) -> None:
+    """Say what a scheduler should do after an attempt at a stage, through the exit code; see ``train/cluster.py``.
+
+    Raises:
+        Judged: with any code but 0.
+    """
+    from infra.job import RETRIES
+    from train.cluster import Judged, Start
+    from train.cluster import verdict as judge
+
+    run = run_folder(load_run(preset, overrides))
+    env = {key: os.environ.get(key, "") for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "LAUNCHER_CODE", "LAUNCHER_RETRIES")}
+    start = Start(env["SLURM_JOB_ID"], int(env["SLURM_RESTART_COUNT"] or 0), int(env["LAUNCHER_CODE"] or ExitCode.CRASH))
+    found = judge(_label(name, STAGES[name]), run, start, int(env["LAUNCHER_RETRIES"] or RETRIES))
+    if found.code != ExitCode.DONE:
+        raise Judged(name, found)
+    print(f"{name}: {found.reason}")
 
 
 def _refuse_if_stopped(stop: StopFlag) -> None:
@@ -136,27 +189,30 @@ def describe(cfg: RunConfig, preset: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _execute(name: str, cfg: RunConfig, run: RunFolder, nproc: int, stop: StopFlag) -> tuple[int, str]:
+def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag) -> tuple[int, str]:
     label = _label(name, STAGES[name])
-    if nproc == 1:
-        attempt = run.begin_attempt(label)
+    if placement.size == 1:
+        attempt = begin(placement, run, label)
         code = _guarded(name, cfg, run, World.single(), stop, attempt)
         return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
-    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], Placement(nproc), run, label)
+    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label)
 
 
 def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
     """Run a stage's function as one rank, and record how it ended."""
     faulthandler.enable()
     code, reason = ExitCode.DONE, "finished"
+    label = _label(name, STAGES[name])
+    watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
     try:
-        STAGES[name].function()(cfg, run, world, stop)
+        STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
     except ReportedError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:
         traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-    run.record_exit(_label(name, STAGES[name]), attempt, world.rank, code, reason)
+    watchdog.rest()
+    run.record_exit(label, attempt, world.rank, code, reason)
     return code
 
 
@@ -180,6 +236,9 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
     _check_target(on)
+    if on != "local":
+        _submit("report", cfg, run, [preset, *overrides], on, chain=True, dry_run=dry_run)
+        return
     if dry_run:
         print(describe(cfg, preset), end="")
         print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry))) for name, entry in STAGES.items()))

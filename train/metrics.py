@@ -129,6 +129,15 @@ def next_attempt(run_url: str, stage: str) -> int:
     return max(_attempts(run_url, stage), default=-1) + 1
 
 
+def newest_attempt_times(run_url: str, stage: str) -> dict[int, float]:
+    """Step -> when it was last logged (seconds since 1970), in the newest attempt alone; empty where there is none."""
+    attempts = _attempts(run_url, stage)
+    if not attempts:
+        return {}
+    text = storage.read_text(storage.join(_folder(run_url, stage), f"{_PREFIX}{max(attempts)}{_SUFFIX}"))
+    return {step: when for step, when, _ in _read_lines(text)}
+
+
 def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
     """All series of a stage, each in order of steps, attempts merged.
 

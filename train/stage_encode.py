@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from data_pipeline.images import CropBox, Pixels, picture, transformer_crop
-from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done, write_part
+from data_pipeline.part_writer import write_part
+from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done
 from data_pipeline.versions import Part, collect, merge
 from infra.errors import DataError
 from infra.progress import Progress

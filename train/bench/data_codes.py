@@ -22,7 +22,7 @@ from infra.seeds import derive
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
 from train.bench.harness import Figure, Options, Result, main, measure, start, threads
-from train.bench.transformer import training_step
+from train.bench.model import training_step
 
 RECORDS = 20_000
 GRID = 32
@@ -137,7 +137,7 @@ def _memory(result: Result, shard_set: ShardSet, transform: Callable[[Record, in
 def _waiting(result: Result, shard_set: ShardSet, tokenizer: Tokenizer, options: Options) -> None:
     """Share of a step that the demo's transformer waits for a batch."""
     batch, transform = 16, code_transform(tokenizer, 0, dropout=0.1)
-    step = training_step(TransformerConfig(layers=4, width=128, heads=4), _DEMO_SHAPE, batch, torch.float32, options.device)
+    step = training_step(TransformerConfig(layers=4, width=128, heads=4), _DEMO_SHAPE, batch, "fp32", options.device, "structured")
     shares, rates = [], []
     for workers in (0, 1):
         with _loader(shard_set, transform, code_collate, workers, batch) as loader:

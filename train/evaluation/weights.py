@@ -27,7 +27,8 @@ def read_weights(path: str, key: str) -> dict[str, Tensor]:
     try:
         found = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as weights ({type(error).__name__}: {str(error)[:200]}); {key} names files of tensors.") from error
+        words = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as weights ({type(error).__name__}: {words}); {key} names files of tensors.") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise DataError(f"{path}: holds no tensors by name; {key} takes state dictionaries.")
     return found

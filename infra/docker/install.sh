@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# install.sh VENV FOLDER: make an environment from the requirements.txt and constraints.txt in FOLDER. Needs Python 3.11 or 3.12 with venv.
+# TORCH_INDEX: index that torch comes from, where it is not the usual one. PIP_CONFIG_FILE and its relatives work as ever.
+set -euo pipefail
+venv=$1 folder=$2
+python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
+    echo "install.sh: $(python3 --version) is not supported; 3.11 and 3.12 are." >&2
+    exit 78
+}
+python3 -m venv "$venv"
+pip=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check --no-input -c "$folder/constraints.txt")
+[ -z "${TORCH_INDEX:-}" ] || PIP_INDEX_URL=$TORCH_INDEX "${pip[@]}" torch torchvision
+"${pip[@]}" -r "$folder/requirements.txt"
+"$venv/bin/python" -m pip check
+# Nothing compiles at run time on a read-only file system; byte code now.
+"$venv/bin/python" -m compileall -q "$venv/lib" > /dev/null || true

@@ -1,0 +1,174 @@
+"""Jobs on a cluster: what to ask a scheduler for, and which place in a job this launcher has. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from infra.config import Section
+from infra.errors import ConfigError
+
+FIRST_PORT, PORTS = 20_000, 10_000
+"""Rendezvous ports: below Linux's ephemeral ones (32768), one for each job id modulo PORTS."""
+RETRIES = 3
+"""Consecutive crashes without progress that are retried, where nothing else is said."""
+_NO_STEP = 0xFFFFFF00
+"""Step ids from here on are SLURM's own (batch, interactive, external): no srun stands behind them."""
+
+
+class ClusterConfig(Section):
+    """What ``--on slurm`` and ``--on k8s`` ask for. Not part of a run's identity: a run goes on with other values. Site settings are in infra/slurm/site.env."""
+
+    nodes: int = Field(default=1, gt=0)
+    """Nodes of a training stage; each runs one launcher."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of each node; 0 trains on CPUs."""
+    cpus: int = Field(default=8, gt=0)
+    """CPU cores of each node."""
+    memory_gib: int = Field(default=32, gt=0)
+    """Memory of each node."""
+    shm_gib: int = Field(default=8, gt=0)
+    """Size of /dev/shm in a pod; part of its memory."""
+    hours: int = Field(default=24, gt=0)
+    """Time limit of a SLURM job; it saves and requeues itself before."""
+    grace_s: int = Field(default=720, ge=660)
+    """Seconds between the signal and the end: longer than a step and a save, and than the 600 that launchers give their ranks."""
+    shares: int = Field(default=4, gt=0)
+    """Array tasks (SLURM) or pods (Kubernetes) of a stage whose work is divided."""
+    retries: int = Field(default=RETRIES, ge=0)
+    """Consecutive crashes without progress before a job is given up."""
+    overlay: Literal["cpu", "gpu", "kueue"] = "cpu"
+    """Folder below infra/k8s/overlays."""
+    image: str = Field(default="", pattern=r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
+    """Container image, pinned by digest: registry/name@sha256:...; Kubernetes needs one."""
+    namespace: str = Field(default="default", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Namespace on Kubernetes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """This launcher's place in a job of a scheduler; outside one, the only node of a nameless job."""
+
+    id: str = ""
+    """Equal on all nodes and over restarts; empty outside a scheduler."""
+    restart: int = 0
+    """Restarts of this job so far."""
+    node: int = 0
+    nodes: int = 1
+    rendezvous: str = ""
+    """host:port of node 0."""
+    address: str = ""
+    """Name under which the others reach this node."""
+
+    @property
+    def run_id(self) -> str:
+        """Equal on all nodes of one start of the job, and never used before."""
+        return f"{self.id}.{self.restart}" if self.id else ""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Job:
+        """Read LAUNCHER_JOB, _RESTART, _NODE, _NODES, _RENDEZVOUS and _ADDRESS (pods), or what a task of srun has.
+
+        Raises:
+            ConfigError: half of a declaration, or several tasks on a node.
+        """
+        if env.get("LAUNCHER_JOB"):
+            job = _declared(env)
+        elif _is_step(env.get("SLURM_STEP_ID", "")):
+            job = _slurm_task(env)
+        else:
+            return cls()
+        if not 0 <= job.node < job.nodes:
+            raise ConfigError(f"this is node {job.node} of {job.nodes}: nodes count from 0.")
+        if job.nodes > 1 and not job.rendezvous:
+            raise ConfigError(f"LAUNCHER_NODES = {job.nodes} needs LAUNCHER_RENDEZVOUS = host:port of node 0.")
+        return job
+
+
+def _is_step(step: str) -> bool:
+    return step.isdigit() and int(step) < _NO_STEP
+
+
+def _declared(env: Mapping[str, str]) -> Job:
+    numbers = [env.get(f"LAUNCHER_{name}") or default for name, default in (("RESTART", "0"), ("NODE", "0"), ("NODES", "1"))]
+    if not all(number.isdigit() for number in numbers):
+        raise ConfigError(f"LAUNCHER_RESTART, LAUNCHER_NODE, LAUNCHER_NODES = {', '.join(numbers)}: whole numbers are needed.")
+    restart, node, nodes = map(int, numbers)
+    return Job(env["LAUNCHER_JOB"], restart, node, nodes, env.get("LAUNCHER_RENDEZVOUS", ""), env.get("LAUNCHER_ADDRESS", ""))
+
+
+def _slurm_task(env: Mapping[str, str]) -> Job:
+    try:
+        nodes, tasks, node = (int(env[name]) for name in ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID"))
+        job, hosts = env["SLURM_JOB_ID"], expand_hosts(env["SLURM_STEP_NODELIST"])
+        restart = int(env.get("SLURM_RESTART_COUNT") or 0)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"inside srun, but {error} is missing or no number: start launchers as infra/slurm/*.sbatch do.") from error
+    if tasks != nodes:
+        raise ConfigError(
+            f"srun started {tasks} tasks on {nodes} nodes: one launcher for each node starts the ranks itself; use --ntasks-per-node=1."
+        )
+    return Job(job, restart, node, nodes, f"{hosts[0]}:{port(job)}", env.get("SLURMD_NODENAME", ""))
+
+
+def port(job: str) -> int:
+    """Rendezvous port of a job, by its id: two jobs on one node seldom meet."""
+    return FIRST_PORT + int(job) % PORTS
+
+
+def expand_hosts(text: str) -> list[str]:
+    """``"n[1-3,07],gpu"`` -> its names, in SLURM's order (``scontrol show hostnames`` without scontrol).
+
+    Raises:
+        ConfigError: no host list.
+    """
+    hosts: list[str] = []
+    for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        hosts += _expand(word, text)
+    if text.count("[") != text.count("]"):
+        raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+    if not hosts:
+        raise ConfigError(f"'{text}' names no host.")
+    return hosts
+
+
+def _expand(word: str, text: str) -> list[str]:
+    head, bracket, rest = word.partition("[")
+    if not bracket:
+        return [word]
+    inside, _, tail = rest.partition("]")
+    names = []
+    for part in inside.split(","):
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+        names += [f"{head}{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
+    return [name + rest for name in names for rest in _expand(tail, text)] if tail else names
+
+
+Shape = Literal["gang", "array", "node"]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One stage of one run, as a job."""
+
+    stage: str
+    run_name: str
+    run_url: str
+    shape: Shape
+    """gang: one launcher on each of cluster.nodes, which fail and restart together; array: cluster.shares launchers, each for itself; node: one."""
+    cluster: ClusterConfig
+
+    @property
+    def name(self) -> str:
+        """Of the job: the same for the same stage of the same run folder, and for no other; fit for DNS."""
+        digest = hashlib.sha256(self.run_url.encode()).hexdigest()[:6]
+        run = re.sub(r"[^a-z0-9]+", "-", self.run_name.lower()).strip("-")[:24].strip("-")
+        return f"{run or 'run'}-{digest}-{self.stage}"

@@ -1,0 +1,133 @@
+"""This machine, measured against floors before work begins. Each check takes seconds, names its floor, and says what to do. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra import storage
+from infra.errors import ReportedError
+
+SHM_FLOOR = 512 << 20
+"""Bytes free in /dev/shm: loaders and NCCL share memory there."""
+DISK_FLOOR = 2 << 30
+"""Bytes free where temporary files go: shards in use, checkpoints on their way to s3."""
+LATENCY_FLOOR_S = 5.0
+"""Seconds for writing and reading one small file in the run folder."""
+SKEW_FLOOR_S = 60.0
+"""Seconds between this clock and the storage's: S3 refuses signatures at 900, and records of several nodes are ordered by time."""
+TEMPERATURE_FLOOR_C = 85
+"""Degrees at which an idle GPU is not cooled."""
+_SMI_S = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str
+    ok: bool
+    found: str
+    floor: str = ""
+    advice: str = ""
+    """What to do where it is not ok."""
+
+
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """The scheduler's name of this node, else the host's."""
+    return env.get("SLURMD_NODENAME") or env.get("NODE_NAME") or os.uname().nodename
+
+
+def exclusion(node: str, env: Mapping[str, str] = os.environ) -> str:
+    """How to keep a node out of the next attempt."""
+    if env.get("KUBERNETES_SERVICE_HOST"):
+        return f"kubectl cordon {node}"
+    if env.get("SLURM_JOB_ID"):
+        return f"sbatch --exclude={node} (now: scontrol update jobid={env['SLURM_JOB_ID']} excnodelist={node})"
+    return f"{node}: mend it before the next run"
+
+
+def memory_and_disk() -> list[Finding]:
+    """Room in /dev/shm and in the temporary folder."""
+    shm, disk = shutil.disk_usage("/dev/shm").free, shutil.disk_usage(tempfile.gettempdir()).free
+    return [
+        Finding("shm", shm >= SHM_FLOOR, _gib(shm), _gib(SHM_FLOOR), "raise cluster.shm_gib (pods), or delete stale files in /dev/shm"),
+        Finding("disk", disk >= DISK_FLOOR, _gib(disk), _gib(DISK_FLOOR), f"make room in {tempfile.gettempdir()}, or set TMPDIR"),
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def run_storage(url: str) -> list[Finding]:
+    """Write, read and delete a small file in the run folder; its time stamp tells the storage's clock."""
+    probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
+    data = secrets.token_bytes(1024)
+    try:
+        started = time.monotonic()
+        storage.write_bytes(probe, data)
+        written = storage.modified(probe)
+        equal = storage.read_bytes(probe) == data
+        seconds = time.monotonic() - started
+        storage.delete(probe)
+    except ReportedError as error:
+        return [Finding("storage", False, str(error), "writable", "check the endpoint, the bucket, its rights and the credentials")]
+    skew = abs(time.time() - written)
+    good = equal and seconds <= LATENCY_FLOOR_S
+    found = f"{seconds:.2f} s" if equal else "read other bytes than it wrote"
+    return [
+        Finding("storage", good, found, f"{LATENCY_FLOOR_S:.0f} s", "the storage is slow or overloaded: see its own health"),
+        Finding(
+            "clock",
+            skew <= SKEW_FLOOR_S + seconds,
+            f"{skew:.0f} s apart",
+            f"{SKEW_FLOOR_S:.0f} s",
+            "synchronise this node's clock (chronyc tracking)",
+        ),
+    ]
+
+
+def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Count, memory errors and temperature of this node's GPUs; nothing to say where there should be none."""
+    expected = int(env.get("SLURM_GPUS_ON_NODE") or 0)
+    query = ["nvidia-smi", "--query-gpu=index,temperature.gpu,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+    except FileNotFoundError:
+        return [Finding("gpus", not expected, "no nvidia-smi", f"{expected} GPUs", "the driver is not installed here")] if expected else []
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        return [Finding("gpus", False, f"nvidia-smi: {error}", "answers", "the driver hangs or lost a GPU: reboot the node")]
+    rows = [[word.strip() for word in line.split(",")] for line in answer.splitlines() if line.strip()]
+    hot = [row[0] for row in rows if row[1].isdigit() and int(row[1]) >= TEMPERATURE_FLOOR_C]
+    broken = [row[0] for row in rows if row[2].isdigit() and int(row[2]) > 0]
+    found = [Finding("gpus", len(rows) >= expected, f"{len(rows)}", f"{expected}", "a GPU fell off the bus: reboot the node")]
+    found.append(
+        Finding("ecc", not broken, f"uncorrected errors on {', '.join(broken)}" if broken else "none", "none", "reset or replace these GPUs")
+    )
+    found.append(
+        Finding("temperature", not hot, f"hot: {', '.join(hot)}" if hot else "ok", f"below {TEMPERATURE_FLOOR_C} C", "check fans and airflow")
+    )
+    return found
+
+
+def apex() -> Finding:
+    """Whether NVIDIA's apex could be used, and why not; nothing depends on it."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        why = "absent (optional: it is built from NVIDIA's sources)"
+    elif not (Path(next(iter(spec.submodule_search_locations or [""]))) / "optimizers").is_dir():
+        why = "absent: the installed 'apex' is another project of that name"
+    elif importlib.util.find_spec("amp_C") is None:
+        why = "present without its CUDA extensions: of no use; build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+    else:
+        why = "present, with CUDA extensions"
+    return Finding("apex", True, why)

@@ -1,0 +1,156 @@
+"""The paper's AdamW against a reference written from its formulas in float64, with fp32 and 16-bit moments, on the CPU and through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.adamw import CHUNK, Hyper, PaperAdamW, update
+from train.number_formats import SIGNED_169, UNSIGNED_0610
+
+HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.25, count=3)
+
+
+def reference(p: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, h: Hyper) -> tuple[torch.Tensor, ...]:
+    """(paper B.2) in float64; moments as values."""
+    p, g, m, v = (t.double() for t in (p, grad, mean, variance))
+    g = g * h.factor
+    m = h.beta1 * m + (1 - h.beta1) * g
+    v = torch.minimum(h.beta2 * v + (1 - h.beta2) * g**2, torch.tensor(h.clip_variance, dtype=torch.float64))
+    step = (m / (1 - h.beta1**h.count)) / ((v / (1 - h.beta2**h.count)).sqrt() + h.eps)
+    return p - h.lr * h.weight_decay * p - h.lr * step, m, v
+
+
+def tensors(n: int, seed: int, scale: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p, g, m, v = (torch.randn(n, generator=generator) for _ in range(4))
+    return [p, g * scale, m * scale / 8, v.square() * scale**2 / 16]
+
+
+@given(st.integers(0, 1000), st.sampled_from([1e-6, 1e-2, 1.0, 30.0]))
+def test_an_update_is_that_of_the_paper(seed: int, scale: float) -> None:
+    p, g, m, v = tensors(101, seed, scale)
+    expected = reference(p, g, m, v, HYPER)
+    update(p, g, m, v, HYPER)
+    for found, wanted in zip((p, m, v), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert v.max() <= 5.0
+
+
+@given(st.integers(0, 1000), st.sampled_from([1e-6, 1e-2, 1.0]))
+def test_packed_moments_are_the_rounded_ones(seed: int, scale: float) -> None:
+    p, g, m, v = tensors(101, seed, scale)
+    mean, variance = SIGNED_169.encode(m), UNSIGNED_0610.encode(v)
+    expected = reference(p, g, SIGNED_169.decode(mean), UNSIGNED_0610.decode(variance), HYPER)
+    update(p, g, mean, variance, HYPER)
+    torch.testing.assert_close(p.double(), expected[0], rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(SIGNED_169.decode(mean).double(), expected[1], rtol=2**-10, atol=1e-18)
+    torch.testing.assert_close(UNSIGNED_0610.decode(variance).double(), expected[2], rtol=2**-11, atol=1e-18)
+
+
+def test_chunks_change_nothing() -> None:
+    whole, cut = tensors(CHUNK + 17, 1, 1.0), tensors(CHUNK + 17, 1, 1.0)
+    update(whole[0], whole[1], whole[2], whole[3], HYPER)
+    for part in (slice(0, 1000), slice(1000, CHUNK + 17)):
+        update(cut[0][part], cut[1][part], cut[2][part], cut[3][part], HYPER)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+def test_it_is_torchs_adamw_where_nothing_is_clipped() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.arange(12.0)) for _ in range(2))
+    paper = PaperAdamW([{"params": [ours], "weight_decay": 0.1}], betas=(0.9, 0.96))
+    plain = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.96), weight_decay=0.1)
+    for step in range(1, 20):
+        ours.grad = torch.randn(12)
+        theirs.grad = ours.grad.clone()
+        paper.count, paper.param_groups[0]["lr"] = step, 1e-2
+        paper.step()
+        plain.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_are_scaled_skipped_and_packed_each_for_itself() -> None:
+    ps = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+    for p in ps:
+        p.grad = torch.full((4,), 8.0)
+    adam = PaperAdamW(
+        [{"params": [ps[0]], "factor": 0.5}, {"params": [ps[1]], "skip": True}, {"params": [ps[2]], "packed": True}],
+        betas=(0.9, 0.96),
+        clip_variance=None,
+    )
+    adam.step()
+    assert torch.equal(ps[1], torch.ones(4)) and ps[1] not in adam.state
+    assert adam.state[ps[0]]["exp_avg"][0] == pytest.approx(0.4) and adam.state[ps[0]]["exp_avg_sq"][0] == pytest.approx(0.04 * 16)
+    assert adam.state[ps[2]]["exp_avg"].dtype == adam.state[ps[2]]["exp_avg_sq"].dtype == torch.int16
+    assert SIGNED_169.decode(adam.state[ps[2]]["exp_avg"])[0] == pytest.approx(0.8, rel=1e-3)
+
+
+_INTERPRETED = """
+import torch
+from tests.test_adamw import HYPER, tensors
+from train.adamw import update
+from train.adamw_kernel import update as fused
+from train.number_formats import SIGNED_169, UNSIGNED_0610
+for scale in (1e-3, 1.0, 30.0):
+    for packed in (False, True):
+        for grad in (torch.float32, torch.float16):
+            a, b = tensors(1500, 5, scale), tensors(1500, 5, scale)
+            for t in (a, b):
+                t[1] = t[1].to(grad)
+                t[2][0], t[3][:2] = 0.0, 0.0
+                if packed:
+                    t[2], t[3] = SIGNED_169.encode(t[2]), UNSIGNED_0610.encode(t[3])
+            update(*a, HYPER)
+            fused(*b, HYPER)
+            torch.testing.assert_close(b[0], a[0], rtol=1e-5, atol=1e-6)
+            for x, y in zip(a[2:], b[2:]):
+                if packed:
+                    assert ((x.int() & 0x7FFF) - (y.int() & 0x7FFF)).abs().max() <= 1
+                else:
+                    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
+codes = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+from train import adamw_kernel as k
+import triton, triton.language as tl
+@triton.jit
+def again(a, b, m: tl.constexpr, signed: tl.constexpr, largest: tl.constexpr, smallest: tl.constexpr):
+    at = tl.arange(0, 65536)
+    tl.store(b + at, k._encode(k._decode(tl.load(a + at), m, signed), m, signed, largest, smallest))
+for fmt in (SIGNED_169, UNSIGNED_0610):
+    out = torch.zeros_like(codes)
+    again[(1,)](codes, out, fmt.significand, fmt.signed, fmt.largest, fmt.smallest)
+    assert torch.equal(out, codes), fmt.name
+print("same")
+"""
+
+
+def test_the_fused_kernel_computes_the_same_under_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root}
+    script = tmp_path / "interpreted.py"  # triton reads a kernel's source from its file
+    script.write_text(_INTERPRETED)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool) -> None:
+    a = tensors(1_000_003, 7, 1.0)
+    if packed:
+        a[2], a[3] = SIGNED_169.encode(a[2]), UNSIGNED_0610.encode(a[3])
+    b: list[Any] = [t.cuda() for t in a]
+    update(a[0], a[1], a[2], a[3], HYPER)
+    update(b[0], b[1], b[2], b[3], HYPER)
+    torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-5, atol=1e-6)
+    if packed:
+        assert ((b[2].cpu().int() & 0x7FFF) - (a[2].int() & 0x7FFF)).abs().max() <= 1

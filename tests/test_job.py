@@ -191,13 +191,13 @@ def test_launchers_wait_for_the_records_of_all_nodes_or_for_one_that_says_enough
     threading.Timer(0.4, run.record_exit, args=("dvae", number, 1, 75, "saved")).start()
     started = time.monotonic()
     run.wait_for_records("dvae", number, 2, timeout_s=20)
-    assert 0.3 < time.monotonic() - started < 90 and run.root_cause("dvae", number, 2)[0] == 75
+    assert 0.3 < time.monotonic() - started < 19 and run.root_cause("dvae", number, 2)[0] == 75
     number = run.begin_attempt("dvae", size=2)
     run.record_exit("dvae", number, 0, 78, "wrong")
     run.wait_for_records("dvae", number, 2, timeout_s=20)
     started = time.monotonic()
     run.wait_for_records("dvae", run.begin_attempt("dvae"), 2, timeout_s=0.2)
-    assert time.monotonic() - started < 90
+    assert time.monotonic() - started < 19
 
 
 def test_a_stuck_rank_ends_in_time_and_says_where_it_stood() -> None:

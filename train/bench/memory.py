@@ -106,9 +106,7 @@ def run(options: Options) -> Result:
         result.measured[f"kept by the forward pass, {name}"] = _megabytes(kept)
         result.measured[f"peak, {name}"] = _megabytes(peak)
     result.ratio("kept, every resblock over none", "kept by the forward pass, checkpoint every 1", "kept by the forward pass, no checkpointing")
-    result.notes.append(
-        "Bytes are counted exactly (every storage from its making to its end) beyond parameters and gradients."
-    )
+    result.notes.append("Bytes are counted exactly (every storage from its making to its end) beyond parameters and gradients.")
     return result
 
 

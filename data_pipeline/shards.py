@@ -9,7 +9,6 @@ docs/contracts.md, section 3, is the specification.
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import hashlib
 import json
@@ -369,8 +368,3 @@ def _read_local(folder: Path, part: Mapping[str, Any], place: str) -> Iterator[d
         reader = MDSReader.from_json(str(folder), None, shard)
         for index in range(len(reader)):
             yield reader[index]
-
-
-def as_dict(record: Record) -> dict[str, Any]:
-    """The columns of a record, as reading it back gives them."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name in record.columns()}

@@ -143,27 +143,31 @@ class Purge:
     """URLs of the versions that have such parts."""
 
     def carry_out(self) -> None:
-        """Delete these parts and versions. Markers go first, so that nothing half deleted can be read; doing it again does the rest."""
+        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
         storage.delete(storage.join(self.set_url, MANIFEST))
-        for url in self.versions:
-            storage.delete(storage.join(url, MANIFEST))
         for part in self.parts:
             storage.delete(storage.join(self.set_url, part, DONE))
             storage.delete_prefix(storage.join(self.set_url, part))
         for url in self.versions:
+            storage.delete(storage.join(url, MANIFEST))
             storage.delete_prefix(url)
 
 
 def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
-    """Look up which parts of a set hold records of these ids, in any version; None if there are none."""
+    """Look up which parts of a set hold records of these ids, in any version; None if there are none.
+
+    Parts without their marker count too: a purge that was interrupted has begun to delete them.
+    """
     names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
     affected: dict[str, int] = {}
     versions = []
     for name in names:
         manifest = storage.read_json(storage.join(set_url, VERSIONS, name))
-        opened = ShardSet(set_url, manifest, ids)
+        whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
+        begun = {part["name"]: 0 for part in manifest["parts"] if part not in whole}
+        opened = ShardSet(set_url, manifest | {"parts": whole}, ids)
         parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
-        hit = {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
+        hit = begun | {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
         if hit:
             versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
             affected |= hit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 
 from data_pipeline.images import transformer_crop
 from data_pipeline.part_writer import write_part
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, digest, part_done
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, Record, ShardSet, digest, part_done
 from data_pipeline.versions import Part, collect, merge
 from infra.seeds import derive, generator
 
@@ -76,3 +77,8 @@ def make_set(
             write_part(url, part.inputs, records, shard_bytes=6000)
     producer = {"commit": "c" * 40, "versions": {"python": "3.11"}}
     return merge(url, named, collect(url, named, "prepare"), schema, settings, parents, producer, np.array(excluded, np.int64))
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """The columns of a record, as reading it back gives them."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name in record.columns()}

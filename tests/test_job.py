@@ -74,6 +74,20 @@ def test_a_launcher_knows_its_place_under_each_scheduler() -> None:
         assert Job.from_env(TASK | {"SLURM_STEP_ID": step}) == Job()
 
 
+def test_helpers_of_a_launcher_survive_the_signal_that_slurm_sends_to_every_process() -> None:
+    program = (
+        "import os, signal, subprocess, time; from infra import signals\n"
+        "flag = signals.install(); helper = subprocess.Popen(['sleep', '60'])\n"
+        "os.killpg(0, signal.SIGUSR2)\n"
+        "while not flag: time.sleep(0.01)\n"
+        "time.sleep(0.3); print(flag.received.name, helper.poll()); helper.terminate(); print(helper.wait())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1], start_new_session=True
+    )
+    assert done.stdout.split() == ["SIGUSR2", "None", "-15"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [

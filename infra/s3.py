@@ -1,7 +1,8 @@
 """Objects of S3: the only importer of boto3, which is imported at first use. ``infra/storage.py`` is what other modules use.
 
 ``S3_ENDPOINT_URL`` names a server other than AWS; credentials come by boto3's usual ways and are never logged. Errors say whether data are
-missing or broken (DataError) or whether the bucket, the credentials or the endpoint are wrong (ConfigError, with the variable to set).
+missing or broken (DataError), whether the server does not answer (UnreachableError, which is retried), or whether the bucket, the credentials or the
+endpoint are wrong (ConfigError, with the variable to set).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infra.errors import ConfigError, DataError, MissingError, ReportedError
+from infra.errors import ConfigError, DataError, MissingError, ReportedError, UnreachableError
 from infra.files import atomic
 
 MAX_ATTEMPTS = 6
@@ -38,6 +39,7 @@ _CLIENT_VARIABLES = (
 )
 _REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken", "AllAccessDisabled")
 _MISSING = ("404", "NoSuchKey", "NotFound")
+_PASSING = (408, 429)  # status: too slow, too often
 _lock = threading.Lock()
 _clients: dict[str, Any] = {}
 
@@ -111,7 +113,8 @@ class ObjectStream(io.RawIOBase):
         """As of RawIOBase.
 
         Raises:
-            DataError: MAX_ATTEMPTS requests in a row brought nothing, the object has changed, or its checksum is wrong.
+            UnreachableError: MAX_ATTEMPTS requests in a row brought nothing.
+            DataError: the object has changed, or its checksum is wrong.
         """
         from botocore.exceptions import FlexibleChecksumError
 
@@ -126,7 +129,7 @@ class ObjectStream(io.RawIOBase):
             except _broken_bodies() as error:
                 self._body, self._failures = None, self._failures + 1
                 if self._failures >= MAX_ATTEMPTS:
-                    raise DataError(
+                    raise UnreachableError(
                         f"{self._url}: failed after {MAX_ATTEMPTS} attempts at byte {self._position} ({error}); check the network."
                     ) from error
                 time.sleep(BACKOFF_S * 2 ** (self._failures - 1))
@@ -356,16 +359,18 @@ def _errors(url: str) -> Iterator[None]:
     try:
         yield
     except found.ClientError as error:
-        raise _explain(url, _code(error), str(error)) from error
+        raise _explain(url, _code(error), str(error), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))) from error
     except (found.NoCredentialsError, found.PartialCredentialsError, found.ProfileNotFound) as error:
         raise ConfigError(f"{url}: no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
     except found.ParamValidationError as error:
         raise ConfigError(f"{url}: not a valid name ({error}); expected s3://bucket/prefix.") from error
+    except found.FlexibleChecksumError as error:
+        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); the object is damaged, or the network is.") from error
     except (found.BotoCoreError, Boto3Error, RetriesExceededError) as error:
-        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
+        raise UnreachableError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
 
 
-def _explain(url: str, code: str, detail: str) -> ReportedError:
+def _explain(url: str, code: str, detail: str, status: int) -> ReportedError:
     if code == "NoSuchBucket":
         return ConfigError(f"{url}: the bucket does not exist; create it, or name another one.")
     if code == "InvalidBucketName":
@@ -376,4 +381,5 @@ def _explain(url: str, code: str, detail: str) -> ReportedError:
         return ConfigError(f"{url}: refused ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of this key on the bucket.")
     if code in _MISSING:
         return MissingError(f"{url}: does not exist.")
-    return DataError(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")
+    kind = UnreachableError if status >= 500 or status in _PASSING else DataError
+    return kind(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")

@@ -46,7 +46,9 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoomError(f"{path}: cannot be written ({error.strerror}); make room there, or choose another place with run.root or TMPDIR.") from error
+            raise NoRoomError(
+                f"{path}: cannot be written ({error.strerror}); make room there, or choose another place with run.root or TMPDIR."
+            ) from error
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose a writable place, for example with run.root.") from error
 
 

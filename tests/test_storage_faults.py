@@ -150,7 +150,10 @@ def test_a_stream_that_breaks_off_goes_on_where_it_broke_however_often_it_gets_o
 
 def test_a_stream_that_gets_no_further_is_a_data_error_that_names_the_object_and_the_byte(server: ScriptedServer) -> None:
     server.script = [ranged(3000), ranged(0)]
-    with storage.open_stream(URL) as stream, pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts at byte 3000 .*check the network"):
+    with (
+        storage.open_stream(URL) as stream,
+        pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts at byte 3000 .*check the network"),
+    ):
         stream.read()
 
 

@@ -20,7 +20,7 @@ from train import watchdog
 from train.watchdog import Watchdog
 
 HANG_S = 8
-_BOUND_S = 150
+_BOUND_S = 600
 """HANG_S, a little more for those that wait, 30 s until the launcher kills what was stopped, and the starts; generous, for slow machines."""
 STUCK = """
 import os, sys, threading, time

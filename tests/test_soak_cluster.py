@@ -36,7 +36,13 @@ HANG_S = 40
 _PATIENCE_S = 900
 _SEED = int(os.environ.get("SOAK_SEED", "0"))
 _SAVING = rf"PUT .*/{STAGE}/checkpoints/step-\d+/rank-"
-WORDS = [f"{STAGE}_fit.steps=500", f"{STAGE}_fit.save_every=5", f"{STAGE}_fit.eval_every=500", f"{STAGE}_fit.precision=fp32"]
+_STEPS = 25  # of the run, for each fault: it must not be over before the day is
+
+
+def the_day(rng: random.Random) -> list[str]:
+    """All faults in random order, or those that SOAK_FAULTS names, separated by commas."""
+    named = os.environ.get("SOAK_FAULTS")
+    return named.split(",") if named else rng.sample(DAY, len(DAY))
 
 
 @dataclass
@@ -149,11 +155,17 @@ def corrupt(run: RunFolder, step: int) -> None:
     storage.write_bytes(url, bytes(data))
 
 
-def prepared(root: str) -> RunFolder:
-    """A run folder whose images are there."""
-    words = [sys.executable, str(gang.ROOT / "launcher.py"), "prepare", "tiny", f"run.root={root}", *WORDS, "--nproc", "1"]
-    subprocess.run(words, check=True, capture_output=True, timeout=_PATIENCE_S)
-    return RunFolder(storage.join(root, "tiny"))
+def prepared(roots: list[str], steps: int, folder: Path) -> list[RunFolder]:
+    """Run folders with the same images: prepared once, and copied."""
+    words = [f"{STAGE}_fit.{key}={value}" for key, value in {"steps": steps, "save_every": 5, "eval_every": steps, "precision": "fp32"}.items()]
+    command = [sys.executable, str(gang.ROOT / "launcher.py"), "prepare", "tiny", f"run.root={folder}", *words, "--nproc", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE_S)
+    config = storage.read_json(str(folder / "tiny" / "config.json"))
+    runs = [RunFolder(storage.join(root, "tiny")) for root in roots]
+    for root, run in zip(roots, runs, strict=True):
+        storage.upload_folder(folder / "tiny", run.url)
+        storage.write_json(run.config_url, config | {"run": config["run"] | {"root": root}})
+    return runs
 
 
 def end_state(run: RunFolder) -> tuple[list[tuple[int, float]], dict[str, str], str]:
@@ -170,7 +182,8 @@ def test_twenty_faults_in_a_day_change_nothing(s3: str, s3_server: S3Server, tmp
         pytest.skip("no mount namespaces: this test needs root and unshare")
     assert len(DAY) == 20
     rng = random.Random(_SEED)
-    stormy, calm = (prepared(f"{s3}/{name}") for name in ("stormy", "calm"))
+    faults = the_day(rng)
+    stormy, calm = prepared([f"{s3}/{name}" for name in ("stormy", "calm")], _STEPS * len(faults), tmp_path / "prepared")
     with fault_proxy(s3_server.endpoint) as proxy:
         environment = {"S3_ENDPOINT_URL": proxy.endpoint, "LAUNCHER_HANG_S": str(HANG_S), "OMP_NUM_THREADS": "1"}
         day = Day(Gang(stormy, STAGE, environment, tmp_path), proxy, rng)
@@ -178,9 +191,10 @@ def test_twenty_faults_in_a_day_change_nothing(s3: str, s3_server: S3Server, tmp
         try:
             print("| fault | where | step | end | reason | s |", flush=True)
             day.job.start()
-            for fault in rng.sample(DAY, len(DAY)):
+            for fault in faults:
                 day.meet(fault)
             assert day.job.finish(2 * _PATIENCE_S).code == ExitCode.DONE
+            day.note("| the day is over |  |  | 0 |  |  |")
         except BaseException:
             print(*((tmp_path / f"node-{node}.log").read_text()[-6000:] for node in range(gang.NODES)), sep="\n=====\n")
             raise
@@ -202,4 +216,4 @@ def test_twenty_faults_in_a_day_change_nothing(s3: str, s3_server: S3Server, tmp
     assert [step for step, _ in losses] == list(range(1, losses[-1][0] + 1))
     words = [line for node in range(gang.NODES) for line in (tmp_path / f"node-{node}.log").read_text().splitlines() if ": goodput " in line]
     print(*words, f"goodput of the day: {calm_s / stormy_s:.0%}: {calm_s:.0f} s of undisturbed work in {stormy_s:.0f} s", sep="\n")
-    assert read_metrics(stormy.url, STAGE)["goodput/share"][-1].value > 0 and len(words) >= 5
+    assert read_metrics(stormy.url, STAGE)["goodput/share"][-1].value > 0

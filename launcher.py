@@ -125,6 +125,28 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command()
+def collect(
+    run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")],
+    days: Annotated[float, typer.Option(min=1, help="Age from which on; younger things may be under way.")] = 7.0,
+    runs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Root of runs that read from this one's shared places; name all of them, and the shared places are collected too.",
+            show_default=False,
+        ),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is shown.")] = False,
+) -> None:
+    """Show what a run does not need any more, and delete it with --delete: unfinished uploads, unfinished checkpoints, superseded versions of shard sets.
+
+    Only below the run folder, only what is old, and no version that a run beside this one names. Run it while no stage works there.
+    """
+    from train.verbs import collect as verb
+
+    verb.main(run, days, runs or [], delete=delete)
+
+
+@app.command()
 def verdict(stage: Annotated[str, typer.Argument(help="Stage.")], preset: Preset, overrides: Overrides = None) -> None:
     """Say what a scheduler should do after an attempt at a stage: ends with 75 to requeue, with any other code to stop. For job scripts."""
     from train import front

@@ -260,6 +260,16 @@ def test_goodput_adds_up_and_names_what_was_lost(tmp_path: Path) -> None:
     assert lost_s(str(tmp_path), "dvae", 0) == 0
     (folder / "attempt-0.jsonl").write_text("".join(json.dumps({"step": s, "time": 100.0 + s, "values": {}}) + "\n" for s in range(1, 9)))
     assert lost_s(str(tmp_path), "dvae", 5) == 3.0 and lost_s(str(tmp_path), "dvae", 8) == 0.0 and lost_s(str(tmp_path), "dvae", 0) == 7.0
+    # The attempt crashed 12 s after its last line: a hung rank was waited for. One that began later, or was stopped in order, tells nothing.
+    for attempt, (began, code, ended) in enumerate([(90.0, 75, 300.0), (99.0, 1, 120.0)]):
+        exits = tmp_path / "exits" / "dvae" / f"attempt-{attempt}"
+        exits.mkdir(parents=True)
+        (exits / "begin.json").write_text(json.dumps({"time": began}))
+        assert lost_s(str(tmp_path), "dvae", 5) == 3.0, "without records"
+        (exits / "rank-0.json").write_text(json.dumps({"code": code, "time": ended}))
+        assert lost_s(str(tmp_path), "dvae", 5) == (3.0 if code == 75 else 15.0)
+    (exits / "begin.json").write_text(json.dumps({"time": 110.0}))
+    assert lost_s(str(tmp_path), "dvae", 5) == 3.0
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))

@@ -183,6 +183,20 @@ def validate(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")],
+    stage: Annotated[str, typer.Option(help="Whose weights: dvae or dalle.")] = "dalle",
+    weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
+    step: Annotated[int, typer.Option(min=0, help="Checkpoint after this update; 0: the newest.")] = 0,
+    out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",
+) -> None:
+    """Write the weights of a checkpoint as safetensors, with a JSON description. Needs neither a GPU nor DeepSpeed."""
+    from train.verbs import export as verb
+
+    verb.main(run, stage, weights, step, out)
+
+
+@app.command()
 def bench(
     name: Annotated[
         str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.errors import ConfigError
+from train import apex_parts
 from train.adamw import CHUNK, Hyper, PaperAdamW, update
 from train.number_formats import SIGNED_169, UNSIGNED_0610
 
@@ -56,11 +59,16 @@ def test_packed_moments_are_the_rounded_ones(seed: int, scale: float) -> None:
     torch.testing.assert_close(UNSIGNED_0610.decode(variance).double(), expected[2], rtol=2**-11, atol=1e-18)
 
 
+def apply(given: list[torch.Tensor]) -> None:
+    p, grad, mean, variance = given
+    update(p, grad, mean, variance, HYPER)
+
+
 def test_chunks_change_nothing() -> None:
     whole, cut = tensors(CHUNK + 17, 1, 1.0), tensors(CHUNK + 17, 1, 1.0)
-    update(whole[0], whole[1], whole[2], whole[3], HYPER)
+    apply(whole)
     for part in (slice(0, 1000), slice(1000, CHUNK + 17)):
-        update(cut[0][part], cut[1][part], cut[2][part], cut[3][part], HYPER)
+        apply([t[part] for t in cut])
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
@@ -143,14 +151,71 @@ def test_the_fused_kernel_computes_the_same_under_the_interpreter(tmp_path: Path
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool) -> None:
     a = tensors(1_000_003, 7, 1.0)
     if packed:
         a[2], a[3] = SIGNED_169.encode(a[2]), UNSIGNED_0610.encode(a[3])
     b: list[Any] = [t.cuda() for t in a]
-    update(a[0], a[1], a[2], a[3], HYPER)
-    update(b[0], b[1], b[2], b[3], HYPER)
+    apply(a)
+    apply(b)
     torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-5, atol=1e-6)
     if packed:
         assert ((b[2].cpu().int() & 0x7FFF) - (a[2].int() & 0x7FFF)).abs().max() <= 1
+
+
+def test_the_benchmark_measures_both_kinds_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.bench import optimizer
+    from train.bench.harness import Figure, Options
+
+    monkeypatch.setattr(optimizer, "_COUNT", {"cpu": 1 << 12})
+    monkeypatch.setattr(optimizer, "copy_rate", lambda _: Figure(1.0, 1.0, 1.0, "GB/s", 1))
+    result = optimizer.run(Options(device="cpu", seconds=0.02, runs=2))
+    assert set(result.measured) == {"update, fp32 moments", "update, 16-bit moments"} and min(figure.value for figure in result.measured.values()) > 0
+
+
+def test_apex_where_it_is_asked_for_and_absent_is_a_configuration_error() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    if apex_parts.report() != {"apex FusedAdam": "available", "apex FusedLayerNorm": "available"}:
+        with pytest.raises(
+            ConfigError, match=r"dalle_fit.optimizer = 'apex': it cannot be .*; build NVIDIA's apex .* set dalle_fit.optimizer = 'paper'"
+        ):
+            apex_parts.adam(groups, betas=(0.9, 0.96), eps=1e-8, key="dalle_fit.optimizer")
+        with pytest.raises(ConfigError, match=r"dalle.norm = 'apex': it cannot be .* set dalle.norm = 'torch'"):
+            apex_parts.layer_norm("dalle.norm")
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Stands in for apex's: the count lives in the group."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, adam_w_mode: bool = True) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = torch.tensor(float(group["step"]))
+        super().step()
+
+
+def test_apexs_adam_follows_the_engines_counts_factors_and_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    apex = types.ModuleType("apex")
+    optimizers: Any = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    assert apex_parts.report()["apex FusedAdam"] == "available"
+    ours, theirs, idle = (torch.nn.Parameter(torch.arange(4.0)) for _ in range(3))
+    paper = PaperAdamW([{"params": [ours]}], betas=(0.9, 0.96))
+    fused = apex_parts.adam([{"params": [theirs]}, {"params": [idle], "skip": True}], betas=(0.9, 0.96), eps=1e-8, key="k")
+    for count in range(1, 5):
+        for adam in (paper, fused):
+            adam.count = count
+            for group in adam.param_groups:
+                group |= {"lr": 1e-2, "weight_decay": 0.1, "factor": 0.5}
+        ours.grad, theirs.grad, idle.grad = (torch.arange(4.0) * count for _ in range(3))
+        paper.step()
+        fused.step()
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    assert torch.equal(idle, torch.arange(4.0))

@@ -21,7 +21,7 @@ from tests.ranks import run_in_ranks
 from train import checkpoint
 from train.config import DalleFit, ZeroSection
 from train.engine import ReplicatedEngine, decay_groups, global_sum
-from train.zero import engine as zero_engine
+from train.zero import internals
 from train.zero.engine import ZeroEngine
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
@@ -77,7 +77,7 @@ def make_engine(kind: str, model: nn.Module, world: World) -> Any:
         return ReplicatedEngine(
             model, world, betas=(FIT.beta1, FIT.beta2), weight_decay=FIT.weight_decay, ema=FIT.ema, ema_every=FIT.ema_every, clip_norm=FIT.clip_norm
         )
-    return ZeroEngine(model, FIT, ZeroSection(stage=1 if kind == "zero1" else 2), world)
+    return ZeroEngine(model, FIT, ZeroSection(stage=int(kind[-1])), world)  # type: ignore[arg-type]
 
 
 def updates(engine: Any, world: World, start: int, stop: int, poison: int = -1) -> list[tuple[float, float, bool]]:
@@ -125,20 +125,21 @@ def train_and_save(world: World, folder: str) -> dict[str, Any]:
         poisoned = updates(engine, world, 6, 7, poison=6)
         out[kind] += (poisoned[0][2], all(torch.equal(before[n], p) for n, p in whole_state(engine).items()))
         out[kind] += (updates(engine, world, 7, 8)[0][2],)
-    out["refusals"] = [refusal("_SERIES", "0.1.", world), refusal("_NEEDED", ("no_such_attribute",), world)]
+    out["refusals"] = [refusal("SERIES", "0.1.", world), refusal("NEEDED", {2: ("no_such_attribute",)}, world)]
+    out["refusals"].append(refusal("NEEDED_OF_MODULES", {internals.stage3: ("no_such_function",)}, world))
     return out
 
 
 def refusal(name: str, value: Any, world: World) -> str:
     """What the ZeRO engine says when DeepSpeed is not as it knows it."""
-    kept = getattr(zero_engine, name)
-    setattr(zero_engine, name, value)
+    kept = getattr(internals, name)
+    setattr(internals, name, value)
     try:
         make_engine("zero2", make_model(), world)
     except ConfigError as error:
         return str(error)
     finally:
-        setattr(zero_engine, name, kept)
+        setattr(internals, name, kept)
     return "accepted"
 
 
@@ -182,7 +183,8 @@ def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_training_goes_o
 
 
 def test_another_deepspeed_is_refused_at_start(trained: Any) -> None:
-    version, attribute = trained[1][1][0]["refusals"]
+    version, attribute, function = trained[1][1][0]["refusals"]
+    assert "lacks what train/zero/ stands on: deepspeed.runtime.zero.stage3.no_such_function" in function
     assert "is installed; train/zero/ knows 0.1.x (requirements.txt)" in version
     assert "lacks what train/zero/ stands on: no_such_attribute" in attribute
 

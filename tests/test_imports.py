@@ -21,7 +21,7 @@ MAY_IMPORT = {
 
 HOMES = {
     "deepspeed": ("train/zero/",),
-    "apex": (),
+    "apex": ("train/apex_parts.py",),
     "boto3": ("infra/s3.py",),
     "botocore": ("infra/s3.py",),
     "s3transfer": ("infra/s3.py",),

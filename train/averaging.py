@@ -1,33 +1,97 @@
-"""Iterate averaging: an exponential moving average of the parameters, beside the optimizer (paper A.2 and B.2)."""
+"""Iterate averaging: an exponential moving average of parameters or of their shards, beside the optimizer (paper A.2 and B.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Average:
-    """fp32 averages of named parameters: a <- decay * a + (1 - decay) * p, at every ``every``-th update.
+    """fp32 averages of named tensors: a <- decay * a + (1 - decay) * p, at every ``every``-th update.
 
-    Starts at the first parameters it sees. dVAE: decay 0.999 at every update (A.2); transformer: 0.99 at every 25th (B.2).
+    Starts at the first values it sees. dVAE: decay 0.999 at every update (A.2); transformer: 0.99 at every 25th (B.2), kept in CPU memory.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float, every: int = 1) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], decay: float, every: int = 1, *, on_cpu: bool = False) -> None:
+        """
+        Args:
+            tensors: what to average, by name; they must stay where they are.
+            on_cpu: keep the averages of GPU tensors in CPU memory and never let a step wait: a side stream copies to pinned memory, and a thread does
+                the arithmetic. On CPU tensors it changes nothing.
+        """
         self.decay, self.every = decay, every
-        self._live = dict(parameters)
-        self.values: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in self._live.items()}
+        self._live = dict(tensors)
+        self._apart = on_cpu and any(p.is_cuda for p in self._live.values())
+        place = "cpu" if self._apart else None
+        self.values: dict[str, Tensor] = {name: p.detach().to(place, torch.float32, copy=True) for name, p in self._live.items()}
+        self._copier = _Copier(self._live) if self._apart else None
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the parameters after ``updates`` updates, if it is this update's turn."""
+        """Take in the tensors after ``updates`` updates, if it is this update's turn."""
         if updates % self.every:
             return
-        averages = list(self.values.values())
-        torch._foreach_lerp_(averages, [p.detach().float() for p in self._live.values()], 1 - self.decay)
+        if self._copier is not None:
+            self._copier.start(list(self.values.values()), 1 - self.decay)
+            return
+        _mix(list(self.values.values()), [p.detach().float() for p in self._live.values()], 1 - self.decay)
+
+    def before_step(self) -> None:
+        """To be called before the tensors change: the next step on the GPU follows a copy that is under way (the GPU's queue waits, the host does not)."""
+        if self._copier is not None:
+            self._copier.order()
+
+    def wait(self) -> None:
+        """Finish what is under way; needed before the values are read."""
+        if self._copier is not None:
+            self._copier.wait()
 
     def reset(self) -> None:
-        """Start again from the parameters as they are."""
-        for name, parameter in self._live.items():
-            self.values[name].copy_(parameter.detach())
+        """Start again from the tensors as they are."""
+        self.wait()
+        for name, tensor in self._live.items():
+            self.values[name].copy_(tensor.detach())
+
+
+@torch.no_grad()
+def _mix(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
+    torch._foreach_lerp_(averages, values, weight)
+
+
+class _Copier:
+    """Copies GPU tensors to pinned memory on a side stream, and mixes them into averages in a thread. Not yet seen on a GPU."""
+
+    def __init__(self, live: dict[str, Tensor]) -> None:
+        self.live = list(live.values())
+        self.pinned = [torch.empty(p.shape, dtype=torch.float32, pin_memory=True) for p in self.live]
+        self.stream = torch.cuda.Stream()
+        self.copied = torch.cuda.Event()
+        self.thread = ThreadPoolExecutor(1, "average")
+        self.job: Future[None] | None = None
+
+    def start(self, averages: list[Tensor], weight: float) -> None:
+        """Copy, then mix. Waits only if the mixing of ``every`` updates ago is not done."""
+        self.wait()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for target, source in zip(self.pinned, self.live, strict=True):
+                target.copy_(source.detach(), non_blocking=True)
+            self.copied.record(self.stream)
+        self.job = self.thread.submit(self._mix, averages, weight)
+
+    def _mix(self, averages: list[Tensor], weight: float) -> None:
+        self.copied.synchronize()
+        _mix(averages, self.pinned, weight)
+
+    def order(self) -> None:
+        """Let the current stream follow the copy."""
+        torch.cuda.current_stream().wait_event(self.copied)
+
+    def wait(self) -> None:
+        """Finish the job under way."""
+        if self.job is not None:
+            self.job.result()
+            self.job = None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
-from infra.errors import CheckpointError
+from infra.errors import CheckpointError, DataError
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.checkpoint_storage import Reader, Writer
@@ -34,22 +34,36 @@ def folder(stage_url: str, step: int) -> str:
     return storage.join(stage_url, "checkpoints", f"step-{step:08d}")
 
 
-def save(stage_url: str, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], world: World, keep: int) -> str:
-    """Write a checkpoint, and drop all but the newest ``keep``. Collective.
+def save(
+    stage_url: str,
+    step: int,
+    fragments: dict[str, Fragment],
+    meta: dict[str, Any],
+    world: World,
+    keep: int,
+    keep_every: int = 0,
+    *,
+    group: Any = None,
+) -> str:
+    """Write a checkpoint, and drop all but the newest ``keep``. Collective. ``train.checkpoint_saver.Saver`` does it beside training.
 
     Args:
         meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.
+        keep_every: checkpoints after a multiple of this many updates are kept for good; 0: none are.
+        group: process group of the collectives; None is the default one.
     """
     url = folder(stage_url, step)
     if world.is_main and storage.exists(storage.join(url, "meta.json")):
         storage.delete(storage.join(url, "meta.json"))  # rewritten below: no marker while files change
     if dist.is_initialized():
-        dist.barrier()
-    dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), no_dist=not dist.is_initialized())
+        dist.barrier(group)
+    dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
     if world.is_main:
         facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions()}
         storage.write_json(storage.join(url, "meta.json"), meta | facts)
         for old in complete(stage_url)[:-keep]:
+            if keep_every and old % keep_every == 0:
+                continue
             storage.delete(storage.join(folder(stage_url, old), "meta.json"))
             storage.delete_prefix(folder(stage_url, old))
     return url
@@ -84,12 +98,12 @@ def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) ->
     steps = [complete(stage_url) if world.is_main else []]
     if dist.is_initialized():
         dist.broadcast_object_list(steps)
-    failure: CheckpointError | None = None
+    failure: DataError | None = None
     for step in reversed(steps[0]):
         try:
             return load(stage_url, step, fragments)
-        except CheckpointError as error:
-            log.error("%s; falling back to the checkpoint before it", error)
+        except DataError as error:  # also a meta.json that is no JSON
+            log.error("CHECKPOINT NOT USABLE: %s; falling back to the checkpoint before it", error)
             failure = error
     if failure is not None:
         raise failure

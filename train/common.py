@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from infra.errors import ConfigError, StopRequested
@@ -15,7 +17,7 @@ from infra.world import World
 from train import export
 from train.config import FitSection, RunConfig
 from train.engine import Engine
-from train.fit import Outcome
+from train.fit import Outcome, full_shape
 from train.signal_vector import SignalVector
 
 
@@ -52,12 +54,25 @@ def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:
 
 
 def finish_training(
-    stage: str, model_config: Any, engine: Engine, outcome: Outcome, unit: str, lineage: Mapping[str, str], run: RunFolder, world: World
+    stage: str,
+    model_config: Any,
+    engine: Engine,
+    outcome: Outcome,
+    unit: str,
+    lineage: Mapping[str, str],
+    run: RunFolder,
+    world: World,
+    averaged: dict[str, Tensor] | None = None,
 ) -> None:
-    """Export the averaged weights and mark a training stage done; the main rank's work."""
+    """Export the averaged weights and mark a training stage done; the main rank's work.
+
+    Args:
+        averaged: the averaged weights; None: the engine's, if it holds them whole.
+    """
     if not world.is_main:
         return
-    weights = export.write(run.at(stage, "export"), engine.average.values, model_config, parents=lineage, evaluation=outcome.evaluation)
+    tensors = engine.average.values if averaged is None else averaged
+    weights = export.write(run.at(stage, "export"), tensors, model_config, parents=lineage, evaluation=outcome.evaluation)
     run.finish(
         stage,
         seconds=outcome.seconds,
@@ -65,5 +80,5 @@ def finish_training(
         throughput={"value": outcome.units_per_s, "unit": unit},
         weights=weights,
         parents=lineage,
-        summary=outcome.evaluation | {"parameters": sum(p.numel() for p in engine.module.parameters())},
+        summary=outcome.evaluation | {"parameters": sum(math.prod(full_shape(p)) for p in engine.module.parameters())},
     )

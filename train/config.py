@@ -41,7 +41,8 @@ class FitSection(Section):
     accumulation: int = Field(default=1, gt=0)
     """Micro-batches per update and process."""
     precision: Precision = "auto"
-    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32. 'fp16' scales the loss (dVAE only)."""
+    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32. 'fp16' scales the loss of the dVAE, and has
+    gradient scales for the transformer's resblocks (section scales)."""
     log_every: int = Field(default=10, gt=0)
     """Updates between logged points."""
     eval_every: int = Field(default=1000, gt=0)
@@ -52,8 +53,13 @@ class FitSection(Section):
     """Updates between checkpoints; the last update always saves."""
     keep: int = Field(default=2, gt=0)
     """Checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints after a multiple of this many updates are kept for good; 0: none are."""
     max_bad_steps: int = Field(default=3, gt=0)
     """Consecutive updates with non-finite losses or gradients before the run ends with exit code 93."""
+    max_overflow_steps: int = Field(default=500, gt=0)
+    """The same for updates skipped because scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
+    so this must span several windows."""
 
 
 class DvaeFit(FitSection):
@@ -113,14 +119,26 @@ class EncodeSection(Section):
 class DalleFit(FitSection):
     """Training of the transformer (paper B.2)."""
 
-    precision: UnscaledPrecision = "auto"
-    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
+    init_from: str = ""
+    """Start from the weights of this export (a folder or s3 prefix with model.safetensors); a checkpoint of the run goes before it."""
     lr: float = Field(default=4.5e-4, gt=0)
     """Peak step size."""
-    lr_final: float = Field(default=0.0, ge=0)
-    """Step size at the last update, by half-cosine after the warm-up."""
     warmup_steps: int = Field(default=5_000, ge=0)
     """Updates of linear warm-up."""
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    """After the warm-up: half a cosine to lr_final, or halvings at plateaus of the training loss (paper B.2)."""
+    lr_final: float = Field(default=0.0, ge=0)
+    """'cosine': step size at the last update."""
+    halvings: int = Field(default=5, ge=0)
+    """'plateau': largest number of halvings."""
+    halve_at: tuple[int, ...] = ()
+    """'plateau', by hand: halve after exactly these updates instead."""
+    plateau_window: int = Field(default=2_000, gt=0)
+    """'plateau': updates whose mean loss is compared."""
+    plateau_patience: int = Field(default=3, gt=0)
+    """'plateau': windows without progress before a halving."""
+    plateau_threshold: float = Field(default=1e-3, ge=0)
+    """'plateau': smallest relative progress of a window over the best one."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay."""
     beta2: float = Field(default=0.96, ge=0, lt=1)
@@ -129,6 +147,15 @@ class DalleFit(FitSection):
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = Field(default=4.0, gt=0)
     """Clip gradients to this global norm."""
+    optimizer: Literal["paper", "apex"] = "paper"
+    """AdamW with the paper's details, or NVIDIA apex's FusedAdam (a GPU, fp32 moments, no ceiling of the variance; an error where it cannot be
+    constructed)."""
+    clip_variance: float | None = Field(default=5.0, gt=0)
+    """Ceiling of Adam's variance estimate; nothing for none."""
+    moments: Literal["fp32", "16-bit"] = "fp32"
+    """Storage of Adam's moments of block matrices: '16-bit' is 1-6-9 for the mean and 0-6-10 for the variance (paper B.2)."""
+    numerics_every: int = Field(default=100, gt=0)
+    """Updates between points of the series of each resblock: scale, overflows, gradient norm, shares of zero and subnormal gradients."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the iterate average."""
     ema_every: int = Field(default=25, gt=0)
@@ -145,14 +172,31 @@ class DalleFit(FitSection):
 class ZeroSection(Section):
     """DeepSpeed ZeRO; keys carry DeepSpeed's names where it has them."""
 
-    stage: Literal[1, 2] = 2
+    stage: Literal[1, 2, 3] = 2
     """ZeRO stage."""
+    sharding: Literal["flat", "node"] = "flat"
+    """'node': shard over the processes of a node and replicate between nodes (paper 2.5); 'flat': shard over all."""
+    weights: Literal["auto", "fp16", "cast"] = "auto"
+    """Storage of block matrices with dalle_fit.precision = "fp16": true fp16 parameters, or fp32 ones cast inside the resblock. 'auto': what takes
+    fewer bytes on the stage, which is fp16 on all three (docs/architecture.md)."""
+    offload_optimizer: bool = False
+    """Keep masters and moments in CPU memory, and update there."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     reduce_bucket_size: int = Field(default=50_000_000, gt=0)
     """Elements per gradient reduction."""
     allgather_bucket_size: int = Field(default=50_000_000, gt=0)
     """Elements per parameter gather."""
+    use_multi_rank_bucket_allreduce: bool = True
+    """Stages 1 and 2: reduce by one all-reduce instead of a reduction to each owner: fewer, larger messages, up to twice the traffic."""
+    stage3_prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
+    """Stage 3: elements gathered ahead."""
+    stage3_param_persistence_threshold: int = Field(default=0, ge=0)
+    """Stage 3: parameters of at most so many elements are never partitioned."""
+    stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3: elements of gathered parameters held at once."""
+    stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3: a parameter used again within so many elements is not released."""
 
 
 class ScaleSection(Section):
@@ -249,6 +293,7 @@ class RunConfig(Section):
     dalle: TransformerConfig = TransformerConfig()
     dalle_fit: DalleFit = DalleFit()
     zero: ZeroSection = ZeroSection()
+    scales: ScaleSection = ScaleSection()
     clip: ClipConfig = ClipConfig()
     clip_fit: ClipFit = ClipFit()
     generate: GenerateSection = GenerateSection()
@@ -258,6 +303,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.dalle_fit.optimizer == "apex" and self.dalle_fit.moments == "16-bit":
+            raise ValueError("dalle_fit.optimizer = 'apex' keeps fp32 moments; set dalle_fit.moments = 'fp32', or the optimizer to 'paper'")
         size = self.dvae.image_size
         if size % self.clip.patch:
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")

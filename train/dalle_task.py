@@ -3,41 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.func import functional_call
 
 from model.transformer import Transformer
 from train.config import RunConfig
-from train.engine import Engine, global_sum
+from train.engine import Engine, MeasuringEngine, global_counts
 from train.fit import Batch, Loss
 from train.metrics import MetricsWriter
-from train.schedules import warmup_cosine
+from train.schedules import warmup, warmup_cosine
 
 Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def cross_entropies(losses: Losses, batches: Iterable[Batch], device: torch.device, text_counts: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def cross_entropies(
+    losses: Losses,
+    batches: Iterable[Batch],
+    device: torch.device,
+    text_counts: Callable[[Tensor], Tensor],
+    *,
+    rows: int = 0,
+    text_weight: float = 0.125,
+) -> dict[str, float]:
     """Mean cross-entropies in nats over all ranks' batches; the image's also under captions rolled by one within each batch.
 
-    Collective. ``caption_gain`` is shuffled minus right: how much a caption tells about its picture.
+    Collective, and every rank calls ``losses`` equally often: on ZeRO's stage 3 each call gathers weights. ``caption_gain`` is shuffled minus right: how
+    much a caption tells about its picture.
+
+    Args:
+        rows: rows of the image's grid, each of which gets a figure of its own; 0: none.
+        text_weight: share of the text in ``loss``.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for batch in batches:
+    sums = torch.zeros(5 + rows, dtype=torch.float64, device=device)
+    for batch, counts in _equally_often(list(batches), device):
         text_BT, lengths_B, codes_BI = (batch[key].to(device) for key in ("text", "lengths", "codes"))
         text_nll_BT, image_nll_BI = losses(text_BT, lengths_B, codes_BI)
         _, shuffled_nll_BI = losses(text_BT.roll(1, 0), lengths_B.roll(1, 0), codes_BI)
-        counted = text_counts(lengths_B).sum()
-        rows = (text_nll_BT.double().sum(), counted.double(), image_nll_BI.double().sum(), shuffled_nll_BI.double().sum())
-        sums += torch.stack([*rows, torch.tensor(float(image_nll_BI.numel()), dtype=torch.float64, device=device)])
+        if not counts:
+            continue
+        totals = [text_nll_BT.double().sum(), text_counts(lengths_B).sum().double(), image_nll_BI.double().sum(), shuffled_nll_BI.double().sum()]
+        totals.append(torch.tensor(float(image_nll_BI.numel()), dtype=torch.float64, device=device))
+        if rows:
+            totals += image_nll_BI.double().unflatten(1, (rows, -1)).sum((0, 2)).unbind()
+        sums += torch.stack(totals)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    text, counted, image, shuffled, codes = sums.tolist()
-    right, wrong = image / codes, shuffled / codes
-    return {"loss_text": text / max(counted, 1.0), "loss_image": right, "loss_image_shuffled": wrong, "caption_gain": wrong - right}
+    text, counted, image, shuffled, codes, *by_row = sums.tolist()
+    text, right, wrong = text / max(counted, 1.0), image / codes, shuffled / codes
+    found = {"loss": text_weight * text + (1 - text_weight) * right, "loss_text": text, "loss_image": right}
+    found |= {"loss_image_shuffled": wrong, "caption_gain": wrong - right}
+    return found | {f"loss_image_row_{row:02d}": value * rows / codes for row, value in enumerate(by_row)}
+
+
+def _equally_often(held: list[Batch], device: torch.device) -> list[tuple[Batch, bool]]:
+    """A rank's batches, each to be counted, and as many more that are not as the rank with the most batches has."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [(batch, True) for batch in held]
+    ends = torch.tensor([len(held), -len(held)], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    most, fewest = int(ends[0]), -int(ends[1])
+    spare: list[Any] = [held[0] if held else None]
+    if not fewest and most:
+        dist.broadcast_object_list(spare, device=device)  # records are dealt in turn: the first rank has one
+    return [(batch, True) for batch in held] + [(spare[0], False)] * (most - len(held))
 
 
 class DalleTask:
@@ -52,25 +84,27 @@ class DalleTask:
             self.metrics = (*self.metrics, "captions_dropped")
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Linear warm-up, then half a cosine."""
+        """Linear warm-up, then half a cosine, or flat (``Fit.plateau`` halves it)."""
         fit = self.cfg.dalle_fit
+        if fit.schedule == "plateau":
+            return {"lr": warmup(step, fit.lr, fit.warmup_steps)}
         return {"lr": warmup_cosine(step, fit.lr, fit.lr_final, fit.warmup_steps, fit.steps)}
 
-    def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
+    def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
         """Global counts of text and image tokens: one integer reduction, because captions differ in length."""
         text = sum(int(self.model.text_counts(batch["lengths"]).sum()) for batch in batches)
         image = sum(batch["codes"].numel() for batch in batches)
-        return global_sum({"text": text, "image": image}, self.device)
+        return global_counts({"text": text, "image": image}, self.device)
 
     def units(self, batch: Batch) -> int:
         """States of the stream, padding included."""
         return int(len(batch["codes"]) * self.model.shape.states)
 
-    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:
         """Both cross-entropies on this rank's samples."""
-        text_BT, lengths_B, codes_BI = (batch[key].to(self.device) for key in ("text", "lengths", "codes"))
+        text_BT, lengths_B, codes_BI = (batch[key].to(self.device, non_blocking=True) for key in ("text", "lengths", "codes"))
         text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
-        text, image = text_nll_BT.sum() / max(denominators["text"], 1), image_nll_BI.sum() / denominators["image"]
+        text, image = text_nll_BT.sum() / denominators["text"].clamp(min=1), image_nll_BI.sum() / denominators["image"]
         weight = self.cfg.dalle.text_loss_weight
         total = weight * text + (1 - weight) * image
         sums = {"loss": total, "loss_text": text, "loss_image": image}
@@ -80,9 +114,7 @@ class DalleTask:
 
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Averaged weights on validation codes."""
-
-        def losses(text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = functional_call(self.model, engine.average.values, (text_BT, lengths_B, codes_BI))
-            return result
-
-        return cross_entropies(losses, self.validation, self.device, self.model.text_counts)
+        assert isinstance(engine, MeasuringEngine)
+        with engine.averaged():
+            weight = self.cfg.dalle.text_loss_weight
+            return cross_entropies(engine, self.validation, self.device, self.model.text_counts, rows=self.model.shape.grid, text_weight=weight)

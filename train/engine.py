@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,9 @@ class Update:
     grad_norm: float
     """Global norm of the gradient before clipping."""
     overflow: bool = False
-    """Not applied because scaled gradients overflowed; the loss scale has been lowered in answer."""
+    """Scaled gradients overflowed; the scale has been lowered in answer, as far as its rules allow."""
+    numerics: dict[str, float] = field(default_factory=dict)
+    """Series of each resblock, in the updates in which they are measured."""
 
 
 class Engine(Protocol):
@@ -53,6 +56,25 @@ class Engine(Protocol):
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]: ...
 
     def loaded(self, updates: int) -> None: ...
+
+
+@runtime_checkable
+class MeasuringEngine(Protocol):
+    """An engine whose ranks must know of each other's gradients before a step, and that has a state of its own."""
+
+    def measure(self) -> Tensor:
+        """This rank's part of a float64 vector that is summed over ranks, after the last backward pass of an update."""
+        ...
+
+    def step(self, lr: float, measured: Sequence[float] | None = None) -> Update: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, forward passes read the averaged weights. Collective."""
+        ...
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -153,7 +175,12 @@ class ReplicatedEngine:
 
 def global_sum(counts: dict[str, int], device: torch.device) -> dict[str, int]:
     """Sum integer counts over ranks: the denominators of an update (docs/contracts.md, section 5)."""
-    vector = torch.tensor(list(counts.values()), dtype=torch.int64, device=device)
+    return {name: int(count) for name, count in global_counts(counts, device).items()}
+
+
+def global_counts(counts: dict[str, int], device: torch.device) -> dict[str, Tensor]:
+    """The same as 0-dimensional tensors (int64) on the device: nobody waits for them."""
+    vector = torch.tensor(list(counts.values()), dtype=torch.int64).to(device, non_blocking=True)
     if dist.is_initialized():
         dist.all_reduce(vector)
-    return dict(zip(counts, vector.tolist(), strict=True))
+    return dict(zip(counts, vector.unbind(), strict=True))

@@ -52,10 +52,7 @@ def read(url: str, module: nn.Module) -> str:
     Raises:
         CheckpointError: damaged weights, or of another shape.
     """
-    description = describe(url)
-    tensors = load_tensors(storage.read_bytes(storage.join(url, WEIGHTS)))
-    if content_hash(tensors) != description["content_hash"]:
-        raise CheckpointError(f"{url}: {WEIGHTS} is damaged: its content hash differs from the one in {DESCRIPTION}; export it again.")
+    identity, tensors = read_tensors(url)
     expected = {name: list(p.shape) for name, p in module.state_dict().items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
     if expected != found:
@@ -64,7 +61,20 @@ def read(url: str, module: nn.Module) -> str:
             f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}."
         )
     module.load_state_dict(tensors)
-    return str(description["content_hash"])
+    return identity
+
+
+def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
+    """The content hash and the tensors of exported weights.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    description = describe(url)
+    tensors = load_tensors(storage.read_bytes(storage.join(url, WEIGHTS)))
+    if content_hash(tensors) != description["content_hash"]:
+        raise CheckpointError(f"{url}: {WEIGHTS} is damaged: its content hash differs from the one in {DESCRIPTION}; export it again.")
+    return str(description["content_hash"]), tensors
 
 
 def to_device(module: nn.Module, device: torch.device) -> nn.Module:

@@ -17,11 +17,13 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train import checkpoint, watchdog
+from train.checkpoint_saver import Saver
 from train.config import FitSection
 from train.device import wait_for_all
-from train.engine import Engine
+from train.engine import Engine, MeasuringEngine, Update
 from train.goodput import Goodput, lost_s, process_age_s
 from train.metrics import MetricsWriter, next_attempt
+from train.plateau import Plateau
 from train.signal_vector import SignalVector
 
 log = logging.getLogger(__name__)
@@ -62,11 +64,11 @@ class Task(Protocol):
         """Values scheduled at an update; must hold 'lr'."""
         ...
 
-    def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
+    def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
         """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
         ...
 
-    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss: ...
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss: ...
 
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Metrics on the validation split, equal on all ranks. Collective."""
@@ -108,22 +110,26 @@ class Fit:
     """Useful arithmetic of one unit, forward and backward; 0: not counted."""
     peak_flops: float = 0.0
     """What one process could do of it in a second, for perf/mfu; only the main rank needs it."""
+    plateau: Plateau | None = None
+    """Halves the scheduled step size at plateaus of the training loss, if there is one."""
 
     def run_to_end(self) -> Outcome:
         """Train from the newest checkpoint to section.steps.
 
         Raises:
             StopRequested: a stop signal came; the state is saved.
-            DivergedError: section.max_bad_steps consecutive updates were not finite; the last checkpoint is kept.
+            DivergedError: too many consecutive updates were bad (section.max_bad_steps, section.max_overflow_steps); the last checkpoint is kept.
         """
         url = self.run.at(self.stage)
+        self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
+        self._bad, self._overflows = 0, 0
+        self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
         step = self._restore()
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
         self._vector = SignalVector(self.task.metrics, self.device)
-        self._bad = 0
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
         evaluation: dict[str, float] = {}
@@ -142,10 +148,14 @@ class Fit:
                     evaluation = self.task.evaluate(self.engine, step, self._writer)
                 self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
-            due = step % self.section.save_every == 0 and not self._bad  # a bad streak must not push out the last good checkpoint
+            due = (
+                step % self.section.save_every == 0 and not self._bad and not self._overflows
+            )  # a bad streak must not push out the last good checkpoint
             if due or last or stopping:
                 with self._goodput.timing("save"):
-                    self._save(url, step, self._elapsed + time.perf_counter() - begun)
+                    self._save(step, self._elapsed + time.perf_counter() - begun)
+                    if last or stopping:
+                        self._saver.wait()
             watchdog.beat()
             if stopping and not last:
                 self._account(step)
@@ -169,6 +179,8 @@ class Fit:
     def _update(self, step: int, started: float) -> tuple[dict[str, float], dict[str, float]]:
         """One optimizer update: fetch, forward, backward, agree, step."""
         at = self.task.schedule(step)
+        if self.plateau is not None:
+            at["lr"] *= self.plateau.factor
         batches = [self.loader.next() for _ in range(self.section.accumulation)]
         waited = time.perf_counter() - started
         denominators = self.task.denominators(batches)
@@ -182,9 +194,16 @@ class Fit:
             for name, value in loss.sums.items():
                 shares[name] = shares.get(name, 0.0) + value.detach()
         elapsed = time.perf_counter() - started
-        agreed = self._vector.exchange({"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares})
-        update = self.engine.step(at["lr"])
-        self._count_bad(step, ok=(update.applied or update.overflow) and agreed["non_finite"] == 0)
+        signals = {"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares}
+        if isinstance(self.engine, MeasuringEngine):
+            agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
+            update = self.engine.step(at["lr"], measured)
+        else:
+            agreed = self._vector.exchange(signals)
+            update = self.engine.step(at["lr"])
+        self._count_bad(step, update, forward_ok=agreed["non_finite"] == 0)
+        if self.plateau is not None:
+            self.plateau.observe(step + 1, agreed["loss"])
         seconds = time.perf_counter() - started
         self._goodput.add("data", waited)
         self._goodput.add("step", seconds - waited)
@@ -197,16 +216,28 @@ class Fit:
             logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
         if self.peak_flops:
             logged["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)
+        logged |= {f"numerics/{name}": float(count) for name, count in self._counts.items() if count}
+        if update.numerics:
+            self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
         return agreed, logged
 
-    def _count_bad(self, step: int, *, ok: bool) -> None:
-        self._bad = 0 if ok else self._bad + 1
-        if self._bad >= self.section.max_bad_steps:
-            self._writer.close()
-            raise DivergedError(
-                f"{self.stage}: {self._bad} consecutive updates up to update {step} had non-finite losses or gradients; the last checkpoint is "
-                f"kept. Lower {self.stage}_fit.lr, or raise {self.stage}_fit.max_bad_steps if such runs of overflows are expected."
-            )
+    def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
+        """Count bad updates by kind: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than other ones."""
+        self._counts["forward_non_finite"] += not forward_ok
+        self._counts["gradient_overflow"] += update.overflow or not update.applied
+        answered = forward_ok and not update.applied and update.overflow
+        self._overflows = self._overflows + 1 if answered else 0
+        self._bad = 0 if forward_ok and (update.applied or update.overflow) else self._bad + 1
+        if self._bad < self.section.max_bad_steps and self._overflows < self.section.max_overflow_steps:
+            return
+        self._saver.wait()
+        self._writer.close()
+        key = "max_overflow_steps" if self._overflows else "max_bad_steps"
+        what = "overflows of scaled gradients at ever smaller scales" if self._overflows else "non-finite losses or gradients"
+        raise DivergedError(
+            f"{self.stage}: {self._bad or self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
+            f"kept. Lower {self.stage}_fit.lr, or raise {self.stage}_fit.{key} if such runs are expected."
+        )
 
     def _restore(self) -> int:
         meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world)
@@ -220,17 +251,33 @@ class Fit:
         self.engine.loaded(meta["updates"])
         if self.engine.loss_scale is not None and meta.get("loss_scale"):
             self.engine.loss_scale.restore(meta["loss_scale"])
+        if isinstance(self.engine, MeasuringEngine) and "engine" in meta:
+            self.engine.restore(meta["engine"])
+        if self.plateau is not None and meta.get("plateau"):
+            self.plateau.restore(meta["plateau"], int(meta["step"]))
+        self._counts |= meta.get("bad_updates", {})
         self.loader.restore(meta["loader"])
         self._elapsed = meta["elapsed_s"]
         log.info("%s: resumed after update %d", self.stage, meta["step"])
         return int(meta["step"])
 
-    def _save(self, url: str, step: int, elapsed_s: float) -> None:
+    def _save(self, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
+        facts["bad_updates"] = dict(self._counts)
         if self.engine.loss_scale is not None:
             facts["loss_scale"] = self.engine.loss_scale.state()
-        checkpoint.save(url, step, self.engine.fragments(to_load=False), facts, self.world, self.section.keep)
+        if isinstance(self.engine, MeasuringEngine):
+            facts["engine"] = self.engine.state()
+        if self.plateau is not None:
+            facts["plateau"] = self.plateau.state()
+        stall_s = self._saver.save(step, self.engine.fragments(to_load=False), facts)
+        self._writer.scalars(step, {"perf/save_stall_s": stall_s})
         self._writer.flush()
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.engine.module.named_parameters()}
+        return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}
+
+
+def full_shape(parameter: Tensor) -> list[int]:
+    """Shape of a parameter, also of one that ZeRO's stage 3 has partitioned away."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))

@@ -88,6 +88,9 @@ class FragmentLoader(DefaultLoadPlanner):
                 raise CheckpointError(f"holds no '{name}'.")
             if stored.size[0] != fragment.total:
                 raise CheckpointError(f"'{name}' has {stored.size[0]} elements, this configuration builds {fragment.total}.")
+            kept, wanted = stored.properties.dtype, fragment.tensor.dtype
+            if kept.is_floating_point != wanted.is_floating_point:
+                raise CheckpointError(f"'{name}' is kept as {kept}, this configuration holds {wanted}: set moments as the checkpoint has them.")
             if fragment.tensor.numel():
                 items += create_read_items_for_chunk_list(name, stored, [_chunk(fragment)])
         return LoadPlan(items)

@@ -15,6 +15,11 @@ def linear(step: int, start: float, end: float, steps: int) -> float:
     return end if step >= steps else start + (end - start) * step / steps
 
 
+def warmup(step: int, peak: float, steps: int) -> float:
+    """Linear from peak / steps to ``peak``, then flat."""
+    return peak * min(1.0, (step + 1) / max(1, steps))
+
+
 def warmup_cosine(step: int, peak: float, end: float, warmup_steps: int, steps: int) -> float:
     """Linear from peak / warmup_steps to ``peak``, then along half a cosine to ``end`` at ``steps``."""
     if step < warmup_steps:

@@ -18,7 +18,11 @@ class SignalVector:
         self.device = device
 
     def exchange(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-        """Sum each slot over ranks; slots without a value contribute 0, ``heartbeat`` always 1.
+        """Sum each slot over ranks; slots without a value contribute 0, ``heartbeat`` always 1. See ``exchange_with``."""
+        return self.exchange_with(values, None)[0]
+
+    def exchange_with(self, values: Mapping[str, float | torch.Tensor], more: torch.Tensor | None) -> tuple[dict[str, float], list[float] | None]:
+        """The same, with a vector of an engine's own (float64, equally long on all ranks) that travels along.
 
         One collective, and on a GPU one host synchronisation.
 
@@ -28,9 +32,16 @@ class SignalVector:
         unknown = set(values) - set(self.names)
         if unknown:
             raise KeyError(f"no slot for {', '.join(sorted(unknown))}; slots: {', '.join(self.names)}")
-        slots = [torch.as_tensor(values.get(name, 0.0), dtype=torch.float64, device=self.device).detach() for name in self.names]
-        slots[self.names.index("heartbeat")] = torch.ones((), dtype=torch.float64, device=self.device)
-        vector = torch.stack(slots)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)} | {"heartbeat": 1.0}
+        # One copy that nobody waits for: on a GPU, a tensor made of a number there waits for everything before it.
+        host = torch.tensor([numbers.get(name, 0.0) for name in self.names], dtype=torch.float64).to(self.device, non_blocking=True)
+        slots = list(host.unbind())
+        for index, name in enumerate(self.names):
+            value = values.get(name)
+            if isinstance(value, torch.Tensor):
+                slots[index] = value.detach().to(self.device, torch.float64)
+        vector = torch.stack(slots) if more is None else torch.cat([torch.stack(slots), more.to(self.device)])
         if dist.is_initialized():
             dist.all_reduce(vector)
-        return dict(zip(self.names, vector.tolist(), strict=True))
+        sums = vector.tolist()
+        return dict(zip(self.names, sums, strict=False)), None if more is None else sums[len(self.names) :]

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate
 from data_pipeline.transforms import code_transform
 from infra import storage
 from infra.config import to_json
+from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
-from train import places
+from train import checkpoint, places, warm_start
 from train.common import finish_training, loader_options, micro_batch
-from train.config import RunConfig
+from train.config import DalleFit, RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, wait_for_all
 from train.fit import Fit
 from train.lineage import build_dalle, open_codes, open_tokenizer
+from train.plateau import Plateau
 from train.zero.engine import ZeroEngine
 
 
@@ -35,7 +38,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
     model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
-    engine = ZeroEngine(model, fit, cfg.zero, world)
+    lineage = {"codes": training[0].content_hash, "dvae": training[0].manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
+    if fit.init_from:
+        lineage["init_from"] = warm_start.load(model, fit.init_from, "dalle_fit.init_from")
+    engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
     encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=fit.caption_dropout)
@@ -52,9 +58,29 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     )
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)
-    lineage = {"codes": training[0].content_hash, "dvae": training[0].manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
-    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta).run_to_end()
-    finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world)
+    plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
+    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, plateau=plateau).run_to_end()
+    # Read back from the checkpoint of the last update: gathering shards would need a process that holds the whole model anyway.
+    averaged = checkpoint.read_tensors(checkpoint.folder(run.at("dalle"), fit.steps), "average") if world.is_main else None
+    finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
     wait_for_all()
+
+
+def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
+    """The detector of plateaus. A list of updates in ``<run>/dalle/halve_at.json``, read at each start, overrules dalle_fit.halve_at. Collective.
+
+    Raises:
+        ConfigError: the file holds something else than a list of updates.
+    """
+    at: list[tuple[int, ...]] = [fit.halve_at]
+    url = run.at("dalle", "halve_at.json")
+    if world.is_main and storage.exists(url):
+        by_hand = storage.read_json(url)
+        if not isinstance(by_hand, list) or not all(type(update) is int and update > 0 for update in by_hand):
+            raise ConfigError(f"{url} holds {by_hand!r}; expected a list of updates after which to halve the step size, such as [20000, 50000].")
+        at = [tuple(by_hand)]
+    if world.size > 1:
+        dist.broadcast_object_list(at)
+    return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])

@@ -29,7 +29,7 @@ from train.report.images import grid, png_bytes
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Draw this rank's captions; each is finished on its own. Then the main rank writes the index and the grid."""
     started = time.monotonic()
-    places.require(run, "dvae", "dalle", "clip")
+    places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export)
     device = set_up(world)
     models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)

@@ -11,6 +11,7 @@ BENCHES = {
     "floor": "train.bench.floor",
     "memory": "train.bench.memory",
     "model": "train.bench.model",
+    "optimizer": "train.bench.optimizer",
 }
 
 

@@ -1,0 +1,165 @@
+"""The training loop's judgement of bad updates, and saving beside training."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import CheckpointError, DivergedError
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train import checkpoint
+from train.checkpoint_saver import Saver
+from train.config import FitSection
+from train.engine import Update
+from train.fit import Fit, Loss
+from train.fragments import Fragment, even_slice
+from train.metrics import read_metrics
+
+APPLIED, OVERFLOW, BROKEN = Update(True, 1.0), Update(False, float("inf"), True), Update(False, float("inf"), False)
+
+
+class Scripted:
+    """An engine whose updates end as written down."""
+
+    loss_scale = None
+
+    def __init__(self, fates: list[Update]) -> None:
+        self.module, self.fates, self.updates = torch.nn.Linear(2, 2), list(fates), 0
+
+    def micro_batch(self, *, last: bool) -> None: ...
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def step(self, lr: float) -> Update:
+        update = self.fates.pop(0)
+        self.updates += update.applied
+        return update
+
+    def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
+        return {f"model/{name}": even_slice(p.detach(), 0, 1) for name, p in self.module.named_parameters()}
+
+    def loaded(self, updates: int) -> None:
+        self.updates = updates
+
+
+class Counting:
+    """A task without data."""
+
+    metrics: tuple[str, ...] = ("loss",)
+    unit = "samples"
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = losses
+
+    def schedule(self, step: int) -> dict[str, float]:
+        return {"lr": 1.0}
+
+    def denominators(self, batches: list[Any]) -> dict[str, float]:
+        return {}
+
+    def loss(self, engine: Any, batch: Any, step: int, at: Any, denominators: Any) -> Loss:
+        loss = torch.tensor(self.losses[step % len(self.losses)])
+        return Loss(loss, {"loss": loss})
+
+    def evaluate(self, *_: Any) -> dict[str, float]:
+        return {}
+
+    def units(self, batch: Any) -> int:
+        return 1
+
+
+class Nothing:
+    def next(self) -> dict[str, Any]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def fit_of(folder: Path, fates: list[Update], losses: list[float], **changes: Any) -> Fit:
+    section = FitSection(steps=len(fates), save_every=2, eval_every=100, log_every=1, max_bad_steps=2, max_overflow_steps=4, **changes)
+    engine: Any = Scripted(fates)
+    return Fit("toy", Counting(losses), engine, Nothing(), section, RunFolder(str(folder)), World.single(), StopFlag(), torch.device("cpu"))
+
+
+def test_overflows_and_broken_numbers_are_counted_apart_and_recovered_from(tmp_path: Path) -> None:
+    fates = [APPLIED, OVERFLOW, OVERFLOW, OVERFLOW, APPLIED, BROKEN, APPLIED, OVERFLOW, APPLIED, APPLIED]
+    fit_of(tmp_path, fates, [1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0, 1.0, 1.0]).run_to_end()
+    series = read_metrics(str(tmp_path), "toy")
+    assert series["numerics/gradient_overflow"][-1].value == 5 and series["numerics/forward_non_finite"][-1].value == 1
+    assert [point.step for point in series["perf/save_stall_s"]] == [10]
+    assert checkpoint.complete(str(tmp_path / "toy")) == [10], "no checkpoint while updates are bad"
+
+
+@pytest.mark.parametrize(
+    ("fates", "losses", "message"),
+    [
+        ([APPLIED, APPLIED] + [OVERFLOW] * 8, [1.0], r"4 consecutive updates up to update 5 had overflows .* raise toy_fit\.max_overflow_steps"),
+        ([APPLIED, APPLIED] + [BROKEN] * 8, [1.0], r"2 consecutive updates up to update 3 had non-finite .* raise toy_fit\.max_bad_steps"),
+        ([APPLIED] * 8, [1.0, 1.0, float("inf"), float("inf")], r"2 consecutive updates up to update 3 had non-finite"),
+    ],
+)
+def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, fates: list[Update], losses: list[float], message: str
+) -> None:
+    with pytest.raises(DivergedError, match=message):
+        fit_of(tmp_path, fates, losses).run_to_end()
+    assert checkpoint.complete(str(tmp_path / "toy")) == [2]
+
+
+def fragments_of(value: float) -> dict[str, Fragment]:
+    return {"model/w": even_slice(torch.full((4,), float(value)), 0, 1)}
+
+
+def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, plain = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **named: (gate.wait(10), plain(*args, **named)))
+    saver, live = Saver(str(tmp_path), World.single(), keep=2), fragments_of(1.0)
+    began = time.perf_counter()
+    saver.save(1, live, {"shapes": {"w": [4]}})
+    assert time.perf_counter() - began < 5 and checkpoint.complete(str(tmp_path)) == []
+    live["model/w"].tensor.fill_(2.0)  # training goes on
+    gate.set()
+    saver.wait()
+    assert checkpoint.read_tensors(checkpoint.folder(str(tmp_path), 1), "model")["w"].tolist() == [1.0] * 4
+
+
+def test_a_failed_save_is_heard_of_at_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointError("the disk is full")
+
+    saver = Saver(str(tmp_path), World.single(), keep=2)
+    monkeypatch.setattr(checkpoint, "save", fail)
+    saver.save(1, fragments_of(1.0), {})
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.save(2, fragments_of(1.0), {})
+    saver.wait()
+
+
+def test_permanent_checkpoints_outlive_the_newest(tmp_path: Path) -> None:
+    saver = Saver(str(tmp_path), World.single(), keep=1, keep_every=4)
+    for step in range(1, 11):
+        saver.save(step, fragments_of(step), {"shapes": {"w": [4]}})
+    saver.wait()
+    assert checkpoint.complete(str(tmp_path)) == [4, 8, 10]
+
+
+def test_a_damaged_description_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saver = Saver(str(tmp_path), World.single(), keep=3)
+    for step in (1, 2):
+        saver.save(step, fragments_of(step), {"shapes": {"w": [4]}})
+    saver.wait()
+    Path(checkpoint.folder(str(tmp_path), 2), "meta.json").write_text("{")
+    target = fragments_of(0.0)
+    meta = checkpoint.load_newest(str(tmp_path), target, World.single())
+    assert meta is not None and meta["step"] == 1 and target["model/w"].tensor.tolist() == [1.0] * 4
+    assert "CHECKPOINT NOT USABLE" in caplog.text and "falling back to the checkpoint before it" in caplog.text

@@ -1,0 +1,40 @@
+"""The experiment on gradient scales, at the smallest size: its arms, its emulated floor, its measure of what was lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.precision_experiments import ARMS, Options, Run, lost_shares, main, raise_floor
+
+TINY = Options(layers=2, width=16, updates=4, batch=4)
+
+
+def test_raising_the_floor_rounds_small_values_and_leaves_others() -> None:
+    x = torch.tensor([1.0, 2.0**-10, 2.0**-17, 2.0**-19, 0.9 * 2.0**-21, -(2.0**-20)], dtype=torch.float16)
+    assert torch.equal(raise_floor(x, 0), x)
+    assert raise_floor(x, 4).tolist() == [1.0, 2.0**-10, 2.0**-17, 2.0**-19, 0.0, -(2.0**-20)]
+
+
+def test_what_one_global_scale_loses_a_scale_per_resblock_keeps() -> None:
+    """With a floor so high that small scales lose everything."""
+    poor, rich = Run(ARMS[1], TINY, 20), Run(ARMS[2], TINY, 20)
+    assert poor.scales is not None and rich.scales is not None
+    poor.scales.exponents = [0.0]
+    rich.scales.exponents = [0.0, 14.0, 14.0, 14.0]
+    lost = lost_shares(poor, 0), lost_shares(rich, 0)
+    assert min(lost[0]) > 0.5 and lost[1][0] > 0.5 and max(lost[1][1:]) < 0.2
+
+
+def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--out", str(tmp_path / "x.json"), "--layers", "2", "--width", "16", "--updates", "6", "--batch", "4", "--floors", "0", "3"])
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert len(found["runs"]) == 7 and "lost: first" in capsys.readouterr().out
+    first = found["runs"][0]["losses"]
+    for run in found["runs"]:
+        assert run["losses"] == pytest.approx(first, rel=5e-3), run["arm"]
+        assert len(run["lost_share"]) == 4 and run["skipped"] == 0
+    assert found["runs"][0]["lost_share"] == [0.0] * 4

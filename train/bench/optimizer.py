@@ -1,0 +1,32 @@
+"""AdamW of the paper against a copy of as many bytes: an update is bound by memory. ``python -m train.bench.optimizer``"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from train.adamw import Hyper, update
+from train.bench.harness import Options, Result, copy_rate, main, measure, start, threads
+
+_COUNT = {"cpu": 1 << 22, "cuda": 1 << 28}
+_HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.5, count=100)
+
+
+def run(options: Options) -> Result:
+    """Bytes/s of an update with fp32 and with 16-bit moments; on a CPU in one thread. A master is read and written, so are both moments; a gradient is read."""
+    count = _COUNT[options.device]
+    result = start("optimizer", "Optimizer: AdamW with 16-bit moments", options, elements=count, threads=1)
+    with threads(1):
+        result.floor["copy"] = copy_rate(options)
+        for name, moments, each in (("fp32 moments", torch.float32, 2 * 4 + 4 * 4 + 4), ("16-bit moments", torch.int16, 2 * 4 + 4 * 2 + 4)):
+            p, grad = (torch.randn(count, device=options.device) for _ in range(2))
+            m, v = (torch.zeros(count, dtype=moments, device=options.device) for _ in range(2))
+            result.measured[f"update, {name}"] = measure(partial(update, p, grad, m, v, _HYPER), 1e-9 * each * count, "GB/s", options)
+            result.ratio(f"{name} over a copy", f"update, {name}", "copy", goal=0.8 if options.device == "cuda" else None)
+    result.notes.append("On a GPU one fused kernel, on a CPU chunks that fit into its cache. Gradients are fp32, as ZeRO hands them over.")
+    return result
+
+
+if __name__ == "__main__":
+    main(run)

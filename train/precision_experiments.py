@@ -1,0 +1,223 @@
+"""The paper's argument for gradient scales, on a deep narrow model of this machine's size: ``python -m train.precision_experiments --out FILE``.
+
+Arms: fp32; fp16 with one global scale; fp16 with a scale for each resblock; the same with 16-bit moments. For each exponent floor: the share of gradient
+values of each resblock that fp16 lost (exactly zero where fp32 has a value), and the training losses (paper 2.4, Figures 4 and 12).
+
+The paper saw underflow above a billion parameters. Where it does not occur at our size, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
+bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. No DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.run_folder import producer
+from model.config import StreamShape, TransformerConfig
+from model.transformer import Projection, Transformer, parameter_tags
+from train.adamw import PaperAdamW
+from train.config import DalleFit, ScaleSection
+from train.schedules import warmup
+from train.zero.scales import GradientScales
+
+SHAPE = StreamShape(text_tokens=8, text_vocab=32, grid=4, image_vocab=32)
+_SMALLEST_NORMAL, _SMALLEST = 2.0**-14, 2.0**-24
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    dtype: torch.dtype = torch.float16
+    scope: str = "none"
+    packed: bool = False
+
+
+ARMS = (
+    Arm("fp32", torch.float32),
+    Arm("fp16, global scale", scope="global"),
+    Arm("fp16, scale per resblock", scope="resblock"),
+    Arm("fp16, scale per resblock, 16-bit moments", scope="resblock", packed=True),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Size of an experiment."""
+
+    layers: int = 32
+    width: int = 32
+    updates: int = 1000
+    batch: int = 16
+    floors: tuple[int, ...] = (0,)
+    lr: float = 2e-3
+    seed: int = 0
+    growth_updates: int = 50
+    """Updates of a doubling: the paper's 1000 belong to runs of 430,000."""
+    window: int = 8
+
+
+class _Floor(torch.autograd.Function):
+    """Identity whose gradient is rounded as an fp16 with a raised exponent floor would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return raise_floor(grads[0], ctx.bits), None
+
+
+def raise_floor(x: Tensor, bits: int) -> Tensor:
+    """Values of an fp16 whose smallest normal and subnormal numbers are 2**bits times larger; other values stay."""
+    step = _SMALLEST * 2.0**bits
+    return torch.where(x.abs() < _SMALLEST_NORMAL * 2.0**bits, (x.float() / step).round() * step, x.float()).to(x.dtype)
+
+
+class Run:
+    """One arm at one exponent floor."""
+
+    def __init__(self, arm: Arm, options: Options, floor: int) -> None:
+        torch.manual_seed(options.seed)
+        cfg = TransformerConfig(layers=options.layers, width=options.width, heads=max(1, options.width // 16), conv_kernel=3)
+        self.arm, self.options = arm, options
+        self.model = Transformer(cfg, SHAPE, branch_dtype=arm.dtype)
+        self.tags = parameter_tags(self.model)
+        if arm.dtype == torch.float16 and floor:
+            _install_floor(self.model, self.tags, floor)
+        rules = ScaleSection(scope=arm.scope, growth_updates=options.growth_updates, window=options.window)  # type: ignore[arg-type]
+        self.scales = GradientScales(len(self.model.resblocks), 1, rules) if arm.scope != "none" else None
+        self.groups = [
+            {"params": [p], "weight_decay": 0.045 if self.tags[name].decays else 0.0, "packed": arm.packed and self.tags[name].compressible}
+            for name, p in self.model.named_parameters()
+        ]
+        recipe = DalleFit()
+        self.adam = PaperAdamW(self.groups, betas=(recipe.beta1, recipe.beta2), clip_variance=recipe.clip_variance)
+        self.clip = recipe.clip_norm
+        self.skipped = 0
+
+    def gradients(self, step: int) -> float:
+        """Forward and backward pass of a batch, with gradients left scaled; the loss."""
+        values = self.scales.values() if self.scales is not None else [1.0] * len(self.model.resblocks)
+        for block, value in zip(self.model.resblocks, values, strict=True):
+            block.gradient_scale = value  # type: ignore[assignment]
+            block.filter_gradients = self.scales is not None  # type: ignore[assignment]
+        self.model.zero_grad(set_to_none=True)
+        text, image = self.model(*batch_of(step, self.options))
+        loss = text.mean() / 8 + image.mean() * 7 / 8
+        loss.backward()
+        return float(loss.detach())
+
+    def update(self, step: int) -> float:
+        """One update; the loss before it."""
+        loss = self.gradients(step)
+        values = [*(self.scales.values() if self.scales is not None else [1.0] * len(self.model.resblocks)), 1.0]
+        bad, squares = [False] * len(values), 0.0
+        for group, (name, p) in zip(self.adam.param_groups, self.model.named_parameters(), strict=True):
+            slot = -1 if (block := self.tags[name].resblock) is None else block
+            assert p.grad is not None
+            norm = float(p.grad.norm())
+            bad[slot] |= norm - norm != 0.0
+            group["factor"], squares = 1 / values[slot], squares + (norm / values[slot]) ** 2
+        if self.scales is not None:
+            self.scales.update(step, bad[:-1])
+        if any(bad):
+            self.skipped += 1
+            return loss
+        clip = min(1.0, self.clip / (squares**0.5 + 1e-6))
+        self.adam.count += step > 0
+        for group in self.adam.param_groups:
+            group |= {"lr": warmup(step, self.options.lr, 50), "factor": group["factor"] * clip}
+        self.adam.step()
+        return loss
+
+
+def _install_floor(model: nn.Module, tags: dict[str, Any], floor: int) -> None:
+    """Round the gradient of every fp16 tensor inside the branches: inputs and outputs of products, and block matrices."""
+    for module in model.modules():
+        if isinstance(module, Projection):
+            module.register_forward_pre_hook(lambda _, inputs: (_Floor.apply(inputs[0], floor),))
+            module.register_forward_hook(lambda _, __, output: _Floor.apply(output, floor))
+    for name, p in model.named_parameters():
+        if tags[name].compressible:
+            p.register_hook(lambda grad: raise_floor(grad, floor))
+
+
+def batch_of(step: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions, and pictures whose codes follow from the caption and the code above, with a tenth of noise."""
+    generator = torch.Generator().manual_seed(1000 * options.seed + step)
+    text = torch.randint(0, SHAPE.text_vocab, (options.batch, SHAPE.text_tokens), generator=generator)
+    codes = torch.randint(0, SHAPE.image_vocab, (options.batch, SHAPE.image_tokens), generator=generator)
+    noise = torch.rand(codes.shape, generator=generator) < 0.1
+    for place in range(SHAPE.grid, SHAPE.image_tokens):
+        told = (codes[:, place - SHAPE.grid] + text[:, place % SHAPE.text_tokens]) % SHAPE.image_vocab
+        codes[:, place] = torch.where(noise[:, place], codes[:, place], told)
+    return text, torch.full((options.batch,), SHAPE.text_tokens), codes
+
+
+def lost_shares(run: Run, step: int) -> list[float]:
+    """For each resblock: the share of its matrices' gradient values that are exactly zero, though they are not in fp32 at the same weights."""
+    reference = Run(Arm("fp32", torch.float32), run.options, 0)
+    reference.model.load_state_dict(run.model.state_dict())
+    reference.gradients(step)
+    run.gradients(step)
+    lost, total = [0.0] * len(run.model.resblocks), [0.0] * len(run.model.resblocks)
+    for (name, p), (_, q) in zip(run.model.named_parameters(), reference.model.named_parameters(), strict=True):
+        tag = run.tags[name]
+        if tag.compressible and tag.resblock is not None and p.grad is not None and q.grad is not None:
+            present = q.grad != 0
+            lost[tag.resblock] += float((present & (p.grad == 0)).sum())
+            total[tag.resblock] += float(present.sum())
+    return [part / max(whole, 1.0) for part, whole in zip(lost, total, strict=True)]
+
+
+def experiment(options: Options, arms: Sequence[Arm] = ARMS) -> dict[str, Any]:
+    """All arms at all floors (fp32 once)."""
+    found: list[dict[str, Any]] = []
+    for floor in options.floors:
+        for arm in arms:
+            if arm.dtype == torch.float32 and floor != options.floors[0]:
+                continue
+            run = Run(arm, options, floor)
+            losses = [run.update(step) for step in range(options.updates)]
+            tail = losses[-max(1, options.updates // 10) :]
+            result: dict[str, Any] = {"arm": arm.name, "floor_bits": floor, "losses": losses, "last_tenth": sum(tail) / len(tail)}
+            result |= {"skipped": run.skipped, "lost_share": lost_shares(run, options.updates)}
+            if run.scales is not None:
+                result["scale_exponents"] = run.scales.exponents
+            found.append(result)
+    return {"options": vars(options), "runs": found} | producer()
+
+
+def main(words: list[str]) -> None:
+    """Run it and write one JSON file; a table goes to standard output."""
+    parser = argparse.ArgumentParser(prog="python -m train.precision_experiments", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    for name in ("layers", "width", "updates", "batch", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Options, name))
+    parser.add_argument("--floors", type=int, nargs="+", default=list(Options.floors), help="bits by which to raise the exponent floor of fp16")
+    given = vars(parser.parse_args(words))
+    out = given.pop("out")
+    found = experiment(Options(**given | {"floors": tuple(given["floors"])}))
+    out.write_text(json.dumps(found) + "\n")
+    print(f"{'arm':42} floor  loss    skipped  lost: first, mean, last resblock")
+    for run in found["runs"]:
+        lost = run["lost_share"]
+        shares = f"{lost[0]:.1%} {sum(lost) / len(lost):.1%} {lost[-1]:.1%}"
+        print(f"{run['arm']:42} {run['floor_bits']:5} {run['last_tenth']:.4f} {run['skipped']:8}  {shares}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

@@ -1,0 +1,41 @@
+"""``launcher.py export RUN``: weights of a checkpoint as safetensors with their description. Needs neither a GPU nor DeepSpeed."""
+
+from __future__ import annotations
+
+from infra import storage
+from infra.errors import DataError, UsageError
+from infra.run_folder import RunFolder
+from train import checkpoint, export
+
+STAGES = ("dvae", "dalle")
+KINDS = {"average": "average", "raw": "model"}
+"""What can be exported -> prefix of its tensors in a checkpoint."""
+
+
+def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
+    """Write an export and print its place and content hash.
+
+    Args:
+        url: run folder.
+        stage: whose checkpoint.
+        kind: 'average' or 'raw' weights.
+        step: which checkpoint; 0: the newest.
+        out: where to; empty: the stage's own export folder, from which other stages read.
+
+    Raises:
+        UsageError: an unknown stage or kind.
+        DataError: there is no such checkpoint.
+    """
+    if stage not in STAGES or kind not in KINDS:
+        raise UsageError(f"--stage {stage} --weights {kind}: accepted stages are {', '.join(STAGES)}, accepted weights {', '.join(KINDS)}.")
+    run = RunFolder(url)
+    steps = checkpoint.complete(run.at(stage))
+    if not steps or (step and step not in steps):
+        known = ", ".join(map(str, steps)) or "none"
+        raise DataError(f"{run.at(stage, 'checkpoints')}: no checkpoint {f'after update {step}' if step else 'yet'}; complete ones: {known}.")
+    folder = checkpoint.folder(run.at(stage), step or steps[-1])
+    meta = storage.read_json(storage.join(folder, "meta.json"))
+    tensors = checkpoint.read_tensors(folder, KINDS[kind])
+    target = out or run.at(stage, "export")
+    identity = export.write(target, tensors, meta["config"][stage], parents=meta["parents"], step=meta["step"], weights=kind)
+    print(f"{target}: {kind} weights after update {meta['step']}, {len(tensors)} tensors, {identity}")

@@ -1,0 +1,92 @@
+"""Where in ZeRO's flat shards each parameter lies, in all three stages; and the reduced gradients by resblock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import ParameterTag
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of a parameter."""
+
+    name: str
+    flat: int
+    """Index of the flat shard (``internals.masters``)."""
+    start: int
+    """First element in that shard."""
+    offset: int
+    """First element in the flattened parameter."""
+    length: int
+    total: int
+    """Elements of the whole parameter."""
+
+
+def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Piece]:
+    """All parts of parameters that this rank's shards hold; ``rank`` counts within the sharding group."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = []
+    if stage == 3:
+        for index, group in enumerate(optimizer.fp16_groups):
+            start = 0
+            for p in group:
+                width = p.partition_numel()
+                offset = min(rank * width, p.ds_numel)
+                found.append(Piece(names[id(p)], index, start, offset, min(width, p.ds_numel - offset), p.ds_numel))
+                start += width
+        return [piece for piece in found if piece.length > 0]
+    for name, p in module.named_parameters():
+        mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            place = mapping.hp_fragment_address
+            found.append(Piece(name, mapping.param_group_index, place.start, mapping.lp_fragment_address.start, place.numel, p.numel()))
+    return found
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """This rank's reduced gradients, as pieces of parameters without padding."""
+
+    tensors: list[Tensor]
+    slots: Tensor
+    """Slot of each piece: its resblock, or the number of resblocks for what lies outside; int64 on the gradients' device."""
+    compressible: list[bool]
+
+
+class GradientReader:
+    """Finds the gradients between backward and step. What does not change is looked up once: nothing here waits for a GPU."""
+
+    def __init__(self, optimizer: Any, stage: int, module: nn.Module, found: list[Piece], tags: dict[str, ParameterTag], offload: bool) -> None:
+        self._optimizer, self._stage, self._offload = optimizer, stage, offload
+        if offload:
+            self.names = [piece.name for piece in found]
+            self._places = [(piece.flat, piece.start, piece.length) for piece in found]
+        else:
+            names = {id(p): name for name, p in module.named_parameters()}
+            lengths = {piece.name: piece.length for piece in found}
+            groups = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
+            held = [(group, place, names[id(p)]) for group, members in enumerate(groups) for place, p in enumerate(members)]
+            held = [entry for entry in held if entry[2] in lengths]  # stage 3: no part of a parameter that is shorter than there are ranks
+            self.names = [name for _, _, name in held]
+            self._places = [(group, place, lengths[name]) for group, place, name in held]
+        outside = len({tag.resblock for tag in tags.values()} - {None})
+        blocks = [outside if tags[name].resblock is None else tags[name].resblock for name in self.names]
+        device = torch.device("cpu") if offload else next(module.parameters()).device
+        self.slots = torch.tensor(blocks, dtype=torch.int64, device=device)
+        self.compressible = [tags[name].compressible for name in self.names]
+
+    def read(self) -> Gradients:
+        """The gradients of this update; views, to be changed in place."""
+        optimizer = self._optimizer
+        if self._offload:
+            flats = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+            tensors = [flats[flat].grad.narrow(0, start, length) for flat, start, length in self._places]
+        else:
+            averaged = optimizer.averaged_gradients
+            tensors = [averaged[group][place].view(-1)[:length] for group, place, length in self._places]
+        return Gradients(tensors, self.slots, self.compressible)

@@ -33,7 +33,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
     if gpu not in GPUS:
         raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}")
     cfg, figures = load_run(preset, overrides), GPUS[gpu]
-    own = Setting(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1), cfg.zero.stage, "flat")
+    own = Setting.configured(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1))
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
@@ -62,18 +62,22 @@ def describe(preset: str, setting: Setting) -> list[str]:
 
 
 def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
-    """What could be done with the same model on the same machines: every stage, layout and storage, by name."""
-    found = [("DDP, fp32", replace(setting, stage=0, layout="flat"))]
+    """What could be done with the same model on the same machines: every stage, layout and storage, by name; with a star what is configured."""
     layouts: tuple[Layout, ...] = get_args(Layout) if setting.cluster.nodes > 1 else ("flat",)
+    if len(layouts) == 1:
+        setting = replace(setting, layout="flat")  # one machine: both are the same
+    plain = replace(setting, storage="cast", moment_bytes=8, half_gradients=False)
+    half = replace(setting, storage="half", moment_bytes=4, half_gradients=True)
+    found = [("DDP, fp32", replace(plain, stage=0, layout="flat"))]
     for layout in layouts:
-        found += [(f"ZeRO {stage}, {layout}, fp32 cast", replace(setting, stage=stage, layout=layout)) for stage in (1, 2, 3)]
+        found += [(f"ZeRO {stage}, {layout}, fp32", replace(plain, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     layout = layouts[-1]
-    found += [
-        (f"ZeRO {stage}, {layout}, 16-bit", replace(setting, stage=stage, layout=layout, storage="half", moment_bytes=4)) for stage in (1, 2, 3)
-    ]
+    found += [(f"ZeRO {stage}, {layout}, 16-bit", replace(half, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     if rank is not None and setting.cluster.nodes > 1 and rank % setting.cluster.gpus == 0:
-        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(setting, stage=3, layout="node", storage="half", moment_bytes=4, rank=rank)))
-    return found
+        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(half, stage=3, layout="node", rank=rank)))
+    if all(variant != setting for _, variant in found):
+        found.append(("as configured", setting))
+    return [(f"* {name}" if variant == setting else f"  {name}", variant) for name, variant in found]
 
 
 def table(setting: Setting, room: float, rank: int | None) -> list[str]:
@@ -82,7 +86,7 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
     unit, word = (_GB, "GB") if estimate.memory(setting).total > _GB else (_MB, "MB")
     lines = [
         f"{word} on each GPU, of which {room / unit:,.1f} may be filled; MB sent in an update, inside and outside the machine; "
-        f"host: the iterate average, {word}"
+        f"host: the iterate average and the copy that it is made from, {word}"
     ]
     lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names) + f"{'inside':>10}{'outside':>10}{'host':>8}")
     for name, variant in variants(setting, rank):
@@ -91,11 +95,11 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
         values = (s.parameters, s.masters, s.moments, s.gradients, s.buckets, s.error_buffers, found.kept, found.working, found.total)
         row = "".join(f"{value / unit:10.2f}" for value in values) + f"{sent.inside / _MB:10,.0f}{sent.outside / _MB:10,.0f}{found.host / unit:8.2f}"
         over = found.total - room
-        mark = "*" if (variant.stage, variant.layout, variant.storage) == (setting.stage, setting.layout, setting.storage) else " "
-        lines.append(f"{mark} {name:30}{row}" + (f"  does not fit: {over / unit:,.1f} {word} too much" if over > 0 else ""))
+        lines.append(f"{name:32}{row}" + (f"  does not fit: {over / unit:,.1f} {word} too much" if over > 0 else ""))
     return [
         *lines,
-        "* as configured. 16-bit: matrices stored in 16 bits, moments in 1-6-9 and 0-6-10 (paper B.2). ZeRO 3, 'node', 16-bit and ranks are not trained yet.",
+        "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks of gradient "
+        "compression are not trained yet.",
     ]
 
 

@@ -100,8 +100,8 @@ def import_dvae(
 def plan(
     preset: Preset,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in each machine.")] = 8,
+    nodes: Annotated[int, typer.Option(min=0, help="Machines; 0: cluster.nodes.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
     memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
     gpu: Annotated[str, typer.Option(help="Whose datasheet to plan with.")] = "H100-80GB",
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -163,6 +164,7 @@ def test_apex_is_told_from_its_namesake(tmp_path: Path, monkeypatch: pytest.Monk
     assert "without its CUDA extensions" in local.apex().found
     (tmp_path / "amp_C.py").touch()
     assert "with CUDA extensions" in local.apex().found
+    assert re.fullmatch("apex FusedAdam: it cannot be imported .*; apex FusedLayerNorm: it cannot be imported .*", doctor.apex().found)
 
 
 def test_a_planted_secret_is_written_nowhere(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from tests.ranks import run_in_ranks
-from train import front
+from tests.test_demo import command, processes_of
+from train import checkpoint, front
 from train.config import load_run
 from train.metrics import read_metrics
 from train.stage_dalle import make_plateau
@@ -155,6 +160,42 @@ def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_ru
     wider = copy_of(prepared, tmp_path / "wider", changes={"dalle_fit.init_from": str(out), "dalle.width": 48})
     with pytest.raises(front.StageFailed, match=r"\d+ of \d+ weights do not fit this configuration:\n  final_norm.bias: \(32,\) there, \(48,\) here"):
         run_stage("dalle", str(wider), [f"dalle_fit.init_from={out}", "dalle.width=48"])
+
+
+@pytest.mark.parametrize(("key", "other"), [("optimizer", "paper"), ("norm", "torch")])
+def test_apex_where_it_is_asked_for_and_absent_ends_the_stage_with_the_reason(prepared: Path, tmp_path: Path, key: str, other: str) -> None:
+    root = copy_of(prepared, tmp_path, changes={f"dalle_fit.{key}": "apex"})
+    with pytest.raises(front.StageFailed, match=rf"dalle_fit\.{key} = 'apex': it cannot be .* set dalle_fit\.{key} = '{other}'") as caught:
+        run_stage("dalle", str(root), [f"dalle_fit.{key}=apex"])
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def newest(root: Path) -> int:
+    return max(checkpoint.complete(str(root / "tiny" / "dalle")), default=0)
+
+
+def test_three_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path) -> None:
+    """kill -9 of a random rank of two, three times, each followed by the same command: the losses of an undisturbed run, update for update.
+
+    Equal losses are those of equal samples: that each comes once in an epoch, whatever happens, the loaders' own tests say.
+    """
+    changes = PAPERS_RECIPE | {"dalle_fit.steps": 100, "dalle_fit.save_every": 4, "dalle_fit.eval_every": 100}
+    calm, stormy = (copy_of(prepared, tmp_path / name, changes=changes) for name in ("calm", "stormy"))
+    subprocess.run(command("dalle", str(calm / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
+    rng = random.Random(1)
+    for _ in range(3):
+        before, process = newest(stormy), subprocess.Popen(command("dalle", str(stormy / "tiny"), "--nproc", "2"), stderr=subprocess.DEVNULL)
+        while newest(stormy) <= before + 4 * rng.randrange(3) and process.poll() is None:
+            time.sleep(0.02)
+        ranks = [pid for pid in processes_of(stormy / "tiny") if pid != process.pid]
+        assert process.poll() is None and len(ranks) == 2, "the run must be under way when it is hit"
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+        assert process.wait(timeout=300) == ExitCode.CRASH
+        assert newest(stormy) > before, "no update is lost beyond the last checkpoint"
+    subprocess.run(command("dalle", str(stormy / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
+    assert len(losses(calm, "dalle")) == 100 and losses(stormy, "dalle") == losses(calm, "dalle")
+    ours, theirs = (json.loads((root / "tiny/dalle/export/config.json").read_text())["content_hash"] for root in (stormy, calm))
+    assert ours == theirs
 
 
 def test_halvings_are_written_by_hand_into_the_run_folder(tmp_path: Path) -> None:

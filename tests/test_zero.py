@@ -17,6 +17,7 @@ from model.transformer import parameter_tags
 from tests.ranks import run_in_ranks
 from tests.zero_cases import (
     BATCH,
+    CONFIG,
     Case,
     backward,
     every_case,
@@ -29,20 +30,21 @@ from tests.zero_cases import (
     updates,
     zero_of,
 )
-from train import checkpoint
+from train import checkpoint, warm_start
 from train.checkpoint_saver import Saver
 from train.fit import full_shape
 from train.zero.groups import weight_bytes, weight_storage
 
+DEEP = dataclasses.replace(CONFIG, layers=12)
 MATRIX = pairwise(every_case(), ("stage", "precision", "weights", "checkpointing", "accumulation"))
 OTHERS = [
-    Case(stage=2, precision="fp16", sharding="node"),
+    Case(stage=2, precision="fp16", sharding="node", constant=2),
     Case(stage=3, precision="fp16", sharding="node", accumulation=2),
     Case(stage=1, precision="fp32", sharding="node", overlap=True),
     Case(stage=2, precision="fp16", moments="16-bit", offload=True),
     Case(stage=3, precision="fp16", offload=True, accumulation=2),
     Case(stage=2, precision="fp16", scope="none"),
-    Case(stage=3, precision="fp16", scope="global", overlap=True),
+    Case(stage=3, precision="fp16", scope="global", overlap=True, constant=-4),
 ]
 FLAT = [*MATRIX, *(case for case in OTHERS if case.sharding == "flat")]
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 4e-3}
@@ -105,6 +107,7 @@ def one(two: tuple[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def on_two(world: World, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"matrix": compare_all(world, FLAT)}
+    found["construction"] = construction(world)
     return found | {"infinite": {str(case): inject(world, case) for case in INFINITE}, "saved": save_all(world, folder), "wire": wire(world)}
 
 
@@ -249,7 +252,7 @@ def test_an_infinity_in_one_resblock_on_one_rank_moves_that_scale_alone_and_skip
 SAVED = [Case(stage=2, precision="fp16", moments="16-bit"), Case(stage=1), Case(stage=3, precision="fp16", moments="16-bit", weights="fp16")]
 HALF = Case(precision="fp16", moments="16-bit")
 LOADED = {
-    1: {0: dataclasses.replace(HALF, stage=1), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
+    1: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
     2: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=1, weights="cast")},
     4: {0: dataclasses.replace(HALF, sharding="node"), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=3, weights="cast")},
 }
@@ -267,6 +270,9 @@ def save_all(world: World, folder: str) -> dict[int, Any]:
         out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
         out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]  # training goes on while the checkpoint is written
         saver.wait()
+        again = make_engine(case, world, seed=99)
+        restore(again, f"{folder}/{index}", world)
+        out[index]["again"] = [loss for loss, *_ in updates(again, world, 3, 23)]
     return out
 
 
@@ -309,6 +315,12 @@ def same_state(found: dict[int, Any], saved: dict[int, Any]) -> None:
         assert result["scales"] == wanted["scales"], index
         losses = wanted["losses"][: len(result["losses"])]
         assert result["losses"] == pytest.approx(losses, rel=5e-3 if result["scales"] else 1e-5), index
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_on_as_many_ranks_is_the_same_run(two: Any) -> None:
+    for index, case in enumerate(SAVED):
+        found = two[1][0]["saved"][index]
+        assert len(found["again"]) == 20 and found["again"] == found["losses"], case
 
 
 def test_a_checkpoint_restores_bit_for_bit_on_any_number_of_ranks_and_any_stage(two: Any, four: dict[str, Any], one: dict[str, Any]) -> None:
@@ -372,6 +384,47 @@ def test_block_matrices_travel_in_fp16_and_everything_else_in_fp32(two: Any) -> 
         assert matrices <= sent["reduce float16"] < matrices * 1.1 and others <= sent["reduce float32"] < others + matrices / 2, (case, sent)
         if case.stage == 3:  # forward and backward passes each gather
             assert sent["gather float16"] >= matrices and sent["gather float32"] < 4 * others, (case, sent)
+
+
+def construction(world: World) -> dict[str, Any]:
+    """Most elements of parameters that a process ever held while a model for stage 3 was built, and what it holds then; its weights, read whole."""
+    from train.zero.construction import sharded_construction
+
+    made: list[Any] = []
+    most = 0
+    plain = torch.nn.init.normal_
+
+    def counting_normal(p: Any, *given: Any, **named: Any) -> Any:
+        nonlocal most
+        made.append(p)
+        most = max(most, sum(q.numel() + (q.ds_tensor.numel() if hasattr(q, "ds_tensor") else 0) for q in made))
+        return plain(p, *given, **named)
+
+    case = Case(stage=3, precision="fp16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.init, "normal_", counting_normal)
+        with sharded_construction(fit_of(case), zero_of(case), world):
+            model = make_model("fp16", config=DEEP)
+    shapes = {name: tuple(full_shape(p)) for name, p in model.named_parameters()}
+    tensors = {name: p.detach() + 1 for name, p in make_model(config=DEEP, seed=5).named_parameters()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start.export, "read_tensors", lambda _: ("hash", tensors))
+        warm_start.load(model, "url", "dalle_fit.init_from")
+    whole = {}
+    for name, p in model.named_parameters():
+        p.all_gather()  # type: ignore[operator]
+        whole[name] = torch.equal(p, tensors[name])
+        p.partition()  # type: ignore[operator]
+    return {"most": most, "held": sum(p.numel() + p.ds_tensor.numel() for p in model.parameters()), "shapes": shapes, "loaded": whole}  # type: ignore[attr-defined]
+
+
+def test_stage_3_builds_a_model_that_no_process_ever_holds_whole_and_starts_it_from_an_export(two: Any) -> None:
+    sizes = {name: p.numel() for name, p in make_model(config=DEEP).named_parameters()}
+    total, largest = sum(sizes.values()), max(sizes.values())
+    for rank in two[1]:
+        found = rank["construction"]
+        assert found["held"] < 0.51 * total and found["most"] <= 0.51 * total + 2 * largest < 0.7 * total, found
+        assert {name: math.prod(shape) for name, shape in found["shapes"].items()} == sizes and all(found["loaded"].values())
 
 
 def test_moments_stay_in_their_formats_on_disk(two: Any) -> None:

@@ -17,7 +17,7 @@ from train.engine import global_sum
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
-BATCH = 8
+BATCH = 24
 LR = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,7 +85,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
     return {
         "text": torch.randint(0, SHAPE.text_vocab, (BATCH, SHAPE.text_tokens), generator=generator),
-        "lengths": torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]).roll(step),
+        "lengths": torch.tensor([0, 1, 2, 3, 4, 5, 6, 6] * 3).roll(step),
         "codes": torch.randint(0, SHAPE.image_vocab, (BATCH, SHAPE.image_tokens), generator=generator),
     }
 

@@ -4,7 +4,8 @@ Arms: fp32; fp16 with one global scale; fp16 with a scale for each resblock; the
 values of each resblock that fp16 lost (exactly zero where fp32 has a value), and the training losses (paper 2.4, Figures 4 and 12).
 
 The paper saw underflow above a billion parameters. Where it does not occur at our size, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
-bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. No DeepSpeed.
+bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. Scales start
+where a long run would have brought them. No DeepSpeed.
 """
 
 from __future__ import annotations
@@ -122,6 +123,23 @@ class Run:
         loss.backward()
         return float(loss.detach())
 
+    def settle(self, step: int) -> None:
+        """Bring the scales at once to where a long run would find them: as high as a batch's gradients allow without an overflow, less one bit."""
+        if self.scales is None:
+            return
+        rules, bad = self.scales.rules, [True] * len(self.model.resblocks)
+        self.scales.exponents = [float(rules.highest) + 1] * len(self.scales.exponents)
+        while any(bad) and max(self.scales.exponents) > rules.lowest:
+            lower = bad if len(self.scales.exponents) == len(bad) else [any(bad)]
+            self.scales.exponents = [max(e - down, float(rules.lowest)) for e, down in zip(self.scales.exponents, lower, strict=True)]
+            self.gradients(step)
+            bad = [False] * len(bad)
+            for name, p in self.model.named_parameters():
+                block = self.tags[name].resblock
+                if block is not None and p.grad is not None:
+                    bad[block] |= not bool(p.grad.isfinite().all())
+        self.scales.exponents = [max(e - 1, float(rules.lowest)) for e in self.scales.exponents]
+
     def update(self, step: int) -> float:
         """One update; the loss before it."""
         loss = self.gradients(step)
@@ -193,11 +211,13 @@ def experiment(options: Options, arms: Sequence[Arm] = ARMS) -> dict[str, Any]:
             if arm.dtype == torch.float32 and floor != options.floors[0]:
                 continue
             run = Run(arm, options, floor)
+            run.settle(0)  # a small run has no time for the climb
             losses = [run.update(step) for step in range(options.updates)]
             tail = losses[-max(1, options.updates // 10) :]
             curve = [(round(x, 1), round(y, 4)) for x, y in thin(list(enumerate(losses)), _POINTS)]
             result: dict[str, Any] = {"arm": arm.name, "floor_bits": floor, "losses": curve, "last_tenth": sum(tail) / len(tail)}
-            result |= {"skipped": run.skipped, "lost_share": lost_shares(run, options.updates)}
+            run.settle(options.updates)
+            result |= {"skipped": run.skipped, "lost_share": [round(share, 5) for share in lost_shares(run, options.updates)]}
             if run.scales is not None:
                 result["scale_exponents"] = run.scales.exponents
             found.append(result)

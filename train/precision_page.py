@@ -20,7 +20,7 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
   floor stands in for a larger model.
 - **loss**: mean training loss of the last tenth of the updates, in nats. **over fp32**: what it has more than the fp32 arm.
 - **lost**: share of a resblock's matrix gradients that are exactly zero though fp32 has a value there, at the last weights: in the first, an average and the last resblock.
-- **skipped**: updates that an overflow cost.
+- **skipped**: updates that an overflow cost. **scales**: their exponents, from the first resblock to the last; each starts and is judged as high as its gradients allow, less a bit.
 
 One seed each: a difference of a few thousandths of a nat says nothing.
 """
@@ -51,14 +51,18 @@ def _section(name: str, found: dict[str, Any]) -> str:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """The runs of one file as a Markdown table."""
     base = runs[0]["last_tenth"]
-    rows = ["| arm | floor | loss | over fp32 | lost: first | mean | last | skipped |", "|---|" + "---:|" * 7]
+    rows = ["| arm | floor | loss | over fp32 | lost: first | mean | last | skipped | scales |", "|---|" + "---:|" * 7 + "---|"]
     for run in runs:
         lost = run["lost_share"]
         shares = " | ".join(f"{share:.1%}" for share in (lost[0], sum(lost) / len(lost), lost[-1]))
-        rows.append(
-            f"| {run['arm']} | {run['floor_bits']} | {run['last_tenth']:.4f} | {run['last_tenth'] - base:+.4f} | {shares} | {run['skipped']} |"
-        )
+        loss = f"{run['last_tenth']:.4f} | {run['last_tenth'] - base:+.4f}"
+        rows.append(f"| {run['arm']} | {run['floor_bits']} | {loss} | {shares} | {run['skipped']} | {_exponents(run)} |")
     return "\n".join(rows) + "\n"
+
+
+def _exponents(run: dict[str, Any]) -> str:
+    exponents = run.get("scale_exponents", [])
+    return " ".join(f"{value:.0f}" for value in exponents[:: max(1, len(exponents) // 6)])
 
 
 def _worst_floor(runs: Sequence[dict[str, Any]]) -> int:

@@ -65,8 +65,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, plateau=plateau).run_to_end()
-    # Read back from the checkpoint of the last update: gathering shards would need a process that holds the whole model anyway.
-    averaged = checkpoint.read_tensors(checkpoint.folder(run.at("dalle"), fit.steps), "average") if world.is_main else None
+    # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
+    url = run.at("dalle")
+    averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
     finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
     wait_for_all()
 

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -40,3 +41,14 @@ def s3(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             monkeypatch.setenv(name, value)
     return f"s3://{s3_bucket}/prefix-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tiny preset that is encoded: what dalle and clip need. To be copied, not changed."""
+    from tests.test_training import PREPARED, run_stage
+
+    root = tmp_path_factory.mktemp("prepared")
+    for name in PREPARED:
+        run_stage(name, str(root), [])
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -261,3 +262,4 @@ def test_apex_is_told_from_its_namesake(tmp_path: Path, monkeypatch: pytest.Monk
     assert "without its CUDA extensions" in local.apex().found
     (tmp_path / "amp_C.py").touch()
     assert "with CUDA extensions" in local.apex().found
+    assert re.fullmatch("apex FusedAdam: it cannot be imported .*; apex FusedLayerNorm: it cannot be imported .*", doctor.apex().found)

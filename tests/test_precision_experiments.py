@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from train.precision_experiments import ARMS, Options, Run, lost_shares, main, raise_floor
+from train import precision_page
+from train.precision_experiments import ARMS, DOCS, Options, Run, lost_shares, main, raise_floor
 
 TINY = Options(layers=2, width=16, updates=4, batch=4)
 
@@ -30,11 +33,26 @@ def test_what_one_global_scale_loses_a_scale_per_resblock_keeps() -> None:
 
 
 def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--out", str(tmp_path / "x.json"), "--layers", "2", "--width", "16", "--updates", "6", "--batch", "4", "--floors", "0", "3"])
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert len(found["runs"]) == 7 and "lost: first" in capsys.readouterr().out
+    main(["--docs", str(tmp_path), "--name", "x", "--layers", "2", "--width", "16", "--updates", "6", "--batch", "4", "--floors", "0", "3"])
+    found = json.loads((tmp_path / "experiments" / "precision" / "x.json").read_text())
+    assert len(found["runs"]) == 7 and "| fp32 | 0 |" in capsys.readouterr().out
     first = found["runs"][0]["losses"]
     for run in found["runs"]:
-        assert run["losses"] == pytest.approx(first, rel=5e-3), run["arm"]
+        assert [y for _, y in run["losses"]] == pytest.approx([y for _, y in first], rel=5e-3), run["arm"]
         assert len(run["lost_share"]) == 4 and run["skipped"] == 0
     assert found["runs"][0]["lost_share"] == [0.0] * 4
+
+    (tmp_path / "pictures").mkdir()
+    main(["--docs", str(tmp_path), "--render"])
+    page = (tmp_path / "precision.md").read_text()
+    assert "## x" in page and page.count("| fp16, scale per resblock | ") == 2 and "raised by 3 bits" in page
+    for kind, word in (("loss", "updates"), ("lost", "resblock")):
+        picture = (tmp_path / "pictures" / f"precision-x-{kind}.svg").read_text()
+        assert ElementTree.fromstring(picture).tag.endswith("svg") and word in picture and "var(" not in picture
+
+
+def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:
+    shutil.copytree(DOCS / "experiments", tmp_path / "experiments")
+    (tmp_path / "pictures").mkdir()
+    precision_page.write(tmp_path)
+    assert (tmp_path / "precision.md").read_text() == (DOCS / "precision.md").read_text()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra import storage
-from infra.errors import ConfigError, DataError, ExitCode, StopRequested, UsageError
+from infra.errors import ConfigError, DataError, ExitCode, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
@@ -19,7 +19,6 @@ from tests.ranks import run_in_ranks
 from train import front
 from train.config import load_run
 from train.metrics import read_metrics
-from train.stage_dalle import make_plateau
 from train.stages import STAGES
 from train.verbs import export as export_verb
 
@@ -47,15 +46,6 @@ class StopAfter(StopFlag):
         if self.left == -1:  # asked once before the start
             self.received = signal.SIGUSR2
         return self.received is not None
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is encoded: what dalle and clip need."""
-    root = tmp_path_factory.mktemp("prepared")
-    for name in PREPARED:
-        run_stage(name, str(root), [])
-    return root
 
 
 def copy_of(prepared: Path, tmp_path: Path, *, without: str = "", changes: dict[str, Any] | None = None) -> Path:
@@ -95,76 +85,6 @@ def test_four_updates_a_stop_and_six_more_equal_ten_bit_for_bit(prepared: Path, 
     assert fingerprint(broken, stage) == fingerprint(whole, stage)
     ours, theirs = (json.loads((root / "tiny" / stage / "export" / "config.json").read_text())["content_hash"] for root in (broken, whole))
     assert ours == theirs
-
-
-PAPERS_RECIPE: dict[str, Any] = {
-    "dalle_fit.precision": "fp16",
-    "dalle_fit.moments": "16-bit",
-    "dalle_fit.schedule": "plateau",
-    "dalle_fit.plateau_window": 2,
-    "dalle_fit.plateau_patience": 1,
-    "dalle_fit.plateau_threshold": 0.5,
-    "dalle_fit.warmup_steps": 2,
-    "dalle_fit.numerics_every": 2,
-    "dalle_fit.keep_every": 5,
-    "zero.stage": 3,
-}
-
-
-def recipe_words(**changes: Any) -> list[str]:
-    return [f"{key}={value}" for key, value in (PAPERS_RECIPE | changes).items()]
-
-
-def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_run(
-    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    whole, broken = (copy_of(prepared, tmp_path / name, changes=PAPERS_RECIPE) for name in ("whole", "broken"))
-    run_stage("dalle", str(whole), recipe_words())
-    with pytest.raises(front.StageFailed, match="stopped by a signal after update 4 of 10; saved"):
-        run_stage("dalle", str(broken), recipe_words(), StopAfter(4))
-    run_stage("dalle", str(broken), recipe_words())
-    assert losses(broken, "dalle") == losses(whole, "dalle") and fingerprint(broken, "dalle") == fingerprint(whole, "dalle")
-    metas = [json.loads((root / "tiny/dalle/checkpoints/step-00000010/meta.json").read_text()) for root in (whole, broken)]
-    for key in ("engine", "plateau", "bad_updates", "loader"):
-        assert metas[0][key] == metas[1][key], key
-    assert metas[0]["plateau"]["halved"] == [6, 10] and metas[0]["engine"]["attempts"] == 10
-    series = read_metrics(str(whole / "tiny"), "dalle")
-    assert [point.value for point in series["optim/lr"]] == [1.5e-3] + [3e-3] * 5 + [1.5e-3] * 4
-    assert [point.step for point in series["numerics/scale/007-mlp"]] == [2, 4, 6, 8, 10]
-    assert 0 <= series["numerics/zero_share/000-attention"][-1].value <= 1 and "perf/save_stall_s" in series
-    rows = [series[f"eval/loss_image_row_{row:02d}"][-1].value for row in range(4)]
-    assert sum(rows) / 4 == pytest.approx(series["eval/loss_image"][-1].value)
-    assert sorted(path.name for path in (whole / "tiny/dalle/checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
-
-    run, out = str(whole / "tiny"), tmp_path / "raw"
-    export_verb.main(run, "dalle", "average", 0, str(tmp_path / "again"))
-    own = json.loads((whole / "tiny/dalle/export/config.json").read_text())["content_hash"]
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["content_hash"] == own and own in capfd.readouterr().out
-    export_verb.main(run, "dalle", "raw", 5, str(out))
-    description = json.loads((out / "config.json").read_text())
-    assert description["content_hash"] != own and (description["step"], description["weights"]) == (5, "raw")
-    with pytest.raises(DataError, match=r"no checkpoint after update 7; complete ones: 5, 10"):
-        export_verb.main(run, "dalle", "raw", 7, str(out))
-    with pytest.raises(UsageError, match="accepted stages are dvae, dalle, accepted weights average, raw"):
-        export_verb.main(run, "clip", "raw", 0, str(out))
-
-    started = copy_of(prepared, tmp_path / "started", changes={"dalle_fit.init_from": str(out)})
-    run_stage("dalle", str(started), [f"dalle_fit.init_from={out}"])
-    assert losses(started, "dalle")[0] < losses(whole, "dalle")[0]
-    assert json.loads((started / "tiny/dalle/checkpoints/step-00000010/meta.json").read_text())["parents"]["init_from"] == description["content_hash"]
-    wider = copy_of(prepared, tmp_path / "wider", changes={"dalle_fit.init_from": str(out), "dalle.width": 48})
-    with pytest.raises(front.StageFailed, match=r"\d+ of \d+ weights do not fit this configuration:\n  final_norm.bias: \(32,\) there, \(48,\) here"):
-        run_stage("dalle", str(wider), [f"dalle_fit.init_from={out}", "dalle.width=48"])
-
-
-def test_halvings_are_written_by_hand_into_the_run_folder(tmp_path: Path) -> None:
-    fit, run = load_run("tiny", ["dalle_fit.halve_at=[7]", "dalle_fit.schedule=plateau"]).dalle_fit, RunFolder(str(tmp_path))
-    assert make_plateau(fit, run, World.single()).at == (7,)
-    storage.write_json(run.at("dalle", "halve_at.json"), [30, 20])
-    assert make_plateau(fit, run, World.single()).at == (20, 30)
-    storage.write_json(run.at("dalle", "halve_at.json"), {"at": 3})
-    with pytest.raises(ConfigError, match="expected a list of updates after which to halve"):
-        make_plateau(fit, run, World.single())
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -263,11 +183,20 @@ def test_codes_of_another_dvae_are_refused_with_what_to_do(prepared: Path, tmp_p
     assert caught.value.exit_code == ExitCode.DATA
 
 
-def test_pictures_are_not_drawn_with_models_that_do_not_belong_together(prepared: Path, tmp_path: Path) -> None:
+def test_pictures_are_drawn_from_an_export_alone_and_not_with_models_that_do_not_belong_together(prepared: Path, tmp_path: Path) -> None:
     root = copy_of(prepared, tmp_path)
     for stage in ("dalle", "clip"):
         run_stage(stage, str(root), [])
-    export = root / "tiny" / "dalle" / "export" / "config.json"
+    dalle = root / "tiny" / "dalle"
+    shutil.rmtree(dalle / "export")
+    export_verb.main(str(root / "tiny"), "dalle", "average", 0, "")
+    for path in dalle.iterdir():
+        if path.name != "export":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_stage("generate", str(root), [])
+    assert (root / "tiny" / "generate" / "grid.png").stat().st_size > 0
+    shutil.rmtree(root / "tiny" / "generate")
+    export = dalle / "export" / "config.json"
     description = json.loads(export.read_text())
     description["parents"]["dvae"] = "0" * 64
     export.write_text(json.dumps(description))

@@ -17,7 +17,7 @@ from train.engine import global_sum
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
-BATCH = 8
+BATCH = 24
 LR = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +38,7 @@ class Case:
     scope: str = "resblock"
     skip: str = "all"
     initial: float = 13
+    constant: float = 0
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in vars(self).values())
@@ -59,7 +60,7 @@ def zero_of(case: Case) -> ZeroSection:
 
 
 def scales_of(case: Case) -> ScaleSection:
-    return ScaleSection(scope=case.scope, skip=case.skip, initial=case.initial)  # type: ignore[arg-type]
+    return ScaleSection(scope=case.scope, skip=case.skip, initial=case.initial, before_reduction=case.constant)  # type: ignore[arg-type]
 
 
 def make_model(precision: str = "fp32", *, checkpointing: bool = False, seed: int = 0, config: TransformerConfig = CONFIG) -> Transformer:
@@ -69,11 +70,13 @@ def make_model(precision: str = "fp32", *, checkpointing: bool = False, seed: in
 
 def make_engine(case: Case, world: World, *, seed: int = 0, config: TransformerConfig = CONFIG, device: str = "cpu", **changes: Any) -> Any:
     """The engine of a case; with node-local sharding a node is two processes."""
+    from train.zero.construction import sharded_construction
     from train.zero.engine import ZeroEngine
 
     if case.sharding == "node":
         world = World(world.rank, world.size, world.rank % 2, min(2, world.size))
-    model = make_model(case.precision, checkpointing=case.checkpointing, seed=seed, config=config).to(device)
+    with sharded_construction(fit_of(case, **changes), zero_of(case), world):
+        model = make_model(case.precision, checkpointing=case.checkpointing, seed=seed, config=config).to(device)
     return ZeroEngine(model, fit_of(case, **changes), zero_of(case), world, scales_of(case))
 
 
@@ -82,7 +85,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
     return {
         "text": torch.randint(0, SHAPE.text_vocab, (BATCH, SHAPE.text_tokens), generator=generator),
-        "lengths": torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]).roll(step),
+        "lengths": torch.tensor([0, 1, 2, 3, 4, 5, 6, 6] * 3).roll(step),
         "codes": torch.randint(0, SHAPE.image_vocab, (BATCH, SHAPE.image_tokens), generator=generator),
     }
 
@@ -121,13 +124,13 @@ def updates(engine: Any, world: World, start: int, stop: int, accumulation: int 
 def true_gradients(engine: Any) -> dict[str, Tensor]:
     """This rank's shard of the unscaled gradient of every parameter, in a zero tensor of the parameter's size: these sum to the gradient over ranks."""
     found = engine.gradients.read()
-    values = [*(engine.scales.values() if engine.scales else [1.0] * engine.resblocks), 1.0]
+    factors = engine.factors()
     by_name = {piece.name: piece for piece in engine.pieces}
     out = {}
     for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.slots.tolist(), strict=True):
         piece = by_name[name]
         whole = torch.zeros(piece.total)
-        whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * (engine.world.size / engine.nodes / values[slot])
+        whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * factors[slot]
         out[name] = whole
     return out
 

@@ -6,6 +6,7 @@ here by constructing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -76,7 +77,7 @@ def adam(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: f
 
 
 def report() -> dict[str, str]:
-    """For ``doctor``: each part -> 'available', or why it is not."""
+    """Each part -> 'available', or why it is not. ``doctor`` runs this module, in a process of its own, for it."""
     return {"apex FusedAdam": _adam_problem() or "available", "apex FusedLayerNorm": _norm_problem() or "available"}
 
 
@@ -106,3 +107,7 @@ def _problem(construct: Callable[[], None]) -> str:
     except Exception as error:  # whatever a half-built extension raises
         return f"it cannot be constructed ({type(error).__name__}: {error})"
     return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(report()))

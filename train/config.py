@@ -150,6 +150,8 @@ class DalleFit(FitSection):
     optimizer: Literal["paper", "apex"] = "paper"
     """AdamW with the paper's details, or NVIDIA apex's FusedAdam (a GPU, fp32 moments, no ceiling of the variance; an error where it cannot be
     constructed)."""
+    norm: Literal["torch", "apex"] = "torch"
+    """Layer norm: torch's, or NVIDIA apex's FusedLayerNorm (a GPU; an error where it cannot be constructed). Weights and exports are the same."""
     clip_variance: float | None = Field(default=5.0, gt=0)
     """Ceiling of Adam's variance estimate; nothing for none."""
     moments: Literal["fp32", "16-bit"] = "fp32"
@@ -217,6 +219,9 @@ class ScaleSection(Section):
     """Lowest exponent."""
     highest: float = 24
     """Highest exponent."""
+    before_reduction: float = 0
+    """Exponent of the constant by which each process multiplies its resblocks' gradients before they are summed (paper D.3), to keep their sums within fp16.
+    DeepSpeed itself divides by the number of processes that shard, before it sums; this comes on top."""
     filter: bool = True
     """Set non-finite activation gradients to zero where they enter and leave a resblock (Figure 4)."""
     skip: Literal["all", "resblock"] = "all"

@@ -14,7 +14,7 @@ from infra.run_folder import RunFolder
 from model.clip import Clip
 from model.dvae import DVAE
 from model.engines import make_engine
-from model.transformer import Transformer
+from model.transformer import Norm, Transformer
 from train import export, places
 from train.attention_choice import choose
 from train.config import RunConfig
@@ -89,15 +89,15 @@ def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: to
     return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 
 
-def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_every: int = 0) -> Transformer:
-    """The transformer with the attention engine that dalle.attention names.
+def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_every: int = 0, norm: Norm | None = None) -> Transformer:
+    """The transformer with the attention engine that dalle.attention names, and torch's layer norm if no other is given.
 
     Raises:
         ConfigError: that engine cannot run on the device.
     """
     shape = cfg.stream_shape()
     attend = make_engine(choose(cfg.dalle, shape, device, dtype), cfg.dalle, shape, device)
-    return Transformer(cfg.dalle, shape, branch_dtype=dtype, attend=attend, checkpoint_every=checkpoint_every).to(device)
+    return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every).to(device)
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

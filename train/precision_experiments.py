@@ -1,10 +1,11 @@
-"""The paper's argument for gradient scales, on a deep narrow model of this machine's size: ``python -m train.precision_experiments --out FILE``.
+"""The paper's argument for gradient scales, on a deep narrow model of this machine's size: ``python -m train.precision_experiments --name NAME``.
 
 Arms: fp32; fp16 with one global scale; fp16 with a scale for each resblock; the same with 16-bit moments. For each exponent floor: the share of gradient
 values of each resblock that fp16 lost (exactly zero where fp32 has a value), and the training losses (paper 2.4, Figures 4 and 12).
 
 The paper saw underflow above a billion parameters. Where it does not occur at our size, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
-bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. No DeepSpeed.
+bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. Scales start
+where a long run would have brought them. No DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from torch import Tensor, nn
 from infra.run_folder import producer
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Projection, Transformer, parameter_tags
+from train import precision_page
 from train.adamw import PaperAdamW
 from train.config import DalleFit, ScaleSection
+from train.report.plots import thin
 from train.schedules import warmup
 from train.zero.scales import GradientScales
 
 SHAPE = StreamShape(text_tokens=8, text_vocab=32, grid=4, image_vocab=32)
 _SMALLEST_NORMAL, _SMALLEST = 2.0**-14, 2.0**-24
+_POINTS = 200
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,23 @@ class Run:
         loss.backward()
         return float(loss.detach())
 
+    def settle(self, step: int) -> None:
+        """Bring the scales at once to where a long run would find them: as high as a batch's gradients allow without an overflow, less one bit."""
+        if self.scales is None:
+            return
+        rules, bad = self.scales.rules, [True] * len(self.model.resblocks)
+        self.scales.exponents = [float(rules.highest) + 1] * len(self.scales.exponents)
+        while any(bad) and max(self.scales.exponents) > rules.lowest:
+            lower = bad if len(self.scales.exponents) == len(bad) else [any(bad)]
+            self.scales.exponents = [max(e - down, float(rules.lowest)) for e, down in zip(self.scales.exponents, lower, strict=True)]
+            self.gradients(step)
+            bad = [False] * len(bad)
+            for name, p in self.model.named_parameters():
+                block = self.tags[name].resblock
+                if block is not None and p.grad is not None:
+                    bad[block] |= not bool(p.grad.isfinite().all())
+        self.scales.exponents = [max(e - 1, float(rules.lowest)) for e in self.scales.exponents]
+
     def update(self, step: int) -> float:
         """One update; the loss before it."""
         loss = self.gradients(step)
@@ -189,32 +211,38 @@ def experiment(options: Options, arms: Sequence[Arm] = ARMS) -> dict[str, Any]:
             if arm.dtype == torch.float32 and floor != options.floors[0]:
                 continue
             run = Run(arm, options, floor)
+            run.settle(0)  # a small run has no time for the climb
             losses = [run.update(step) for step in range(options.updates)]
             tail = losses[-max(1, options.updates // 10) :]
-            result: dict[str, Any] = {"arm": arm.name, "floor_bits": floor, "losses": losses, "last_tenth": sum(tail) / len(tail)}
-            result |= {"skipped": run.skipped, "lost_share": lost_shares(run, options.updates)}
+            curve = [(round(x, 1), round(y, 4)) for x, y in thin(list(enumerate(losses)), _POINTS)]
+            result: dict[str, Any] = {"arm": arm.name, "floor_bits": floor, "losses": curve, "last_tenth": sum(tail) / len(tail)}
+            run.settle(options.updates)
+            result |= {"skipped": run.skipped, "lost_share": [round(share, 5) for share in lost_shares(run, options.updates)]}
             if run.scales is not None:
                 result["scale_exponents"] = run.scales.exponents
             found.append(result)
-    return {"options": vars(options), "runs": found} | producer()
+    return {"options": vars(options), "parameters": sum(p.numel() for p in run.model.parameters()), "runs": found} | producer()
 
 
 def main(words: list[str]) -> None:
-    """Run it and write one JSON file; a table goes to standard output."""
+    """Run it and write one JSON file, or render the page of those that there are; a table goes to standard output."""
     parser = argparse.ArgumentParser(prog="python -m train.precision_experiments", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--name", default="deep", help="name of the JSON file below docs/experiments/precision")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--render", action="store_true", help="write docs/precision.md instead")
     for name in ("layers", "width", "updates", "batch", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Options, name))
     parser.add_argument("--floors", type=int, nargs="+", default=list(Options.floors), help="bits by which to raise the exponent floor of fp16")
     given = vars(parser.parse_args(words))
-    out = given.pop("out")
+    docs, name, render = (given.pop(key) for key in ("docs", "name", "render"))
+    if render:
+        precision_page.write(docs)
+        return
     found = experiment(Options(**given | {"floors": tuple(given["floors"])}))
+    out = docs / "experiments" / "precision" / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found) + "\n")
-    print(f"{'arm':42} floor  loss    skipped  lost: first, mean, last resblock")
-    for run in found["runs"]:
-        lost = run["lost_share"]
-        shares = f"{lost[0]:.1%} {sum(lost) / len(lost):.1%} {lost[-1]:.1%}"
-        print(f"{run['arm']:42} {run['floor_bits']:5} {run['last_tenth']:.4f} {run['skipped']:8}  {shares}")
+    print(precision_page.table(found["runs"]))
 
 
 if __name__ == "__main__":

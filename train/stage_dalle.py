@@ -16,7 +16,7 @@ from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
-from train import checkpoint, places, warm_start
+from train import apex_parts, checkpoint, places, warm_start
 from train.common import finish_training, loader_options, micro_batch
 from train.config import DalleFit, RunConfig
 from train.dalle_task import DalleTask
@@ -24,6 +24,7 @@ from train.device import branch_dtype, set_up, wait_for_all
 from train.fit import Fit
 from train.lineage import build_dalle, open_codes, open_tokenizer
 from train.plateau import Plateau
+from train.zero.construction import sharded_construction
 from train.zero.engine import ZeroEngine
 
 
@@ -37,7 +38,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
-    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
+    norm = apex_parts.layer_norm("dalle_fit.norm") if fit.norm == "apex" else None
+    with sharded_construction(fit, cfg.zero, world):
+        model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
     lineage = {"codes": training[0].content_hash, "dvae": training[0].manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     if fit.init_from:
         lineage["init_from"] = warm_start.load(model, fit.init_from, "dalle_fit.init_from")
@@ -62,8 +65,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, plateau=plateau).run_to_end()
-    # Read back from the checkpoint of the last update: gathering shards would need a process that holds the whole model anyway.
-    averaged = checkpoint.read_tensors(checkpoint.folder(run.at("dalle"), fit.steps), "average") if world.is_main else None
+    # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
+    url = run.at("dalle")
+    averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
     finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
     wait_for_all()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infra.errors import ConfigError
 from train import export
+from train.fit import full_shape
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ _SHOWN = 10
 
 
 def load(module: nn.Module, url: str, key: str) -> str:
-    """Load exported weights into a module that is not sharded yet, and return their content hash.
+    """Load exported weights into a module that no engine holds yet, whole or sharded by ``sharded_construction``, and return their content hash.
 
     Args:
         key: the configuration key that named the export, for messages.
@@ -26,14 +28,24 @@ def load(module: nn.Module, url: str, key: str) -> str:
         DataError: there is no export, or it is damaged.
     """
     identity, tensors = export.read_tensors(url)
-    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    expected = {name: tuple(full_shape(p)) for name, p in module.named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:
         lines = [f"  {name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in odd[:_SHOWN]]
         more = [f"  and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
         raise ConfigError(f"{key} = {url}: {len(odd)} of {len(expected)} weights do not fit this configuration:\n" + "\n".join(lines + more))
-    with torch.no_grad():
-        module.load_state_dict(tensors)
+    for name, p in module.named_parameters():
+        _assign(p, tensors[name])
     log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
     return identity
+
+
+@torch.no_grad()
+def _assign(p: Any, value: Tensor) -> None:
+    if not hasattr(p, "ds_shape"):
+        p.copy_(value)
+        return
+    p.all_gather()
+    p.data.copy_(value)
+    p.partition(has_been_updated=True)

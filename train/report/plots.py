@@ -56,7 +56,9 @@ class Line:
     """(step, value); values that are not finite are left out."""
 
 
-def lines(key: str, title: str, series: Sequence[Line], *, log: bool = False, reference: tuple[float, str] | None = None) -> Html:
+def lines(
+    key: str, title: str, series: Sequence[Line], *, log: bool = False, reference: tuple[float, str] | None = None, across: str = "updates"
+) -> Html:
     """Curves over updates. A long, noisy curve is drawn faintly under its running mean.
 
     Args:
@@ -65,6 +67,7 @@ def lines(key: str, title: str, series: Sequence[Line], *, log: bool = False, re
         series: up to four; those with no finite value are left out.
         log: logarithmic vertical axis, where all values are positive.
         reference: a value and its name, drawn as a dashed line.
+        across: what the horizontal axis counts.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
@@ -81,7 +84,7 @@ def lines(key: str, title: str, series: Sequence[Line], *, log: bool = False, re
             axes.text(1, reference[0], reference[1], ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
         if len(shown) > 1:
             axes.legend(loc="best", handlelength=1.2, fontsize=8)
-        axes.set_xlabel("updates")
+        axes.set_xlabel(across)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         return _svg(figure, key, title)

@@ -43,7 +43,7 @@ def main(preset: str, overrides: list[str]) -> None:
         UnfitNode: a floor was missed; the node to exclude is named.
         DataError: the node is fit, but inputs of the run do not belong together.
     """
-    checks: dict[str, Check] = {"machine": machine, "all-reduce": lambda: [all_reduce()], "apex": lambda: [local.apex()]}
+    checks: dict[str, Check] = {"machine": machine, "all-reduce": lambda: [all_reduce()], "apex": lambda: [apex()]}
     url = ""
     if preset:
         from train.config import load_run
@@ -137,6 +137,17 @@ def all_reduce() -> Finding:
     return Finding(
         "all-reduce", found["gb_per_s"] >= floor, words, f"{floor} GB/s", "a slow link or a busy node: compare nvidia-smi topo -m with its peers"
     )
+
+
+def apex() -> Finding:
+    """Whether NVIDIA's apex is there, and which of its parts can be constructed; in a process of its own, which loads torch. Nothing depends on it."""
+    finding = local.apex()
+    if not finding.found.startswith("present, "):
+        return finding
+    done = subprocess.run([sys.executable, "-m", "train.apex_parts"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    words = (done.stdout.strip() or done.stderr.strip() or "no message").splitlines()[-1]
+    parts = json.loads(words) if not done.returncode else {"apex": words}
+    return Finding("apex", True, "; ".join(f"{name}: {found}" for name, found in parts.items()))
 
 
 def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:

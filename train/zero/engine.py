@@ -118,10 +118,14 @@ class ZeroEngine:
         self.updates = self.attempts = 0
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
+        self._constant = 2.0**rules.before_reduction if scaled else 1.0
         if scaled:
             for index, block in enumerate(module.resblocks):
                 block.gradient_scale = self._scale_tensor[index]  # type: ignore[union-attr, assignment]
                 block.filter_gradients = rules.filter  # type: ignore[union-attr, assignment]
+                if rules.before_reduction:
+                    for p in block.parameters():
+                        p.register_hook(lambda gradient: gradient * self._constant)
             self._publish_scales()
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -159,9 +163,8 @@ class ZeroEngine:
         self.attempts += 1
         slots = self.resblocks + 1
         found = measures.agreed(measured, slots, replicas=self.nodes)
-        values = [*(self.scales.values() if self.scales is not None else [1.0] * self.resblocks), 1.0]
-        # DeepSpeed has averaged over the sharding group; the true gradient is a sum, without the scale.
-        factors = [self.world.size / self.nodes / value for value in values]
+        values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
+        factors = self.factors()
         norms = [factor * square**0.5 for factor, square in zip(factors, found.squares, strict=True)]
         norm = sum(value**2 for value in norms) ** 0.5
         in_block, outside = any(found.bad[:-1]), found.bad[-1] or norm == float("inf")
@@ -182,6 +185,14 @@ class ZeroEngine:
         overflow = self.scales is not None and in_block and not outside
         numerics = self._numerics(values, found, norms) if self.attempts % self.fit.numerics_every == 0 else {}
         return Update(applied, float("inf") if outside or (in_block and not applied) else norm, overflow, numerics)
+
+    def factors(self) -> list[float]:
+        """What makes true gradients of the reduced ones, by resblock and, last, outside of them.
+
+        DeepSpeed has averaged over the sharding group, and the true gradient is a sum, without the scale and the constant.
+        """
+        values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
+        return [self.world.size / self.nodes / factor for factor in [*(value * self._constant for value in values), 1.0]]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's meta.json keeps of the engine."""

@@ -36,6 +36,8 @@ def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Sto
     for name, p in module.named_parameters():
         if tags[name].compressible and storage == "fp16":
             p.data = p.data.to(torch.float16)
+            if hasattr(p, "ds_tensor"):  # sharded already: stage 3 keeps its shard apart
+                p.ds_tensor.data = p.ds_tensor.data.to(torch.float16)
         elif tags[name].compressible and storage == "cast":
             p.comm_dtype = torch.float16  # type: ignore[attr-defined]
 

@@ -1,0 +1,131 @@
+"""The paper's whole recipe as stages on the tiny preset: exact resume, kills of single ranks, export, a start from an export, apex."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import storage
+from infra.errors import ConfigError, DataError, ExitCode, UsageError
+from infra.run_folder import RunFolder
+from infra.world import World
+from tests.test_demo import command, processes_of
+from tests.test_training import StopAfter, copy_of, fingerprint, losses, run_stage
+from train import checkpoint, front
+from train.config import load_run
+from train.metrics import read_metrics
+from train.stage_dalle import make_plateau
+from train.verbs import export as export_verb
+
+PAPERS_RECIPE: dict[str, Any] = {
+    "dalle_fit.precision": "fp16",
+    "dalle_fit.moments": "16-bit",
+    "dalle_fit.schedule": "plateau",
+    "dalle_fit.plateau_window": 2,
+    "dalle_fit.plateau_patience": 1,
+    "dalle_fit.plateau_threshold": 0.5,
+    "dalle_fit.warmup_steps": 2,
+    "dalle_fit.numerics_every": 2,
+    "dalle_fit.keep_every": 5,
+    "zero.stage": 3,
+}
+
+
+def recipe_words(**changes: Any) -> list[str]:
+    return [f"{key}={value}" for key, value in (PAPERS_RECIPE | changes).items()]
+
+
+def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_run(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = (copy_of(prepared, tmp_path / name, changes=PAPERS_RECIPE) for name in ("whole", "broken"))
+    run_stage("dalle", str(whole), recipe_words())
+    with pytest.raises(front.StageFailed, match="stopped by a signal after update 4 of 10; saved"):
+        run_stage("dalle", str(broken), recipe_words(), StopAfter(4))
+    run_stage("dalle", str(broken), recipe_words())
+    assert losses(broken, "dalle") == losses(whole, "dalle") and fingerprint(broken, "dalle") == fingerprint(whole, "dalle")
+    metas = [json.loads((root / "tiny/dalle/checkpoints/step-00000010/meta.json").read_text()) for root in (whole, broken)]
+    for key in ("engine", "plateau", "bad_updates", "loader"):
+        assert metas[0][key] == metas[1][key], key
+    assert metas[0]["plateau"]["halved"] == [6, 10] and metas[0]["engine"]["attempts"] == 10
+    series = read_metrics(str(whole / "tiny"), "dalle")
+    assert [point.value for point in series["optim/lr"]] == [1.5e-3] + [3e-3] * 5 + [1.5e-3] * 4
+    assert [point.step for point in series["numerics/scale/007-mlp"]] == [2, 4, 6, 8, 10]
+    assert 0 <= series["numerics/zero_share/000-attention"][-1].value <= 1 and "perf/save_stall_s" in series
+    rows = [series[f"eval/loss_image_row_{row:02d}"][-1].value for row in range(4)]
+    assert sum(rows) / 4 == pytest.approx(series["eval/loss_image"][-1].value)
+    assert sorted(path.name for path in (whole / "tiny/dalle/checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+
+    run, out = str(whole / "tiny"), tmp_path / "raw"
+    export_verb.main(run, "dalle", "average", 0, str(tmp_path / "again"))
+    own = json.loads((whole / "tiny/dalle/export/config.json").read_text())["content_hash"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["content_hash"] == own and own in capfd.readouterr().out
+    export_verb.main(run, "dalle", "raw", 5, str(out))
+    description = json.loads((out / "config.json").read_text())
+    assert description["content_hash"] != own and (description["step"], description["weights"]) == (5, "raw")
+    with pytest.raises(DataError, match=r"no checkpoint after update 7; complete ones: 5, 10"):
+        export_verb.main(run, "dalle", "raw", 7, str(out))
+    with pytest.raises(UsageError, match="accepted stages are dvae, dalle, accepted weights average, raw"):
+        export_verb.main(run, "clip", "raw", 0, str(out))
+
+    started = copy_of(prepared, tmp_path / "started", changes={"dalle_fit.init_from": str(out)})
+    run_stage("dalle", str(started), [f"dalle_fit.init_from={out}"])
+    assert losses(started, "dalle")[0] < losses(whole, "dalle")[0]
+    assert json.loads((started / "tiny/dalle/checkpoints/step-00000010/meta.json").read_text())["parents"]["init_from"] == description["content_hash"]
+    wider = copy_of(prepared, tmp_path / "wider", changes={"dalle_fit.init_from": str(out), "dalle.width": 48})
+    with pytest.raises(front.StageFailed, match=r"\d+ of \d+ weights do not fit this configuration:\n  final_norm.bias: \(32,\) there, \(48,\) here"):
+        run_stage("dalle", str(wider), [f"dalle_fit.init_from={out}", "dalle.width=48"])
+
+
+@pytest.mark.parametrize(("key", "other"), [("optimizer", "paper"), ("norm", "torch")])
+def test_apex_where_it_is_asked_for_and_absent_ends_the_stage_with_the_reason(prepared: Path, tmp_path: Path, key: str, other: str) -> None:
+    root = copy_of(prepared, tmp_path, changes={f"dalle_fit.{key}": "apex"})
+    with pytest.raises(front.StageFailed, match=rf"dalle_fit\.{key} = 'apex': it cannot be .* set dalle_fit\.{key} = '{other}'") as caught:
+        run_stage("dalle", str(root), [f"dalle_fit.{key}=apex"])
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def newest(root: Path) -> int:
+    return max(checkpoint.complete(str(root / "tiny" / "dalle")), default=0)
+
+
+def test_three_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path) -> None:
+    """kill -9 of a random rank of two, three times, each followed by the same command: the losses of an undisturbed run, update for update.
+
+    Equal losses are those of equal samples: that each comes once in an epoch, whatever happens, the loaders' own tests say.
+    """
+    changes = PAPERS_RECIPE | {"dalle_fit.steps": 100, "dalle_fit.save_every": 4, "dalle_fit.eval_every": 100}
+    calm, stormy = (copy_of(prepared, tmp_path / name, changes=changes) for name in ("calm", "stormy"))
+    subprocess.run(command("dalle", str(calm / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
+    rng = random.Random(1)
+    for _ in range(3):
+        before, process = newest(stormy), subprocess.Popen(command("dalle", str(stormy / "tiny"), "--nproc", "2"), stderr=subprocess.DEVNULL)
+        while newest(stormy) <= before + 4 * rng.randrange(3) and process.poll() is None:
+            time.sleep(0.02)
+        ranks = [pid for pid in processes_of(stormy / "tiny") if pid != process.pid]
+        assert process.poll() is None and len(ranks) == 2, "the run must be under way when it is hit"
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+        assert process.wait(timeout=300) == ExitCode.CRASH
+        assert newest(stormy) > before, "no update is lost beyond the last checkpoint"
+    subprocess.run(command("dalle", str(stormy / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
+    assert len(losses(calm, "dalle")) == 100 and losses(stormy, "dalle") == losses(calm, "dalle")
+    ours, theirs = (json.loads((root / "tiny/dalle/export/config.json").read_text())["content_hash"] for root in (stormy, calm))
+    assert ours == theirs
+
+
+def test_halvings_are_written_by_hand_into_the_run_folder(tmp_path: Path) -> None:
+    fit, run = load_run("tiny", ["dalle_fit.halve_at=[7]", "dalle_fit.schedule=plateau"]).dalle_fit, RunFolder(str(tmp_path))
+    assert make_plateau(fit, run, World.single()).at == (7,)
+    storage.write_json(run.at("dalle", "halve_at.json"), [30, 20])
+    assert make_plateau(fit, run, World.single()).at == (20, 30)
+    storage.write_json(run.at("dalle", "halve_at.json"), {"at": 3})
+    with pytest.raises(ConfigError, match="expected a list of updates after which to halve"):
+        make_plateau(fit, run, World.single())

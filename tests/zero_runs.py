@@ -1,0 +1,270 @@
+"""What is measured of ZeRO in several processes; tests/test_zero.py judges it. Processes are dear to start: each group of them does many things."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from infra.errors import CheckpointError, ConfigError
+from infra.world import World
+from tests.zero_cases import (
+    CONFIG,
+    Case,
+    backward,
+    every_case,
+    fit_of,
+    make_engine,
+    make_model,
+    pairwise,
+    reference_gradients,
+    true_gradients,
+    updates,
+    zero_of,
+)
+from train import checkpoint, warm_start
+from train.checkpoint_saver import Saver
+from train.fit import full_shape
+
+DEEP = dataclasses.replace(CONFIG, layers=12)
+MATRIX = pairwise(every_case(), ("stage", "precision", "weights", "checkpointing", "accumulation"))
+OTHERS = [
+    Case(stage=2, precision="fp16", sharding="node", constant=2),
+    Case(stage=3, precision="fp16", sharding="node", accumulation=2),
+    Case(stage=1, precision="fp32", sharding="node", overlap=True),
+    Case(stage=2, precision="fp16", moments="16-bit", offload=True),
+    Case(stage=3, precision="fp16", offload=True, accumulation=2),
+    Case(stage=2, precision="fp16", scope="none"),
+    Case(stage=3, precision="fp16", scope="global", overlap=True, constant=-4),
+]
+FLAT = [*MATRIX, *(case for case in OTHERS if case.sharding == "flat")]
+
+
+def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
+    """Gradient and loss of the first update against the reference."""
+    engine = make_engine(case, world, device=device)
+    loss = backward(engine, world, 0, case.accumulation)
+    measured = engine.measure()
+    dist.all_reduce(measured)
+    shards = true_gradients(engine)
+    expected_loss, expected = reference_gradients(0, half_weights=engine.storage == "fp16")
+    error = size = 0.0
+    for name, gradient in expected.items():
+        found = shards.get(name, torch.zeros_like(gradient))
+        if world.size > 1:
+            dist.all_reduce(found)
+        found /= engine.nodes
+        error, size = error + float((found - gradient).square().sum()), size + float(gradient.square().sum())
+    update = engine.step(1e-2, measured.tolist())
+    later = updates(engine, world, 1, 4, case.accumulation)
+    return {
+        "loss": abs(loss / expected_loss - 1),
+        "gradient": math.sqrt(error / size),
+        "norm": abs(update.grad_norm / math.sqrt(size) - 1),
+        "applied": float(update.applied and all(applied for *_, applied in later)),
+        "last": later[-1][0],
+        "numerics": float(len(update.numerics)),
+    }
+
+
+def compare_all(world: World, cases: list[Case]) -> dict[str, dict[str, float]]:
+    return {str(case): compare(world, case) for case in cases}
+
+
+CURVES = {Case(stage=1): 1e-5, Case(stage=3, precision="fp16"): 2e-3}
+"""Relative bounds within which losses do not depend on the number of processes."""
+
+
+def curves(world: World) -> dict[str, list[float]]:
+    return {str(case): [loss for loss, *_ in updates(make_engine(case, world), world, 0, 8)] for case in CURVES}
+
+
+INFINITE = [
+    Case(stage=1, precision="fp16"),
+    Case(stage=2, precision="fp16", weights="cast", moments="16-bit"),
+    Case(stage=3, precision="fp16"),
+    Case(stage=2, precision="fp16", skip="resblock"),
+]
+
+
+def everything(engine: Any) -> dict[str, torch.Tensor]:
+    """Masters, moments and averages of this rank."""
+    return {name: fragment.tensor.clone() for name, fragment in engine.fragments(to_load=True).items()}
+
+
+def inject(world: World, case: Case) -> dict[str, Any]:
+    """Two updates, one with an Inf in a parameter gradient of resblock 1 on the last rank, three more."""
+    engine = make_engine(case, world)
+    history = updates(engine, world, 0, 2)
+    before, scales = everything(engine), engine.scales.values()
+    with engine.averaged():
+        pass  # masters and parameters must come back from this bit for bit
+    assert all(torch.equal(value, before[name]) for name, value in everything(engine).items())
+    matrix = engine.module.resblocks[1].mlp_1.weight
+    hook = matrix.register_hook(lambda grad: torch.full_like(grad, float("inf")) if world.rank == world.size - 1 else grad)
+    (poisoned,) = updates(engine, world, 2, 3)
+    hook.remove()
+    after = everything(engine)
+    out = {
+        "applied": poisoned[2],
+        "changed": sorted(name for name, value in after.items() if not torch.equal(value, before[name])),
+        "ratios": [new / old for new, old in zip(engine.scales.values(), scales, strict=True)],
+        "overflows": engine.scales.overflows,
+        "count": engine.updates,
+    }
+    return out | {"history": history + updates(engine, world, 3, 6)}
+
+
+SAVED = [Case(stage=2, precision="fp16", moments="16-bit"), Case(stage=1), Case(stage=3, precision="fp16", moments="16-bit", weights="fp16")]
+HALF = Case(precision="fp16", moments="16-bit")
+LOADED = {
+    1: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
+    2: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=1, weights="cast")},
+    3: {0: dataclasses.replace(HALF, stage=1), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
+    4: {0: dataclasses.replace(HALF, sharding="node"), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=3, weights="cast")},
+}
+"""Number of ranks -> index of the saved case -> what loads it."""
+
+
+def save_all(world: World, folder: str) -> dict[int, Any]:
+    out: dict[int, Any] = {}
+    for index, case in enumerate(SAVED):
+        engine = make_engine(case, world)
+        updates(engine, world, 0, 3)
+        meta = {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
+        saver = Saver(f"{folder}/{index}", world, keep=2)
+        saver.save(3, engine.fragments(to_load=False), meta)
+        out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
+        out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]  # training goes on while the checkpoint is written
+        saver.wait()
+        again = make_engine(case, world, seed=99)
+        restore(again, f"{folder}/{index}", world)
+        out[index]["again"] = [loss for loss, *_ in updates(again, world, 3, 23)]
+    return out
+
+
+def gathered(engine: Any) -> dict[str, torch.Tensor]:
+    """Whole masters, moments and averages, from all shards."""
+    out = {}
+    fragments = engine.fragments(to_load=True)
+    kinds = ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq", "average")
+    for name in (f"{kind}/{parameter}" for kind in kinds for parameter, _ in engine.module.named_parameters()):
+        fragment = fragments.get(name)
+        whole = torch.zeros(math.prod(full_shape(engine.module.get_parameter(name.split("/")[-1]))), dtype=torch.float64)
+        if fragment is not None:
+            whole[fragment.offset : fragment.offset + fragment.tensor.numel()] = fragment.tensor.double()
+        dist.all_reduce(whole)
+        out[name] = whole / engine.nodes
+    return out
+
+
+def restore(engine: Any, url: str, world: World) -> None:
+    meta = checkpoint.load_newest(url, engine.fragments(to_load=True), world)
+    assert meta is not None
+    engine.loaded(meta["updates"])
+    engine.restore(meta["engine"])
+
+
+def load_all(world: World, folder: str) -> dict[int, Any]:
+    out: dict[int, Any] = {}
+    for index, case in LOADED[world.size].items():
+        engine = make_engine(case, world, seed=99)
+        restore(engine, f"{folder}/{index}", world)
+        out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
+        out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23 if case.precision == "fp32" else 11)]
+    return out
+
+
+WIRED = [Case(stage=stage, precision="fp16", weights=weights) for stage in (1, 2, 3) for weights in ("fp16", "cast")] + [Case(stage=2)]
+
+
+def wire(world: World) -> dict[str, dict[str, int]]:
+    """Elements that an update sends through reductions, and through gathers of parameters, by dtype."""
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    out: dict[str, dict[str, int]] = {}
+    for case in WIRED:
+        engine = make_engine(case, world)
+        updates(engine, world, 0, 1)
+        sent: dict[str, int] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):
+                patch.setattr(backend, name, counting(getattr(backend, name), "reduce" if "reduce" in name else "gather", sent))
+            updates(engine, world, 1, 2)
+        stored = [p.ds_tensor if case.stage == 3 else p for p in engine.module.parameters()] + engine._masters()
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored}
+        out[str(case)] = sent | {"held": sum(held.values())}
+    return out
+
+
+def counting(plain: Any, kind: str, sent: dict[str, int]) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
+        tensors = [value for value in (*given, *named.values()) if torch.is_tensor(value)]
+        if tensors:
+            largest = max(tensors, key=torch.Tensor.numel)
+            key = f"{kind} {largest.dtype}".replace("torch.", "")
+            sent[key] = sent.get(key, 0) + largest.numel()
+        return plain(*given, **named)
+
+    return counted
+
+
+def construction(world: World) -> dict[str, Any]:
+    """Most elements of parameters that a process ever held while a model for stage 3 was built, and what it holds then; its weights, read whole."""
+    from train.zero.construction import sharded_construction
+
+    made: list[Any] = []
+    most = 0
+    plain = torch.nn.init.normal_
+
+    def counting_normal(p: Any, *given: Any, **named: Any) -> Any:
+        nonlocal most
+        made.append(p)
+        most = max(most, sum(q.numel() + (q.ds_tensor.numel() if hasattr(q, "ds_tensor") else 0) for q in made))
+        return plain(p, *given, **named)
+
+    case = Case(stage=3, precision="fp16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.init, "normal_", counting_normal)
+        with sharded_construction(fit_of(case), zero_of(case), world):
+            model = make_model("fp16", config=DEEP)
+    shapes = {name: tuple(full_shape(p)) for name, p in model.named_parameters()}
+    tensors = {name: p.detach() + 1 for name, p in make_model(config=DEEP, seed=5).named_parameters()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start.export, "read_tensors", lambda _: ("hash", tensors))
+        warm_start.load(model, "url", "dalle_fit.init_from")
+    whole = {}
+    for name, p in model.named_parameters():
+        p.all_gather()  # type: ignore[operator]
+        whole[name] = torch.equal(p, tensors[name])
+        p.partition()  # type: ignore[operator]
+    return {"most": most, "held": sum(p.numel() + p.ds_tensor.numel() for p in model.parameters()), "shapes": shapes, "loaded": whole}  # type: ignore[attr-defined]
+
+
+def on_two(world: World, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"matrix": compare_all(world, FLAT)}
+    found["construction"] = construction(world)
+    return found | {"infinite": {str(case): inject(world, case) for case in INFINITE}, "saved": save_all(world, folder), "wire": wire(world)}
+
+
+def on_four(world: World, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"node": compare_all(world, [case for case in OTHERS if case.sharding == "node"])}
+    try:
+        make_engine(Case(sharding="node"), World(world.rank, 3, world.rank, 2))
+    except ConfigError as error:
+        found["refused"] = str(error)
+    return found | {"curves": curves(world), "loaded": load_all(world, folder)}
+
+
+def on_one(world: World, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"curves": curves(world), "loaded": load_all(world, folder)}
+    plain = make_engine(Case(stage=2, precision="fp16"), world)
+    try:
+        checkpoint.load(f"{folder}/0", 3, plain.fragments(to_load=True))
+    except CheckpointError as error:
+        found["refused"] = str(error)
+    return found

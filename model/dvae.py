@@ -87,7 +87,7 @@ class ResidualBlock(nn.Module):
         widths = [n_in, hidden, hidden, hidden, n_out]
         path: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            path[f"relu_{i + 1}"] = nn.ReLU()
+            path[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # the first one's input is the identity path's too
             path[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel, compute_dtype)
         self.id_path = Conv2d(n_in, n_out, 1, compute_dtype) if n_in != n_out else nn.Identity()
         self.res_path = nn.Sequential(path)

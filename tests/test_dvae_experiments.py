@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from infra import storage
-from infra.errors import ExitCode
-from train import experiments
+from infra.config import to_json
+from infra.errors import DataError, ExitCode
+from train import experiment_curves, experiments
 from train.config import load_run
 from train.front import run_folder
+from train.metrics import MetricsWriter
 
 
 def fake_runs(root: Path, codes: dict[str, int]) -> tuple[list[tuple[str, str]], Any]:
@@ -72,6 +74,57 @@ def test_figures_and_page_are_written_where_asked(tmp_path: Path, monkeypatch: p
     long = json.dumps(result | {"settings": {"steps": 5000, "overrides": []}})
     (tmp_path / "experiments" / "x.json").write_text(long)
     assert "missing" not in experiments.render(tmp_path / "experiments") and "Far too short" not in experiments.render(tmp_path / "experiments")
+
+
+def finished_run(root: Path, evaluations: int) -> str:
+    """A run folder with what the stages prepare and dvae leave."""
+    cfg = load_run("tiny", [f"run.root={root}", "dvae_fit.steps=40"])
+    run = run_folder(cfg)
+    storage.write_json(run.config_url, json.loads(to_json(cfg)))
+    storage.write_json(run.at("provenance.json"), {"commit": "0123456789abcdef", "command": f"python {root}"})
+    storage.write_json(run.at("images", "summary.json"), {"splits": {"train": {"count": 1200, "licenses": {"MIT": 200, "PD": 1000}}}})
+    storage.write_json(run.at("prepare", "done.json"), {})
+    storage.write_json(run.at("dvae", "done.json"), {"seconds": 90.0, "world_size": 2})
+    writer = MetricsWriter(run.url, "dvae", 0)
+    for number in range(evaluations):
+        step = 2 * (number + 1)
+        writer.scalars(step, {"train/loss": 1.0, "sched/tau": 1 / (1 + number)})
+        writer.scalars(step, {"eval/elb_true": -0.5 + number, "eval/elb_relaxed": 0.25 + number, "eval/elb_gap": 0.75})
+    writer.scalars(2 * evaluations + 1, {"sched/tau": 0.0})
+    writer.close()
+    return run.url
+
+
+def test_curves_hold_the_evaluations_of_a_run_and_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = finished_run(tmp_path / "runs", 5)
+    experiments.main(["--curves", url, "--out", str(tmp_path / "experiments")])
+    text = (tmp_path / "experiments" / "tiny-curves.json").read_text()
+    found = json.loads(text)
+    assert found["updates"] == [2, 4, 6, 8, 10] and found["series"]["sched/tau"] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+    assert "eval/psnr" not in found["series"] and str(tmp_path) not in text
+    page = capsys.readouterr().out
+    assert "| update | tau | ELB, true codes | ELB, relaxed codes | gap |" in page and "| 10 | 0.2 | 3.5 | 4.25 | 0.75 |" in page
+    assert "1,200 training images (1,000 PD, 200 MIT), 1.5 minutes in 2 processes" in page
+    monkeypatch.setattr(experiments, "DOCS", tmp_path)
+    experiments.main(["--render"])
+    rendered = (tmp_path / "experiments.md").read_text()
+    assert page.strip() in rendered and "## What is missing" in rendered, "curves are no variants"
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 13, 20, 100])
+def test_the_shown_evaluations_are_the_first_ones_some_others_and_the_last(count: int) -> None:
+    shown = experiment_curves._shown(count)
+    assert len(shown) == min(count, 12) == len(set(shown)) and shown == sorted(shown)
+    assert shown[0] == 0 and shown[-1] == count - 1 and shown[: min(count, 4)] == list(range(min(count, 4)))
+
+
+def test_curves_of_an_unfinished_run_are_refused(tmp_path: Path) -> None:
+    url = finished_run(tmp_path, 1)
+    Path(url, "dvae", "done.json").unlink()
+    with pytest.raises(DataError, match=r"dvae/done\.json is missing: run 'launcher\.py dvae"):
+        experiment_curves.collect(url)
 
 
 def test_the_committed_page_is_that_of_the_committed_files() -> None:

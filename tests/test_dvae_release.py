@@ -34,6 +34,7 @@ SMALL = DVAEConfig(image_size=32, downsample=8, groups=4, blocks_per_group=1, wi
 PUT = [
     f"dvae.{key}={value}" for key, value in (("image_size", 16), ("downsample", 8), ("groups", 4), ("width", 64), ("init_width", 16), ("vocab", 512))
 ]
+PUT += [f"{stage}_fit.{word}" for stage in ("dalle", "clip") for word in ("steps=2", "precision=fp32")] + ["generate.num_captions=2"]
 
 
 def released(blocks: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -351,7 +352,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(write(encoder, "zip", folder / "encoder.pkl")), str(write(decoder, "zip", folder / "decoder.pkl"))
 
 
-def test_encoding_goes_on_from_imported_weights_without_stage_1(prepared: Path, files: tuple[str, str], tmp_path: Path) -> None:
+def test_the_pipeline_goes_on_from_imported_weights_without_stage_1_up_to_pictures(prepared: Path, files: tuple[str, str], tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "runs")
     words = [f"run.root={tmp_path}/runs", *PUT]
     config = tmp_path / "runs" / "tiny" / "config.json"
@@ -360,9 +361,13 @@ def test_encoding_goes_on_from_imported_weights_without_stage_1(prepared: Path, 
     marker = storage.read_json(f"{tmp_path}/runs/tiny/dvae/done.json")
     assert marker["summary"]["imported"]["encoder"] == storage.sha256_file(Path(files[0]))
     assert marker["summary"]["psnr"] > 0 and (tmp_path / "runs/tiny/dvae/pictures/reconstructions.png").exists()
-    front.stage("encode", "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag())
+    for name in ("tokenizer", "encode", "dalle", "clip", "generate"):
+        front.stage(name, "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag())
     manifest = json.loads((tmp_path / "runs/tiny/codes/crop-0/train/manifest.json").read_text())
     assert manifest["parents"]["dvae"] == marker["weights"]
+    assert storage.read_json(f"{tmp_path}/runs/tiny/dalle/done.json")["parents"]["dvae"] == marker["weights"]
+    drawn = storage.read_json(f"{tmp_path}/runs/tiny/generate/done.json")
+    assert drawn["parents"]["dvae"] == marker["weights"] and (tmp_path / "runs/tiny/generate/grid.png").exists()
     with pytest.raises(ConfigError, match=r"holds a dVAE already, trained or imported; use another run\.name"):
         import_dvae.main(*files, "tiny", words, samples=4)
 

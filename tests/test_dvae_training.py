@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +162,32 @@ def test_fp16_survives_a_long_streak_of_overflows_and_a_restart_equals_no_restar
     assert {point.value for point in series["optim/loss_scale"]} >= {2.0**20, 2.0**21}
     meta = json.loads((whole / "tiny/dvae/checkpoints/step-00000010/meta.json").read_text())
     assert meta["loss_scale"]["skipped"] == skipped[-1] and meta["updates"] == 10 - skipped[-1]
+
+
+def killed_in_an_update(root: str, step: int) -> None:
+    """Train until the given update, and be killed in it; in a process of its own."""
+    good = DvaeTask.loss
+
+    def fatal(self: DvaeTask, engine: Any, batch: Any, at: int, *rest: Any) -> Any:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return good(self, engine, batch, at, *rest)
+
+    DvaeTask.loss = fatal  # type: ignore[method-assign, assignment]
+    run_dvae(Path(root), "dvae_fit.save_every=4")
+
+
+def test_four_updates_a_kill_in_the_seventh_and_six_more_equal_ten_bit_for_bit(place: Callable[[str], Path]) -> None:
+    whole, killed = place("whole"), place("killed")
+    run_dvae(whole, "dvae_fit.save_every=4")
+    process = multiprocessing.get_context("forkserver").Process(target=killed_in_an_update, args=(str(killed), 6))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.parent.name for path in (killed / "tiny/dvae/checkpoints").glob("*/meta.json")] == ["step-00000004"]
+    run_dvae(killed, "dvae_fit.save_every=4")
+    assert losses(killed, "dvae") == losses(whole, "dvae") and fingerprint(killed, "dvae") == fingerprint(whole, "dvae")
+    assert json.loads((killed / "tiny/dvae/checkpoints/step-00000010/meta.json").read_text())["updates"] == 10
 
 
 def test_two_ranks_with_two_micro_batches_follow_one_process_in_fp16(place: Callable[[str], Path]) -> None:

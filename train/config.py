@@ -110,6 +110,12 @@ class EncodeSection(Section):
     """Crops per image by Listing 2, each a sub-set; epoch e reads crop e mod crops."""
     batch: int = Field(default=64, gt=0)
     """Images per forward pass; the last of a part is padded, so that codes depend on the part alone."""
+    precision: Precision = "fp32"
+    """Arithmetic of the heavy products, as in the training stages. It is part of what codes are made from: another one encodes anew."""
+    threads: int = Field(default=1, gt=0)
+    """Threads of one process for the arithmetic on a CPU. Last bits of sums depend on it, so it is fixed, and part of what codes are made from; use more processes."""
+    decoders: int = Field(default=2, gt=0)
+    """Threads of one process that decode the next images meanwhile."""
     scale_max: float = Field(default=9 / 8, ge=1)
     """Listing 2: largest resize target over the image size."""
     min_code_use: float = Field(default=0.0, ge=0, le=1)

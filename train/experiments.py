@@ -1,6 +1,6 @@
 """The paper's claims about stage 1 as small experiments: ``python -m train.experiments PRESET [section.key=value ...]`` and ``... --render``.
 
-Each variant is a run of stage dvae on the same images, and differs from the first in one thing. Figures go to docs/experiments/<name>.json, and
+``... --curves RUN`` writes down one training instead (train/experiment_curves.py). Each variant is a run of stage dvae on the same images, and differs from the first in one thing. Figures go to docs/experiments/<name>.json, and
 docs/experiments.md is made from those files and from nowhere else.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from infra import storage
 from infra.errors import ExitCode
 from infra.run_folder import producer
+from train import experiment_curves
 from train.config import load_run
 from train.front import LAUNCHER, run_folder
 
@@ -43,7 +44,8 @@ FIGURES = {
 }
 _HEAD = """# Experiments on stage 1
 
-Made by `python -m train.experiments --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments PRESET` writes. Do not edit.
+Made by `python -m train.experiments --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments PRESET` and
+`python -m train.experiments --curves RUN` write. Do not edit.
 
 What the paper says, and what each row would show:
 
@@ -70,15 +72,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every variant")
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--out", type=Path, default=DOCS / "experiments", help="folder for the figures")
+    parser.add_argument("--curves", metavar="RUN", help="write the evaluations of this run's stage dvae instead of training anything")
     parser.add_argument("--render", action="store_true", help="write docs/experiments.md instead")
     given = parser.parse_args(arguments)
-    if given.render or not given.preset:
+    if given.render or not (given.preset or given.curves):
         (DOCS / "experiments.md").write_text(render(DOCS / "experiments"))
         return
-    found = run(given.preset, given.overrides, given.nproc)
+    found = experiment_curves.collect(given.curves) if given.curves else run(given.preset, given.overrides, given.nproc)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / f"{found['name']}.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
-    print(table(found))
+    (given.out / f"{found['name']}{'-curves' if given.curves else ''}.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    print(experiment_curves.section(found) if given.curves else table(found))
 
 
 def run(preset: str, overrides: Sequence[str], nproc: int) -> dict[str, Any]:
@@ -125,8 +128,9 @@ def _launch(stage: str, preset: str, words: Sequence[str], nproc: int) -> int:
 
 def render(folder: Path) -> str:
     """The page, as Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    parts = [_HEAD]
+    everything = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [one for one in everything if one.get("kind") != "curves"]
+    parts = [_HEAD, *(experiment_curves.section(one) for one in everything if one not in found)]
     for one in found:
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(one["settings"].items()) if key != "overrides")
         overrides = f" with `{' '.join(one['settings']['overrides'])}`" if one["settings"]["overrides"] else ""

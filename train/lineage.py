@@ -43,9 +43,9 @@ def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
     return tokenizer, str(manifest["content_hash"])
 
 
-def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[DVAE, str]:
-    """The exported dVAE in fp32 and its content hash."""
-    module = DVAE(cfg.dvae)
+def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[DVAE, str]:
+    """The exported dVAE, with products of its residual blocks in ``dtype``, and its content hash."""
+    module = DVAE(cfg.dvae, dtype)
     return module, _load(module, run, "dvae", device)
 
 

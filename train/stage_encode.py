@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from typing import Any
 
-import numpy as np
 import torch
 
-from data_pipeline.images import CropBox, Pixels, picture, transformer_crop
-from data_pipeline.part_writer import write_part
+from data_pipeline.part_writer import PartWriter
 from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done
 from data_pipeline.versions import Part, collect, merge
 from infra.errors import DataError
 from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
-from infra.seeds import derive, generator
 from infra.signals import StopFlag
 from infra.world import Share, World
 from model.dvae import DVAE
 from train import places
+from train.bench.harness import DTYPES, threads
 from train.common import stop_together
 from train.config import RunConfig
-from train.device import set_up, wait_for_all
+from train.device import branch_dtype, set_up, wait_for_all
+from train.encoding import CodeMaker
 from train.lineage import open_dvae, open_images
 
 
@@ -56,27 +55,18 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
             f"the dVAE uses {use:.0%} of its codes on validation images, below encode.min_code_use = {cfg.encode.min_code_use:.0%}; train it further."
         )
     device, share = set_up(world), Share.from_env()
-    model, weights = open_dvae(cfg, run, device)
-    units = _units(cfg, run, weights)
+    dtype = branch_dtype(cfg.encode.precision, device, run, world)
+    model, weights = open_dvae(cfg, run, device, dtype)
+    units = _units(cfg, run, weights, dtype)
     place = share.of(world)
-    mine = units[place.rank :: place.size]
-    progress = Progress(len(mine), "encode", unit="parts", enabled=world.is_main)
-    images = 0
-    for done, unit in enumerate(mine, 1):
-        if stop:
-            break
-        if not part_done(unit.url, unit.inputs):
-            write_part(unit.url, unit.inputs, _codes(cfg, model, unit.images.read_part(unit.part), unit.crop, device), cfg.data.shard_bytes)
-            images += unit.images.parts[unit.part]["count"]
-        progress.update(done)
-    progress.finish()
+    images = _write(cfg, model, units[place.rank :: place.size], device, stop, world)
     stop_together(stop, device, "encode")
     if world.is_main:
         left = sum(not part_done(unit.url, unit.inputs) for unit in units) if share.count > 1 else 0
         if left:
             print(f"encode: this share is done; {left} of {len(units)} parts are left to others, and the last of them merges.", flush=True)
         else:
-            sets = _merge(cfg, units, weights)
+            sets = _merge(cfg, units, weights, dtype)
             seconds = time.monotonic() - started
             run.finish(
                 "encode",
@@ -90,7 +80,50 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     wait_for_all()
 
 
-def _units(cfg: RunConfig, run: RunFolder, weights: str) -> list[Unit]:
+def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device, stop: StopFlag, world: World) -> int:
+    """Write the parts that are not there yet, each uploaded while the next is encoded; the number of images in them."""
+    progress = Progress(len(units), "encode", unit="parts", enabled=world.is_main)
+    images = 0
+    # Sums of products differ in their last bit with the number of threads, so that number belongs to the codes.
+    with threads(cfg.encode.threads), _pool(1) as reader, _pool(cfg.encode.decoders) as decoders, _pool(1) as uploader:
+        maker = CodeMaker(cfg, model, device, reader, decoders)
+        upload: Future[None] | None = None
+        for done, unit in enumerate(units, 1):
+            if stop:
+                break
+            if not part_done(unit.url, unit.inputs):
+                writer = PartWriter(unit.url, unit.inputs, cfg.data.shard_bytes)
+                _fill(writer, maker.codes(unit.images.read_part(unit.part), unit.crop), upload)
+                upload = uploader.submit(_finish, writer)
+                images += unit.images.parts[unit.part]["count"]
+            progress.update(done)
+        if upload is not None:
+            upload.result()
+    progress.finish()
+    return images
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="encode")
+
+
+def _fill(writer: PartWriter, records: Iterable[CodeRecord], before: Future[None] | None) -> None:
+    """Add the records, and wait for the upload before: at most one part waits on the local disk."""
+    with ExitStack() as on_error:
+        on_error.enter_context(writer)
+        for record in records:
+            writer.add(record)
+        if before is not None:
+            before.result()
+        on_error.pop_all()
+
+
+def _finish(writer: PartWriter) -> None:
+    with writer:
+        writer.finish()
+
+
+def _units(cfg: RunConfig, run: RunFolder, weights: str, dtype: torch.dtype) -> list[Unit]:
     """All units, in the order of the sets' parts. The inputs are the bytes of the images, not the names of their parts: data that were prepared
     again to the same bytes, or that others appended to, are not encoded again."""
     units = []
@@ -99,12 +132,12 @@ def _units(cfg: RunConfig, run: RunFolder, weights: str) -> list[Unit]:
         for crop in range(cfg.encode.crops):
             url = places.code_set(cfg, run, crop, split)
             for part, entry in enumerate(images.parts):
-                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop), cfg.data.shard_bytes]
+                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop, dtype), cfg.data.shard_bytes]
                 units.append(Unit(crop, split, images, part, url, digest(inputs)))
     return units
 
 
-def _merge(cfg: RunConfig, units: list[Unit], weights: str) -> dict[str, ShardSet]:
+def _merge(cfg: RunConfig, units: list[Unit], weights: str, dtype: torch.dtype) -> dict[str, ShardSet]:
     """Merge every code set; returns them by 'crop/split'."""
     sets = {}
     for name, group in groupby(units, key=lambda unit: f"{unit.crop}/{unit.split}"):
@@ -112,11 +145,11 @@ def _merge(cfg: RunConfig, units: list[Unit], weights: str) -> dict[str, ShardSe
         parts = [unit.target() for unit in chosen]
         markers = collect(chosen[0].url, parts, "encode")
         parents = {"dvae": weights, "images": chosen[0].images.content_hash}
-        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, _settings(cfg, chosen[0].crop), parents, producer())
+        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, _settings(cfg, chosen[0].crop, dtype), parents, producer())
     return sets
 
 
-def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
+def _settings(cfg: RunConfig, crop: int, dtype: torch.dtype) -> dict[str, object]:
     return {
         "augmentation": "listing 2",
         "decode": cfg.data.decode,
@@ -125,32 +158,6 @@ def _settings(cfg: RunConfig, crop: int) -> dict[str, object]:
         "crop_index": crop,
         "seed": cfg.run.seed,
         "batch": cfg.encode.batch,
+        "precision": next(name for name, value in DTYPES.items() if value == dtype),
+        "threads": cfg.encode.threads,
     }
-
-
-def _codes(cfg: RunConfig, model: DVAE, records: Iterator[dict[str, Any]], crop: int, device: torch.device) -> Iterator[CodeRecord]:
-    """Code records of image records. Batches depend on the part alone, and the last is padded, so that bytes repeat on any number of ranks."""
-    batch: list[tuple[dict[str, Any], CropBox]] = []
-    size = cfg.dvae.image_size
-    pictures_BYXC = np.zeros((cfg.encode.batch, size, size, 3), dtype=np.uint8)
-    for record in records:
-        rng = generator(cfg.run.seed, "crop", crop, record["id"])
-        draw = partial(transformer_crop, target=size, scale_max=cfg.encode.scale_max, rng=rng)
-        pictures_BYXC[len(batch)], box = picture(record["image"], draw, size, cfg.data.decode)
-        batch.append((record, box))
-        if len(batch) == cfg.encode.batch:
-            yield from _encode_batch(cfg, model, pictures_BYXC, batch, crop, device)
-            batch = []
-    if batch:
-        pictures_BYXC[len(batch) :] = 0
-        yield from _encode_batch(cfg, model, pictures_BYXC, batch, crop, device)
-
-
-def _encode_batch(
-    cfg: RunConfig, model: DVAE, pictures_BYXC: Pixels, batch: list[tuple[dict[str, Any], CropBox]], crop: int, device: torch.device
-) -> Iterator[CodeRecord]:
-    pixels_B3YX = torch.from_numpy(pictures_BYXC).to(device).permute(0, 3, 1, 2).float() / 255
-    codes_BI = model.encode(pixels_B3YX).flatten(1).to(torch.int32).cpu().numpy().astype(np.uint16)
-    for (record, box), codes_I in zip(batch, codes_BI, strict=False):
-        seed = derive(cfg.run.seed, "crop", crop, record["id"])
-        yield CodeRecord(id=record["id"], captions=record["captions"], codes=codes_I, crop=box.to_json(), crop_index=crop, seed=seed)

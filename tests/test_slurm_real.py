@@ -6,7 +6,6 @@ test_slurm.py runs the same scripts against stand-ins. ``python -m tests.slurm_f
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -28,8 +27,6 @@ ROOT = Path(__file__).parent.parent
 REASON = missing()
 STEPS = 200  # enough to be struck three times on a fast machine
 Record = Callable[[str, object], None]
-Limited = tuple[str, Path, float]
-"""A job's id, its run folder, and when it was submitted."""
 
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
@@ -68,22 +65,6 @@ def run(calm: Path, tmp_path: Path) -> Path:
     return copy(calm.parent / "prepared", tmp_path)
 
 
-@pytest.fixture(scope="module")
-def limited(slurm: Cluster, calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Limited]:
-    """Starts a job without end whose limit comes near at once; again returns the same one. SLURM looks at limits every 30 s: others need not wait for that."""
-
-    @functools.cache
-    def start() -> Limited:
-        run = copy(calm.parent / "prepared", tmp_path_factory.mktemp("limited"))
-        config = json.loads((run / "config.json").read_text())
-        config["dvae_fit"] |= {"steps": 1_000_000, "eval_every": 1_000_000}
-        (run / "config.json").write_text(json.dumps(config))
-        options = ("--time=20", "--signal=USR2@1200", "--nodelist=n3", *output(run))
-        return slurm.submit("dvae", str(run), options=options), run, time.monotonic()
-
-    return start
-
-
 def output(run: Path) -> tuple[str, ...]:
     return (f"--output={run}/%x-%j.out",)
 
@@ -115,9 +96,9 @@ def row(record_property: Record, what: str, outcome: str, since: float) -> None:
 
 
 def test_a_job_of_two_nodes_is_signalled_requeued_and_loses_a_node_and_ends_as_if_undisturbed(
-    slurm: Cluster, run: Path, calm: Path, limited: Callable[[], Limited], record_property: Record
+    slurm: Cluster, run: Path, calm: Path, record_property: Record
 ) -> None:
-    job = slurm.submit("dvae", str(run), options=("--nodes=2", "--nodelist=n[1-2]", *output(run)))
+    job = slurm.submit("dvae", str(run), options=("--nodes=2", *output(run)))
     training(slurm, run, 0)
     since = time.monotonic()
     slurm.run("scancel", "--signal=USR2", job)  # what --signal=USR2@720 sends
@@ -136,7 +117,6 @@ def test_a_job_of_two_nodes_is_signalled_requeued_and_loses_a_node_and_ends_as_i
     slurm.node("kill-node", 2)
     for task in tasks:  # a lost node does nothing more
         os.kill(task, signal.SIGSTOP)
-    limited()
     restarted(slurm, job, 3)
     slurm.node("node", 2)
     training(slurm, run, 3)
@@ -147,7 +127,7 @@ def test_a_job_of_two_nodes_is_signalled_requeued_and_loses_a_node_and_ends_as_i
     assert losses(run) == losses(calm) and losses(run)[-1][0] == STEPS
     row(record_property, "all three, to the end", f"losses of all {STEPS} updates equal an undisturbed run's", since)
     # The log is appended, with a line for each restart, and labelled.
-    assert re.findall(r"^== dvae: job \d+, restart (\d), on n\[1-\d\]", text, re.M) == ["0", "1", "2", "3"]
+    assert re.findall(r"^== dvae: job \d+, restart (\d), on n\[1[-,]\d\]", text, re.M) == ["0", "1", "2", "3"]
     assert "0: [rank 0] dvae" in text and "1: dvae: done" in text and "resource_tracker" not in text
     begin = json.loads((run / "exits/dvae/attempt-3/begin.json").read_text())
     assert (begin["run_id"], begin["size"]) == (f"{job}.3", 2)
@@ -178,8 +158,14 @@ def test_a_crash_loop_ends_after_so_many_crashes_in_a_row(slurm: Cluster, run: P
     row(record_property, "killed at each start, cluster.retries = 1", "requeued once, then FAILED with 93", since)
 
 
-def test_the_time_limit_announces_itself_and_the_job_requeues(slurm: Cluster, limited: Callable[[], Limited], record_property: Record) -> None:
-    job, run, since = limited()
+@pytest.mark.soak
+def test_the_time_limit_announces_itself_and_the_job_requeues(slurm: Cluster, run: Path, record_property: Record) -> None:
+    since = time.monotonic()
+    config = json.loads((run / "config.json").read_text())
+    config["dvae_fit"] |= {"steps": 1_000_000, "eval_every": 1_000_000}
+    (run / "config.json").write_text(json.dumps(config))
+    # The announced time is the whole limit: SLURM, which looks every 30 s, signals at its first look, wherever the job is then.
+    job = slurm.submit("dvae", str(run), options=("--time=20", "--signal=USR2@1200", *output(run)))
     restarted(slurm, job, 1)
     slurm.run("scancel", job)
     slurm.wait_for_end(job)
@@ -239,7 +225,7 @@ def test_the_commands_of_the_cluster_page_bring_the_whole_pipeline(slurm: Cluste
         text.replace("python ", f"{sys.executable} ").replace("runs", str(tmp_path)) for text in re.findall(r"```bash\n(.*?)```", section, re.S)
     )
     said = slurm.run("bash", "-ec", by_launcher)
-    assert (said.count("sbatch --parsable") == len(STAGES) and "dvae: job 3 is in the queue already" in said) or "in the queue already" in said
+    assert said.count("sbatch --parsable") == len(STAGES) and re.search(r"^dvae: (job \d+ is in the queue|finished) already", said, re.M), said
     jobs = dict(re.findall(r"^(\w+): job (\d+)$", said, re.M))
     assert list(jobs) == list(STAGES), said
     again = slurm.run("bash", "-ec", by_launcher.strip().splitlines()[1])
@@ -257,8 +243,8 @@ def test_the_commands_of_the_cluster_page_bring_the_whole_pipeline(slurm: Cluste
         "nine jobs COMPLETED, report.html written",
         since,
     )
-    slurm.run("bash", "-ec", by_hand)
-    (mine,) = [job for job in slurm.run("squeue", "--all", "--noheader", "--states=all", "--name=mine", "--format=%A").split()]
+    slurm.run("bash", "-ec", by_hand, environment={"SBATCH_OUTPUT": f"{tmp_path}/%x-%j.out"})  # its own lies in the repository
+    (mine,) = slurm.run("squeue", "--noheader", "--states=all", "--name=mine", "--format=%A").split()
     (end,) = slurm.wait_for_end(mine)
     assert end["ExitCode"] == "0:0" and end["JobName"] == "mine", end
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.config import StreamShape, TransformerConfig
 from model.engines import EngineName, make_engine
-from model.masks import Kind
+from model.masks import KINDS, Kind, dense_mask, layer_kinds
 from model.transformer import Transformer, parameter_tags, quick_gelu
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -57,6 +57,28 @@ def test_the_whole_model_leaks_nothing_from_later_states_and_reads_all_text(engi
     assert not support_SS.triu(1).any()
     assert support_SS[5:, :5].all()
     assert support_SS.diagonal().all()
+
+
+@pytest.mark.parametrize("engine", ["dense", "structured"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_logit_depends_on_exactly_the_inputs_that_its_layers_mask_allows(engine: EngineName, kind: Kind) -> None:
+    """By gradients through one layer, the last norm and the unembeddings: exactly zero outside the mask, and not zero inside."""
+    model = build(attend=make_engine(engine, CFG, SHAPE, torch.device("cpu")))
+    first = 2 * layer_kinds(CFG.layers).index(kind)
+
+    def run(x_SD: Tensor) -> Tensor:
+        x_BSD = x_SD[None]
+        for block in list(model.resblocks)[first : first + 2]:
+            x_BSD = block(x_BSD, model.attend)
+        text_BTD, image_BID = model.final_norm(x_BSD).split([SHAPE.text_tokens, SHAPE.image_tokens], dim=1)
+        # Every logit of a state, weighted at random, so that none hides another.
+        return torch.cat(
+            [(head(x) * torch.linspace(1, 2, len(head.weight)).cos()).sum(2) for head, x in zip(heads, (text_BTD, image_BID), strict=True)], 1
+        )[0]
+
+    heads = (model.text_unembedding, model.image_unembedding)
+    jacobian_SSD = torch.autograd.functional.jacobian(run, torch.randn(SHAPE.states, 32))
+    assert (jacobian_SSD.abs().sum(2) > 0).equal(dense_mask(kind, SHAPE, CFG))
 
 
 def test_a_changed_code_changes_the_logits_of_later_codes_only() -> None:

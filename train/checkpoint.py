@@ -88,13 +88,15 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
     url = folder(stage_url, step)
     try:
         meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
-        dcp.load(dict(fragments), storage_reader=Reader(url), planner=FragmentLoader(), no_dist=not dist.is_initialized())
+        reader = Reader(url)
+        reader.read_metadata()
+        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         first = _first(error)
         raise (first if isinstance(first, UnreachableError | ConfigError) else CheckpointError(f"{url}: {first}")) from error
     except (UnreachableError, ConfigError):
         raise
-    except (DataError, RuntimeError, ValueError) as error:
+    except (DataError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{url}: {error}") from error
     return meta
 

@@ -101,12 +101,15 @@ class Reader(StorageReader):
         self.url = url
         self._places: dict[tuple[str, int], dict[str, Any]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The URL is fixed at construction."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Rebuild torch's metadata from index.json."""
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """Torch's metadata from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
+        if self._metadata is not None:
+            return self._metadata
         entries = {}
         for name, entry in storage.read_json(storage.join(self.url, INDEX))["tensors"].items():
             chunks = []
@@ -115,7 +118,8 @@ class Reader(StorageReader):
                 chunks.append(ChunkStorageMetadata(offsets=torch.Size([chunk["offset"]]), sizes=torch.Size([chunk["length"]])))
             properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
             entries[name] = TensorStorageMetadata(properties=properties, size=torch.Size([entry["size"]]), chunks=chunks)
-        return Metadata(state_dict_metadata=entries)
+        self._metadata = Metadata(state_dict_metadata=entries)
+        return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Ranks other than the coordinator get the metadata handed over, and need the places too."""

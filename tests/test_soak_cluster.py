@@ -122,7 +122,7 @@ class Day:
         time.sleep(self.rng.uniform(0, 1))
         at, started = self.saved, time.monotonic()
         where = self.strike(fault)
-        if "outage" in fault and not self._ends_within(20):
+        if "outage" in fault and self._gets_over_it():
             self.note(f"| {fault} | {where} | after {at} | lived through it |  | {time.monotonic() - started:.0f} |")
             return
         found = self.job.finish(_PATIENCE_S)
@@ -140,11 +140,13 @@ class Day:
         """A row of the day's table."""
         print(row, flush=True)  # as it comes: a day is long
 
-    def _ends_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.job.ended():
+    def _gets_over_it(self) -> bool:
+        """Whether the job saves again before it ends, if it does: retries and their end take their time."""
+        before, deadline = self.saved, time.monotonic() + _PATIENCE_S
+        while self.saved == before and not self.job.ended():
+            assert time.monotonic() < deadline, "neither an end nor a checkpoint after an outage"
             time.sleep(0.2)
-        return self.job.ended()
+        return not self.job.ended()
 
 
 def corrupt(run: RunFolder, step: int) -> None:

@@ -32,7 +32,8 @@ Overrides = Annotated[
 On = Annotated[str, typer.Option(help="Where to run: local, slurm or k8s.")]
 Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU, or two on a CPU.")]
 Share = Annotated[
-    str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode and generate); array tasks of SLURM and Indexed Jobs know theirs.")
+    str,
+    typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode and generate); array tasks of SLURM and Indexed Jobs know theirs."),
 ]
 Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]

@@ -267,7 +267,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert len(ours()) >= 4
     process.kill()
-    process.wait()
+    process.communicate()
     while ours():
         assert time.monotonic() < deadline, ours()
         time.sleep(0.1)

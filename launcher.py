@@ -32,7 +32,8 @@ Overrides = Annotated[
 On = Annotated[str, typer.Option(help="Where to run: local, slurm or k8s.")]
 Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU, or two on a CPU.")]
 Share = Annotated[
-    str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare and encode); array tasks of SLURM and Indexed Jobs know theirs.")
+    str,
+    typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode and generate); array tasks of SLURM and Indexed Jobs know theirs."),
 ]
 Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
@@ -100,8 +101,8 @@ def import_dvae(
 def plan(
     preset: Preset,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in each machine.")] = 8,
+    nodes: Annotated[int, typer.Option(min=0, help="Machines; 0: cluster.nodes.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
     memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
     gpu: Annotated[str, typer.Option(help="Whose datasheet to plan with.")] = "H100-80GB",
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
@@ -122,6 +123,28 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
     from train.verbs import takedown as verb
 
     verb.main(preset, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def collect(
+    run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")],
+    days: Annotated[float, typer.Option(min=1, help="Age from which on; younger things may be under way.")] = 7.0,
+    runs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Root of runs that read from this one's shared places; name all of them, and the shared places are collected too.",
+            show_default=False,
+        ),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is shown.")] = False,
+) -> None:
+    """Show what a run does not need any more, and delete it with --delete: unfinished uploads, unfinished checkpoints, superseded versions of shard sets.
+
+    Only below the run folder, only what is old, and no version that a run beside this one names. Run it while no stage works there.
+    """
+    from train.verbs import collect as verb
+
+    verb.main(run, days, runs or [], delete=delete)
 
 
 @app.command()

@@ -44,6 +44,12 @@ class MissingError(DataError):
     """There is no such file or object. Anything else that keeps it from being read is another DataError: absence is a fact, not a fault."""
 
 
+class UnreachableError(DataError):
+    """The storage gives no answer, also after retries. That says nothing about the data, and may pass: unlike other DataErrors it is retried."""
+
+    exit_code = ExitCode.CRASH
+
+
 class CheckpointError(DataError):
     """A checkpoint is missing, incomplete, damaged or of another shape."""
 
@@ -52,6 +58,12 @@ class ConfigError(ReportedError, ValueError):
     """The configuration or the run folder is wrong."""
 
     exit_code = ExitCode.CONFIG
+
+
+class NoRoomError(ConfigError):
+    """A disk is full, or a quota used up. Another node, or somebody who makes room, may help: unlike other ConfigErrors it is retried."""
+
+    exit_code = ExitCode.CRASH
 
 
 class DivergedError(ReportedError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from infra.errors import ConfigError, DataError, MissingError
+from infra.errors import ConfigError, DataError, MissingError, NoRoomError
 
 TEMPORARY = ".tmp-"
 """Prefix of the names of files that are being written; listings leave them out."""
@@ -40,10 +41,14 @@ def read_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a ConfigError that names the place."""
+    """Turn an OSError into a ConfigError that names the place; of a full one, a NoRoomError."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError(
+                f"{path}: cannot be written ({error.strerror}); make room there, or choose another place with run.root or TMPDIR."
+            ) from error
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose a writable place, for example with run.root.") from error
 
 

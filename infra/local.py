@@ -39,6 +39,8 @@ class Finding:
     floor: str = ""
     advice: str = ""
     """What to do where it is not ok."""
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes that it is about; none: the one that looked."""
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:

@@ -148,7 +148,8 @@ class RunFolder:
                 return record["code"], f"rank {record['rank']}: {record['reason']}"
         if len(records) < size:
             silent = sorted(set(range(size)) - {record["rank"] for record in records})
-            return ExitCode.CRASH, f"rank {silent[0]} ended without a record: it was killed"
+            said = next((f"; rank {record['rank']}: {record['reason']}" for record in records if record["code"] == ExitCode.CRASH), "")
+            return ExitCode.CRASH, f"rank {silent[0]} ended without a record: it was killed{said}"
         for record in records:
             if record["code"] not in (ExitCode.DONE, ExitCode.REQUEUE):
                 return ExitCode.CRASH, f"rank {record['rank']}: {record['reason']}"

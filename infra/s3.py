@@ -1,30 +1,29 @@
-"""Objects of S3: the only importer of boto3, which is imported at first use. ``infra/storage.py`` is what other modules use.
+"""Objects of S3; boto3 is imported at first use. ``infra/storage.py`` is what other modules use, ``infra/s3_client.py`` makes the clients.
 
 ``S3_ENDPOINT_URL`` names a server other than AWS; credentials come by boto3's usual ways and are never logged. Errors say whether data are
-missing or broken (DataError) or whether the bucket, the credentials or the endpoint are wrong (ConfigError, with the variable to set).
+missing or broken (DataError), whether the server does not answer (UnreachableError, which is retried), or whether the bucket, the credentials or the
+endpoint are wrong (ConfigError, with the variable to set).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infra.errors import ConfigError, DataError, MissingError, ReportedError
+from infra import s3_client
+from infra.errors import ConfigError, DataError, MissingError, ReportedError, UnreachableError
 from infra.files import atomic
 
 MAX_ATTEMPTS = 6
 """Attempts of one request (throttling, resets), and of one whole download whose body broke off."""
 BACKOFF_S = 0.25
 """Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
-CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 """Silence of a server in seconds after which a request counts as broken."""
 PART_BYTES = 16 << 20
@@ -32,14 +31,10 @@ PART_BYTES = 16 << 20
 DELETE_AT_ONCE = 1000
 """Objects that one delete request names: S3's limit."""
 
-_CLIENT_VARIABLES = (
-    *("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    *("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
-)
-_REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken", "AllAccessDisabled")
+_REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "AllAccessDisabled")
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 _MISSING = ("404", "NoSuchKey", "NotFound")
-_lock = threading.Lock()
-_clients: dict[str, Any] = {}
+_PASSING = (408, 429)  # status: too slow, too often
 
 T = TypeVar("T")
 
@@ -111,7 +106,8 @@ class ObjectStream(io.RawIOBase):
         """As of RawIOBase.
 
         Raises:
-            DataError: MAX_ATTEMPTS requests in a row brought nothing, the object has changed, or its checksum is wrong.
+            UnreachableError: MAX_ATTEMPTS requests in a row brought nothing.
+            DataError: the object has changed, or its checksum is wrong.
         """
         from botocore.exceptions import FlexibleChecksumError
 
@@ -126,7 +122,7 @@ class ObjectStream(io.RawIOBase):
             except _broken_bodies() as error:
                 self._body, self._failures = None, self._failures + 1
                 if self._failures >= MAX_ATTEMPTS:
-                    raise DataError(
+                    raise UnreachableError(
                         f"{self._url}: failed after {MAX_ATTEMPTS} attempts at byte {self._position} ({error}); check the network."
                     ) from error
                 time.sleep(BACKOFF_S * 2 ** (self._failures - 1))
@@ -288,32 +284,47 @@ def delete_all(url: str) -> None:
                 raise ConfigError(f"s3://{bucket}/{failed[0]['Key']}: cannot be deleted ({failed[0].get('Code')}); this key needs s3:DeleteObject.")
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun and neither completed nor aborted; its parts cost room, and no listing of objects shows them."""
+
+    url: str
+    upload_id: str
+    begun: float
+    """Seconds since 1970, by the server's clock."""
+
+
+def unfinished_uploads(url: str) -> list[Upload]:
+    """All multipart uploads below a prefix that are not finished."""
+    bucket, key = bucket_and_key(url)
+    prefix = f"{key}/" if key else ""
+    found = []
+    with _errors(url):
+        for page in _client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            # The prefix is asked for and looked at: what follows is aborted by this list.
+            found += [
+                Upload(f"s3://{bucket}/{item['Key']}", str(item["UploadId"]), float(item["Initiated"].timestamp()))
+                for item in page.get("Uploads", [])
+                if item["Key"].startswith(prefix)
+            ]
+    return found
+
+
+def abort(upload: Upload) -> None:
+    """Give up an unfinished upload and free its parts; one that has ended meanwhile is left as it is."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = bucket_and_key(upload.url)
+    with _errors(upload.url):
+        try:
+            _client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload.upload_id)
+        except ClientError as error:
+            if _code(error) not in ("NoSuchUpload", "404"):
+                raise
+
+
 def _client() -> Any:
-    """The client of this process and environment: clients do not survive a fork, and an environment may change (in tests it does)."""
-    settings = "\n".join(os.environ.get(name, "") for name in _CLIENT_VARIABLES)
-    key = hashlib.sha256(f"{os.getpid()} {MAX_ATTEMPTS} {READ_TIMEOUT_S} {settings}".encode()).hexdigest()
-    with _lock:
-        if key not in _clients:
-            _clients[key] = _connect()
-        return _clients[key]
-
-
-def _connect() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        max_pool_connections=16,
-        s3={"addressing_style": "path"} if endpoint else None,  # bucket.host resolves on AWS, rarely elsewhere
-    )
-    try:
-        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
-    except ValueError as error:
-        raise ConfigError(f"S3_ENDPOINT_URL = {endpoint}: {error}; expected a URL such as http://host:port.") from error
+    return s3_client.client(MAX_ATTEMPTS, READ_TIMEOUT_S)
 
 
 def _transfer() -> Any:
@@ -356,24 +367,32 @@ def _errors(url: str) -> Iterator[None]:
     try:
         yield
     except found.ClientError as error:
-        raise _explain(url, _code(error), str(error)) from error
+        raise _explain(url, _code(error), str(error), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))) from error
     except (found.NoCredentialsError, found.PartialCredentialsError, found.ProfileNotFound) as error:
         raise ConfigError(f"{url}: no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
     except found.ParamValidationError as error:
         raise ConfigError(f"{url}: not a valid name ({error}); expected s3://bucket/prefix.") from error
+    except found.FlexibleChecksumError as error:
+        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); the object is damaged, or the network is.") from error
     except (found.BotoCoreError, Boto3Error, RetriesExceededError) as error:
-        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
+        raise UnreachableError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
 
 
-def _explain(url: str, code: str, detail: str) -> ReportedError:
+def _explain(url: str, code: str, detail: str, status: int) -> ReportedError:
     if code == "NoSuchBucket":
         return ConfigError(f"{url}: the bucket does not exist; create it, or name another one.")
     if code == "InvalidBucketName":
         return ConfigError(
             f"{url}: not a valid bucket name; expected s3://bucket/prefix, the bucket in 3 to 63 lower-case letters, digits and dashes."
         )
+    if code in _EXPIRED:  # fresh ones may lie there already when a scheduler starts the job again
+        return UnreachableError(
+            f"{url}: the credentials have expired ({code}); use what is renewed: a role, a web identity, or a file named by AWS_SHARED_CREDENTIALS_FILE, "
+            "which is read again when it changes."
+        )
     if code in _REFUSED:
         return ConfigError(f"{url}: refused ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of this key on the bucket.")
     if code in _MISSING:
         return MissingError(f"{url}: does not exist.")
-    return DataError(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")
+    kind = UnreachableError if status >= 500 or status in _PASSING else DataError
+    return kind(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
@@ -29,30 +30,40 @@ class StopFlag:
 
 
 def install() -> StopFlag:
-    """Let stop signals set a flag, then deliver those that waited (see ``block_in_children``)."""
+    """Let stop signals set a flag, then deliver those that waited (see ``block_in_children``).
+
+    SLURM sends the preemption signal to every process of a step, helpers of libraries included, which it would kill: children get it blocked.
+    """
     flag = StopFlag()
     for number in STOP_SIGNALS:
         signal.signal(number, flag.handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    _hear_for_children((PREEMPTION_SIGNAL,))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - {PREEMPTION_SIGNAL})
     return flag
 
 
 def block_in_children() -> None:
-    """Block stop signals in this (the main) thread, so that children start with them blocked, while this process still hears them.
+    """Block all stop signals in this (the main) thread, so that children start with them blocked, while this process still hears them.
 
     The mask of the spawning thread is inherited through exec: a signal that arrives before a child has its handler stays pending until
-    ``install`` unblocks it. A helper thread keeps the signals deliverable here; Python runs handlers in the main thread whichever thread receives.
+    ``install`` unblocks it.
     """
+    _hear_for_children(STOP_SIGNALS)
+
+
+def _hear_for_children(numbers: Sequence[signal.Signals]) -> None:
+    """Block signals in the main thread, whose mask children inherit. A helper thread keeps them deliverable here; Python runs handlers in the main
+    thread whichever thread receives."""
     ready = threading.Event()
 
     def listen() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         ready.set()
         threading.Event().wait()
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
     ready.wait()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def die_with_parent() -> None:

@@ -47,7 +47,8 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_ND, weight_VD, targets_N, log_sum_N, *kept = ctx.saved_tensors
-        grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
+        grad_x_ND = torch.empty_like(x_ND)
+        grad_weight_VD = torch.empty_like(weight_VD) if len(x_ND) else torch.zeros_like(weight_VD)
         for part in _chunks(len(x_ND), len(weight_VD), x_ND.device.type):
             logits_RV = kept[0][part] if kept else torch.mm(x_ND[part], weight_VD.t())
             # d nll / d logits = softmax - one-hot, times what comes from above.
@@ -55,7 +56,8 @@ class _CrossEntropy(torch.autograd.Function):
             grad_RV = grad_RV.exp_().mul_(grads[0][part, None])
             grad_RV.scatter_add_(1, targets_N[part, None], -grads[0][part, None])
             torch.mm(grad_RV, weight_VD, out=grad_x_ND[part])
-            grad_weight_VD.addmm_(grad_RV.t(), x_ND[part])
+            # The first chunk writes, so that nobody fills the largest matrix with zeros first.
+            grad_weight_VD.addmm_(grad_RV.t(), x_ND[part], beta=min(part.start, 1))
             del logits_RV, grad_RV
         return grad_x_ND, grad_weight_VD, None, None
 

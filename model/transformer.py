@@ -146,13 +146,14 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * 1.702).mul_(1 / 1.702)
+        scaled = x * 1.702  # kept in place of x, which nothing else needs
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / 1.702)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0], x * 1.702)
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0], scaled)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def main(name: str, arguments: list[str]) -> int:
     if name == "srun":
         return _srun(arguments)
     if name == "squeue":
-        wanted = next(word.removeprefix("--name=") for word in arguments if word.startswith("--name="))
-        print(known.get(wanted, ""), end="")
+        wanted = next((word.removeprefix("--name=") for word in arguments if word.startswith("--name=")), "")
+        print(known.get(wanted, "") if wanted else os.environ.get("JOB_STATE", "RUNNING"), end="")
     if name == "sbatch":
         if (folder / "refuse").exists():
             print("sbatch: error: invalid partition specified: gpu", file=sys.stderr)

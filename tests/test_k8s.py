@@ -140,6 +140,11 @@ def test_pods_are_confined_sized_and_get_time_to_save(built: dict[str, list[mani
             if document["kind"] != "TrainingRuntime":  # there the TrainJob says it
                 assert container["resources"]["requests"] == container["resources"]["limits"]
             assert {"secretRef": {"name": "launcher-s3"}} in container["envFrom"], "secrets by reference"
+            (mounted,) = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
+            assert mounted == {"secretName": "launcher-s3", "optional": True, "defaultMode": 0o440}, "rotated keys come as a file"
+            assert {"name": "s3", "mountPath": "/var/run/launcher-s3", "readOnly": True} in container["volumeMounts"]
+            place = {"name": "AWS_SHARED_CREDENTIALS_FILE", "value": "/var/run/launcher-s3/credentials"}
+            assert place in (container.get("env") or find(built[overlay], "TrainJob", "dalle")["spec"]["trainer"]["env"])
             if document["kind"] != "Deployment":
                 assert pod["terminationGracePeriodSeconds"] > SHUTDOWN_S
                 assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory" and container["volumeMounts"][0]["mountPath"] == "/dev/shm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from infra.errors import ConfigError, DataError
 from infra.signals import StopFlag
 from infra.world import Share, World
 from train import front
+from train.stages import STAGES
 from train.verbs import takedown
 
 _VARIABLES = ("LAUNCHER_SHARE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
@@ -91,8 +93,32 @@ def test_shares_in_any_order_make_the_sets_of_one_process_and_the_last_merges(tm
     for kind in ("images", "codes"):
         assert tree(tmp_path / "one" / "tiny" / kind) == tree(tmp_path / "three" / "tiny" / kind)
     assert len(list((tmp_path / "three" / "tiny" / "images" / "train").glob("part-*"))) > 3
-    with pytest.raises(ConfigError, match=r"--share 0/2: 'dvae' is not divided among launchers; prepare, encode are"):
+    with pytest.raises(ConfigError, match=r"--share 0/2: 'dvae' is not divided among launchers; prepare, encode, generate are"):
         stage("dvae", tmp_path / "three", share="0/2")
+
+
+def test_captions_are_divided_and_the_pictures_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    short = ["dalle_fit.steps=2", "clip_fit.steps=2", "generate.num_captions=4", "generate.candidates=2"]
+    for name in list(STAGES)[: list(STAGES).index("generate")]:
+        stage(name, tmp_path / "one", *short)
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    config = json.loads((tmp_path / "three" / "tiny" / "config.json").read_text())
+    config["run"]["root"] = str(tmp_path / "three")
+    (tmp_path / "three" / "tiny" / "config.json").write_text(json.dumps(config))
+    stage("generate", tmp_path / "one", *short)
+    one, three = (tmp_path / name / "tiny" / "generate" for name in ("one", "three"))
+    for position, share in enumerate(("2/3", "0/3", "1/3")):
+        stage("generate", tmp_path / "three", *short, share=share)
+        assert ("are left to others" in capfd.readouterr().out) == (position < 2) == (not (three / "done.json").exists())
+    marker = (three / "done.json").read_text()
+    for folder in (one, three):
+        (folder / "done.json").unlink()
+    assert tree(one) == tree(three) and len(json.loads((one / "index.json").read_text())["captions"]) == 4
+    before = {path: path.stat().st_mtime_ns for path in three.rglob("caption-*/*")}
+    stage("generate", tmp_path / "three", *short, share="0/3")
+    assert {path: path.stat().st_mtime_ns for path in three.rglob("caption-*/*")} == before, "a finished caption was drawn again"
+    (three / "done.json").unlink()
+    assert tree(one) == tree(three) and json.loads(marker)["summary"] == {"captions": 4, "pictures": 8}, "merging again changes nothing"
 
 
 def test_appended_data_encode_only_what_is_new_and_a_run_keeps_its_version(tmp_path: Path) -> None:

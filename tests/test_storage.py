@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import files, s3, storage
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, ExitCode, NoRoomError
 from tests import s3_server as server
 
 
@@ -248,8 +248,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"file: cannot be written \(No space left on device\); choose a writable place"):
+    with pytest.raises(NoRoomError, match=r"file: cannot be written \(No space left on device\); make room there") as caught:
         storage.write_text(url, "new")
+    assert caught.value.exit_code == ExitCode.CRASH, "a full disk is retried"
     assert storage.read_text(url) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

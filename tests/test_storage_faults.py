@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from infra import s3, storage
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, ExitCode, UnreachableError
 
 URL = "s3://bucket/folder/object.bin"
 CONTENT = b"0123456789" * 1000
@@ -106,12 +106,13 @@ def test_a_read_that_fails_twice_succeeds_the_third_time(server: ScriptedServer,
     [(cut, "failed after 3 attempts"), (drop, "failed after 3 attempts"), (error(503, "SlowDown"), "answered SlowDown after at most 3 attempts")],
     ids=["cut", "drop", "slow-down"],
 )
-def test_a_read_that_always_fails_is_a_data_error_that_names_the_object(
+def test_a_read_that_always_fails_names_the_object_and_is_retried_by_schedulers(
     server: ScriptedServer, fault: Callable[[_Handler], None], words: str
 ) -> None:
     server.script = [fault]
-    with pytest.raises(DataError, match=rf"s3://bucket/folder/object\.bin: .*{words}"):
+    with pytest.raises(UnreachableError, match=rf"s3://bucket/folder/object\.bin: .*{words}") as caught:
         storage.read_bytes(URL)
+    assert caught.value.exit_code == ExitCode.CRASH, "an outage says nothing about the data"
     assert len(server.requests) == 3
 
 
@@ -149,7 +150,10 @@ def test_a_stream_that_breaks_off_goes_on_where_it_broke_however_often_it_gets_o
 
 def test_a_stream_that_gets_no_further_is_a_data_error_that_names_the_object_and_the_byte(server: ScriptedServer) -> None:
     server.script = [ranged(3000), ranged(0)]
-    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: failed after 3 attempts at byte 3000 .*check the network"):
+    with (
+        storage.open_stream(URL) as stream,
+        pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts at byte 3000 .*check the network"),
+    ):
         stream.read()
 
 
@@ -234,5 +238,5 @@ def test_objects_that_may_not_be_deleted_are_named(server: ScriptedServer) -> No
 
 def test_a_server_that_is_not_there_is_named(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(DataError, match=r"object\.bin: failed after 3 attempts .*127\.0\.0\.1:1.*check the network and S3_ENDPOINT_URL"):
+    with pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts .*127\.0\.0\.1:1.*check the network and S3_ENDPOINT_URL"):
         storage.read_bytes(URL)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
-from infra.errors import CheckpointError, DataError
+from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.checkpoint_storage import Reader, Writer
@@ -57,7 +57,10 @@ def save(
         storage.delete(storage.join(url, "meta.json"))  # rewritten below: no marker while files change
     if dist.is_initialized():
         dist.barrier(group)
-    dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise _first(error) from error
     if world.is_main:
         facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions()}
         storage.write_json(storage.join(url, "meta.json"), meta | facts)
@@ -80,17 +83,25 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
 
     Raises:
         CheckpointError: a tensor is missing or of another shape, or a file is damaged (its hash differs).
+        UnreachableError, ConfigError: the storage gives no answer, refuses, or there is no room for a copy; the checkpoint may be whole.
     """
     url = folder(stage_url, step)
-    meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
     try:
+        meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
         dcp.load(dict(fragments), storage_reader=Reader(url), planner=FragmentLoader(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{url}: {first}") from error
-    except (CheckpointError, RuntimeError, ValueError) as error:
+        first = _first(error)
+        raise (first if isinstance(first, UnreachableError | ConfigError) else CheckpointError(f"{url}: {first}")) from error
+    except (UnreachableError, ConfigError):
+        raise
+    except (DataError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{url}: {error}") from error
     return meta
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank that failed: every rank gets the failures of all."""
+    return error.failures[min(error.failures)][0]
 
 
 def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) -> dict[str, Any] | None:
@@ -98,11 +109,11 @@ def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) ->
     steps = [complete(stage_url) if world.is_main else []]
     if dist.is_initialized():
         dist.broadcast_object_list(steps)
-    failure: DataError | None = None
+    failure: CheckpointError | None = None
     for step in reversed(steps[0]):
         try:
             return load(stage_url, step, fragments)
-        except DataError as error:  # also a meta.json that is no JSON
+        except CheckpointError as error:
             log.error("CHECKPOINT NOT USABLE: %s; falling back to the checkpoint before it", error)
             failure = error
     if failure is not None:

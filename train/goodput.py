@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from infra import storage
+from infra.errors import ExitCode
 from train.metrics import newest_attempt_times
 
 NAMES = ("init", "data", "step", "evaluate", "save", "lost")
@@ -53,9 +55,28 @@ class Goodput:
 
 
 def lost_s(run_url: str, stage: str, step: int) -> float:
-    """Seconds that the attempt before this one spent on updates after ``step``, where this one starts again; by its metrics."""
+    """Seconds that the attempt before this one spent after update ``step``, where this one starts again: by its metrics, and by when it crashed.
+
+    A crash tells of the time in which a hung rank was waited for, and on s3 of the updates whose lines were not yet uploaded.
+    """
     times = newest_attempt_times(run_url, stage)
-    if not times or max(times) <= step:
+    if not times:
         return 0.0
+    ended = max(max(times.values()), _crashed(run_url, stage, max(times.values())))
     kept = [when for at, when in times.items() if at <= step]
-    return max(times.values()) - (max(kept) if kept else min(times.values()))
+    return ended - (max(kept) if kept else min(times.values()))
+
+
+def _crashed(run_url: str, stage: str, logged: float) -> float:
+    """When the last rank of the newest attempt with records crashed; 0 if none did, or if it is not the attempt that logged until ``logged``."""
+    base = storage.join(run_url, "exits", stage)
+    names = [name.split("/") for name in storage.list_files(base)]
+    ended = [int(folder.removeprefix("attempt-")) for folder, file in names if file.startswith("rank-")]
+    if not ended:
+        return 0.0
+    newest = f"attempt-{max(ended)}"
+    begin = storage.join(base, newest, "begin.json")
+    if not storage.exists(begin) or storage.read_json(begin)["time"] > logged:
+        return 0.0
+    records = [storage.read_json(storage.join(base, newest, file)) for folder, file in names if folder == newest and file.startswith("rank-")]
+    return max((float(record["time"]) for record in records if record["code"] == ExitCode.CRASH), default=0.0)

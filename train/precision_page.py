@@ -24,6 +24,7 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
 
 One seed each: a difference of a few thousandths of a nat says nothing.
 """
+_LONG_ENOUGH = 1000
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")
 
 
@@ -41,8 +42,10 @@ def write(docs: Path) -> None:
 def _section(name: str, found: dict[str, Any]) -> str:
     options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["options"].items() if key != "floors")
     floor = _worst_floor(found["runs"])
+    short = found["options"]["updates"] < _LONG_ENOUGH
+    note = "Too short to learn anything: the losses show only that no arm fails; look at what is lost.\n\n" if short else ""
     return (
-        f"\n## {name}\n\n{options}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
+        f"\n## {name}\n\n{note}{options}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
         f"Losses, and shares of lost values by resblock, at a floor raised by {floor} bits:\n\n"
         f"![losses](pictures/precision-{name}-loss.svg) ![lost values](pictures/precision-{name}-lost.svg)\n"
     )

@@ -1,4 +1,4 @@
-"""Stage generate: captions -> ranked pictures (``launcher.py generate PRESET``). Out: generate/index.json, PNG files, grid.png."""
+"""Stage generate: captions -> ranked pictures (``launcher.py generate PRESET``), divided among launchers. Out: generate/index.json, PNG files, grid.png."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infra import storage
 from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
-from infra.world import World
+from infra.world import Share, World
 from train import drawing, places
 from train.common import stop_together
 from train.config import RunConfig
@@ -27,14 +27,16 @@ from train.report.images import grid, png_bytes
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Draw this rank's captions; each is finished on its own. Then the main rank writes the index and the grid."""
+    """Draw this rank's captions; each is finished on its own. Once all are there, of other launchers too, write the index and the grid."""
     started = time.monotonic()
     places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export)
     device = set_up(world)
     models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     wanted = drawing.prompts(cfg, training, validation)
-    mine = [i for i in range(len(wanted)) if i % world.size == world.rank and not _finished(run, i, wanted[i], models.lineage)]
+    share = Share.from_env()
+    place = share.of(world)
+    mine = [i for i in range(place.rank, len(wanted), place.size) if not _finished(run, i, wanted[i], models.lineage)]
     progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
     for done, index in enumerate(mine, 1):
         if stop:
@@ -46,26 +48,29 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     progress.finish()
     stop_together(stop, device, "generate")
     if world.is_main:
-        entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(len(wanted))]
-        storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
-        listing = {
-            "captions": entries,
-            "temperature": cfg.generate.temperature,
-            "candidates": cfg.generate.candidates,
-            "checkpoint": models.lineage["dalle"],
-        }
-        storage.write_json(run.at("generate", "index.json"), listing)
-        seconds, drawn = time.monotonic() - started, len(wanted) * cfg.generate.candidates
-        rate = {"value": drawn / seconds, "unit": "pictures/s"}
-        run.finish(
-            "generate",
-            seconds=seconds,
-            world_size=world.size,
-            throughput=rate,
-            summary={"captions": len(wanted), "pictures": drawn},
-            parents=models.lineage,
-        )
+        left = sum(not _finished(run, i, prompt, models.lineage) for i, prompt in enumerate(wanted)) if share.count > 1 else 0
+        if left:
+            print(f"generate: this share is done; {left} of {len(wanted)} captions are left to others, and the last of them merges.", flush=True)
+        else:
+            _merge(cfg, run, len(wanted), models.lineage["dalle"])
+            seconds = time.monotonic() - started
+            run.finish(
+                "generate",
+                seconds=seconds,
+                world_size=world.size,
+                throughput={"value": len(mine) * world.size * cfg.generate.candidates / seconds, "unit": "pictures/s"},
+                summary={"captions": len(wanted), "pictures": len(wanted) * cfg.generate.candidates},
+                parents=models.lineage,
+            )
     wait_for_all()
+
+
+def _merge(cfg: RunConfig, run: RunFolder, captions: int, checkpoint: str) -> None:
+    """Write the index and the grid; again writes the same bytes."""
+    entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(captions)]
+    storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
+    listing = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": checkpoint}
+    storage.write_json(run.at("generate", "index.json"), listing)
 
 
 def _name(index: int) -> str:

@@ -79,7 +79,8 @@ STAGES: dict[str, Stage] = {
     "generate": Stage(
         "train.stage_generate",
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
-        "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files.",
+        "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
+        shared=True,
     ),
     "evaluate": Stage(
         "train.stage_evaluate",

@@ -1,20 +1,33 @@
-"""A collective that never returns ends in bounded time, with the rank and the place named: one thread in each rank that waits for beats."""
+"""A collective that never returns ends in bounded time, with the rank and the place named: one thread in each rank that waits for beats.
+
+A rank that waits for others gives them a little longer, so that the one which keeps them waiting ends first and says where it stood. One that cannot speak
+(stopped, or stuck in the kernel) is named by those of its node, and ended by its launcher.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from infra.errors import ExitCode
 from infra.run_folder import REPOSITORY
 
 LIMIT_S = 540.0
 """Seconds without a beat. Below the process group's own timeout (600 s), which would end a rank without saying where it stood."""
+
+STACK_SIGNAL = signal.SIGQUIT
+"""Makes a rank print all its stacks and go on: ``kill -QUIT``, or another rank of the node that has waited for too long."""
+_WAITING = ("/torch/distributed/", "/torch/autograd/", "train/signal_vector.py")
+"""Where a rank stands that waits for others: in a collective, or in a backward pass that ends in one."""
+_PEERS_S = 60.0
+_STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "Z": "dead"}
 
 
 class Watchdog:
@@ -42,19 +55,38 @@ class Watchdog:
         self._due = None
 
     def _watch(self) -> None:
+        tick, peers_s = min(1.0, self.limit_s / 10), min(_PEERS_S, self.limit_s / 4)
         while True:
-            time.sleep(min(1.0, self.limit_s / 10))
-            due = self._due
-            if due is not None and time.monotonic() > due:
-                reason = f"no progress for {self.limit_s:.0f} s; it stands at {self.place()}"
-                faulthandler.dump_traceback(sys.stderr)
-                self._report(ExitCode.CRASH, reason)
-                self._end(ExitCode.CRASH)
+            slept = time.monotonic()
+            time.sleep(tick)
+            now, due = time.monotonic(), self._due
+            if due is None:
+                continue
+            if now - slept > tick + self.limit_s / 2:  # the whole process was suspended, and so was what it is waited for
+                self._due = due + now - slept
+            elif now > due + (peers_s if self._waits() else 0.0):
+                self._say_and_end()
                 return
+
+    def _say_and_end(self) -> None:
+        faulthandler.dump_traceback(sys.stderr)
+        waits = self._waits()
+        others = "; ".join(suspects()) if waits else ""
+        verb = "it waits for other ranks at" if waits else "it stands at"
+        reason = f"no progress for {self.limit_s:.0f} s; {verb} {self.place()}" + (f"; on this node {others}" if others else "")
+        self._report(ExitCode.CRASH, reason)
+        self._end(ExitCode.CRASH)
+
+    def _stack(self) -> traceback.StackSummary:
+        return traceback.extract_stack(sys._current_frames()[self._main])
+
+    def _waits(self) -> bool:
+        inner = self._stack()[-1].filename
+        return any(mark in inner for mark in _WAITING)
 
     def place(self) -> str:
         """Where the main thread stands: the innermost line of ours, and what it called."""
-        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        stack = self._stack()
         ours = [frame for frame in stack if frame.filename.startswith(str(REPOSITORY))]
         inner = (ours or stack)[-1]
         name = inner.filename.removeprefix(f"{REPOSITORY}/")
@@ -62,11 +94,31 @@ class Watchdog:
         return f"{name}:{inner.lineno} in {inner.name}{called}"
 
 
+def suspects() -> list[str]:
+    """Ranks of this node whose state says that they cannot go on; all others are asked for their stacks."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or int(entry.name) == os.getpid() or b"--worker" not in (entry / "cmdline").read_bytes().split(b"\0"):
+                continue
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) != os.getppid():
+                continue
+            variables = dict(line.partition(b"=")[::2] for line in (entry / "environ").read_bytes().split(b"\0"))
+            os.kill(int(entry.name), STACK_SIGNAL)
+        except OSError:  # it has ended meanwhile
+            continue
+        if state in _STATES:
+            found.append(f"rank {variables.get(b'RANK', b'?').decode()} (process {entry.name}) is {_STATES[state]}")
+    return sorted(found)
+
+
 _current: list[Watchdog] = []
 
 
 def start(report: Callable[[int, str], None]) -> None:
     """Watch this rank from its first beat on. LAUNCHER_HANG_S replaces LIMIT_S."""
+    faulthandler.register(STACK_SIGNAL)
     _current[:] = [Watchdog(float(os.environ.get("LAUNCHER_HANG_S") or LIMIT_S), report)]
 
 

@@ -60,7 +60,8 @@ end() {
             [ "${SLURM_RESTART_COUNT:-0}" -lt "${LAUNCHER_RETRIES:-3}" ] || exit "$code"
             ;;
     esac
-    scontrol requeue "$SLURM_JOB_ID"
+    # What SLURM is ending already stays cancelled (scancel), or is requeued by SLURM (scontrol requeue, a lost node): a running job requeues itself.
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || scontrol requeue "$SLURM_JOB_ID"
     exit 75
 }
 

@@ -142,8 +142,8 @@ def _peak_in_blocks(run: Run) -> int:
 
 
 def _backward_of_mlp(run: Run) -> int:
-    """In the GELU's backward pass its result and the second matrix are gone, and three tensors of its size are there."""
-    return run.branch_bytes * (3 - 1) * 4 * run.positions - run.cast_bytes * 4 * run.cfg.width**2
+    """In the second matrix's backward pass: gradients of the GELU's result and of the matrix itself."""
+    return run.branch_bytes * 4 * (run.positions + run.cfg.width**2)
 
 
 def _backward_of_engine(run: Run, kind: Kind) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
 from train.bench.flops import forward_flops, head_products, train_flops
@@ -21,6 +21,9 @@ RESERVE = 0.08
 """Share of a GPU's memory left to CUDA, NCCL and fragmentation; an assumption."""
 
 
+_FP32 = 4
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a plan is for."""
@@ -31,8 +34,18 @@ class Setting:
     layout: Layout
     storage: Storage = "cast"
     moment_bytes: int = 8
+    half_gradients: bool = False
+    """Gradients of matrices travel in 16 bits: with fp16 arithmetic, however matrices are stored."""
     rank: int | None = None
     """Total rank of gradient compression between machines."""
+
+    @classmethod
+    def configured(cls, cfg: RunConfig, cluster: Cluster) -> Setting:
+        """What the configuration says."""
+        fit, zero = cfg.dalle_fit, cfg.zero
+        is_half = fit.precision == "fp16"
+        storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"
+        return cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, is_half)
 
     @property
     def micro_batch(self) -> int:
@@ -61,7 +74,8 @@ class Memory:
     working: int
     """What the backward pass needs on top of them at its widest."""
     host: float
-    """In the machine's memory for each GPU: the iterate average (paper B.2), sharded like the optimizer."""
+    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/averaging.py);
+    with zero.offload_optimizer also masters, moments and gradients."""
 
     @property
     def total(self) -> float:
@@ -88,19 +102,25 @@ def memory(setting: Setting) -> Memory:
     run = activation_run(setting)
     parameters = states.count(run.cfg, run.shape)
     shards = setting.cluster.shards(setting.layout)
+    zero = setting.cfg.zero
     found = states.states(
         parameters,
         setting.stage,
         shards,
         storage=setting.storage,
         moment_bytes=setting.moment_bytes,
-        bucket_elements=setting.cfg.zero.reduce_bucket_size * (2 if setting.cfg.zero.overlap_comm else 1),
+        half_gradients=setting.half_gradients,
+        bucket_elements=zero.reduce_bucket_size * (2 if zero.overlap_comm and setting.stage < 3 else 1),
+        live_elements=states.gathered(run.cfg.width, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters),
         error_shards=setting.cluster.gpus if setting.rank is not None else 0,
-        largest_resblock=8 * run.cfg.width**2,
         micro_batches=setting.cfg.dalle_fit.accumulation,
     )
     kept = activations.kept_by_forward(run)
-    return Memory(found, kept, activations.peak(run) - kept, 4.0 * parameters.total / (shards if setting.stage else 1))
+    host = 2 * _FP32 * parameters.total / (shards if setting.stage else 1)
+    if zero.offload_optimizer and setting.stage:
+        host += found.masters + found.moments + found.gradients
+        found = replace(found, masters=0.0, moments=0.0, gradients=0.0, update=0.0)
+    return Memory(found, kept, activations.peak(run) - kept, host)
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,8 @@ def traffic(setting: Setting) -> network.Traffic:
         setting.stage,
         setting.layout,
         storage=setting.storage,
+        half_gradients=setting.half_gradients,
+        all_reduces=cfg.zero.use_multi_rank_bucket_allreduce,
         micro_batches=cfg.dalle_fit.accumulation,
         rank=setting.rank,
     )

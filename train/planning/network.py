@@ -48,27 +48,32 @@ def traffic(
     layout: Layout,
     *,
     storage: Storage = "cast",
+    half_gradients: bool = False,
+    all_reduces: bool = True,
     micro_batches: int = 1,
     rank: int | None = None,
 ) -> Traffic:
     """What an update sends.
 
-    Stages 0 to 2 all-reduce gradients (DeepSpeed's default, also where a reduce-scatter would do), stage 2 in each micro-batch; 1 and 2 gather the
-    parameters after the update. Stage 3 gathers parameters for each forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout
-    'node' reduces each GPU's own share: whole, or the factors P and Q of 16-bit elements for the matrices (paper 6.5).
+    Stages 0 to 2 reduce gradients, stage 2 in each micro-batch; 1 and 2 gather the parameters after the update. Stage 3 gathers parameters for each
+    forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout 'node' reduces each GPU's own share: whole, or
+    the factors P and Q of 16-bit elements for the matrices (paper 6.5).
 
     Args:
+        half_gradients: gradients of matrices travel in 16 bits.
+        all_reduces: stages 1 and 2 all-reduce gradients, also where a reduction to each owner would do (zero.use_multi_rank_bucket_allreduce).
         rank: total rank of gradient compression; None sends gradients whole. Layout 'node' only.
     """
-    matrix = _HALF if storage == "half" else _FP32
-    stored = matrix * parameters.matrices + _FP32 * parameters.rest
+    stored = (_HALF if storage == "half" else _FP32) * parameters.matrices + _FP32 * parameters.rest
+    matrix_gradient = _HALF if half_gradients else _FP32
+    gradients = matrix_gradient * parameters.matrices + _FP32 * parameters.rest
     shards = cluster.shards(layout)
     share = (shards - 1) / shards
     if stage == 3:
-        sent = micro_batches * share * (2 * stored + stored)
+        sent = micro_batches * share * (2 * stored + gradients)
     else:
         reductions = micro_batches if stage == 2 else 1
-        sent = share * (2 * stored * reductions + (stored if stage else 0))
+        sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + (stored if stage else 0))
     if layout == "flat":
         # A ring over all GPUs leaves the machine through one link of its GPUs: each GPU's share of the network carries 1/gpus of it.
         return Traffic(sent, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
@@ -77,6 +82,6 @@ def traffic(
     between = 2 * (cluster.nodes - 1) / cluster.nodes
     own_matrices, own_rest = parameters.matrices / cluster.gpus, parameters.rest / cluster.gpus
     if rank is None:
-        return Traffic(sent, between * (matrix * own_matrices + _FP32 * own_rest))
+        return Traffic(sent, between * (matrix_gradient * own_matrices + _FP32 * own_rest))
     factors = cfg.layers * sum(factor_elements(cfg.width, rank, cluster.gpus))
     return Traffic(sent, between * (_HALF * factors + _FP32 * own_rest))

@@ -1,6 +1,6 @@
 """Parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. No torch.
 
-The formulas of ZeRO 1 and 2 are compared with real runs (tests/test_planning.py); stage 3, 16-bit storage and error buffers are formulas only.
+The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/test_planning.py); error buffers are a formula only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model.config import StreamShape, TransformerConfig
 Layout = Literal["flat", "node"]
 """'flat': shards over all GPUs. 'node': shards over the GPUs of a machine, machines are replicas (paper 6.1)."""
 Storage = Literal["cast", "half"]
-"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are stored in 16 bits, with fp32 masters in the optimizer."""
+"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are fp16 (zero.weights), with fp32 masters in the optimizer."""
 
 _FP32, _HALF = 4, 2
 
@@ -96,12 +96,13 @@ def states(
     *,
     storage: Storage = "cast",
     moment_bytes: int = 8,
+    half_gradients: bool = False,
     bucket_elements: int = 0,
+    live_elements: int = 0,
     error_shards: int = 0,
-    largest_resblock: int = 0,
     micro_batches: int = 1,
 ) -> States:
-    """Bytes of model states on one GPU under DeepSpeed ZeRO.
+    """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/zero/ sets it up.
 
     Args:
         parameters: counts.
@@ -109,10 +110,11 @@ def states(
         shards: GPUs that share one copy.
         storage: how matrices are stored.
         moment_bytes: both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
+        half_gradients: gradients of matrices travel in 16 bits (fp16 arithmetic), so that there is a bucket for them beside that for the rest.
         bucket_elements: elements of a gradient reduction (zero.reduce_bucket_size).
+        live_elements: parameters that stage 3 holds gathered at most (``gathered``).
         error_shards: GPUs of a machine that share the error buffers (1-6-9) of gradient compression; 0 without compression.
-        micro_batches: of an update: between them, stage 1 holds whole gradients.
-        largest_resblock: parameters of the largest resblock: stage 3 has one gathered while the next is on its way.
+        micro_batches: of an update.
 
     Raises:
         ValueError: an unknown stage.
@@ -125,16 +127,32 @@ def states(
     errors = _HALF * parameters.matrices / error_shards if error_shards else 0.0
     if stage == 0:
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, errors)
-    # A bucket is never larger than what there is to reduce.
-    bucket = matrix * min(bucket_elements, parameters.total)
+    # A bucket is never larger than what there is to reduce; stage 3 reduces it into another one.
+    if half_gradients:
+        bucket = _HALF * min(bucket_elements, parameters.matrices) + _FP32 * min(bucket_elements, parameters.rest)
+    else:
+        bucket = _FP32 * min(bucket_elements, parameters.total)
     share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
-    gathered = 2.0 * matrix * largest_resblock if stage == 3 else 0.0
+    gathered_bytes = matrix * min(live_elements, parameters.total)
     return States(
-        parameters=stored / shards + gathered if stage == 3 else stored,
-        masters=share,
+        parameters=stored / shards + gathered_bytes if stage == 3 else stored,
+        masters=share,  # stage 3 too: an fp32 shard could be its own master, but DeepSpeed keeps a second copy
         moments=moments / shards,
-        gradients=max(stored, share) if stage == 1 and micro_batches > 1 else share,
-        buckets=bucket,
+        gradients=_gradients(stage, micro_batches, stored, share),
+        buckets=2 * bucket if stage == 3 else bucket,
         error_buffers=errors,
-        update=4 * share,  # gradients, the same laid end to end, and two temporaries of torch's AdamW
+        update=2 * share,  # gradients, and the same laid end to end
     )
+
+
+def _gradients(stage: int, micro_batches: int, stored: float, share: float) -> float:
+    """With several micro-batches, stage 1 holds whole gradients between them, and stage 2 a micro-batch's share beside the sum so far."""
+    if micro_batches == 1 or stage == 3:
+        return share
+    return max(stored, share) if stage == 1 else 2 * share
+
+
+def gathered(width: int, prefetch: int, max_live: int) -> int:
+    """Parameters that stage 3 holds whole at once, at most: DeepSpeed fetches ahead, from each matrix anew, until zero.stage3_max_live_parameters are there;
+    the matrix in use and one prefetch it holds in any case."""
+    return max(max_live, 4 * width**2 + prefetch)

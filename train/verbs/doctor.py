@@ -7,19 +7,29 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from infra import local, storage
-from infra.errors import ReportedError
+from infra.config import differences
+from infra.errors import DataError, ReportedError
 from infra.job import Job
 from infra.local import Finding
 from infra.progress import table
 from infra.run_folder import REPOSITORY, RunFolder, producer
 
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+Check = Callable[[], list[Finding]]
 ALL_REDUCE_FLOOR_GBS = {"nccl": 20.0, "gloo": 0.05}
 """Bus bandwidth within a node: NVLink gives hundreds, PCIe about 20; loopback on two slow cores 0.3."""
+LIMIT_S = 29
+"""Seconds for all checks together."""
 _ALL_REDUCE_S = 25
-_NODES_S = 20
+_LATE = {"storage": "the endpoint does not answer: check the network and S3_ENDPOINT_URL", "machine": "the driver hangs: reboot the node"}
 
 
 class UnfitNode(ReportedError):
@@ -31,34 +41,63 @@ def main(preset: str, overrides: list[str]) -> None:
 
     Raises:
         UnfitNode: a floor was missed; the node to exclude is named.
+        DataError: the node is fit, but inputs of the run do not belong together.
     """
-    findings = [*machine(), all_reduce(), apex()]
+    checks: dict[str, Check] = {"machine": machine, "all-reduce": lambda: [all_reduce()], "apex": lambda: [apex()]}
+    url = ""
     if preset:
         from train.config import load_run
 
-        cfg = load_run(preset, overrides)
+        cfg, job = load_run(preset, overrides), Job.from_env()
         run = RunFolder(storage.join(cfg.run.root, cfg.run.name))
-        findings += local.run_storage(run.url) + lineage(run)
-    job = Job.from_env()
-    if preset and job.nodes > 1:
-        findings.append(same_versions(run, job))
+        url = run.url
+        checks |= {"storage": lambda: local.run_storage(run.url), "lineage": lambda: lineage(cfg, run)}
+        if job.nodes > 1:
+            checks["versions"] = lambda: [same_versions(run, job)]
+    findings = gathered(checks)
     table([{"check": f.check, "": "ok" if f.ok else "FAILED", "found": f.found, "floor": f.floor} for f in findings], title=local.node_name())
-    _refuse(findings)
+    _refuse([finding for finding in findings if finding.check != "lineage"])
+    for finding in findings:
+        if not finding.ok:
+            raise DataError(f"inputs of {url} do not belong together: {finding.found}; {finding.advice}.")
 
 
 def preflight(run: RunFolder) -> None:
-    """The checks of a job before its rendezvous; silent where all is well.
+    """The checks of a job before its rendezvous; silent where all is well. Stages look at their lineage themselves, and end with 65 where it is wrong.
 
     Raises:
         UnfitNode: see ``main``.
     """
     job = Job.from_env()
-    findings = machine() + local.run_storage(run.url)
+    checks: dict[str, Check] = {"machine": machine, "storage": lambda: local.run_storage(run.url)}
     if len(_devices()) > 1:
-        findings.append(all_reduce())
+        checks["all-reduce"] = lambda: [all_reduce()]
     if job.nodes > 1:
-        findings.append(same_versions(run, job))
-    _refuse(findings)
+        checks["versions"] = lambda: [same_versions(run, job)]
+    _refuse(gathered(checks))
+
+
+def gathered(checks: dict[str, Check]) -> list[Finding]:
+    """Findings of checks that run beside each other; one that gives no answer within LIMIT_S is a finding itself (a dead server, a hung driver)."""
+    answers: dict[str, list[Finding]] = {}
+    failures: list[BaseException] = []
+
+    def run_one(name: str, check: Check) -> None:
+        try:
+            answers[name] = check()
+        except BaseException as error:
+            failures.append(error)
+
+    deadline = time.monotonic() + LIMIT_S
+    threads = [threading.Thread(target=run_one, args=item, name=f"doctor {item[0]}", daemon=True) for item in checks.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if failures:
+        raise failures[0]
+    late = {name: [Finding(name, False, f"no answer within {LIMIT_S} s", "answers", _LATE.get(name, "see what hangs"))] for name in checks}
+    return [finding for name in checks for finding in answers.get(name, late[name])]
 
 
 def machine() -> list[Finding]:
@@ -69,9 +108,10 @@ def machine() -> list[Finding]:
 def _refuse(findings: list[Finding]) -> None:
     failed = [f for f in findings if not f.ok]
     if failed:
-        node = local.node_name()
+        nodes = list(dict.fromkeys(node for f in failed for node in f.nodes or (local.node_name(),)))
         lines = [f"{f.check}: {f.found} (floor: {f.floor}); {f.advice}" for f in failed]
-        raise UnfitNode(f"node {node} is unfit:\n  " + "\n  ".join(lines) + f"\n  to go on without it: {local.exclusion(node)}")
+        ways = [f"to go on without it: {local.exclusion(node)}" for node in nodes]
+        raise UnfitNode(f"node {', '.join(nodes)} is unfit:\n  " + "\n  ".join(lines + ways))
 
 
 def _devices() -> list[str]:
@@ -110,31 +150,33 @@ def apex() -> Finding:
     return Finding("apex", True, "; ".join(f"{name}: {found}" for name, found in parts.items()))
 
 
-def lineage(run: RunFolder) -> list[Finding]:
-    """Whether what finished stages read is what lies there now."""
-    manifest = run.at("images", "train", "manifest.json")
-    if not storage.exists(manifest):
+def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:
+    """Whether what every finished stage was made from is what the run has now; nothing to say where nothing is finished."""
+    from train.verbs.doctor_lineage import checked
+
+    looked, wrong = checked(cfg, run)
+    if not looked and not wrong:
         return []
-    now = storage.read_json(manifest)["content_hash"]
-    stale = [stage for stage in ("dvae", "clip") if ((run.done(stage) or {}).get("parents") or {}).get("images", now) != now]
-    found = f"made from other images: {', '.join(stale)}" if stale else f"images {now[:12]}"
-    return [Finding("lineage", not stale, found, "one set of images", "run these stages in a new run folder, or put the old images back")]
+    found = "; ".join(wrong) or f"{looked} parents of finished stages are there"
+    return [Finding("lineage", not wrong, found, "one lineage", "put the old inputs back, or delete these stages' folders and run them again")]
 
 
 def same_versions(run: RunFolder, job: Job) -> Finding:
-    """Whether node 0 runs the same code and libraries; every node writes what it has beside the run's exit records."""
+    """Whether the nodes that have come so far run the same code and libraries, this one among them. Nobody waits: of two that differ, the later one sees it.
+
+    Every node writes what it has below ``preflight/`` in the run folder. Those that differ from most are the ones to leave out.
+    """
     place = run.at("preflight", job.run_id)
-    ours = json.dumps(producer(), sort_keys=True)
     storage.write_json(storage.join(place, f"node-{job.node}.json"), {"node": local.node_name(), "producer": producer()})
-    deadline = time.monotonic() + _NODES_S
-    first = storage.join(place, "node-0.json")
-    while not storage.exists(first):
-        if time.monotonic() > deadline:
-            return Finding("versions", False, f"node 0 did not report within {_NODES_S} s", "reports", "see the log of node 0")
-        time.sleep(0.5)
-    theirs = storage.read_json(first)
-    same = json.dumps(theirs["producer"], sort_keys=True) == ours
-    found = hashlib.sha256(ours.encode()).hexdigest()[:12]
+    nodes = [storage.read_json(storage.join(place, name)) for name in storage.list_files(place)]
+    groups: dict[str, list[str]] = {}
+    for entry in nodes:  # in the order of nodes' names of files: among groups of one size the first counts
+        groups.setdefault(json.dumps(entry["producer"], sort_keys=True), []).append(str(entry["node"]))
+    usual = max(groups, key=lambda producer: len(groups[producer]))
+    odd = [(name, json.loads(producer)) for producer, names in groups.items() if producer != usual for name in names]
+    if not odd:
+        return Finding("versions", True, f"{hashlib.sha256(usual.encode()).hexdigest()[:12]} on {len(nodes)} of {job.nodes} nodes so far", "equal")
+    words = "; ".join(f"{name}: {', '.join(differences(json.loads(usual), producer))}" for name, producer in odd)
     return Finding(
-        "versions", same, f"{found}, other than on {theirs['node']}" if not same else found, "equal", "install the same environment on all nodes"
+        "versions", False, f"other than on most nodes: {words}", "equal", "install the same environment on all nodes", tuple(name for name, _ in odd)
     )

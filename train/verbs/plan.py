@@ -13,13 +13,15 @@ from train.planning import estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.states import Cluster, Layout
 
-_GB = 1e9
+_GB, _MB = 1e9, 1e6
 
 
 def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int) -> None:
     """Print the plan.
 
     Args:
+        nodes: machines; 0: as cluster.nodes says.
+        gpus: GPUs of each; 0: as cluster.gpus says, or one where that is 0.
         memory: GB of a GPU; 0: as its datasheet says.
         tokens: budget in states of the stream; 0: dalle_fit.steps updates.
         rank: total rank of gradient compression between machines; 0: that of the paper's Table 1 for its widths, otherwise none.
@@ -31,7 +33,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
     if gpu not in GPUS:
         raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}")
     cfg, figures = load_run(preset, overrides), GPUS[gpu]
-    own = Setting(cfg, Cluster(nodes, gpus), cfg.zero.stage, "flat")
+    own = Setting.configured(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1))
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
@@ -60,38 +62,44 @@ def describe(preset: str, setting: Setting) -> list[str]:
 
 
 def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
-    """What could be done with the same model on the same machines: every stage, layout and storage, by name."""
-    found = [("DDP, fp32", replace(setting, stage=0, layout="flat"))]
+    """What could be done with the same model on the same machines: every stage, layout and storage, by name; with a star what is configured."""
     layouts: tuple[Layout, ...] = get_args(Layout) if setting.cluster.nodes > 1 else ("flat",)
+    if len(layouts) == 1:
+        setting = replace(setting, layout="flat")  # one machine: both are the same
+    plain = replace(setting, storage="cast", moment_bytes=8, half_gradients=False)
+    half = replace(setting, storage="half", moment_bytes=4, half_gradients=True)
+    found = [("DDP, fp32", replace(plain, stage=0, layout="flat"))]
     for layout in layouts:
-        found += [(f"ZeRO {stage}, {layout}, fp32 cast", replace(setting, stage=stage, layout=layout)) for stage in (1, 2, 3)]
+        found += [(f"ZeRO {stage}, {layout}, fp32", replace(plain, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     layout = layouts[-1]
-    found += [
-        (f"ZeRO {stage}, {layout}, 16-bit", replace(setting, stage=stage, layout=layout, storage="half", moment_bytes=4)) for stage in (1, 2, 3)
-    ]
+    found += [(f"ZeRO {stage}, {layout}, 16-bit", replace(half, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     if rank is not None and setting.cluster.nodes > 1 and rank % setting.cluster.gpus == 0:
-        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(setting, stage=3, layout="node", storage="half", moment_bytes=4, rank=rank)))
-    return found
+        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(half, stage=3, layout="node", rank=rank)))
+    if all(variant != setting for _, variant in found):
+        found.append(("as configured", setting))
+    return [(f"* {name}" if variant == setting else f"  {name}", variant) for name, variant in found]
 
 
 def table(setting: Setting, room: float, rank: int | None) -> list[str]:
     """GB on each GPU, and MB sent in an update, for every variant."""
     names = ("params", "masters", "moments", "gradients", "buckets", "errors", "kept", "working", "total")
+    unit, word = (_GB, "GB") if estimate.memory(setting).total > _GB else (_MB, "MB")
     lines = [
-        f"GB on each GPU, of which {room / _GB:.1f} may be filled; MB sent in an update, inside and outside the machine; host: the iterate average, GB"
+        f"{word} on each GPU, of which {room / unit:,.1f} may be filled; MB sent in an update, inside and outside the machine; "
+        f"host: the iterate average and the copy that it is made from, {word}"
     ]
     lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names) + f"{'inside':>10}{'outside':>10}{'host':>8}")
     for name, variant in variants(setting, rank):
         found, sent = estimate.memory(variant), estimate.traffic(variant)
         s = found.states
         values = (s.parameters, s.masters, s.moments, s.gradients, s.buckets, s.error_buffers, found.kept, found.working, found.total)
-        row = "".join(f"{value / _GB:10.2f}" for value in values) + f"{sent.inside / 1e6:10,.0f}{sent.outside / 1e6:10,.0f}{found.host / _GB:8.2f}"
+        row = "".join(f"{value / unit:10.2f}" for value in values) + f"{sent.inside / _MB:10,.0f}{sent.outside / _MB:10,.0f}{found.host / unit:8.2f}"
         over = found.total - room
-        mark = "*" if (variant.stage, variant.layout, variant.storage) == (setting.stage, setting.layout, setting.storage) else " "
-        lines.append(f"{mark} {name:30}{row}" + (f"  does not fit: {over / _GB:.1f} GB too much" if over > 0 else ""))
+        lines.append(f"{name:32}{row}" + (f"  does not fit: {over / unit:,.1f} {word} too much" if over > 0 else ""))
     return [
         *lines,
-        "* as configured. 16-bit: matrices stored in 16 bits, moments in 1-6-9 and 0-6-10 (paper B.2). ZeRO 3, 'node', 16-bit and ranks are not trained yet.",
+        "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks of gradient "
+        "compression are not trained yet.",
     ]
 
 
@@ -101,16 +109,20 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
     states_per_s = cfg.dalle_fit.batch * cfg.stream_shape().states / times.expected
     useful = states_per_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states / setting.cluster.world
     return [
-        f"time of an update    {times.expected:.2f} s expected (compute {times.compute:.2f}, inside {times.inside:.2f}, outside {times.outside:.2f}, "
-        f"optimizer {times.optimizer:.3f}; {times.unhidden:.2f} if nothing is hidden)",
+        f"time of an update    {_short(times.expected)} s expected (compute {_short(times.compute)}, inside {_short(times.inside)}, outside {_short(times.outside)}, "
+        f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden)",
         f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
         f"{useful / figures.tflops_16bit / 1e12:.0%} of the datasheet",
-        f"the whole run        {whole.updates:,.0f} updates: {whole.days:.1f} days, {whole.gpu_hours:,.0f} GPU hours, {whole.megawatt_hours:,.1f} MWh at the wall",
+        f"the whole run        {whole.updates:,.0f} updates: {_short(whole.days)} days, {_short(whole.gpu_hours)} GPU hours, {_short(whole.megawatt_hours)} MWh at the wall",
         f"from                 {gpu}: {figures.tflops_16bit:g} TFLOP/s, {figures.memory_gb_s:g} GB/s memory, {figures.link_gb_s:g} GB/s to its neighbours, "
         f"{figures.network_gb_s:g} GB/s network, {figures.watts:g} W ({figures.source})",
         f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory at {estimate.LINK_EFFICIENCY:.0%}, "
         f"{estimate.POWER_OVERHEAD:g} times the GPUs' power at the wall, {estimate.RESERVE:.0%} of memory in reserve. Nothing here has been seen on a GPU.",
     ]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.2g}"
 
 
 def remedies(setting: Setting, room: float) -> str:

@@ -1,0 +1,43 @@
+"""What killed writers leave behind below a place: unfinished multipart uploads on S3, temporary files elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from infra import files, s3, storage
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that was begun and not finished."""
+
+    url: str
+    begun: float
+    """Seconds since 1970."""
+    upload: s3.Upload | None = None
+
+    def remove(self) -> None:
+        """Free its room; what has ended meanwhile is left as it is."""
+        if self.upload is not None:
+            s3.abort(self.upload)
+        else:
+            storage.delete(self.url)
+
+    @property
+    def days(self) -> float:
+        return (time.time() - self.begun) / 86400
+
+
+def find(url: str, before: float) -> list[Leftover]:
+    """All below a folder or prefix that were begun before a time (seconds since 1970), by name.
+
+    Raises:
+        DataError, ConfigError: the place cannot be read.
+    """
+    if storage.is_remote(url):
+        found = [Leftover(upload.url, upload.begun, upload) for upload in s3.unfinished_uploads(url)]
+    else:
+        names = [name for name in files.list_names(storage.local_path(url)) if name.rsplit("/", 1)[-1].startswith(files.TEMPORARY)]
+        found = [Leftover(place, storage.modified(place)) for place in (storage.join(url, name) for name in names)]
+    return sorted((each for each in found if each.begun < before), key=lambda each: each.url)

@@ -1,0 +1,131 @@
+"""A hung rank ends its job in bounded time, and is named with the place where it stood: two real ranks. About 40 s of CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.run_folder import RunFolder
+from tests.test_launcher import LAUNCHER, pids_of, wait_for
+from train import watchdog
+from train.watchdog import Watchdog
+
+HANG_S = 8
+_BOUND_S = 600
+"""HANG_S, a little more for those that wait, 30 s until the launcher kills what was stopped, and the starts; generous, for slow machines."""
+STUCK = """
+import os, sys, threading, time
+
+def patch():
+    while not hasattr(sys.modules.get("train.fit"), "Fit"):
+        time.sleep(0.01)
+    update = sys.modules["train.fit"].Fit._update
+    def stuck(self, step, started):
+        if step == 3:
+            time.sleep(3600)
+        return update(self, step, started)
+    sys.modules["train.fit"].Fit._update = stuck
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=patch, daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    words = ["prepare", "tiny", f"run.root={root}", "dvae_fit.steps=400", "dvae_fit.eval_every=400", "--nproc", "1"]
+    subprocess.run([sys.executable, LAUNCHER, *words], check=True, capture_output=True, timeout=_BOUND_S)
+    return root / "tiny"
+
+
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path) -> Iterator[Path]:
+    subprocess.run(["cp", "-r", str(prepared), str(tmp_path / "tiny")], check=True)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["run"]["root"] = str(tmp_path)
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    yield tmp_path / "tiny"
+    for pid in pids_of(tmp_path / "tiny"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def start(run: Path, **environment: str) -> subprocess.Popen[str]:
+    words = [sys.executable, LAUNCHER, "dvae", str(run), "--nproc", "2"]
+    given = os.environ | {"LAUNCHER_HANG_S": str(HANG_S)} | environment
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=given)
+
+
+def test_a_rank_that_sleeps_in_a_step_ends_the_job_and_is_named_with_its_stack(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    process = start(run, PYTHONPATH=str(tmp_path))
+    output = process.communicate(timeout=_BOUND_S)[0]
+    assert process.returncode == 1, output
+    code, reason = RunFolder(str(run)).root_cause("dvae", 0, 2)
+    assert code == 1 and reason.startswith(f"rank 1: no progress for {HANG_S} s; it stands at train/fit.py:"), reason
+    assert "in run_to_end, inside stuck (sitecustomize.py)" in reason and reason in output
+    assert "sitecustomize.py" in output and "in stuck\n" in output, "the stack is printed"
+
+
+def test_a_rank_that_cannot_speak_is_named_by_its_peers_and_killed(run: Path) -> None:
+    process = start(run)
+    wait_for(run / "dvae" / "checkpoints" / "step-00000005" / "meta.json", process)
+    stopped = max(pids_of(run), key=lambda pid: b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(stopped, signal.SIGSTOP)
+    output = process.communicate(timeout=_BOUND_S)[0]
+    assert process.returncode == 1, output
+    assert not Path(f"/proc/{stopped}").exists(), "killed"
+    code, reason = RunFolder(str(run)).root_cause("dvae", 0, 2)
+    assert code == 1 and reason.startswith("rank 1 ended without a record: it was killed; rank 0: no progress"), reason
+    assert "it waits for other ranks at train/" in reason and f"on this node rank 1 (process {stopped}) is stopped" in reason, reason
+    assert "Thread" in output and reason in output
+
+
+def test_a_suspended_process_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
+    """SLURM suspends jobs by SIGSTOP: time that did not pass for the process does not count."""
+    program = (
+        "import os, time; from train import watchdog\n"
+        "os.environ['LAUNCHER_HANG_S'] = '2'\n"
+        "watchdog.start(lambda code, reason: print(reason, flush=True)); watchdog.beat(); print('go', flush=True)\n"
+        "time.sleep(1.0); watchdog.beat(); time.sleep(1.0); watchdog.rest(); print('well', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(LAUNCHER).parent
+    )
+    assert process.stdout is not None and process.stdout.readline() == "go\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "well\n" and process.returncode == 0
+
+
+def test_who_waits_for_others_gives_them_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "_WAITING", ("threading.py",))  # where this thread stands below
+    monkeypatch.setattr(watchdog, "suspects", lambda: ["rank 1 (process 7) is stopped"])
+    patient = Watchdog(2.0, lambda code, reason: said.append(reason), lambda code: ended.set())
+    began = time.monotonic()
+    patient.beat()
+    assert ended.wait(30) and time.monotonic() - began >= 2.5
+    assert "it waits for other ranks at tests/test_watchdog.py" in said[0] and said[0].endswith("; on this node rank 1 (process 7) is stopped")
+
+
+def test_stacks_are_shown_on_request(tmp_path: Path) -> None:
+    program = "import time; from train import watchdog; watchdog.start(print); print('go', flush=True); time.sleep(3); print('on', flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(LAUNCHER).parent
+    )
+    assert process.stdout is not None and process.stdout.readline() == "go\n"
+    process.send_signal(watchdog.STACK_SIGNAL)
+    output = process.communicate(timeout=60)[0]
+    assert "most recent call first" in output and output.endswith("on\n") and process.returncode == 0

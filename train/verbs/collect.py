@@ -1,0 +1,150 @@
+"""``launcher.py collect``: free what a run does not need any more. It shows first, and deletes with ``--delete`` only.
+
+The policy, below the run folder alone and for what is older than some days:
+
+- uploads and temporary files that nobody finished;
+- checkpoints without their marker that are older than the newest one with it (those with it are kept to ``<stage>_fit.keep`` by every save);
+- versions of shard sets that are not the newest and that no run beside this one names, and the parts that no other version has.
+
+Shared places (data.images, data.codes) are left alone unless all roots of runs that read from them are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_pipeline.superseded import Superseded, plan_superseded
+from infra import leftovers, storage
+from infra.errors import ConfigError
+from infra.run_folder import RunFolder
+from train import places
+from train.cluster import GANGS
+from train.stages import STAGES
+from train.verbs.targets import Run, open_run
+
+DAYS = 7.0
+"""Age from which on nothing can be under way any more: jobs end or are restarted within hours."""
+_HASH = re.compile(r'"([0-9a-f]{64})"')
+_CHECKPOINT = re.compile(r"step-[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the policy lets go."""
+
+    leftovers: list[leftovers.Leftover]
+    checkpoints: list[str]
+    """URLs of folders."""
+    sets: list[Superseded]
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for each in self.leftovers:
+            yield f"{each.url}: {'unfinished upload' if each.upload else 'temporary file'}, {each.days:.0f} days old"
+        yield from (f"{url}: checkpoint without its marker" for url in self.checkpoints)
+        yield from (
+            f"{each.set_url}: {len(each.versions)} superseded versions ({', '.join(each.versions)}), {len(each.parts)} parts" for each in self.sets
+        )
+
+    def delete(self) -> None:
+        """Let it go."""
+        for leftover in self.leftovers:
+            leftover.remove()
+        for url in self.checkpoints:
+            storage.delete_prefix(url)
+        for superseded in self.sets:
+            superseded.carry_out()
+
+
+def main(url: str, days: float, roots: list[str], *, delete: bool) -> None:
+    """Show what the policy lets go of a run folder, and with ``delete`` delete it.
+
+    Args:
+        url: the run folder.
+        days: age from which on; younger things may be under way.
+        roots: of all runs that read from this one's shared places; empty: shared places are left alone.
+
+    Raises:
+        ConfigError: no run folder, a stage that writes sets runs there, or the runs beside it cannot be listed.
+        DataError: a manifest is damaged; nothing is deleted.
+    """
+    run = open_run(url)
+    with contextlib.ExitStack() as held:
+        for stage in ("prepare", "encode") if delete else ():
+            held.enter_context(run.folder.lock(stage))
+        found = look(run, time.time() - days * 86400, roots)
+        lines = list(found.lines())
+        for line in lines:
+            print(line)
+        if delete:
+            found.delete()
+    print(
+        f"{len(lines)} {'deleted' if delete else 'to delete: run again with --delete'}"
+        if lines
+        else f"nothing of {url} is older than {days:g} days and unneeded"
+    )
+
+
+def look(run: Run, before: float, roots: list[str]) -> Findings:
+    """All that the policy lets go; see ``main``."""
+    beside = run.folder.url.rpartition("/")[0] or "."
+    runs = _runs_below(beside)
+    if run.folder.url not in runs:
+        raise ConfigError(
+            f"{beside}: the runs beside {run.folder.url} cannot be listed, so nobody knows what they need; rename folders with *, ? or [."
+        )
+    runs |= {each for root in roots for each in _runs_below(root)}
+    named = frozenset(identity for each in sorted(runs) for identity in _named_by(RunFolder(each)))
+    sets = [url for url in _sets(run) if roots or url.startswith(f"{run.folder.url}/")]
+    pinned = _with_parents(named, sets)
+    superseded = [each for each in (plan_superseded(url, pinned, before) for url in sets) if each is not None]
+    return Findings(leftovers.find(run.folder.url, before), list(_unmarked(run.folder, before)), superseded)
+
+
+def _runs_below(root: str) -> set[str]:
+    base, found = storage.glob(storage.join(root, "*", "config.json"))
+    return {storage.join(base, info.name).removesuffix("/config.json") for info in found}
+
+
+def _named_by(run: RunFolder) -> Iterator[str]:
+    """Every content hash that a run's markers and exports name, whatever of: rather one too many than one too few."""
+    for stage in STAGES:
+        for url in (run.at(stage, "done.json"), run.at(stage, "export", "config.json")):
+            if storage.exists(url):
+                yield from _HASH.findall(storage.read_text(url))
+
+
+def _with_parents(named: frozenset[str], sets: list[str]) -> frozenset[str]:
+    """What is named, and what the named and the newest versions of these sets were made from: whoever validates codes looks for their images."""
+    manifests = []
+    for url in sets:
+        places_of = [
+            storage.join(url, "versions", name) for name in storage.list_files(storage.join(url, "versions")) if name.endswith("/manifest.json")
+        ]
+        found = {str(manifest["content_hash"]): manifest for manifest in map(storage.read_json, places_of)}
+        newest = storage.join(url, "manifest.json")
+        manifests += [manifest for identity, manifest in found.items() if identity in named]
+        manifests += [storage.read_json(newest)] if storage.exists(newest) else []
+    return named | {str(parent) for manifest in manifests for parent in manifest["parents"].values()}
+
+
+def _sets(run: Run) -> list[str]:
+    images = [places.image_set(run.cfg, run.folder, split) for split in places.SPLITS]
+    return images + [places.code_set(run.cfg, run.folder, crop, split) for crop in range(run.cfg.encode.crops) for split in places.SPLITS]
+
+
+def _unmarked(run: RunFolder, before: float) -> Iterator[str]:
+    """Checkpoints that a killed save or a killed deletion left: older ones than the newest complete one, all of whose files are old."""
+    for stage in GANGS:
+        base = run.at(stage, "checkpoints")
+        names = storage.list_files(base)
+        folders = {folder for folder in (name.split("/")[0] for name in names) if _CHECKPOINT.fullmatch(folder)}
+        complete = {folder for folder in folders if f"{folder}/meta.json" in names}
+        for folder in sorted(folders - complete):
+            files = [storage.join(base, name) for name in names if name.startswith(f"{folder}/")]
+            if complete and folder < max(complete) and all(storage.modified(url) < before for url in files):
+                yield storage.join(base, folder)

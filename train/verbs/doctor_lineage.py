@@ -1,0 +1,58 @@
+"""Whether the inputs of a run belong together: what every finished stage was made from, against what is there now. Small JSON files only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data_pipeline.shards import MANIFEST, version_url
+from infra import storage
+from infra.run_folder import RunFolder
+from train import places
+from train.config import RunConfig
+from train.stages import STAGES
+
+_EXPORTS = ("dvae", "dalle", "clip")
+_NAMES = 5  # of what is wrong, in one finding
+
+
+def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
+    """How many parents of finished stages were looked at, and what is wrong with them."""
+    there, looked, wrong = _there(cfg, run), 0, list(_missing_versions(cfg, run))
+    for stage in STAGES:
+        for kind, identity in sorted(((run.done(stage) or {}).get("parents") or {}).items()):
+            looked += 1
+            now = there.get(kind, set())
+            if identity not in now:
+                found = ", ".join(sorted(each[:12] for each in now)) or "none"
+                wrong.append(f"{stage} was made from {kind} {str(identity)[:12]}, the run has {found}")
+    return looked, wrong if len(wrong) <= _NAMES else [*wrong[:_NAMES], f"and {len(wrong) - _NAMES} more"]
+
+
+def _there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
+    """Kind -> content hashes that a stage may have been made from."""
+    found = {kind: set(((run.done(stage) or {}).get("versions") or {}).values()) for kind, stage in (("images", "prepare"), ("codes", "encode"))}
+    for name, url in [
+        ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
+        *((n, run.at(n, "export", "config.json")) for n in _EXPORTS),
+    ]:
+        found[name] = {str(storage.read_json(url)["content_hash"])} if storage.exists(url) else set()
+    return found
+
+
+def _missing_versions(cfg: RunConfig, run: RunFolder) -> Iterator[str]:
+    """Versions that the run pins and that are gone, and codes of other images than the run's."""
+    images, codes = ((run.done(stage) or {}).get("versions") or {} for stage in ("prepare", "encode"))
+    for split, version in images.items():
+        url = places.image_set(cfg, run, split)
+        if not storage.exists(storage.join(version_url(url, version), MANIFEST)):
+            yield f"{url} has no version {version[:16]} any more, which 'prepare' made"
+    for name, version in codes.items():
+        crop, _, split = name.partition("/")
+        url = places.code_set(cfg, run, int(crop), split)
+        manifest = storage.join(version_url(url, version), MANIFEST)
+        if not storage.exists(manifest):
+            yield f"{url} has no version {version[:16]} any more, which 'encode' made"
+            continue
+        parent = str(storage.read_json(manifest)["parents"].get("images", "none"))
+        if parent != images.get(split):
+            yield f"{url} was made from images {parent[:12]}, the run has {str(images.get(split))[:12]}"

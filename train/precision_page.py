@@ -21,6 +21,7 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
 - **loss**: mean training loss of the last tenth of the updates, in nats. **over fp32**: what it has more than the fp32 arm.
 - **lost**: share of a resblock's matrix gradients that are exactly zero though fp32 has a value there, at the last weights: in the first, an average and the last resblock.
 - **skipped**: updates that an overflow cost. **scales**: their exponents, from the first resblock to the last; each starts and is judged as high as its gradients allow, less a bit.
+  23 is the ceiling of 2^24 (D.1) less a bit: where all scales stand there, those of the resblocks can give no more than a global one.
 
 One seed each: a difference of a few thousandths of a nat says nothing.
 """

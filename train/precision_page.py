@@ -21,9 +21,11 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
 - **loss**: mean training loss of the last tenth of the updates, in nats. **over fp32**: what it has more than the fp32 arm.
 - **lost**: share of a resblock's matrix gradients that are exactly zero though fp32 has a value there, at the last weights: in the first, an average and the last resblock.
 - **skipped**: updates that an overflow cost. **scales**: their exponents, from the first resblock to the last; each starts and is judged as high as its gradients allow, less a bit.
+  23 is the ceiling of 2^24 (D.1) less a bit: where all scales stand there, those of the resblocks can give no more than a global one.
 
 One seed each: a difference of a few thousandths of a nat says nothing.
 """
+_LONG_ENOUGH = 1000
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")
 
 
@@ -41,8 +43,10 @@ def write(docs: Path) -> None:
 def _section(name: str, found: dict[str, Any]) -> str:
     options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["options"].items() if key != "floors")
     floor = _worst_floor(found["runs"])
+    short = found["options"]["updates"] < _LONG_ENOUGH
+    note = "Too short to learn anything: the losses show only that no arm fails; look at what is lost.\n\n" if short else ""
     return (
-        f"\n## {name}\n\n{options}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
+        f"\n## {name}\n\n{note}{options}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
         f"Losses, and shares of lost values by resblock, at a floor raised by {floor} bits:\n\n"
         f"![losses](pictures/precision-{name}-loss.svg) ![lost values](pictures/precision-{name}-lost.svg)\n"
     )

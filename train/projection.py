@@ -1,4 +1,4 @@
-"""How long the demo will take here: a probe of about 40 seconds with the real networks and engines, before anything else runs. No torch.
+"""How long the demo will take here: a probe of about 20 seconds with the real networks and engines, before anything else runs. No torch.
 
 An estimate has these parts, which recorded demos bear out (docs/demo.md; tests/test_projection.py): updates at the probe's rates, collectives included; starts of
 processes, as the probe's own took; loading, evaluations and saves; and the other stages, whose recorded seconds are scaled by how fast this machine is.
@@ -18,7 +18,7 @@ from infra import storage
 from infra.run_folder import RunFolder
 from train.config import DalleFit, DvaeFit, RunConfig
 
-PROBE_S = 16.0
+PROBE_S = 8.0
 """Seconds of measured work: this long for the dVAE and the transformer together, in as many processes as the demo uses."""
 _TRAININGS = ("dvae", "dalle")
 _REFERENCE_RATES = {"dvae": 114.0, "dalle": 82.0}
@@ -40,7 +40,7 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> str:
     trainings = [name for name in _TRAININGS if run.done(name) is None]
     if not trainings:
         return "projected time: two or three minutes (both trainings are finished)"
-    print(f"probing this machine for about {PROBE_S + 24:.0f} seconds ...", flush=True)
+    print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
     measured = probe(run, nproc, trainings)
     if measured is None:
         return "projected time: unknown, because the probe failed (see above); the stages may fail likewise"

@@ -59,6 +59,7 @@ REFUSED = [
     ("run.seed=-1", r"run\.seed: .*greater than or equal to 0"),
     ("run.seed=1979-05-27", r"cannot be written as JSON"),
     ("data.sources=[]", r"sources is empty"),
+    ('data.sources=["emoji", "emoji"]', r"sources names 'emoji' twice; raise its weight instead"),
     ("dvae.image_size=18", r"image_size = 18 is not divisible by downsample = 4; nearest sizes: 16, 20"),
     ("dvae.downsample=3", r"downsample = 3: accepted are 2, 4, 8 and 16"),
     ("dvae.groups=1", r"groups = 1 cannot downsample by 4"),

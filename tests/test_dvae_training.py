@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,13 @@ def test_fp16_survives_a_long_streak_of_overflows_and_a_restart_equals_no_restar
 
 
 def killed_in_an_update(root: str, step: int) -> None:
-    """Train until the given update, and be killed in it; in a process of its own."""
+    """Train until the given update, and be killed in it, once the checkpoint before it is written; in a process of its own."""
     good = DvaeTask.loss
 
     def fatal(self: DvaeTask, engine: Any, batch: Any, at: int, *rest: Any) -> Any:
         if at == step:
+            while not list(Path(root).glob("tiny/dvae/checkpoints/*/meta.json")):  # it is written beside training
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return good(self, engine, batch, at, *rest)
 

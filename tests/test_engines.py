@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
 from infra.errors import CheckpointError, ConfigError
@@ -258,6 +257,10 @@ def test_a_checkpoint_of_another_shape_is_refused(trained: Any, tmp_path: Path) 
     wider = ReplicatedEngine(Transformer(dataclasses.replace(CONFIG, width=32), SHAPE), World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
     with pytest.raises(CheckpointError, match="elements, this configuration builds"):
         checkpoint.load(folder, 3, wider.fragments(to_load=True))
+    deeper = Transformer(dataclasses.replace(CONFIG, layers=CONFIG.layers + 1), SHAPE)
+    engine = ReplicatedEngine(deeper, World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
+    with pytest.raises(CheckpointError, match=r"step-00000003: holds no '\w+/resblocks"):
+        checkpoint.load(folder, 3, engine.fragments(to_load=True))
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_pickled(tmp_path: Path) -> None:
@@ -273,5 +276,5 @@ def test_only_the_newest_checkpoints_are_kept_and_none_is_pickled(tmp_path: Path
 
 
 def test_other_state_than_tensors_does_not_enter_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointException, match=r"belongs in meta\.json"):
+    with pytest.raises(CheckpointError, match=r"belongs in meta\.json"):
         checkpoint.save(str(tmp_path), 1, {"note": "text"}, {}, World.single(), keep=1)  # type: ignore[dict-item]

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.errors import ExitCode
+from infra.signals import StopFlag
+from train import front
+
 ROOT = Path(__file__).parent.parent
 LAUNCHER = str(ROOT / "launcher.py")
 _PATIENCE_S = 240
@@ -212,6 +216,20 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Pa
         time.sleep(0.05)
     change(run, dvae_fit__steps=2)
     assert launch("dvae", str(run), "--nproc", "2").returncode == 0
+
+
+def test_a_stage_of_one_process_refuses_a_job_of_two_nodes(tmp_path: Path) -> None:
+    job = {"LAUNCHER_JOB": "7", "LAUNCHER_NODE": "1", "LAUNCHER_NODES": "2", "LAUNCHER_RENDEZVOUS": "127.0.0.1:29500"}
+    done = launch("tokenizer", "tiny", f"run.root={tmp_path}", **job)
+    assert done.returncode == 78 and "stage 'tokenizer' runs in one process, and this job has 2 nodes" in done.stderr
+
+
+def test_a_launcher_that_was_killed_is_named_by_the_one_that_started_it(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(front.StageFailed, match="dvae: killed by signal 9; run the same command again") as failed:
+        front._run_child([sys.executable, str(script), "dvae"], StopFlag())
+    assert failed.value.exit_code == ExitCode.CRASH
 
 
 def test_a_benchmark_writes_its_figures_as_json(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data_pipeline.part_writer import write_part
 from data_pipeline.shards import CODES_SCHEMA, open_set, read_marker
 from data_pipeline.versions import Part, collect
 from infra import storage
-from infra.errors import DataError, MissingError
+from infra.errors import ConfigError, DataError, MissingError
 from tests import data_faults
 from tests.data_faults import FAULTS, Fault, code_set, read_epoch
 from tests.fault_proxy import FaultProxy, Rule, fault_proxy
@@ -194,6 +194,18 @@ def test_a_shard_that_failed_is_given_back_so_that_nobody_waits_for_it(tmp_path:
         cache.rows(2)
     path.write_bytes(data)
     assert cache.rows(2)[0]["id"].startswith("id-"), "what was missing may come back"
+    cache.close()
+
+
+def test_a_cache_full_of_shards_in_use_names_its_key(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = shard_cache.ShardCache(code_set(s3), tmp_path, data_faults.World.single(), 10_004, cache_bytes=1 << 30)
+
+    def full(self: object, shard: int, blocking: bool = True) -> None:
+        raise ValueError("Tried to evict a shard, but no shards are present to evict")
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", full)
+    with pytest.raises(ConfigError, match=r"data\.cache_bytes = \d+: Tried to evict a shard"):
+        cache.rows(2)
     cache.close()
 
 

@@ -95,7 +95,10 @@ def test_the_site_file_reaches_sbatch_and_refusals_reach_the_user(tmp_path: Path
     (tmp_path / "slurm" / "refuse").touch()
     refused = launch("dvae", "tiny", f"run.root={tmp_path}", "--on", "slurm", **env)
     assert refused.returncode == 78 and "invalid partition specified" in refused.stderr
-    absent = launch("dvae", "tiny", f"run.root={tmp_path}", "--on", "slurm", PATH="/usr/bin:/bin")
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "git"):  # SLURM may be installed beside them
+        (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    absent = launch("dvae", "tiny", f"run.root={tmp_path}", "--on", "slurm", PATH=str(tmp_path / "bin"))
     assert absent.returncode == 78 and "squeue is not installed here" in absent.stderr
     local = launch("dvae", "tiny", f"run.root={tmp_path}", "--chain")
     assert local.returncode == 78 and "'launcher.py demo' runs them in turn" in local.stderr

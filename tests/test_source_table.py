@@ -150,6 +150,12 @@ def test_hostile_rows_are_counted_alone(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+def test_a_json_line_of_any_length_is_counted_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_source, "MAX_TEXT_BYTES", 3000)
+    lines = [json.dumps({"image": "a.png", "caption": text}) for text in ("fine", "y" * 4000, "end")]
+    assert list(table(tmp_path, "t.jsonl", "\n".join(lines)).values()) == [("a", "fine"), "text too long", ("a", "end")]
+
+
 def test_a_csv_that_breaks_its_quotes_loses_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_source, "MAX_TEXT_BYTES", 200_000)
     text = f"image,caption\na.png,x\rb\nb.png,{'long' * 40_000}\nc.png,fine\nd.png,{'w' * 300_000}\na.png,end\n"

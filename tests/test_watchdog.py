@@ -72,7 +72,7 @@ def test_a_rank_that_sleeps_in_a_step_ends_the_job_and_is_named_with_its_stack(r
     assert process.returncode == 1, output
     code, reason = RunFolder(str(run)).root_cause("dvae", 0, 2)
     assert code == 1 and reason.startswith(f"rank 1: no progress for {HANG_S} s; it stands at train/fit.py:"), reason
-    assert "in run_to_end, inside stuck (sitecustomize.py)" in reason and reason in output
+    assert "in _train, inside stuck (sitecustomize.py)" in reason and reason in output
     assert "sitecustomize.py" in output and "in stuck\n" in output, "the stack is printed"
 
 

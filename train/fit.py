@@ -120,6 +120,12 @@ class Fit:
             StopRequested: a stop signal came; the state is saved.
             DivergedError: too many consecutive updates were bad (section.max_bad_steps, section.max_overflow_steps); the last checkpoint is kept.
         """
+        try:
+            return self._train()
+        finally:
+            watchdog.rest()  # who handles the error may take its time
+
+    def _train(self) -> Outcome:
         url = self.run.at(self.stage)
         self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
         self._bad, self._overflows = 0, 0

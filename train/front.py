@@ -211,7 +211,6 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     except Exception as error:
         traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-    watchdog.rest()
     run.record_exit(label, attempt, world.rank, code, reason)
     return code
 

@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from infra import ledger, signals
+from infra import late, ledger, signals
 from infra.errors import ExitCode, LostPeerError
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
 _PEERS_S = 60  # nodes end within seconds of each other, or not at all
+_LOST_S = 10  # without node 0, whose ranks died with it
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     )
     _quiet_elastic()
     signals.block_in_children()
-    lost = _launch(config, arguments, job)
-    if not one_node:
+    with late.taking_notes():
+        lost = _launch(config, arguments, job)
         signals.install()  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
-        run.wait_for_records(stage, attempt, placement.size, _PEERS_S)
+    if not one_node:
+        run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
     code, reason = run.root_cause(stage, attempt, placement.size)
     return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
 

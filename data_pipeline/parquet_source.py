@@ -30,7 +30,7 @@ from data_pipeline.records import (
     with_images,
 )
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
 from infra.storage import FileInfo
 
 BATCH_ROWS = 32
@@ -101,6 +101,8 @@ class ParquetSource:
         try:
             with _open(self.origin.url(info.name)) as file:
                 rows = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        except UnreachableError:
+            raise  # its shards are not known, and guessed ones would be others than those of the next start
         except DataError:
             return [(0, 0)]  # its reader says what is wrong, and the others go on
         spans, first, count = [], 0, 0

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline.shards import CAPTIONS, DONE, IDS, INDEX, PRINTS, U64, ImageRecord, Record, id_hash, part_name
 from infra import storage
+from infra.files import write_errors
 
 if TYPE_CHECKING:
     from streaming import MDSWriter  # brings torch: imported where shards are really written
@@ -50,14 +51,19 @@ class PartWriter:
         self._folder.cleanup()
 
     def add(self, record: Record) -> None:
-        """Append a record; all records of a part are of one kind."""
+        """Append a record; all records of a part are of one kind.
+
+        Raises:
+            NoRoomError: the temporary folder is full.
+        """
         columns = record.columns()
         if self._mds is None:
             from streaming import MDSWriter
 
             self._mds = MDSWriter(out=self._folder.name, columns=columns, hashes=[_HASH], size_limit=self._shard_bytes)
             self._mds.executor = _Inline()
-        self._mds.write({name: getattr(record, name) for name in columns})
+        with write_errors(Path(self._folder.name)):
+            self._mds.write({name: getattr(record, name) for name in columns})
         self._ids.append(id_hash(record.id))
         if isinstance(record, ImageRecord):
             self._prints.append((*record.prints, id_hash(record.group)))
@@ -71,8 +77,17 @@ class PartWriter:
 
         Returns:
             The marker: inputs, count, files (name, bytes, sha256), shards (as in index.json), extra.
+
+        Raises:
+            NoRoomError: the temporary folder is full.
         """
         folder = Path(self._folder.name)
+        with write_errors(folder):
+            marker = self._close(folder, dict(extra or {}))
+        storage.upload_folder(folder, self.place, last=[DONE])
+        return marker
+
+    def _close(self, folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
         if self._mds is None:
             (folder / INDEX).write_text(json.dumps({"shards": [], "version": 2}, sort_keys=True))
         else:
@@ -84,9 +99,8 @@ class PartWriter:
             (folder / CAPTIONS).write_bytes(gzip.compress("".join(f"{line}\n" for line in self._captions).encode(), 6, mtime=0))
         files = [{"name": name, **_fingerprint(folder / name)} for name in storage.list_files(str(folder))]
         shards = json.loads((folder / INDEX).read_text())["shards"]
-        marker = {"inputs": self._inputs, "count": len(self._ids), "files": files, "shards": shards, "extra": dict(extra or {})}
+        marker = {"inputs": self._inputs, "count": len(self._ids), "files": files, "shards": shards, "extra": extra}
         (folder / DONE).write_text(json.dumps(marker, indent=2, sort_keys=True) + "\n")
-        storage.upload_folder(folder, self.place, last=[DONE])
         return marker
 
 

@@ -20,7 +20,7 @@ from data_pipeline.shards import ImageRecord, part_done
 from data_pipeline.tally import Tally
 from data_pipeline.tries import Tries, record_failure, withdraw
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, NoRoomError, ReportedError, UnreachableError
 from infra.world import World
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
 
     Raises:
         DataError: more than data.max_quarantined input shards of this process could not be read.
+        UnreachableError, NoRoomError: the storage gives no answer, or a disk is full; the shard in hand stays untried.
     """
     asked = stop or (lambda: False)
     mine = plan.units[world.rank :: world.size]
@@ -85,6 +86,9 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                     record_failure(begun, str(error))
                     queue.append((unit, inputs))  # after everything else: what broke it may pass
                     continue
+                except ReportedError:  # an outage, a full disk, a place that refuses: none of the shard's doing
+                    withdraw(begun)
+                    raise
                 tries.clear()
                 share.written += 1
             else:
@@ -168,10 +172,10 @@ def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
 
 
 def _readable(plan: Plan, unit: Unit) -> Iterator[Pair | Unreadable]:
-    """What the source reads. Its failures are the shard's; those of whoever writes are not."""
+    """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
     try:
         yield from plan.sources[unit.source].read(unit.shard, plan.wanted)
-    except GeneratorExit:
+    except (GeneratorExit, UnreachableError, NoRoomError):
         raise
     except Exception as error:
         raise _Poisoned(f"{type(error).__name__}: {error}") from error

@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 
 from data_pipeline.shards import DONE, MANIFEST, VERSIONS
+from data_pipeline.versions import checked_manifest
 from infra import storage
-from infra.errors import DataError
 
-_PART = re.compile(r"part-[0-9a-f]{1,64}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
 
 
@@ -63,10 +62,4 @@ def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Supe
 
 
 def _parts(set_url: str, url: str) -> set[str]:
-    names = {str(part["name"]) for part in storage.read_json(url)["parts"]}
-    odd = sorted(name for name in names if not _PART.fullmatch(name))
-    if odd:
-        raise DataError(
-            f"{url}: names a part '{odd[0]}', expected part-<hexadecimal digits>: it was changed by hand, or is damaged; see 'launcher.py validate {set_url}'."
-        )
-    return names
+    return {str(part["name"]) for part in checked_manifest(set_url, url)["parts"]}

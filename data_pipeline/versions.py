@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from data_pipeline.part_writer import write_part
 from data_pipeline.shards import DONE, EXCLUDED, INDEX, MANIFEST, U64, VERSIONS, Record, ShardSet, digest, part_name, read_markers, version_url
 from infra import storage
 from infra.errors import DataError
+
+_PART = re.compile(r"part-[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,25 @@ def write_set(
     return merge(url, targets, collect(url, targets, "encode"), schema, settings or {}, excluded=excluded)
 
 
+def checked_manifest(set_url: str, url: str) -> dict[str, Any]:
+    """A manifest for whoever deletes by it: the name of a part that leads elsewhere must not take along what lies there.
+
+    Args:
+        set_url: place of the shard set.
+        url: of a manifest of the set.
+
+    Raises:
+        DataError: the manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+    """
+    manifest: dict[str, Any] = storage.read_json(url)
+    odd = sorted(str(part["name"]) for part in manifest["parts"] if not _PART.fullmatch(str(part["name"])))
+    if odd:
+        raise DataError(
+            f"{url}: names a part '{odd[0]}', expected part-<hexadecimal digits>: it was changed by hand, or is damaged; see 'launcher.py validate {set_url}'."
+        )
+    return manifest
+
+
 @dataclass(frozen=True)
 class Purge:
     """What deleting the records of a take-down list means for one shard set."""
@@ -157,12 +179,15 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
     """Look up which parts of a set hold records of these ids, in any version; None if there are none.
 
     Parts without their marker count too: a purge that was interrupted has begun to delete them.
+
+    Raises:
+        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
     """
     names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
     affected: dict[str, int] = {}
     versions = []
     for name in names:
-        manifest = storage.read_json(storage.join(set_url, VERSIONS, name))
+        manifest = checked_manifest(set_url, storage.join(set_url, VERSIONS, name))
         whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
         begun = {part["name"]: 0 for part in manifest["parts"] if part not in whole}
         opened = ShardSet(set_url, manifest | {"parts": whole}, ids)

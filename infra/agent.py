@@ -9,13 +9,19 @@ import socket
 import sys
 import uuid
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from infra import ledger, signals
+from infra import late, ledger, signals
+from infra.errors import ExitCode, LostPeerError
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
 _RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
 _PEERS_S = 60  # nodes end within seconds of each other, or not at all
+_LOST_S = 10  # without node 0, whose ranks died with it
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,13 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
 
     Returns:
         Exit code and reason by the ranks' records (docs/contracts.md, section 1).
+
+    Raises:
+        LostPeerError: the nodes of the job did not meet.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    _import_quietly()
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
 
     attempt = begin(placement, run, stage)
     job, one_node = placement.job, placement.nodes == 1
@@ -76,12 +85,40 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     )
     _quiet_elastic()
     signals.block_in_children()
-    with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
-        elastic_launch(config, sys.executable)(*arguments)
-    if not one_node:
+    with late.taking_notes():
+        lost = _launch(config, arguments, job)
         signals.install()  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
-        run.wait_for_records(stage, attempt, placement.size, _PEERS_S)
-    return run.root_cause(stage, attempt, placement.size)
+    if not one_node:
+        run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
+    code, reason = run.root_cause(stage, attempt, placement.size)
+    return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
+
+
+def _launch(config: LaunchConfig, arguments: list[str], job: Job) -> str:
+    """Start the ranks and wait until they have ended, or are ended because a peer is lost; returns what is known of that loss, which is mostly nothing.
+
+    Raises:
+        LostPeerError: the nodes did not meet: no rank was started.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError, RendezvousTimeoutError
+    from torch.distributed.launcher.api import elastic_launch
+
+    try:
+        with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
+            elastic_launch(config, sys.executable)(*arguments)
+    except RendezvousTimeoutError as error:
+        raise LostPeerError(
+            f"the {job.nodes} nodes of job {job.run_id} did not meet at {config.rdzv_endpoint} within {_RENDEZVOUS_S} s: one did not start, or cannot reach it."
+        ) from error
+    except (RendezvousConnectionError, RendezvousClosedError, DistNetworkError, DistStoreError) as error:
+        if job.nodes == 1:
+            raise
+        what = f"node 0's rendezvous at {job.rendezvous} went away ({type(error).__name__})"
+        return f"{what}: its launcher was killed, or the network between the nodes is broken"
+    return ""
 
 
 def begin(placement: Placement, run: RunFolder, stage: str) -> int:
@@ -115,6 +152,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _import_quietly() -> None:
+    """Import torch so that its C++ part reports errors alone in this process: it shows frames for every peer that ends. Ranks keep their own level."""
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        import torch  # noqa: F401 (reads the level once)
+
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def _quiet_elastic() -> None:

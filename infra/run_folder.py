@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import late, storage
 from infra.config import differences
-from infra.errors import ConfigError, ExitCode, LostPeerError
+from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
 
 REPOSITORY = Path(__file__).parent.parent
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
@@ -136,9 +136,18 @@ class RunFolder:
         return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
-        """Record how a rank ended; the agent's exit code follows from these records."""
+        """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/late.py``).
+
+        Raises:
+            UnreachableError: the storage gives no answer, and no launcher takes notes.
+        """
         url = self.at("exits", stage, f"attempt-{attempt}", f"rank-{rank}.json")
-        storage.write_json(url, {"rank": rank, "code": int(code), "reason": reason, "time": time.time()})
+        record = {"rank": rank, "code": int(code), "reason": reason, "time": time.time()}
+        try:
+            storage.write_json(url, record)
+        except UnreachableError:
+            if not late.note(f"rank {rank} ended with {int(code)}, {reason}", url, record | {"reason": f"storage unreachable: {reason}"}):
+                raise
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
         """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from data_pipeline.pairs import InputShard, Pair, Unreadable
 from data_pipeline.plan import SPLITS, Plan, make_plan, split_of, spread
 from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.tries import Tries
-from infra import storage
-from infra.errors import DataError
+from infra import late, storage
+from infra.errors import DataError, ExitCode, NoRoomError, ReportedError, UnreachableError
 from infra.world import World
+from tests.data_faults import ATTEMPTS, impatient
+from tests.fault_proxy import Rule, fault_proxy
+from tests.s3_server import S3Server
 
 
 def picture(number: int, size: int = 24) -> bytes:
@@ -44,8 +48,8 @@ class Shelf:
     """A source in memory: shards of pairs, and what happens when a shard is read."""
 
     boxes: list[list[Pair | Unreadable]]
-    broken: dict[int, str] = field(default_factory=dict)
-    """Shard -> message of the DataError that reading it ends in."""
+    broken: Mapping[int, str | Exception] = field(default_factory=dict)
+    """Shard -> what reading it ends in; words are those of a DataError."""
     reads: list[str] = field(default_factory=list)
     name: str = "shelf"
 
@@ -59,8 +63,9 @@ class Shelf:
         for found in self.boxes[number]:
             if isinstance(found, Unreadable) or wanted(found.group):
                 yield found
-        if number in self.broken:
-            raise DataError(self.broken[number])
+        error = self.broken.get(number)
+        if error is not None:
+            raise DataError(error) if isinstance(error, str) else error
 
     def version(self) -> str:
         return "shelf/1"
@@ -230,7 +235,7 @@ def test_a_poisoned_shard_is_quarantined_after_its_tries_and_the_rest_goes_on(tm
     assert summary["quarantined"] == [{"shard": "box-1", "reason": "DataError: box-1.tar: truncated", "tries": 3}]
     assert ids(url) == sorted(f"id-{number}" for number in [*range(12), *range(24, 36)])
     assert run(plan, url) == [prepare.Share(3, skipped=2, quarantined=1)] and shelf.reads.count("box-1") == 3
-    shelf.broken.clear()
+    shelf.broken = {}
     storage.delete_prefix(Tries(url, plan.inputs(plan.units[1])).url)  # what the message says
     assert run(plan, url) == [prepare.Share(3, written=1, skipped=2)]
     assert finish(plan, url)["quarantined"] == [] and len(ids(url)) == 36
@@ -250,7 +255,7 @@ def test_a_shard_that_fails_once_is_tried_again_and_leaves_no_trace(
         try:
             yield from real(shard, wanted)
         finally:
-            shelf.broken.clear()
+            shelf.broken = {}
 
     monkeypatch.setattr(shelf, "read", once)
     plan = plan_of(shelf)
@@ -285,6 +290,50 @@ def test_a_stop_in_mid_shard_leaves_no_part_and_no_try(tmp_path: Path, plan_of: 
     run(plan, str(tmp_path))
     finish(plan, str(tmp_path))
     assert len(ids(str(tmp_path))) == 24
+
+
+@pytest.mark.parametrize("error", [UnreachableError("s3://b/box-1: failed after 6 attempts"), NoRoomError("/tmp/x: cannot be written")])
+def test_an_outage_and_a_full_disk_end_the_process_and_leave_the_shard_untried(
+    tmp_path: Path, plan_of: Callable[..., Plan], error: ReportedError
+) -> None:
+    shelf = Shelf(boxes(12, 12, 12), broken={1: error})
+    plan = plan_of(shelf, max_tries=1)
+    with pytest.raises(type(error)) as caught:
+        run(plan, str(tmp_path))
+    assert caught.value is error and caught.value.exit_code == ExitCode.CRASH and shelf.reads == ["box-0", "box-1"]
+    shelf.broken = {}
+    assert run(plan, str(tmp_path)) == [prepare.Share(3, written=2, skipped=1)], "and not one quarantined"
+
+
+def test_a_full_disk_under_a_part_is_none_of_the_shards_doing(tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plan = plan_of(Shelf(boxes(12)), max_tries=1)
+    for name in ("streaming.MDSWriter.write", "streaming.MDSWriter.finish"):
+        with monkeypatch.context() as patch, pytest.raises(NoRoomError, match=r"part-\w+: cannot be written \(No space left on device\); make room"):
+            patch.setattr(name, full)
+            run(plan, str(tmp_path))
+    assert run(plan, str(tmp_path)) == [prepare.Share(1, written=1)]
+
+
+def test_an_outage_of_the_sets_own_storage_is_no_try_either(
+    s3: str, s3_server: S3Server, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(Shelf(boxes(12)), max_tries=1)
+    with fault_proxy(s3_server.endpoint) as proxy, impatient():
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.endpoint)
+        # No part can be written; the try cannot be taken back either, until the process has ended and its launcher looks at its notes.
+        proxy.rules = [Rule("PUT .*/part-[0-9a-f]+/(shard|index|ids)", "503", -1), Rule("DELETE .*/tries/", "reset", ATTEMPTS)]
+        with pytest.raises(UnreachableError, match="SlowDown"), late.taking_notes():
+            run(plan, s3)
+        assert {kind for kind, _ in proxy.injected} == {"503", "reset"} and proxy.requests[-1].startswith("DELETE")
+        proxy.rules = [Rule("PUT .*/part-[0-9a-f]+/(shard|index|ids)", "503", -1), Rule("DELETE .*/tries/", "reset", -1)]
+        with pytest.raises(UnreachableError, match=r"/tries/.*failed after 3 attempts"):
+            run(plan, s3)  # nobody takes notes: what counts now is said
+        proxy.rules = []
+        storage.delete_prefix(storage.join(s3, "tries"))
+        assert run(plan, s3) == [prepare.Share(1, written=1)]
 
 
 def test_an_unfinished_unit_and_an_empty_split_are_named(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:

@@ -30,7 +30,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def parts(count: int) -> list[Part]:
-    return [Part(f"inputs-{part}", "here") for part in range(count)]
+    return [Part(f"{part:05d}", "here") for part in range(count)]
 
 
 def merge(url: str, count: int, settings: dict[str, int], schema: str = IMAGE_SCHEMA, **fields: Any) -> ShardSet:
@@ -40,7 +40,7 @@ def merge(url: str, count: int, settings: dict[str, int], schema: str = IMAGE_SC
 def make_set(url: str, counts: tuple[int, ...], **fields: Any) -> ShardSet:
     number = 0
     for part, count in enumerate(counts):
-        write_part(url, f"inputs-{part}", [image(number + index) for index in range(count)], shard_bytes=300)
+        write_part(url, f"{part:05d}", [image(number + index) for index in range(count)], shard_bytes=300)
         number += count
     return merge(url, len(counts), {"k": 1}, **fields)
 
@@ -67,7 +67,7 @@ def test_records_come_back_in_order_with_all_columns(tmp_path: Path) -> None:
 def test_code_records_keep_their_codes_exactly(tmp_path: Path) -> None:
     codes = np.array([0, 65535, 7, 8], np.uint16)
     crop = {"box": [0, 1, 2, 3], "resize": 2, "offset": [0, 0], "flip": False}
-    write_part(str(tmp_path), "inputs-0", [CodeRecord("a", ["x"], codes, crop, 2, 2**62)])
+    write_part(str(tmp_path), "00000", [CodeRecord("a", ["x"], codes, crop, 2, 2**62)])
     (record,) = merge(str(tmp_path), 1, {}, CODES_SCHEMA).records()
     assert record["codes"].dtype == np.uint16 and record["codes"].tolist() == codes.tolist()
     assert (record["crop"], record["crop_index"], record["seed"]) == (crop, 2, 2**62)
@@ -125,7 +125,7 @@ def test_merging_again_changes_nothing_and_the_producer_is_not_content(tmp_path:
 
 def test_the_content_hash_sees_every_byte_of_a_record_and_not_where_it_lies(tmp_path: Path) -> None:
     hashes = []
-    for name, record, inputs in (("a", image(1), "inputs-0"), ("b", image(2), "inputs-0"), ("c", image(1), "elsewhere")):
+    for name, record, inputs in (("a", image(1), "00000"), ("b", image(2), "00000"), ("c", image(1), "elsewhere")):
         url = str(tmp_path / name)
         write_part(url, inputs, [record])
         where = [Part(inputs, "here")]
@@ -172,8 +172,8 @@ def test_a_take_down_hides_records_at_once_and_a_missing_list_is_an_error(tmp_pa
 
 
 def test_an_unfinished_part_is_named_when_merging(tmp_path: Path) -> None:
-    write_part(str(tmp_path), "inputs-0", [image(0)])
-    with pytest.raises(DataError, match=r"1 of 2 parts are not finished \(part-inputs-1\); run the stage 'prepare' again, it skips"):
+    write_part(str(tmp_path), "00000", [image(0)])
+    with pytest.raises(DataError, match=r"1 of 2 parts are not finished \(part-00001\); run the stage 'prepare' again, it skips"):
         merge(str(tmp_path), 2, {})
     assert not storage.exists(storage.join(str(tmp_path), "manifest.json"))
 
@@ -197,13 +197,13 @@ def test_a_consumer_refuses_what_it_did_not_expect(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["shard.00000.mds", "captions.jsonl.gz", "ids.u64", "prints.u64"])
 def test_a_damaged_file_is_not_read(tmp_path: Path, name: str) -> None:
     opened = make_set(str(tmp_path), (3, 3))
-    path = tmp_path / "part-inputs-1" / name
+    path = tmp_path / "part-00001" / name
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert len(list(opened.read_part(0))) == 3
     read = {"shard.00000.mds": lambda: list(opened.read_part(1)), "captions.jsonl.gz": lambda: list(opened.captions())}
-    with pytest.raises(DataError, match=rf"part-inputs-1/{name}: damaged, .* delete .*part-inputs-1 and run the stage that wrote it again"):
+    with pytest.raises(DataError, match=rf"part-00001/{name}: damaged, .* delete .*part-00001 and run the stage that wrote it again"):
         read.get(name, opened.id_hashes if name == "ids.u64" else opened.prints)()
 
 
@@ -228,14 +228,24 @@ def test_a_purge_deletes_the_parts_of_taken_down_records_and_nothing_else(tmp_pa
     make_set(url, (3, 3, 2))
     assert versions.plan_purge(url, frozenset({"nobody"})) is None
     purge = versions.plan_purge(url, frozenset({"id-7", "nobody"}))
-    assert purge is not None and (purge.records, purge.parts, len(purge.versions)) == (1, ["part-inputs-2"], 1)
+    assert purge is not None and (purge.records, purge.parts, len(purge.versions)) == (1, ["part-00002"], 1)
     before = tree(tmp_path)
     purge.carry_out()
     gone = before.keys() - tree(tmp_path).keys()
-    assert "manifest.json" in gone and all(name.startswith(("part-inputs-2/", "versions/")) or name == "manifest.json" for name in gone)
-    assert not part_done(url, "inputs-2") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
+    assert "manifest.json" in gone and all(name.startswith(("part-00002/", "versions/")) or name == "manifest.json" for name in gone)
+    assert not part_done(url, "00002") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
     both = versions.plan_purge(url, frozenset({"id-1", "id-4"}))
-    assert both is not None and (both.records, both.parts) == (2, ["part-inputs-0", "part-inputs-1"])
+    assert both is not None and (both.records, both.parts) == (2, ["part-00000", "part-00001"])
+
+
+@pytest.mark.parametrize("name", ["", "..", "part-", "part-xyz", "../other/part-aa", "part-aa/../.."])
+def test_a_manifest_that_names_something_else_than_a_part_is_no_plan_of_a_purge(tmp_path: Path, name: str) -> None:
+    place = storage.join(make_set(str(tmp_path), (3, 3)).version_url, "manifest.json")
+    manifest = storage.read_json(place)
+    manifest["parts"][1]["name"] = name
+    storage.write_json(place, manifest)
+    with pytest.raises(DataError, match=r"expected part-<hexadecimal digits>: it was changed by hand, or is damaged"):
+        versions.plan_purge(str(tmp_path), frozenset({"id-1"}))
 
 
 def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +279,6 @@ def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path,
         if again is not None:
             again.carry_out()
         files = storage.list_files(url)
-        assert not [name for name in files if name.startswith("part-inputs-1")] and "part-inputs-0/done.json" in files
+        assert not [name for name in files if name.startswith("part-00001")] and "part-00000/done.json" in files
         assert not [name for name in files if name.endswith("manifest.json")], "no version is left that could be read"
         assert versions.plan_purge(url, frozenset({"id-4"})) is None

@@ -17,7 +17,7 @@ from data_pipeline.pairs import Pair, Unreadable
 from data_pipeline.parquet_source import ParquetSource
 from data_pipeline.sources import open_source
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
 from tests import img2dataset
 
 
@@ -197,8 +197,10 @@ def test_a_network_that_fails_is_named_as_such(s3: str, tmp_path: Path, monkeypa
     shards = list(source.shards())
 
     def fail(self: object, buffer: object) -> int:
-        raise DataError("s3://x/x.parquet: failed after 6 attempts")
+        raise UnreachableError("s3://x/x.parquet: failed after 6 attempts")
 
     monkeypatch.setattr("infra.s3.ObjectFile.readinto", fail)
-    with pytest.raises(DataError, match="failed after 6 attempts"):
+    with pytest.raises(UnreachableError, match="failed after 6 attempts"):
         list(source.read(shards[0], lambda group: True))
+    with pytest.raises(UnreachableError, match="failed after 6 attempts"):
+        list(source_of(s3).shards())  # shards that are guessed in an outage would be others than those of the next start

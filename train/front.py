@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from infra import signals, storage
+from infra import late, signals, storage
 from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
@@ -193,7 +193,8 @@ def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, st
     label = _label(name, STAGES[name])
     if placement.size == 1:
         attempt = begin(placement, run, label)
-        code = _guarded(name, cfg, run, World.single(), stop, attempt)
+        with late.taking_notes():
+            code = _guarded(name, cfg, run, World.single(), stop, attempt)
         return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
     return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label)
 

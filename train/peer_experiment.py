@@ -1,8 +1,8 @@
 """Our stage dalle against dalle-pytorch: equal codes, captions, depth, width, heads, batch, time and machine: ``python -m train.peer_experiment RUN``.
 
 RUN is a finished run of the stages tokenizer, dvae and encode; its configuration and words like ``dalle.layers=6`` shape both models. Ours trains through
-``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets those minutes,
-or as many as ours took in the end if they were more. Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
+``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
+minutes that ours took in the end. Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
 start and all probes do not. ``--only`` repeats one half. Figures go to docs/experiments/against-dalle-pytorch.json; ``python -m train.experiments --render``
 makes the page. It also shows the words of the recorded run.
 """
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> None:
         found["ours"] = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
         write(given.out, found)
     if given.only != "ours":
-        minutes = max(given.minutes, found.get("ours", {}).get("minutes", 0.0))
+        minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
         found["peer"] = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
         write(given.out, found)
     print(peer_page.section(found))

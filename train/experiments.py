@@ -19,7 +19,7 @@ from typing import Any
 from infra import storage
 from infra.errors import ExitCode
 from infra.run_folder import producer
-from train import experiment_curves
+from train import experiment_curves, peer_page
 from train.config import load_run
 from train.front import LAUNCHER, run_folder
 
@@ -42,12 +42,12 @@ FIGURES = {
     "perplexity": "perplexity",
     "train_dead_codes": "dead codes in training",
 }
-_HEAD = """# Experiments on stage 1
+_HEAD = """# Experiments
 
-Made by `python -m train.experiments --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments PRESET` and
-`python -m train.experiments --curves RUN` write. Do not edit.
+Made by `python -m train.experiments --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments PRESET`,
+`python -m train.experiments --curves RUN` and `python -m train.peer_experiment RUN` write. Do not edit.
 
-What the paper says, and what each row would show:
+What the paper says of stage 1, and what each row would show:
 
 - **beta**: raising it to 6.6 gave better use of the codebook and, in the end, a lower reconstruction error (2.1). Rows beta 0 and beta 1 should use fewer codes, and reconstruct worse.
 - **temperature**: a linear schedule typically diverged (2.1).
@@ -59,7 +59,7 @@ One seed decides nothing where rows are close, and a claim about 3,000,000 updat
 _MISSING = """
 ## What is missing
 
-No table of a run that is long enough to judge the claims is here yet: `python -m train.experiments demo` (five runs of the demo's dVAE, about 15 minutes on two cores) and
+No table of a run that is long enough to judge the claims on stage 1 is here yet: `python -m train.experiments demo` (five runs of the demo's dVAE, about 15 minutes on two cores) and
 the same on photographs, for hours, with several seeds (`run.seed=1` ...).
 """
 _LONG_ENOUGH = 1000
@@ -77,6 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if given.render or not (given.preset or given.curves):
         (DOCS / "experiments.md").write_text(render(DOCS / "experiments"))
+        for against in _of_kind(DOCS / "experiments", "peer"):
+            (DOCS / peer_page.PICTURE).write_text(peer_page.picture(against))
         return
     found = experiment_curves.collect(given.curves) if given.curves else run(given.preset, given.overrides, given.nproc)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -128,9 +130,8 @@ def _launch(stage: str, preset: str, words: Sequence[str], nproc: int) -> int:
 
 def render(folder: Path) -> str:
     """The page, as Markdown."""
-    everything = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    found = [one for one in everything if one.get("kind") != "curves"]
-    parts = [_HEAD, *(experiment_curves.section(one) for one in everything if one not in found)]
+    found = _of_kind(folder, "variants")
+    parts = [_HEAD, *(experiment_curves.section(one) for one in _of_kind(folder, "curves"))]
     for one in found:
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(one["settings"].items()) if key != "overrides")
         overrides = f" with `{' '.join(one['settings']['overrides'])}`" if one["settings"]["overrides"] else ""
@@ -138,7 +139,13 @@ def render(folder: Path) -> str:
         note = "Far too short to say anything about the claims: it shows that the variants run.\n\n" if short else ""
         parts.append(f"\n## {one['name']}{overrides}\n\n{note}Settings: {settings}. Commit {one['producer']['commit'][:10]}.\n\n{table(one)}")
     long_enough = any(one["settings"]["steps"] >= _LONG_ENOUGH for one in found)
-    return "".join([*parts, "" if long_enough else _MISSING])
+    return "".join([*parts, *(peer_page.section(one) for one in _of_kind(folder, "peer")), "" if long_enough else _MISSING])
+
+
+def _of_kind(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The files of a kind, in the order of their names; those that name none hold variants."""
+    everything = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    return [one for one in everything if one.get("kind", "variants") == kind]
 
 
 def table(found: dict[str, Any]) -> str:

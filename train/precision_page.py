@@ -80,12 +80,12 @@ def pictures(name: str, found: dict[str, Any]) -> dict[str, str]:
     losses = [Line(run["arm"], run["losses"]) for run in shown]
     lost = [Line(run["arm"], list(enumerate(run["lost_share"]))) for run in shown if run["arm"] != "fp32"]
     return {
-        "loss": _alone(lines(f"{name}-loss", "training loss, nats", losses)),
-        "lost": _alone(lines(f"{name}-lost", "share of lost gradient values", lost, across="resblock")),
+        "loss": alone(lines(f"{name}-loss", "training loss, nats", losses)),
+        "lost": alone(lines(f"{name}-lost", "share of lost gradient values", lost, across="resblock")),
     }
 
 
-def _alone(svg: str) -> str:
+def alone(svg: str) -> str:
     """A plot that was made for a page, as a file of its own."""
     for index, colour in enumerate(_COLOURS):
         svg = svg.replace(f"var(--s{index})", colour)

@@ -7,8 +7,6 @@ import json
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loaders import SequentialReader, ShardLoader, code_collate
-from data_pipeline.transforms import code_transform
 from infra import storage
 from infra.config import to_json
 from infra.errors import ConfigError
@@ -16,13 +14,13 @@ from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
-from train import apex_parts, checkpoint, places, warm_start
-from train.common import finish_training, loader_options, micro_batch
+from train import apex_parts, checkpoint, code_batches, places, warm_start
+from train.common import finish_training, micro_batch
 from train.config import DalleFit, RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, set_up, wait_for_all
 from train.fit import Fit
-from train.lineage import build_dalle, open_codes, open_tokenizer
+from train.lineage import build_dalle, open_tokenizer
 from train.plateau import Plateau
 from train.zero.construction import sharded_construction
 from train.zero.engine import ZeroEngine
@@ -33,34 +31,21 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     places.require(run, "tokenizer", "encode")
     device = set_up(world)
     fit = cfg.dalle_fit
-    training = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
-    validation = open_codes(cfg, run, 0, "validation")
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
+    loader = code_batches.training(cfg, run, world, tokenizer, micro_batch(cfg, "dalle_fit", world))
+    reader = code_batches.validation(cfg, run, world, tokenizer, fit.eval_samples)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
     norm = apex_parts.layer_norm("dalle_fit.norm") if fit.norm == "apex" else None
     with sharded_construction(fit, cfg.zero, world):
         model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
-    lineage = {"codes": training[0].content_hash, "dvae": training[0].manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
+    codes = loader.sets[0]
+    lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     if fit.init_from:
         lineage["init_from"] = warm_start.load(model, fit.init_from, "dalle_fit.init_from")
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
-    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=fit.caption_dropout)
-    loader = ShardLoader(
-        training,
-        run.url,
-        world,
-        micro_batch(cfg, "dalle_fit", world),
-        cfg.run.seed,
-        transform=encode,
-        collate=code_collate,
-        batch_key="dalle_fit.batch",
-        **loader_options(cfg.data),
-    )
-    plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
-    reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None

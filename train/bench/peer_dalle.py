@@ -69,6 +69,33 @@ def attention_pattern(layers: int) -> tuple[str, ...]:
     return (*("axial_col" if i % 4 == 1 else "axial_row" for i in range(layers - 1)), "conv_like")
 
 
+def build(cfg: TransformerConfig, shape: StreamShape, attention: tuple[str, ...], *, text_ids: int) -> Any:
+    """Its model (a torch module) of equal depth, width, heads and image vocabulary.
+
+    Args:
+        cfg: sizes.
+        shape: the token stream.
+        attention: kinds of attention, layer by layer, over and over.
+        text_ids: ids of text, padding (0) included; it adds a padding id of its own for each position.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    peer = load()
+    # A VAE that is never run: the model asks it for the number of codes and the size of the grid.
+    vae = peer.DiscreteVAE(image_size=8 * shape.grid, num_tokens=shape.image_vocab, num_layers=3, hidden_dim=8, codebook_dim=8)
+    return peer.DALLE(
+        dim=cfg.width,
+        vae=vae,
+        num_text_tokens=text_ids,
+        text_seq_len=shape.text_tokens,
+        depth=cfg.layers,
+        heads=cfg.heads,
+        dim_head=cfg.width // cfg.heads,
+        attn_types=attention,
+    )
+
+
 def training_step(
     cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str, attention: tuple[str, ...]
 ) -> Callable[[], None]:
@@ -77,21 +104,11 @@ def training_step(
     Raises:
         ValueError: it is not installed.
     """
-    peer = load()
     torch.manual_seed(0)
-    vae = peer.DiscreteVAE(image_size=8 * shape.grid, num_tokens=shape.image_vocab, num_layers=3, hidden_dim=8, codebook_dim=8)
-    model = peer.DALLE(
-        dim=cfg.width,
-        vae=vae,
-        num_text_tokens=shape.text_vocab - shape.text_tokens,  # it adds a padding id for each position
-        text_seq_len=shape.text_tokens,
-        depth=cfg.layers,
-        heads=cfg.heads,
-        dim_head=cfg.width // cfg.heads,
-        attn_types=attention,
-    ).to(device)
+    text_ids = shape.text_vocab - shape.text_tokens  # with those that it adds, as many as ours
+    model = build(cfg, shape, attention, text_ids=text_ids).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    text_BT = torch.randint(1, shape.text_vocab - shape.text_tokens, (batch, shape.text_tokens), device=device)
+    text_BT = torch.randint(1, text_ids, (batch, shape.text_tokens), device=device)
     codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens), device=device)
 
     def step() -> None:

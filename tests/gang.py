@@ -114,10 +114,14 @@ class Gang:
     def fill_disk(self, node: int) -> None:
         """Let a node's temporary folder hold no byte more than it does: a full disk."""
         inside = ["nsenter", "-t", str(self.launchers[node].pid), "--mount"]
-        used = subprocess.run([*inside, "stat", "-f", "-c", "%b %f %S", str(self.folder / f"tmp-{node}")], capture_output=True, text=True, check=True)
-        total, free, block = map(int, used.stdout.split())
-        size = max(1, total - free) * block
-        subprocess.run([*inside, "mount", "-o", f"remount,size={size}", str(self.folder / f"tmp-{node}")], check=True, capture_output=True)
+        place = str(self.folder / f"tmp-{node}")
+        for _ in range(50):  # what is in use may grow between the look and the limit, which is then refused
+            used = subprocess.run([*inside, "stat", "-f", "-c", "%b %f %S", place], capture_output=True, text=True, check=True)
+            total, free, block = map(int, used.stdout.split())
+            limit = [*inside, "mount", "-o", f"remount,size={max(1, total - free) * block}", place]
+            if subprocess.run(limit, check=False, capture_output=True).returncode == 0:
+                return
+        raise AssertionError(f"{place} would not be limited to what it holds")
 
 
 def _alive(pid: int) -> bool:

@@ -45,8 +45,8 @@ def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pyte
     (tmp_path / "pictures").mkdir()
     main(["--docs", str(tmp_path), "--render"])
     page = (tmp_path / "precision.md").read_text()
-    assert "## x" in page and page.count("| fp16, scale per resblock | ") == 2 and "raised by 3 bits" in page
-    for kind, word in (("loss", "updates"), ("lost", "resblock")):
+    assert "## x" in page and page.count("| fp16, scale per resblock | ") == 2 and "where the arms differ most, and losses by floor" in page
+    for kind, word in (("loss", "updates"), ("lost", "resblock"), ("floors", "bits of raised floor")):
         picture = (tmp_path / "pictures" / f"precision-x-{kind}.svg").read_text()
         assert ElementTree.fromstring(picture).tag.endswith("svg") and word in picture and "var(" not in picture
 

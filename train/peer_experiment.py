@@ -30,7 +30,7 @@ from train import checkpoint, code_batches, peer_page, places
 from train.bench.harness import threads
 from train.config import RunConfig, load_run
 from train.dalle_task import cross_entropies
-from train.device import branch_dtype
+from train.device import branch_dtype, keep_memory
 from train.front import LAUNCHER
 from train.lineage import build_dalle, open_codes, open_tokenizer
 from train.metrics import read_metrics
@@ -57,6 +57,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="the peer's attention; of several the best by probes")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(words)
+    keep_memory()  # for the peer: our stages do so themselves
     url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
     cfg, run = load_run(url, given.overrides), RunFolder(url)
     probe = given.probe_minutes or given.minutes / 20

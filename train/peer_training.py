@@ -30,7 +30,6 @@ from train.bench import peer_dalle
 from train.bench.harness import DTYPES, Options, measure, threads
 from train.config import RunConfig
 from train.dalle_task import cross_entropies
-from train.device import keep_memory
 from train.engine import decay_groups
 from train.fit import Batch, Loader
 from train.lineage import open_tokenizer
@@ -153,7 +152,6 @@ def run(cfg: RunConfig, run: RunFolder, minutes: float, probe_minutes: float, co
     Raises:
         ValueError: it is not installed.
     """
-    keep_memory()
     tokenizer, _ = open_tokenizer(cfg, run)
     world, fit = World.single(), cfg.dalle_fit
 

@@ -64,11 +64,13 @@ def main(words: Sequence[str]) -> None:
     settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides)
     found = read(given.out, settings, given.only)
     if given.only != "peer":
-        found["ours"] = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
+        ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
+        found = read(given.out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
         write(given.out, found)
     if given.only != "ours":
         minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
-        found["peer"] = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
+        peer = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
+        found = read(given.out, settings, "peer") | {"peer": peer}
         write(given.out, found)
     print(peer_page.section(found))
 

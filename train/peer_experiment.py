@@ -30,7 +30,7 @@ from train import checkpoint, code_batches, peer_page, places
 from train.bench.harness import threads
 from train.config import RunConfig, load_run
 from train.dalle_task import cross_entropies
-from train.device import branch_dtype
+from train.device import branch_dtype, keep_memory
 from train.front import LAUNCHER
 from train.lineage import build_dalle, open_codes, open_tokenizer
 from train.metrics import read_metrics
@@ -57,17 +57,20 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="the peer's attention; of several the best by probes")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(words)
+    keep_memory()  # for the peer: our stages do so themselves
     url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
     cfg, run = load_run(url, given.overrides), RunFolder(url)
     probe = given.probe_minutes or given.minutes / 20
     settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides)
     found = read(given.out, settings, given.only)
     if given.only != "peer":
-        found["ours"] = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
+        ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
+        found = read(given.out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
         write(given.out, found)
     if given.only != "ours":
         minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
-        found["peer"] = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
+        peer = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
+        found = read(given.out, settings, "peer") | {"peer": peer}
         write(given.out, found)
     print(peer_page.section(found))
 

@@ -87,6 +87,24 @@ def test_four_updates_a_stop_and_six_more_equal_ten_bit_for_bit(prepared: Path, 
     assert ours == theirs
 
 
+def resume_in_ranks(world: World, whole: str, broken: str) -> None:
+    for root, stop in ((whole, StopFlag()), (broken, StopAfter(4)), (broken, StopFlag())):
+        run = RunFolder(f"{root}/tiny")
+        try:
+            STAGES["dvae"].function()(load_run(run.config_url, []), run, world, stop)
+        except StopRequested:
+            assert isinstance(stop, StopAfter)
+
+
+def test_four_ranks_resume_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
+    """From three ranks on the order of a sum matters: an attempt's first update must add up in the order of all others."""
+    whole, broken = (copy_of(prepared, tmp_path / name, without="dvae") for name in ("whole", "broken"))
+    run_in_ranks(resume_in_ranks, 4, str(whole), str(broken))
+    assert losses(broken, "dvae") == losses(whole, "dvae")
+    ours, theirs = (json.loads((root / "tiny" / "dvae" / "export" / "config.json").read_text())["content_hash"] for root in (broken, whole))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("stage", TRAINED)
 def test_tiny_losses_are_the_golden_ones(prepared: Path, tmp_path: Path, stage: str) -> None:
     root = copy_of(prepared, tmp_path)

@@ -104,7 +104,11 @@ class ReplicatedEngine:
         self.module, self.world, self.clip_norm, self.loss_scale = module, world, clip_norm, loss_scale
         # A 1x1 convolution's gradient has other strides than DDP's bucket; the copy is of no weight, the warning on every rank is.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        self._replica = DistributedDataParallel(module, gradient_as_bucket_view=True) if world.size > 1 else module
+        # DDP lays its buckets out anew after an attempt's first update, and from three ranks on the place in a bucket decides the order of a sum: a run
+        # that was interrupted would end with other bits. A search for unused parameters keeps the first layout; there are none, and it says so.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        fixed = {"gradient_as_bucket_view": True, "find_unused_parameters": world.size > 2}
+        self._replica = DistributedDataParallel(module, **fixed) if world.size > 1 else module
         groups = [group for group in decay_groups(module.named_parameters(), weight_decay) if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
         self.average = Average(module.named_parameters(), ema, ema_every)

@@ -21,7 +21,7 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
 - **loss**: mean training loss of the last tenth of the updates, in nats. **over fp32**: what it has more than the fp32 arm.
 - **lost**: share of a resblock's matrix gradients that are exactly zero though fp32 has a value there, at the last weights: in the first, an average and the last resblock.
 - **skipped**: updates that an overflow cost. **scales**: their exponents, from the first resblock to the last; each starts and is judged as high as its gradients allow, less a bit.
-  The paper's ceiling of 2^24 (D.1) is lifted to 2^44: where the floor is raised, it would hide what the range decides.
+  The paper's ceiling of 2^24 (D.1) is lifted (ceiling below is its exponent): where the floor is raised, it would hide what the range decides.
 
 One seed each: a difference of a few thousandths of a nat says nothing.
 """
@@ -36,15 +36,16 @@ def write(docs: Path) -> None:
     parts = [_HEAD]
     for path in sorted((docs / "experiments" / "precision").glob("*.json")):
         found = json.loads(path.read_text())
-        parts.append(_section(path.stem, found))
-        for kind, picture in pictures(path.stem, found).items():
+        drawn = pictures(path.stem, found)
+        parts.append(_section(path.stem, found, list(drawn)))
+        for kind, picture in drawn.items():
             (docs / "pictures" / f"precision-{path.stem}-{kind}.svg").write_text(picture)
     (docs / "precision.md").write_text("".join(parts))
 
 
-def _section(name: str, found: dict[str, Any]) -> str:
+def _section(name: str, found: dict[str, Any], kinds: Sequence[str]) -> str:
     options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["options"].items() if key != "floors")
-    floor, kinds = _telling_floor(found["runs"]), pictures(name, found)
+    floor = _telling_floor(found["runs"])
     short = found["options"]["updates"] < _LONG_ENOUGH
     note = "Too short to learn anything: the losses show only that no arm fails; look at what is lost.\n\n" if short else ""
     return (

@@ -30,7 +30,7 @@ DAY = (
     *("kill rank", "kill launcher", "stop one", "stop twice"),
     *("stop in a save", "stop in a save", "kill in a save", "outage", "long outage", "hang"),
 )
-OUTAGE_S, LONG_OUTAGE_S = 5.0, 45.0
+OUTAGE_S, LONG_OUTAGE_S = 5.0, 60.0
 """The long one outlasts the retries of a request, which wait for about 15 s in all: it stands for a minute or an hour."""
 HANG_S = 40
 _PATIENCE_S = 900

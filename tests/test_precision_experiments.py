@@ -33,12 +33,34 @@ def test_what_one_global_scale_loses_a_scale_per_resblock_keeps() -> None:
 
 
 def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--docs", str(tmp_path), "--name", "x", "--layers", "2", "--width", "16", "--updates", "6", "--batch", "4", "--floors", "0", "3"])
+    main(
+        [
+            "--docs",
+            str(tmp_path),
+            "--name",
+            "x",
+            "--layers",
+            "2",
+            "--width",
+            "16",
+            "--updates",
+            "6",
+            "--batch",
+            "4",
+            "--floors",
+            "0",
+            "3",
+            "--seeds",
+            "0",
+            "1",
+        ]
+    )
     found = json.loads((tmp_path / "experiments" / "precision" / "x.json").read_text())
-    assert len(found["runs"]) == 7 and "| fp32 | 0 |" in capsys.readouterr().out
-    first = found["runs"][0]["losses"]
+    assert len(found["runs"]) == 14 and found["options"]["seeds"] == [0, 1] and "| fp32 | 0 |" in capsys.readouterr().out
+    first = {run["seed"]: [y for _, y in run["losses"]] for run in found["runs"] if run["arm"] == "fp32"}
+    assert first[0] != first[1]
     for run in found["runs"]:
-        assert [y for _, y in run["losses"]] == pytest.approx([y for _, y in first], rel=5e-3), run["arm"]
+        assert [y for _, y in run["losses"]] == pytest.approx(first[run["seed"]], rel=5e-3), run["arm"]
         assert len(run["lost_share"]) == 4 and run["skipped"] == 0
     assert found["runs"][0]["lost_share"] == [0.0] * 4
 
@@ -46,9 +68,23 @@ def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pyte
     main(["--docs", str(tmp_path), "--render"])
     page = (tmp_path / "precision.md").read_text()
     assert "## x" in page and page.count("| fp16, scale per resblock | ") == 2 and "where the arms differ most, and losses by floor" in page
+    assert "seeds 0, 1;" in page
     for kind, word in (("loss", "updates"), ("lost", "resblock"), ("floors", "bits of raised floor")):
         picture = (tmp_path / "pictures" / f"precision-x-{kind}.svg").read_text()
         assert ElementTree.fromstring(picture).tag.endswith("svg") and word in picture and "var(" not in picture
+
+
+def test_the_table_averages_over_seeds_and_pairs_them_with_fp32() -> None:
+    ends = [("fp32", 0, 1.0), ("fp16", 0, 1.1), ("fp32", 1, 2.0), ("fp16", 1, 2.3)]
+    runs = [
+        {"arm": arm, "floor_bits": 0, "seed": seed, "last_tenth": end, "lost_share": [0.1 * seed, 0.3], "skipped": 2 * seed}
+        for arm, seed, end in ends
+    ]
+    rows = precision_page.table(runs).splitlines()[2:]
+    assert rows == [
+        "| fp32 | 0 | 1.5000 | +0.0000 | 5.0% | 17.5% | 30.0% | 1 |  |",
+        "| fp16 | 0 | 1.7000 | +0.2000 ± 0.1000 | 5.0% | 17.5% | 30.0% | 1 |  |",
+    ]
 
 
 def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from train.report.plots import Line, lines
@@ -23,7 +24,8 @@ whole loss cannot help, and one scale for each resblock does. 1-6-9 and 0-6-10 m
 - **skipped**: updates that an overflow cost. **scales**: their exponents, from the first resblock to the last; each starts and is judged as high as its gradients allow, less a bit.
   The paper's ceiling of 2^24 (D.1) is lifted (ceiling below is its exponent): where the floor is raised, it would hide what the range decides.
 
-One seed each: a difference of a few thousandths of a nat says nothing.
+All figures are means over the seeds; after ± stands the standard error of the mean difference from the fp32 arm of the same seed. Scales and the first two pictures are of
+the first seed. With one seed a difference of a few thousandths of a nat says nothing.
 """
 _LONG_ENOUGH = 300
 """Updates. The task is learned within 200 to 300."""
@@ -44,27 +46,37 @@ def write(docs: Path) -> None:
 
 
 def _section(name: str, found: dict[str, Any], kinds: Sequence[str]) -> str:
-    options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["options"].items() if key != "floors")
+    options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["options"].items() if key not in ("floors", "seeds"))
     floor = _telling_floor(found["runs"])
     short = found["options"]["updates"] < _LONG_ENOUGH
     note = "Too short to learn anything: the losses show only that no arm fails; look at what is lost.\n\n" if short else ""
     return (
-        f"\n## {name}\n\n{note}{options}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
+        f"\n## {name}\n\n{note}{options}; seeds {', '.join(map(str, found['options']['seeds']))}; {found['parameters']:,} parameters. Commit {found['commit'][:10]}.\n\n{table(found['runs'])}\n"
         f"Losses and shares of lost values by resblock at a floor raised by {floor} bits, where the arms differ most{', and losses by floor' * ('floors' in kinds)}:\n\n"
         f"{' '.join(f'![{_ALT[kind]}](pictures/precision-{name}-{kind}.svg)' for kind in kinds)}\n"
     )
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """The runs of one file as a Markdown table."""
-    base = runs[0]["last_tenth"]
+    """The runs of one file as a Markdown table, a row for all seeds of an arm at a floor."""
+    base = {run["seed"]: run["last_tenth"] for run in runs if run["arm"] == "fp32"}
     rows = ["| arm | floor | loss | over fp32 | lost: first | mean | last | skipped | scales |", "|---|" + "---:|" * 7 + "---|"]
-    for run in runs:
-        lost = run["lost_share"]
-        shares = " | ".join(f"{share:.1%}" for share in (lost[0], sum(lost) / len(lost), lost[-1]))
-        loss = f"{run['last_tenth']:.4f} | {run['last_tenth'] - base:+.4f}"
-        rows.append(f"| {run['arm']} | {run['floor_bits']} | {loss} | {shares} | {run['skipped']} | {_exponents(run)} |")
+    for (floor, arm), same in by_arm(runs).items():
+        lost = [mean(shares) for shares in zip(*(run["lost_share"] for run in same), strict=True)]
+        shares = " | ".join(f"{share:.1%}" for share in (lost[0], mean(lost), lost[-1]))
+        over = [run["last_tenth"] - base[run["seed"]] for run in same]
+        error = f" ± {stdev(over) / len(over) ** 0.5:.4f}" if len(over) > 1 and arm != "fp32" else ""
+        loss = f"{mean(run['last_tenth'] for run in same):.4f} | {mean(over):+.4f}{error}"
+        rows.append(f"| {arm} | {floor} | {loss} | {shares} | {mean(run['skipped'] for run in same):.0f} | {_exponents(same[0])} |")
     return "\n".join(rows) + "\n"
+
+
+def by_arm(runs: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Runs that differ by their seed alone, by floor and arm."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault((int(run["floor_bits"]), run["arm"]), []).append(run)
+    return found
 
 
 def _exponents(run: dict[str, Any]) -> str:
@@ -73,30 +85,31 @@ def _exponents(run: dict[str, Any]) -> str:
 
 
 def _telling_floor(runs: Sequence[dict[str, Any]]) -> int:
-    """The floor at which the losses of the fp16 arms are furthest apart."""
+    """The floor at which the losses of the fp16 arms, as means over seeds, are furthest apart."""
     losses: dict[int, list[float]] = {}
-    for run in runs:
-        if run["arm"] != "fp32":
-            losses.setdefault(int(run["floor_bits"]), []).append(run["last_tenth"])
+    for (floor, arm), same in by_arm(runs).items():
+        if arm != "fp32":
+            losses.setdefault(floor, []).append(mean(run["last_tenth"] for run in same))
     return max(losses, key=lambda floor: max(losses[floor]) - min(losses[floor]))
 
 
 def pictures(name: str, found: dict[str, Any]) -> dict[str, str]:
     """SVG files by kind: 'loss' over updates and 'lost' over resblocks, of fp32 and of the arms where they differ most; of several floors 'floors', the loss over them."""
     floor = _telling_floor(found["runs"])
-    shown = [run for run in found["runs"] if run["arm"] == "fp32" or run["floor_bits"] == floor]
+    grouped = by_arm(found["runs"])
+    shown = [same[0] for (bits, arm), same in grouped.items() if arm == "fp32" or bits == floor]
     losses = [Line(run["arm"], run["losses"]) for run in shown]
     lost = [Line(run["arm"], list(enumerate(run["lost_share"]))) for run in shown if run["arm"] != "fp32"]
     plots = {
         "loss": lines(f"{name}-loss", "training loss, nats", losses),
         "lost": lines(f"{name}-lost", "share of lost gradient values", lost, across="resblock"),
     }
-    by_arm: dict[str, list[tuple[float, float]]] = {}
-    for run in found["runs"]:
-        by_arm.setdefault(run["arm"], []).append((run["floor_bits"], run["last_tenth"]))
-    by_arm.pop("fp32", None)
-    if any(len(points) > 1 for points in by_arm.values()):
-        ends = [Line(arm, points) for arm, points in by_arm.items()]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for (bits, arm), same in grouped.items():
+        if arm != "fp32":
+            points.setdefault(arm, []).append((bits, mean(run["last_tenth"] for run in same)))
+    if any(len(line) > 1 for line in points.values()):
+        ends = [Line(arm, line) for arm, line in points.items()]
         plots["floors"] = lines(f"{name}-floors", "loss at the end, nats", ends, across="bits of raised floor")
     return {kind: alone(svg) for kind, svg in plots.items()}
 

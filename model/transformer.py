@@ -196,15 +196,15 @@ class Transformer(nn.Module):
         self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
         make_norm = norm or (lambda width: nn.LayerNorm(width, eps=1e-5))
         self.attend = attend or DenseAttention(cfg, shape)
-        width = cfg.width
-        self.text_tokens = Table(shape.text_vocab, width, _TOKEN_STD)
-        self.text_positions = Table(shape.text_tokens, width, _POSITION_STD)
-        self.text_padding = Table(shape.text_tokens, width, _POSITION_STD)
-        self.text_start = Table(1, width, _TOKEN_STD)
-        self.image_tokens = Table(shape.image_vocab, width, _TOKEN_STD)
-        self.image_rows = Table(shape.grid, width, _POSITION_STD / math.sqrt(2))
-        self.image_columns = Table(shape.grid, width, _POSITION_STD / math.sqrt(2))
-        self.image_start = Table(1, width, _TOKEN_STD)
+        width, token_std, position_std = cfg.width, cfg.embedding_scale * _TOKEN_STD, cfg.embedding_scale * _POSITION_STD
+        self.text_tokens = Table(shape.text_vocab, width, token_std)
+        self.text_positions = Table(shape.text_tokens, width, position_std)
+        self.text_padding = Table(shape.text_tokens, width, position_std)
+        self.text_start = Table(1, width, token_std)
+        self.image_tokens = Table(shape.image_vocab, width, token_std)
+        self.image_rows = Table(shape.grid, width, position_std / math.sqrt(2))
+        self.image_columns = Table(shape.grid, width, position_std / math.sqrt(2))
+        self.image_start = Table(1, width, token_std)
         blocks: list[Resblock] = []
         for kind in layer_kinds(cfg.layers):
             blocks.append(AttentionResblock(cfg, kind, make_norm(width), branch_dtype))

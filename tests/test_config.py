@@ -69,6 +69,7 @@ REFUSED = [
     ("dalle.width=33", r"width = 33 does not divide into heads = 2; nearest widths: 32, 34"),
     ("dalle.conv_kernel=4", r"conv_kernel = 4: must be odd"),
     ("dalle.text_loss_weight=2.0", r"text_loss_weight = 2.0: must lie in \[0, 1\]"),
+    ("dalle.embedding_scale=0.0", "embedding_scale = 0.0: must be positive"),
     ("clip.heads=3", r"width = 32 does not divide into heads = 3"),
     ("clip.patch=5", r"clip\.patch = 5 does not divide dvae\.image_size = 16"),
     ("dvae_fit.scale_min=2.0", r"scale_min = 2.0 is above"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from train import precision_page
-from train.precision_experiments import ARMS, DOCS, Options, Run, lost_shares, main, raise_floor
+from train import precision_experiments, precision_page
+from train.precision_experiments import ARMS, DOCS, Options, Run, experiment, lost_shares, main, raise_floor
 
 TINY = Options(layers=2, width=16, updates=4, batch=4)
 
@@ -72,6 +74,28 @@ def test_all_arms_train_alike_where_nothing_is_lost(tmp_path: Path, capsys: pyte
     for kind, word in (("loss", "updates"), ("lost", "resblock"), ("floors", "bits of raised floor")):
         picture = (tmp_path / "pictures" / f"precision-x-{kind}.svg").read_text()
         assert ElementTree.fromstring(picture).tag.endswith("svg") and word in picture and "var(" not in picture
+
+
+def test_a_stopped_experiment_goes_on_and_other_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real, count = tmp_path / "x.json", precision_experiments._run, 0
+
+    def stops_at_the_third(*given: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(precision_experiments, "_run", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        experiment(TINY, [0], out)
+    assert len(json.loads(out.read_text())["runs"]) == 2
+    found = experiment(TINY, [0], out)
+    assert count == 3 + 2 and [run["arm"] for run in found["runs"]] == [arm.name for arm in ARMS]
+    wider = experiment(replace(TINY, floors=(0, 3)), [0], out)
+    assert count == 5 + 3 and json.loads(out.read_text()) == json.loads(json.dumps(wider)) and len(wider["runs"]) == 7
+    with pytest.raises(SystemExit, match=r"x.json holds runs with .* give another --name"):
+        experiment(replace(TINY, width=32), [0], out)
 
 
 def test_the_table_averages_over_seeds_and_pairs_them_with_fp32() -> None:

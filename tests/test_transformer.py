@@ -313,6 +313,15 @@ def test_initial_matrices_have_the_spread_of_the_sibling_code() -> None:
         assert not model.get_parameter(f"{name}.bias").any()
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_initial_embeddings_have_the_published_spread_times_the_scale(scale: float) -> None:
+    model = build(cfg=TransformerConfig(layers=2, width=4096, heads=2, conv_kernel=3, embedding_scale=scale))
+    wanted = {"text_tokens": 0.013, "image_tokens": 0.013, "text_positions": 0.01, "text_padding": 0.01}
+    wanted |= {"image_rows": 0.01 / math.sqrt(2), "image_columns": 0.01 / math.sqrt(2), "text_start": 0.013, "image_start": 0.013}
+    for name, std in wanted.items():
+        assert float(model.get_parameter(f"{name}.weight").detach().std()) == pytest.approx(scale * std, rel=0.05), name
+
+
 def test_the_default_sizes_count_12_billion_matrix_parameters() -> None:
     shape = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
     with torch.device("meta"):

@@ -5,7 +5,8 @@ values of each resblock that fp16 lost (exactly zero where fp32 has a value), an
 
 The paper saw underflow above a billion parameters. Where it does not occur at our size, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
 bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. Scales start
-where a long run would have brought them. No DeepSpeed. ``--seeds 0 1 2`` repeats all arms with other weights and data.
+where a long run would have brought them. No DeepSpeed. ``--seeds 0 1 2`` repeats all arms with other weights and data. The file is written after each
+run, and the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.files import atomic
 from infra.run_folder import producer
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Projection, Transformer, parameter_tags
@@ -205,40 +207,54 @@ def lost_shares(run: Run, step: int) -> list[float]:
     return [part / max(whole, 1.0) for part, whole in zip(lost, total, strict=True)]
 
 
-def experiment(options: Options, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
-    """All arms at all floors (fp32 once), for each seed."""
-    found = [one for seed in seeds for one in _of_a_seed(replace(options, seed=seed))]
-    parameters = found[0].pop("parameters")
-    settings = {key: value for key, value in asdict(options).items() if key != "seed"} | {"seeds": list(seeds)}
-    return {"options": settings, "parameters": parameters, "runs": found} | producer()
+def experiment(options: Options, seeds: Sequence[int], out: Path) -> dict[str, Any]:
+    """All arms at all floors (fp32 once), for each seed, written after each run; runs that ``out`` holds already are not repeated.
 
-
-def _of_a_seed(options: Options) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for floor in options.floors:
-        for arm in ARMS:
+    Raises:
+        SystemExit: ``out`` holds runs of other options, or of another version of the code.
+    """
+    settings = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in ("seed", "floors")}))
+    model = Run(ARMS[0], options, 0).model
+    found: dict[str, Any] = {
+        "options": settings | {"floors": list(options.floors), "seeds": list(seeds)},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "runs": [],
+    } | producer()
+    there: dict[tuple[int, int, str], dict[str, Any]] = {}
+    if out.exists():
+        before = json.loads(out.read_text())
+        same = all(before["options"].get(key) == value for key, value in settings.items()) and before["commit"] == found["commit"]
+        if not same:
+            raise SystemExit(f"{out} holds runs with {before['options']} at commit {before['commit']}: give another --name, or remove it")
+        there = {(run["seed"], run["floor_bits"], run["arm"]): run for run in before["runs"]}
+    for seed in seeds:
+        for floor, arm in ((floor, arm) for floor in options.floors for arm in ARMS):
             if arm.dtype == torch.float32 and floor != options.floors[0]:
                 continue
-            run = Run(arm, options, floor)
-            run.settle(0)  # a small run has no time for the climb
-            losses = [run.update(step) for step in range(options.updates)]
-            tail = losses[-max(1, options.updates // 10) :]
-            curve = [(round(x, 1), round(y, 4)) for x, y in thin(list(enumerate(losses)), _POINTS)]
-            result: dict[str, Any] = {
-                "arm": arm.name,
-                "floor_bits": floor,
-                "seed": options.seed,
-                "losses": curve,
-                "last_tenth": sum(tail) / len(tail),
-            }
-            run.settle(options.updates)
-            result |= {"skipped": run.skipped, "lost_share": [round(share, 5) for share in lost_shares(run, options.updates)]}
-            if run.scales is not None:
-                result["scale_exponents"] = run.scales.exponents
-            found.append(result)
-            print(f"seed {options.seed}, floor {floor}, {arm.name}: {result['last_tenth']:.4f} nats, {run.skipped} skipped", flush=True)
-    found[0]["parameters"] = sum(p.numel() for p in run.model.parameters())
+            found["runs"].append(there.pop((seed, floor, arm.name), None) or _run(arm, replace(options, seed=seed), floor))
+            with atomic(out) as file:
+                file.write(json.dumps(found | {"runs": found["runs"] + list(there.values())}).encode() + b"\n")
     return found
+
+
+def _run(arm: Arm, options: Options, floor: int) -> dict[str, Any]:
+    run = Run(arm, options, floor)
+    run.settle(0)  # a small run has no time for the climb
+    losses = [run.update(step) for step in range(options.updates)]
+    tail = losses[-max(1, options.updates // 10) :]
+    result: dict[str, Any] = {
+        "arm": arm.name,
+        "floor_bits": floor,
+        "seed": options.seed,
+        "losses": [(round(x, 1), round(y, 4)) for x, y in thin(list(enumerate(losses)), _POINTS)],
+        "last_tenth": sum(tail) / len(tail),
+    }
+    run.settle(options.updates)
+    result |= {"skipped": run.skipped, "lost_share": [round(share, 5) for share in lost_shares(run, options.updates)]}
+    if run.scales is not None:
+        result["scale_exponents"] = run.scales.exponents
+    print(f"seed {options.seed}, floor {floor}, {arm.name}: {result['last_tenth']:.4f} nats, {run.skipped} skipped", flush=True)
+    return result
 
 
 def main(words: list[str]) -> None:
@@ -257,10 +273,9 @@ def main(words: list[str]) -> None:
     if render:
         precision_page.write(docs)
         return
-    found = experiment(Options(**given | {"floors": tuple(given["floors"])}), seeds)
     out = docs / "experiments" / "precision" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found) + "\n")
+    found = experiment(Options(**given | {"floors": tuple(given["floors"])}), seeds, out)
     print(precision_page.table(found["runs"]))
 
 

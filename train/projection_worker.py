@@ -104,9 +104,12 @@ def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> No
         update = (dvae_update if stage == "dvae" else dalle_update)(cfg, dtype, world)
         found.setdefault("start_s", process_age_s())
         found[stage] = rate(update, seconds) * (cfg.dvae_fit if stage == "dvae" else cfg.dalle_fit).batch
-    print(json.dumps(found))
-    dist.destroy_process_group()
+    print(json.dumps(found), flush=True)
+    dist.barrier()  # who leaves first would break the others' connections
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:])
+    os._exit(
+        0
+    )  # gloo's thread frees the last collective's tensors; when it asks for the GIL of an interpreter that ends, the process aborts (one in ten)

@@ -15,6 +15,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train import checkpoint
+from train.averaging import Average
 from train.checkpoint_saver import Saver
 from train.config import FitSection
 from train.engine import Update
@@ -32,6 +33,7 @@ class Scripted:
 
     def __init__(self, fates: list[Update]) -> None:
         self.module, self.fates, self.updates = torch.nn.Linear(2, 2), list(fates), 0
+        self.average = Average(self.module.named_parameters(), 0.5)
 
     def micro_batch(self, *, last: bool) -> None: ...
 
@@ -40,6 +42,7 @@ class Scripted:
     def step(self, lr: float) -> Update:
         update = self.fates.pop(0)
         self.updates += update.applied
+        self.module.weight.data.fill_(float(self.updates))
         return update
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
@@ -116,6 +119,17 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     assert checkpoint.complete(str(tmp_path / "toy")) == [2]
 
 
+def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copied(tmp_path: Path) -> None:
+    fit = fit_of(tmp_path, [APPLIED] * 6, [1.0], keep=3)
+    fit.engine.average.wait = lambda: time.sleep(0.1)  # type: ignore[method-assign]
+    fit.run_to_end()
+    for step in (2, 4, 6):
+        weights = checkpoint.read_tensors(checkpoint.folder(str(tmp_path / "toy"), step), "model")
+        assert weights["weight"].flatten().tolist() == [float(step)] * 4
+    stalls = read_metrics(str(tmp_path), "toy")["perf/save_stall_s"]
+    assert [point.step for point in stalls] == [2, 4, 6] and min(point.value for point in stalls) > 0.09
+
+
 def fragments_of(value: float) -> dict[str, Fragment]:
     return {"model/w": even_slice(torch.full((4,), float(value)), 0, 1)}
 
@@ -127,10 +141,37 @@ def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(t
     began = time.perf_counter()
     saver.save(1, live, {"shapes": {"w": [4]}})
     assert time.perf_counter() - began < 5 and checkpoint.complete(str(tmp_path)) == []
+    assert saver.settle() < 5 and saver.settle() == 0.0
     live["model/w"].tensor.fill_(2.0)  # training goes on
     gate.set()
     saver.wait()
     assert checkpoint.read_tensors(checkpoint.folder(str(tmp_path), 1), "model")["w"].tolist() == [1.0] * 4
+
+
+def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_path: Path) -> None:
+    saver, live, ready = Saver(str(tmp_path), World.single(), keep=2), fragments_of(1.0), threading.Event()
+
+    def finish() -> None:
+        ready.wait(10)
+        live["model/w"].tensor.fill_(3.0)  # an average that is still being mixed
+
+    began = time.perf_counter()
+    assert saver.save(1, live, {"shapes": {"w": [4]}}, ready=finish) <= time.perf_counter() - began < 5
+    threading.Timer(0.2, ready.set).start()
+    assert saver.settle() > 0.1
+    live["model/w"].tensor.fill_(4.0)
+    saver.wait()
+    assert checkpoint.read_tensors(checkpoint.folder(str(tmp_path), 1), "model")["w"].tolist() == [3.0] * 4
+
+
+def test_what_fails_before_the_copy_is_heard_of_before_the_tensors_change(tmp_path: Path) -> None:
+    saver = Saver(str(tmp_path), World.single(), keep=2)
+    saver.save(1, fragments_of(1.0), {}, ready=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        saver.settle()
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+    assert checkpoint.complete(str(tmp_path)) == []
 
 
 def test_a_failed_save_is_heard_of_at_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -203,6 +204,35 @@ def test_a_stage_that_fails_ends_the_experiment_with_its_code(prepared: Path, mo
     assert caught.value.code == 1
 
 
+class Half:
+    """A started process: the words it got, the cores it may use, and the code it ends with."""
+
+    started: ClassVar[list[Half]] = []
+
+    def __init__(self, command: list[str]) -> None:
+        self.words, self.cores = command[3:], os.sched_getaffinity(0)
+        self.started.append(self)
+
+    def wait(self) -> int:
+        return int("peer" in self.words) * 78
+
+
+def test_halves_at_once_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("one core")
+    monkeypatch.setattr(peer_experiment.subprocess, "Popen", Half)
+    monkeypatch.setattr(Half, "started", [])
+    with pytest.raises(SystemExit) as caught:
+        peer_experiment.main(["some/run", "--at-once", "--threads", "1"])
+    assert caught.value.code == 78 and os.sched_getaffinity(0) == allowed
+    ours, peer = Half.started
+    assert (ours.words[-2:], peer.words[-2:]) == (["--only", "ours"], ["--only", "peer"]) and ours.words[:-2] == peer.words[:-2]
+    assert "--at-once" in ours.words and len(ours.cores) == len(peer.cores) == 1 and ours.cores != peer.cores
+    with pytest.raises(ConfigError, match=f"--threads {len(allowed)} needs {2 * len(allowed)} cores"):
+        peer_experiment.main(["some/run", "--at-once", "--threads", str(len(allowed))])
+
+
 def in_process(command: list[str], **_: Any) -> subprocess.CompletedProcess:
     """The launcher without a process of its own: importing DeepSpeed three times would take most of a minute."""
     name, preset, *words = command[2:-2]
@@ -220,14 +250,15 @@ def test_both_halves_on_a_tiny_run_and_the_page_of_it(
     words = [url, "dalle.width=36", "dalle.heads=2", "dalle_fit.precision=fp32", "evaluate.samples=30"]
     main_words = [*words, "--minutes", "0.02", "--probe-minutes", "0.005", "--threads", "1", "--out", str(out)]
     peer_experiment.main([*main_words, "--only", "ours"])
-    assert "The other half is missing" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "The other half is missing" in shown and "on the same machine,\none after the other. Updates" in shown
     peer_experiment.main([*main_words, "--only", "peer", "--attention", "full", "axial"])
     text = out.read_text()
     found = json.loads(text)
     ours, peer = found["ours"], found["peer"]
     assert str(tmp_path) not in text and found["settings"]["width"] == 36 and found["settings"]["validation_images"] == 30
     assert ours["curve"][-1][0] == pytest.approx(ours["minutes"], rel=1e-3) and ours["curve"][-1][1] == ours["updates"]
-    assert peer["minutes"] >= ours["minutes"] and len(peer["probes"]) == 6 and peer["recipe"]["precision"] in ("fp32", "bf16")
+    assert peer["minutes"] >= ours["minutes"] and len(peer["probes"]) == 8 and peer["recipe"]["precision"] in ("fp32", "bf16")
     for figures in (ours["final"]["averaged"], ours["final"]["raw"], peer["final"]["raw"]):
         assert figures["nats_per_code"] > 0 and figures["caption_gain"] == pytest.approx(
             figures["nats_shuffled"] - figures["nats_per_code"], abs=1e-4

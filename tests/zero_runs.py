@@ -138,7 +138,8 @@ def save_all(world: World, folder: str) -> dict[int, Any]:
         updates(engine, world, 0, 3)
         meta = {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
         saver = Saver(f"{folder}/{index}", world, keep=2)
-        saver.save(3, engine.fragments(to_load=False), meta)
+        saver.save(3, engine.fragments(to_load=False), meta, ready=engine.average.wait)
+        saver.settle()
         out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
         out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]  # training goes on while the checkpoint is written
         saver.wait()

@@ -128,7 +128,7 @@ class Fit:
     def _train(self) -> Outcome:
         url = self.run.at(self.stage)
         self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
-        self._bad, self._overflows = 0, 0
+        self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
         step = self._restore()
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
@@ -160,6 +160,7 @@ class Fit:
                 with self._goodput.timing("save"):
                     self._save(step, self._elapsed + time.perf_counter() - begun)
                     if last or stopping:
+                        self._settle(step)
                         self._saver.wait()
             watchdog.beat()
             if stopping and not last:
@@ -202,9 +203,11 @@ class Fit:
         signals = {"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares}
         if isinstance(self.engine, MeasuringEngine):
             agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
+            self._settle(step)
             update = self.engine.step(at["lr"], measured)
         else:
             agreed = self._vector.exchange(signals)
+            self._settle(step)
             update = self.engine.step(at["lr"])
         self._count_bad(step, update, forward_ok=agreed["non_finite"] == 0)
         if self.plateau is not None:
@@ -275,9 +278,16 @@ class Fit:
             facts["engine"] = self.engine.state()
         if self.plateau is not None:
             facts["plateau"] = self.plateau.state()
-        stall_s = self._saver.save(step, self.engine.fragments(to_load=False), facts)
-        self._writer.scalars(step, {"perf/save_stall_s": stall_s})
+        began = time.perf_counter()
+        self._saver.save(step, self.engine.fragments(to_load=False), facts, ready=self.engine.average.wait)
+        self._stall_s = time.perf_counter() - began
         self._writer.flush()
+
+    def _settle(self, step: int) -> None:
+        """Let the copies of a checkpoint come to an end before the step that follows it changes their tensors."""
+        stall_s, self._stall_s = self._stall_s + self._saver.settle(), 0.0
+        if stall_s:
+            self._writer.scalars(step, {"perf/save_stall_s": stall_s})
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}

@@ -3,8 +3,8 @@
 RUN is a finished run of the stages tokenizer, dvae and encode; its configuration and words like ``dalle.layers=6`` shape both models. Ours trains through
 ``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
 minutes that ours took in the end. Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
-start and all probes do not. ``--only`` repeats one half. Figures go to docs/experiments/against-dalle-pytorch.json; ``python -m train.experiments --render``
-makes the page. It also shows the words of the recorded run.
+start and all probes do not. ``--at-once`` runs both halves at the same time, each on cores of its own; ``--only`` repeats one half. Figures go to
+docs/experiments/against-dalle-pytorch.json; ``python -m train.experiments --render`` makes the page. It also shows the words of the recorded run.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from train.peer_training import ATTENTIONS, EVALUATIONS, WARMUP, Point, report_o
 from train.peer_training import run as train_peer
 
 OUT = Path(__file__).parent.parent / "docs" / "experiments" / "against-dalle-pytorch.json"
+HALVES = ("ours", "peer")
+ORDERS = ("one after the other", "at the same time, each on cores of its own")
 _CPU = torch.device("cpu")
 _FIRST_PROBE = 20
 """Updates of the first probe of ours; the second one takes the probe's minutes."""
@@ -50,18 +52,23 @@ def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.peer_experiment", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", help="folder of a run with codes")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for both halves")
-    parser.add_argument("--only", choices=("ours", "peer"), help="one half; the other one's figures stay")
+    parser.add_argument("--only", choices=HALVES, help="one half; the other one's figures stay")
+    parser.add_argument("--at-once", action="store_true", help="both halves at the same time, on twice as many cores")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time of each")
     parser.add_argument("--probe-minutes", type=float, help="training time of each probe; a twentieth of the minutes if not given")
     parser.add_argument("--threads", type=int, default=2, help="cores: threads of the peer's process, processes of ours")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="the peer's attention; of several the best by probes")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(words)
+    if given.at_once and given.only is None:
+        at_once(words, given.threads)
+        print(peer_page.section(json.loads(given.out.read_text())))
+        return
     keep_memory()  # for the peer: our stages do so themselves
     url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
     cfg, run = load_run(url, given.overrides), RunFolder(url)
     probe = given.probe_minutes or given.minutes / 20
-    settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides)
+    settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides) | {"halves": ORDERS[given.at_once]}
     found = read(given.out, settings, given.only)
     if given.only != "peer":
         ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
@@ -73,6 +80,29 @@ def main(words: Sequence[str]) -> None:
         found = read(given.out, settings, "peer") | {"peer": peer}
         write(given.out, found)
     print(peer_page.section(found))
+
+
+def at_once(words: Sequence[str], cores: int) -> None:
+    """Run this command for both halves, each in a process bound to ``cores`` cores of its own.
+
+    Raises:
+        ConfigError: there are fewer than twice as many cores.
+        SystemExit: a half failed; with its exit code, when the other one has ended too.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2 * cores:
+        raise ConfigError(
+            f"--at-once with --threads {cores} needs {2 * cores} cores, this process may use {len(allowed)}: give fewer --threads, or leave --at-once out."
+        )
+    halves = []
+    try:
+        for place, half in enumerate(HALVES):
+            os.sched_setaffinity(0, allowed[place * cores :][:cores])  # what a child inherits
+            halves.append(subprocess.Popen([sys.executable, "-m", "train.peer_experiment", *words, "--only", half]))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    if code := max(half.wait() for half in halves):
+        raise SystemExit(code)
 
 
 def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +142,7 @@ def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any
     if only is None or not out.exists():
         return found
     before = json.loads(out.read_text())
-    other = "peer" if only == "ours" else "ours"
+    (other,) = set(HALVES) - {only}
     if other not in before:
         return found
     changed = differences(before["settings"], settings)

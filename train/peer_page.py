@@ -10,9 +10,9 @@ from train.report.plots import Line, lines
 PICTURE = "pictures/against-dalle-pytorch.svg"
 _GOAL = 0.05
 _COLUMNS = (("ours", "averaged", "ours, averaged weights"), ("ours", "raw", "ours, last weights"), ("peer", "raw", "dalle-pytorch"))
-_ABOUT = """Made by `python -m train.peer_experiment RUN`, on the same codes, captions and samples in the same order, with equal depth, width, heads and batch, one after the other on
-the same machine. Updates and the fetching of batches count as time, checkpoints in ours too; evaluations, the start and all probes do not. What the peer was given beyond its own
-script: AdamW with our decays, a warm-up and a cosine that ends with the time, the faster of fp32 and bf16, the best of three step sizes by probes, and our allocator setting. It has
+_ABOUT = """Made by `python -m train.peer_experiment RUN`, on the same codes, captions and samples in the same order, with equal depth, width, heads and batch, on the same machine,
+{halves}. Updates and the fetching of batches count as time, checkpoints in ours too; evaluations, the start and all probes do not. What the peer was given beyond its own
+script: AdamW with our decays, a warm-up and a cosine that ends with the time, the faster of fp32 and bf16, the best of four step sizes by probes, and our allocator setting. It has
 no averaged weights. The caption gain is what shuffled captions cost, in nats per code.
 """
 
@@ -20,12 +20,13 @@ no averaged weights. The caption gain is what shuffled captions cost, in nats pe
 def section(found: dict[str, Any]) -> str:
     """One file as Markdown; a half that is missing is shown as such."""
     settings = found["settings"]
-    shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(settings.items()) if key not in ("overrides", "run"))
+    shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(settings.items()) if key not in ("overrides", "run", "halves"))
     words = f" with `{' '.join(settings['overrides'])}`" if settings["overrides"] else ""
+    about = _ABOUT.format(halves=settings["halves"])
     halves = [half for half in ("ours", "peer") if half in found]
     made = "; ".join(f"{half}: {_recipe(found[half])}" for half in halves)
     return (
-        f"\n## Against dalle-pytorch, on {settings['run']}{words}\n\n{_ABOUT}\nSettings: {shown}.\n\n{made}.\n\n{table(found)}\n{verdict(found)}\n\n"
+        f"\n## Against dalle-pytorch, on {settings['run']}{words}\n\n{about}\nSettings: {shown}.\n\n{made}.\n\n{table(found)}\n{verdict(found)}\n\n"
         f"![validation nats per code]({PICTURE})\n"
     )
 

@@ -35,7 +35,7 @@ from train.fit import Batch, Loader
 from train.lineage import open_tokenizer
 
 ATTENTIONS = ("full", "axial")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 6e-3)
 """Peak step sizes to choose from; the first is its train_dalle.py's."""
 CLIP_NORM = 0.5
 """Its train_dalle.py's."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from train.engine import Engine, ReplicatedEngine
 from train.goodput import process_age_s
 from train.lineage import build_dalle
 from train.signal_vector import SignalVector
+
+if TYPE_CHECKING:
+    from train.zero.engine import ZeroEngine
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=2)  # nobody waits long for a process that has failed
@@ -46,22 +50,28 @@ def dvae_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[]
 
 def dalle_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[], None]:
     """An update of the transformer on this process's share of a batch."""
+    engine, micro_batch = transformer(cfg, dtype, world, _CPU)
+    return _update(engine, micro_batch, cfg.dalle_fit.accumulation)
+
+
+def transformer(cfg: RunConfig, dtype: torch.dtype, world: World, device: torch.device) -> tuple[ZeroEngine, Callable[[], torch.Tensor]]:
+    """The transformer's engine, and what makes the loss of a random micro-batch of this process."""
     from train.zero.engine import ZeroEngine  # DeepSpeed takes seconds to import
 
     shape, fit = cfg.stream_shape(), cfg.dalle_fit
-    model = build_dalle(cfg, _CPU, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
+    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     count = max(1, fit.batch // (world.size * fit.accumulation))
-    text_BT = torch.randint(shape.text_vocab, (count, shape.text_tokens))
-    lengths_B = torch.full((count,), shape.text_tokens)
-    codes_BI = torch.randint(shape.image_vocab, (count, shape.image_tokens))
+    text_BT = torch.randint(shape.text_vocab, (count, shape.text_tokens), device=device)
+    lengths_B = torch.full((count,), shape.text_tokens, device=device)
+    codes_BI = torch.randint(shape.image_vocab, (count, shape.image_tokens), device=device)
 
     def micro_batch() -> torch.Tensor:
         text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
         share: torch.Tensor = (text_nll_BT.mean() / 8 + image_nll_BI.mean() * 7 / 8) / (world.size * fit.accumulation)
         return share
 
-    return _update(engine, micro_batch, fit.accumulation)
+    return engine, micro_batch
 
 
 def _update(engine: Engine, micro_batch: Callable[[], torch.Tensor], accumulation: int) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from importlib import import_module
 from train.bench.harness import Options, Result
 
 BENCHES = {
+    "checkpoint": "train.bench.checkpoint",
     "data-codes": "train.bench.data_codes",
     "data-images": "train.bench.data_images",
     "dvae": "train.bench.dvae",

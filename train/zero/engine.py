@@ -206,8 +206,12 @@ class ZeroEngine:
             self._publish_scales()
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
-        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load."""
-        self.average.wait()
+        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load.
+
+        Averages in CPU memory are up to date after ``average.wait``; to load, it is waited for here.
+        """
+        if to_load:
+            self.average.wait()
         if not to_load and self.topology is not None and self.topology.node:
             return {}
         found: dict[str, Fragment] = {}

@@ -1,0 +1,101 @@
+"""What a checkpoint costs training: the stall of a save, and all that it slows down afterwards. ``launcher.py bench checkpoint``
+
+The real engine and the real saver, on a folder of this machine; updates on random data. Needs the whole environment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from infra.world import World
+from train.bench.harness import DTYPES, Figure, Options, Result, main, measure, start
+from train.checkpoint_saver import Saver
+from train.config import load_run
+from train.device import set_up
+from train.projection_worker import transformer
+
+PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
+"""Preset and precision by device."""
+BETWEEN = 20
+"""Updates between two saves."""
+
+
+def run(options: Options) -> Result:
+    """Updates without a save and updates after one, in turn, for about ``seconds`` a turn or ``BETWEEN`` updates, whichever is longer."""
+    preset, precision = PRESETS[options.device]
+    cfg = load_run(preset, [f"dalle_fit.precision={precision}", "dalle_fit.accumulation=1"])
+    world, device = World.single(), set_up(World.single())
+    engine, micro_batch = transformer(cfg, DTYPES[precision], world, device)
+    names = {"preset": preset, "precision": precision, "batch": cfg.dalle_fit.batch, "updates_between": BETWEEN, "threads": torch.get_num_threads()}
+    result = start("checkpoint", "Checkpoints: the stall of a save, written beside training", options, **names)
+
+    def update(before_step: Callable[[], float]) -> tuple[float, float]:
+        """Seconds in all, and those in which it waited for the copies of a save."""
+        began = time.perf_counter()
+        engine.micro_batch(last=True)
+        engine.backward(micro_batch())
+        measured = engine.measure().tolist()
+        waited = before_step()
+        engine.step(1e-4, measured)
+        return time.perf_counter() - began, waited
+
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(folder, world, keep=1)
+
+        def save(step: int) -> float:
+            began = time.perf_counter()
+            saver.save(step, engine.fragments(to_load=False), {"shapes": {}}, ready=engine.average.wait)
+            return time.perf_counter() - began
+
+        for step in range(2):  # makes the moments, the buffers of the copies, and all that first updates make
+            update(saver.settle)
+            save(step)
+        saver.settle()
+        saver.wait()
+        plain, stalls, costs = [], [], []
+        for turn in range(options.runs):
+            count = 0
+            began = time.perf_counter()
+            while count < BETWEEN or time.perf_counter() - began < options.seconds / 2:
+                plain.append(update(saver.settle)[0])
+                count += 1
+            began = time.perf_counter()
+            stalled = save(10 + turn)
+            after = [update(saver.settle) for _ in range(count)]
+            costs.append(time.perf_counter() - began - count * statistics.median(plain))
+            stalls.append(stalled + after[0][1])
+            saver.wait()
+        state = {name: fragment.tensor for name, fragment in engine.fragments(to_load=True).items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in state.items()}
+
+    def copy() -> None:
+        for name, tensor in state.items():
+            targets[name].copy_(tensor, non_blocking=True)
+
+    rate = measure(copy, 1.0, "copies/s", options)
+    result.settings["checkpoint_megabytes"] = round(size / 1e6, 1)
+    result.floor["copy of the tensors to CPU memory"] = Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
+    result.measured["update"] = _milliseconds(plain)
+    result.measured["stall of a save"] = _milliseconds(stalls)
+    result.measured["cost of a save in all"] = _milliseconds(costs)
+    result.ratio("an update over a save's stall", "update", "stall of a save", goal=50.0)
+    result.notes += [
+        "Stall: what the loop waits for, in starting a save and before the update that follows it. In all: that, and how much slower the updates are that the writing "
+        "runs beside; a difference of two times, so that the machine's own unrest is in it.",
+        "The goal is a stall of at most 2 % of an update, hence 50.",
+    ]
+    return result
+
+
+def _milliseconds(seconds: Sequence[float]) -> Figure:
+    return Figure(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), "ms", len(seconds))
+
+
+if __name__ == "__main__":
+    main(run)

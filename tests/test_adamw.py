@@ -72,6 +72,26 @@ def test_chunks_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gradients_in_pieces_and_a_copy_give_the_same_and_padding_stays(dtype: torch.dtype) -> None:
+    n = CHUNK + 33
+    p, grad, _, _ = tensors(n, 3, 1.0)
+    grad = grad.to(dtype)
+    whole, cut, copy = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.clone()), torch.full((n,), 7.0, dtype=dtype)
+    adams = [PaperAdamW([{"params": [q], "lr": 1e-2, "packed": True, "factor": 0.5}], betas=(0.9, 0.96)) for q in (whole, cut)]
+    for _ in range(2):
+        whole.grad = grad.float()
+        whole.grad[-5:] = 0.0
+        adams[0].step()
+        adams[1].apply(adams[1].param_groups[0], cut, [grad[:1000], grad[1000:-5]], copy)
+    assert torch.equal(whole[:-5], cut[:-5]) and torch.equal(cut[-5:], p[-5:])
+    assert torch.equal(copy[:-5], cut[:-5].to(dtype)) and torch.equal(copy[-5:], torch.full((5,), 7.0, dtype=dtype))
+    adams[1].param_groups[0]["skip"] = True
+    before = cut.clone()
+    adams[1].apply(adams[1].param_groups[0], cut, [grad], copy)
+    assert torch.equal(cut, before)
+
+
 def test_it_is_torchs_adamw_where_nothing_is_clipped() -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.arange(12.0)) for _ in range(2))
@@ -117,8 +137,10 @@ for scale in (1e-3, 1.0, 30.0):
                 t[2][0], t[3][:2] = 0.0, 0.0
                 if packed:
                     t[2], t[3] = SIGNED_169.encode(t[2]), UNSIGNED_0610.encode(t[3])
-            update(*a, HYPER)
-            fused(*b, HYPER)
+            copies = [torch.zeros(1500, dtype=grad) for _ in "ab"]
+            update(*a, HYPER, copies[0])
+            fused(*b, HYPER, copies[1])
+            assert torch.equal(copies[1], b[0].to(grad)) and torch.equal(copies[0], a[0].to(grad))
             torch.testing.assert_close(b[0], a[0], rtol=1e-5, atol=1e-6)
             for x, y in zip(a[2:], b[2:]):
                 if packed:

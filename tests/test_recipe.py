@@ -97,26 +97,28 @@ def newest(root: Path) -> int:
     return max(checkpoint.complete(str(root / "tiny" / "dalle")), default=0)
 
 
-def test_three_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path) -> None:
-    """kill -9 of a random rank of two, three times, each followed by the same command: the losses of an undisturbed run, update for update.
+@pytest.mark.parametrize(("kills", "updates"), [(3, 100), pytest.param(20, 400, marks=pytest.mark.soak)])
+def test_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path, kills: int, updates: int) -> None:
+    """kill -9 of a random rank of two, at random times, each followed by the same command: the losses of an undisturbed run, update for update.
 
     Equal losses are those of equal samples: that each comes once in an epoch, whatever happens, the loaders' own tests say.
     """
-    changes = PAPERS_RECIPE | {"dalle_fit.steps": 100, "dalle_fit.save_every": 4, "dalle_fit.eval_every": 100}
+    changes = PAPERS_RECIPE | {"dalle_fit.steps": updates, "dalle_fit.save_every": 4, "dalle_fit.eval_every": updates}
     calm, stormy = (copy_of(prepared, tmp_path / name, changes=changes) for name in ("calm", "stormy"))
     subprocess.run(command("dalle", str(calm / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
     rng = random.Random(1)
-    for _ in range(3):
+    for _ in range(kills):
         before, process = newest(stormy), subprocess.Popen(command("dalle", str(stormy / "tiny"), "--nproc", "2"), stderr=subprocess.DEVNULL)
         while newest(stormy) <= before + 4 * rng.randrange(3) and process.poll() is None:
             time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
         ranks = [pid for pid in processes_of(stormy / "tiny") if pid != process.pid]
         assert process.poll() is None and len(ranks) == 2, "the run must be under way when it is hit"
         os.kill(rng.choice(ranks), signal.SIGKILL)
         assert process.wait(timeout=300) == ExitCode.CRASH
         assert newest(stormy) > before, "no update is lost beyond the last checkpoint"
     subprocess.run(command("dalle", str(stormy / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
-    assert len(losses(calm, "dalle")) == 100 and losses(stormy, "dalle") == losses(calm, "dalle")
+    assert len(losses(calm, "dalle")) == updates and losses(stormy, "dalle") == losses(calm, "dalle")
     ours, theirs = (json.loads((root / "tiny/dalle/export/config.json").read_text())["content_hash"] for root in (stormy, calm))
     assert ours == theirs
 

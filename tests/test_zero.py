@@ -19,6 +19,7 @@ from tests.zero_runs import (
     DEEP,
     FLAT,
     INFINITE,
+    ONE_PASS,
     OTHERS,
     SAVED,
     WIRED,
@@ -64,6 +65,13 @@ def test_gradients_and_losses_are_those_of_fp32_in_one_process(two: Any, case: C
     first, second = (rank["matrix"][str(case)] for rank in two[1])
     assert first == second, "ranks must agree"
     judge(first, case)
+
+
+@pytest.mark.parametrize("case", ONE_PASS, ids=str)
+def test_an_update_in_one_pass_is_deepspeeds_own_bit_for_bit(two: Any, case: Case) -> None:
+    for rank in two[1]:
+        same = rank["stepped"][str(case)]
+        assert all(same.values()) and len(same) > 20, [name for name, equal in same.items() if not equal]
 
 
 @pytest.mark.soak

@@ -17,6 +17,7 @@ from tests.zero_cases import (
     CONFIG,
     Case,
     backward,
+    batch_of,
     every_case,
     fit_of,
     make_engine,
@@ -30,6 +31,7 @@ from tests.zero_cases import (
 from train import checkpoint, warm_start
 from train.checkpoint_saver import Saver
 from train.fit import full_shape
+from train.zero import one_pass
 
 DEEP = dataclasses.replace(CONFIG, layers=12)
 MATRIX = pairwise(every_case(), ("stage", "precision", "weights", "checkpointing", "accumulation"))
@@ -181,6 +183,29 @@ def load_all(world: World, folder: str) -> dict[int, Any]:
     return out
 
 
+def stepped(world: World) -> dict[str, dict[str, bool]]:
+    """Whether updates in one pass are those of DeepSpeed's own step, bit for bit: losses, norms, what forward passes read, and the state."""
+    out = {}
+    for case in ONE_PASS:
+        ends: list[dict[str, Any]] = []
+        for own in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                if own:
+                    patch.setattr(one_pass, "install", lambda *_: None)
+                engine = make_engine(case, world)
+            history = updates(engine, world, 0, 4, case.accumulation)
+            with torch.no_grad():
+                batch = batch_of(5)
+                read = engine(batch["text"], batch["lengths"], batch["codes"])  # from the copies
+            ends.append({"history": torch.tensor(history), "text": read[0], "image": read[1]} | gathered(engine))
+        out[str(case)] = {name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}
+    return out
+
+
+ONE_PASS = [
+    Case(stage=stage, precision="fp16", weights=weights, moments="16-bit", accumulation=accumulation)
+    for stage, weights, accumulation in ((1, "fp16", 2), (2, "fp16", 1), (2, "cast", 2), (3, "fp16", 1), (3, "cast", 2))
+] + [Case(stage=1), Case(stage=3, precision="bf16")]
 WIRED = [Case(stage=stage, precision="fp16", weights=weights) for stage in (1, 2, 3) for weights in ("fp16", "cast")] + [Case(stage=2)]
 
 
@@ -249,7 +274,12 @@ def construction(world: World) -> dict[str, Any]:
 def on_two(world: World, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"matrix": compare_all(world, FLAT)}
     found["construction"] = construction(world)
-    return found | {"infinite": {str(case): inject(world, case) for case in INFINITE}, "saved": save_all(world, folder), "wire": wire(world)}
+    return found | {
+        "infinite": {str(case): inject(world, case) for case in INFINITE},
+        "saved": save_all(world, folder),
+        "wire": wire(world),
+        "stepped": stepped(world),
+    }
 
 
 def on_four(world: World, folder: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Under ZeRO each parameter here is the fp32 master of a flat shard. The engine se
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,29 @@ class PaperAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update every group that is not to be skipped."""
         for group in self.param_groups:
-            if group["skip"]:
-                continue
-            hyper = Hyper(
-                group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count
-            )
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.moments(p, group["packed"])
-                    update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], hyper)
+                    self.apply(group, p, [p.grad.view(-1)])
+
+    @torch.no_grad()
+    def apply(self, group: dict[str, Any], p: Tensor, grads: Sequence[Tensor], copy: Tensor | None = None) -> None:
+        """Update one parameter of a group, unless the group is to be skipped, from gradients that need neither its dtype nor one tensor.
+
+        Args:
+            p: flat fp32.
+            grads: flat, of any floating dtype; one after the other they cover p from its first element on. What they leave is padding, and stays.
+            copy: flat, as long as p, of any floating dtype: gets the new values, in the same pass.
+        """
+        if group["skip"]:
+            return
+        hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
+        state, start = self.moments(p, group["packed"]), 0
+        whole = [t.detach().view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
+        for grad in grads:
+            place = slice(start, start + grad.numel())
+            master, mean, variance = (t[place] for t in whole)
+            update(master, grad, mean, variance, hyper, None if copy is None else copy[place])
+            start = place.stop
 
     def moments(self, p: Tensor, packed: bool) -> dict[str, Tensor]:
         """The state of a parameter, made at first use (code 0 is zero)."""
@@ -79,16 +93,19 @@ class PaperAdamW(torch.optim.Optimizer):
         return state
 
 
-def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper) -> None:
-    """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, moments fp32 or both int16."""
+def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
+    """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, moments fp32 or both int16; the new p goes to
+    ``copy`` as well."""
     if p.is_cuda:
         from train.adamw_kernel import update as fused  # triton is only there with a CUDA build of torch
 
-        fused(p, grad, mean, variance, hyper)
+        fused(p, grad, mean, variance, hyper, copy)
         return
-    flats = [t.detach().view(-1).split(CHUNK) for t in (p, grad, mean, variance)]
-    for chunks in zip(*flats, strict=True):
+    given = (p, grad, mean, variance) if copy is None else (p, grad, mean, variance, copy)
+    for chunks in zip(*(t.detach().view(-1).split(CHUNK) for t in given), strict=True):
         _chunk(chunks[0], chunks[1], chunks[2], chunks[3], hyper)
+        if copy is not None:
+            chunks[4].copy_(chunks[0])
 
 
 def _chunk(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper) -> None:

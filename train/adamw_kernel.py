@@ -1,4 +1,4 @@
-"""One pass of AdamW on a GPU: gradient, master weight and moments are each read once, and written once. Triton; not yet seen on a GPU."""
+"""One pass of AdamW on a GPU: gradient, master weight and moments are each read once, and written once, with the 16-bit copy of the weight. Triton; not yet seen on a GPU."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def _encode(x, significand: tl.constexpr, signed: tl.constexpr, largest: tl.cons
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    p_ptr, grad_ptr, mean_ptr, variance_ptr, n, factor, decay, step, inverse_correction, beta1, beta2, eps, clip,
+    p_ptr, grad_ptr, mean_ptr, variance_ptr, copy_ptr, n, factor, decay, step, inverse_correction, beta1, beta2, eps, clip,
     m_largest: tl.constexpr, m_smallest: tl.constexpr, v_largest: tl.constexpr, v_smallest: tl.constexpr,
-    packed: tl.constexpr, block: tl.constexpr,
+    packed: tl.constexpr, copies: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < n
@@ -64,6 +64,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     v = tl.minimum(v * beta2 + g * g * (1.0 - beta2), clip)
     p = p * decay - step * m / (tl.sqrt(v) * inverse_correction + eps)
     tl.store(p_ptr + at, p, mask=inside)
+    if copies:
+        tl.store(copy_ptr + at, p.to(copy_ptr.dtype.element_ty), mask=inside)
     if packed:
         tl.store(mean_ptr + at, _encode(m, 9, True, m_largest, m_smallest), mask=inside)
         tl.store(variance_ptr + at, _encode(v, 10, False, v_largest, v_smallest), mask=inside)
@@ -72,7 +74,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(variance_ptr + at, v, mask=inside)
 
 
-def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any) -> None:
+def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any, copy: Tensor | None = None) -> None:
     """As ``train.adamw.update``; the launch waits for nothing. ``hyper`` is a ``train.adamw.Hyper``."""
     n = p.numel()
     if not n:
@@ -80,8 +82,8 @@ def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any) 
     clip = hyper.clip_variance if math.isfinite(hyper.clip_variance) else torch.finfo(torch.float32).max
     step, inverse = hyper.lr / hyper.correction1, hyper.correction2**-0.5
     _kernel[(triton.cdiv(n, _BLOCK),)](
-        p, grad, mean, variance, n, hyper.factor, 1 - hyper.lr * hyper.weight_decay, step, inverse, hyper.beta1, hyper.beta2, hyper.eps, clip,
-        *_limits(SIGNED_169), *_limits(UNSIGNED_0610), packed=mean.dtype == torch.int16, block=_BLOCK,
+        p, grad, mean, variance, p if copy is None else copy, n, hyper.factor, 1 - hyper.lr * hyper.weight_decay, step, inverse, hyper.beta1, hyper.beta2, hyper.eps, clip,
+        *_limits(SIGNED_169), *_limits(UNSIGNED_0610), packed=mean.dtype == torch.int16, copies=copy is not None, block=_BLOCK,
     )  # fmt: skip
 
 

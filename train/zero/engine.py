@@ -23,7 +23,7 @@ from train.config import DalleFit, ScaleSection, ZeroSection
 from train.engine import Update
 from train.fragments import Fragment
 from train.loss_scale import LossScale
-from train.zero import internals, measures
+from train.zero import internals, measures, one_pass
 from train.zero.groups import parameter_groups, store_weights, weight_storage
 from train.zero.scales import GradientScales
 from train.zero.shards import GradientReader, pieces
@@ -110,6 +110,8 @@ class ZeroEngine:
         )
         internals.check(self._optimizer, zero.stage, module.named_parameters())
         internals.take_over(self._optimizer, zero.stage)
+        if isinstance(self.adam, PaperAdamW) and not zero.offload_optimizer:
+            one_pass.install(self._optimizer, zero.stage, self.adam)
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device

@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import torch_autocast
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime import utils as runtime
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import groups
 
 from infra.errors import ConfigError
@@ -26,16 +27,25 @@ from infra.errors import ConfigError
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 SERIES = "0.19."
-NEEDED_OF_MODULES = {torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"), stage3: ("defragment",), groups: ("mpu",)}
+NEEDED_OF_MODULES = {
+    torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"),
+    runtime: ("all_gather_dp_groups",),
+    stage3: ("defragment",),
+    stage_1_and_2: ("INITIAL_MICRO_STEP_ID",),
+    groups: ("mpu",),
+}
 NEEDED = {
     2: (
         "single_partition_of_fp32_groups", "averaged_gradients", "params_in_partition", "update_lp_params", "optimizer", "overflow", "ipg_buckets",
-        "check_grad_overflow", "scaled_global_norm", "compute_grad_norm",
+        "check_grad_overflow", "scaled_global_norm", "compute_grad_norm", "micro_step_id", "params_not_in_partition", "free_grad_in_param_list",
+        "_get_preflattened_grad_partition", "_release_preflattened_grad_buffers", "real_dp_process_group", "parallel_partitioned_bit16_groups",
+        "bit16_groups_flat", "bit16_groups", "all_grad_tensors", "nccl_start_alignment_factor", "allgather_bucket_size", "_update_model_bit16_weights",
     ),
     3: (
         "fp32_partitioned_groups_flat", "fp16_groups", "averaged_gradients", "sub_group_to_group_id", "optimizer", "overflow", "ipg_buckets",
         "_get_norm_groups", "unscale_and_clip_grads", "_reassign_or_swap_out_partitioned_parameters", "_partition_all_parameters",
-        "persistent_parameters", "invalidate_secondary_tensor", "_check_overflow",
+        "persistent_parameters", "invalidate_secondary_tensor", "_check_overflow", "_prepare_fp32_grad_for_sub_group", "_optimizer_step",
+        "_unflatten_partitioned_parameters", "fp16_partitioned_groups_flat",
     ),
 }  # fmt: skip
 """Attributes of ZeRO's optimizers that train/zero/ stands on: stages 1 and 2, and stage 3."""
@@ -98,7 +108,7 @@ def refresh(optimizer: Any, stage: int) -> None:
             return
         optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            type(optimizer)._reassign_or_swap_out_partitioned_parameters(optimizer, index)  # not what train/zero/one_pass.py put in its place
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()

@@ -10,19 +10,27 @@ from train.adamw import Hyper, update
 from train.bench.harness import Options, Result, copy_rate, main, measure, start, threads
 
 _COUNT = {"cpu": 1 << 22, "cuda": 1 << 28}
+_KINDS = (
+    ("fp32 moments", torch.float32, False, 2 * 4 + 4 * 4 + 4),
+    ("16-bit moments", torch.int16, False, 2 * 4 + 4 * 2 + 4),
+    ("16-bit moments and weights", torch.int16, True, 2 * 4 + 4 * 2 + 4 + 2),
+)
+"""Name, dtype of the moments, whether there is an fp16 copy of the master, bytes an element."""
 _HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.5, count=100)
 
 
 def run(options: Options) -> Result:
-    """Bytes/s of an update with fp32 and with 16-bit moments; on a CPU in one thread. A master is read and written, so are both moments; a gradient is read."""
+    """Bytes/s of an update with fp32 and with 16-bit moments; on a CPU in one thread. A master is read and written, so are both moments; a gradient
+    is read, and a 16-bit copy of the master written."""
     count = _COUNT[options.device]
     result = start("optimizer", "Optimizer: AdamW with 16-bit moments", options, elements=count, threads=1)
     with threads(1):
         result.floor["copy"] = copy_rate(options)
-        for name, moments, each in (("fp32 moments", torch.float32, 2 * 4 + 4 * 4 + 4), ("16-bit moments", torch.int16, 2 * 4 + 4 * 2 + 4)):
+        for name, moments, half, each in _KINDS:
             p, grad = (torch.randn(count, device=options.device) for _ in range(2))
             m, v = (torch.zeros(count, dtype=moments, device=options.device) for _ in range(2))
-            result.measured[f"update, {name}"] = measure(partial(update, p, grad, m, v, _HYPER), 1e-9 * each * count, "GB/s", options)
+            copy = torch.empty(count, dtype=torch.float16, device=options.device) if half else None
+            result.measured[f"update, {name}"] = measure(partial(update, p, grad, m, v, _HYPER, copy), 1e-9 * each * count, "GB/s", options)
             result.ratio(f"{name} over a copy", f"update, {name}", "copy", goal=0.8 if options.device == "cuda" else None)
     result.notes.append("On a GPU one fused kernel, on a CPU chunks that fit into its cache. Gradients are fp32, as ZeRO hands them over.")
     return result

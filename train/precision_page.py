@@ -72,9 +72,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def by_arm(runs: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Runs that differ by their seed alone, by floor and arm."""
+    """Runs that differ by their seed alone, by floor and arm; floors rise, arms keep their order."""
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: int(run["floor_bits"])):
         found.setdefault((int(run["floor_bits"]), run["arm"]), []).append(run)
     return found
 

@@ -36,6 +36,12 @@ Share = Annotated[
     typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode and generate); array tasks of SLURM and Indexed Jobs know theirs."),
 ]
 Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Start the ranks again after a crash, until this many crashes in a row saved no checkpoint. Schedulers have cluster.retries."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
 
@@ -47,12 +53,15 @@ def _add_stage(name: str) -> None:
         nproc: Nproc = 0,
         share: Share = "",
         chain: Chain = False,
+        restarts: Restarts = 0,
         dry_run: DryRun = False,
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
         from train import front
 
-        front.stage(name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share, chain=chain)
+        front.stage(
+            name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share, chain=chain, restarts=restarts
+        )
 
     app.command(name, help=STAGES[name].help)(command)
 
@@ -62,14 +71,16 @@ for _name in STAGES:
 
 
 @app.command()
-def demo(preset: Preset = "demo", overrides: Overrides = None, on: On = "local", nproc: Nproc = 0, dry_run: DryRun = False) -> None:
+def demo(
+    preset: Preset = "demo", overrides: Overrides = None, on: On = "local", nproc: Nproc = 0, restarts: Restarts = 0, dry_run: DryRun = False
+) -> None:
     """Run every stage in turn, from raw data to pictures and a report.
 
     Finished stages are skipped and interrupted ones go on. Prints the projected time first, and the paths of the results last.
     """
     from train import front
 
-    front.demo(preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, stop=STOP)
+    front.demo(preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, stop=STOP, restarts=restarts)
 
 
 @app.command()

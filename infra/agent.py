@@ -15,6 +15,7 @@ from infra import late, ledger, signals
 from infra.errors import ExitCode, LostPeerError
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
+from infra.signals import StopFlag
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -46,8 +47,8 @@ def _threads(nproc: int) -> str:
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc))
 
 
-def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage: str) -> tuple[int, str]:
-    """Run ``python ARGUMENTS`` as every rank of this node and wait for the end.
+def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, str]:
+    """Run ``python ARGUMENTS`` as every rank of this node and wait for the end. A stop signal goes to the ranks, and sets ``stop``.
 
     Returns:
         Exit code and reason by the ranks' records (docs/contracts.md, section 1).
@@ -86,15 +87,15 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     _quiet_elastic()
     signals.block_in_children()
     with late.taking_notes():
-        lost = _launch(config, arguments, job)
-        signals.install()  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
+        lost = _launch(config, arguments, job, stop)
+        signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
     if not one_node:
         run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
     code, reason = run.root_cause(stage, attempt, placement.size)
     return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
 
 
-def _launch(config: LaunchConfig, arguments: list[str], job: Job) -> str:
+def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag) -> str:
     """Start the ranks and wait until they have ended, or are ended because a peer is lost; returns what is known of that loss, which is mostly nothing.
 
     Raises:
@@ -107,8 +108,10 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job) -> str:
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        with contextlib.suppress(ChildFailedError, SignalException):  # the ranks' own records say more
+        with contextlib.suppress(ChildFailedError):  # the ranks' own records say more
             elastic_launch(config, sys.executable)(*arguments)
+    except SignalException as error:
+        stop.received = error.sigval
     except RendezvousTimeoutError as error:
         raise LostPeerError(
             f"the {job.nodes} nodes of job {job.run_id} did not meet at {config.rdzv_endpoint} within {_RENDEZVOUS_S} s: one did not start, or cannot reach it."

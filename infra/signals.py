@@ -29,12 +29,12 @@ class StopFlag:
         self.received = signal.Signals(number)
 
 
-def install() -> StopFlag:
-    """Let stop signals set a flag, then deliver those that waited (see ``block_in_children``).
+def install(flag: StopFlag | None = None) -> StopFlag:
+    """Let stop signals set a flag (a new one if none is given), then deliver those that waited (see ``block_in_children``).
 
     SLURM sends the preemption signal to every process of a step, helpers of libraries included, which it would kill: children get it blocked.
     """
-    flag = StopFlag()
+    flag = flag or StopFlag()
     for number in STOP_SIGNALS:
         signal.signal(number, flag.handle)
     _hear_for_children((PREEMPTION_SIGNAL,))

@@ -50,6 +50,7 @@ from infra import agent, late, s3
 from infra.errors import ReportedError
 from infra.job import Job
 from infra.run_folder import RunFolder
+from infra.signals import StopFlag
 agent._LOST_S, late.PATIENCE_S, s3.MAX_ATTEMPTS = 1, 0.0, 2
 node, nodes, error = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if error:
@@ -60,7 +61,8 @@ if error:
     api.elastic_launch = lambda *arguments: fail
 try:
     job = Job("7", 0, node, nodes, "127.0.0.1:{port}", "127.0.0.1")
-    print("ended:", *agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae"))
+    stop = StopFlag()
+    print("ended:", *agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae", stop), *(["by", stop.received.name] if stop else []))
 except ReportedError as error:
     print("ended:", int(error.exit_code), error)
 """
@@ -100,6 +102,16 @@ def test_the_node_that_is_left_says_that_the_rendezvous_went_away_and_ends_its_r
         "the nodes is broken; rank 0 ended without a record: it was killed\n"
     )
     assert RunFolder(str(tmp_path))._records("dvae", 0)[0]["code"] == 75, "its own rank was told to stop, and not left behind"
+
+
+def test_a_stop_signal_reaches_the_ranks_and_the_callers_flag(tmp_path: Path) -> None:
+    process = agent(tmp_path, free_port(), 0, nodes=1)
+    deadline = time.monotonic() + _PATIENCE_S
+    while not (tmp_path / "rank-0-is-up").exists():
+        assert time.monotonic() < deadline and process.poll() is None, "the rank did not start"
+        time.sleep(0.1)
+    process.terminate()
+    assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 75 rank 0: stopped by SIGTERM\n"
 
 
 def test_nodes_that_do_not_meet_are_named_and_one_node_blames_no_other(tmp_path: Path) -> None:

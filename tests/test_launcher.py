@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from infra.agent import Placement
 from infra.errors import ExitCode
+from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from train import front
+from train.config import load_run
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = str(ROOT / "launcher.py")
@@ -102,6 +105,7 @@ def change(run: Path, **values: object) -> None:
         (["verdict", "nonsense", "tiny"], 64, "stage 'nonsense' is not known"),
         (["dvae", "tiny", "--on", "mars"], 78, "accepted are local, slurm and k8s"),
         (["tokenizer", "tiny", "--nproc", "2"], 78, "runs in one process"),
+        (["dvae", "tiny", "--restarts", "1", "--on", "slurm"], 78, "jobs are started again by the scheduler; set cluster.retries"),
         (["status", "nowhere"], 65, "nowhere is no run folder"),
     ],
 )
@@ -171,10 +175,35 @@ def test_a_killed_rank_is_a_crash_and_takes_its_peers_along(run: Path) -> None:
     assert pids_of(run) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM], ids=["USR2", "TERM"])
-def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_end(run: Path, number: int) -> None:
+def test_a_killed_rank_is_started_again_until_crashes_in_a_row_have_saved_nothing(run: Path) -> None:
+    process = start("dvae", str(run), "--nproc", "1", "--restarts", "2")
+    for attempt in range(3):
+        wait_for(run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl", process)
+        os.kill(pids_of(run)[0], signal.SIGKILL)
+    output = process.communicate(timeout=_PATIENCE_S)[0]
+    assert process.returncode == 93 and output.count("starting the ranks again") == 3, output
+    assert "3 crashes in a row without progress" in output and len(list((run / "exits" / "dvae").glob("attempt-*"))) == 3
+
+
+def test_no_rank_is_started_again_after_a_stop_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, stop = list[int](), StopFlag()
+
+    def crashed(arguments: list[str], placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, str]:
+        calls.append(placement.job.restart)
+        stop.received = signal.SIGTERM if len(calls) == 2 else None
+        return ExitCode.CRASH, "boom"
+
+    monkeypatch.setattr(front, "run_ranks", crashed)
+    monkeypatch.setenv("LAUNCHER_RETRIES", "3")  # so that it is as before afterwards
+    ended = front._execute("dvae", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(2), stop, restarts=9)
+    assert ended == (ExitCode.CRASH, "boom") and calls == [0, 1]
+
+
+@pytest.mark.parametrize("options", [(signal.SIGUSR2,), (signal.SIGTERM, "--restarts", "1")], ids=["USR2", "TERM, restarts"])
+def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_end(run: Path, options: tuple[int, *tuple[str, ...]]) -> None:
+    number, *restarts = options
     change(run, dvae_fit__steps=60)
-    process = start("dvae", str(run), "--nproc", "2")
+    process = start("dvae", str(run), "--nproc", "2", *restarts)
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
     process.send_signal(number)
     output = process.communicate(timeout=_PATIENCE_S)[0]

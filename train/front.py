@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from infra import late, signals, storage
@@ -65,6 +66,7 @@ def stage(
     stop: StopFlag,
     share: str = "",
     chain: bool = False,
+    restarts: int = 0,
 ) -> None:
     """Run one stage, in this process or as agent of several; see ``launcher.py``.
 
@@ -85,14 +87,15 @@ def stage(
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
     _check_target(on)
+    _check_restarts(restarts, on, chain=chain)
     if on != "local" or chain:
         _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run)
         return
     if dry_run:
         print(describe(cfg, preset), end="", flush=True)
-        print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, "--nproc", str(nproc)]))
-        if nproc > 1:
-            print(f"# each of the {nproc} ranks\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
+        print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, *_options(nproc, restarts)]))
+        if nproc > 1 or restarts:
+            print(f"# each of the ranks ({nproc})\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
         print(entry.previewed(cfg), end="")
         return
     if os.environ.get("LAUNCHER_PID"):
@@ -109,7 +112,7 @@ def stage(
         doctor.preflight(run)
     with run.lock(label) if job.node == 0 else contextlib.nullcontext():  # on a shared file system all nodes meet in this folder
         _refuse_if_stopped(stop)
-        code, reason = _execute(name, cfg, run, Placement(nproc, job), stop)
+        code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
     if code != ExitCode.DONE:
         raise StageFailed(code, f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
@@ -131,6 +134,12 @@ def _label(name: str, entry: Stage) -> str:
 def _check_target(on: str) -> None:
     if on not in ("local", "slurm", "k8s"):
         raise ConfigError(f"--on {on}: accepted are local, slurm and k8s.")
+
+
+def _check_restarts(restarts: int, on: str, *, chain: bool) -> None:
+    job = Job.from_env().id
+    if restarts and (on != "local" or chain or job):
+        raise ConfigError(f"--restarts {restarts}: {f'job {job} is' if job else 'jobs are'} started again by the scheduler; set cluster.retries.")
 
 
 def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str, *, chain: bool, dry_run: bool) -> None:
@@ -169,9 +178,13 @@ def _refuse_if_stopped(stop: StopFlag) -> None:
         raise StopRequested(f"{signals.signal.Signals(stop.received or 0).name} before the start; nothing was begun.")
 
 
-def command(name: str, run: RunFolder, nproc: int) -> list[str]:
+def command(name: str, run: RunFolder, nproc: int, restarts: int = 0) -> list[str]:
     """The command line that repeats a stage of an existing run folder."""
-    return [sys.executable, str(LAUNCHER), name, run.url, "--nproc", str(nproc)]
+    return [sys.executable, str(LAUNCHER), name, run.url, *_options(nproc, restarts)]
+
+
+def _options(nproc: int, restarts: int) -> list[str]:
+    return ["--nproc", str(nproc)] + (["--restarts", str(restarts)] if restarts else [])
 
 
 def describe(cfg: RunConfig, preset: str) -> str:
@@ -189,14 +202,22 @@ def describe(cfg: RunConfig, preset: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag) -> tuple[int, str]:
+def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag, restarts: int = 0) -> tuple[int, str]:
     label = _label(name, STAGES[name])
-    if placement.size == 1:
+    if placement.size == 1 and not restarts:
         attempt = begin(placement, run, label)
         with late.taking_notes():
             code = _guarded(name, cfg, run, World.single(), stop, attempt)
         return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
-    return run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label)
+    if restarts:
+        os.environ["LAUNCHER_RETRIES"] = str(restarts)
+    while True:
+        code, reason = run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label, stop)
+        if code != ExitCode.CRASH or not restarts or stop:
+            return code, reason
+        print(f"{name}: {reason}; starting the ranks again", flush=True)
+        # Counted as a scheduler counts: the ledger refuses to begin once too many crashes in a row saved nothing.
+        placement = replace(placement, job=replace(placement.job, restart=placement.job.restart + 1))
 
 
 def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
@@ -231,17 +252,18 @@ def _exit_soon(code: int) -> None:
     sys.exit(code)
 
 
-def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag) -> None:
+def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag, restarts: int = 0) -> None:
     """Chain all stages, each in a process of its own; see ``launcher.py``."""
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
     _check_target(on)
+    _check_restarts(restarts, on, chain=False)
     if on != "local":
         _submit("report", cfg, run, [preset, *overrides], on, chain=True, dry_run=dry_run)
         return
     if dry_run:
         print(describe(cfg, preset), end="")
-        print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry))) for name, entry in STAGES.items()))
+        print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
         return
     run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.projection import project
@@ -251,7 +273,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     for position, (name, entry) in enumerate(STAGES.items(), 1):
         print(f"[{position}/{len(STAGES)}] {name}", flush=True)
         _refuse_if_stopped(stop)
-        _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1), stop)
+        _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1, restarts), stop)
     minutes = (time.monotonic() - started) / 60
     print(f"done in {minutes:.1f} minutes")
     print(f"report       {run.at('report.html')}")

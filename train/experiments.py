@@ -45,7 +45,8 @@ FIGURES = {
 _HEAD = """# Experiments
 
 Made by `python -m train.experiments --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments PRESET`,
-`python -m train.experiments --curves RUN` and `python -m train.peer_experiment RUN` write. Do not edit.
+`python -m train.experiments --curves RUN` and `python -m train.peer_experiment RUN` write. Do not edit. Gradient scales, raised exponent floors and 16-bit moments have
+[a page of their own](precision.md).
 
 What the paper says of stage 1, and what each row would show:
 

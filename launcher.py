@@ -39,7 +39,7 @@ Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit ev
 Restarts = Annotated[
     int,
     typer.Option(
-        min=0, help="Start the ranks again after a crash, until this many crashes in a row saved no checkpoint. Schedulers have cluster.retries."
+        min=0, help="Start the ranks again after a crash, up to this many times in a row that save no checkpoint. Schedulers have cluster.retries."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]

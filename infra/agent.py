@@ -9,10 +9,11 @@ import socket
 import sys
 import uuid
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from infra import late, ledger, signals
-from infra.errors import ExitCode, LostPeerError
+from infra.errors import ExitCode, LostPeerError, StopRequested
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -33,6 +34,8 @@ class Placement:
     """Ranks on each node."""
     job: Job = field(default_factory=Job)
     """This node's place in the scheduler's job."""
+    retries: int | None = None
+    """Crashes in a row that are retried; None: as LAUNCHER_RETRIES says, or RETRIES."""
 
     @property
     def nodes(self) -> int:
@@ -87,7 +90,12 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     _quiet_elastic()
     signals.block_in_children()
     with late.taking_notes():
-        lost = _launch(config, arguments, job, stop)
+        lost = ""
+        try:
+            lost = _launch(config, arguments, job, stop)
+        except StopRequested as early:
+            for rank in range(placement.nproc):
+                run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
         signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
     if not one_node:
         run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
@@ -100,6 +108,7 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
 
     Raises:
         LostPeerError: the nodes did not meet: no rank was started.
+        StopRequested: a stop signal came before any rank was started.
     """
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -107,7 +116,15 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.launcher.api import elastic_launch
 
+    def too_early(number: int, frame: FrameType | None) -> None:
+        stop.handle(number, frame)
+        raise StopRequested(f"{signals.signal.Signals(number).name} before the ranks were started")
+
     try:
+        for number in signals.STOP_SIGNALS:
+            signals.signal.signal(number, too_early)  # elastic's handlers take over once there are ranks
+        if stop.received:
+            too_early(stop.received, None)
         with contextlib.suppress(ChildFailedError):  # the ranks' own records say more
             elastic_launch(config, sys.executable)(*arguments)
     except SignalException as error:
@@ -134,7 +151,8 @@ def begin(placement: Placement, run: RunFolder, stage: str) -> int:
     job = placement.job
     if job.node:
         return run.join_attempt(stage, job.run_id, _RENDEZVOUS_S)
-    ledger.refuse_a_crash_loop(run, stage, job.restart, int(os.environ.get("LAUNCHER_RETRIES", RETRIES)))
+    retries = int(os.environ.get("LAUNCHER_RETRIES", RETRIES)) if placement.retries is None else placement.retries
+    ledger.refuse_a_crash_loop(run, stage, job.restart, retries)
     saved = ledger.newest_checkpoint(run, stage)
     return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved)
 
@@ -146,7 +164,7 @@ def _shutdown_timeout() -> dict[str, int]:
 
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
         return {"shutdown_timeout": signals.SHUTDOWN_S}
-    assert PContext.close.__defaults__ == (None, 30), "torch's PContext.close(death_sig, timeout) has changed"
+    assert PContext.close.__defaults__ in ((None, 30), (None, signals.SHUTDOWN_S)), "torch's PContext.close(death_sig, timeout) has changed"
     PContext.close.__defaults__ = (None, signals.SHUTDOWN_S)
     return {}
 

@@ -44,7 +44,7 @@ RunFolder({run!r}).record_exit("dvae", int(os.environ["LAUNCHER_ATTEMPT"]), 0, 9
 sys.exit(93)
 """
 _AGENT = """
-import sys
+import signal, sys
 sys.path.insert(0, {root!r})
 from infra import agent, late, s3
 from infra.errors import ReportedError
@@ -57,11 +57,15 @@ if error:
     import torch.distributed.launcher.api as api
     from torch.distributed.elastic.rendezvous import api as rendezvous
     def fail(*arguments):
+        if error == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
         raise getattr(rendezvous, error)("as if")
     api.elastic_launch = lambda *arguments: fail
 try:
     job = Job("7", 0, node, nodes, "127.0.0.1:{port}", "127.0.0.1")
     stop = StopFlag()
+    if error == "at once":
+        stop.handle(signal.SIGTERM, None)
     print("ended:", *agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae", stop), *(["by", stop.received.name] if stop else []))
 except ReportedError as error:
     print("ended:", int(error.exit_code), error)
@@ -111,7 +115,14 @@ def test_a_stop_signal_reaches_the_ranks_and_the_callers_flag(tmp_path: Path) ->
         assert time.monotonic() < deadline and process.poll() is None, "the rank did not start"
         time.sleep(0.1)
     process.terminate()
-    assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 75 rank 0: stopped by SIGTERM\n"
+    assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 75 stopped by SIGTERM by SIGTERM\n"
+
+
+@pytest.mark.parametrize("moment", ["at once", "SIGTERM"])
+def test_a_stop_signal_before_there_are_ranks_starts_none_and_is_no_crash(tmp_path: Path, moment: str) -> None:
+    process = agent(tmp_path, free_port(), 0, nodes=1, error=moment)
+    assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 75 SIGTERM before the ranks were started by SIGTERM\n"
+    assert not (tmp_path / "rank-0-is-up").exists()
 
 
 def test_nodes_that_do_not_meet_are_named_and_one_node_blames_no_other(tmp_path: Path) -> None:

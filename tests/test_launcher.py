@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.agent import Placement
+from infra.agent import Placement, begin
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -123,6 +123,8 @@ def test_a_dry_run_shows_the_configuration_and_the_command_and_writes_nothing(tm
     assert not list(tmp_path.iterdir())
     every = launch("demo", "tiny", f"run.root={tmp_path}/runs", "--dry-run")
     assert every.returncode == 0 and every.stdout.count("launcher.py") >= 9 and not list(tmp_path.iterdir())
+    again = launch("demo", "tiny", f"run.root={tmp_path}/runs", "--dry-run", "--restarts", "3")
+    assert again.stdout.count(" --restarts 3\n") == every.stdout.count("launcher.py")
 
 
 def test_an_unwritable_run_folder_is_a_configuration_error(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_killed_rank_is_started_again_until_crashes_in_a_row_have_saved_nothin
         wait_for(run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl", process)
         os.kill(pids_of(run)[0], signal.SIGKILL)
     output = process.communicate(timeout=_PATIENCE_S)[0]
-    assert process.returncode == 93 and output.count("starting the ranks again") == 3, output
+    assert process.returncode == 93 and output.count("starting the ranks again") == 2, output
     assert "3 crashes in a row without progress" in output and len(list((run / "exits" / "dvae").glob("attempt-*"))) == 3
 
 
@@ -189,12 +191,11 @@ def test_no_rank_is_started_again_after_a_stop_signal(tmp_path: Path, monkeypatc
     calls, stop = list[int](), StopFlag()
 
     def crashed(arguments: list[str], placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, str]:
-        calls.append(placement.job.restart)
+        calls.append(begin(placement, run, stage))
         stop.received = signal.SIGTERM if len(calls) == 2 else None
         return ExitCode.CRASH, "boom"
 
     monkeypatch.setattr(front, "run_ranks", crashed)
-    monkeypatch.setenv("LAUNCHER_RETRIES", "3")  # so that it is as before afterwards
     ended = front._execute("dvae", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(2), stop, restarts=9)
     assert ended == (ExitCode.CRASH, "boom") and calls == [0, 1]
 

@@ -208,27 +208,43 @@ class Half:
     """A started process: the words it got, the cores it may use, and the code it ends with."""
 
     started: ClassVar[list[Half]] = []
+    code = 78
 
     def __init__(self, command: list[str]) -> None:
         self.words, self.cores = command[3:], os.sched_getaffinity(0)
         self.started.append(self)
 
     def wait(self) -> int:
-        return int("peer" in self.words) * 78
+        with open(self.words[-3], "a") as out:
+            out.write("1")
+        return int("peer" in self.words) * self.code
 
 
-def test_halves_at_once_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_at_once_have_cores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         pytest.skip("one core")
     monkeypatch.setattr(peer_experiment.subprocess, "Popen", Half)
     monkeypatch.setattr(Half, "started", [])
+    out = tmp_path / "old.json"
+    out.write_text("{}")
+    (tmp_path / "old.json.new").write_text("stale")
     with pytest.raises(SystemExit) as caught:
-        peer_experiment.main(["some/run", "--at-once", "--threads", "1"])
-    assert caught.value.code == 78 and os.sched_getaffinity(0) == allowed
+        peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+    assert (
+        caught.value.code == 78 and out.read_text() == "{}" and (tmp_path / "old.json.new").read_text() == "11" and os.sched_getaffinity(0) == allowed
+    )
     ours, peer = Half.started
     assert (ours.words[-2:], peer.words[-2:]) == (["--only", "ours"], ["--only", "peer"]) and ours.words[:-2] == peer.words[:-2]
     assert "--at-once" in ours.words and len(ours.cores) == len(peer.cores) == 1 and ours.cores != peer.cores
+    monkeypatch.setattr(Half, "code", -9)
+    with pytest.raises(SystemExit) as caught:
+        peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+    assert caught.value.code == 9 and out.read_text() == "{}", "a killed half is no success"
+    monkeypatch.setattr(Half, "code", 0)
+    monkeypatch.setattr(peer_experiment.peer_page, "section", str)
+    peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+    assert out.read_text() == "11"
     with pytest.raises(ConfigError, match=f"--threads {len(allowed)} needs {2 * len(allowed)} cores"):
         peer_experiment.main(["some/run", "--at-once", "--threads", str(len(allowed))])
 

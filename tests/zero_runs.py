@@ -188,17 +188,21 @@ def stepped(world: World) -> dict[str, dict[str, bool]]:
     out = {}
     for case in ONE_PASS:
         ends: list[dict[str, Any]] = []
+        taken = []
         for own in (False, True):
             with pytest.MonkeyPatch.context() as patch:
                 if own:
                     patch.setattr(one_pass, "install", lambda *_: None)
                 engine = make_engine(case, world)
+            taken.append(bool({"step", "_optimizer_step"} & vars(engine._optimizer).keys()))
             history = updates(engine, world, 0, 4, case.accumulation)
             with torch.no_grad():
                 batch = batch_of(5)
                 read = engine(batch["text"], batch["lengths"], batch["codes"])  # from the copies
             ends.append({"history": torch.tensor(history), "text": read[0], "image": read[1]} | gathered(engine))
-        out[str(case)] = {name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}
+        out[str(case)] = {name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()} | {
+            "taken over in the first alone": taken == [True, False]
+        }
     return out
 
 

@@ -70,11 +70,16 @@ class PaperAdamW(torch.optim.Optimizer):
 
         Args:
             p: flat fp32.
-            grads: flat, of any floating dtype; one after the other they cover p from its first element on. What they leave is padding, and stays.
+            grads: flat, of any floating dtype; one after the other they cover p.
             copy: flat, as long as p, of any floating dtype: gets the new values, in the same pass.
+
+        Raises:
+            ValueError: the gradients are more or fewer than p's elements.
         """
         if group["skip"]:
             return
+        if (count := sum(grad.numel() for grad in grads)) != p.numel():
+            raise ValueError(f"{count} gradients for {p.numel()} parameters.")
         hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
         state, start = self.moments(p, group["packed"]), 0
         whole = [t.detach().view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"])]

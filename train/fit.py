@@ -203,18 +203,19 @@ class Fit:
         signals = {"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares}
         if isinstance(self.engine, MeasuringEngine):
             agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
-            self._settle(step)
+            settled = self._settle(step)
             update = self.engine.step(at["lr"], measured)
         else:
             agreed = self._vector.exchange(signals)
-            self._settle(step)
+            settled = self._settle(step)
             update = self.engine.step(at["lr"])
         self._count_bad(step, update, forward_ok=agreed["non_finite"] == 0)
         if self.plateau is not None:
             self.plateau.observe(step + 1, agreed["loss"])
         seconds = time.perf_counter() - started
         self._goodput.add("data", waited)
-        self._goodput.add("step", seconds - waited)
+        self._goodput.add("save", settled)
+        self._goodput.add("step", seconds - waited - settled)
         units = sum(self.task.units(batch) for batch in batches) * self.world.size
         self._units, self._update_s = self._units + units, self._update_s + seconds
         logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
@@ -283,11 +284,13 @@ class Fit:
         self._stall_s = time.perf_counter() - began
         self._writer.flush()
 
-    def _settle(self, step: int) -> None:
-        """Let the copies of a checkpoint come to an end before the step that follows it changes their tensors."""
-        stall_s, self._stall_s = self._stall_s + self._saver.settle(), 0.0
+    def _settle(self, step: int) -> float:
+        """Let the copies of a checkpoint come to an end before the step that follows it changes their tensors, and return the seconds waited."""
+        settled = self._saver.settle()
+        stall_s, self._stall_s = self._stall_s + settled, 0.0
         if stall_s:
             self._writer.scalars(step, {"perf/save_stall_s": stall_s})
+        return settled
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}

@@ -15,7 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from infra import late, signals, storage
+from infra import late, ledger, signals, storage
 from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
@@ -137,8 +137,10 @@ def _check_target(on: str) -> None:
 
 
 def _check_restarts(restarts: int, on: str, *, chain: bool) -> None:
+    if not restarts:
+        return
     job = Job.from_env().id
-    if restarts and (on != "local" or chain or job):
+    if on != "local" or chain or job:
         raise ConfigError(f"--restarts {restarts}: {f'job {job} is' if job else 'jobs are'} started again by the scheduler; set cluster.retries.")
 
 
@@ -209,14 +211,15 @@ def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, st
         with late.taking_notes():
             code = _guarded(name, cfg, run, World.single(), stop, attempt)
         return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
-    if restarts:
-        os.environ["LAUNCHER_RETRIES"] = str(restarts)
+    placement = replace(placement, retries=restarts or None)
     while True:
         code, reason = run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label, stop)
         if code != ExitCode.CRASH or not restarts or stop:
             return code, reason
-        print(f"{name}: {reason}; starting the ranks again", flush=True)
-        # Counted as a scheduler counts: the ledger refuses to begin once too many crashes in a row saved nothing.
+        found = ledger.judge(ledger.read(run, label), ledger.newest_checkpoint(run, label), restarts)
+        if found.code != ExitCode.REQUEUE:
+            return found.code, found.reason
+        print(f"{name}: {found.reason}; starting the ranks again", flush=True)
         placement = replace(placement, job=replace(placement.job, restart=placement.job.restart + 1))
 
 

@@ -2,7 +2,7 @@
 
 RUN is a finished run of the stages tokenizer, dvae and encode; its configuration and words like ``dalle.layers=6`` shape both models. Ours trains through
 ``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
-minutes that ours took in the end. Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
+minutes that ours took in the end (with ``--at-once`` the minutes given, of which ours aims at 98 %). Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
 start and all probes do not. ``--at-once`` runs both halves at the same time, each on cores of its own; ``--only`` repeats one half. Figures go to
 docs/experiments/against-dalle-pytorch.json; ``python -m train.experiments --render`` makes the page. It also shows the words of the recorded run.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from infra import storage
+from infra import files, storage
 from infra.config import differences
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder, producer
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(words)
     if given.at_once and given.only is None:
-        at_once(words, given.threads)
+        at_once(words, given.threads, given.out)
         print(peer_page.section(json.loads(given.out.read_text())))
         return
     keep_memory()  # for the peer: our stages do so themselves
@@ -82,8 +82,9 @@ def main(words: Sequence[str]) -> None:
     print(peer_page.section(found))
 
 
-def at_once(words: Sequence[str], cores: int) -> None:
-    """Run this command for both halves, each in a process bound to ``cores`` cores of its own.
+def at_once(words: Sequence[str], cores: int, out: Path) -> None:
+    """Run this command for both halves, each in a process bound to ``cores`` cores of its own. ``out`` is replaced when both are there; until then
+    figures are in a file beside it, whose name ends with ``.new``.
 
     Raises:
         ConfigError: there are fewer than twice as many cores.
@@ -94,15 +95,19 @@ def at_once(words: Sequence[str], cores: int) -> None:
         raise ConfigError(
             f"--at-once with --threads {cores} needs {2 * cores} cores, this process may use {len(allowed)}: give fewer --threads, or leave --at-once out."
         )
+    new = out.with_name(out.name + ".new")
+    new.unlink(missing_ok=True)
     halves = []
     try:
         for place, half in enumerate(HALVES):
             os.sched_setaffinity(0, allowed[place * cores :][:cores])  # what a child inherits
-            halves.append(subprocess.Popen([sys.executable, "-m", "train.peer_experiment", *words, "--only", half]))
+            halves.append(subprocess.Popen([sys.executable, "-m", "train.peer_experiment", *words, "--out", str(new), "--only", half]))
     finally:
         os.sched_setaffinity(0, allowed)
-    if code := max(half.wait() for half in halves):
-        raise SystemExit(code)
+    codes = [half.wait() for half in halves]
+    if any(codes):
+        raise SystemExit(max(abs(code) for code in codes))  # a signal's number is negative
+    new.replace(out)
 
 
 def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -158,7 +163,8 @@ def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any
 def write(out: Path, found: dict[str, Any]) -> None:
     """Write the figures."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(_rounded(found), indent=2, sort_keys=True) + "\n")
+    with files.atomic(out) as file:
+        file.write((json.dumps(_rounded(found), indent=2, sort_keys=True) + "\n").encode())
 
 
 def _rounded(value: Any) -> Any:

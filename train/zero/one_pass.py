@@ -22,20 +22,14 @@ def install(optimizer: Any, stage: int, adam: PaperAdamW) -> None:
     if stage < 3:
         optimizer.step = partial(_step, optimizer, adam)
         return
-    given: dict[int, list[torch.Tensor]] = {}
-
-    def prepare(index: int) -> None:
-        given[index], optimizer.averaged_gradients[index] = optimizer.averaged_gradients[index], None
-        for grad in given[index]:
-            if grad.is_cuda:
-                grad.record_stream(torch.cuda.current_stream())
 
     def update(index: int) -> None:
         group = adam.param_groups[optimizer.sub_group_to_group_id[index]]
-        flats = [grad.view(-1) for grad in given.pop(index)]
+        flats = [grad.view(-1) for grad in optimizer.averaged_gradients[index]]
+        optimizer.averaged_gradients[index] = None
         adam.apply(group, optimizer.fp32_partitioned_groups_flat[index], flats, optimizer.fp16_partitioned_groups_flat[index].data)
 
-    optimizer._prepare_fp32_grad_for_sub_group = prepare
+    optimizer._prepare_fp32_grad_for_sub_group = lambda index: None  # which would join them in fp32
     optimizer._optimizer_step = update
     optimizer._reassign_or_swap_out_partitioned_parameters = optimizer._unflatten_partitioned_parameters
 

@@ -225,12 +225,13 @@ def test_pictures_are_drawn_from_an_export_alone_and_not_with_models_that_do_not
     assert caught.value.exit_code == ExitCode.DATA
 
 
-def test_a_damaged_export_is_refused(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [None, -100], ids=["a bit", "cut short"])
+def test_a_damaged_export_is_refused(prepared: Path, tmp_path: Path, kept: int | None) -> None:
     root = copy_of(prepared, tmp_path, without="encode")
     weights = root / "tiny" / "dvae" / "export" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
-    weights.write_bytes(data)
+    weights.write_bytes(data[:kept])
     with pytest.raises(front.StageFailed, match=r"model\.safetensors is damaged") as caught:
         run_stage("encode", str(root), [])
     assert caught.value.exit_code == ExitCode.DATA

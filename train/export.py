@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra import storage
+from infra import files, storage
 from infra.errors import CheckpointError
 from train.checkpoint import content_hash
 
@@ -65,13 +65,22 @@ def read(url: str, module: nn.Module) -> str:
 
 
 def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
-    """The content hash and the tensors of exported weights.
+    """The content hash and the tensors of exported weights. A file of this machine is mapped: its processes share the pages; an object is copied to TMPDIR first.
 
     Raises:
         CheckpointError: they are damaged.
     """
     description = describe(url)
-    tensors = load_tensors(storage.read_bytes(storage.join(url, WEIGHTS)))
+    place = storage.join(url, WEIGHTS)
+    with tempfile.TemporaryDirectory() as scratch:  # a mapping outlives its file's name
+        path = Path(scratch, WEIGHTS) if storage.is_remote(place) else storage.local_path(place)
+        if storage.is_remote(place):
+            storage.download_file(place, path)
+        try:
+            with files.read_errors(place):
+                tensors = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{url}: {WEIGHTS} is damaged ({error}); export it again.") from error
     if content_hash(tensors) != description["content_hash"]:
         raise CheckpointError(f"{url}: {WEIGHTS} is damaged: its content hash differs from the one in {DESCRIPTION}; export it again.")
     return str(description["content_hash"]), tensors

@@ -186,5 +186,6 @@ def _import_quietly() -> None:
 
 def _quiet_elastic() -> None:
     """Elastic logs a traceback for every failed rank; ours say what happened in one line, and the exit records keep the rest."""
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+    quiet = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
+    for name in [*quiet, *(known for known in logging.root.manager.loggerDict if known.startswith(quiet))]:  # some have a level of their own
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,13 @@ class RunFolder:
     def config_url(self) -> str:
         return self.at("config.json")
 
-    def claim(self, config: dict[str, Any], command: str) -> None:
+    def claim(self, config: dict[str, Any], command: str, may_change: Collection[str] = ()) -> None:
         """Write the resolved configuration, or check that the folder already holds the same one.
 
         Args:
             config: the resolved configuration.
             command: the command line that made the folder, for people.
+            may_change: sections and section.keys that a run may go on with other values of: these replace the folder's, and provenance.json keeps the change.
 
         Raises:
             ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
@@ -79,12 +80,19 @@ class RunFolder:
             storage.write_json(self.config_url, config)
             return
         changed = differences(storage.read_json(self.config_url), config)
-        if changed:
+        fixed = [line for line in changed if not {(key := line.partition(": ")[0]), key.partition(".")[0]} & set(may_change)]
+        if fixed:
             raise ConfigError(
                 f"{self.url} holds a run with another configuration; use another run.name, or the values of the folder:\n  "
-                + "\n  ".join(changed)
+                + "\n  ".join(fixed)
                 + "\n  (folder -> given)"
             )
+        if changed:
+            provenance = storage.read_json(self.at("provenance.json"))
+            provenance["changes"] = [*provenance.get("changes", []), {"time": time.time(), "commit": commit(), "changed": changed}]
+            storage.write_json(self.at("provenance.json"), provenance)
+            storage.write_json(self.config_url, config)
+            print(f"{self.url} goes on with other values:\n  " + "\n  ".join(changed), flush=True)
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None."""

@@ -263,6 +263,11 @@ def test_a_checkpoint_of_another_shape_is_refused(trained: Any, tmp_path: Path) 
         checkpoint.load(folder, 3, engine.fragments(to_load=True))
 
 
+def test_a_checkpoint_before_the_first_applied_update_is_whole() -> None:
+    engine = ReplicatedEngine(nn.Linear(3, 2), World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
+    assert len(engine.fragments(to_load=False)) == 8 and engine.fragments(to_load=False).keys() == engine.fragments(to_load=True).keys()
+
+
 def test_only_the_newest_checkpoints_are_kept_and_none_is_pickled(tmp_path: Path) -> None:
     engine = ReplicatedEngine(nn.Linear(3, 2), World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
     for step in (1, 2, 3):

@@ -134,5 +134,7 @@ def test_halvings_by_hand_overrule_the_detector(caplog: pytest.LogCaptureFixture
         assert [step for step in range(1, 300) if plateau.observe(step, 1.0)] == [20, 40]
     assert "step size halved after update 20 (1 of 5): by hand" in caplog.text
     resumed = detector(at=(40, 20))
-    resumed.restore(detector().state(), 30)
+    with caplog.at_level("WARNING"):
+        resumed.restore(detector().state() | {"halved": [10, 15]}, 30)
+    assert "halved after [20], and no longer after [10, 15]: it is 2 times what it was" in caplog.text
     assert resumed.factor == 0.5 and resumed.observe(40, 1.0)

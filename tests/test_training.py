@@ -87,6 +87,23 @@ def test_four_updates_a_stop_and_six_more_equal_ten_bit_for_bit(prepared: Path, 
     assert ours == theirs
 
 
+def test_a_run_goes_on_with_another_zero_stage_and_not_with_another_step_size(prepared: Path, tmp_path: Path) -> None:
+    whole, broken = (copy_of(prepared, tmp_path / name) for name in ("whole", "broken"))
+    run_stage("dalle", str(whole), [])
+    with pytest.raises(front.StageFailed, match="stopped by a signal after update 4"):
+        run_stage("dalle", str(broken), [], StopAfter(4))
+    with pytest.raises(ConfigError, match=r"another configuration[^$]*dalle_fit\.lr: ") as caught:
+        run_stage("dalle", str(broken), ["zero.stage=3", "dalle_fit.lr=1"])
+    assert "zero.stage" not in str(caught.value)
+    run_stage("dalle", str(broken), ["zero.stage=3", "dalle_fit.keep=5"])
+    assert losses(broken, "dalle")[:4] == losses(whole, "dalle")[:4] and losses(broken, "dalle") == pytest.approx(losses(whole, "dalle"), rel=1e-5)
+    assert json.loads((broken / "tiny" / "dalle" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
+    config, provenance = (json.loads((broken / "tiny" / name).read_text()) for name in ("config.json", "provenance.json"))
+    assert config["zero"]["stage"] == 3 and [change["changed"] for change in provenance["changes"]] == [
+        ["dalle_fit.keep: 2 -> 5", "zero.stage: 2 -> 3"]
+    ]
+
+
 def resume_in_ranks(world: World, whole: str, broken: str) -> None:
     for root, stop in ((whole, StopFlag()), (broken, StopAfter(4)), (broken, StopFlag())):
         run = RunFolder(f"{root}/tiny")

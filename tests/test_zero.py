@@ -19,6 +19,8 @@ from tests.zero_runs import (
     DEEP,
     FLAT,
     INFINITE,
+    INFINITE_IN_NODES,
+    NODES,
     ONE_PASS,
     OTHERS,
     SAVED,
@@ -41,6 +43,7 @@ def judge(found: dict[str, float], case: Case) -> None:
     bound = TOLERANCE[case.precision]
     assert found["applied"], (case, found)
     assert found["loss"] < bound and found["gradient"] < bound and found["norm"] < bound, (case, found)
+    assert found["clipped"] and found["moment"] < bound, (case, found)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +145,24 @@ def test_an_infinity_in_one_resblock_on_one_rank_moves_that_scale_alone_and_skip
                 assert rank["applied"] and {"0", "2"} <= moved and "1" not in moved, moved
 
 
+def test_an_infinity_on_one_node_skips_the_update_on_all(four: dict[str, Any]) -> None:
+    for case in INFINITE_IN_NODES:
+        found = four["infinite"][str(case)]
+        assert not found["applied"] and found["changed"] == [] and found["count"] == 2 and found["overflows"] == [0, 1, 0, 0], case
+        assert all(applied for *_, applied in found["history"]) and found["history"][-1][0] < found["history"][0][0], case
+
+
 def same_state(found: dict[int, Any], saved: dict[int, Any]) -> None:
     for index, result in found.items():
         wanted = saved[index]
         assert all(torch.equal(value, wanted["gathered"][name]) for name, value in result["gathered"].items()), index
         assert result["scales"] == wanted["scales"], index
-        losses = wanted["losses"][: len(result["losses"])]
-        assert result["losses"] == pytest.approx(losses, rel=5e-3 if result["scales"] else 1e-5), index
+        same_losses(result["losses"], wanted)
+
+
+def same_losses(losses: list[float], wanted: dict[str, Any]) -> None:
+    """docs/contracts.md, section 6."""
+    assert len(losses) == 20 and losses == pytest.approx(wanted["losses"], rel=5e-3 if wanted["scales"] else 1e-5)
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_on_as_many_ranks_is_the_same_run(two: Any) -> None:
@@ -162,6 +176,18 @@ def test_a_checkpoint_restores_bit_for_bit_on_any_number_of_ranks_and_any_stage(
     same_state(one["loaded"], saved)
     same_state(four["loaded"], saved)
     assert "is kept as torch.int16, this configuration holds torch.float32: set moments" in one["refused"]
+
+
+def test_node_local_sharding_resumes_bit_for_bit_and_flat_and_keeps_its_replicas_equal(four: dict[str, Any]) -> None:
+    for index, case in enumerate(NODES):
+        found = four["nodes"][index]
+        assert found["again"] == found["losses"] and found["replicas"], case
+        assert all(torch.equal(value, found["gathered"][name]) for name, value in found["flat"].items()), case
+        same_losses(found["flat losses"], found)
+
+
+def test_a_checkpoint_that_one_rank_alone_finds_damaged_is_left_by_all(two: Any) -> None:
+    assert [rank["fallen back"] for rank in two[1]] == [{"meta": 1, "tensors": 1}] * 2
 
 
 @pytest.mark.soak

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from infra.errors import CheckpointError, ConfigError
+from infra import storage
+from infra.errors import CheckpointError, ConfigError, DataError
 from infra.world import World
 from tests.zero_cases import (
     CONFIG,
@@ -33,6 +35,8 @@ from train.checkpoint_saver import Saver
 from train.fit import full_shape
 from train.zero import one_pass
 
+CLIP = 0.25
+"""Small enough to clip."""
 DEEP = dataclasses.replace(CONFIG, layers=12)
 MATRIX = pairwise(every_case(), ("stage", "precision", "weights", "checkpointing", "accumulation"))
 OTHERS = [
@@ -48,8 +52,11 @@ FLAT = [*MATRIX, *(case for case in OTHERS if case.sharding == "flat")]
 
 
 def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
-    """Gradient and loss of the first update against the reference."""
-    engine = make_engine(case, world, device=device)
+    """Gradient, loss and mean moment of the first update against the reference: the moment is what AdamW was given, so it shows factors and clipping."""
+    engine = make_engine(case, world, device=device, clip_norm=CLIP)
+    if engine.scales is not None and case.scope == "resblock":
+        engine.scales.exponents = [exponent - index for index, exponent in enumerate(engine.scales.exponents)]  # so that no two slots are alike
+        engine._publish_scales()
     loss = backward(engine, world, 0, case.accumulation)
     measured = engine.measure()
     dist.all_reduce(measured)
@@ -63,14 +70,20 @@ def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
         found /= engine.nodes
         error, size = error + float((found - gradient).square().sum()), size + float(gradient.square().sum())
     update = engine.step(1e-2, measured.tolist())
+    clip, moment = 0.1 * CLIP / math.sqrt(size), 0.0
+    if case.moments == "fp32":
+        moments = gathered(engine, ("optimizer/exp_avg",))
+        moment = math.sqrt(
+            sum(float((moments[f"optimizer/exp_avg/{name}"] / clip - gradient).square().sum()) for name, gradient in expected.items()) / size
+        )
     later = updates(engine, world, 1, 4, case.accumulation)
     return {
         "loss": abs(loss / expected_loss - 1),
         "gradient": math.sqrt(error / size),
         "norm": abs(update.grad_norm / math.sqrt(size) - 1),
         "applied": float(update.applied and all(applied for *_, applied in later)),
-        "last": later[-1][0],
-        "numerics": float(len(update.numerics)),
+        "clipped": float(update.grad_norm > CLIP),
+        "moment": moment,
     }
 
 
@@ -94,19 +107,36 @@ INFINITE = [
 ]
 
 
+INFINITE_IN_NODES = [Case(stage=stage, precision="fp16", sharding="node") for stage in (2, 3)]
+
+
 def everything(engine: Any) -> dict[str, torch.Tensor]:
     """Masters, moments and averages of this rank."""
     return {name: fragment.tensor.clone() for name, fragment in engine.fragments(to_load=True).items()}
+
+
+def outputs(engine: Any) -> torch.Tensor:
+    """What a forward pass says of a batch."""
+    batch = batch_of(5)
+    with torch.no_grad():
+        return torch.cat([nll.flatten() for nll in engine(batch["text"], batch["lengths"], batch["codes"])])
 
 
 def inject(world: World, case: Case) -> dict[str, Any]:
     """Two updates, one with an Inf in a parameter gradient of resblock 1 on the last rank, three more."""
     engine = make_engine(case, world)
     history = updates(engine, world, 0, 2)
-    before, scales = everything(engine), engine.scales.values()
+    before, scales, plain = everything(engine), engine.scales.values(), outputs(engine)
     with engine.averaged():
-        pass  # masters and parameters must come back from this bit for bit
-    assert all(torch.equal(value, before[name]) for name, value in everything(engine).items())
+        averaged = outputs(engine)
+    # Masters and parameters come back from this bit for bit.
+    assert all(torch.equal(value, before[name]) for name, value in everything(engine).items()) and torch.equal(outputs(engine), plain)
+    other = make_engine(case, world)
+    for name, fragment in other.fragments(to_load=True).items():
+        if name.startswith("model/"):
+            fragment.tensor.copy_(before[name.replace("model/", "average/", 1)])
+    other.loaded(0)
+    assert torch.equal(outputs(other), averaged) and not torch.equal(averaged, plain)
     matrix = engine.module.resblocks[1].mlp_1.weight
     hook = matrix.register_hook(lambda grad: torch.full_like(grad, float("inf")) if world.rank == world.size - 1 else grad)
     (poisoned,) = updates(engine, world, 2, 3)
@@ -122,13 +152,13 @@ def inject(world: World, case: Case) -> dict[str, Any]:
     return out | {"history": history + updates(engine, world, 3, 6)}
 
 
-SAVED = [Case(stage=2, precision="fp16", moments="16-bit"), Case(stage=1), Case(stage=3, precision="fp16", moments="16-bit", weights="fp16")]
+SAVED = [Case(stage=2, precision="fp16", moments="16-bit"), Case(stage=2), Case(stage=3, precision="fp16", moments="16-bit", weights="fp16")]
 HALF = Case(precision="fp16", moments="16-bit")
 LOADED = {
     1: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
-    2: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=1, weights="cast")},
+    2: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=1), 2: dataclasses.replace(HALF, stage=1, weights="cast")},
     3: {0: dataclasses.replace(HALF, stage=1), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
-    4: {0: dataclasses.replace(HALF, sharding="node"), 1: Case(stage=2), 2: dataclasses.replace(HALF, stage=3, weights="cast")},
+    4: {0: dataclasses.replace(HALF, sharding="node"), 1: Case(stage=2, sharding="node"), 2: dataclasses.replace(HALF, stage=3, weights="cast")},
 }
 """Number of ranks -> index of the saved case -> what loads it."""
 
@@ -137,31 +167,91 @@ def save_all(world: World, folder: str) -> dict[int, Any]:
     out: dict[int, Any] = {}
     for index, case in enumerate(SAVED):
         engine = make_engine(case, world)
-        updates(engine, world, 0, 3)
-        meta = {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
-        saver = Saver(f"{folder}/{index}", world, keep=2)
-        saver.save(3, engine.fragments(to_load=False), meta, ready=engine.average.wait)
-        saver.settle()
-        out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
-        out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]  # training goes on while the checkpoint is written
-        saver.wait()
-        again = make_engine(case, world, seed=99)
-        restore(again, f"{folder}/{index}", world)
-        out[index]["again"] = [loss for loss, *_ in updates(again, world, 3, 23)]
+        assert engine.fragments(to_load=False).keys() == engine.fragments(to_load=True).keys(), (
+            "a checkpoint before the first applied update is whole"
+        )
+        out[index] = save_and_go_on(engine, case, f"{folder}/{index}", world)
     return out
 
 
-def gathered(engine: Any) -> dict[str, torch.Tensor]:
+def save_and_go_on(engine: Any, case: Case, url: str, world: World) -> dict[str, Any]:
+    """Three updates, a checkpoint, twenty more while it is written; and the same twenty after a restore."""
+    updates(engine, world, 0, 3)
+    saver = Saver(url, world, keep=2)
+    saver.save(3, engine.fragments(to_load=False), {"shapes": {}, "updates": engine.updates, "engine": engine.state()}, ready=engine.average.wait)
+    saver.settle()
+    found = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
+    found["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]
+    saver.wait()
+    again = make_engine(case, world, seed=99)
+    restore(again, url, world)
+    return found | {"again": [loss for loss, *_ in updates(again, world, 3, 23)]}
+
+
+NODES = [dataclasses.replace(HALF, sharding="node"), Case(stage=3, sharding="node")]
+
+
+def in_nodes(world: World, folder: str) -> dict[int, Any]:
+    """Node-local sharding: checkpoints, resumed alike and flat; whether replicas are equal bit for bit after 23 updates."""
+    out: dict[int, Any] = {}
+    for index, case in enumerate(NODES):
+        engine, url = make_engine(case, world), f"{folder}/node-{index}"
+        out[index] = save_and_go_on(engine, case, url, world)
+        whole = gathered(engine)
+        mine = {name: whole[name][f.offset : f.offset + f.tensor.numel()] for name, f in engine.fragments(to_load=True).items()}
+        equal = torch.tensor(float(all(torch.equal(mine[name], value.double()) for name, value in everything(engine).items())))
+        dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+        flat = make_engine(dataclasses.replace(case, sharding="flat", stage=2), world, seed=99)
+        restore(flat, url, world)
+        out[index] |= {"replicas": bool(equal), "flat": gathered(flat), "flat losses": [loss for loss, *_ in updates(flat, world, 3, 23)]}
+    return out
+
+
+def fall_back(world: World, folder: str) -> dict[str, int]:
+    """Which checkpoint is restored where rank 1 alone finds the newer one damaged: what it reads of meta.json, and its part of the tensors."""
+    engine, url = make_engine(Case(stage=2), world), f"{folder}/damaged"
+    for step in (1, 2):
+        updates(engine, world, step - 1, step)
+        meta = {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
+        checkpoint.save(url, step, engine.fragments(to_load=False), meta, world, keep=2)
+    plain = storage.read_json
+
+    def cut_short(place: str) -> Any:
+        if world.rank == 1 and place.endswith("step-00000002/meta.json"):
+            raise DataError(f"{place}: as if cut short")
+        return plain(place)
+
+    def newest() -> int:
+        meta = checkpoint.load_newest(url, engine.fragments(to_load=True), world)
+        assert meta is not None
+        return int(meta["step"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "read_json", cut_short)
+        found = {"meta": newest()}
+    if world.is_main:
+        file = Path(checkpoint.folder(url, 2), "rank-1.bin")
+        data = bytearray(file.read_bytes())
+        data[100] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    return found | {"tensors": newest()}
+
+
+KINDS = ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq", "average")
+
+
+def gathered(engine: Any, kinds: tuple[str, ...] = KINDS) -> dict[str, torch.Tensor]:
     """Whole masters, moments and averages, from all shards."""
     out = {}
     fragments = engine.fragments(to_load=True)
-    kinds = ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq", "average")
     for name in (f"{kind}/{parameter}" for kind in kinds for parameter, _ in engine.module.named_parameters()):
         fragment = fragments.get(name)
         whole = torch.zeros(math.prod(full_shape(engine.module.get_parameter(name.split("/")[-1]))), dtype=torch.float64)
         if fragment is not None:
             whole[fragment.offset : fragment.offset + fragment.tensor.numel()] = fragment.tensor.double()
-        dist.all_reduce(whole)
+        if engine.world.size > 1:
+            dist.all_reduce(whole)
         out[name] = whole / engine.nodes
     return out
 
@@ -179,7 +269,7 @@ def load_all(world: World, folder: str) -> dict[int, Any]:
         engine = make_engine(case, world, seed=99)
         restore(engine, f"{folder}/{index}", world)
         out[index] = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
-        out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23 if case.precision == "fp32" else 11)]
+        out[index]["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]
     return out
 
 
@@ -196,10 +286,7 @@ def stepped(world: World) -> dict[str, dict[str, bool]]:
                 engine = make_engine(case, world)
             taken.append(bool({"step", "_optimizer_step"} & vars(engine._optimizer).keys()))
             history = updates(engine, world, 0, 4, case.accumulation)
-            with torch.no_grad():
-                batch = batch_of(5)
-                read = engine(batch["text"], batch["lengths"], batch["codes"])  # from the copies
-            ends.append({"history": torch.tensor(history), "text": read[0], "image": read[1]} | gathered(engine))
+            ends.append({"history": torch.tensor(history), "from the copies": outputs(engine)} | gathered(engine))
         out[str(case)] = {name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()} | {
             "taken over in the first alone": taken == [True, False]
         }
@@ -281,6 +368,7 @@ def on_two(world: World, folder: str) -> dict[str, Any]:
     return found | {
         "infinite": {str(case): inject(world, case) for case in INFINITE},
         "saved": save_all(world, folder),
+        "fallen back": fall_back(world, folder),
         "wire": wire(world),
         "stepped": stepped(world),
     }
@@ -292,6 +380,7 @@ def on_four(world: World, folder: str) -> dict[str, Any]:
         make_engine(Case(sharding="node"), World(world.rank, 3, world.rank, 2))
     except ConfigError as error:
         found["refused"] = str(error)
+    found |= {"nodes": in_nodes(world, folder), "infinite": {str(case): inject(world, case) for case in INFINITE_IN_NODES}}
     return found | {"curves": curves(world), "loaded": load_all(world, folder)}
 
 

@@ -19,15 +19,14 @@ class Average:
         """
         Args:
             tensors: what to average, by name; they must stay where they are.
-            on_cpu: keep the averages of GPU tensors in CPU memory and never let a step wait: a side stream copies to pinned memory, and a thread does
-                the arithmetic. On CPU tensors it changes nothing.
+            on_cpu: keep the averages in CPU memory, and let a thread do the arithmetic beside the next forward and backward passes. GPU tensors are copied
+                to pinned memory by a side stream, and no step waits; CPU tensors (offloaded masters) are read where they are, before the next step.
         """
         self.decay, self.every = decay, every
         self._live = dict(tensors)
-        self._apart = on_cpu and any(p.is_cuda for p in self._live.values())
-        place = "cpu" if self._apart else None
+        place = "cpu" if on_cpu else None
         self.values: dict[str, Tensor] = {name: p.detach().to(place, torch.float32, copy=True) for name, p in self._live.items()}
-        self._copier = _Copier(self._live) if self._apart else None
+        self._copier = _Copier(self._live) if on_cpu else None
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -40,7 +39,7 @@ class Average:
         _mix(list(self.values.values()), [p.detach().float() for p in self._live.values()], 1 - self.decay)
 
     def before_step(self) -> None:
-        """To be called before the tensors change: the next step on the GPU follows a copy that is under way (the GPU's queue waits, the host does not)."""
+        """To be called before the tensors change: the next step follows what is under way (on a GPU its queue waits, the host does not)."""
         if self._copier is not None:
             self._copier.order()
 
@@ -62,33 +61,40 @@ def _mix(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
 
 
 class _Copier:
-    """Copies GPU tensors to pinned memory on a side stream, and mixes them into averages in a thread. Not yet seen on a GPU."""
+    """Mixes tensors into averages in a thread; GPU tensors from a copy in pinned memory, made on a side stream. That part was not yet seen on a GPU."""
 
     def __init__(self, live: dict[str, Tensor]) -> None:
         self.live = list(live.values())
-        self.pinned = [torch.empty(p.shape, dtype=torch.float32, pin_memory=True) for p in self.live]
-        self.stream = torch.cuda.Stream()
-        self.copied = torch.cuda.Event()
+        self.on_gpu = any(p.is_cuda for p in self.live)
+        self.sources = [torch.empty(p.shape, dtype=torch.float32, pin_memory=True) for p in self.live] if self.on_gpu else self.live
+        if self.on_gpu:
+            self.stream = torch.cuda.Stream()
+            self.copied = torch.cuda.Event()
         self.thread = ThreadPoolExecutor(1, "average")
         self.job: Future[None] | None = None
 
     def start(self, averages: list[Tensor], weight: float) -> None:
         """Copy, then mix. Waits only if the mixing of ``every`` updates ago is not done."""
         self.wait()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for target, source in zip(self.pinned, self.live, strict=True):
-                target.copy_(source.detach(), non_blocking=True)
-            self.copied.record(self.stream)
+        if self.on_gpu:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for target, source in zip(self.sources, self.live, strict=True):
+                    target.copy_(source.detach(), non_blocking=True)
+                self.copied.record(self.stream)
         self.job = self.thread.submit(self._mix, averages, weight)
 
     def _mix(self, averages: list[Tensor], weight: float) -> None:
-        self.copied.synchronize()
-        _mix(averages, self.pinned, weight)
+        if self.on_gpu:
+            self.copied.synchronize()
+        _mix(averages, [source.detach().float() for source in self.sources], weight)
 
     def order(self) -> None:
-        """Let the current stream follow the copy."""
-        torch.cuda.current_stream().wait_event(self.copied)
+        """Let what follows on this stream, or on this CPU, follow the reading of the tensors."""
+        if self.on_gpu:
+            torch.cuda.current_stream().wait_event(self.copied)
+        else:
+            self.wait()
 
     def wait(self) -> None:
         """Finish the job under way."""

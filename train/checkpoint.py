@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
-from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
+from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.checkpoint_storage import Reader, Writer
@@ -87,9 +87,7 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
     """
     url = folder(stage_url, step)
     try:
-        meta: dict[str, Any] = storage.read_json(storage.join(url, "meta.json"))
-        reader = Reader(url)
-        reader.read_metadata()
+        meta, reader = _read_alike(url)
         dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         first = _first(error)
@@ -99,6 +97,25 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
     except (DataError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{url}: {error}") from error
     return meta
+
+
+def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
+    """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective."""
+    meta: dict[str, Any] = {}
+    reader, error = Reader(url), None
+    try:
+        meta = storage.read_json(storage.join(url, "meta.json"))
+        reader.read_metadata()
+    except (ReportedError, RuntimeError, ValueError, KeyError, TypeError) as failure:
+        error = failure
+    errors = [error]
+    if dist.is_initialized():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for first in errors:
+        if first is not None:
+            raise first
+    return meta, reader
 
 
 def _first(error: CheckpointException) -> BaseException:

@@ -11,7 +11,7 @@ from infra.config import to_json
 from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
-from train.config import RunConfig
+from train.config import MAY_CHANGE, RunConfig
 from train.stages import STAGES
 
 GANGS = ("dvae", "dalle", "clip")
@@ -54,7 +54,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
         k8s.overlay(job_spec(stage, cfg, run))  # refused before anything is written
-    run.claim(json.loads(to_json(cfg)), command)
+    run.claim(json.loads(to_json(cfg)), command, MAY_CHANGE)
     if not chain and run.done(stage) is not None and not STAGES[stage].repeats:
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return

@@ -163,7 +163,7 @@ class DalleFit(FitSection):
     moments: Literal["fp32", "16-bit"] = "fp32"
     """Storage of Adam's moments of block matrices: '16-bit' is 1-6-9 for the mean and 0-6-10 for the variance (paper B.2)."""
     numerics_every: int = Field(default=100, gt=0)
-    """Updates between points of the series of each resblock: scale, overflows, gradient norm, shares of zero and subnormal gradients."""
+    """Updates between points of the series of each resblock: scale, overflows, gradient norm, shares of zero and subnormal values of the reduced gradients."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the iterate average."""
     ema_every: int = Field(default=25, gt=0)
@@ -289,6 +289,14 @@ class EvaluateSection(Section):
     """Feature network of the Fréchet distance of reconstructions. Only the two Inception networks give an FID; 'efficientnet-lite0' is an offline stand-in under its own name."""
     frechet_weights: str = ""
     """File with that network's weights; 'efficientnet-lite0' finds those of its package."""
+
+
+_HOW = ("log_every", "eval_every", "save_every", "keep", "keep_every", "max_bad_steps", "max_overflow_steps")
+MAY_CHANGE = frozenset(
+    ["zero", "dalle_fit.activation_checkpointing", "dalle_fit.checkpoint_every", "dalle_fit.numerics_every", "dvae_fit.activation_checkpointing"]
+    + [f"{stage}_fit.{key}" for stage in ("dvae", "dalle", "clip") for key in _HOW]
+)
+"""Sections and keys that say how a run is computed and watched, not what it computes: it goes on with other values (docs/contracts.md, section 10)."""
 
 
 class RunConfig(Section):

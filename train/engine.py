@@ -148,16 +148,13 @@ class ReplicatedEngine:
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
         """Every tensor whole to load into; to save, this rank's even slice, so that ranks share the writing."""
-        if to_load:
-            self._make_moments()
+        self._make_moments()
         found: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             found[f"model/{name}"] = parameter.detach()
             found[f"average/{name}"] = self.average.values[name]
-            state = self.optimizer.state.get(parameter, {})
             for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in state:
-                    found[f"optimizer/{moment}/{name}"] = state[moment]
+                found[f"optimizer/{moment}/{name}"] = self.optimizer.state[parameter][moment]
         cut = (0, 1) if to_load else (self.world.rank, self.world.size)
         return {name: even_slice(tensor, *cut) for name, tensor in found.items()}
 
@@ -168,6 +165,7 @@ class ReplicatedEngine:
             state["step"].fill_(float(updates))
 
     def _make_moments(self) -> None:
+        """Zeros where no update has been applied yet."""
         for parameter in self.module.parameters():
             if not self.optimizer.state.get(parameter):
                 self.optimizer.state[parameter] = {

@@ -233,7 +233,7 @@ class Fit:
     def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
         """Count bad updates by kind: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than other ones."""
         self._counts["forward_non_finite"] += not forward_ok
-        self._counts["gradient_overflow"] += update.overflow or not update.applied
+        self._counts["gradient_overflow"] += forward_ok and (update.overflow or not update.applied)
         answered = forward_ok and not update.applied and update.overflow
         self._overflows = self._overflows + 1 if answered else 0
         self._bad = 0 if forward_ok and (update.applied or update.overflow) else self._bad + 1
@@ -245,7 +245,8 @@ class Fit:
         what = "overflows of scaled gradients at ever smaller scales" if self._overflows else "non-finite losses or gradients"
         raise DivergedError(
             f"{self.stage}: {self._bad or self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
-            f"kept. Lower {self.stage}_fit.lr, or raise {self.stage}_fit.{key} if such runs are expected."
+            f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; with a smaller {self.stage}_fit.lr it is another run "
+            "(run.name)" + (", which can start from this one's weights (launcher.py export, dalle_fit.init_from)." if self.stage == "dalle" else ".")
         )
 
     def _restore(self) -> int:

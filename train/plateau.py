@@ -71,4 +71,11 @@ class Plateau:
         self.halved = list(state["halved"])
         self._best, self._idle, self._sum, self._count = state["best"], state["idle"], state["sum"], state["count"]
         if self.at:
-            self.halved = [update for update in self.at if update <= step]
+            halved, self.halved = self.halved, [update for update in self.at if update <= step]
+            if halved != self.halved:
+                log.warning(
+                    "step size by hand: halved after %s, and no longer after %s: it is %g times what it was",
+                    self.halved,
+                    halved,
+                    2.0 ** (len(halved) - len(self.halved)),
+                )

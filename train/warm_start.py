@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from infra.errors import ConfigError
 from train import export
 from train.fit import full_shape
+from train.zero.construction import assign
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +35,6 @@ def load(module: nn.Module, url: str, key: str) -> str:
         more = [f"  and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
         raise ConfigError(f"{key} = {url}: {len(odd)} of {len(expected)} weights do not fit this configuration:\n" + "\n".join(lines + more))
     for name, p in module.named_parameters():
-        _assign(p, tensors[name])
+        assign(p, tensors[name])
     log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
     return identity
-
-
-@torch.no_grad()
-def _assign(p: Any, value: Tensor) -> None:
-    if not hasattr(p, "ds_shape"):
-        p.copy_(value)
-        return
-    p.all_gather()
-    p.data.copy_(value)
-    p.partition(has_been_updated=True)

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; deepspeed.md).
 
 An update: backward passes (DeepSpeed reduces into shards), ``measure`` (sums between nodes, overflow flags and norms of this rank's shards), the step's one
-small all-reduce and host synchronisation, ``step`` (scales, clipping, AdamW on the shards, parameters gathered).
+small all-reduce and the one host synchronisation of ours (DeepSpeed has its own in backward passes: on stage 3, and on all stages with overlap_comm), ``step``
+(scales, clipping, AdamW on the shards, parameters gathered).
 """
 
 from __future__ import annotations
@@ -220,10 +221,9 @@ class ZeroEngine:
         masters = self._masters()
         for piece in self.pieces:
             flat = masters[piece.flat]
+            moments = self.adam.moments(flat, self._group_of(piece.flat)["packed"])  # zeros where no update has been applied yet
             tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
-            if to_load or flat in self.adam.state:
-                moments = self.adam.moments(flat, self._group_of(piece.flat)["packed"])
-                tensors |= {f"optimizer/{moment}": moments[moment] for moment in _MOMENTS}
+            tensors |= {f"optimizer/{moment}": moments[moment] for moment in _MOMENTS}
             for kind, tensor in tensors.items():
                 found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found
@@ -275,6 +275,7 @@ class ZeroEngine:
             if not chosen:
                 continue
             wire = torch.cat([t.to(torch.float16) if half and matrices else t.float() for t in chosen])
+            wire = wire.to(self.device)  # offloaded gradients are on the CPU
             dist.all_reduce(wire, group=self.topology.between)
             for tensor, part in zip(chosen, wire.split([t.numel() for t in chosen]), strict=True):
                 tensor.copy_(part)

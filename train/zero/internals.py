@@ -40,6 +40,7 @@ NEEDED = {
         "check_grad_overflow", "scaled_global_norm", "compute_grad_norm", "micro_step_id", "params_not_in_partition", "free_grad_in_param_list",
         "_get_preflattened_grad_partition", "_release_preflattened_grad_buffers", "real_dp_process_group", "parallel_partitioned_bit16_groups",
         "bit16_groups_flat", "bit16_groups", "all_grad_tensors", "nccl_start_alignment_factor", "allgather_bucket_size", "_update_model_bit16_weights",
+        "_wait_for_offload_copies",
     ),
     3: (
         "fp32_partitioned_groups_flat", "fp16_groups", "averaged_gradients", "sub_group_to_group_id", "optimizer", "overflow", "ipg_buckets",
@@ -81,8 +82,16 @@ def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> 
         ConfigError: it lacks what we need.
     """
     absent = [name for name in NEEDED[max(stage, 2)] if not hasattr(optimizer, name)]
-    mark = "ds_tensor" if stage == 3 else "_hp_mapping"
-    absent += [f"{name}.{mark}" for name, p in parameters if not hasattr(p, mark)]
+    marks = ("ds_tensor", "ds_shape", "ds_numel", "partition_numel", "all_gather", "partition") if stage == 3 else ("_hp_mapping",)
+    for name, p in parameters:
+        absent += [f"{name}.{mark}" for mark in marks if not hasattr(p, mark)]
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is not None:
+            absent += [
+                f"{name}._hp_mapping.{mark}"
+                for mark in ("hp_fragment_address", "lp_fragment_address", "param_group_index")
+                if not hasattr(mapping, mark)
+            ]
     if absent:
         raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/zero/ stands on: {', '.join(absent[:3])}.")
 
@@ -90,8 +99,7 @@ def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> 
 def take_over(optimizer: Any, stage: int) -> None:
     """Leave norm, clipping and the judgement of overflows to our engine, which does them in one collective."""
     if stage == 3:
-        zero = torch.zeros((), device=optimizer.fp32_partitioned_groups_flat[0].device)
-        optimizer._get_norm_groups = lambda: [zero]
+        optimizer._get_norm_groups = lambda: [torch.zeros(())]  # on the CPU: DeepSpeed makes a bool of it
         optimizer.unscale_and_clip_grads = lambda *_: None
         optimizer._check_overflow = lambda *_, **__: None
     else:

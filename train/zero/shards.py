@@ -84,6 +84,8 @@ class GradientReader:
         """The gradients of this update; views, to be changed in place."""
         optimizer = self._optimizer
         if self._offload:
+            if self._stage < 3:
+                optimizer._wait_for_offload_copies()
             flats = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
             tensors = [flats[flat].grad.narrow(0, start, length) for flat, start, length in self._places]
         else:

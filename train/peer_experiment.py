@@ -127,6 +127,7 @@ def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, over
         "image_vocab": shape.image_vocab,
         "batch": cfg.dalle_fit.batch,
         "seed": cfg.run.seed,
+        "crops": cfg.encode.crops,
         "minutes": minutes,
         "cores": cores,
         "training_images": codes.count,

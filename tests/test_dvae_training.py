@@ -220,7 +220,9 @@ def test_three_losses_that_are_no_numbers_end_the_run_with_93_and_keep_the_last_
         return found
 
     monkeypatch.setattr(DvaeTask, "loss", sometimes)
-    with pytest.raises(front.StageFailed, match=r"3 consecutive updates up to update 6 had non-finite losses.*Lower dvae_fit\.lr") as caught:
+    with pytest.raises(
+        front.StageFailed, match=r"3 consecutive updates up to update 6 had non-finite losses.*with a smaller dvae_fit\.lr it is another run"
+    ) as caught:
         run_dvae(root, f"dvae_fit.precision={precision}", "dvae_fit.save_every=1")
     assert caught.value.exit_code == ExitCode.DIVERGED
     assert asked == list(range(7))

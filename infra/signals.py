@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from functools import cache
 from types import FrameType
 
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
@@ -34,7 +35,7 @@ def install(flag: StopFlag | None = None) -> StopFlag:
 
     SLURM sends the preemption signal to every process of a step, helpers of libraries included, which it would kill: children get it blocked.
     """
-    flag = flag or StopFlag()
+    flag = StopFlag() if flag is None else flag  # one that is not set is false
     for number in STOP_SIGNALS:
         signal.signal(number, flag.handle)
     _hear_for_children((PREEMPTION_SIGNAL,))
@@ -54,6 +55,13 @@ def block_in_children() -> None:
 def _hear_for_children(numbers: Sequence[signal.Signals]) -> None:
     """Block signals in the main thread, whose mask children inherit. A helper thread keeps them deliverable here; Python runs handlers in the main
     thread whichever thread receives."""
+    _listener(tuple(numbers))
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+@cache
+def _listener(numbers: tuple[signal.Signals, ...]) -> threading.Thread:
+    """The thread in which these signals are never blocked: one for a process, however often its ranks are started."""
     ready = threading.Event()
 
     def listen() -> None:
@@ -61,9 +69,10 @@ def _hear_for_children(numbers: Sequence[signal.Signals]) -> None:
         ready.set()
         threading.Event().wait()
 
-    threading.Thread(target=listen, name="signals", daemon=True).start()
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
     ready.wait()
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    return thread
 
 
 def die_with_parent() -> None:

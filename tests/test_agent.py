@@ -60,14 +60,19 @@ if error:
         if error == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
-        raise getattr(rendezvous, error)("as if")
+        if error != "afterwards":
+            raise getattr(rendezvous, error)("as if")
     api.elastic_launch = lambda *arguments: fail
 try:
     job = Job("7", 0, node, nodes, "127.0.0.1:{port}", "127.0.0.1")
     stop = StopFlag()
     if error == "at once":
         stop.handle(signal.SIGTERM, None)
-    print("ended:", *agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae", stop), *(["by", stop.received.name] if stop else []))
+    ended = agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae", stop)
+    if error == "afterwards":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    print("ended:", *ended, *(["by", stop.received.name] if stop else []))
 except ReportedError as error:
     print("ended:", int(error.exit_code), error)
 """
@@ -124,6 +129,11 @@ def test_a_stop_signal_before_there_are_ranks_starts_none_and_is_no_crash(tmp_pa
     process = agent(tmp_path, free_port(), 0, nodes=1, error=moment)
     assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 75 SIGTERM before the ranks were started by SIGTERM\n"
     assert not (tmp_path / "rank-0-is-up").exists()
+
+
+def test_a_stop_signal_after_the_ranks_sets_the_callers_flag(tmp_path: Path) -> None:
+    process = agent(tmp_path, free_port(), 0, nodes=1, error="afterwards")
+    assert process.communicate(timeout=_PATIENCE_S)[0] == "ended: 1 rank 0 ended without a record: it was killed by SIGTERM\n"
 
 
 def test_nodes_that_do_not_meet_are_named_and_one_node_blames_no_other(tmp_path: Path) -> None:

@@ -174,11 +174,16 @@ def save_all(world: World, folder: str) -> dict[int, Any]:
     return out
 
 
+def meta_of(engine: Any) -> dict[str, Any]:
+    """What ``restore`` asks of a checkpoint's facts."""
+    return {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
+
+
 def save_and_go_on(engine: Any, case: Case, url: str, world: World) -> dict[str, Any]:
     """Three updates, a checkpoint, twenty more while it is written; and the same twenty after a restore."""
     updates(engine, world, 0, 3)
     saver = Saver(url, world, keep=2)
-    saver.save(3, engine.fragments(to_load=False), {"shapes": {}, "updates": engine.updates, "engine": engine.state()}, ready=engine.average.wait)
+    saver.save(3, engine.fragments(to_load=False), meta_of(engine), ready=engine.average.wait)
     saver.settle()
     found = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}
     found["losses"] = [loss for loss, *_ in updates(engine, world, 3, 23)]
@@ -212,8 +217,7 @@ def fall_back(world: World, folder: str) -> dict[str, int]:
     engine, url = make_engine(Case(stage=2), world), f"{folder}/damaged"
     for step in (1, 2):
         updates(engine, world, step - 1, step)
-        meta = {"shapes": {}, "updates": engine.updates, "engine": engine.state()}
-        checkpoint.save(url, step, engine.fragments(to_load=False), meta, world, keep=2)
+        checkpoint.save(url, step, engine.fragments(to_load=False), meta_of(engine), world, keep=2)
     plain = storage.read_json
 
     def cut_short(place: str) -> Any:

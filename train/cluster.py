@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 
 from infra import k8s, ledger, slurm
-from infra.config import to_json
 from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
-from train.config import MAY_CHANGE, RunConfig
+from train import places
+from train.config import RunConfig
 from train.stages import STAGES
 
 GANGS = ("dvae", "dalle", "clip")
@@ -54,7 +53,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
         k8s.overlay(job_spec(stage, cfg, run))  # refused before anything is written
-    run.claim(json.loads(to_json(cfg)), command, MAY_CHANGE)
+    places.claim(cfg, run, command)
     if not chain and run.done(stage) is not None and not STAGES[stage].repeats:
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return

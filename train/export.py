@@ -73,9 +73,11 @@ def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
     description = describe(url)
     place = storage.join(url, WEIGHTS)
     with tempfile.TemporaryDirectory() as scratch:  # a mapping outlives its file's name
-        path = Path(scratch, WEIGHTS) if storage.is_remote(place) else storage.local_path(place)
         if storage.is_remote(place):
+            path = Path(scratch, WEIGHTS)
             storage.download_file(place, path)
+        else:
+            path = storage.local_path(place)
         try:
             with files.read_errors(place):
                 tensors = load_file(path)

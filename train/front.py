@@ -23,8 +23,8 @@ from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
-from train import elastic, watchdog
-from train.config import MAY_CHANGE, RunConfig, load_run, read_preset
+from train import elastic, places, watchdog
+from train.config import RunConfig, load_run, read_preset
 from train.stages import STAGES, Stage
 from train.verbs import doctor
 
@@ -101,7 +101,7 @@ def stage(
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()
     started = time.monotonic()
-    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", name, preset, *overrides]), MAY_CHANGE)
+    places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
     if run.done(name) is not None and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
@@ -268,7 +268,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
         print(describe(cfg, preset), end="")
         print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
         return
-    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", "demo", preset, *overrides]), MAY_CHANGE)
+    places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.projection import project
 
     print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)

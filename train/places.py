@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from infra import storage
+from infra.config import to_json
 from infra.errors import DataError
 from infra.run_folder import RunFolder
-from train.config import RunConfig
+from train.config import MAY_CHANGE, RunConfig
 
 SPLITS = ("train", "validation")
 
@@ -30,6 +32,15 @@ def tokenizer(cfg: RunConfig, run: RunFolder) -> str:
 def code_set(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> str:
     """One crop's and split's code set."""
     return storage.join(cfg.data.codes or run.at("codes"), f"crop-{crop}", split)
+
+
+def claim(cfg: RunConfig, run: RunFolder, command: str) -> None:
+    """Make the run folder this configuration's, or check that it is; see ``RunFolder.claim``.
+
+    Raises:
+        ConfigError: the folder is unwritable, or holds another configuration.
+    """
+    run.claim(json.loads(to_json(cfg)), command, MAY_CHANGE)
 
 
 def require(run: RunFolder, *stages: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from data_pipeline.loaders import SequentialReader, image_collate
 from data_pipeline.transforms import view_transform
 from infra import storage
-from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.world import World
 from model.config import DVAEConfig
@@ -42,7 +40,7 @@ def main(encoder: str, decoder: str, preset: str, overrides: list[str], samples:
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
     model = read(encoder, decoder, cfg.dvae)
-    run.claim(json.loads(to_json(cfg)), shlex.join(["python", "launcher.py", "import-dvae", encoder, decoder, preset, *overrides]))
+    places.claim(cfg, run, shlex.join(["python", "launcher.py", "import-dvae", encoder, decoder, preset, *overrides]))
     places.require(run, "prepare")
     with run.lock("dvae"):
         if run.done("dvae") is not None or storage.list_files(run.at("dvae", "checkpoints")):

@@ -220,17 +220,17 @@ class Half:
         return int("peer" in self.words) * self.code
 
 
-def test_halves_at_once_have_cores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_at_once_have_cores_of_their_own(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         pytest.skip("one core")
     monkeypatch.setattr(peer_experiment.subprocess, "Popen", Half)
     monkeypatch.setattr(Half, "started", [])
-    out = tmp_path / "old.json"
+    url, out = str(prepared / "tiny"), tmp_path / "old.json"
     out.write_text("{}")
     (tmp_path / "old.json.new").write_text("stale")
     with pytest.raises(SystemExit) as caught:
-        peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+        peer_experiment.main([url, "--at-once", "--threads", "1", "--out", str(out)])
     assert (
         caught.value.code == 78 and out.read_text() == "{}" and (tmp_path / "old.json.new").read_text() == "11" and os.sched_getaffinity(0) == allowed
     )
@@ -239,14 +239,14 @@ def test_halves_at_once_have_cores_of_their_own(tmp_path: Path, monkeypatch: pyt
     assert "--at-once" in ours.words and len(ours.cores) == len(peer.cores) == 1 and ours.cores != peer.cores
     monkeypatch.setattr(Half, "code", -9)
     with pytest.raises(SystemExit) as caught:
-        peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+        peer_experiment.main([url, "--at-once", "--threads", "1", "--out", str(out)])
     assert caught.value.code == 9 and out.read_text() == "{}", "a killed half is no success"
     monkeypatch.setattr(Half, "code", 0)
     monkeypatch.setattr(peer_experiment.peer_page, "section", str)
-    peer_experiment.main(["some/run", "--at-once", "--threads", "1", "--out", str(out)])
+    peer_experiment.main([url, "--at-once", "--threads", "1", "--out", str(out)])
     assert out.read_text() == "11"
     with pytest.raises(ConfigError, match=f"--threads {len(allowed)} needs {2 * len(allowed)} cores"):
-        peer_experiment.main(["some/run", "--at-once", "--threads", str(len(allowed))])
+        peer_experiment.main([url, "--at-once", "--threads", str(len(allowed))])
 
 
 def in_process(command: list[str], **_: Any) -> subprocess.CompletedProcess:
@@ -262,9 +262,10 @@ def test_both_halves_on_a_tiny_run_and_the_page_of_it(
     monkeypatch.setattr(peer_experiment, "subprocess", SimpleNamespace(run=in_process))
     monkeypatch.setattr(peer_training, "_RATE_S", 0.01)
     url = str(copy_of(prepared, tmp_path / "runs") / "tiny")
-    out = tmp_path / "docs" / "experiments" / "against-dalle-pytorch.json"
+    out = tmp_path / "docs" / "experiments" / "against-dalle-pytorch-tiny.json"
+    monkeypatch.setattr(peer_experiment, "_FOLDER", out.parent)
     words = [url, "dalle.width=36", "dalle.heads=2", "dalle_fit.precision=fp32", "evaluate.samples=30"]
-    main_words = [*words, "--minutes", "0.02", "--probe-minutes", "0.005", "--threads", "1", "--out", str(out)]
+    main_words = [*words, "--minutes", "0.02", "--probe-minutes", "0.005", "--threads", "1"]
     peer_experiment.main([*main_words, "--only", "ours"])
     shown = capfd.readouterr().out
     assert "The other half is missing" in shown and "on the same machine,\none after the other. Updates" in shown
@@ -289,7 +290,9 @@ def test_both_halves_on_a_tiny_run_and_the_page_of_it(
         "## Against dalle-pytorch, on tiny with `dalle.width=36" in page
         and f"| {ours['updates']:,} | {ours['updates']:,} | {peer['updates']:,} |" in page
     )
-    picture = ElementTree.parse(tmp_path / "docs" / peer_page.PICTURE).getroot()
+    assert "the best of 4 step sizes and of the attention patterns axial and full by probes" in page
+    assert f"| epochs | {ours['updates'] * 8 / found['settings']['training_images']:.1f} |" in page
+    picture = ElementTree.parse(tmp_path / "docs" / "pictures" / "against-dalle-pytorch-tiny.svg").getroot()
     shown = "".join(picture.itertext())
     assert "dalle-pytorch" in shown and "ours, averaged weights" in shown and "minutes of training" in shown
 
@@ -303,9 +306,13 @@ def test_the_verdict_says_by_how_much_and_whether_that_is_enough(ours: float, sa
     assert said in peer_page.verdict(found) and ("missed" in peer_page.verdict(found)) == (ours > 4)
 
 
-def test_the_committed_picture_is_that_of_the_committed_file() -> None:
-    if peer_experiment.OUT.exists():
-        assert (experiments.DOCS / peer_page.PICTURE).read_text() == peer_page.picture(json.loads(peer_experiment.OUT.read_text()))
+def test_the_committed_pictures_are_those_of_the_committed_files() -> None:
+    files = sorted((experiments.DOCS / "experiments").glob("against-dalle-pytorch-*.json"))
+    assert [path.stem for path in files] == sorted(path.stem for path in (experiments.DOCS / "pictures").glob("against-dalle-pytorch*.svg"))
+    for path in files:
+        found = json.loads(path.read_text())
+        assert path.stem == peer_page.name(found["settings"]["run"])
+        assert (experiments.DOCS / peer_page.picture_place(found)).read_text() == peer_page.picture(found)
 
 
 def test_the_configuration_shapes_both_models(package: str) -> None:

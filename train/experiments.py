@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.render or not (given.preset or given.curves):
         (DOCS / "experiments.md").write_text(render(DOCS / "experiments"))
         for against in _of_kind(DOCS / "experiments", "peer"):
-            (DOCS / peer_page.PICTURE).write_text(peer_page.picture(against))
+            (DOCS / peer_page.picture_place(against)).write_text(peer_page.picture(against))
         return
     found = experiment_curves.collect(given.curves) if given.curves else run(given.preset, given.overrides, given.nproc)
     given.out.mkdir(parents=True, exist_ok=True)

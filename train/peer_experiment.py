@@ -4,7 +4,7 @@ RUN is a finished run of the stages tokenizer, dvae and encode; its configuratio
 ``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
 minutes that ours took in the end (with ``--at-once`` the minutes given, of which ours aims at 98 %). Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
 start and all probes do not. ``--at-once`` runs both halves at the same time, each on cores of its own; ``--only`` repeats one half. Figures go to
-docs/experiments/against-dalle-pytorch.json; ``python -m train.experiments --render`` makes the page. It also shows the words of the recorded run.
+docs/experiments/against-dalle-pytorch-NAME.json, where NAME is the run's; ``python -m train.experiments --render`` makes the page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from train.metrics import read_metrics
 from train.peer_training import ATTENTIONS, EVALUATIONS, WARMUP, Point, report_of
 from train.peer_training import run as train_peer
 
-OUT = Path(__file__).parent.parent / "docs" / "experiments" / "against-dalle-pytorch.json"
+_FOLDER = Path(__file__).parent.parent / "docs" / "experiments"
 HALVES = ("ours", "peer")
 ORDERS = ("one after the other", "at the same time, each on cores of its own")
 _CPU = torch.device("cpu")
@@ -58,27 +58,28 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--probe-minutes", type=float, help="training time of each probe; a twentieth of the minutes if not given")
     parser.add_argument("--threads", type=int, default=2, help="cores: threads of the peer's process, processes of ours")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="the peer's attention; of several the best by probes")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="file for the figures instead")
     given = parser.parse_args(words)
-    if given.at_once and given.only is None:
-        at_once(words, given.threads, given.out)
-        print(peer_page.section(json.loads(given.out.read_text())))
-        return
-    keep_memory()  # for the peer: our stages do so themselves
     url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
     cfg, run = load_run(url, given.overrides), RunFolder(url)
+    out = given.out or _FOLDER / f"{peer_page.name(cfg.run.name)}.json"
+    if given.at_once and given.only is None:
+        at_once(words, given.threads, out)
+        print(peer_page.section(json.loads(out.read_text())))
+        return
+    keep_memory()  # for the peer: our stages do so themselves
     probe = given.probe_minutes or given.minutes / 20
     settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides) | {"halves": ORDERS[given.at_once]}
-    found = read(given.out, settings, given.only)
+    found = read(out, settings, given.only)
     if given.only != "peer":
         ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
-        found = read(given.out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
-        write(given.out, found)
+        found = read(out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
+        write(out, found)
     if given.only != "ours":
         minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
         peer = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
-        found = read(given.out, settings, "peer") | {"peer": peer}
-        write(given.out, found)
+        found = read(out, settings, "peer") | {"peer": peer}
+        write(out, found)
     print(peer_page.section(found))
 
 

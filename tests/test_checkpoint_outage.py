@@ -1,4 +1,4 @@
-"""Checkpoints when the storage gives no answer, refuses or is full: an outage is no damage, and the cause keeps its exit code. About 5 s."""
+"""Checkpoints when the storage gives no answer, refuses or is full: an outage is no damage, and the cause keeps its exit code. About 10 s."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from infra import storage
-from infra.errors import CheckpointError, ConfigError, ExitCode, NoRoomError, UnreachableError
+from infra.errors import CheckpointError, ConfigError, ExitCode, NoRoomError, ReportedError, UnreachableError
 from infra.world import World
+from tests.ranks import run_in_ranks
 from train import checkpoint, checkpoint_storage
 from train.fragments import Fragment, even_slice
 
@@ -71,6 +73,56 @@ def test_a_damaged_file_of_any_kind_leads_to_the_checkpoint_before(stage: str, n
     Path(stage, "checkpoints", "step-00000005", name).write_bytes(b"neither")
     with pytest.raises(CheckpointError):
         checkpoint.load_newest(stage, loaded, World.single())
+
+
+@pytest.mark.parametrize(("name", "changed"), [("meta.json", {"step": 10}), ("index.json", {"start": 0})])
+def test_a_changed_figure_is_damage_though_it_is_json(stage: str, name: str, changed: dict[str, int]) -> None:
+    file = Path(stage, "checkpoints", "step-00000010", name)
+    ((key, value),) = changed.items()
+    text = file.read_text()
+    assert f'"{key}": {value}' in text
+    file.write_text(text.replace(f'"{key}": {value}', f'"{key}": {value + 4}'))
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged: "):
+        checkpoint.load(stage, 10, fragments(0.0))
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged: "):
+        checkpoint.read_tensors(checkpoint.folder(stage, 10), "model")
+    meta = checkpoint.load_newest(stage, fragments(0.0), World.single())
+    assert meta is not None and meta["step"] == 5
+
+
+def test_damaged_bytes_are_reported_where_one_process_reads_them(stage: str) -> None:
+    Path(stage, "checkpoints", "step-00000010", "rank-0.bin").write_bytes(bytes(32))
+    with pytest.raises(CheckpointError, match="damaged: the hash of bytes 0 to 32"):
+        checkpoint.read_tensors(checkpoint.folder(stage, 10), "model")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("Connection closed by peer")])
+@pytest.mark.parametrize("name", ["read_data", "read_metadata"])
+def test_the_end_of_memory_or_of_another_rank_is_no_damage(stage: str, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(checkpoint_storage.Reader, name, fail)
+    with pytest.raises(type(error), match=str(error)) as caught:
+        checkpoint.load_newest(stage, fragments(0.0), World.single())
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def left_alone(world: World, url: str) -> str:
+    """What the main rank's load raises where the other one has gone."""
+    dist.barrier()
+    if not world.is_main:
+        dist.destroy_process_group()
+        return "left"
+    with pytest.raises(Exception, match=".") as caught:
+        checkpoint.load(url, 10, fragments(0.0))
+    dist.destroy_process_group()
+    return type(caught.value).__name__ + f" {isinstance(caught.value, ReportedError)}"
+
+
+def test_a_rank_that_dies_while_others_restore_is_no_damage(stage: str) -> None:
+    alone, _ = run_in_ranks(left_alone, 2, stage)
+    assert alone.endswith(" False"), alone
 
 
 def test_a_save_that_fails_ends_with_its_cause_and_leaves_no_marker(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,11 +75,12 @@ def test_the_incomplete_line_of_a_killed_writer_is_ignored(tmp_path: Path) -> No
 
 
 def test_what_an_attempt_did_beyond_the_start_of_the_next_is_dropped_in_every_series(tmp_path: Path) -> None:
-    _write(tmp_path, 0, [(10, {"loss": 1.0}), (20, {"loss": 2.0, "psnr": 9.0}), (30, {"loss": 3.0})])
-    _write(tmp_path, 1, [(20, {"loss": 2.5}), (40, {"loss": 4.5, "psnr": 11.0})])
+    _write(tmp_path, 0, [(10, {"loss": 1.0}), (20, {"loss": 2.0, "psnr": 9.0}), (30, {"loss": 3.0, "late": 1.0})])
+    _write(tmp_path, 1, [(20, {"loss": 2.5, "late": 2.0}), (40, {"loss": 4.5, "psnr": 11.0, "late": 3.0})])
     series = read_metrics(str(tmp_path), "dvae")
     assert [(p.step, p.value) for p in series["loss"]] == [(10, 1.0), (20, 2.5), (40, 4.5)]
-    assert [(p.step, p.value) for p in series["psnr"]] == [(40, 11.0)]
+    assert [(p.step, p.value) for p in series["psnr"]] == [(20, 9.0), (40, 11.0)], "an attempt that starts at a step may have only the rest of it to do"
+    assert [p.step for p in read_metrics(str(tmp_path), "dvae")["late"]] == [20, 40]
 
 
 def test_a_third_attempt_may_go_back_behind_the_second_and_an_empty_one_changes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -76,13 +77,17 @@ def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_ru
     with pytest.raises(UsageError, match="accepted stages are dvae, dalle, accepted weights average, raw"):
         export_verb.main(run, "clip", "raw", 0, str(out))
 
-    started = copy_of(prepared, tmp_path / "started", changes={"dalle_fit.init_from": str(out)})
-    run_stage("dalle", str(started), [f"dalle_fit.init_from={out}"])
-    assert losses(started, "dalle")[0] < losses(whole, "dalle")[0]
-    assert json.loads((started / "tiny/dalle/checkpoints/step-00000010/meta.json").read_text())["parents"]["init_from"] == description["content_hash"]
     wider = copy_of(prepared, tmp_path / "wider", changes={"dalle_fit.init_from": str(out), "dalle.width": 48})
     with pytest.raises(front.StageFailed, match=r"\d+ of \d+ weights do not fit this configuration:\n  final_norm.bias: \(32,\) there, \(48,\) here"):
         run_stage("dalle", str(wider), [f"dalle_fit.init_from={out}", "dalle.width=48"])
+    started = copy_of(prepared, tmp_path / "started", changes={"dalle_fit.init_from": str(out)})
+    with pytest.raises(front.StageFailed, match="stopped by a signal after update 4 of 10; saved"):
+        run_stage("dalle", str(started), [f"dalle_fit.init_from={out}"], StopAfter(4))
+    assert losses(started, "dalle")[0] < losses(whole, "dalle")[0]
+    shutil.rmtree(out)  # the other run is cleaned up: a checkpoint needs it no more
+    run_stage("dalle", str(started), [f"dalle_fit.init_from={out}"])
+    for file in ("checkpoints/step-00000010/meta.json", "export/config.json"):
+        assert json.loads((started / "tiny/dalle" / file).read_text())["parents"]["init_from"] == description["content_hash"]
 
 
 @pytest.mark.parametrize(("key", "other"), [("optimizer", "paper"), ("norm", "torch")])

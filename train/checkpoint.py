@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,13 +21,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import storage
-from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
+from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
-from train.checkpoint_storage import Reader, Writer
+from train.checkpoint_storage import Reader, Writer, digest
 from train.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
 
 log = logging.getLogger(__name__)
+
+META = "meta.json"
+_DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
 
 
 def folder(stage_url: str, step: int) -> str:
@@ -45,37 +50,47 @@ def save(
     *,
     group: Any = None,
 ) -> str:
-    """Write a checkpoint, and drop all but the newest ``keep``. Collective. ``train.checkpoint_saver.Saver`` does it beside training.
+    """Write a checkpoint, and drop those that it supersedes. Collective. ``train.checkpoint_saver.Saver`` does it beside training.
 
     Args:
         meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.
-        keep_every: checkpoints after a multiple of this many updates are kept for good; 0: none are.
+        keep: newest checkpoints kept, up to this one.
+        keep_every: the first checkpoint at or after each multiple of this many updates is kept for good; 0: none are.
         group: process group of the collectives; None is the default one.
     """
     url = folder(stage_url, step)
-    if world.is_main and storage.exists(storage.join(url, "meta.json")):
-        storage.delete(storage.join(url, "meta.json"))  # rewritten below: no marker while files change
+    if world.is_main and storage.exists(storage.join(url, META)):
+        storage.delete(storage.join(url, META))  # rewritten below: no marker while files change
     if dist.is_initialized():
         dist.barrier(group)
+    writer = Writer(url)
     try:
-        dcp.save(dict(fragments), storage_writer=Writer(url), planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise _first(error) from error
     if world.is_main:
-        facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions()}
-        storage.write_json(storage.join(url, "meta.json"), meta | facts)
-        for old in complete(stage_url)[:-keep]:
-            if keep_every and old % keep_every == 0:
-                continue
-            storage.delete(storage.join(folder(stage_url, old), "meta.json"))
+        facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions(), "index": writer.digest}
+        storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
+        for old in superseded(complete(stage_url), step, keep, keep_every):
+            if old > step:
+                log.warning("%s: dropped: it could not be read, and the run went on from an earlier one", folder(stage_url, old))
+            storage.delete(storage.join(folder(stage_url, old), META))
             storage.delete_prefix(folder(stage_url, old))
     return url
+
+
+def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
+    """Of complete checkpoints those that go once ``step`` is written: all but the newest ``keep`` up to it and the first at or after each multiple of
+    ``keep_every``; and those after it, from which the run could not go on: it makes them anew."""
+    until = [old for old in steps if old <= step]
+    permanent = {new for old, new in pairwise([0, *until]) if keep_every and new // keep_every > old // keep_every}
+    return [old for old in until[:-keep] if old not in permanent] + [new for new in steps if new > step]
 
 
 def complete(stage_url: str) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
     names = storage.list_files(storage.join(stage_url, "checkpoints"))
-    return sorted(int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith("/meta.json"))
+    return sorted(int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith(f"/{META}"))
 
 
 def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
@@ -86,28 +101,43 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
         UnreachableError, ConfigError: the storage gives no answer, refuses, or there is no room for a copy; the checkpoint may be whole.
     """
     url = folder(stage_url, step)
-    try:
-        meta, reader = _read_alike(url)
-        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=not dist.is_initialized())
-    except CheckpointException as error:
-        first = _first(error)
-        raise (first if isinstance(first, UnreachableError | ConfigError) else CheckpointError(f"{url}: {first}")) from error
-    except (UnreachableError, ConfigError):
-        raise
-    except (DataError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{url}: {error}") from error
+    meta, reader = _read_alike(url)
+    _load(url, fragments, reader, no_dist=not dist.is_initialized())
     return meta
+
+
+def read_meta(url: str) -> dict[str, Any]:
+    """The facts of a complete checkpoint.
+
+    Raises:
+        CheckpointError: they are damaged.
+        DataError: there are none.
+    """
+    place = storage.join(url, META)
+    meta = storage.read_json(place)
+    named = meta.pop("sha256", None) if isinstance(meta, dict) else None
+    if named is None or digest(meta) != named:
+        raise CheckpointError(f"{place}: damaged: its content has another hash than it names.")
+    return dict(meta)
+
+
+def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: bool) -> None:
+    try:
+        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=no_dist)
+    except CheckpointException as error:
+        raise _judged(url, _first(error)) from error
 
 
 def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
     """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective."""
     meta: dict[str, Any] = {}
-    reader, error = Reader(url), None
+    reader, error = Reader(url, ""), None
     try:
-        meta = storage.read_json(storage.join(url, "meta.json"))
+        meta = read_meta(url)
+        reader = Reader(url, meta["index"])
         reader.read_metadata()
-    except (ReportedError, RuntimeError, ValueError, KeyError, TypeError) as failure:
-        error = failure
+    except Exception as failure:  # whatever it is, all ranks must hear of it
+        error = _judged(url, failure)
     errors = [error]
     if dist.is_initialized():
         errors *= dist.get_world_size()
@@ -118,6 +148,13 @@ def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
     return meta, reader
 
 
+def _judged(url: str, error: BaseException) -> BaseException:
+    """A CheckpointError if the error speaks of damage, else itself."""
+    if isinstance(error, UnreachableError | ConfigError) or not isinstance(error, _DAMAGE):
+        return error
+    return CheckpointError(f"{url}: {error}")
+
+
 def _first(error: CheckpointException) -> BaseException:
     """What went wrong on the first rank that failed: every rank gets the failures of all."""
     return error.failures[min(error.failures)][0]
@@ -125,11 +162,8 @@ def _first(error: CheckpointException) -> BaseException:
 
 def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) -> dict[str, Any] | None:
     """Restore from the newest checkpoint that is whole, falling back over damaged ones with a loud message; None if there is none. Collective."""
-    steps = [complete(stage_url) if world.is_main else []]
-    if dist.is_initialized():
-        dist.broadcast_object_list(steps)
     failure: CheckpointError | None = None
-    for step in reversed(steps[0]):
+    for step in reversed(_complete_alike(stage_url, world)):
         try:
             return load(stage_url, step, fragments)
         except CheckpointError as error:
@@ -140,14 +174,28 @@ def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) ->
     return None
 
 
+def any_complete(stage_url: str, world: World) -> bool:
+    """Whether ``load_newest`` will find a checkpoint. Collective."""
+    return bool(_complete_alike(stage_url, world))
+
+
+def _complete_alike(stage_url: str, world: World) -> list[int]:
+    """What the main rank sees."""
+    steps = [complete(stage_url) if world.is_main else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps)
+    return steps[0]
+
+
 def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
     """
-    shapes: dict[str, list[int]] = storage.read_json(storage.join(url, "meta.json"))["shapes"]
-    reader = Reader(url)
+    meta = read_meta(url)
+    shapes: dict[str, list[int]] = meta["shapes"]
+    reader = Reader(url, meta["index"])
     known = reader.read_metadata().state_dict_metadata
     out: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -156,7 +204,7 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
         out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
     fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
-    dcp.load(fragments, storage_reader=reader, planner=FragmentLoader(), no_dist=True)
+    _load(url, fragments, reader, no_dist=True)
     return out
 
 

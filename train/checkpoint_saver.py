@@ -25,7 +25,7 @@ class Saver:
         Args:
             stage_url: the stage's folder.
             keep: newest checkpoints kept.
-            keep_every: those after a multiple of this many updates are kept for good; 0: none.
+            keep_every: the first at or after each multiple of this many updates is kept for good; 0: none.
         """
         self.stage_url, self.world, self.keep, self.keep_every = stage_url, world, keep, keep_every
         # The thread's collectives have a group of their own: they must not mix with the training step's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -14,10 +15,16 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import storage
+from infra import files, storage
 from infra.errors import CheckpointError
 
 INDEX = "index.json"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON: equal for what is written and for what is read."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys of objects become strings, which sort otherwise than numbers
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _done(value: Any) -> Future[Any]:
@@ -37,6 +44,8 @@ class Writer(StorageWriter):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
+        self.digest = ""
+        """Of the index, once the coordinator has written it."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The URL is fixed at construction."""
@@ -85,7 +94,9 @@ class Writer(StorageWriter):
             assert isinstance(entry, TensorStorageMetadata)
             chunks = [{"offset": c.offsets[0], "length": c.sizes[0]} | places[name, tuple(c.offsets)] for c in entry.chunks]
             tensors[name] = {"dtype": str(entry.properties.dtype).removeprefix("torch."), "size": entry.size[0], "chunks": chunks}
-        storage.write_json(storage.join(self.url, INDEX), {"tensors": tensors})
+        index = {"tensors": tensors}
+        storage.write_json(storage.join(self.url, INDEX), index)
+        self.digest = digest(index)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -96,9 +107,13 @@ class Writer(StorageWriter):
 class Reader(StorageReader):
     """Reads fragments of a checkpoint, and refuses those whose hash differs."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, index_digest: str) -> None:
+        """
+        Args:
+            index_digest: what the index must have.
+        """
         super().__init__()
-        self.url = url
+        self.url, self.index_digest = url, index_digest
         self._places: dict[tuple[str, int], dict[str, Any]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._metadata: Metadata | None = None
@@ -110,8 +125,11 @@ class Reader(StorageReader):
         """Torch's metadata from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
         if self._metadata is not None:
             return self._metadata
+        index = storage.read_json(storage.join(self.url, INDEX))
+        if digest(index) != self.index_digest:
+            raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
         entries = {}
-        for name, entry in storage.read_json(storage.join(self.url, INDEX))["tensors"].items():
+        for name, entry in index["tensors"].items():
             chunks = []
             for chunk in entry["chunks"]:
                 self._places[name, chunk["offset"]] = chunk | {"dtype": entry["dtype"]}
@@ -154,7 +172,7 @@ class Reader(StorageReader):
         return self._places[index.fqn, index.offset[0] if index.offset is not None else 0]
 
     def _fragment(self, place: dict[str, Any]) -> torch.Tensor:
-        with self._path(place["file"]).open("rb") as file:
+        with files.read_errors(storage.join(self.url, place["file"])), self._path(place["file"]).open("rb") as file:
             file.seek(place["start"])
             data = bytearray(file.read(place["bytes"]))
         if hashlib.sha256(data).hexdigest() != place["sha256"]:
@@ -166,10 +184,7 @@ class Reader(StorageReader):
     def _path(self, name: str) -> Path:
         url = storage.join(self.url, name)
         if not storage.is_remote(url):
-            path = storage.local_path(url)
-            if not path.exists():
-                raise CheckpointError(f"{url}: missing.")
-            return path
+            return storage.local_path(url)
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory()
         path = Path(self._scratch.name, name)

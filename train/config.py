@@ -54,7 +54,7 @@ class FitSection(Section):
     keep: int = Field(default=2, gt=0)
     """Checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints after a multiple of this many updates are kept for good; 0: none are."""
+    """The first checkpoint at or after each multiple of this many updates is kept for good; 0: none are."""
     max_bad_steps: int = Field(default=3, gt=0)
     """Consecutive updates with non-finite losses or gradients before the run ends with exit code 93."""
     max_overflow_steps: int = Field(default=500, gt=0)

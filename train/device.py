@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 BF16_WORTH_IT = 1.3
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_END_TIMEOUT = timedelta(hours=12)
+"""At the end of a stage, where the main rank may have hours of merging or exporting to do alone."""
+_at_end: dist.ProcessGroup | None = None
 
 
 def keep_memory() -> None:
@@ -35,6 +38,7 @@ def keep_memory() -> None:
 
 def set_up(world: World) -> torch.device:
     """Choose this rank's device, and join the process group (NCCL on GPUs, gloo on CPUs)."""
+    global _at_end
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -46,17 +50,20 @@ def set_up(world: World) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world.size == 1 else None
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT)
+        _at_end = dist.new_group(backend="gloo", timeout=_END_TIMEOUT)
     return device
 
 
 def wait_for_all() -> None:
-    """The end of a stage: no rank leaves while another still needs it."""
+    """The end of a stage: no rank leaves while another still needs it, however long the main rank merges or exports."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_at_end)
 
 
 def leave_group() -> None:
     """Leave the process group, at the end of the process: DeepSpeed keeps hold of the first group it met."""
+    global _at_end
+    _at_end = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

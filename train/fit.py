@@ -139,6 +139,7 @@ class Fit:
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
         evaluation: dict[str, float] = {}
+        owed = False
         progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
         while step < self.section.steps:
             started = time.perf_counter()
@@ -154,9 +155,10 @@ class Fit:
                     evaluation = self.task.evaluate(self.engine, step, self._writer)
                 self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
-            # A bad streak must not push out the last good checkpoint.
-            due = step % self.section.save_every == 0 and not self._bad and not self._overflows
-            if due or last or stopping:
+            owed |= step % self.section.save_every == 0
+            # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
+            if (owed and not self._bad and not self._overflows) or last or stopping:
+                owed = False
                 with self._goodput.timing("save"):
                     self._save(step, self._elapsed + time.perf_counter() - begun)
                     if last or stopping:
@@ -170,6 +172,7 @@ class Fit:
         progress.finish()
         if not evaluation:  # killed between the last checkpoint and the stage's marker
             evaluation = self.task.evaluate(self.engine, step, self._writer)
+            self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
         self._account(step)
         rate = self._units / self._update_s if self._update_s else 0.0
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate)
@@ -258,6 +261,7 @@ class Fit:
         if meta["shapes"] != shapes:
             odd = sorted(name for name in shapes.keys() | meta["shapes"].keys() if shapes.get(name) != meta["shapes"].get(name))
             raise CheckpointError(f"{self.run.at(self.stage)}: the checkpoint is of another model; first difference: {odd[0]}.")
+        self._adopt(meta.get("parents", {}))
         self.engine.loaded(meta["updates"])
         if self.engine.loss_scale is not None and meta.get("loss_scale"):
             self.engine.loss_scale.restore(meta["loss_scale"])
@@ -270,6 +274,23 @@ class Fit:
         self._elapsed = meta["elapsed_s"]
         log.info("%s: resumed after update %d", self.stage, meta["step"])
         return int(meta["step"])
+
+    def _adopt(self, parents: dict[str, str]) -> None:
+        """Go on with the parents of a checkpoint: what it was trained on must be what is there; what it started from need not be there any more.
+
+        Raises:
+            CheckpointError: it was made from other inputs.
+        """
+        mine = self.meta.setdefault("parents", {})
+        odd = sorted(kind for kind in (mine.keys() | parents.keys()) - {"init_from"} if mine.get(kind) != parents.get(kind))
+        if odd:
+            lines = [f"  {kind}: {parents.get(kind, 'none')} -> {mine.get(kind, 'none')}" for kind in odd]
+            raise CheckpointError(
+                f"{self.run.at(self.stage)}: the checkpoint was made from other inputs than are there now; bring those back, or train in another run "
+                "(run.name):\n" + "\n".join(lines) + "\n  (checkpoint -> now)"
+            )
+        if "init_from" in parents:
+            mine["init_from"] = parents["init_from"]
 
     def _save(self, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}

@@ -141,8 +141,8 @@ def newest_attempt_times(run_url: str, stage: str) -> dict[int, float]:
 def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
     """All series of a stage, each in order of steps, attempts merged.
 
-    An attempt that starts at step s repeats what earlier ones did from s on, so their values of steps >= s were lost and are dropped, in every
-    series. A last line that a killed writer left incomplete is ignored.
+    An attempt that starts at step s repeats what earlier ones did from s on, so their values of later steps were lost and are dropped, in every
+    series; those of s itself give way to its own, and stay where it has none: it may have had nothing left to do but to finish. A last line that a killed writer left incomplete is ignored.
 
     Raises:
         DataError: a file is there and cannot be read.
@@ -151,7 +151,7 @@ def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
     limit: float = math.inf
     for attempt in sorted(_attempts(run_url, stage), reverse=True):
         lines = list(_read_lines(storage.read_text(storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}"))))
-        kept = [line for line in lines if line[0] < limit] + kept
+        kept = [line for line in lines if line[0] <= limit] + kept
         limit = min([limit, *(line[0] for line in lines)])
     series: dict[str, dict[int, Point]] = {}
     for step, when, values in kept:

@@ -20,6 +20,8 @@ def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
     there, looked, wrong = _there(cfg, run), 0, list(_missing_versions(cfg, run))
     for stage in STAGES:
         for kind, identity in sorted(((run.done(stage) or {}).get("parents") or {}).items()):
+            if kind == "init_from":  # of another run, which may be gone
+                continue
             looked += 1
             now = there.get(kind, set())
             if identity not in now:

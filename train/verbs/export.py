@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from infra import storage
 from infra.errors import DataError, UsageError
 from infra.run_folder import RunFolder
 from train import checkpoint, export
@@ -34,7 +33,7 @@ def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
         known = ", ".join(map(str, steps)) or "none"
         raise DataError(f"{run.at(stage, 'checkpoints')}: no checkpoint {f'after update {step}' if step else 'yet'}; complete ones: {known}.")
     folder = checkpoint.folder(run.at(stage), step or steps[-1])
-    meta = storage.read_json(storage.join(folder, "meta.json"))
+    meta = checkpoint.read_meta(folder)
     tensors = checkpoint.read_tensors(folder, KINDS[kind])
     target = out or run.at(stage, "export")
     identity = export.write(target, tensors, meta["config"][stage], parents=meta["parents"], step=meta["step"], weights=kind)

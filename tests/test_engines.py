@@ -239,10 +239,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used(trained: 
     meta = checkpoint.load_newest(folder, engine.fragments(to_load=True), World.single())
     assert meta is not None and meta["step"] == 3
     file.unlink()
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match=r"rank-0\.bin: does not exist"):
         checkpoint.load(folder, 5, engine.fragments(to_load=True))
     Path(checkpoint.folder(folder, 3), "rank-0.bin").unlink()
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match=r"rank-0\.bin: does not exist"):
         checkpoint.load_newest(folder, engine.fragments(to_load=True), World.single())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -235,6 +236,11 @@ def test_a_kill_between_the_last_checkpoint_and_the_end_costs_no_curve(tmp_path:
     after = read_metrics(str(tmp_path), "toy")
     for name in ("train/loss", "eval/loss", "perf/save_stall_s", "goodput/step_s"):
         assert [(p.step, p.value) for p in before[name]][:-1] == [(p.step, p.value) for p in after[name]][:-1] and after[name][-1].step == 4, name
+    shutil.rmtree(tmp_path / "toy" / "metrics")  # as if they had not reached the storage
+    once_more = fit_of(tmp_path, [APPLIED] * 4, [1.0])
+    once_more.task = Judged([1.0])
+    once_more.run_to_end()
+    assert [(p.step, p.value) for p in read_metrics(str(tmp_path), "toy")["eval/loss"]] == [(4, 0.5)]
 
 
 def resumed(tmp_path: Path, before: dict[str, str], now: dict[str, str]) -> Fit:

@@ -114,7 +114,7 @@ def left_alone(world: World, url: str) -> str:
     if not world.is_main:
         dist.destroy_process_group()
         return "left"
-    with pytest.raises(Exception, match=".") as caught:
+    with pytest.raises(Exception, match=r".") as caught:
         checkpoint.load(url, 10, fragments(0.0))
     dist.destroy_process_group()
     return type(caught.value).__name__ + f" {isinstance(caught.value, ReportedError)}"

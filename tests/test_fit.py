@@ -25,6 +25,7 @@ from train.fragments import Fragment, even_slice
 from train.metrics import read_metrics
 
 APPLIED, OVERFLOW, BROKEN = Update(True, 1.0), Update(False, float("inf"), True), Update(False, float("inf"), False)
+SAT_OUT = Update(True, 1.0, True)
 
 
 class Scripted:
@@ -109,6 +110,17 @@ def test_overflows_and_broken_numbers_are_counted_apart_and_recovered_from(tmp_p
     [
         ([APPLIED, APPLIED] + [OVERFLOW] * 8, [1.0], r"4 consecutive updates up to update 5 had overflows .* larger toy_fit\.max_overflow_steps"),
         ([APPLIED, APPLIED] + [BROKEN] * 8, [1.0], r"2 consecutive updates up to update 3 had non-finite .* larger toy_fit\.max_bad_steps"),
+        (
+            [APPLIED, APPLIED] + [BROKEN, OVERFLOW] * 4,
+            [1.0],
+            r"3 consecutive updates up to update 4 had non-finite .* \(2\) or overflows .* \(1\); .* larger toy_fit\.max_bad_steps",
+        ),
+        ([APPLIED, APPLIED] + [SAT_OUT] * 8, [1.0], r"4 consecutive updates up to update 5 had overflows"),
+        (
+            [APPLIED, APPLIED, OVERFLOW, OVERFLOW, OVERFLOW, BROKEN] + [OVERFLOW] * 4,
+            [1.0],
+            r"5 consecutive updates up to update 6 had non-finite .* \(1\) or overflows .* \(4\); .*max_overflow_steps",
+        ),
         ([APPLIED] * 8, [1.0, 1.0, float("inf"), float("inf")], r"2 consecutive updates up to update 3 had non-finite"),
     ],
 )

@@ -18,8 +18,11 @@ def test_planted_values_are_counted_where_they_are() -> None:
         torch.tensor([0.0, 0.0, -small, -4.0]),
         torch.tensor([0.0, 2.0]),
         torch.tensor([0.0, math.inf]),
+        torch.tensor([6e4]),  # finite, beside the infinite one
     ]
-    found = Gradients(tensors, torch.tensor([0, 1, 1, 2]), [True, True, False, False])  # the third is a bias, the last lies outside of the resblocks
+    found = Gradients(
+        tensors, torch.tensor([0, 1, 1, 2, 2]), [True, True, False, False, False]
+    )  # the third is a bias, the last two lie outside of the resblocks
     once = measures.local(found, 3, count=True, device=torch.device("cpu"))
     both = measures.agreed((2 * once).tolist(), 3, replicas=1)  # two ranks that hold as much
     assert both.bad == [False, False, True]

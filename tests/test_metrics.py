@@ -79,7 +79,9 @@ def test_what_an_attempt_did_beyond_the_start_of_the_next_is_dropped_in_every_se
     _write(tmp_path, 1, [(20, {"loss": 2.5, "late": 2.0}), (40, {"loss": 4.5, "psnr": 11.0, "late": 3.0})])
     series = read_metrics(str(tmp_path), "dvae")
     assert [(p.step, p.value) for p in series["loss"]] == [(10, 1.0), (20, 2.5), (40, 4.5)]
-    assert [(p.step, p.value) for p in series["psnr"]] == [(20, 9.0), (40, 11.0)], "an attempt that starts at a step may have only the rest of it to do"
+    assert [(p.step, p.value) for p in series["psnr"]] == [(20, 9.0), (40, 11.0)], (
+        "an attempt that starts at a step may have only the rest of it to do"
+    )
     assert [p.step for p in read_metrics(str(tmp_path), "dvae")["late"]] == [20, 40]
 
 

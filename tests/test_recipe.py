@@ -138,6 +138,13 @@ def test_halvings_are_written_by_hand_into_the_run_folder(tmp_path: Path) -> Non
     assert make_plateau(fit, run, World.single()).at == (7,)
     storage.write_json(run.at("dalle", "halve_at.json"), [30, 20])
     assert make_plateau(fit, run, World.single()).at == (20, 30)
-    storage.write_json(run.at("dalle", "halve_at.json"), {"at": 3})
-    with pytest.raises(ConfigError, match="expected a list of updates after which to halve"):
-        make_plateau(fit, run, World.single())
+    storage.write_json(run.at("dalle", "halve_at.json"), [])
+    none = make_plateau(fit, run, World.single())
+    assert not any(none.observe(step, 1.0) for step in range(1, 10 * fit.plateau_window)), "an empty list is no halving, not the detector"
+    for wrong in ({"at": 3}, [20, 20], [0], [2.5]):
+        storage.write_json(run.at("dalle", "halve_at.json"), wrong)
+        with pytest.raises(ConfigError, match="expected a list of updates after which to halve"):
+            make_plateau(fit, run, World.single())
+    fit = load_run("tiny", ["dalle_fit.halve_at=[0]", "dalle_fit.schedule=plateau"]).dalle_fit
+    with pytest.raises(ConfigError, match=r"dalle_fit\.halve_at holds \[0\]"):
+        make_plateau(fit, RunFolder(str(tmp_path / "other")), World.single())

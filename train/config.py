@@ -56,7 +56,7 @@ class FitSection(Section):
     keep_every: int = Field(default=0, ge=0)
     """The first checkpoint at or after each multiple of this many updates is kept for good; 0: none are."""
     max_bad_steps: int = Field(default=3, gt=0)
-    """Consecutive updates with non-finite losses or gradients before the run ends with exit code 93."""
+    """Updates with non-finite losses or gradients, without a good one between them, before the run ends with exit code 93."""
     max_overflow_steps: int = Field(default=500, gt=0)
     """The same for updates skipped because scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
     so this must span several windows."""

@@ -234,20 +234,27 @@ class Fit:
         return agreed, logged
 
     def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
-        """Count bad updates by kind: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than other ones."""
+        """Count bad updates by kind since the last good one: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than
+        other ones; also those that only their resblock sat out."""
         self._counts["forward_non_finite"] += not forward_ok
         self._counts["gradient_overflow"] += forward_ok and (update.overflow or not update.applied)
-        answered = forward_ok and not update.applied and update.overflow
-        self._overflows = self._overflows + 1 if answered else 0
-        self._bad = 0 if forward_ok and (update.applied or update.overflow) else self._bad + 1
-        if self._bad < self.section.max_bad_steps and self._overflows < self.section.max_overflow_steps:
+        if forward_ok and update.applied and not update.overflow:
+            self._bad = self._overflows = 0
+            return
+        if forward_ok and update.overflow:
+            self._overflows += 1
+        else:
+            self._bad += 1
+        answered = self._overflows >= self.section.max_overflow_steps
+        if self._bad < self.section.max_bad_steps and not answered:
             return
         self._saver.wait()
         self._writer.close()
-        key = "max_overflow_steps" if self._overflows else "max_bad_steps"
-        what = "overflows of scaled gradients at ever smaller scales" if self._overflows else "non-finite losses or gradients"
+        key = "max_overflow_steps" if answered else "max_bad_steps"
+        kinds = {"non-finite losses or gradients": self._bad, "overflows of scaled gradients at ever smaller scales": self._overflows}
+        what = " or ".join(f"{kind} ({count})" if self._bad and self._overflows else kind for kind, count in kinds.items() if count)
         raise DivergedError(
-            f"{self.stage}: {self._bad or self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
+            f"{self.stage}: {self._bad + self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
             f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; with a smaller {self.stage}_fit.lr it is another run "
             "(run.name)" + (", which can start from this one's weights (launcher.py export, dalle_fit.init_from)." if self.stage == "dalle" else ".")
         )

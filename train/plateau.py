@@ -16,7 +16,7 @@ class Plateau:
     five times and does not say when; window, threshold and patience are ours.
     """
 
-    def __init__(self, window: int, patience: int, threshold: float, halvings: int, warmup: int, at: tuple[int, ...] = ()) -> None:
+    def __init__(self, window: int, patience: int, threshold: float, halvings: int, warmup: int, at: tuple[int, ...] | None = None) -> None:
         """
         Args:
             window: updates of a window.
@@ -24,10 +24,10 @@ class Plateau:
             threshold: smallest relative progress that counts.
             halvings: largest number of halvings.
             warmup: updates at the start that are not looked at.
-            at: by hand: halve after exactly these updates, and look at nothing.
+            at: by hand: halve after exactly these updates, and look at nothing; None: look.
         """
         self.window, self.patience, self.threshold, self.limit, self.warmup = window, patience, threshold, halvings, warmup
-        self.at = tuple(sorted(at))
+        self.at = None if at is None else tuple(sorted(at))
         self.halved: list[int] = []
         """Updates after which the step size was halved."""
         self._best: float | None = None
@@ -41,7 +41,7 @@ class Plateau:
 
     def observe(self, step: int, loss: float) -> bool:
         """Take in the loss of update ``step`` (1 is the first); True if the step size is halved after it. Losses that are not finite are left out."""
-        if self.at:
+        if self.at is not None:
             return step in self.at and step not in self.halved and self._halve(step, "by hand")
         if step <= self.warmup or len(self.halved) >= self.limit:
             return False
@@ -70,7 +70,7 @@ class Plateau:
         """Go on from a checkpoint's state after ``step`` updates; halvings by hand that lie before it count as done."""
         self.halved = list(state["halved"])
         self._best, self._idle, self._sum, self._count = state["best"], state["idle"], state["sum"], state["count"]
-        if self.at:
+        if self.at is not None:
             halved, self.halved = self.halved, [update for update in self.at if update <= step]
             if halved != self.halved:
                 log.warning(

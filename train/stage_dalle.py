@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
-    if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):  # else the checkpoint holds the weights, and names what they started from
+    if fit.init_from and not checkpoint.any_complete(
+        run.at("dalle"), world
+    ):  # else the checkpoint holds the weights, and names what they started from
         lineage["init_from"] = warm_start.load(model, fit.init_from, "dalle_fit.init_from")
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     if world.is_main:
@@ -61,15 +64,20 @@ def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
     """The detector of plateaus. A list of updates in ``<run>/dalle/halve_at.json``, read at each start, overrules dalle_fit.halve_at. Collective.
 
     Raises:
-        ConfigError: the file holds something else than a list of updates.
+        ConfigError: the file or the key holds something else than a list of different updates.
     """
-    at: list[tuple[int, ...]] = [fit.halve_at]
+    at: list[tuple[int, ...] | None] = [_checked("dalle_fit.halve_at", list(fit.halve_at)) or None]
     url = run.at("dalle", "halve_at.json")
     if world.is_main and storage.exists(url):
-        by_hand = storage.read_json(url)
-        if not isinstance(by_hand, list) or not all(type(update) is int and update > 0 for update in by_hand):
-            raise ConfigError(f"{url} holds {by_hand!r}; expected a list of updates after which to halve the step size, such as [20000, 50000].")
-        at = [tuple(by_hand)]
+        at = [_checked(url, storage.read_json(url))]  # an empty list, too: no halving at all
     if world.size > 1:
         dist.broadcast_object_list(at)
     return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])
+
+
+def _checked(place: str, given: Any) -> tuple[int, ...]:
+    if not isinstance(given, list) or not all(type(update) is int and update > 0 for update in given) or len(set(given)) < len(given):
+        raise ConfigError(
+            f"{place} holds {given!r}; expected a list of updates after which to halve the step size, each once, such as [20000, 50000]."
+        )
+    return tuple(given)

@@ -64,4 +64,6 @@ def agreed(sums: Sequence[float], slots: int, replicas: int) -> Measures:
     """Read the vector after the sum over all ranks, ``replicas`` of which hold equal shards."""
     rows = [list(sums[row * slots : (row + 1) * slots]) for row in range(len(_ROWS))]
     share = [[part / count if count else float("nan") for part, count in zip(rows[row], rows[4], strict=True)] for row in (2, 3)]
-    return Measures([value > 0 for value in rows[0]], [value / replicas for value in rows[1]], share[0], share[1])
+    bad = [value > 0 for value in rows[0]]
+    # Of a bad slot nothing counts: its finite parts may be as large as fp16 allows, and would clip all others.
+    return Measures(bad, [0.0 if odd else value / replicas for odd, value in zip(bad, rows[1], strict=True)], share[0], share[1])

@@ -17,6 +17,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from tests.ranks import run_in_ranks
 from train import front
+from train.checkpoint_storage import digest
 from train.config import load_run
 from train.metrics import read_metrics
 from train.stages import STAGES
@@ -277,7 +278,8 @@ def test_a_checkpoint_of_another_model_names_the_first_difference(prepared: Path
     for path in (root / "tiny" / "dvae" / "checkpoints").glob("*/meta.json"):
         meta = json.loads(path.read_text())
         meta["shapes"]["encoder.blocks.input.w"] = [1]
-        path.write_text(json.dumps(meta))
+        del meta["sha256"]
+        path.write_text(json.dumps(meta | {"sha256": digest(meta)}))
     with pytest.raises(front.StageFailed, match=r"of another model; first difference: encoder\.blocks\.input\.w"):
         run_stage("dvae", str(root), [])
 

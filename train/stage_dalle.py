@@ -42,9 +42,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
-    if fit.init_from and not checkpoint.any_complete(
-        run.at("dalle"), world
-    ):  # else the checkpoint holds the weights, and names what they started from
+    # Once there is a checkpoint, it holds the weights, and names what they started from.
+    if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
         lineage["init_from"] = warm_start.load(model, fit.init_from, "dalle_fit.init_from")
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     if world.is_main:

@@ -311,7 +311,7 @@ def test_the_committed_pictures_are_those_of_the_committed_files() -> None:
     assert [path.stem for path in files] == sorted(path.stem for path in (experiments.DOCS / "pictures").glob("against-dalle-pytorch*.svg"))
     for path in files:
         found = json.loads(path.read_text())
-        assert path.stem == peer_page.name(found["settings"]["run"])
+        assert path.stem == peer_page.stem(found["settings"]["run"])
         assert (experiments.DOCS / peer_page.picture_place(found)).read_text() == peer_page.picture(found)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.shards import digest
 from infra import storage
 from infra.errors import ConfigError, DataError, ExitCode, StopRequested
 from infra.run_folder import RunFolder
@@ -17,7 +18,6 @@ from infra.signals import StopFlag
 from infra.world import World
 from tests.ranks import run_in_ranks
 from train import front
-from train.checkpoint_storage import digest
 from train.config import load_run
 from train.metrics import read_metrics
 from train.stages import STAGES

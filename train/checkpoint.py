@@ -20,11 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data_pipeline.shards import digest
 from infra import storage
 from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
-from train.checkpoint_storage import Reader, Writer, digest
+from train.checkpoint_storage import Reader, Writer
 from train.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
 
 log = logging.getLogger(__name__)

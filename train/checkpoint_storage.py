@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,16 +14,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from data_pipeline.shards import digest
 from infra import files, storage
 from infra.errors import CheckpointError
 
 INDEX = "index.json"
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON: equal for what is written and for what is read."""
-    plain = json.loads(json.dumps(value, allow_nan=False))  # keys of objects become strings, which sort otherwise than numbers
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _done(value: Any) -> Future[Any]:

@@ -58,7 +58,7 @@ class FitSection(Section):
     max_bad_steps: int = Field(default=3, gt=0)
     """Updates with non-finite losses or gradients, without a good one between them, before the run ends with exit code 93."""
     max_overflow_steps: int = Field(default=500, gt=0)
-    """The same for updates skipped because scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
+    """The same for updates whose scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
     so this must span several windows."""
 
 

@@ -245,12 +245,12 @@ class Fit:
             self._overflows += 1
         else:
             self._bad += 1
-        answered = self._overflows >= self.section.max_overflow_steps
-        if self._bad < self.section.max_bad_steps and not answered:
+        overflowed = self._overflows >= self.section.max_overflow_steps
+        if self._bad < self.section.max_bad_steps and not overflowed:
             return
         self._saver.wait()
         self._writer.close()
-        key = "max_overflow_steps" if answered else "max_bad_steps"
+        key = "max_overflow_steps" if overflowed else "max_bad_steps"
         kinds = {"non-finite losses or gradients": self._bad, "overflows of scaled gradients at ever smaller scales": self._overflows}
         what = " or ".join(f"{kind} ({count})" if self._bad and self._overflows else kind for kind, count in kinds.items() if count)
         raise DivergedError(

@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> None:
     given = parser.parse_args(words)
     url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
     cfg, run = load_run(url, given.overrides), RunFolder(url)
-    out = given.out or _FOLDER / f"{peer_page.name(cfg.run.name)}.json"
+    out = given.out or _FOLDER / f"{peer_page.stem(cfg.run.name)}.json"
     if given.at_once and given.only is None:
         at_once(words, given.threads, out)
         print(peer_page.section(json.loads(out.read_text())))

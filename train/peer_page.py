@@ -7,7 +7,6 @@ from typing import Any
 from train.precision_page import alone
 from train.report.plots import Line, lines
 
-NAME = "against-dalle-pytorch"
 _GOAL = 0.05
 _COLUMNS = (("ours", "averaged", "ours, averaged weights"), ("ours", "raw", "ours, last weights"), ("peer", "raw", "dalle-pytorch"))
 _ABOUT = """Made by `python -m train.peer_experiment RUN`, on the same codes, captions and samples in the same order, with equal depth, width, heads and batch, on the same machine,
@@ -59,21 +58,21 @@ def verdict(found: dict[str, Any]) -> str:
     return f"Ours is {said['averaged']} ({said['raw']} with the last weights); the goal of {_GOAL:.0%} lower is {reached}."
 
 
-def name(run: str) -> str:
-    """Of the files about a run, without a suffix."""
-    return f"{NAME}-{run}"
+def stem(run: str) -> str:
+    """Name of the files about a run, without a suffix."""
+    return f"against-dalle-pytorch-{run}"
 
 
 def picture_place(found: dict[str, Any]) -> str:
     """Where its picture lies, below docs/."""
-    return f"pictures/{name(found['settings']['run'])}.svg"
+    return f"pictures/{stem(found['settings']['run'])}.svg"
 
 
 def picture(found: dict[str, Any]) -> str:
     """The curves of both as an SVG file."""
     names = {"ours": "ours, averaged weights", "peer": "dalle-pytorch"}
     series = [Line(name, [(minutes, nats) for minutes, _, nats in found[half]["curve"]]) for half, name in names.items() if half in found]
-    return alone(lines(name(found["settings"]["run"]), "validation nats per image code", series, across="minutes of training"))
+    return alone(lines(stem(found["settings"]["run"]), "validation nats per image code", series, across="minutes of training"))
 
 
 def _probes(found: dict[str, Any]) -> str:

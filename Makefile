@@ -49,7 +49,7 @@ clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache
 
 # pytest ends with 5 when no test is selected.
-selected = $(RUN) -m pytest -m $(1) $(ARGS); code=$$?; \
+selected = $(RUN) -m pytest -m $(1) --timeout=0 $(ARGS); code=$$?; \
 	if [ $$code -eq 5 ]; then echo "$(1): no test is marked '$(1)' in this selection; nothing to do."; exit 0; fi; exit $$code
 
 # The stamp comes last, and .installing marks an environment that an interrupted installation left in an unknown state.

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import mmap
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkContext
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +29,7 @@ B = TypeVar("B")
 
 _PR_SET_PDEATHSIG = 1
 _running: weakref.WeakSet[Workers[Any]] = weakref.WeakSet()
+_handlers: dict[str, Callable[[int, FrameType | None], None]] = {}
 
 
 class _Failure:
@@ -32,6 +37,26 @@ class _Failure:
 
     def __init__(self, error: ReportedError) -> None:
         self.error = error
+
+
+class _Flag:
+    """An event without a lock. A worker that is killed while it asks multiprocessing's Event keeps its lock, and the parent would wait for that forever."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)  # anonymous and shared: forked processes see the same byte
+
+    def is_set(self) -> bool:
+        return self._byte[0] != 0
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+
+class _Context(ForkContext):
+    """Forked processes: shard caches and transforms are shared, not pickled."""
+
+    def Event(self) -> _Flag:  # type: ignore[override]  # DataLoader makes one, which tells workers to end
+        return _Flag()
 
 
 class _Share(IterableDataset):  # type: ignore[type-arg]
@@ -77,13 +102,15 @@ class Workers(Generic[B]):
             num_workers=workers,
             prefetch_factor=prefetch,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork",  # shard caches and transforms are shared, not pickled
+            multiprocessing_context=_Context(),
             worker_init_fn=lambda worker: _settle(parent),
             generator=torch.Generator(),  # DataLoader draws a seed, and must not draw it from the generator of the weights
         )
         self._iterator = iter(loader)
         self._processes = list(self._iterator._workers)
+        self._asked = False
         _running.add(self)
+        _hold_back_torchs_handler()
 
     @property
     def pids(self) -> list[int]:
@@ -97,6 +124,7 @@ class Workers(Generic[B]):
             ReportedError: a worker's own (DataError, ...), or one that says which worker was killed.
         """
         try:
+            self._asked = True
             found = next(self._iterator)
         except RuntimeError as error:
             ended = [
@@ -109,6 +137,8 @@ class Workers(Generic[B]):
             raise ReportedError(
                 f"{', '.join(ended)} of the loader ended; if it was killed for memory, lower data.workers or the batch, or give the job more memory."
             ) from error
+        finally:
+            self._asked = False
         if isinstance(found, _Failure):
             raise found.error
         batch: B = found
@@ -124,6 +154,20 @@ class Workers(Generic[B]):
                     process.join()
         self._processes = []
         _running.discard(self)
+
+
+def _hold_back_torchs_handler() -> None:
+    """A worker's end is found by ``next``: torch's handler of SIGCHLD would raise wherever the process is then, within an update or a save."""
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(torchs) or torchs is _handlers.get("ours"):
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if any(workers._asked for workers in _running):
+            torchs(number, frame)
+
+    _handlers["ours"] = handle
+    signal.signal(signal.SIGCHLD, handle)
 
 
 def _settle(parent: int) -> None:

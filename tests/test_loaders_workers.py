@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -91,6 +93,32 @@ def test_a_killed_worker_is_an_error_that_names_it() -> None:
         while True:
             made.next()
     assert time.monotonic() - began < 30
+    made.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_while_it_holds_locks_is_an_error_too() -> None:
+    def hold(worker: int, workers: int) -> Iterator[int]:
+        yield 0
+        for event in [found for found in gc.get_objects() if isinstance(found, multiprocessing.synchronize.Event)]:
+            event._cond.acquire()  # type: ignore[attr-defined]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    made = Workers(hold, 2, 1)
+    with pytest.raises(ReportedError, match="killed by SIGKILL"):
+        for _ in range(4):
+            made.next()
+    made.close()
+
+
+def test_a_killed_worker_disturbs_nothing_but_the_next_batch() -> None:
+    made = Workers(counting, 1, 1)
+    made.next()
+    os.kill(made.pids[0], signal.SIGKILL)
+    time.sleep(0.3)  # an update: SIGCHLD arrives here
+    with pytest.raises(ReportedError, match="killed by SIGKILL"):
+        for _ in range(9):
+            made.next()
     made.close()
 
 

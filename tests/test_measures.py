@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.zero import measures
-from train.zero.shards import Gradients
+from train.zero.shards import Gradients, Layout
 
 
 def test_planted_values_are_counted_where_they_are() -> None:
@@ -20,9 +20,9 @@ def test_planted_values_are_counted_where_they_are() -> None:
         torch.tensor([0.0, math.inf]),
         torch.tensor([6e4]),  # finite, beside the infinite one
     ]
-    found = Gradients(
-        tensors, torch.tensor([0, 1, 1, 2, 2]), [True, True, False, False, False]
-    )  # the third is a bias, the last two lie outside of the resblocks
+    # The third is a bias, the last two lie outside of the resblocks.
+    layout = Layout([0, 1, 1, 2, 2], [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
+    found = Gradients(tensors, layout)
     once = measures.local(found, 3, count=True, device=torch.device("cpu"))
     both = measures.agreed((2 * once).tolist(), 3, replicas=1)  # two ranks that hold as much
     assert both.bad == [False, False, True]

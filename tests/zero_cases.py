@@ -37,6 +37,7 @@ class Case:
     overlap: bool = False
     scope: str = "resblock"
     skip: str = "all"
+    filter: bool = True
     initial: float = 13
     constant: float = 0
 
@@ -60,7 +61,13 @@ def zero_of(case: Case) -> ZeroSection:
 
 
 def scales_of(case: Case) -> ScaleSection:
-    return ScaleSection(scope=case.scope, skip=case.skip, initial=case.initial, before_reduction=case.constant)  # type: ignore[arg-type]
+    return ScaleSection(
+        scope=case.scope,  # type: ignore[arg-type]
+        skip=case.skip,  # type: ignore[arg-type]
+        filter=case.filter,
+        initial=case.initial,
+        before_reduction=case.constant,
+    )
 
 
 def make_model(precision: str = "fp32", *, checkpointing: bool = False, seed: int = 0, config: TransformerConfig = CONFIG) -> Transformer:
@@ -127,7 +134,7 @@ def true_gradients(engine: Any) -> dict[str, Tensor]:
     factors = engine.factors()
     by_name = {piece.name: piece for piece in engine.pieces}
     out = {}
-    for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.slots.tolist(), strict=True):
+    for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.layout.slots.tolist(), strict=True):
         piece = by_name[name]
         whole = torch.zeros(piece.total)
         whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * factors[slot]

@@ -33,7 +33,7 @@ from tests.zero_cases import (
 from train import checkpoint, warm_start
 from train.checkpoint_saver import Saver
 from train.fit import full_shape
-from train.zero import one_pass
+from train.zero import measures, one_pass
 
 CLIP = 0.25
 """Small enough to clip."""
@@ -105,6 +105,18 @@ INFINITE = [
     Case(stage=3, precision="fp16"),
     Case(stage=2, precision="fp16", skip="resblock"),
 ]
+
+
+def overflow(world: World, *, filters: bool) -> dict[str, Any]:
+    """One update in which gradients of activations overflow within resblock 1: what becomes of it, and which gradients were not finite."""
+    engine = make_engine(Case(stage=2, precision="fp16", filter=filters), world)
+    updates(engine, world, 0, 1)
+    hook = engine.module.resblocks[1].mlp_2.register_full_backward_hook(lambda module, into, out: (torch.full_like(into[0], float("inf")),))
+    backward(engine, world, 1, 1)
+    hook.remove()
+    measured = engine.measure().tolist()
+    update = engine.step(1e-2, measured)
+    return {"applied": update.applied, "overflow": update.overflow, "bad": measures.agreed(measured, 5, replicas=1).bad}
 
 
 INFINITE_IN_NODES = [Case(stage=stage, precision="fp16", sharding="node") for stage in (2, 3)]
@@ -390,6 +402,7 @@ def on_four(world: World, folder: str) -> dict[str, Any]:
 
 def on_one(world: World, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"curves": curves(world), "loaded": load_all(world, folder)}
+    found["overflow"] = {filters: overflow(world, filters=filters) for filters in (True, False)}
     plain = make_engine(Case(stage=2, precision="fp16"), world)
     try:
         checkpoint.load(f"{folder}/0", 3, plain.fragments(to_load=True))

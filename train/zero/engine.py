@@ -148,7 +148,7 @@ class ZeroEngine:
         """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. Collective between nodes."""
         found = self.gradients.read()
         if self.nodes > 1:
-            self._between_nodes(found.tensors, found.compressible)
+            self._between_nodes(found.tensors, found.layout.compressible)
         return measures.local(found, self.resblocks + 1, count=(self.attempts + 1) % self.fit.numerics_every == 0, device=self.device)
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
@@ -185,7 +185,8 @@ class ZeroEngine:
         if applied:
             self.updates += 1
             self.average.update(self.updates)
-        overflow = self.scales is not None and in_block and not outside
+        # Unfiltered, a resblock's overflow reaches those before it and the embeddings.
+        overflow = self.scales is not None and in_block and not (outside and self.rules.filter)
         numerics = self._numerics(values, found, norms) if self.attempts % self.fit.numerics_every == 0 else {}
         return Update(applied, float("inf") if outside or (in_block and not applied) else norm, overflow, numerics)
 

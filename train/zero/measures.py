@@ -41,22 +41,19 @@ def local(found: Gradients, slots: int, *, count: bool, device: torch.device) ->
     Args:
         count: also count zeros and subnormal values: two more passes over the gradients of matrices.
     """
-    sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=found.slots.device)
+    layout = found.layout
+    sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.slots.device)
     if found.tensors:
         squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in found.tensors]).double().square()
         finite = squares.isfinite()
-        sums[0].index_add_(0, found.slots, (~finite).double())
-        sums[1].index_add_(0, found.slots, torch.where(finite, squares, 0.0))
-    if count:
-        chosen = [index for index, matrix in enumerate(found.compressible) if matrix]
-        if chosen:
-            where = found.slots[chosen]
-            picked = [found.tensors[index] for index in chosen]
-            zeros = torch.stack([(t == 0).sum() for t in picked]).double()
-            small = torch.stack([(t.abs() < _SMALLEST_NORMAL).sum() for t in picked]).double()
-            sums[2].index_add_(0, where, zeros)
-            sums[3].index_add_(0, where, small - zeros)
-            sums[4].index_add_(0, where, torch.tensor([float(t.numel()) for t in picked], dtype=torch.float64, device=where.device))
+        sums[0].index_add_(0, layout.slots, (~finite).double())
+        sums[1].index_add_(0, layout.slots, torch.where(finite, squares, 0.0))
+    if count and layout.matrices:
+        picked = [found.tensors[index] for index in layout.matrices]
+        zeros = torch.stack([(t == 0).sum() for t in picked]).double()
+        small = torch.stack([(t.abs() < _SMALLEST_NORMAL).sum() for t in picked]).double()
+        for row, counts in ((2, zeros), (3, small - zeros), (4, layout.matrix_lengths)):
+            sums[row].index_add_(0, layout.matrix_slots, counts)
     return sums.flatten().to(device)
 
 

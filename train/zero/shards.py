@@ -48,14 +48,30 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
     return found
 
 
+class Layout:
+    """What stays the same of a rank's gradients. It is put on their device once, so that reading them copies nothing there."""
+
+    def __init__(self, slots: list[int], lengths: list[int], compressible: list[bool], device: torch.device) -> None:
+        """
+        Args:
+            slots: of each piece: its resblock, or the number of resblocks for what lies outside.
+            lengths: elements of each piece.
+            compressible: whether it is a block matrix.
+            device: of the gradients.
+        """
+        matrices = [index for index, matrix in enumerate(compressible) if matrix]
+        self.compressible, self.matrices = compressible, matrices
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.matrix_slots = torch.tensor([slots[index] for index in matrices], dtype=torch.int64, device=device)
+        self.matrix_lengths = torch.tensor([lengths[index] for index in matrices], dtype=torch.float64, device=device)
+
+
 @dataclass(frozen=True)
 class Gradients:
     """This rank's reduced gradients, as pieces of parameters without padding."""
 
     tensors: list[Tensor]
-    slots: Tensor
-    """Slot of each piece: its resblock, or the number of resblocks for what lies outside; int64 on the gradients' device."""
-    compressible: list[bool]
+    layout: Layout
 
 
 class GradientReader:
@@ -75,10 +91,10 @@ class GradientReader:
             self.names = [name for _, _, name in held]
             self._places = [(group, place, lengths[name]) for group, place, name in held]
         outside = len({tag.resblock for tag in tags.values()} - {None})
-        blocks = [outside if tags[name].resblock is None else tags[name].resblock for name in self.names]
+        found_in = [tags[name].resblock for name in self.names]
+        slots = [outside if block is None else block for block in found_in]
         device = torch.device("cpu") if offload else next(module.parameters()).device
-        self.slots = torch.tensor(blocks, dtype=torch.int64, device=device)
-        self.compressible = [tags[name].compressible for name in self.names]
+        self._layout = Layout(slots, [length for *_, length in self._places], [tags[name].compressible for name in self.names], device)
 
     def read(self) -> Gradients:
         """The gradients of this update; views, to be changed in place."""
@@ -91,4 +107,4 @@ class GradientReader:
         else:
             averaged = optimizer.averaged_gradients
             tensors = [averaged[group][place].view(-1)[:length] for group, place, length in self._places]
-        return Gradients(tensors, self.slots, self.compressible)
+        return Gradients(tensors, self._layout)

@@ -7,7 +7,6 @@ killed is an error that names it; workers die with their parent, and leave stop 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import mmap
 import os
 import signal
@@ -23,11 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.shared_memory import check_room
 from infra.errors import ReportedError
-from infra.signals import STOP_SIGNALS
+from infra.signals import STOP_SIGNALS, die_with_parent
 
 B = TypeVar("B")
 
-_PR_SET_PDEATHSIG = 1
 _running: weakref.WeakSet[Workers[Any]] = weakref.WeakSet()
 _handlers: dict[str, Callable[[int, FrameType | None], None]] = {}
 
@@ -174,9 +172,7 @@ def _settle(parent: int) -> None:
     """In a new worker: stop signals are the parent's business (it wants batches until it has saved), and its end is the worker's."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_with_parent(parent)
 
 
 def _end(code: int | None) -> str:

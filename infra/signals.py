@@ -75,12 +75,13 @@ def _listener(numbers: tuple[signal.Signals, ...]) -> threading.Thread:
     return thread
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when the parent ends, so that ``kill -9`` of a launcher leaves no rank behind.
 
-    A parent that ended before this call is told by its number in LAUNCHER_PID.
+    Args:
+        parent: its number, by which one that ended before this call is noticed; LAUNCHER_PID by default.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    expected = os.environ.get("LAUNCHER_PID")
+    expected = os.environ.get("LAUNCHER_PID") if parent is None else parent
     if expected is not None and os.getppid() != int(expected):
         os.kill(os.getpid(), signal.SIGKILL)

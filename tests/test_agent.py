@@ -28,6 +28,7 @@ sys.path.insert(0, {root!r})
 from infra import signals
 from infra.run_folder import RunFolder
 flag, run = signals.install(), RunFolder({run!r})
+signals.die_with_parent(os.getppid())  # as real ranks do
 open({run!r} + "/rank-" + os.environ["RANK"] + "-is-up", "w").close()
 while not flag:
     time.sleep(0.05)

@@ -82,7 +82,7 @@ class Counting:
 
 class Nothing:
     def next(self) -> dict[str, Any]:
-        return {}
+        return {"ids": []}
 
     def state(self) -> dict[str, Any]:
         return {}

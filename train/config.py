@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
@@ -137,7 +137,7 @@ class DalleFit(FitSection):
     """'cosine': step size at the last update."""
     halvings: int = Field(default=5, ge=0)
     """'plateau': largest number of halvings."""
-    halve_at: tuple[int, ...] = ()
+    halve_at: tuple[PositiveInt, ...] = ()
     """'plateau', by hand: halve after exactly these updates instead."""
     plateau_window: int = Field(default=2_000, gt=0)
     """'plateau': updates whose mean loss is compared."""
@@ -324,6 +324,8 @@ class RunConfig(Section):
     def _sections_agree(self) -> Self:
         if self.dalle_fit.optimizer == "apex" and self.dalle_fit.moments == "16-bit":
             raise ValueError("dalle_fit.optimizer = 'apex' keeps fp32 moments; set dalle_fit.moments = 'fp32', or the optimizer to 'paper'")
+        if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
+            raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
         size = self.dvae.image_size
         if size % self.clip.patch:
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data_pipeline.shards import id_hash
 from infra.errors import CheckpointError, DivergedError, StopRequested
 from infra.progress import Progress
 from infra.run_folder import RunFolder
@@ -33,7 +34,7 @@ _PATIENCE = 6.0  # an evaluation or a save may take that many times as long as t
 
 
 class Loader(Protocol):
-    """Batches for ever, with a position that can be saved."""
+    """Batches for ever, with the names of their samples under "ids", and with a position that can be saved."""
 
     def next(self) -> Batch: ...
 
@@ -135,7 +136,7 @@ class Fit:
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
-        self._vector = SignalVector(self.task.metrics, self.device)
+        self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
         evaluation: dict[str, float] = {}
@@ -203,7 +204,13 @@ class Fit:
             for name, value in loss.sums.items():
                 shares[name] = shares.get(name, 0.0) + value.detach()
         elapsed = time.perf_counter() - started
-        signals = {"stop": float(bool(self.stop)), "non_finite": (~finite).double(), "step_time_s": elapsed, **shares}
+        signals = {
+            "stop": float(bool(self.stop)),
+            "non_finite": (~finite).double(),
+            "step_time_s": elapsed,
+            "samples": _sum_of_ids(batches),
+            **shares,
+        }
         if isinstance(self.engine, MeasuringEngine):
             agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
             settled = self._settle(step)
@@ -224,6 +231,7 @@ class Fit:
         logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
         logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
         logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
+        logged["data/samples"] = agreed["samples"]
         if self.engine.loss_scale is not None:
             logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
         if self.peak_flops:
@@ -323,6 +331,11 @@ class Fit:
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}
+
+
+def _sum_of_ids(batches: list[Batch]) -> float:
+    """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
+    return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))
 
 
 def full_shape(parameter: Tensor) -> list[int]:

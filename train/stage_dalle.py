@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,20 +62,19 @@ def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
     """The detector of plateaus. A list of updates in ``<run>/dalle/halve_at.json``, read at each start, overrules dalle_fit.halve_at. Collective.
 
     Raises:
-        ConfigError: the file or the key holds something else than a list of different updates.
+        ConfigError: the file holds something else than a list of different updates.
     """
-    at: list[tuple[int, ...] | None] = [_checked("dalle_fit.halve_at", list(fit.halve_at)) or None]
+    at: list[tuple[int, ...] | None] = [fit.halve_at or None]
     url = run.at("dalle", "halve_at.json")
     if world.is_main and storage.exists(url):
-        at = [_checked(url, storage.read_json(url))]  # an empty list, too: no halving at all
+        at = [_read_halvings(url)]  # an empty list, too: no halving at all
     if world.size > 1:
         dist.broadcast_object_list(at)
     return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])
 
 
-def _checked(place: str, given: Any) -> tuple[int, ...]:
+def _read_halvings(url: str) -> tuple[int, ...]:
+    given = storage.read_json(url)
     if not isinstance(given, list) or not all(type(update) is int and update > 0 for update in given) or len(set(given)) < len(given):
-        raise ConfigError(
-            f"{place} holds {given!r}; expected a list of updates after which to halve the step size, each once, such as [20000, 50000]."
-        )
+        raise ConfigError(f"{url} holds {given!r}; expected a list of updates after which to halve the step size, each once, such as [20000, 50000].")
     return tuple(given)

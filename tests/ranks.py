@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import inspect
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+_HANGS_S = 800
 
 
 def run_in_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
@@ -32,7 +34,11 @@ def run_in_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> li
             )
             for rank in range(size)
         ]
-        codes = [process.wait() for process in processes]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         failures = [path.read_text() for path in sorted(Path(scratch).glob("error-*"))]
         assert not any(codes), "\n".join(failures) or f"exit codes {codes}"
         return [pickle.loads(Path(scratch, f"result-{rank}").read_bytes()) for rank in range(size)]
@@ -56,6 +62,7 @@ def _main(source: str, name: str, scratch: str) -> None:
 
     from infra.world import World
 
+    faulthandler.dump_traceback_later(_HANGS_S)  # who waits for whom, before the test's timeout ends it
     torch.set_num_threads(1)
     world = World.from_env()
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(scratch, "store")), world.size), rank=world.rank, world_size=world.size)

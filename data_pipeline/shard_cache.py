@@ -2,13 +2,15 @@
 
 Every shard file, local or downloaded, is read and hashed once on each node before a row of it is used. That costs a thousandth of decoding it, brings it
 into the page cache, and is why no damaged file is ever trained on, whichever run left it there. Nothing here waits for another rank: a shard that another
-process is preparing is waited for through its state in shared memory, and a process that fails gives the shard back.
+process is preparing is waited for through a lock of the kernel's, so a process that fails or is killed gives the shard back.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import struct
 import threading
 import time
 import weakref
@@ -41,6 +43,7 @@ FETCHES = 2
 """Downloads of a shard whose hash is wrong. Broken transfers are repeated by storage itself, with back-off."""
 _OPEN_FILES = 256
 _PATIENCE_S = 10.0  # for a download that is under way when the cache is closed
+_FLOCK = "hhqqi4x"
 _RETRIES = 8  # how often a shard may be evicted between its preparation and its opening
 
 
@@ -139,6 +142,26 @@ def _file_of(shard: Shard, local: str) -> MDSReader:
     return MDSReader(local, None, [], [], [], None, [], FileInfo(raw["basename"], raw["bytes"], raw["hashes"]), shard.samples, None, None)
 
 
+@contextmanager
+def _locked_byte(path: str, number: int, blocking: bool) -> Iterator[bool]:
+    """One byte of a file, locked against all threads and processes; the kernel lets go of it with the process. Gives False if another has it and ``blocking``
+    is not set."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    place = (os.SEEK_SET, number, 1, 0)  # of struct flock, without its type: whence, start, length, pid
+    try:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if blocking else fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, *place))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:  # in words: a process that was forked meanwhile has a copy of the descriptor
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, *place))
+    finally:
+        os.close(descriptor)
+
+
 class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
     """StreamingDataset whose shards are prepared one by one; a failure is an error here and now, not a silent end of an epoch."""
 
@@ -153,10 +176,17 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
         with self._making:  # one lock for both threads of a process: each process needs its own
             if self._maker != os.getpid():
                 self._cache_filelock, self._maker = FileLock(self._cache_filelock_path), os.getpid()
+        with _locked_byte(f"{self._cache_filelock_path}_shards", shard_id, blocking) as mine:
+            if mine:
+                self._prepare(shard_id)
+
+    def _prepare(self, shard_id: int) -> None:
+        """Prepare a shard that no other thread or process is preparing."""
+        if self._shard_states[shard_id] == _ShardState.PREPARING:
+            self._shard_states[shard_id] = _ShardState.REMOTE  # whoever was at it was killed, and streaming would wait for ever
         try:
-            super().prepare_shard(shard_id, blocking)
+            super().prepare_shard(shard_id)
         except Exception as error:
-            # It would stay 'preparing', and everybody else would wait for ever.
             self._shard_states[shard_id] = _ShardState.REMOTE
             self._cache_filelock.release(force=True)
             if isinstance(error, ValueError) and not isinstance(error, ConfigError):  # streaming's word for a cache that is full of shards in use

@@ -107,6 +107,8 @@ class Workers(Generic[B]):
         self._iterator = iter(loader)
         self._processes = list(self._iterator._workers)
         self._asked = False
+        # A forgotten one goes before its DataLoader, which would ask the workers to end through a queue that may be gone already, then by SIGTERM.
+        self._forgotten = weakref.finalize(self, _kill, self._processes, parent)
         _running.add(self)
         _hold_back_torchs_handler()
 
@@ -146,12 +148,18 @@ class Workers(Generic[B]):
         """End the workers; again is fine."""
         if self._processes and self._processes[0]._parent_pid == os.getpid():
             self._iterator._shutdown_workers()
-            for process in self._processes:
-                if process.is_alive():  # in a long download: it does not hear SIGTERM
-                    process.kill()
-                    process.join()
+            self._forgotten()  # those in a long download
         self._processes = []
         _running.discard(self)
+
+
+def _kill(processes: list[Any], parent: int) -> None:
+    """End what is left of the workers: they do not hear SIGTERM."""
+    if os.getpid() == parent:  # not in another worker, which has a copy of this
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _hold_back_torchs_handler() -> None:

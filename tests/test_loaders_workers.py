@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import multiprocessing.synchronize
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline import shared_memory
+from data_pipeline import shard_cache, shared_memory
 from data_pipeline.loaders import ShardLoader
 from data_pipeline.shards import ShardSet
 from data_pipeline.workers import Workers
@@ -169,6 +170,38 @@ def test_a_loader_goes_on_after_an_error(shard_set: ShardSet) -> None:
     again.restore(one.state())
     assert one.next() == again.next() != first
     one.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_a_killed_worker_was_preparing_is_prepared_by_the_next(
+    shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, marker, parent = shard_cache.check_local, tmp_path / "was-here", os.getpid()
+
+    def killed(*given: Any) -> None:
+        if os.getpid() != parent and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(*given)
+
+    monkeypatch.setattr(shard_cache, "check_local", killed)
+    one, plainly = loader([shard_set], World.single(), workers=1), loader([shard_set], World.single())
+    with pytest.raises(ReportedError, match="killed by SIGKILL"):
+        one.next()
+    assert [one.next() for _ in range(5)] == [plainly.next() for _ in range(5)]
+    one.close()
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_are_forgotten_end_at_once() -> None:
+    made = Workers(counting, 2, 1)
+    made.next()
+    pids = made.pids
+    made.itself = made  # type: ignore[attr-defined]  # a cycle, as the traceback of an error makes one
+    began = time.monotonic()
+    del made
+    gc.collect()
+    assert time.monotonic() - began < 4 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_workers_hear_no_stop_signal_and_end_with_the_loader() -> None:

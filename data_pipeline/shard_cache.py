@@ -43,7 +43,7 @@ FETCHES = 2
 """Downloads of a shard whose hash is wrong. Broken transfers are repeated by storage itself, with back-off."""
 _OPEN_FILES = 256
 _PATIENCE_S = 10.0  # for a download that is under way when the cache is closed
-_FLOCK = "hhqqi4x"
+_FLOCK = "hhqqi4x"  # Linux's struct flock on 64 bits: type, whence, start, length, pid
 _RETRIES = 8  # how often a shard may be evicted between its preparation and its opening
 
 
@@ -144,10 +144,12 @@ def _file_of(shard: Shard, local: str) -> MDSReader:
 
 @contextmanager
 def _locked_byte(path: str, number: int, blocking: bool) -> Iterator[bool]:
-    """One byte of a file, locked against all threads and processes; the kernel lets go of it with the process. Gives False if another has it and ``blocking``
-    is not set."""
+    """One byte of a file, locked against all threads and processes; the kernel lets go of it with the process.
+
+    Gives False if another has it and ``blocking`` is not set. FileLock would need a file for each of up to 25,000 shards.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    place = (os.SEEK_SET, number, 1, 0)  # of struct flock, without its type: whence, start, length, pid
+    place = (os.SEEK_SET, number, 1, 0)
     try:
         try:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if blocking else fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, *place))
@@ -156,7 +158,7 @@ def _locked_byte(path: str, number: int, blocking: bool) -> Iterator[bool]:
             return
         try:
             yield True
-        finally:  # in words: a process that was forked meanwhile has a copy of the descriptor
+        finally:  # closing is not enough: a process that was forked meanwhile has a copy of the descriptor
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, *place))
     finally:
         os.close(descriptor)

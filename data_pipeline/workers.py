@@ -13,6 +13,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.context import ForkContext
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -27,7 +28,6 @@ from infra.signals import STOP_SIGNALS, die_with_parent
 B = TypeVar("B")
 
 _running: weakref.WeakSet[Workers[Any]] = weakref.WeakSet()
-_handlers: dict[str, Callable[[int, FrameType | None], None]] = {}
 
 
 class _Failure:
@@ -108,7 +108,7 @@ class Workers(Generic[B]):
         self._processes = list(self._iterator._workers)
         self._asked = False
         # A forgotten one goes before its DataLoader, which would ask the workers to end through a queue that may be gone already, then by SIGTERM.
-        self._forgotten = weakref.finalize(self, _kill, self._processes, parent)
+        self._finalizer = weakref.finalize(self, _kill, self._processes, parent)
         _running.add(self)
         _hold_back_torchs_handler()
 
@@ -148,7 +148,7 @@ class Workers(Generic[B]):
         """End the workers; again is fine."""
         if self._processes and self._processes[0]._parent_pid == os.getpid():
             self._iterator._shutdown_workers()
-            self._forgotten()  # those in a long download
+            self._finalizer()  # for those in a long download
         self._processes = []
         _running.discard(self)
 
@@ -164,16 +164,15 @@ def _kill(processes: list[Any], parent: int) -> None:
 
 def _hold_back_torchs_handler() -> None:
     """A worker's end is found by ``next``: torch's handler of SIGCHLD would raise wherever the process is then, within an update or a save."""
-    torchs = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(torchs) or torchs is _handlers.get("ours"):
-        return
+    found = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is threading.main_thread() and callable(found) and getattr(found, "func", None) is not _if_asked:
+        signal.signal(signal.SIGCHLD, partial(_if_asked, found))
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if any(workers._asked for workers in _running):
-            torchs(number, frame)
 
-    _handlers["ours"] = handle
-    signal.signal(signal.SIGCHLD, handle)
+def _if_asked(handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
+    """Handle a signal as ``handler`` does while a batch is waited for, and not at all at other times."""
+    if any(workers._asked for workers in _running):
+        handler(number, frame)
 
 
 def _settle(parent: int) -> None:

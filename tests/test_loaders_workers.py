@@ -190,6 +190,7 @@ def test_a_shard_that_a_killed_worker_was_preparing_is_prepared_by_the_next(
         one.next()
     assert [one.next() for _ in range(5)] == [plainly.next() for _ in range(5)]
     one.close()
+    plainly.close()
 
 
 @pytest.mark.timeout(60)

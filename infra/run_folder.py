@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Collection, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ _POLL_S = 0.5  # between looks at what other nodes have written
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
 
+@cache
 def commit() -> str:
-    """The commit of this checkout, with ``+dirty`` where tracked files differ from it; ``unknown`` outside a checkout."""
+    """The commit of this checkout, with ``+dirty`` where tracked files differ from it; ``unknown`` outside a checkout. Asked once in a process:
+    what is checked out while it runs is not what runs."""
     try:
         head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode

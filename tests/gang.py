@@ -15,6 +15,7 @@ from infra.errors import ExitCode
 from infra.job import RETRIES
 from infra.ledger import Verdict
 from infra.run_folder import RunFolder
+from tests.processes import ranks_under
 from train.cluster import Start, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -29,20 +30,6 @@ _SET_UP = 'mount -t tmpfs -o size=1g tmpfs /dev/shm && mount -t tmpfs -o size=3g
 def available() -> bool:
     """Whether mount namespaces can be made here."""
     return subprocess.run([*_SPACES, "true"], capture_output=True, check=False).returncode == 0
-
-
-def children(pid: int) -> list[int]:
-    """Live ranks of a launcher."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) if b"--worker" in words else 0
-        except OSError:
-            continue
-        if parent == pid:
-            found.append(int(entry.name))
-    return sorted(found)
 
 
 class Gang:
@@ -76,7 +63,7 @@ class Gang:
 
     def ranks(self, node: int) -> list[int]:
         """Process numbers of a node's ranks."""
-        return children(self.launchers[node].pid)
+        return ranks_under(self.launchers[node].pid)
 
     def ended(self) -> bool:
         """Whether a launcher has ended."""
@@ -104,7 +91,7 @@ class Gang:
     def kill(self) -> None:
         """End what is left, and leave nothing behind."""
         for launcher in self.launchers:
-            pids = children(launcher.pid)
+            pids = ranks_under(launcher.pid)
             if launcher.poll() is None:
                 launcher.kill()
             launcher.wait()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import processes
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -25,19 +26,6 @@ _PATIENCE_S = 300
 
 def command(*words: str) -> list[str]:
     return [sys.executable, str(ROOT / "launcher.py"), *words]
-
-
-def processes_of(run: Path) -> list[int]:
-    """Live launchers and ranks of a run folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0") if entry.name.isdigit() else []
-        except OSError:
-            continue
-        if any("launcher.py" in word for word in words) and any(str(run) in word or f"run.root={run.parent}" == word for word in words):
-            found.append(int(entry.name))
-    return found
 
 
 def run_until(words: list[str], run: Path, reached: Callable[[], bool]) -> None:
@@ -50,7 +38,7 @@ def run_until(words: list[str], run: Path, reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    while processes_of(run):
+    while processes.of_run(run):
         assert time.monotonic() < deadline, "something outlived the launcher"
         time.sleep(0.05)
 

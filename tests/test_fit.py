@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from infra.errors import CheckpointError, DivergedError
-from infra.run_folder import RunFolder
+from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
 from infra.world import World
 from train import checkpoint
@@ -159,6 +160,16 @@ def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(t
     gate.set()
     saver.wait()
     assert checkpoint.read_tensors(checkpoint.folder(str(tmp_path), 1), "model")["w"].tolist() == [1.0] * 4
+
+
+def test_a_checkpoint_names_the_commit_that_runs_not_the_one_checked_out_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit.cache_clear()
+    saver = Saver(str(tmp_path), World.single(), keep=2)
+    running = commit()
+    monkeypatch.setattr(subprocess, "run", lambda *given, **named: subprocess.CompletedProcess(given, 0, "another commit\n"))
+    saver.save(1, fragments_of(1.0), {"shapes": {"w": [4]}})
+    saver.wait()
+    assert checkpoint.read_meta(checkpoint.folder(str(tmp_path), 1))["commit"] == running != "another commit"
 
 
 def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_path: Path) -> None:

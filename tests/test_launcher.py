@@ -17,6 +17,7 @@ from infra.agent import Placement, begin
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.processes import ranks_of
 from train import front
 from train.config import load_run
 
@@ -43,19 +44,6 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def pids_of(run: Path) -> list[int]:
-    """Live ranks of a run folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-        except OSError:
-            continue
-        if b"--worker" in words and any(word.startswith(str(run).encode()) for word in words):
-            found.append(int(entry.name))
-    return sorted(found)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Roots share one prepared run by copy: this one has its data, its tokenizer and an untrained rest."""
@@ -73,7 +61,7 @@ def copied(prepared: Path, tmp_path: Path) -> Iterator[Path]:
     config["run"]["root"] = str(tmp_path)
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     yield tmp_path / "tiny"
-    for pid in pids_of(tmp_path / "tiny"):
+    for pid in ranks_of(tmp_path / "tiny"):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -170,18 +158,18 @@ def test_divergence_ends_with_93_and_keeps_the_last_good_checkpoint(run: Path) -
 def test_a_killed_rank_is_a_crash_and_takes_its_peers_along(run: Path) -> None:
     process = start("dvae", str(run), "--nproc", "2")
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
-    os.kill(pids_of(run)[1], signal.SIGKILL)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
     output = process.communicate(timeout=_PATIENCE_S)[0]
     assert process.returncode == 1, output
     assert "ended without a record: it was killed" in output
-    assert pids_of(run) == []
+    assert ranks_of(run) == []
 
 
 def test_a_killed_rank_is_started_again_until_crashes_in_a_row_have_saved_nothing(run: Path) -> None:
     process = start("dvae", str(run), "--nproc", "1", "--restarts", "2")
     for attempt in range(3):
         wait_for(run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl", process)
-        os.kill(pids_of(run)[0], signal.SIGKILL)
+        os.kill(ranks_of(run)[0], signal.SIGKILL)
     output = process.communicate(timeout=_PATIENCE_S)[0]
     assert process.returncode == 93 and output.count("starting the ranks again") == 2, output
     assert "3 crashes in a row without progress" in output and len(list((run / "exits" / "dvae").glob("attempt-*"))) == 3
@@ -225,9 +213,9 @@ def test_a_signal_to_ranks_that_have_no_handler_yet_kills_none_and_is_not_lost(r
     process = start("dvae", str(run), "--nproc", "2")
     wait_for(run / "exits" / "dvae" / "attempt-0" / "begin.json", process)
     deadline = time.monotonic() + _PATIENCE_S
-    while len(pids_of(run)) < 2:  # the moment they exist: Python itself has not started
+    while len(ranks_of(run)) < 2:  # the moment they exist: Python itself has not started
         assert time.monotonic() < deadline and process.poll() is None
-    for pid in pids_of(run):
+    for pid in ranks_of(run):
         os.kill(pid, signal.SIGUSR2)
     output = process.communicate(timeout=_PATIENCE_S)[0]
     assert process.returncode == 75, output
@@ -238,12 +226,12 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Pa
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
     second = launch("dvae", str(run), "--nproc", "2")
     assert second.returncode == 78 and "another launcher runs 'dvae'" in second.stderr
-    ranks = pids_of(run)
+    ranks = ranks_of(run)
     assert len(ranks) == 2
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
-    while pids_of(run):
+    while ranks_of(run):
         assert time.monotonic() < deadline, "ranks outlived their launcher"
         time.sleep(0.05)
     change(run, dvae_fit__steps=2)

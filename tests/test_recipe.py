@@ -19,7 +19,8 @@ from infra import ledger, storage
 from infra.errors import ConfigError, DataError, ExitCode, UsageError
 from infra.run_folder import RunFolder
 from infra.world import World
-from tests.test_demo import command, processes_of
+from tests import processes
+from tests.test_demo import command
 from tests.test_training import StopAfter, copy_of, fingerprint, losses, run_stage
 from train import checkpoint, front
 from train.config import load_run
@@ -128,18 +129,22 @@ def test_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_
     subprocess.run(command("dalle", str(calm / "tiny"), "--nproc", "2"), check=True, capture_output=True, timeout=600)
     rng, saved = random.Random(1), [-1]
     process = subprocess.Popen(command("dalle", str(stormy / "tiny"), "--nproc", "2", "--restarts", "1"), stderr=subprocess.DEVNULL)
-    for _ in range(kills):
-        before = newest(stormy)
-        while newest(stormy) <= before + 4 * rng.randrange(3) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.3))
-        ranks = [pid for pid in processes_of(stormy / "tiny") if pid != process.pid]
-        assert process.poll() is None and len(ranks) == 2, "the run must be under way when it is hit"
-        saved.append(newest(stormy))
-        os.kill(rng.choice(ranks), signal.SIGKILL)
-        while set(ranks) & set(processes_of(stormy / "tiny")):  # a checkpoint that is being written may still appear
-            time.sleep(0.02)
-    assert process.wait(timeout=600) == ExitCode.DONE
+    try:
+        for _ in range(kills):
+            before = newest(stormy)
+            while newest(stormy) <= before + 4 * rng.randrange(3) and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.3))
+            ranks = processes.ranks_under(process.pid)
+            assert process.poll() is None and len(ranks) == 2, f"the run must be under way when it is hit; ranks {ranks}"
+            saved.append(newest(stormy))
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+            while set(ranks) & set(processes.of_run(stormy / "tiny")):  # a checkpoint that is being written may still appear
+                time.sleep(0.02)
+        assert process.wait(timeout=600) == ExitCode.DONE
+    finally:
+        process.kill()  # its ranks end with it
+        process.wait()
     attempts = ledger.read(RunFolder(str(stormy / "tiny")), "dalle")
     assert [(each.restart, each.code) for each in attempts] == [(kill, ExitCode.CRASH) for kill in range(kills)] + [(kills, ExitCode.DONE)]
     assert all(each.saved >= known for each, known in zip(attempts, saved, strict=True)), "no update is lost beyond the last checkpoint"

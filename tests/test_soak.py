@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_demo import command, processes_of
+from tests import processes
+from tests.test_demo import command
 from train.metrics import read_metrics
 
 _KILLS = 6
@@ -36,7 +37,7 @@ def test_six_kills_at_random_times_change_no_loss(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-        while processes_of(tmp_path / "stormy" / "tiny"):
+        while processes.of_run(tmp_path / "stormy" / "tiny"):
             time.sleep(0.05)
     subprocess.run(command(*stormy), check=True, capture_output=True, timeout=900)
     assert kills >= 3

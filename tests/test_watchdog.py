@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from infra.run_folder import RunFolder
-from tests.test_launcher import LAUNCHER, copied, pids_of, wait_for
+from tests.processes import ranks_of
+from tests.test_launcher import LAUNCHER, copied, wait_for
 from train import watchdog
 from train.watchdog import Watchdog
 
@@ -69,7 +70,7 @@ def test_a_rank_that_sleeps_in_a_step_ends_the_job_and_is_named_with_its_stack(r
 def test_a_rank_that_cannot_speak_is_named_by_its_peers_and_killed(run: Path) -> None:
     process = start(run)
     wait_for(run / "dvae" / "checkpoints" / "step-00000005" / "meta.json", process)
-    stopped = max(pids_of(run), key=lambda pid: b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    stopped = max(ranks_of(run), key=lambda pid: b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(stopped, signal.SIGSTOP)
     output = process.communicate(timeout=_BOUND_S)[0]
     assert process.returncode == 1, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,7 @@ def wire(world: World) -> dict[str, dict[str, int]]:
         updates(engine, world, 0, 1)
         sent: dict[str, int] = {}
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail(f"an update starts a process: {given}"))
             for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):
                 patch.setattr(backend, name, counting(getattr(backend, name), "reduce" if "reduce" in name else "gather", sent))
             updates(engine, world, 1, 2)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infra.run_folder import commit
 from infra.world import World
 from train import checkpoint
 from train.fragments import Fragment
@@ -36,6 +37,8 @@ class Saver:
         self._staged: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
+        if world.is_main:
+            commit()  # what is checked out now runs, whatever is by the time of a save
 
     def save(self, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], *, ready: Callable[[], None] | None = None) -> float:
         """Start to copy and write a checkpoint, and return the seconds for which the caller had to wait: for the rest of the previous write, if it is not done.

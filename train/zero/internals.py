@@ -14,6 +14,8 @@ from torch import Tensor
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no CUDA toolkit is needed where no op is compiled
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every rank warns that it found no GPU
+    # Otherwise stage 3 starts ``numactl`` for every bucket of gradients, to count devices.
+    os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__

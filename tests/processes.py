@@ -1,0 +1,42 @@
+"""The processes of a run, as the kernel lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def of_run(run: Path) -> list[int]:
+    """Live launchers and ranks of a run folder, and what they have forked."""
+    mark = f"run.root={run.parent}"
+    return [pid for pid, (_, words) in _launchers().items() if any(str(run) in word or word == mark for word in words)]
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Live ranks of a run folder, in the order of their start."""
+    return sorted(set(_ranks()) & set(of_run(run)))
+
+
+def ranks_under(launcher: int) -> list[int]:
+    """Live ranks of a launcher's process, in the order of their start."""
+    return sorted(pid for pid, parent in _ranks().items() if parent == launcher)
+
+
+def _ranks() -> dict[int, int]:
+    """Ranks and their parents. What a rank forks shows the rank's command line, until it becomes another program: it is none."""
+    workers = {pid: parent for pid, (parent, words) in _launchers().items() if "--worker" in words}
+    return {pid: parent for pid, parent in workers.items() if parent not in workers}
+
+
+def _launchers() -> dict[int, tuple[int, list[str]]]:
+    return {pid: (parent, words) for pid, parent, words in _all() if any("launcher.py" in word for word in words)}
+
+
+def _all() -> Iterator[tuple[int, int, list[str]]]:
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has ended
+        yield int(entry.name), parent, words

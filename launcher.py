@@ -6,9 +6,10 @@ import sys
 from typing import Annotated
 
 if __name__ == "__main__":
-    from infra import signals
+    from infra import logs, signals
 
     STOP = signals.install()  # before anything slow: a signal that arrives during imports must set a flag, not kill
+    logs.show()
 
 import typer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import uuid
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         nproc_per_node=placement.nproc,
         run_id=job.run_id or uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{_free_port()}" if one_node else job.rendezvous,
+        rdzv_endpoint="127.0.0.1:0" if one_node else job.rendezvous,
         # Said, not guessed: elastic compares names, and where nodes share one, nobody would host the store.
         rdzv_configs={"is_host": job.node == 0, "timeout": _RENDEZVOUS_S},
         local_addr="127.0.0.1" if one_node else (host if job.node == 0 else job.address) or None,
@@ -167,12 +166,6 @@ def _shutdown_timeout() -> dict[str, int]:
     assert PContext.close.__defaults__ in ((None, 30), (None, signals.SHUTDOWN_S)), "torch's PContext.close(death_sig, timeout) has changed"
     PContext.close.__defaults__ = (None, signals.SHUTDOWN_S)
     return {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _import_quietly() -> None:

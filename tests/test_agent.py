@@ -60,7 +60,8 @@ if error:
     def fail(*arguments):
         if error == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)
+            while True:
+                time.sleep(0.01)  # until it is heard
         if error != "afterwards":
             raise getattr(rendezvous, error)("as if")
     api.elastic_launch = lambda *arguments: fail
@@ -72,7 +73,8 @@ try:
     ended = agent.run_ranks([{rank!r}], agent.Placement(1, job), RunFolder({run!r}), "dvae", stop)
     if error == "afterwards":
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
+        while not stop:
+            time.sleep(0.01)
     print("ended:", *ended, *(["by", stop.received.name] if stop else []))
 except ReportedError as error:
     print("ended:", int(error.exit_code), error)

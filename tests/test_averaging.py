@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from typing import Any
 
 import pytest
@@ -29,20 +29,21 @@ def test_an_average_follows_the_formula_at_every_third_update(on_cpu: bool) -> N
 
 
 def test_the_next_step_waits_for_the_mixing_and_the_update_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = averaging._mix
+    plain, gate, mixed = averaging._mix, threading.Event(), list[bool]()
 
     def slow(*given: Any) -> None:
-        time.sleep(0.5)
+        mixed.append(gate.wait(30))
         plain(*given)
 
     p = torch.ones(3)
     average = Average([("p", p)], 0.5, on_cpu=True)
     monkeypatch.setattr(averaging, "_mix", slow)
     p.fill_(3.0)
-    began = time.perf_counter()
     average.update(1)
-    assert time.perf_counter() - began < 0.4
+    assert not mixed
+    threading.Timer(0.5, gate.set).start()
     average.before_step()
+    assert mixed == [True]
     p.fill_(100.0)
     average.wait()
     assert average.values["p"].tolist() == [2.0] * 3

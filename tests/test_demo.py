@@ -21,7 +21,7 @@ from tests import processes
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
-_PATIENCE_S = 300
+_PATIENCE_S = 900
 
 
 def command(*words: str) -> list[str]:

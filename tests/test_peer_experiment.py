@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from data_pipeline.shards import id_hash
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -72,7 +73,8 @@ def batch_of(count: int, seed: int = 0) -> dict[str, Any]:
     text_BT = torch.randint(2, SHAPE.text_vocab, (count, SHAPE.text_tokens), generator=generator)
     lengths_B = torch.randint(0, SHAPE.text_tokens + 1, (count,), generator=generator)
     lengths_B[0] = SHAPE.text_tokens
-    return {"text": text_BT, "lengths": lengths_B, "codes": torch.randint(SHAPE.image_vocab, (count, SHAPE.image_tokens), generator=generator)}
+    codes_BI = torch.randint(SHAPE.image_vocab, (count, SHAPE.image_tokens), generator=generator)
+    return {"ids": [f"{seed}-{index}" for index in range(count)], "text": text_BT, "lengths": lengths_B, "codes": codes_BI}
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
@@ -86,17 +88,20 @@ def test_its_figures_are_cross_entropies_written_by_hand(package: str) -> None:
     """Over all of its ids at once: its mask leaves image positions nothing but codes."""
     peer, batches = Peer(CFG, CHOICE), [batch_of(3), batch_of(2, 1)]
     ids, text_tokens = peer.model.num_text_tokens, SHAPE.text_tokens
-    right = wrong = 0.0
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in ("text", "lengths", "codes")}
+    names = [name for batch in batches for name in batch["ids"]]
+    order = sorted(range(5), key=lambda index: id_hash(names[index]))
+    followers = [order[(order.index(index) + 1) % 5] for index in range(5)]
+    sums = []
     with torch.no_grad():
-        for batch in batches:
-            for roll in (0, 1):
-                text_BT, lengths_B = batch["text"].roll(roll, 0), batch["lengths"].roll(roll, 0)
-                clean_BT = its_text(text_BT, lengths_B)
-                log_BSC = peer.model(clean_BT, batch["codes"]).log_softmax(2)
-                for row, code_I in enumerate(batch["codes"].tolist()):
-                    nats = -sum(float(log_BSC[row, text_tokens + place, ids + code]) for place, code in enumerate(code_I))
-                    right, wrong = (right + nats, wrong) if roll == 0 else (right, wrong + nats)
-                assert float(log_BSC[:, text_tokens:, :ids].exp().sum()) == 0.0
+        for captions in (list(range(5)), followers):
+            clean_BT = its_text(whole["text"][captions], whole["lengths"][captions])
+            log_BSC = peer.model(clean_BT, whole["codes"]).log_softmax(2)
+            sums.append(0.0)
+            for row, code_I in enumerate(whole["codes"].tolist()):
+                sums[-1] -= sum(float(log_BSC[row, text_tokens + place, ids + code]) for place, code in enumerate(code_I))
+            assert float(log_BSC[:, text_tokens:, :ids].exp().sum()) == 0.0
+    right, wrong = sums
     codes = 5 * SHAPE.image_tokens
     found = peer_training.figures(peer, batches)
     assert found["nats_per_code"] == pytest.approx(right / codes, rel=1e-5) and found["nats_shuffled"] == pytest.approx(wrong / codes, rel=1e-5)

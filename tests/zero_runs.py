@@ -320,16 +320,18 @@ WIRED = [Case(stage=stage, precision="fp16", weights=weights) for stage in (1, 2
 def wire(world: World) -> dict[str, dict[str, int]]:
     """Elements that an update sends through reductions, and through gathers of parameters, by dtype."""
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
     out: dict[str, dict[str, int]] = {}
     for case in WIRED:
         engine = make_engine(case, world)
-        updates(engine, world, 0, 1)
+        updates(engine, world, 0, 2)  # DeepSpeed's timers would begin with the third
         sent: dict[str, int] = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail(f"an update starts a process: {given}"))
+            patch.setattr(accelerator, "synchronize", lambda *_: pytest.fail("an update waits for the whole device"))
             for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):
                 patch.setattr(backend, name, counting(getattr(backend, name), "reduce" if "reduce" in name else "gather", sent))
-            updates(engine, world, 1, 2)
+            updates(engine, world, 2, 3)
         stored = [p.ds_tensor if case.stage == 3 else p for p in engine.module.parameters()] + engine._masters()
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored}
         out[str(case)] = sent | {"held": sum(held.values())}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Saver:
         pairs = [(copies[name].tensor, fragment.tensor.detach()) for name, fragment in fragments.items()]
         self._enqueue([pair for pair in pairs if pair[1].is_cuda])
         self._staging = self._thread.submit(_stage, [pair for pair in pairs if not pair[1].is_cuda], ready)
-        self._job = self._thread.submit(self._write, self._staging, step, copies, meta)
+        self._job = self._thread.submit(self._write, self._staging, step, copies, deepcopy(meta))  # lists in it may grow while it waits
         return time.perf_counter() - began
 
     def settle(self) -> float:

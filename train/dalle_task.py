@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.shards import id_hash
 from model.transformer import Transformer
 from train.config import RunConfig
 from train.engine import Engine, MeasuringEngine, global_counts
@@ -29,7 +30,7 @@ def cross_entropies(
     rows: int = 0,
     text_weight: float = 0.125,
 ) -> dict[str, float]:
-    """Mean cross-entropies in nats over all ranks' batches; the image's also under captions rolled by one within each batch.
+    """Mean cross-entropies in nats over all ranks' batches; the image's also under the caption of another sample.
 
     Collective, and every rank calls ``losses`` equally often: on ZeRO's stage 3 each call gathers weights. ``caption_gain`` is shuffled minus right: how
     much a caption tells about its picture.
@@ -39,10 +40,12 @@ def cross_entropies(
         text_weight: share of the text in ``loss``.
     """
     sums = torch.zeros(5 + rows, dtype=torch.float64, device=device)
-    for batch, counts in _equally_often(list(batches), device):
-        text_BT, lengths_B, codes_BI = (batch[key].to(device) for key in ("text", "lengths", "codes"))
+    for batch, counts in _equally_often(_with_other_captions(list(batches), device), device):
+        text_BT, lengths_B, codes_BI, other_BT, other_lengths_B = (
+            batch[key].to(device) for key in ("text", "lengths", "codes", "other_text", "other_lengths")
+        )
         text_nll_BT, image_nll_BI = losses(text_BT, lengths_B, codes_BI)
-        _, shuffled_nll_BI = losses(text_BT.roll(1, 0), lengths_B.roll(1, 0), codes_BI)
+        _, shuffled_nll_BI = losses(other_BT, other_lengths_B, codes_BI)
         if not counts:
             continue
         totals = [text_nll_BT.double().sum(), text_counts(lengths_B).sum().double(), image_nll_BI.double().sum(), shuffled_nll_BI.double().sum()]
@@ -59,15 +62,50 @@ def cross_entropies(
     return found | {f"loss_image_row_{row:02d}": value * rows / codes for row, value in enumerate(by_row)}
 
 
+def _with_other_captions(held: list[Batch], device: torch.device) -> list[Batch]:
+    """The batches with ``other_text`` and ``other_lengths``: the caption of the sample that follows in the order of hashed ids, over all ranks. Which one a
+    sample is given does not depend on the number of ranks, and is its own only if there is no other sample."""
+    rows = [torch.cat([_hashes(batch)[:, None], batch["lengths"][:, None], batch["text"]], 1) for batch in held]
+    all_NC = _of_all_ranks(torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.int64), device)
+    if not held:
+        return []
+    sorted_NC = all_NC[all_NC[:, 0].argsort()]
+    following = (torch.searchsorted(sorted_NC[:, 0].contiguous(), torch.cat([part[:, 0] for part in rows])) + 1) % len(sorted_NC)
+    others = sorted_NC[following].split([len(part) for part in rows])
+    return [batch | {"other_text": part[:, 2:], "other_lengths": part[:, 1]} for batch, part in zip(held, others, strict=True)]
+
+
+def _hashes(batch: Batch) -> Tensor:
+    return torch.tensor([id_hash(name) >> 1 for name in batch["ids"]])  # 63 bits: without a sign
+
+
+def _of_all_ranks(mine_NC: Tensor, device: torch.device) -> Tensor:
+    """Rows of all ranks, of which some may hold none."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine_NC
+    most, width = _largest(list(mine_NC.shape), device)
+    padded = torch.full((most, width), -1, device=device)
+    if len(mine_NC):
+        padded[: len(mine_NC)] = mine_NC.to(device)
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    all_NC = torch.cat(parts).cpu()
+    return all_NC[all_NC[:, 0] >= 0]
+
+
+def _largest(numbers: list[int], device: torch.device) -> list[int]:
+    agreed = torch.tensor(numbers, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return [int(number) for number in agreed.tolist()]
+
+
 def _equally_often(held: list[Batch], device: torch.device) -> list[tuple[Batch, bool]]:
     """A rank's batches, each to be counted, and as many more that are not as the rank with the most batches has."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(batch, True) for batch in held]
-    ends = torch.tensor([len(held), -len(held)], device=device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    most, fewest = int(ends[0]), -int(ends[1])
+    most, minus_fewest = _largest([len(held), -len(held)], device)
     spare: list[Any] = [held[0] if held else None]
-    if not fewest and most:
+    if minus_fewest == 0 and most:
         dist.broadcast_object_list(spare, device=device)  # records are dealt in turn: the first rank has one
     return [(batch, True) for batch in held] + [(spare[0], False)] * (most - len(held))
 
@@ -115,6 +153,7 @@ class DalleTask:
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Averaged weights on validation codes."""
         assert isinstance(engine, MeasuringEngine)
+        batches = list(self.validation)  # what cannot be read ends this rank here, and not between collectives
         with engine.averaged():
             weight = self.cfg.dalle.text_loss_weight
-            return cross_entropies(engine, self.validation, self.device, self.model.text_counts, rows=self.model.shape.grid, text_weight=weight)
+            return cross_entropies(engine, batches, self.device, self.model.text_counts, rows=self.model.shape.grid, text_weight=weight)

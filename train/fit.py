@@ -232,6 +232,8 @@ class Fit:
         logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
         logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
         logged["data/samples"] = agreed["samples"]
+        if self.plateau is not None:
+            logged["sched/halvings"] = len(self.plateau.halved)
         if self.engine.loss_scale is not None:
             logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
         if self.peak_flops:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,9 @@ from typing import Any
 
 import torch
 
-from infra.run_folder import commit
-
 SCHEMA = "bench/1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def start(name: str, title: str, options: Options, **settings: Any) -> Result:
         title=title,
         device=describe_device(options.device),
         versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)},
-        commit=commit(),
+        commit=_commit(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         # A shared machine is no secret: what else ran explains a wide range.
         settings=settings | {"load_at_start": round(os.getloadavg()[0], 1)},
@@ -126,6 +126,17 @@ def _cpu_facts() -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _commit() -> str:
+    """Commit of the checkout, with ``+dirty`` where tracked files differ; ``unknown`` on a machine that was given the files alone.
+    As infra.run_folder has it, which needs more than torch."""
+    try:
+        head = subprocess.run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(_ROOT), "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+dirty" if dirty else "")
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------------------------------

@@ -52,16 +52,20 @@ def load() -> Any:
     folder = find("dalle_pytorch")
     if folder is None:
         raise ValueError("dalle_pytorch is not installed: run 'make bench-peers', or set PEERS to a folder that holds it (requirements-peers.txt)")
-    for name, members in _STAND_INS.items():
-        if name not in sys.modules:
-            module = types.ModuleType(name)
-            module.__spec__ = ModuleSpec(name, None)
-            for member in members:
-                setattr(module, member, lambda *_: None) if member.islower() else setattr(module, member, type(member, (torch.nn.Module,), {}))
-            sys.modules[name] = module
+    absent = [name for name in _STAND_INS if name not in sys.modules]
+    for name in absent:
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        for member in _STAND_INS[name]:
+            setattr(module, member, lambda *_: None) if member.islower() else setattr(module, member, type(member, (torch.nn.Module,), {}))
+        sys.modules[name] = module
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: what we have installed ourselves goes first
-    return importlib.import_module("dalle_pytorch")
+    try:
+        return importlib.import_module("dalle_pytorch")
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def attention_pattern(layers: int) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int 
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": sections,
         "steps_per_print": 1 << 60,
+        "timers": {"throughput": {"enabled": False}},  # it would stop the GPU in every micro-batch
         "wall_clock_breakdown": False,
     }
 
@@ -236,14 +237,13 @@ class ZeroEngine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, forward passes read the averaged weights. Collective; masters come back bit for bit."""
+        """Inside, forward passes read the averaged weights. Collective; masters come back bit for bit, but not after an error: its rank must not
+        wait for others, which may not have met it."""
         self._swap()
         self._engine.eval()
-        try:
-            yield
-        finally:
-            self._engine.train()
-            self._swap()
+        yield
+        self._engine.train()
+        self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -202,11 +202,11 @@ def test_a_plan_is_of_what_the_configuration_says() -> None:
     assert names[-1] == "* as configured" and sum(name.startswith("*") for name in names) == 1
 
 
-def test_the_average_and_what_is_offloaded_are_counted_in_the_machines_memory() -> None:
+def test_the_average_checkpoints_and_what_is_offloaded_are_counted_in_the_machines_memory() -> None:
     cfg = load_run("1.2B", [])
     total = states.count(cfg.dalle, FULL).total
     here = estimate.memory(Setting.configured(cfg, Cluster(4, 8)))
-    assert here.host == 8 * total / 32
+    assert here.host == (4 + 4 + 4 + 8 + 4) * total / 32
     offloaded = estimate.memory(Setting.configured(load_run("1.2B", ["zero.offload_optimizer=true"]), Cluster(4, 8)))
     assert offloaded.host == here.host + (4 + 8 + 4) * total / 32
     assert offloaded.states.masters == offloaded.states.moments == offloaded.states.gradients == 0

@@ -15,12 +15,14 @@ from model.transformer import parameter_tags
 from tests.ranks import run_in_ranks
 from tests.zero_cases import BATCH, Case, backward, every_case, fit_of, make_engine, make_model, zero_of
 from tests.zero_runs import (
+    BETWEEN,
     CURVES,
     DEEP,
     FLAT,
     INFINITE,
     INFINITE_IN_NODES,
     NODES,
+    OFFLOADED,
     ONE_PASS,
     OTHERS,
     SAVED,
@@ -180,6 +182,7 @@ def test_a_checkpoint_restores_bit_for_bit_on_any_number_of_ranks_and_any_stage(
     saved = two[1][0]["saved"]
     same_state(one["loaded"], saved)
     same_state(four["loaded"], saved)
+    assert not one["taken over from a later version"]
     assert "is kept as torch.int16, this configuration holds torch.float32: set moments" in one["refused"]
 
 
@@ -217,6 +220,21 @@ def test_block_matrices_travel_in_fp16_and_everything_else_in_fp32(two: Any) -> 
         assert matrices <= sent["reduce float16"] < matrices * 1.1 and others <= sent["reduce float32"] < others + matrices / 2, (case, sent)
         if case.stage == 3:  # forward and backward passes each gather
             assert sent["gather float16"] >= matrices and sent["gather float32"] < 4 * others, (case, sent)
+
+
+def test_so_they_do_between_nodes(four: dict[str, Any]) -> None:
+    for case in BETWEEN:
+        found = four["between"][str(case)]
+        halves = found["matrices"] if case.precision == "fp16" else 0
+        assert found["matrices"] > found["others"] > 0
+        assert found.get("torch.float16", 0) == halves and found["torch.float32"] == found["matrices"] + found["others"] - halves, case
+
+
+@pytest.mark.parametrize("case", OFFLOADED, ids=str)
+def test_updates_with_the_optimizer_on_the_cpu_are_those_without_bit_for_bit(two: Any, case: Case) -> None:
+    for rank in two[1]:
+        same = rank["offloaded"][str(case)]
+        assert all(same.values()) and len(same) > 20, [name for name, equal in same.items() if not equal]
 
 
 def test_stage_3_builds_a_model_that_no_process_ever_holds_whole_and_starts_it_from_an_export(two: Any) -> None:

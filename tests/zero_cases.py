@@ -134,7 +134,7 @@ def true_gradients(engine: Any) -> dict[str, Tensor]:
     factors = engine.factors()
     by_name = {piece.name: piece for piece in engine.pieces}
     out = {}
-    for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.layout.slots.tolist(), strict=True):
+    for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.layout.slots, strict=True):
         piece = by_name[name]
         whole = torch.zeros(piece.total)
         whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * factors[slot]

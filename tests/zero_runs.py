@@ -34,7 +34,7 @@ from tests.zero_cases import (
 from train import checkpoint, warm_start
 from train.checkpoint_saver import Saver
 from train.fit import full_shape
-from train.zero import measures, one_pass
+from train.zero import internals, measures, one_pass
 
 CLIP = 0.25
 """Small enough to clip."""
@@ -44,6 +44,7 @@ OTHERS = [
     Case(stage=2, precision="fp16", sharding="node", constant=2),
     Case(stage=3, precision="fp16", sharding="node", accumulation=2),
     Case(stage=1, precision="fp32", sharding="node", overlap=True),
+    Case(stage=2, precision="fp16", sharding="node", offload=True),
     Case(stage=2, precision="fp16", moments="16-bit", offload=True),
     Case(stage=3, precision="fp16", offload=True, accumulation=2),
     Case(stage=2, precision="fp16", scope="none"),
@@ -105,6 +106,7 @@ INFINITE = [
     Case(stage=2, precision="fp16", weights="cast", moments="16-bit"),
     Case(stage=3, precision="fp16"),
     Case(stage=2, precision="fp16", skip="resblock"),
+    Case(stage=2, precision="fp16", offload=True),
 ]
 
 
@@ -120,6 +122,31 @@ def overflow(world: World, *, filters: bool) -> dict[str, Any]:
     return {"applied": update.applied, "overflow": update.overflow, "bad": measures.agreed(measured, 5, replicas=1).bad}
 
 
+def between_nodes(world: World) -> dict[str, dict[str, int]]:
+    """Elements that an update sends between nodes, by dtype, and those of this rank's shard, of block matrices and of the rest."""
+    out = {}
+    for case in BETWEEN:
+        engine = make_engine(case, world)
+        updates(engine, world, 0, 1)
+        sent: dict[str, int] = {}
+        plain = dist.all_reduce
+
+        def counted(tensor: torch.Tensor, *given: Any, plain: Any = plain, engine: Any = engine, sent: dict[str, int] = sent, **named: Any) -> Any:
+            if named.get("group") is engine.topology.between:
+                sent[str(tensor.dtype)] = sent.get(str(tensor.dtype), 0) + tensor.numel()
+            return plain(tensor, *given, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", counted)
+            updates(engine, world, 1, 2)
+        held = {True: 0, False: 0}
+        for piece in engine.pieces:
+            held[engine.tags[piece.name].compressible] += piece.length
+        out[str(case)] = sent | {"matrices": held[True], "others": held[False]}
+    return out
+
+
+BETWEEN = [Case(stage=2, precision="fp16", sharding="node"), Case(stage=3, precision="fp16", sharding="node"), Case(stage=1, sharding="node")]
 INFINITE_IN_NODES = [Case(stage=stage, precision="fp16", sharding="node") for stage in (2, 3)]
 
 
@@ -165,7 +192,12 @@ def inject(world: World, case: Case) -> dict[str, Any]:
     return out | {"history": history + updates(engine, world, 3, 6)}
 
 
-SAVED = [Case(stage=2, precision="fp16", moments="16-bit"), Case(stage=2), Case(stage=3, precision="fp16", moments="16-bit", weights="fp16")]
+SAVED = [
+    Case(stage=2, precision="fp16", moments="16-bit"),
+    Case(stage=2),
+    Case(stage=3, precision="fp16", moments="16-bit", weights="fp16"),
+    Case(stage=1, precision="fp16", offload=True),
+]
 HALF = Case(precision="fp16", moments="16-bit")
 LOADED = {
     1: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
@@ -310,6 +342,25 @@ def stepped(world: World) -> dict[str, dict[str, bool]]:
     return out
 
 
+def offloaded(world: World) -> dict[str, dict[str, bool]]:
+    """Whether updates whose optimizer is on the CPU are those without, bit for bit."""
+    out = {}
+    for case in OFFLOADED:
+        ends = []
+        for engine in (make_engine(dataclasses.replace(case, offload=offload), world) for offload in (False, True)):
+            history = updates(engine, world, 0, 4, case.accumulation)
+            with engine.averaged():
+                averaged = outputs(engine)
+            ends.append({"history": torch.tensor(history), "outputs": outputs(engine), "averaged": averaged} | gathered(engine))
+        out[str(case)] = {name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}
+    return out
+
+
+OFFLOADED = [
+    Case(stage=1, accumulation=2),
+    Case(stage=2, precision="fp16", moments="16-bit"),
+    Case(stage=3, precision="fp16", moments="16-bit", accumulation=2),
+]
 ONE_PASS = [
     Case(stage=stage, precision="fp16", weights=weights, moments="16-bit", accumulation=accumulation)
     for stage, weights, accumulation in ((1, "fp16", 2), (2, "fp16", 1), (2, "cast", 2), (3, "fp16", 1), (3, "cast", 2))
@@ -391,6 +442,7 @@ def on_two(world: World, folder: str) -> dict[str, Any]:
         "fallen back": fall_back(world, folder),
         "wire": wire(world),
         "stepped": stepped(world),
+        "offloaded": offloaded(world),
     }
 
 
@@ -400,6 +452,7 @@ def on_four(world: World, folder: str) -> dict[str, Any]:
         make_engine(Case(sharding="node"), World(world.rank, 3, world.rank, 2))
     except ConfigError as error:
         found["refused"] = str(error)
+    found["between"] = between_nodes(world)
     found |= {"nodes": in_nodes(world, folder), "infinite": {str(case): inject(world, case) for case in INFINITE_IN_NODES}}
     return found | {"curves": curves(world), "loaded": load_all(world, folder)}
 
@@ -407,6 +460,10 @@ def on_four(world: World, folder: str) -> dict[str, Any]:
 def on_one(world: World, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"curves": curves(world), "loaded": load_all(world, folder)}
     found["overflow"] = {filters: overflow(world, filters=filters) for filters in (True, False)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(internals.deepspeed, "__version__", "0.19.9")
+        later = make_engine(Case(stage=2, precision="fp16"), world)
+    found["taken over from a later version"] = "step" in vars(later._optimizer)
     plain = make_engine(Case(stage=2, precision="fp16"), world)
     try:
         checkpoint.load(f"{folder}/0", 3, plain.fragments(to_load=True))

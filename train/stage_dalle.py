@@ -15,10 +15,11 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from train import apex_parts, checkpoint, code_batches, places, warm_start
+from train.bench.flops import train_flops
 from train.common import finish_training, micro_batch
 from train.config import DalleFit, RunConfig
 from train.dalle_task import DalleTask
-from train.device import branch_dtype, set_up, wait_for_all
+from train.device import branch_dtype, matrix_peak, set_up, wait_for_all
 from train.fit import Fit
 from train.lineage import build_dalle, open_tokenizer
 from train.plateau import Plateau
@@ -50,7 +51,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
-    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, plateau=plateau).run_to_end()
+    peak = matrix_peak(dtype, device) if world.is_main else 0.0
+    flops = train_flops(cfg.dalle, model.shape) / model.shape.states
+    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
     # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
     url = run.at("dalle")
     averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None

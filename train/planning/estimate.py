@@ -74,8 +74,9 @@ class Memory:
     working: int
     """What the backward pass needs on top of them at its widest."""
     host: float
-    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/averaging.py);
-    with zero.offload_optimizer also masters, moments and gradients."""
+    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/averaging.py); the
+    copy of masters, moments and average that a checkpoint is written from (train/checkpoint_saver.py; by node, the first node's alone); with
+    zero.offload_optimizer also masters, moments and gradients."""
 
     @property
     def total(self) -> float:
@@ -116,7 +117,7 @@ def memory(setting: Setting) -> Memory:
         micro_batches=setting.cfg.dalle_fit.accumulation,
     )
     kept = activations.kept_by_forward(run)
-    host = 2 * _FP32 * parameters.total / (shards if setting.stage else 1)
+    host = (2 + 2) * _FP32 * parameters.total / (shards if setting.stage else 1) + found.moments
     if zero.offload_optimizer and setting.stage:
         host += found.masters + found.moments + found.gradients
         found = replace(found, masters=0.0, moments=0.0, gradients=0.0, update=0.0)

@@ -86,7 +86,7 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
     unit, word = (_GB, "GB") if estimate.memory(setting).total > _GB else (_MB, "MB")
     lines = [
         f"{word} on each GPU, of which {room / unit:,.1f} may be filled; MB sent in an update, inside and outside the machine; "
-        f"host: the iterate average and the copy that it is made from, {word}"
+        f"host: the iterate average, the copy that it is made from and a checkpoint's, {word}"
     ]
     lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names) + f"{'inside':>10}{'outside':>10}{'host':>8}")
     for name, variant in variants(setting, rank):

@@ -7,6 +7,7 @@ small all-reduce and the one host synchronisation of ours (DeepSpeed has its own
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from train.zero.groups import parameter_groups, store_weights, weight_storage
 from train.zero.scales import GradientScales
 from train.zero.shards import GradientReader, pieces
 from train.zero.topology import node_topology
+
+log = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -113,7 +116,10 @@ class ZeroEngine:
         internals.check(self._optimizer, zero.stage, module.named_parameters())
         internals.take_over(self._optimizer, zero.stage)
         if isinstance(self.adam, PaperAdamW) and not zero.offload_optimizer:
-            one_pass.install(self._optimizer, zero.stage, self.adam)
+            if internals.is_read():
+                one_pass.install(self._optimizer, zero.stage, self.adam)
+            else:
+                log.warning("deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/zero/one_pass.py)", internals.READ)
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device

@@ -42,19 +42,19 @@ def local(found: Gradients, slots: int, *, count: bool, device: torch.device) ->
         count: also count zeros and subnormal values: two more passes over the gradients of matrices.
     """
     layout = found.layout
-    sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.slots.device)
+    sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.matrix_lengths.device)
     if found.tensors:
         squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in found.tensors]).double().square()
         finite = squares.isfinite()
-        sums[0].index_add_(0, layout.slots, (~finite).double())
-        sums[1].index_add_(0, layout.slots, torch.where(finite, squares, 0.0))
+        sums[0] = layout.by_slot((~finite).double())
+        sums[1] = layout.by_slot(torch.where(finite, squares, 0.0))
     if count and layout.matrices:
         picked = [found.tensors[index] for index in layout.matrices]
         zeros = torch.stack([(t == 0).sum() for t in picked]).double()
         small = torch.stack([(t.abs() < _SMALLEST_NORMAL).sum() for t in picked]).double()
         for row, counts in ((2, zeros), (3, small - zeros), (4, layout.matrix_lengths)):
-            sums[row].index_add_(0, layout.matrix_slots, counts)
-    return sums.flatten().to(device)
+            sums[row] = layout.by_slot(counts, matrices=True)
+    return sums.flatten().to(device, non_blocking=True)  # offloaded gradients are on the CPU
 
 
 def agreed(sums: Sequence[float], slots: int, replicas: int) -> Measures:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from model.transformer import ParameterTag
 
@@ -51,19 +52,26 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
 class Layout:
     """What stays the same of a rank's gradients. It is put on their device once, so that reading them copies nothing there."""
 
-    def __init__(self, slots: list[int], lengths: list[int], compressible: list[bool], device: torch.device) -> None:
+    def __init__(self, slots: list[int], count: int, lengths: list[int], compressible: list[bool], device: torch.device) -> None:
         """
         Args:
-            slots: of each piece: its resblock, or the number of resblocks for what lies outside.
+            slots: of each piece: its resblock, or the last slot for what lies outside.
+            count: number of slots.
             lengths: elements of each piece.
             compressible: whether it is a block matrix.
             device: of the gradients.
         """
         matrices = [index for index, matrix in enumerate(compressible) if matrix]
         self.compressible, self.matrices = compressible, matrices
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.matrix_slots = torch.tensor([slots[index] for index in matrices], dtype=torch.int64, device=device)
+        self.slots = slots
+        self._members = one_hot(torch.tensor(slots, dtype=torch.int64), count).T.double().to(device)
+        self._matrix_members = self._members[:, matrices]
         self.matrix_lengths = torch.tensor([lengths[index] for index in matrices], dtype=torch.float64, device=device)
+
+    def by_slot(self, values: Tensor, *, matrices: bool = False) -> Tensor:
+        """Sums of a float64 figure of each piece, or of each block matrix, by slot. Its order is fixed: the atomic additions of ``index_add_`` on a GPU would
+        let the last bits differ from run to run."""
+        return ((self._matrix_members if matrices else self._members) * values).sum(1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class GradientReader:
         found_in = [tags[name].resblock for name in self.names]
         slots = [outside if block is None else block for block in found_in]
         device = torch.device("cpu") if offload else next(module.parameters()).device
-        self._layout = Layout(slots, [length for *_, length in self._places], [tags[name].compressible for name in self.names], device)
+        self._layout = Layout(slots, outside + 1, [length for *_, length in self._places], [tags[name].compressible for name in self.names], device)
 
     def read(self) -> Gradients:
         """The gradients of this update; views, to be changed in place."""

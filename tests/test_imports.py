@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,3 +136,9 @@ def test_packages_are_docstrings_only() -> None:
         if path.relative_to(ROOT).parts[0] in OURS:
             body = ast.parse(path.read_text()).body
             assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path.relative_to(ROOT)} should hold a docstring and nothing else"
+
+
+def test_weights_are_exported_and_pictures_generated_without_deepspeed() -> None:
+    program = "import sys; sys.modules['deepspeed'] = None; import train.verbs.export, train.stage_generate, train.stage_evaluate; print('well')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "well\n", done.stderr

@@ -244,6 +244,7 @@ def test_stage_3_builds_a_model_that_no_process_ever_holds_whole_and_starts_it_f
         found = rank["construction"]
         assert found["held"] < 0.51 * total and found["most"] <= 0.51 * total + 2 * largest < 0.7 * total, found
         assert {name: math.prod(shape) for name, shape in found["shapes"].items()} == sizes and all(found["loaded"].values())
+        assert found["dtypes"] == {torch.float16, torch.float32}, "masters must not start from rounded weights"
 
 
 def test_moments_stay_in_their_formats_on_disk(two: Any) -> None:

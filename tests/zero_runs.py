@@ -27,6 +27,7 @@ from tests.zero_cases import (
     make_model,
     pairwise,
     reference_gradients,
+    scales_of,
     true_gradients,
     updates,
     zero_of,
@@ -404,6 +405,7 @@ def counting(plain: Any, kind: str, sent: dict[str, int]) -> Any:
 def construction(world: World) -> dict[str, Any]:
     """Most elements of parameters that a process ever held while a model for stage 3 was built, and what it holds then; its weights, read whole."""
     from train.zero.construction import sharded_construction
+    from train.zero.engine import ZeroEngine
 
     made: list[Any] = []
     most = 0
@@ -421,16 +423,23 @@ def construction(world: World) -> dict[str, Any]:
         with sharded_construction(fit_of(case), zero_of(case), world):
             model = make_model("fp16", config=DEEP)
     shapes = {name: tuple(full_shape(p)) for name, p in model.named_parameters()}
+    held = sum(p.numel() + p.ds_tensor.numel() for p in model.parameters())  # type: ignore[attr-defined]
+    engine = ZeroEngine(model, fit_of(case), zero_of(case), world, scales_of(case))
     tensors = {name: p.detach() + 1 for name, p in make_model(config=DEEP, seed=5).named_parameters()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warm_start.export, "read_tensors", lambda _: ("hash", tensors))
-        warm_start.load(model, "url", "dalle_fit.init_from")
-    whole = {}
+        warm_start.load(engine, "url", "dalle_fit.init_from")
+    whole, copies = gathered(engine, ("model", "average")), {}
     for name, p in model.named_parameters():
         p.all_gather()  # type: ignore[operator]
-        whole[name] = torch.equal(p, tensors[name])
+        copies[name] = p.detach().clone()
         p.partition()  # type: ignore[operator]
-    return {"most": most, "held": sum(p.numel() + p.ds_tensor.numel() for p in model.parameters()), "shapes": shapes, "loaded": whole}  # type: ignore[attr-defined]
+    loaded = {
+        name: all(torch.equal(whole[f"{kind}/{name}"], tensor.flatten().double()) for kind in ("model", "average"))
+        and torch.equal(copies[name], tensor.to(copies[name].dtype))
+        for name, tensor in tensors.items()
+    }
+    return {"most": most, "held": held, "shapes": shapes, "loaded": loaded, "dtypes": {p.dtype for p in copies.values()}}
 
 
 def on_two(world: World, folder: str) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class ZeroSection(Section):
     reduce_bucket_size: int = Field(default=50_000_000, gt=0)
     """Elements per gradient reduction."""
     allgather_bucket_size: int = Field(default=50_000_000, gt=0)
-    """Elements per parameter gather."""
+    """Elements per parameter gather on stages 1 and 2, where torch cannot gather into one tensor; DeepSpeed asks that first, and every torch that we take can."""
     use_multi_rank_bucket_allreduce: bool = True
     """Stages 1 and 2: reduce by one all-reduce instead of a reduction to each owner: fewer, larger messages, up to twice the traffic."""
     stage3_prefetch_bucket_size: int = Field(default=50_000_000, ge=0)

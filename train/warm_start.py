@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 
-from torch import nn
+import torch
 
 from infra.errors import ConfigError
 from train import export
+from train.engine import Engine
 from train.fit import full_shape
-from train.zero.construction import assign
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 10
 
 
-def load(module: nn.Module, url: str, key: str) -> str:
-    """Load exported weights into a module that no engine holds yet, whole or sharded by ``sharded_construction``, and return their content hash.
+@torch.no_grad()
+def load(engine: Engine, url: str, key: str) -> str:
+    """Give an engine that has made no update exported weights, as masters and as averages, and return their content hash. Collective.
+
+    As in a restore, each rank copies what it holds: fp16 copies are made of fp32 masters, and no process holds more than its shards.
 
     Args:
         key: the configuration key that named the export, for messages.
@@ -27,14 +30,17 @@ def load(module: nn.Module, url: str, key: str) -> str:
         DataError: there is no export, or it is damaged.
     """
     identity, tensors = export.read_tensors(url)
-    expected = {name: tuple(full_shape(p)) for name, p in module.named_parameters()}
+    expected = {name: tuple(full_shape(p)) for name, p in engine.module.named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:
         lines = [f"  {name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in odd[:_SHOWN]]
         more = [f"  and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
         raise ConfigError(f"{key} = {url}: {len(odd)} of {len(expected)} weights do not fit this configuration:\n" + "\n".join(lines + more))
-    for name, p in module.named_parameters():
-        assign(p, tensors[name])
+    for name, fragment in engine.fragments(to_load=True).items():
+        kind, _, parameter = name.partition("/")
+        if kind in ("model", "average"):
+            fragment.tensor.copy_(tensors[parameter].flatten().narrow(0, fragment.offset, fragment.tensor.numel()))
+    engine.loaded(0)
     log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
     return identity

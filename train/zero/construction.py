@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from infra.world import World
 from train.config import DalleFit, ZeroSection
@@ -42,14 +39,3 @@ def sharded_construction(fit: DalleFit, zero: ZeroSection, world: World) -> Iter
     # Without overrides: DeepSpeed would make every tensor in its own dtype and on its own device.
     with internals.deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, mpu=topology, tensor_overrides=[]):
         yield
-
-
-@torch.no_grad()
-def assign(p: Any, value: Tensor) -> None:
-    """Give a parameter new values, also one that is cut into shards. Collective."""
-    if not hasattr(p, "ds_shape"):
-        p.copy_(value)
-        return
-    p.all_gather()
-    p.data.copy_(value)
-    p.partition(has_been_updated=True)

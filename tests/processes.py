@@ -22,6 +22,23 @@ def ranks_under(launcher: int) -> list[int]:
     return sorted(pid for pid, parent in _ranks().items() if parent == launcher)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process has not ended. One that nobody has waited for yet has."""
+    try:
+        return stat(pid)[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def stat(pid: int) -> list[bytes]:
+    """What the kernel says of a process, from its state and its parent on. Bytes: the name before them may be cut within a character.
+
+    Raises:
+        OSError: it is gone.
+    """
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
 def _ranks() -> dict[int, int]:
     """Ranks and their parents. What a rank forks shows the rank's command line, until it becomes another program: it is none."""
     workers = {pid: parent for pid, (parent, words) in _launchers().items() if "--worker" in words}
@@ -36,7 +53,7 @@ def _all() -> Iterator[tuple[int, int, list[str]]]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int(stat(int(entry.name))[1])
         except OSError:
             continue  # it has ended
         yield int(entry.name), parent, words

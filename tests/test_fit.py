@@ -16,7 +16,7 @@ from infra.errors import CheckpointError, DivergedError
 from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
 from infra.world import World
-from train import checkpoint
+from train import checkpoint, watchdog
 from train.averaging import Average
 from train.checkpoint_saver import Saver
 from train.config import FitSection
@@ -132,6 +132,15 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     with pytest.raises(DivergedError, match=message):
         fit_of(tmp_path, fates, losses).run_to_end()
     assert checkpoint.complete(str(tmp_path / "toy")) == [2]
+
+
+def test_a_restore_is_watched_and_what_is_compiled_after_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("beat", "rest"):
+        monkeypatch.setattr(watchdog, name, lambda *_, name=name: seen.append(name))
+    monkeypatch.setattr(checkpoint, "load_newest", lambda *_: seen.append("load"))
+    fit_of(tmp_path, [APPLIED] * 2, [1.0]).run_to_end()
+    assert seen[:4] == ["beat", "load", "rest", "beat"]
 
 
 def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copied(tmp_path: Path) -> None:

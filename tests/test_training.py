@@ -309,6 +309,22 @@ def test_probing_for_the_precision_leaves_the_generator_of_the_weights_alone(tmp
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_launchers_that_probe_at_the_same_time_compute_as_the_first_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from train import device
+
+    run = RunFolder(str(tmp_path))
+
+    def overtaken(seconds: float) -> dict[str, float]:
+        storage.write_json(run.at("precision.json"), {"precision": "fp32"})
+        return {"fp32": 1.0, "bf16": 9.0}
+
+    monkeypatch.setattr(device, "probe", overtaken)
+    assert device.branch_dtype("auto", torch.device("cpu"), run, World.single()) == torch.float32
+    assert storage.read_json(run.at("precision.json")) == {"precision": "fp32"}
+
+
 def test_stages_need_those_before_them(tmp_path: Path) -> None:
     from train.places import require
 

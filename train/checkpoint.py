@@ -26,6 +26,7 @@ from infra.errors import CheckpointError, ConfigError, DataError, UnreachableErr
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.checkpoint_storage import Reader, Writer
+from train.device import patient_group
 from train.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def read_meta(url: str) -> dict[str, Any]:
 
 def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: bool) -> None:
     try:
-        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=no_dist)
+        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), process_group=patient_group(), no_dist=no_dist)
     except CheckpointException as error:
         raise _judged(url, _first(error)) from error
 
@@ -142,7 +143,7 @@ def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
     errors = [error]
     if dist.is_initialized():
         errors *= dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=patient_group())
     for first in errors:
         if first is not None:
             raise first
@@ -184,7 +185,7 @@ def _complete_alike(stage_url: str, world: World) -> list[int]:
     """What the main rank sees."""
     steps = [complete(stage_url) if world.is_main else []]
     if dist.is_initialized():
-        dist.broadcast_object_list(steps)
+        dist.broadcast_object_list(steps, group=patient_group())
     return steps[0]
 
 

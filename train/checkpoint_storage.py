@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future as Job
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,37 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from data_pipeline.shards import digest
-from infra import files, storage
+from infra import storage
 from infra.errors import CheckpointError
 
 INDEX = "index.json"
+PIECE_BYTES = 4 << 20
+"""Larger fragments are stored in pieces of this many bytes, each with its hash: who cuts tensors otherwise reads and checks pieces, not whole fragments."""
+READ_BYTES = 32 << 20
+"""Pieces that lie near each other are read in one request of at most this many bytes, longer ones in several."""
+GAP_BYTES = 1 << 20
+"""Unwanted bytes between two pieces that cost less than a second request."""
+READERS = 4
+"""Requests at once."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stored piece lies."""
+
+    file: str
+    start: int
+    bytes: int
+    sha256: str
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.start + self.bytes
+
+
+_Wanted = tuple[_Place, list[ReadItem]]
+"""A stored piece, and what is read of it."""
 
 
 def _done(value: Any) -> Future[Any]:
@@ -40,6 +72,7 @@ class Writer(StorageWriter):
         self.url = url
         self.digest = ""
         """Of the index, once the coordinator has written it."""
+        self._offsets: dict[str, int] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The URL is fixed at construction."""
@@ -48,15 +81,26 @@ class Writer(StorageWriter):
         """Nothing to prepare: storage makes folders as it writes."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Keep the plan."""
-        return plan
+        """Cut large fragments into pieces of PIECE_BYTES."""
+        items = []
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None
+            offset, length, most = data.chunk.offsets[0], data.chunk.sizes[0], PIECE_BYTES // data.properties.dtype.itemsize
+            self._offsets[item.index.fqn] = offset
+            for start in range(offset, offset + length, most):
+                chunk = ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([min(most, offset + length - start)]))
+                items.append(replace(item, index=MetadataIndex(item.index.fqn, chunk.offsets), tensor_data=replace(data, chunk=chunk)))
+        return replace(plan, items=items)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give each rank the name of its file."""
         return [SavePlan(plan.items, storage_data=f"rank-{rank}.bin", planner_data=plan.planner_data) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's fragments one after another, each with its SHA-256."""
+        """Write this rank's pieces one after another, each with its SHA-256. A rank that has none, such as a replica on another node, writes no file."""
+        if not plan.items:
+            return _done([])
         name, results, position = plan.storage_data, [], 0
         remote = storage.is_remote(self.url)
         target = storage.join(self.url, name)
@@ -66,8 +110,9 @@ class Writer(StorageWriter):
             with path.open("wb") as file:
                 for item in plan.items:
                     tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, torch.Tensor)  # FragmentSaver refused anything else
-                    data = _bytes_of(tensor)
+                    assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None  # FragmentSaver refused anything else
+                    chunk = item.tensor_data.chunk
+                    data = _bytes_of(tensor.narrow(0, chunk.offsets[0] - self._offsets[item.index.fqn], chunk.sizes[0]))
                     file.write(data)
                     place = {"file": name, "start": position, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                     results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
@@ -99,7 +144,7 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads fragments of a checkpoint, and refuses those whose hash differs."""
+    """Reads the pieces of a checkpoint that are asked for, and refuses those whose hash differs."""
 
     def __init__(self, url: str, index_digest: str) -> None:
         """
@@ -108,8 +153,7 @@ class Reader(StorageReader):
         """
         super().__init__()
         self.url, self.index_digest = url, index_digest
-        self._places: dict[tuple[str, int], dict[str, Any]] = {}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._places: dict[tuple[str, int], _Place] = {}
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -124,12 +168,11 @@ class Reader(StorageReader):
             raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
         entries = {}
         for name, entry in index["tensors"].items():
-            chunks = []
+            chunks, dtype = [], getattr(torch, entry["dtype"])
             for chunk in entry["chunks"]:
-                self._places[name, chunk["offset"]] = chunk | {"dtype": entry["dtype"]}
+                self._places[name, chunk["offset"]] = _Place(chunk["file"], chunk["start"], chunk["bytes"], chunk["sha256"], dtype)
                 chunks.append(ChunkStorageMetadata(offsets=torch.Size([chunk["offset"]]), sizes=torch.Size([chunk["length"]])))
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            entries[name] = TensorStorageMetadata(properties=properties, size=torch.Size([entry["size"]]), chunks=chunks)
+            entries[name] = TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=torch.Size([entry["size"]]), chunks=chunks)
         self._metadata = Metadata(state_dict_metadata=entries)
         return self._metadata
 
@@ -147,14 +190,23 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every requested piece into place, reading and checking each stored fragment once."""
-        cache: dict[tuple[str, int], torch.Tensor] = {}
+        """Copy what is asked for into place; each stored piece that holds any of it is read and checked once.
+
+        Raises:
+            CheckpointError: the hash of a piece differs.
+            DataError: a file is missing or too short; UnreachableError, if the storage gives no answer.
+        """
+        wanted: dict[tuple[str, int], _Wanted] = {}
         for item in plan.items:
             place = self._place(item.storage_index)
-            key = (item.storage_index.fqn, place["offset"])
-            if key not in cache:
-                cache = {key: self._fragment(place)}
-            self._copy(cache[key], item, planner)
+            wanted.setdefault((place.file, place.start), (place, []))[1].append(item)
+        for run, data in self._fetched(_runs([wanted[key] for key in sorted(wanted)])):
+            for place, items in run:
+                begin = place.start - run[0][0].start
+                # A copy, so that its elements are aligned whatever lies before them in the file.
+                stored = torch.frombuffer(bytearray(data[begin : begin + place.bytes]), dtype=place.dtype)
+                for item in items:
+                    self._copy(stored, item, planner)
         return _done(None)
 
     def _copy(self, stored: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
@@ -162,31 +214,47 @@ class Reader(StorageReader):
         target.copy_(stored[item.storage_offsets[0] : item.storage_offsets[0] + item.lengths[0]])
         planner.commit_tensor(item, target)
 
-    def _place(self, index: MetadataIndex) -> dict[str, Any]:
+    def _place(self, index: MetadataIndex) -> _Place:
         return self._places[index.fqn, index.offset[0] if index.offset is not None else 0]
 
-    def _fragment(self, place: dict[str, Any]) -> torch.Tensor:
-        with files.read_errors(storage.join(self.url, place["file"])), self._path(place["file"]).open("rb") as file:
-            file.seek(place["start"])
-            data = bytearray(file.read(place["bytes"]))
-        if hashlib.sha256(data).hexdigest() != place["sha256"]:
-            raise CheckpointError(
-                f"{storage.join(self.url, place['file'])}: damaged: the hash of bytes {place['start']} to {place['start'] + place['bytes']} differs."
-            )
-        return torch.frombuffer(data, dtype=getattr(torch, place["dtype"]))
+    def _fetched(self, runs: Iterator[list[_Wanted]]) -> Iterator[tuple[list[_Wanted], memoryview]]:
+        """Every run with its bytes, in order; up to READERS are under way or in memory."""
+        waiting: deque[tuple[list[_Wanted], Job[memoryview]]] = deque()
+        with ThreadPoolExecutor(READERS, "checkpoint-read") as pool:
+            for run in runs:
+                waiting.append((run, pool.submit(self._fetch, [place for place, _ in run])))
+                if len(waiting) == READERS:
+                    first, job = waiting.popleft()
+                    yield first, job.result()
+            for first, job in waiting:
+                yield first, job.result()
 
-    def _path(self, name: str) -> Path:
-        url = storage.join(self.url, name)
-        if not storage.is_remote(url):
-            return storage.local_path(url)
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory()
-        path = Path(self._scratch.name, name)
-        if not path.exists():
-            storage.download_file(url, path)
-        return path
+    def _fetch(self, run: list[_Place]) -> memoryview:
+        """The bytes of neighbours in a file, whose hashes are right."""
+        url, start, size = storage.join(self.url, run[0].file), run[0].start, run[-1].end - run[0].start
+        data = memoryview(bytearray(size))
+        for done in range(0, size, READ_BYTES):
+            data[done : done + READ_BYTES] = storage.read_range(url, start + done, min(READ_BYTES, size - done))
+        for place in run:
+            if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256:
+                raise CheckpointError(f"{url}: damaged: the hash of bytes {place.start} to {place.end} differs.")
+        return data
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any URL will do."""
         return True
+
+
+def _runs(wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Pieces in the order of files and positions, in groups that one request reads; longer ones than READ_BYTES stand alone."""
+    run: list[_Wanted] = []
+    for each in wanted:
+        if run:
+            first, last, place = run[0][0], run[-1][0], each[0]
+            if place.file != first.file or place.start > last.end + GAP_BYTES or place.end > first.start + READ_BYTES:
+                yield run
+                run = []
+        run.append(each)
+    if run:
+        yield run

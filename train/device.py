@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
+import resource
 from datetime import timedelta
 
 import torch
@@ -21,9 +23,9 @@ log = logging.getLogger(__name__)
 BF16_WORTH_IT = 1.3
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_END_TIMEOUT = timedelta(hours=12)
-"""At the end of a stage, where the main rank may have hours of merging or exporting to do alone."""
-_at_end: dist.ProcessGroup | None = None
+_PATIENT_TIMEOUT = timedelta(hours=12)
+"""Where ranks work for unequal times: at a stage's end the main rank may merge or export for hours, and checkpoints are read at unequal speeds."""
+_patient: dist.ProcessGroup | None = None
 
 
 def keep_memory() -> None:
@@ -38,7 +40,7 @@ def keep_memory() -> None:
 
 def set_up(world: World) -> torch.device:
     """Choose this rank's device, and join the process group (NCCL on GPUs, gloo on CPUs)."""
-    global _at_end
+    global _patient
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -49,21 +51,33 @@ def set_up(world: World) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world.size == 1 else None
+        _allow_many_files()
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT)
-        _at_end = dist.new_group(backend="gloo", timeout=_END_TIMEOUT)
+        _patient = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
     return device
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may be: each gloo group keeps a connection to every other rank, and 1,024 is a usual limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """The group of collectives that wait for longer than those of training; None, the default one, where ``set_up`` has not been called."""
+    return _patient
 
 
 def wait_for_all() -> None:
     """The end of a stage: no rank leaves while another still needs it, however long the main rank merges or exports."""
     if dist.is_initialized():
-        dist.barrier(_at_end)
+        dist.barrier(_patient)
 
 
 def leave_group() -> None:
     """Leave the process group, at the end of the process: DeepSpeed keeps hold of the first group it met."""
-    global _at_end
-    _at_end = None
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -82,14 +96,14 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
     choice = [""]
     if world.is_main:
         url = run.at("precision.json")
-        if storage.exists(url):
-            choice = [storage.read_json(url)["precision"]]
-        else:
+        if not storage.exists(url):
             with torch.random.fork_rng(devices=[]):  # the probe's random matrices must not move the seed of the weights
                 rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
-            choice = ["bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"]
-            storage.write_json(url, {"precision": choice[0], "gflops": rates})
-            log.info("precision %s: matrix products run at %s GFLOP/s", choice[0], {k: round(v) for k, v in rates.items()})
+            found = "bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"
+            text = json.dumps({"precision": found, "gflops": rates}, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            if storage.create_once(url, text.encode()):  # another launcher of the run may have probed meanwhile
+                log.info("precision %s: matrix products run at %s GFLOP/s", found, {k: round(v) for k, v in rates.items()})
+        choice = [storage.read_json(url)["precision"]]
     if world.size > 1:
         dist.broadcast_object_list(choice, device=device)
     return DTYPES[choice[0]]

@@ -71,19 +71,14 @@ def _gib(size: int) -> str:
 
 
 def run_storage(url: str) -> list[Finding]:
-    """Write, read and delete a small file in the run folder; its time stamp tells the storage's clock."""
-    probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
-    data = secrets.token_bytes(1024)
+    """Write, read and delete a small file in the run folder; its time stamp tells the storage's clock. A slow one has a second try: an fsync may stall."""
     try:
-        started = time.monotonic()
-        storage.write_bytes(probe, data)
-        written = storage.modified(probe)
-        equal = storage.read_bytes(probe) == data
-        seconds = time.monotonic() - started
-        storage.delete(probe)
+        tries = [_try_storage(url)]
+        if tries[0][1] > LATENCY_FLOOR_S:
+            tries.append(_try_storage(url))
     except ReportedError as error:
         return [Finding("storage", False, str(error), "writable", "check the endpoint, the bucket, its rights and the credentials")]
-    skew = abs(time.time() - written)
+    equal, seconds, skew = min(tries)  # other bytes in any, else the faster
     good = equal and seconds <= LATENCY_FLOOR_S
     found = f"{seconds:.2f} s" if equal else "read other bytes than it wrote"
     return [
@@ -96,6 +91,19 @@ def run_storage(url: str) -> list[Finding]:
             "synchronise this node's clock (chronyc tracking)",
         ),
     ]
+
+
+def _try_storage(url: str) -> tuple[bool, float, float]:
+    """Whether a small file is read as it was written, after how many seconds, and how many the storage's clock is off."""
+    probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
+    data = secrets.token_bytes(1024)
+    started = time.monotonic()
+    storage.write_bytes(probe, data)
+    written = storage.modified(probe)
+    equal = storage.read_bytes(probe) == data
+    seconds = time.monotonic() - started
+    storage.delete(probe)
+    return equal, seconds, abs(time.time() - written)
 
 
 def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:

@@ -24,7 +24,7 @@ from tests.fault_proxy import FaultProxy, Rule, fault_proxy
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "data_faults.md"
 RECORDS = 41
 ATTEMPTS = 3  # instead of infra.s3.MAX_ATTEMPTS, and no waiting between them
-SILENCE_S = 0.5  # instead of infra.s3.READ_TIMEOUT_S
+SILENCE_S = 30.0  # instead of infra.s3.READ_TIMEOUT_S; less for faults that are silent
 _SHARD = r"GET .*part-00000/shard\.00002\.mds"
 
 
@@ -40,6 +40,8 @@ class Fault:
     """Words of the error; empty: every sample arrives."""
     requests: int = 0
     """Requests for the shard that it takes; 0: not looked at (what looks ahead asks too, and who needs the shard asks again)."""
+    silence_s: float = SILENCE_S
+    """Silence after which a request counts as broken."""
 
 
 def _always(kind: str, **settings: int) -> Callable[[], list[Rule]]:
@@ -61,10 +63,10 @@ FAULTS = (
     Fault("truncated object, twice", _times("truncate", 2), requests=3),
     Fault("truncated object, always", _always("truncate"), ends=f"failed after {ATTEMPTS} attempts"),
     Fault("slow (10 kB/s)", _always("slow", bytes_per_s=10_000), requests=1),
-    Fault("silence within the body, once", _times("stall", 1), requests=2),
-    Fault("silence within every body", _always("stall"), ends=f"failed after {ATTEMPTS} attempts"),
-    Fault("no answer, once", _times("hang", 1), requests=2),
-    Fault("no answer, ever", _always("hang"), ends=f"failed after {ATTEMPTS} attempts"),
+    Fault("silence within the body, once", _times("stall", 1), requests=2, silence_s=3.0),
+    Fault("silence within every body", _always("stall"), ends=f"failed after {ATTEMPTS} attempts", silence_s=0.5),
+    Fault("no answer, once", _times("hang", 1), requests=2, silence_s=3.0),
+    Fault("no answer, ever", _always("hang"), ends=f"failed after {ATTEMPTS} attempts", silence_s=0.5),
     Fault("flipped byte, once", _times("corrupt", 1, after=600), requests=2),
     Fault("flipped byte, always", _always("corrupt", after=600), ends=f"failed after {ATTEMPTS} attempts (Expected checksum"),
     Fault("flipped byte in the stored object", stored=lambda data: data[:-1] + bytes([data[-1] ^ 1]), ends="also when fetched again", requests=2),
@@ -81,12 +83,12 @@ def code_set(url: str, records: int = RECORDS, shard_bytes: int = 2000) -> Shard
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
+def impatient(silence_s: float = SILENCE_S) -> Iterator[None]:
     """Few attempts without waiting, and soon tired of silence."""
     with (
         mock.patch.object(s3, "MAX_ATTEMPTS", ATTEMPTS),
         mock.patch.object(s3, "BACKOFF_S", 0.0),
-        mock.patch.object(s3, "READ_TIMEOUT_S", SILENCE_S),
+        mock.patch.object(s3, "READ_TIMEOUT_S", silence_s),
         mock.patch("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None)),
     ):
         yield
@@ -111,13 +113,13 @@ def run(fault: Fault, proxy: FaultProxy, shard_set: ShardSet) -> str:
         if fault.stored(original):
             storage.write_bytes(name, fault.stored(original))
     try:
-        return _outcome(proxy, shard_set)
+        return _outcome(fault, proxy, shard_set)
     finally:
         storage.write_bytes(name, original)
 
 
-def _outcome(proxy: FaultProxy, shard_set: ShardSet) -> str:
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"S3_ENDPOINT_URL": proxy.endpoint}), impatient():
+def _outcome(fault: Fault, proxy: FaultProxy, shard_set: ShardSet) -> str:
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"S3_ENDPOINT_URL": proxy.endpoint}), impatient(fault.silence_s):
         try:
             ids = read_epoch(shard_set, cache)
         except ReportedError as error:
@@ -167,8 +169,8 @@ def main() -> None:
 
 Made by `python -m tests.data_faults`: a loader reads an epoch of {RECORDS} records in several shards from a real S3 server (SeaweedFS) through a proxy
 that breaks the requests for one of them (`tests/fault_proxy.py`). Do not edit. `tests/test_loaders_faults.py` checks the same outcomes. Here a request
-has {ATTEMPTS} attempts without waiting and {SILENCE_S} s of silence; in earnest it has {s3.MAX_ATTEMPTS} with growing waits and {s3.READ_TIMEOUT_S:.0f} s
-(`infra/s3.py`).
+has {ATTEMPTS} attempts without waiting and {SILENCE_S:.0f} s of silence (less for faults that are silent); in earnest it has {s3.MAX_ATTEMPTS} with growing waits
+and {s3.READ_TIMEOUT_S:.0f} s (`infra/s3.py`).
 
 | fault | outcome |
 |---|---|

@@ -15,7 +15,7 @@ from infra.errors import ExitCode
 from infra.job import RETRIES
 from infra.ledger import Verdict
 from infra.run_folder import RunFolder
-from tests.processes import ranks_under
+from tests.processes import alive, ranks_under
 from train.cluster import Start, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ class Gang:
             if launcher.poll() is None:
                 launcher.kill()
             launcher.wait()
-            while any(_alive(pid) for pid in pids):
+            while any(alive(pid) for pid in pids):
                 time.sleep(0.05)  # ranks die with their launcher
 
     def fill_disk(self, node: int) -> None:
@@ -109,13 +109,6 @@ class Gang:
             if subprocess.run(limit, check=False, capture_output=True).returncode == 0:
                 return
         raise AssertionError(f"{place} would not be limited to what it holds")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def send(pid: int, number: signal.Signals) -> None:

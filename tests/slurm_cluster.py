@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests import k8s_local
+from tests.processes import stat
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 1200.0
@@ -96,16 +97,17 @@ class Cluster:
         return self.jobs(job)
 
     def tasks(self, node: str) -> list[int]:
-        """Process numbers, as seen from outside, of the launchers and ranks that run on a node."""
-        found = []
+        """Process numbers, as seen from outside, of the launchers and ranks that run on a node.
+
+        What they fork shows their command line, until it becomes another program: it is neither.
+        """
+        marks, found = {f"SLURM_LOCAL={self.folder}".encode(), f"SLURMD_NODENAME={node}".encode()}, {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                variables = (path / "environ").read_bytes().split(b"\0")
-                if {f"SLURM_LOCAL={self.folder}".encode(), f"SLURMD_NODENAME={node}".encode()} <= set(variables) and b"launcher.py" in (
-                    path / "cmdline"
-                ).read_bytes():
-                    found.append(int(path.name))
-        return found
+                command = (path / "cmdline").read_bytes()
+                if b"launcher.py" in command and marks <= set((path / "environ").read_bytes().split(b"\0")):
+                    found[int(path.name)] = int(stat(int(path.name))[1]), command
+        return [pid for pid, (parent, command) in found.items() if parent not in found or found[parent][1] != command]
 
     def node(self, action: str, number: int) -> None:
         """``kill-node`` (kill -9 of its slurmd) or ``node`` (start it)."""

@@ -18,7 +18,7 @@ TITLE = f"""# What comes of faults on a real SLURM
 
 Made by `python -m tests.slurm_faults`: SLURM 22.05 with three nodes on one machine of {os.cpu_count()} cores, the job scripts of `infra/slurm/`, the preset tiny. Do not edit.
 `tests/test_slurm_real.py` checks the same outcomes. Seconds run from the fault (or the submission) to the outcome; most of them start Python, the wait of a requeued job (6 s),
-the look at limits (every 30 s) and the loss of a node (30 s) are SLURM's. Load is what else the machine did: processes that wanted to run, on average of a quarter of an hour.
+the look at limits (every 30 s) and the loss of a node (50 s) are SLURM's. Load is what else the machine did: processes that wanted to run, on average of a quarter of an hour.
 
 | fault or command | outcome | s | load |
 |---|---|---|---|

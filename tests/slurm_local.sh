@@ -47,7 +47,7 @@ JobCompType=jobcomp/none
 SwitchType=switch/none
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout=30
 KillWait=5
 MinJobAge=3600
 JobRequeue=1
@@ -76,11 +76,11 @@ inside() {
         --log-file="$S/log/munged.log" --seed-file="$S/run/munge.seed" --num-threads=2
     (exec -a slurmctld /usr/sbin/slurmctld-wlm -i -f "$SLURM_CONF")
     for i in $(seq 1 "$1"); do node "$i"; done
-    for _ in $(seq 60); do
-        [ "$(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l)" != "$1" ] || break
+    local deadline=$((SECONDS + 300))
+    until [ "$(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l)" = "$1" ]; do
+        [ "$SECONDS" -lt "$deadline" ] || { tail -n 5 "$S"/log/*.log >&2; exit 1; }
         sleep .2
     done
-    [ "$(sinfo -h -N -t idle -o %N | wc -l)" = "$1" ] || { tail -n 5 "$S"/log/*.log >&2; exit 1; }
     echo up
     while read -r _; do :; done
 }

@@ -56,6 +56,8 @@ def _srun(arguments: list[str]) -> int:
     nodes = int(options["nodes"])
     base = os.environ | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": options["ntasks"]}
     base["SLURM_STEP_NODELIST"] = os.environ["SLURM_JOB_NODELIST"]
+    heard: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))  # before there are tasks, to all of which it goes
     tasks = [
         subprocess.Popen(
             arguments[first:],
@@ -65,14 +67,12 @@ def _srun(arguments: list[str]) -> int:
         for i in range(nodes)
     ]
 
-    def forward(number: int, frame: object) -> None:
-        for task in tasks:
-            if task.poll() is None:
-                task.send_signal(number)
-
-    signal.signal(signal.SIGUSR2, forward)
     deadline = 0.0
     while any(task.poll() is None for task in tasks):
+        while heard:
+            number = heard.pop()
+            for task in tasks:
+                task.send_signal(number)  # not to those that have ended
         bad = [task.returncode for task in tasks if task.returncode]
         if bad and not deadline and "--kill-on-bad-exit=1" in arguments:
             deadline = time.monotonic() + KILL_WAIT_S

@@ -54,6 +54,17 @@ def test_storage_is_written_read_and_timed(tmp_path: Path, monkeypatch: pytest.M
     assert not skewed.ok and "600 s apart" in skewed.found and "chronyc" in skewed.advice
     monkeypatch.setattr(storage, "read_bytes", lambda url: b"other")
     assert "read other bytes" in local.run_storage(str(tmp_path))[0].found
+    monkeypatch.undo()
+    plain, tries = storage.write_bytes, list[str]()
+
+    def stalls_once(url: str, data: bytes) -> None:
+        tries.append(url)
+        time.sleep(3.5 if len(tries) == 1 else 0.0)
+        plain(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", stalls_once)
+    monkeypatch.setattr(local, "LATENCY_FLOOR_S", 3.0)
+    assert local.run_storage(str(tmp_path))[0].ok and len(tries) == 2, "an fsync may stall once"
     monkeypatch.setattr(local, "LATENCY_FLOOR_S", -1.0)
     assert not local.run_storage(str(tmp_path))[0].ok
     (tmp_path / "file").touch()

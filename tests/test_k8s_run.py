@@ -91,7 +91,7 @@ def test_a_gang_of_dalle_with_a_killed_pod_restarts_and_ends_as_an_undisturbed_o
 ) -> None:
     monkeypatch.chdir(ROOT)
     run_stage("encode", str(trained), [])
-    changes = {"dalle_fit.steps": 30, "dalle_fit.eval_every": 30}
+    changes = {"dalle_fit.steps": 80, "dalle_fit.eval_every": 80}
     run, calm = (copy_of(trained, tmp_path / name, changes=changes) / "tiny" for name in ("pods", "calm"))
     killed: list[int] = []
 
@@ -108,7 +108,7 @@ def test_a_gang_of_dalle_with_a_killed_pod_restarts_and_ends_as_an_undisturbed_o
     words = [sys.executable, str(ROOT / "launcher.py"), "dalle", str(calm), "--nproc", "2"]
     subprocess.run(words, check=True, capture_output=True, timeout=_PATIENCE_S)
     ends = [end_state(each) for each in (run, calm)]
-    assert ends[0] == ends[1] and len(ends[0][0]) == 30
+    assert ends[0] == ends[1] and len(ends[0][0]) == 80
 
 
 def end_state(run: Path) -> tuple[list[float], str]:

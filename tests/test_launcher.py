@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -62,7 +63,8 @@ def copied(prepared: Path, tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     yield tmp_path / "tiny"
     for pid in ranks_of(tmp_path / "tiny"):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ends by itself
+            os.kill(pid, signal.SIGKILL)
 
 
 run = pytest.fixture(copied)
@@ -79,6 +81,11 @@ def change(run: Path, **values: object) -> None:
         section, key = name.split("__")
         config[section][key] = value
     (run / "config.json").write_text(json.dumps(config))
+
+
+def without_end(run: Path) -> None:
+    """Let the dVAE's training neither end nor save before it is struck, however late that is."""
+    change(run, dvae_fit__steps=1_000_000, dvae_fit__save_every=1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,7 @@ def test_divergence_ends_with_93_and_keeps_the_last_good_checkpoint(run: Path) -
 
 
 def test_a_killed_rank_is_a_crash_and_takes_its_peers_along(run: Path) -> None:
+    without_end(run)
     process = start("dvae", str(run), "--nproc", "2")
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
     os.kill(ranks_of(run)[1], signal.SIGKILL)
@@ -166,6 +174,7 @@ def test_a_killed_rank_is_a_crash_and_takes_its_peers_along(run: Path) -> None:
 
 
 def test_a_killed_rank_is_started_again_until_crashes_in_a_row_have_saved_nothing(run: Path) -> None:
+    without_end(run)
     process = start("dvae", str(run), "--nproc", "1", "--restarts", "2")
     for attempt in range(3):
         wait_for(run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl", process)
@@ -191,7 +200,7 @@ def test_no_rank_is_started_again_after_a_stop_signal(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("options", [(signal.SIGUSR2,), (signal.SIGTERM, "--restarts", "1")], ids=["USR2", "TERM, restarts"])
 def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_end(run: Path, options: tuple[int, *tuple[str, ...]]) -> None:
     number, *restarts = options
-    change(run, dvae_fit__steps=60)
+    without_end(run)
     process = start("dvae", str(run), "--nproc", "2", *restarts)
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
     process.send_signal(number)
@@ -201,6 +210,7 @@ def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_
     (saved,) = (run / "dvae" / "checkpoints").glob("step-*/meta.json")
     stopped_at = json.loads(saved.read_text())["step"]
     assert {record["code"] for record in exits(run, "dvae")} == {75}
+    change(run, dvae_fit__steps=stopped_at + 20)
     done = launch("dvae", str(run), "--nproc", "2")
     assert done.returncode == 0, done.stderr
     again = launch("dvae", str(run))
@@ -210,6 +220,7 @@ def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_
 
 
 def test_a_signal_to_ranks_that_have_no_handler_yet_kills_none_and_is_not_lost(run: Path) -> None:
+    without_end(run)
     process = start("dvae", str(run), "--nproc", "2")
     wait_for(run / "exits" / "dvae" / "attempt-0" / "begin.json", process)
     deadline = time.monotonic() + _PATIENCE_S
@@ -222,6 +233,7 @@ def test_a_signal_to_ranks_that_have_no_handler_yet_kills_none_and_is_not_lost(r
 
 
 def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Path) -> None:
+    without_end(run)
     process = start("dvae", str(run), "--nproc", "2")
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
     second = launch("dvae", str(run), "--nproc", "2")

@@ -6,10 +6,12 @@ import dataclasses
 import io
 import itertools
 import os
+import socket
 import tempfile
 import threading
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,7 @@ def on_two_nodes(world: World, folder: str) -> list[Any]:
     dist.destroy_process_group()
     third = loader(sets, here, batch=12)  # with no process group: streaming makes one for the moment
     last = third.next()
-    dist.init_process_group("gloo")  # which run_in_ranks ends
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=world.rank, world_size=world.size)  # which run_in_ranks ends
     names = [cache.segments for each in (plain, worked, third) for cache in each._caches]
     for each in (plain, worked, third):
         each.close()
@@ -174,16 +176,13 @@ def test_two_nodes_of_two_ranks_share_an_order_that_three_ranks_go_on_with(tmp_p
     assert draw(after, 4) == wanted[8:]
 
 
-class _free_port:
-    def __enter__(self) -> int:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    def __exit__(self, *_: object) -> None:
-        return None
+@contextmanager
+def _free_port() -> Iterator[int]:
+    """A port for a store of torch. Bound meanwhile, so that the kernel gives it to nobody else; by SO_REUSEADDR, which the store sets too, it can listen."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 0))
+        yield int(probe.getsockname()[1])
 
 
 def test_no_thread_of_a_loader_keeps_the_process_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,11 +135,16 @@ def test_formats_that_are_not_ours_are_refused(tmp_path: Path) -> None:
 
 def test_a_closed_file_is_given_back(tmp_path: Path) -> None:
     (entry,) = write(tmp_path, RECORDS)
-    before = len(os.listdir("/proc/self/fd"))
+    path = str(tmp_path / "part-00000" / "shard.00000.mds")
+
+    def held() -> int:
+        return [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")].count(path)
+
     rows = open_rows(tmp_path, entry)
+    assert held() == 1
     rows.close()
     rows.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == 0
 
 
 def test_a_file_that_cannot_be_read_is_named_when_it_is_checked(tmp_path: Path) -> None:

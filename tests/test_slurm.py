@@ -113,7 +113,7 @@ PYTHON = """#!/bin/bash
 echo "python $*" >> "$STAND_IN/python"
 [ "$2" = verdict ] && { echo "code $LAUNCHER_CODE" >> "$STAND_IN/python"; exit "${VERDICT:-0}"; }
 grep SigBlk /proc/self/status >> "$STAND_IN/python"
-[ -z "${PATIENT:-}" ] || exec "$REAL" -c "import os, signal; open(os.environ['STAND_IN'] + '/ready', 'w'); signal.sigwait([signal.SIGUSR2]); exit(75)"
+[ -z "${PATIENT:-}" ] || exec "$REAL" -c "import os, signal; open(os.environ['STAND_IN'] + '/ready', 'w'); signal.sigwait([signal.SIGUSR2]); exit($PATIENT)"
 exit "${END:-0}"
 """
 
@@ -165,13 +165,17 @@ def test_a_job_that_slurm_is_ending_is_not_requeued(tmp_path: Path) -> None:
     assert process.returncode == 75 and "verdict 75" in output and not stand_in.calls(tmp_path / "slurm", "scontrol")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM], ids=["USR2", "TERM"])
-def test_a_batch_script_passes_usr2_on_and_survives_term(tmp_path: Path, number: int) -> None:
-    process = batch(tmp_path / "slurm", "RUN", PATIENT="1", VERDICT="75")
+def until_ready(process: subprocess.Popen[str], folder: Path) -> None:
     deadline = time.monotonic() + 60
-    while not (tmp_path / "slurm" / "ready").exists():
+    while not (folder / "ready").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM], ids=["USR2", "TERM"])
+def test_a_batch_script_passes_usr2_on_and_survives_term(tmp_path: Path, number: int) -> None:
+    process = batch(tmp_path / "slurm", "RUN", PATIENT="75", VERDICT="75")
+    until_ready(process, tmp_path / "slurm")
     process.send_signal(number)
     if number == signal.SIGTERM:  # scancel sends it to everything; the ranks have had theirs
         time.sleep(0.5)
@@ -180,6 +184,16 @@ def test_a_batch_script_passes_usr2_on_and_survives_term(tmp_path: Path, number:
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "srun ended with 75" in output
     assert stand_in.calls(tmp_path / "slurm", "scontrol") == [["requeue", "4242"]]
+
+
+def test_srun_may_end_while_usr2_is_passed_on(tmp_path: Path) -> None:
+    """What bash's interrupted wait says is no code of srun: without a ledger, a wrong configuration would be requeued."""
+    kill = '() { builtin kill "$@" || return; if [ "$1" = -USR2 ]; then while builtin kill -0 "$2" 2> /dev/null; do sleep .05; done; fi; }'
+    process = batch(tmp_path / "slurm", "RUN", PATIENT="78", VERDICT="78", **{"BASH_FUNC_kill%%": kill})
+    until_ready(process, tmp_path / "slurm")
+    process.send_signal(signal.SIGUSR2)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 78 and "srun ended with 78" in output, output
 
 
 def test_containers_wrap_the_launcher_by_one_variable(tmp_path: Path) -> None:

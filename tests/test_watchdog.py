@@ -8,17 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from infra.run_folder import RunFolder
+from infra.world import World
 from tests.processes import ranks_of
-from tests.test_launcher import LAUNCHER, copied, wait_for
+from tests.test_launcher import LAUNCHER, copied
 from train import watchdog
+from train.checkpoint_saver import Saver
 from train.watchdog import Watchdog
 
-HANG_S = 8
+HANG_S = 16
+"""Who waits for others waits for a quarter longer, less the second between two looks: 3 s for the other rank to end first."""
 _BOUND_S = 600
 """HANG_S, a little more for those that wait, 30 s until the launcher kills what was stopped, and the starts; generous, for slow machines."""
 STUCK = """
@@ -42,8 +46,8 @@ if os.environ.get("RANK") == "1":
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    words = ["prepare", "tiny", f"run.root={root}", "dvae_fit.steps=400", "dvae_fit.eval_every=400", "--nproc", "1"]
-    subprocess.run([sys.executable, LAUNCHER, *words], check=True, capture_output=True, timeout=_BOUND_S)
+    words = ["prepare", "tiny", f"run.root={root}", "dvae_fit.steps=400", "dvae_fit.eval_every=400", "dvae_fit.save_every=400"]
+    subprocess.run([sys.executable, LAUNCHER, *words, "--nproc", "1"], check=True, capture_output=True, timeout=_BOUND_S)
     return root / "tiny"
 
 
@@ -69,7 +73,11 @@ def test_a_rank_that_sleeps_in_a_step_ends_the_job_and_is_named_with_its_stack(r
 
 def test_a_rank_that_cannot_speak_is_named_by_its_peers_and_killed(run: Path) -> None:
     process = start(run)
-    wait_for(run / "dvae" / "checkpoints" / "step-00000005" / "meta.json", process)
+    lines, deadline = run / "dvae" / "metrics" / "attempt-0.jsonl", time.monotonic() + _BOUND_S
+    while not lines.exists() or lines.read_text().count("\n") < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no update"
+        time.sleep(0.05)
     stopped = max(ranks_of(run), key=lambda pid: b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(stopped, signal.SIGSTOP)
     output = process.communicate(timeout=_BOUND_S)[0]
@@ -111,14 +119,24 @@ def test_who_waits_for_others_gives_them_longer(monkeypatch: pytest.MonkeyPatch)
     assert "it waits for other ranks at tests/test_watchdog.py" in said[0] and said[0].endswith("; on this node rank 1 (process 7) is stopped")
 
 
+def test_who_waits_for_a_peers_half_of_a_checkpoint_waits_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    half: Future[None] = Future()
+    monkeypatch.setattr(watchdog, "suspects", lambda: ["rank 1 (process 7) is stopped"])
+    saver = Saver(str(tmp_path), World.single(), keep=1)
+    saver._job = half
+    Watchdog(0.5, lambda code, reason: said.append(reason), lambda code: half.set_result(None)).beat()
+    saver.wait()
+    assert "it waits for other ranks at train/checkpoint_saver.py" in said[0] and said[0].endswith("; on this node rank 1 (process 7) is stopped")
+
+
 def test_stacks_are_shown_on_request(tmp_path: Path) -> None:
-    program = "import time; from train import watchdog; watchdog.start(print); print('go', flush=True); time.sleep(3); print('on', flush=True)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(LAUNCHER).parent
-    )
+    program = "import sys; from train import watchdog; watchdog.start(print); print('go', flush=True); sys.stdin.read(); print('on', flush=True)"
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=Path(LAUNCHER).parent)
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     process.send_signal(watchdog.STACK_SIGNAL)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=60)[0]  # ends its input
     assert "most recent call first" in output and output.endswith("on\n") and process.returncode == 0
 
 

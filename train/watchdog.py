@@ -24,8 +24,8 @@ LIMIT_S = 540.0
 
 STACK_SIGNAL = signal.SIGQUIT
 """Makes a rank print all its stacks and go on: ``kill -QUIT``, or another rank of the node that has waited for too long."""
-_WAITING = ("/torch/distributed/", "/torch/autograd/", "train/signal_vector.py")
-"""Where a rank stands that waits for others: in a collective, or in a backward pass that ends in one."""
+_WAITING = ("/torch/distributed/", "/torch/autograd/", "train/signal_vector.py", "train/checkpoint_saver.py")
+"""Where a rank stands that waits for others: in a collective, in a backward pass that ends in one, or until all halves of a checkpoint are written."""
 _PEERS_S = 60.0
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "Z": "dead"}
 
@@ -43,28 +43,33 @@ class Watchdog:
         self.limit_s = limit_s
         self._report, self._end = report, end
         self._due: float | None = None
+        self._lock = threading.Lock()
         self._main = threading.get_ident()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, patience: float = 1.0) -> None:
         """Something happened; the next beat may take ``patience`` times the limit (evaluations and saves are longer than steps)."""
-        self._due = time.monotonic() + self.limit_s * patience
+        with self._lock:
+            self._due = time.monotonic() + self.limit_s * patience
 
     def rest(self) -> None:
         """Nothing is expected any more."""
-        self._due = None
+        with self._lock:
+            self._due = None
 
     def _watch(self) -> None:
         tick, peers_s = min(1.0, self.limit_s / 10), min(_PEERS_S, self.limit_s / 4)
         while True:
             slept = time.monotonic()
             time.sleep(tick)
-            now, due = time.monotonic(), self._due
-            if due is None:
-                continue
-            if now - slept > tick + self.limit_s / 2:  # the whole process was suspended, and so was what it is waited for
-                self._due = due + now - slept
-            elif now > due + (peers_s if self._waits() else 0.0):
+            with self._lock:
+                now, due = time.monotonic(), self._due
+                if due is None:
+                    continue
+                if now - slept > tick + self.limit_s / 2:  # the whole process was suspended, and so was what it is waited for
+                    self._due = due + now - slept
+                    continue
+            if now > due + (peers_s if self._waits() else 0.0):
                 self._say_and_end()
                 return
 
@@ -81,17 +86,20 @@ class Watchdog:
         return traceback.extract_stack(sys._current_frames()[self._main])
 
     def _waits(self) -> bool:
-        inner = self._stack()[-1].filename
-        return any(mark in inner for mark in _WAITING)
+        stack = self._stack()
+        return any(mark in frame.filename for frame in (stack[-1], _innermost_of_ours(stack)) for mark in _WAITING)
 
     def place(self) -> str:
         """Where the main thread stands: the innermost line of ours, and what it called."""
         stack = self._stack()
-        ours = [frame for frame in stack if _is_ours(frame.filename)]
-        inner = (ours or stack)[-1]
+        inner = _innermost_of_ours(stack)
         name = inner.filename.removeprefix(f"{REPOSITORY}/")
         called = f", inside {stack[-1].name} ({os.path.basename(stack[-1].filename)})" if stack[-1] is not inner else ""
         return f"{name}:{inner.lineno} in {inner.name}{called}"
+
+
+def _innermost_of_ours(stack: traceback.StackSummary) -> traceback.FrameSummary:
+    return ([frame for frame in stack if _is_ours(frame.filename)] or stack)[-1]
 
 
 def _is_ours(filename: str) -> bool:

@@ -40,9 +40,10 @@ run_stage() {
     srun=$!
     trap 'kill -USR2 "$srun" 2> /dev/null || true' USR2 # srun passes USR2 on to its tasks; TERM would kill them
     while :; do # a trap interrupts wait
-        wait "$srun" && code=0 || code=$?
+        wait "$srun" || true # with the signal's code then, also where srun ends before the next line
         kill -0 "$srun" 2> /dev/null || break
     done
+    wait "$srun" || code=$? # bash keeps it
     end "$code" "$@"
 }
 

@@ -48,13 +48,14 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._seen:
             return
-        self._seen[key] = storage.nbytes()
-        self.now += storage.nbytes()
+        size = self._seen[key] = storage.nbytes()
+        self.now += size  # no call in between: storages are freed in other threads, too
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
-        self.now -= self._seen.pop(key)
+        size = self._seen.pop(key)
+        self.now -= size
 
     def restart(self) -> None:
         """Forget the peak so far."""

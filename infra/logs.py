@@ -8,9 +8,15 @@ import os
 _OURS = ("data_pipeline", "infra", "model", "train")
 
 
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+    def format(self, record: logging.LogRecord) -> str:
+        """The message; on a terminal in place of the progress that is drawn there, which draws itself again."""
+        return ("\r\x1b[2K" if self.stream.isatty() else "") + super().format(record)
+
+
 def show() -> None:
     """Print what our modules log, bare. For processes of the launcher: without it Python shows warnings alone."""
-    handler = logging.StreamHandler()
+    handler = _Lines()
     for name in _OURS:
         logger = logging.getLogger(name)
         logger.addHandler(handler)

@@ -139,6 +139,19 @@ def test_a_damaged_object_leads_to_the_checkpoint_before(s3: str, monkeypatch: p
         storage.delete(file)
 
 
+def test_a_byte_that_changes_on_its_way_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(str(tmp_path), 1, {"model/w": torch.rand(100)})
+    plain, read = storage.read_range, list[bytes]()
+
+    def changed_once(url: str, start: int, size: int) -> bytes:
+        read.append(plain(url, start, size))
+        return b"x" + read[-1][1:] if len(read) == 1 else read[-1]
+
+    monkeypatch.setattr(storage, "read_range", changed_once)
+    checkpoint.load(str(tmp_path), 1, whole({"model/w": torch.zeros(100)}))
+    assert len(read) == 2
+
+
 def test_an_outage_of_the_server_is_no_damage_and_a_broken_body_is_read_again(s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (5, 10):
         save(s3, step, {"model/w": torch.full((1 << 10,), float(step))})
@@ -175,6 +188,7 @@ def restore_slowly(world: World, folder: str) -> tuple[list[str], int, list[floa
         url = checkpoint.save(folder, step, whole(tensors), {"shapes": {}}, world, keep=3)
     dist.barrier()
     names = storage.list_files(url)
+    dist.barrier()  # the group that is set up below waits 3 s for its ranks
     dist.destroy_process_group()  # the tests' own
     device._COLLECTIVE_TIMEOUT = timedelta(seconds=3)
     device.set_up(world)

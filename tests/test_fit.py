@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from infra.errors import CheckpointError, DivergedError
-from infra.run_folder import RunFolder, commit
+from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train import checkpoint, watchdog
@@ -143,15 +142,28 @@ def test_a_restore_is_watched_and_what_is_compiled_after_it_is_not(tmp_path: Pat
     assert seen[:4] == ["beat", "load", "rest", "beat"]
 
 
-def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copied(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = fit_of(tmp_path, [APPLIED] * 6, [1.0], keep=3)
-    fit.engine.average.wait = lambda: time.sleep(0.5)  # type: ignore[method-assign]
+    events, settle = list[str](), Saver.settle
+
+    def late() -> None:
+        time.sleep(0.2)
+        events.append("copied")
+
+    def settled(saver: Saver) -> float:
+        if seconds := settle(saver):  # there was something to wait for
+            events.append("settled")
+        return seconds
+
+    fit.engine.average.wait = late  # type: ignore[method-assign]
+    monkeypatch.setattr(Saver, "settle", settled)
     fit.run_to_end()
     for step in (2, 4, 6):
         weights = checkpoint.read_tensors(checkpoint.folder(str(tmp_path / "toy"), step), "model")
         assert weights["weight"].flatten().tolist() == [float(step)] * 4
     stalls = read_metrics(str(tmp_path), "toy")["perf/save_stall_s"]
-    assert [point.step for point in stalls] == [2, 4, 6] and min(point.value for point in stalls) > 0.2
+    assert [point.step for point in stalls] == [2, 4, 6] and min(point.value for point in stalls) > 0
+    assert events == ["copied", "settled"] * 3
 
 
 def fragments_of(value: float) -> dict[str, Fragment]:
@@ -193,16 +205,6 @@ def test_a_gpus_tensors_are_copied_beside_what_it_does_and_the_host_waits_for_no
         assert step == 1 or time.perf_counter() - began < 0.2
         saver.wait()
         assert set(checkpoint.read_tensors(checkpoint.folder(str(tmp_path), step), "model")["w"].tolist()) == {float(step)}
-
-
-def test_a_checkpoint_names_the_commit_that_runs_not_the_one_checked_out_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit.cache_clear()
-    saver = Saver(str(tmp_path), World.single(), keep=2)
-    running = commit()
-    monkeypatch.setattr(subprocess, "run", lambda *given, **named: subprocess.CompletedProcess(given, 0, "another commit\n"))
-    saver.save(1, fragments_of(1.0), {"shapes": {"w": [4]}})
-    saver.wait()
-    assert checkpoint.read_meta(checkpoint.folder(str(tmp_path), 1))["commit"] == running != "another commit"
 
 
 def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_
     change(run, dvae_fit__steps=stopped_at + 20)
     done = launch("dvae", str(run), "--nproc", "2")
     assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count(f"dvae: resumed after update {stopped_at}\n") == 1, "notes are the main rank's, and seen"
     again = launch("dvae", str(run))
     assert again.returncode == 0 and "finished already" in again.stdout
     first = json.loads((run / "dvae" / "metrics" / "attempt-1.jsonl").read_text().splitlines()[0])

@@ -62,7 +62,6 @@ def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_ru
     assert metas[0]["plateau"]["halved"] == [6, 10] and metas[0]["engine"]["attempts"] == 10
     series = read_metrics(str(whole / "tiny"), "dalle")
     assert [point.value for point in series["optim/lr"]] == [1.5e-3] + [3e-3] * 5 + [1.5e-3] * 4
-    assert 0 < series["perf/mfu"][-1].value < 1.5
     assert [point.value for point in series["sched/halvings"]] == [0] * 5 + [1] * 4 + [2]
     assert [point.step for point in series["numerics/scale/007-mlp"]] == [2, 4, 6, 8, 10]
     assert 0 <= series["numerics/zero_share/000-attention"][-1].value <= 1 and "perf/save_stall_s" in series

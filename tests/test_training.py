@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import pytest
 from data_pipeline.shards import digest
 from infra import storage
 from infra.errors import ConfigError, DataError, ExitCode, StopRequested
-from infra.run_folder import RunFolder
+from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
 from infra.world import World
 from tests.ranks import run_in_ranks
-from train import front
-from train.config import load_run
+from train import front, stage_report
+from train.config import RunConfig, load_run
 from train.metrics import read_metrics
 from train.stages import STAGES
 from train.verbs import export as export_verb
@@ -83,6 +84,7 @@ def test_four_updates_a_stop_and_six_more_equal_ten_bit_for_bit(prepared: Path, 
     run_stage(stage, str(broken), [])
     assert len(losses(broken, stage)) == 10
     assert losses(broken, stage) == losses(whole, stage)
+    assert stage == "clip" or read_metrics(str(whole / "tiny"), stage)["perf/mfu"][-1].value > 0
     assert fingerprint(broken, stage) == fingerprint(whole, stage)
     ours, theirs = (json.loads((root / "tiny" / stage / "export" / "config.json").read_text())["content_hash"] for root in (broken, whole))
     assert ours == theirs
@@ -323,6 +325,19 @@ def test_launchers_that_probe_at_the_same_time_compute_as_the_first_says(tmp_pat
     monkeypatch.setattr(device, "probe", overtaken)
     assert device.branch_dtype("auto", torch.device("cpu"), run, World.single()) == torch.float32
     assert storage.read_json(run.at("precision.json")) == {"precision": "fp32"}
+
+
+def test_outputs_name_the_commit_that_runs_and_not_the_one_checked_out_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+        monkeypatch.setattr(subprocess, "run", lambda *given, **named: subprocess.CompletedProcess(given, 0, "another commit\n"))
+        run.finish("report")
+
+    monkeypatch.setattr(stage_report, "run", stage)
+    commit.cache_clear()
+    running = commit()
+    commit.cache_clear()
+    run_stage("report", str(tmp_path), [])
+    assert json.loads((tmp_path / "tiny/report/done.json").read_text())["commit"] == running != "another commit"
 
 
 def test_stages_need_those_before_them(tmp_path: Path) -> None:

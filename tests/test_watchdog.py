@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,15 +119,19 @@ def test_who_waits_for_others_gives_them_longer(monkeypatch: pytest.MonkeyPatch)
     assert "it waits for other ranks at tests/test_watchdog.py" in said[0] and said[0].endswith("; on this node rank 1 (process 7) is stopped")
 
 
-def test_who_waits_for_a_peers_half_of_a_checkpoint_waits_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    half: Future[None] = Future()
+@pytest.mark.parametrize(("place", "waits"), [("/torch/distributed/distributed_c10d.py", True), ("/infra/storage.py", False)])
+def test_who_waits_for_a_peers_half_of_a_checkpoint_waits_for_others_and_who_cannot_write_its_own_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, waits: bool
+) -> None:
+    said, gate, stand = list[str](), list[int](), dict[str, Any]()
+    exec(compile("def stand(gate, sleep):\n    while not gate:\n        sleep(0.01)", place, "exec"), stand)
     monkeypatch.setattr(watchdog, "suspects", lambda: ["rank 1 (process 7) is stopped"])
     saver = Saver(str(tmp_path), World.single(), keep=1)
-    saver._job = half
-    Watchdog(0.5, lambda code, reason: said.append(reason), lambda code: half.set_result(None)).beat()
+    saver._job = saver._thread.submit(stand["stand"], gate, time.sleep)
+    Watchdog(0.5, lambda code, reason: said.append(reason), lambda code: gate.append(code)).beat()
     saver.wait()
-    assert "it waits for other ranks at train/checkpoint_saver.py" in said[0] and said[0].endswith("; on this node rank 1 (process 7) is stopped")
+    assert ("it waits for other ranks" if waits else "it stands") + " at train/checkpoint_saver.py" in said[0]
+    assert said[0].endswith("; on this node rank 1 (process 7) is stopped") == waits
 
 
 def test_stacks_are_shown_on_request(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infra.run_folder import commit
 from infra.world import World
 from train import checkpoint
 from train.fragments import Fragment
+from train.watchdog import SAVER_THREAD
 
 
 class Saver:
@@ -32,14 +32,12 @@ class Saver:
         self.stage_url, self.world, self.keep, self.keep_every = stage_url, world, keep, keep_every
         # The thread's collectives have a group of their own: they must not mix with the training step's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, SAVER_THREAD)
         self._staging: Future[None] | None = None
         self._job: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
-        if world.is_main:
-            commit()  # what is checked out now runs, whatever is by the time of a save
 
     def save(self, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], *, ready: Callable[[], None] | None = None) -> float:
         """Start to copy and write a checkpoint, and return the seconds for which the caller had to wait: for the rest of the previous write, if it is not done.

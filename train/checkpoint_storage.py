@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from data_pipeline.shards import digest
 from infra import storage
-from infra.errors import CheckpointError
+from infra.errors import CheckpointError, DataError, UnreachableError
 
 INDEX = "index.json"
 PIECE_BYTES = 4 << 20
@@ -32,6 +32,7 @@ GAP_BYTES = 1 << 20
 """Unwanted bytes between two pieces that cost less than a second request."""
 READERS = 4
 """Requests at once."""
+_TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -230,15 +231,21 @@ class Reader(StorageReader):
                 yield first, job.result()
 
     def _fetch(self, run: list[_Place]) -> memoryview:
-        """The bytes of neighbours in a file, whose hashes are right."""
+        """The bytes of neighbours in a file, whose hashes are right. Read again before they are called damaged: S3 checks no ranges on their way."""
         url, start, size = storage.join(self.url, run[0].file), run[0].start, run[-1].end - run[0].start
         data = memoryview(bytearray(size))
-        for done in range(0, size, READ_BYTES):
-            data[done : done + READ_BYTES] = storage.read_range(url, start + done, min(READ_BYTES, size - done))
-        for place in run:
-            if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256:
-                raise CheckpointError(f"{url}: damaged: the hash of bytes {place.start} to {place.end} differs.")
-        return data
+        for _ in range(_TRIES):
+            try:
+                for done in range(0, size, READ_BYTES):
+                    data[done : done + READ_BYTES] = storage.read_range(url, start + done, min(READ_BYTES, size - done))
+            except UnreachableError:
+                raise
+            except DataError as error:
+                raise CheckpointError(f"damaged: {error}") from error
+            odd = [place for place in run if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256]
+            if not odd:
+                return data
+        raise CheckpointError(f"{url}: damaged: the hash of bytes {odd[0].start} to {odd[0].end} differs, also when they are read again.")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

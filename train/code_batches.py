@@ -22,7 +22,7 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
 
 
 def validation(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, samples: int) -> SequentialReader[Sample, Batch]:
-    """At most so many validation samples, evenly spaced, each with its first caption, in batches of a random order that is always the same."""
+    """At most so many validation samples, evenly spaced, each with its first caption."""
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     codes = open_codes(cfg, run, 0, "validation")
-    return SequentialReader(codes, world, samples, cfg.evaluate.batch, plain, code_collate, mix_seed=cfg.run.seed)
+    return SequentialReader(codes, world, samples, cfg.evaluate.batch, plain, code_collate)

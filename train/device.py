@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -60,7 +61,8 @@ def set_up(world: World) -> torch.device:
 def _allow_many_files() -> None:
     """Raise this process's limit of open files to what it may be: each gloo group keeps a connection to every other rank, and 1,024 is a usual limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):  # a container may allow less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def patient_group() -> dist.ProcessGroup | None:

@@ -30,7 +30,9 @@ from train.signal_vector import SignalVector
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-_PATIENCE = 6.0  # an evaluation, a save or a restore may take that many times as long as the watchdog's limit for a step
+_PATIENCE = 6.0  # an evaluation or a save may take that many times as long as the watchdog's limit for a step
+RESTORE_PATIENCE = 20.0
+"""So may reading a checkpoint or an export (three hours), and all that is tried before one is whole."""
 
 
 class Loader(Protocol):
@@ -131,7 +133,7 @@ class Fit:
         self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
         self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
-        watchdog.beat(_PATIENCE)
+        watchdog.beat(RESTORE_PATIENCE)
         step = self._restore()
         watchdog.rest()  # until the first update, which may have much to compile
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0

@@ -20,7 +20,7 @@ from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
-from infra.run_folder import RunFolder
+from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
 from infra.world import Share, World
 from train import elastic, places, watchdog
@@ -226,6 +226,8 @@ def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, st
 def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
     """Run a stage's function as one rank, and record how it ended."""
     faulthandler.enable()
+    if world.is_main:
+        commit()  # what is checked out now runs, whatever is when outputs name it
     code, reason = ExitCode.DONE, "finished"
     label = _label(name, STAGES[name])
     watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))

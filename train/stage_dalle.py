@@ -14,13 +14,13 @@ from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
-from train import apex_parts, checkpoint, code_batches, places, warm_start
+from train import apex_parts, checkpoint, code_batches, places, warm_start, watchdog
 from train.bench.flops import train_flops
 from train.common import finish_training, micro_batch
 from train.config import DalleFit, RunConfig
 from train.dalle_task import DalleTask
 from train.device import branch_dtype, matrix_peak, set_up, wait_for_all
-from train.fit import Fit
+from train.fit import RESTORE_PATIENCE, Fit
 from train.lineage import build_dalle, open_tokenizer
 from train.plateau import Plateau
 from train.zero.construction import sharded_construction
@@ -43,15 +43,18 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
+    watchdog.beat(RESTORE_PATIENCE)
     # Once there is a checkpoint, it holds the weights, and names what they started from.
     if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
         lineage["init_from"] = warm_start.load(engine, fit.init_from, "dalle_fit.init_from")
+    watchdog.rest()
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
-    peak = matrix_peak(dtype, device) if world.is_main else 0.0
+    # fp16 on a CPU has no peak: its rate depends on how the matrices lie by a factor of ten.
+    peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
     flops = train_flops(cfg.dalle, model.shape) / model.shape.states
     outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
     # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.

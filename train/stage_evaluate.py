@@ -42,7 +42,6 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         batch,
         code_transform(models.tokenizer, cfg.run.seed, dropout=0.0, first_caption=True),
         code_collate,
-        mix_seed=cfg.run.seed,
     )
     figures = _on_images(cfg, models, pairs, device) | _unigram(cfg, tokens, device)
     with torch.no_grad():

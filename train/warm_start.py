@@ -8,6 +8,7 @@ import torch
 
 from infra.errors import ConfigError
 from train import export
+from train.device import wait_for_all
 from train.engine import Engine
 from train.fit import full_shape
 
@@ -20,13 +21,13 @@ _SHOWN = 10
 def load(engine: Engine, url: str, key: str) -> str:
     """Give an engine that has made no update exported weights, as masters and as averages, and return their content hash. Collective.
 
-    As in a restore, each rank copies what it holds: fp16 copies are made of fp32 masters, and no process holds more than its shards.
+    As in a restore, each rank copies what it holds, and fp16 copies are made of fp32 masters. The export's file is mapped; one on S3 is copied to TMPDIR.
 
     Args:
         key: the configuration key that named the export, for messages.
 
     Raises:
-        ConfigError: a weight is missing, left over or of another shape; all of them are listed, up to ten.
+        ConfigError: a weight is missing, left over or of another shape; they are counted, and the first ten named.
         DataError: there is no export, or it is damaged.
     """
     identity, tensors = export.read_tensors(url)
@@ -41,6 +42,7 @@ def load(engine: Engine, url: str, key: str) -> str:
         kind, _, parameter = name.partition("/")
         if kind in ("model", "average"):
             fragment.tensor.copy_(tensors[parameter].flatten().narrow(0, fragment.offset, fragment.tensor.numel()))
+    wait_for_all()  # ranks read for unequal times, and what follows is a collective that does not wait for long
     engine.loaded(0)
     log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
     return identity

@@ -24,8 +24,11 @@ LIMIT_S = 540.0
 
 STACK_SIGNAL = signal.SIGQUIT
 """Makes a rank print all its stacks and go on: ``kill -QUIT``, or another rank of the node that has waited for too long."""
-_WAITING = ("/torch/distributed/", "/torch/autograd/", "train/signal_vector.py", "train/checkpoint_saver.py")
-"""Where a rank stands that waits for others: in a collective, in a backward pass that ends in one, or until all halves of a checkpoint are written."""
+_WAITING = ("/torch/distributed/", "/torch/autograd/", "train/signal_vector.py")
+"""Where a rank stands that waits for others: in a collective, or in a backward pass that ends in one."""
+_SAVER = "train/checkpoint_saver.py"
+SAVER_THREAD = "checkpoint"
+"""Its thread, which writes this rank's half of a checkpoint and waits for the others'."""
 _PEERS_S = 60.0
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "Z": "dead"}
 
@@ -87,7 +90,13 @@ class Watchdog:
 
     def _waits(self) -> bool:
         stack = self._stack()
-        return any(mark in frame.filename for frame in (stack[-1], _innermost_of_ours(stack)) for mark in _WAITING)
+        if _SAVER in _innermost_of_ours(stack).filename:  # then its thread waits for others, or writes
+            frames = sys._current_frames()
+            savers = [
+                frames[thread.ident] for thread in threading.enumerate() if thread.name.startswith(f"{SAVER_THREAD}_") and thread.ident in frames
+            ]
+            return any(_is_waiting(traceback.extract_stack(frame)[-1].filename) for frame in savers)
+        return _is_waiting(stack[-1].filename)
 
     def place(self) -> str:
         """Where the main thread stands: the innermost line of ours, and what it called."""
@@ -96,6 +105,10 @@ class Watchdog:
         name = inner.filename.removeprefix(f"{REPOSITORY}/")
         called = f", inside {stack[-1].name} ({os.path.basename(stack[-1].filename)})" if stack[-1] is not inner else ""
         return f"{name}:{inner.lineno} in {inner.name}{called}"
+
+
+def _is_waiting(filename: str) -> bool:
+    return any(mark in filename for mark in _WAITING)
 
 
 def _innermost_of_ours(stack: traceback.StackSummary) -> traceback.FrameSummary:

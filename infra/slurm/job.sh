@@ -40,10 +40,11 @@ run_stage() {
     srun=$!
     trap 'kill -USR2 "$srun" 2> /dev/null || true' USR2 # srun passes USR2 on to its tasks; TERM would kill them
     while :; do # a trap interrupts wait
-        wait "$srun" || true # with the signal's code then, also where srun ends before the next line
+        wait "$srun" || true # a signal ends this with its own code, which says nothing of srun
         kill -0 "$srun" 2> /dev/null || break
     done
-    wait "$srun" || code=$? # bash keeps it
+    trap '' USR2 # there is nobody left to pass it on to
+    wait "$srun" || code=$? # bash keeps srun's
     end "$code" "$@"
 }
 

@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         if key in self._seen:
             return
         size = self._seen[key] = storage.nbytes()
-        self.now += size  # no call in between: storages are freed in other threads, too
+        self.now += size  # threads switch at calls, and one in between would lose what another thread frees
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key)
 

@@ -116,10 +116,12 @@ class ZeroEngine:
         internals.check(self._optimizer, zero.stage, module.named_parameters())
         internals.take_over(self._optimizer, zero.stage)
         if isinstance(self.adam, PaperAdamW) and not zero.offload_optimizer:
-            if internals.is_read():
+            if internals.is_followed():
                 one_pass.install(self._optimizer, zero.stage, self.adam)
             else:
-                log.warning("deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/zero/one_pass.py)", internals.READ)
+                log.warning(
+                    "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/zero/one_pass.py)", internals.FOLLOWED
+                )
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device

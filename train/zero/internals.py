@@ -29,7 +29,7 @@ from infra.errors import ConfigError
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 SERIES = "0.19."
-READ = "0.19.8"
+FOLLOWED = "0.19.8"
 """The version whose step train/zero/one_pass.py follows line by line: a change there shows in no attribute."""
 NEEDED_OF_MODULES = {
     torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"),
@@ -100,9 +100,9 @@ def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> 
         raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/zero/ stands on: {', '.join(absent[:3])}.")
 
 
-def is_read() -> bool:
-    """Whether the installed version is the one whose code we have read."""
-    return str(deepspeed.__version__) == READ
+def is_followed() -> bool:
+    """Whether the installed version is the one whose step ours follows."""
+    return str(deepspeed.__version__) == FOLLOWED
 
 
 def take_over(optimizer: Any, stage: int) -> None:

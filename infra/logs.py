@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 _OURS = ("data_pipeline", "infra", "model", "train")
 
@@ -16,6 +17,7 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
 
 def show() -> None:
     """Print what our modules log, bare. For processes of the launcher: without it Python shows warnings alone."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # where one process reads a checkpoint, as for an export
     handler = _Lines()
     for name in _OURS:
         logger = logging.getLogger(name)

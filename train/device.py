@@ -104,7 +104,9 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
             found = "bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"
             text = json.dumps({"precision": found, "gflops": rates}, indent=2, sort_keys=True, allow_nan=False) + "\n"
             if storage.create_once(url, text.encode()):  # another launcher of the run may have probed meanwhile
-                log.info("precision %s: matrix products run at %s GFLOP/s", found, {k: round(v) for k, v in rates.items()})
+                log.info(
+                    "precision %s: matrix products run at %s GFLOP/s", found, ", ".join(f"{round(rate)} ({kind})" for kind, rate in rates.items())
+                )
         choice = [storage.read_json(url)["precision"]]
     if world.size > 1:
         dist.broadcast_object_list(choice, device=device)

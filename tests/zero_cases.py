@@ -134,10 +134,10 @@ def true_gradients(engine: Any) -> dict[str, Tensor]:
     factors = engine.factors()
     by_name = {piece.name: piece for piece in engine.pieces}
     out = {}
-    for name, tensor, slot in zip(engine.gradients.names, found.tensors, found.layout.slots, strict=True):
-        piece = by_name[name]
+    for name, tensor in zip(engine.gradients.names, found.tensors, strict=True):
+        piece, resblock = by_name[name], engine.tags[name].resblock
         whole = torch.zeros(piece.total)
-        whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * factors[slot]
+        whole[piece.offset : piece.offset + piece.length] = tensor.float().cpu() * factors[-1 if resblock is None else resblock]
         out[name] = whole
     return out
 

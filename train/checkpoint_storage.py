@@ -194,8 +194,8 @@ class Reader(StorageReader):
         """Copy what is asked for into place; each stored piece that holds any of it is read and checked once.
 
         Raises:
-            CheckpointError: the hash of a piece differs.
-            DataError: a file is missing or too short; UnreachableError, if the storage gives no answer.
+            CheckpointError: a file is missing or too short, or the hash of a piece differs.
+            UnreachableError: the storage gives no answer.
         """
         wanted: dict[tuple[str, int], _Wanted] = {}
         for item in plan.items:

@@ -133,9 +133,8 @@ class Fit:
         self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
         self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
-        watchdog.beat(RESTORE_PATIENCE)
-        step = self._restore()
-        watchdog.rest()  # until the first update, which may have much to compile
+        with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
+            step = self._restore()
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
@@ -315,7 +314,7 @@ class Fit:
 
     def _save(self, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
-        facts["bad_updates"] = dict(self._counts)
+        facts["bad_updates"] = self._counts
         if self.engine.loss_scale is not None:
             facts["loss_scale"] = self.engine.loss_scale.state()
         if isinstance(self.engine, MeasuringEngine):

@@ -43,11 +43,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
-    watchdog.beat(RESTORE_PATIENCE)
-    # Once there is a checkpoint, it holds the weights, and names what they started from.
-    if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
-        lineage["init_from"] = warm_start.load(engine, fit.init_from, "dalle_fit.init_from")
-    watchdog.rest()
+    with watchdog.expecting(RESTORE_PATIENCE):
+        # Once there is a checkpoint, it holds the weights, and names what they started from.
+        if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
+            lineage["init_from"] = warm_start.load(engine, fit.init_from, "dalle_fit.init_from")
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}

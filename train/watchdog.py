@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import ExitCode
@@ -158,3 +159,13 @@ def rest() -> None:
     """Let this rank's watchdog sleep until the next beat."""
     for watchdog in _current:
         watchdog.rest()
+
+
+@contextmanager
+def expecting(patience: float) -> Iterator[None]:
+    """One thing that may take ``patience`` times the limit; nothing is expected after it."""
+    beat(patience)
+    try:
+        yield
+    finally:
+        rest()

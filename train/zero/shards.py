@@ -63,7 +63,6 @@ class Layout:
         """
         matrices = [index for index, matrix in enumerate(compressible) if matrix]
         self.compressible, self.matrices = compressible, matrices
-        self.slots = slots
         self._members = one_hot(torch.tensor(slots, dtype=torch.int64), count).T.double().to(device)
         self._matrix_members = self._members[:, matrices]
         self.matrix_lengths = torch.tensor([lengths[index] for index in matrices], dtype=torch.float64, device=device)

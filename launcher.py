@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import typer
 
 from infra.errors import ExitCode, ReportedError, UsageError
-from train.stages import STAGES
+from train.run.stage_table import STAGES
 
 app = typer.Typer(
     add_completion=False,
@@ -58,9 +58,9 @@ def _add_stage(name: str) -> None:
         dry_run: DryRun = False,
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
-        from train import front
+        from train import launch
 
-        front.stage(
+        launch.stage(
             name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share, chain=chain, restarts=restarts
         )
 
@@ -79,9 +79,9 @@ def demo(
 
     Finished stages are skipped and interrupted ones go on. Prints the projected time first, and the paths of the results last.
     """
-    from train import front
+    from train import launch
 
-    front.demo(preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, stop=STOP, restarts=restarts)
+    launch.demo(preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, stop=STOP, restarts=restarts)
 
 
 @app.command()
@@ -162,11 +162,11 @@ def collect(
 @app.command()
 def verdict(stage: Annotated[str, typer.Argument(help="Stage.")], preset: Preset, overrides: Overrides = None) -> None:
     """Say what a scheduler should do after an attempt at a stage: ends with 75 to requeue, with any other code to stop. For job scripts."""
-    from train import front
+    from train import launch
 
     if stage not in STAGES:
         raise UsageError(f"stage '{stage}' is not known; stages: {', '.join(STAGES)}.")
-    front.verdict(stage, preset, overrides or [])
+    launch.verdict(stage, preset, overrides or [])
 
 
 @app.command()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from infra import late, ledger, signals
+from infra import deferred_writes, ledger, signals
 from infra.errors import ExitCode, LostPeerError, StopRequested
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
@@ -88,7 +88,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     )
     _quiet_elastic()
     signals.block_in_children()
-    with late.taking_notes():
+    with deferred_writes.taking_notes():
         lost = ""
         try:
             lost = _launch(config, arguments, job, stop)

@@ -11,14 +11,13 @@ import time
 from collections.abc import Collection, Iterator
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from infra import late, storage
+from infra import deferred_writes, storage
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
+from infra.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
@@ -147,7 +146,7 @@ class RunFolder:
         return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
-        """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/late.py``).
+        """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/deferred_writes.py``).
 
         Raises:
             UnreachableError: the storage gives no answer, and no launcher takes notes.
@@ -157,7 +156,7 @@ class RunFolder:
         try:
             storage.write_json(url, record)
         except UnreachableError:
-            if not late.note(f"rank {rank} ended with {int(code)}, {reason}", url, record | {"reason": f"storage unreachable: {reason}"}):
+            if not deferred_writes.note(f"rank {rank} ended with {int(code)}, {reason}", url, record | {"reason": f"storage unreachable: {reason}"}):
                 raise
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """Attention engines that run anywhere. An engine computes ``attend(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK`` for the mask that ``kind`` names.
 
-``model/engines.py`` makes one by name; FlexAttention is in ``model/flex.py``.
+``model/attention_engines.py`` makes one by name; FlexAttention is in ``model/flex.py``.
 
 B batch, H heads, S states (T text, then I image as Y rows of X columns), K width of a head, L places along one axis (a row or a column),
 W keys in the window of such a line.

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import manifests
-from tests.s3_server import S3Server, serve
+from tests.support import manifests
+from tests.support.s3_server import S3Server, serve
 
 # Derandomised and without a database: a failure on one machine is a failure on every machine.
 settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -47,7 +47,7 @@ def s3(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny preset that is encoded: what dalle and clip need. To be copied, not changed."""
-    from tests.test_training import PREPARED, run_stage
+    from tests.system.test_training import PREPARED, run_stage
 
     root = tmp_path_factory.mktemp("prepared")
     for name in PREPARED:

@@ -14,10 +14,10 @@ import torch
 
 from infra.world import World
 from train.bench.harness import DTYPES, Figure, Options, Result, main, measure, start
-from train.checkpoint_saver import Saver
 from train.config import load_run
-from train.device import set_up
-from train.projection_worker import transformer
+from train.planning.demo_time_probe import transformer
+from train.ranks.device import set_up
+from train.weights.checkpointer import Saver
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
 """Preset and precision by device."""

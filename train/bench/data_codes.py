@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.loaders import ShardLoader, code_collate
-from data_pipeline.shards import CODES_SCHEMA, CodeRecord, ShardSet
-from data_pipeline.text import Tokenizer, train_tokenizer
-from data_pipeline.transforms import Record, Sample, code_transform
-from data_pipeline.versions import write_set
+from data_pipeline.loading.loaders import ShardLoader, code_collate
+from data_pipeline.loading.transforms import Record, Sample, code_transform
+from data_pipeline.shards.shard_set import CODES_SCHEMA, CodeRecord, ShardSet
+from data_pipeline.shards.versions import write_set
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from infra.seeds import derive
 from infra.world import World
 from model.config import StreamShape, TransformerConfig

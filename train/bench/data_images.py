@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.images import CropBox, cut, decode, picture, transformer_crop
+from data_pipeline.images.crops import CropBox, cut, decode, picture, transformer_crop
 from infra.seeds import generator
 from train.bench import photographs
 from train.bench.harness import Figure, Options, Result, main, measure, start, threads

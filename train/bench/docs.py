@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from infra.repository import DOCS
 from train.bench.harness import JSON_SCHEMA, check
 
-_DOCS = Path(__file__).resolve().parents[2] / "docs"
 _HEAD = """# Benchmarks
 
 Made by `python launcher.py bench docs` from the JSON files in `docs/benchmarks/`, which `python launcher.py bench NAME --out docs/benchmarks` writes.
@@ -19,10 +19,10 @@ A load at the start above 0 means that other work shared the machine.
 
 def main() -> None:
     """Write docs/benchmarks.md, and the schema of the files that it reads."""
-    page = _DOCS / "benchmarks.md"
-    page.write_text(render(_DOCS / "benchmarks"))
-    (_DOCS / "benchmarks.schema.json").write_text(schema_text())
-    print(page.relative_to(_DOCS.parent))
+    page = DOCS / "benchmarks.md"
+    page.write_text(render(DOCS / "benchmarks"))
+    (DOCS / "benchmarks.schema.json").write_text(schema_text())
+    print(page.relative_to(DOCS.parent))
 
 
 def schema_text() -> str:

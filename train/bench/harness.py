@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from infra.repository import REPOSITORY
+
 SCHEMA = "bench/1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def _commit() -> str:
     """Commit of the checkout, with ``+dirty`` where tracked files differ; ``unknown`` on a machine that was given the files alone.
     As infra.run_folder has it, which needs more than torch."""
     try:
-        head = subprocess.run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(_ROOT), "diff", "--quiet", "HEAD"], check=False).returncode
+        head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+dirty" if dirty else "")

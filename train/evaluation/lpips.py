@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import DataError
-from train.evaluation.weights import read_weights
+from train.evaluation.weight_files import read_weights
 
 _KEY = "evaluate.lpips_weights"
 # Convolutions of the trunks: index in torchvision's ``features``, stride, padding; 'pool' before the next; '*' marks outputs that are compared.

@@ -1,6 +1,6 @@
 """Bytes of activations in one process: what the forward pass keeps, and what the backward pass holds at most. No torch.
 
-Every formula lists the tensors that autograd holds, and is compared with counted bytes of real runs (tests/test_planning.py).
+Every formula lists the tensors that autograd holds, and is compared with counted bytes of real runs (tests/train/planning/test_planning.py).
 B samples, S = T + I states, D width, H heads, K width of a head, V and N vocabularies, L lines of the image, W lines of a window.
 """
 

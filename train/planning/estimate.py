@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
-from train.bench.flops import forward_flops, head_products, train_flops
-from train.bench.hardware import Gpu
 from train.config import RunConfig
 from train.planning import activations, network, states
+from train.planning.flops import forward_flops, head_products, train_flops
+from train.planning.hardware import Gpu
 from train.planning.states import Cluster, Layout, Storage
 
 EFFICIENCY = 0.5
@@ -74,8 +74,8 @@ class Memory:
     working: int
     """What the backward pass needs on top of them at its widest."""
     host: float
-    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/averaging.py); the
-    copy of masters, moments and average that a checkpoint is written from (train/checkpoint_saver.py; by node, the first node's alone); with
+    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/optimizer/averaging.py); the
+    copy of masters, moments and average that a checkpoint is written from (train/weights/checkpointer.py; by node, the first node's alone); with
     zero.offload_optimizer also masters, moments and gradients."""
 
     @property

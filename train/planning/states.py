@@ -1,6 +1,6 @@
 """Parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. No torch.
 
-The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/test_planning.py); error buffers are a formula only.
+The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/train/planning/test_planning.py); error buffers are a formula only.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def states(
     error_shards: int = 0,
     micro_batches: int = 1,
 ) -> States:
-    """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/zero/ sets it up.
+    """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ sets it up.
 
     Args:
         parameters: counts.

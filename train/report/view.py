@@ -8,7 +8,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import DataError
-from train.metrics import Point, read_metrics
+from train.loop.metrics import Point, read_metrics
 from train.report.markup import Html
 
 STAGES = ("prepare", "tokenizer", "dvae", "encode", "dalle", "clip", "generate", "evaluate", "report")

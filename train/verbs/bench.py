@@ -14,7 +14,7 @@ def main(name: str, out: str, seconds: float) -> None:
         UsageError: there is no such benchmark; the known ones are listed.
     """
     from train.bench import docs, harness, table  # torch
-    from train.device import keep_memory
+    from train.ranks.device import keep_memory
 
     if name == "docs":
         docs.main()

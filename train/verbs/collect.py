@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_pipeline.superseded import Superseded, plan_superseded
-from infra import leftovers, storage
+from data_pipeline.shards.deletion import Superseded, plan_superseded
+from infra import storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
-from train import places
-from train.cluster import GANGS
-from train.stages import STAGES
+from train.run import places
+from train.run.cluster import GANGS
+from train.run.stage_table import STAGES
 from train.verbs.targets import Run, open_run
 
 DAYS = 7.0
@@ -36,7 +36,7 @@ _CHECKPOINT = re.compile(r"step-[0-9]{8}")
 class Findings:
     """What the policy lets go."""
 
-    leftovers: list[leftovers.Leftover]
+    leftovers: list[unfinished_writes.Leftover]
     checkpoints: list[str]
     """URLs of folders."""
     sets: list[Superseded]
@@ -102,7 +102,7 @@ def look(run: Run, before: float, roots: list[str]) -> Findings:
     sets = [url for url in _sets(run) if roots or url.startswith(f"{run.folder.url}/")]
     pinned = _with_parents(named, sets)
     superseded = [each for each in (plan_superseded(url, pinned, before) for url in sets) if each is not None]
-    return Findings(leftovers.find(run.folder.url, before), list(_unmarked(run.folder, before)), superseded)
+    return Findings(unfinished_writes.find(run.folder.url, before), list(_unmarked(run.folder, before)), superseded)
 
 
 def _runs_below(root: str) -> set[str]:

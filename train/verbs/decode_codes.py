@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shard_set import ShardSet
 from infra.errors import DataError
-from train.lineage import open_dvae
 from train.report.images import Pixels
+from train.run.inputs import open_dvae
 from train.verbs.targets import Run
 
 _BATCH = 16

@@ -9,10 +9,9 @@ from typing import Any
 
 from infra import storage
 from infra.errors import DataError
+from infra.repository import DOCS
 from infra.run_folder import RunFolder
-from train.stages import STAGES
-
-DOCS = Path(__file__).parents[2] / "docs"
+from train.run.stage_table import STAGES
 
 
 def main(url: str) -> None:

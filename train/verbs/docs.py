@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from train import mask_picture
+from infra.repository import DOCS
 from train.config import RunConfig
-
-DOCS = Path(__file__).parents[2] / "docs"
+from train.verbs import mask_picture
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from infra import local, storage
+from infra import node_checks, storage
 from infra.config import differences
 from infra.errors import DataError, ReportedError
 from infra.job import Job
-from infra.local import Finding
+from infra.node_checks import Finding
 from infra.progress import table
-from infra.run_folder import REPOSITORY, RunFolder, producer
+from infra.repository import REPOSITORY
+from infra.run_folder import RunFolder, producer
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -51,11 +52,11 @@ def main(preset: str, overrides: list[str]) -> None:
         cfg, job = load_run(preset, overrides), Job.from_env()
         run = RunFolder(storage.join(cfg.run.root, cfg.run.name))
         url = run.url
-        checks |= {"storage": lambda: local.run_storage(run.url), "lineage": lambda: lineage(cfg, run)}
+        checks |= {"storage": lambda: node_checks.run_storage(run.url), "lineage": lambda: lineage(cfg, run)}
         if job.nodes > 1:
             checks["versions"] = lambda: [same_versions(run, job)]
     findings = gathered(checks)
-    table([{"check": f.check, "": "ok" if f.ok else "FAILED", "found": f.found, "floor": f.floor} for f in findings], title=local.node_name())
+    table([{"check": f.check, "": "ok" if f.ok else "FAILED", "found": f.found, "floor": f.floor} for f in findings], title=node_checks.node_name())
     _refuse([finding for finding in findings if finding.check != "lineage"])
     for finding in findings:
         if not finding.ok:
@@ -69,7 +70,7 @@ def preflight(run: RunFolder) -> None:
         UnfitNode: see ``main``.
     """
     job = Job.from_env()
-    checks: dict[str, Check] = {"machine": machine, "storage": lambda: local.run_storage(run.url)}
+    checks: dict[str, Check] = {"machine": machine, "storage": lambda: node_checks.run_storage(run.url)}
     if len(_devices()) > 1:
         checks["all-reduce"] = lambda: [all_reduce()]
     if job.nodes > 1:
@@ -102,15 +103,15 @@ def gathered(checks: dict[str, Check]) -> list[Finding]:
 
 def machine() -> list[Finding]:
     """What concerns the node alone."""
-    return local.memory_and_disk() + local.gpus()
+    return node_checks.memory_and_disk() + node_checks.gpus()
 
 
 def _refuse(findings: list[Finding]) -> None:
     failed = [f for f in findings if not f.ok]
     if failed:
-        nodes = list(dict.fromkeys(node for f in failed for node in f.nodes or (local.node_name(),)))
+        nodes = list(dict.fromkeys(node for f in failed for node in f.nodes or (node_checks.node_name(),)))
         lines = [f"{f.check}: {f.found} (floor: {f.floor}); {f.advice}" for f in failed]
-        ways = [f"to go on without it: {local.exclusion(node)}" for node in nodes]
+        ways = [f"to go on without it: {node_checks.exclusion(node)}" for node in nodes]
         raise UnfitNode(f"node {', '.join(nodes)} is unfit:\n  " + "\n  ".join(lines + ways))
 
 
@@ -141,10 +142,10 @@ def all_reduce() -> Finding:
 
 def apex() -> Finding:
     """Whether NVIDIA's apex is there, and which of its parts can be constructed; in a process of its own, which loads torch. Nothing depends on it."""
-    finding = local.apex()
+    finding = node_checks.apex()
     if not finding.found.startswith("present, "):
         return finding
-    done = subprocess.run([sys.executable, "-m", "train.apex_parts"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run([sys.executable, "-m", "train.optimizer.apex_parts"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     words = (done.stdout.strip() or done.stderr.strip() or "no message").splitlines()[-1]
     parts = json.loads(words) if not done.returncode else {"apex": words}
     return Finding("apex", True, "; ".join(f"{name}: {found}" for name, found in parts.items()))
@@ -167,7 +168,7 @@ def same_versions(run: RunFolder, job: Job) -> Finding:
     Every node writes what it has below ``preflight/`` in the run folder. Those that differ from most are the ones to leave out.
     """
     place = run.at("preflight", job.run_id)
-    storage.write_json(storage.join(place, f"node-{job.node}.json"), {"node": local.node_name(), "producer": producer()})
+    storage.write_json(storage.join(place, f"node-{job.node}.json"), {"node": node_checks.node_name(), "producer": producer()})
     nodes = [storage.read_json(storage.join(place, name)) for name in storage.list_files(place)]
     groups: dict[str, list[str]] = {}
     for entry in nodes:  # in the order of nodes' names of files: among groups of one size the first counts

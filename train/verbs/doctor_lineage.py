@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_pipeline.shards import MANIFEST, version_url
+from data_pipeline.shards.shard_set import MANIFEST, version_url
 from infra import storage
 from infra.run_folder import RunFolder
-from train import places
 from train.config import RunConfig
-from train.stages import STAGES
+from train.run import places
+from train.run.stage_table import STAGES
 
 _EXPORTS = ("dvae", "dalle", "clip")
 _NAMES = 5  # of what is wrong, in one finding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infra.errors import DataError, UsageError
 from infra.run_folder import RunFolder
-from train import checkpoint, export
+from train.weights import checkpoint, export
 
 STAGES = ("dvae", "dalle")
 KINDS = {"average": "average", "raw": "model"}

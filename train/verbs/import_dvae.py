@@ -9,22 +9,23 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loaders import SequentialReader, image_collate
-from data_pipeline.transforms import view_transform
+from data_pipeline.loading.loaders import SequentialReader, image_collate
+from data_pipeline.loading.transforms import view_transform
 from infra import storage
 from infra.errors import ConfigError, DataError
 from infra.world import World
 from model.config import DVAEConfig
 from model.dvae import DVAE
-from train import export, places
 from train.config import RunConfig, load_run
-from train.device import set_up
-from train.dvae_task import show
 from train.evaluation.reconstruction import Judges, Reconstruction, reconstruct
-from train.front import run_folder
-from train.lineage import open_images
-from train.metrics import MetricsWriter, next_attempt
-from train.release import join_halves, read_half, shape_of
+from train.launch import run_folder
+from train.loop.metrics import MetricsWriter, next_attempt
+from train.ranks.device import set_up
+from train.run import places
+from train.run.inputs import open_images
+from train.stages.dvae_task import show
+from train.weights import export
+from train.weights.released_dvae import join_halves, read_half, shape_of
 
 _BATCH = 8  # of pictures that may be large, on a machine that may be small
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline import peek, statistics
+from data_pipeline.audit import random_records, statistics
+from data_pipeline.audit.statistics import Row, printable
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
-from data_pipeline.images import decode
-from data_pipeline.shards import IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.statistics import Row, printable
-from data_pipeline.text import Tokenizer, load_tokenizer
+from data_pipeline.images.crops import decode
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from infra import progress, storage
 from infra.errors import ConfigError, DataError
 from train.report.contact_sheet import contact_sheet, thumbnail
@@ -85,7 +85,7 @@ def _inspect_set(place: Place, options: Options, run: Run | None, tokenizer: _Me
     _show(_facts(opened), title=url)
     _show(_removed(opened))
     _show(_lineage(opened))
-    records = peek.random_rows(opened, options.samples, options.seed)
+    records = random_records.random_rows(opened, options.samples, options.seed)
     sampled = _SAMPLED.format(len(records))
     if not records:
         print("no records")
@@ -187,14 +187,14 @@ def _print_captions(captions: Sequence[Sequence[str]], sampled: str, measure: _M
 
 def _inspect_source(url: str, options: Options, measure: _Measure | None) -> None:
     """Statistics of raw data, read by the same code that ``prepare`` reads it with."""
-    from data_pipeline.sources import open_source
+    from data_pipeline.sources.open_source import open_source
 
     source = open_source(SourceConfig(url=url), DataConfig())
-    found = peek.sample_source(source, options.samples, options.seed)
+    found = random_records.sample_source(source, options.samples, options.seed)
     rows: list[Row] = [{"source": "input shards", "value": f"{found.shards:,}, {found.looked_into} of them looked into"}]
     unreadable = found.unreadable
     if options.count:
-        records, unreadable = peek.count_source(source)
+        records, unreadable = random_records.count_source(source)
         rows.append({"source": "records", "value": f"{records:,}"})
     else:
         rows.append({"source": "records", "value": "not counted; --count reads everything and counts"})

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipeline.set_validation import Layout, read_layout
-from data_pipeline.shards import MANIFEST, version_url
-from data_pipeline.validation import Problem
+from data_pipeline.audit.check_parts import Problem
+from data_pipeline.audit.check_set import Layout, read_layout
+from data_pipeline.shards.shard_set import MANIFEST, version_url
 from infra import storage
-from train import places
+from train.run import places
 from train.verbs.targets import Run
 
 _EXPORTS = (("dalle", "dvae"), ("dalle", "tokenizer"), ("clip", "tokenizer"))

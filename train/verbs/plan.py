@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import get_args
 
 from infra.errors import ConfigError, UsageError
-from train.bench.flops import layer_pairs, train_flops
-from train.bench.hardware import GPUS, Gpu
 from train.config import RunConfig, load_run
 from train.planning import estimate, network, states
 from train.planning.estimate import Setting
+from train.planning.flops import layer_pairs, train_flops
+from train.planning.hardware import GPUS, Gpu
 from train.planning.states import Cluster, Layout
 
 _GB, _MB = 1e9, 1e6

@@ -6,8 +6,8 @@ from infra import storage
 from infra.errors import DataError, ExitCode
 from infra.progress import table
 from infra.run_folder import RunFolder
-from train.metrics import read_metrics
-from train.stages import STAGES
+from train.loop.metrics import read_metrics
+from train.run.stage_table import STAGES
 
 
 def main(url: str) -> None:

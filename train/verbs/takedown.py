@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from data_pipeline.shards import read_takedown
-from data_pipeline.versions import Purge, plan_purge
+from data_pipeline.shards.shard_set import read_takedown
+from data_pipeline.shards.versions import Purge, plan_purge
 from infra import storage
 from infra.errors import ConfigError
-from train import front, places
+from train import launch
 from train.config import load_run
+from train.run import places
 
 
 def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
@@ -18,7 +19,7 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
         DataError: the list cannot be read.
     """
     cfg = load_run(preset, overrides)
-    run = front.run_folder(cfg)
+    run = launch.run_folder(cfg)
     ids = read_takedown(cfg.data.takedown)
     if not ids:
         raise ConfigError(f"data.takedown = '{cfg.data.takedown}': a list of at least one id is needed, a text file with one id a line.")

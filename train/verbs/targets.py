@@ -9,8 +9,8 @@ from typing import Literal
 from infra import storage
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
-from train import places
 from train.config import RunConfig, load_run
+from train.run import places
 
 Kind = Literal["set", "tokenizer", "folder", "run", "source"]
 SET_SCHEMAS = ("image/", "codes/")

@@ -13,9 +13,9 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.set_validation import Layout, read_ids, read_layout, repeated, shown_ids
-from data_pipeline.shards import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, id_hash, read_takedown
-from data_pipeline.validation import PartJob, PartResult, Problem, Rules, check_part
+from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules, check_part
+from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, id_hash, read_takedown
 from infra import storage
 from infra.errors import ConfigError, DataError, StopRequested
 from infra.progress import Progress, table
@@ -175,7 +175,7 @@ def _in_order_of_ending(jobs: Sequence[PartJob], workers: int, stop: StopFlag) -
         return
     # Not forked: this process has threads and connections. One server imports what is needed, and forks itself.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.validation"])
+    context.set_forkserver_preload(["data_pipeline.audit.check_parts"])
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         waiting: dict[Future[PartResult], int] = {}
         following = iter(enumerate(jobs))

@@ -1,0 +1,120 @@
+"""Looking into data without reading all of it: random rows of a shard set, and the first records of a few input shards of a source.
+
+A row of a set costs two small reads, of its two offsets and of its bytes, so a set of any size on S3 shows itself in seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards.rows import row_decoder
+from data_pipeline.shards.shard_set import Shard, ShardSet
+from data_pipeline.sources.pairs import Pair, Source, Unreadable
+from infra import storage
+from infra.errors import DataError
+from infra.seeds import generator
+
+READERS = 16
+"""Rows that are read at once: what S3 costs is waiting."""
+SOURCE_SHARDS = 8
+"""Input shards of a source from which records are taken."""
+_SPREAD = 2  # a sample of n records of an input shard is drawn from its first 2 n
+
+
+def read_row(set_url: str, shard: Shard, row: int) -> dict[str, Any]:
+    """One row of one shard, read without the others.
+
+    Raises:
+        DataError: the file is missing, truncated or damaged at this row.
+    """
+    place = storage.join(set_url, shard.basename)
+    begin, end = (int(value) for value in np.frombuffer(storage.read_range(place, 4 * (1 + row), 8), "<u4"))
+    if not 0 < begin < end:
+        raise DataError(f"{place}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
+    return dict(row_decoder(shard.entry, place)(storage.read_range(place, begin, end - begin)))
+
+
+def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """``count`` random records (all, if there are fewer) of those that a reader would show, in the order of the set.
+
+    Raises:
+        DataError: a file is missing, truncated or damaged.
+    """
+    shards = images_or_codes.shards
+    ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
+    positions = visible_positions(int(ends_S[-1]) if len(shards) else 0, images_or_codes.removed, count, seed)
+    owners = np.searchsorted(ends_S, positions, side="right")
+    rows = [(shards[owner], int(position - ends_S[owner] + shards[owner].samples)) for owner, position in zip(owners, positions, strict=True)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda item: read_row(images_or_codes.url, *item), rows))
+
+
+def visible_positions(stored: int, removed: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Sorted random positions, without repetition, of 0 to ``stored`` - 1 that are not in ``removed`` (sorted): int64, at most ``count``."""
+    visible = stored - len(removed)
+    rng = generator(seed, "sample", "inspect")
+    ranks = np.sort(rng.choice(visible, min(count, visible), replace=False)) if visible > 0 else np.zeros(0, np.int64)
+    # The k-th visible position is k plus the removed ones before it; removed[i] - i visible ones lie before removed[i].
+    return (ranks + np.searchsorted(removed - np.arange(len(removed)), ranks, side="right")).astype(np.int64)
+
+
+@dataclass
+class SourceSample:
+    """What a look into a source has found."""
+
+    shards: int
+    """Input shards that the source lists."""
+    pairs: list[Pair] = field(default_factory=list)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    """Reason -> records, among those that were read for the sample."""
+    looked_into: int = 0
+    """Input shards from which the sample comes."""
+
+
+def sample_source(source: Source, count: int, seed: int = 0) -> SourceSample:
+    """At most ``count`` random records from the beginnings of a few random input shards.
+
+    Raises:
+        DataError: the source is missing or empty, or one of the input shards is broken.
+    """
+    listed = list(source.shards())
+    rng = generator(seed, "sample", "inspect")
+    chosen = sorted(rng.choice(len(listed), min(len(listed), SOURCE_SHARDS), replace=False))
+    found = SourceSample(shards=len(listed), looked_into=len(chosen))
+    for left, index in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        quota = -(-(count - len(found.pairs)) // left)  # what short shards lack, later ones make up for
+        pairs: list[Pair] = []
+        for item in source.read(listed[index], lambda group: True):
+            if isinstance(item, Unreadable):
+                found.unreadable[item.reason] += 1
+            else:
+                pairs.append(item)
+            if len(pairs) >= _SPREAD * quota:
+                break
+        picked = sorted(rng.choice(len(pairs), min(quota, len(pairs)), replace=False)) if pairs else []
+        found.pairs += [pairs[i] for i in picked]
+    return found
+
+
+def count_source(source: Source) -> tuple[int, Counter[str]]:
+    """Records of a source by reading its whole index and no image, and records that cannot be read, by reason.
+
+    Raises:
+        DataError: the source is missing or empty, or an input shard is broken.
+    """
+    count, unreadable = 0, Counter[str]()
+
+    def wanted(group: str) -> bool:
+        nonlocal count
+        count += 1
+        return False
+
+    for shard in source.shards():
+        unreadable.update(item.reason for item in source.read(shard, wanted) if isinstance(item, Unreadable))
+    return count, unreadable

@@ -1,0 +1,1 @@
+"""Picture files into arrays of pixels: decoding, area resize, the crops of the paper."""

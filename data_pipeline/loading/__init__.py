@@ -1,0 +1,1 @@
+"""Shard sets into batches: order, workers, shared memory, cache, transforms."""

@@ -1,0 +1,90 @@
+"""Transforms of loaders: (record, epoch) -> sample. Random numbers come from (seed, purpose, epoch, id) alone, so any sample can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.images import crops
+from data_pipeline.tokenizer import Tokenizer
+from infra.seeds import derive, generator
+
+Record = Mapping[str, Any]
+"""One record of a shard set: its columns by name. Columns that are not asked for are not decoded."""
+Sample = dict[str, Any]
+"""What collation stacks: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
+
+
+def dvae_transform(
+    image_size: int, scale_min: float, scale_max: float, seed: int, decoding: crops.Decoding = "exact"
+) -> Callable[[Record, int], Sample]:
+    """Image records by Listing 1, for the dVAE: pixels uint8 [H, W, 3] and id."""
+
+    def transform(record: Record, epoch: int) -> Sample:
+        rng = generator(seed, "crop", epoch, record["id"])
+        draw = partial(crops.dvae_crop, target=image_size, scale_min=scale_min, scale_max=scale_max, rng=rng)
+        picture, _ = crops.picture(record["image"], draw, image_size, decoding)
+        return {"id": record["id"], "pixels": picture}
+
+    return transform
+
+
+def pair_transform(
+    image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0, decoding: crops.Decoding = "exact"
+) -> Callable[[Record, int], Sample]:
+    """Image records by Listing 2 with one of their captions, for the contrastive model: pixels, text, length and id."""
+    encode = caption_transform(tokenizer, seed, dropout)
+
+    def transform(record: Record, epoch: int) -> Sample:
+        rng = generator(seed, "crop", epoch, record["id"])
+        draw = partial(crops.transformer_crop, target=image_size, scale_max=scale_max, rng=rng)
+        picture, _ = crops.picture(record["image"], draw, image_size, decoding)
+        return {"id": record["id"], "pixels": picture} | encode(record, epoch)
+
+    return transform
+
+
+def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False) -> Callable[[Record, int], Sample]:
+    """One caption of a record, drawn by (seed, epoch, id) or the first one, encoded with BPE dropout: text int64 [T] and length."""
+
+    def choose(record: Record, epoch: int) -> Sample:
+        captions = record["captions"]
+        choice = 0 if first_caption else derive(seed, "caption", epoch, record["id"]) % len(captions)
+        text, length = tokenizer.encode(captions[choice], dropout, derive(seed, "bpe", epoch, record["id"]) if dropout else None)
+        return {"text": text, "length": length}
+
+    return choose
+
+
+def code_transform(
+    tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False, caption_dropout: float = 0.0
+) -> Callable[[Record, int], Sample]:
+    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id.
+
+    With caption_dropout that share of samples, drawn by (seed, epoch, id), has a caption of length 0 (for classifier-free guidance).
+    """
+    encode = caption_transform(tokenizer, seed, dropout, first_caption)
+
+    def transform(record: Record, epoch: int) -> Sample:
+        sample: Sample = {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        if caption_dropout and generator(seed, "caption_dropout", epoch, record["id"]).random() < caption_dropout:
+            return sample | {"text": np.zeros_like(sample["text"]), "length": 0}
+        return sample
+
+    return transform
+
+
+def view_transform(image_size: int, tokenizer: Tokenizer | None = None) -> Callable[[Record, int], Sample]:
+    """The view of evaluation, with nothing random: the central crop, and the first caption if there is a tokenizer."""
+
+    def transform(record: Record, epoch: int) -> Sample:
+        picture, _ = crops.picture(record["image"], partial(crops.center_crop, target=image_size), image_size)
+        sample: Sample = {"id": record["id"], "pixels": picture}
+        if tokenizer is not None:
+            sample["text"], sample["length"] = tokenizer.encode(record["captions"][0])
+        return sample
+
+    return transform

@@ -1,0 +1,1 @@
+"""Sources into image shards: the plan, its parts, drop counts, and the merge."""

@@ -1,0 +1,165 @@
+"""The end of the stage 'prepare': all parts become a version of both image sets. One process at a time needs to; doing it again changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.filters import duplicates
+from data_pipeline.prepare.drop_counts import Tally
+from data_pipeline.prepare.parts import refuse_too_many
+from data_pipeline.prepare.plan import SPLITS, Plan, Unit
+from data_pipeline.prepare.tries import Tries
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers
+from data_pipeline.shards.versions import merge
+from infra import storage
+from infra.errors import DataError
+
+SUMMARY = "summary.json"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the units stand."""
+
+    done: list[Unit]
+    markers: dict[str, list[dict[str, Any]]]
+    """Split -> markers of the units that are done."""
+    quarantined: list[dict[str, Any]]
+    """Shard, reason and number of tries of each unit that was given up."""
+    open: list[Unit]
+    """Neither done nor given up."""
+
+
+def state(plan: Plan, images_url: str) -> State:
+    """Look up every unit."""
+    inputs = [plan.inputs(unit) for unit in plan.units]
+    found = {split: read_markers(storage.join(images_url, split), inputs) for split in SPLITS}
+    result = State([], {split: [] for split in SPLITS}, [], [])
+    for position, unit in enumerate(plan.units):
+        markers = [found[split][position] for split in SPLITS]
+        if all(markers):
+            result.done.append(unit)
+            for split, marker in zip(SPLITS, markers, strict=True):
+                result.markers[split].append(marker or {})
+            continue
+        failed = Tries(images_url, inputs[position]).failed()
+        if len(failed) >= plan.data.max_tries:
+            result.quarantined.append({"shard": unit.shard.name, "reason": failed[-1]["reason"], "tries": len(failed)})
+        else:
+            result.open.append(unit)
+    return result
+
+
+def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Merge the parts of all processes into a version of the two sets, and write ``summary.json`` beside them.
+
+    Returns:
+        The summary: seen, splits (count, groups, sources, licenses, version), dropped (reason -> count, examples), dropped_captions, quarantined,
+        groups_in_both, credits.
+
+    Raises:
+        DataError: a unit is not finished, too many are quarantined, or a split is empty.
+    """
+    now = state(plan, images_url)
+    if now.open:
+        names = ", ".join(part_name(plan.inputs(unit)) for unit in now.open[:_SHOWN])
+        raise DataError(
+            f"{images_url}: {len(now.open)} of {len(plan.units)} parts are not finished ({names}); "
+            "run the stage 'prepare' again, it skips finished parts."
+        )
+    if now.quarantined:
+        refuse_too_many(plan, len(now.quarantined), f"{now.quarantined[-1]['shard']}: {now.quarantined[-1]['reason']}")
+    draft = {split: _draft(plan, images_url, split, now) for split in SPLITS}
+    validation, train = draft["validation"], draft["train"]
+    prints = (_joined(validation.prints(), (0, 3)), _joined(train.prints(), (0, 3)))
+    found = duplicates.find((_joined(validation.id_hashes()), _joined(train.id_hashes())), prints, plan.filters)
+    hidden = {"validation": found.validation, "train": found.train}
+    tally = Tally()
+    for marker in now.markers["train"]:
+        tally.include(marker["extra"]["tally"])
+    _refuse_empty(plan, draft, hidden, tally)
+    parts = [plan.part(unit) for unit in now.done]
+    sets = {
+        split: merge(
+            storage.join(images_url, split),
+            parts,
+            now.markers[split],
+            IMAGE_SCHEMA,
+            plan.settings() | {"split": split},
+            producer=producer,
+            excluded=hidden[split],
+        )
+        for split in SPLITS
+    }
+    for reason, pairs in found.pairs.items():
+        tally.add(reason, len(pairs), _examples(sets, validation.stored, pairs))
+    groups = {split: np.unique(values[:, 2]) for split, values in zip(("validation", "train"), prints, strict=True)}
+    summary = {
+        **tally.to_json(),
+        "splits": {split: _split_summary(sets[split], now.markers[split], len(groups[split])) for split in SPLITS},
+        "groups_in_both": len(np.intersect1d(groups["validation"], groups["train"])),
+        "quarantined": now.quarantined,
+        "credits": _credits(plan, now),
+    }
+    storage.write_json(storage.join(images_url, SUMMARY), summary)
+    return summary
+
+
+def _draft(plan: Plan, images_url: str, split: str, now: State) -> ShardSet:
+    """The set before its duplicates are known."""
+    markers = now.markers[split]
+    parts = [
+        {"name": part_name(plan.inputs(unit)), "source": "", "count": marker["count"], "files": marker["files"]}
+        for unit, marker in zip(now.done, markers, strict=True)
+    ]
+    return ShardSet(storage.join(images_url, split), {"parts": parts, "stored": sum(marker["count"] for marker in markers)})
+
+
+def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> NDArray[np.uint64]:
+    return np.concatenate([np.empty(empty, np.uint64), *parts])
+
+
+def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally) -> None:
+    for split in SPLITS:
+        if draft[split].stored == len(hidden[split]):
+            dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
+            raise DataError(
+                f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {split} split ({tally.seen} pairs read; "
+                f"dropped: {dropped}). Add data, lower data.min_side, or raise data.share or data.validation_share."
+            )
+
+
+def _examples(sets: dict[str, ShardSet], border: int, pairs: list[tuple[int, int]]) -> list[dict[str, str]]:
+    def name(position: int) -> str:
+        return sets["validation"].ids_at([position])[0] if position < border else sets["train"].ids_at([position - border])[0]
+
+    return [{"id": name(position), "why": f"repeats {name(other)}"} for position, other in pairs[:_SHOWN]]
+
+
+def _split_summary(shard_set: ShardSet, markers: list[dict[str, Any]], groups: int) -> dict[str, Any]:
+    sources: Counter[str] = Counter()
+    licenses: Counter[str] = Counter()
+    for marker in markers:
+        sources.update(marker["extra"]["sources"])
+        licenses.update(marker["extra"]["licenses"])
+    return {
+        "count": shard_set.count,
+        "groups": groups,
+        "sources": dict(sources),
+        "licenses": dict(licenses),
+        "version": shard_set.content_hash,
+    }
+
+
+def _credits(plan: Plan, now: State) -> list[str]:
+    lines: dict[str, str] = {}
+    for source in plan.sources:
+        lines |= source.credits()
+    used = {name for markers in now.markers.values() for marker in markers for name in marker["extra"]["sources"]}
+    return [lines.get(name, f"{name}: author and licence as its records say.") for name in sorted(used)]

@@ -1,0 +1,181 @@
+"""Stage 'prepare': input shards -> filters -> split by group -> image parts, and the merge of all parts into ``<images>/train`` and ``<images>/validation``.
+
+Work is divided by input shard, so one process, several, a SLURM array or a Kubernetes Indexed Job do the same: ``run`` in each of them, ``finish`` in
+whichever is last. Each input shard gives one part in each split, and everything that concerns several shards (duplicates) is left to ``finish``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.filters.judge import Dropped, judge
+from data_pipeline.prepare.drop_counts import Tally
+from data_pipeline.prepare.plan import SPLITS, Plan, Unit
+from data_pipeline.prepare.tries import Tries, record_failure, withdraw
+from data_pipeline.shards.part_writer import PartWriter
+from data_pipeline.shards.shard_set import ImageRecord, part_done
+from data_pipeline.sources.pairs import Pair, Unreadable
+from infra import storage
+from infra.errors import DataError, NoRoomError, ReportedError, UnreachableError
+from infra.world import World
+
+log = logging.getLogger(__name__)
+
+Stop = Callable[[], bool]
+
+
+class _Poisoned(Exception):
+    """An input shard could not be read."""
+
+
+class _Stopped(Exception):
+    """The stop signal came in the middle of a shard."""
+
+
+@dataclass
+class Share:
+    """What one process did."""
+
+    units: int
+    """Units of all processes."""
+    written: int = 0
+    skipped: int = 0
+    """Finished already."""
+    quarantined: int = 0
+    """Given up after data.max_tries."""
+
+
+def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int], None] | None = None, stop: Stop | None = None) -> Share:
+    """Write this process's share of the parts; finished ones are skipped.
+
+    Args:
+        plan: what there is to do.
+        images_url: place of the two shard sets.
+        world: unit i belongs to rank i mod size.
+        progress: called with (units through, units of this process).
+        stop: asked before each record; True leaves the rest, and the part that was begun, to another run.
+
+    Raises:
+        DataError: more than data.max_quarantined input shards of this process could not be read.
+        UnreachableError, NoRoomError: the storage gives no answer, or a disk is full; the shard in hand stays untried.
+    """
+    asked = stop or (lambda: False)
+    mine = plan.units[world.rank :: world.size]
+    share, through = Share(len(plan.units)), 0
+    queue = deque((unit, plan.inputs(unit)) for unit in mine)
+    while queue and not asked():
+        unit, inputs = queue.popleft()
+        if all(part_done(storage.join(images_url, split), inputs) for split in SPLITS):
+            share.skipped += 1
+        else:
+            tries = Tries(images_url, inputs)
+            failed = tries.failed()
+            if len(failed) < plan.data.max_tries:
+                begun = tries.begin(len(failed))
+                try:
+                    _write(plan, unit, inputs, images_url, asked)
+                except _Stopped:
+                    withdraw(begun)
+                    break
+                except _Poisoned as error:
+                    log.warning("%s: try %d of %d failed: %s", unit.shard.name, len(failed) + 1, plan.data.max_tries, error)
+                    record_failure(begun, str(error))
+                    queue.append((unit, inputs))  # after everything else: what broke it may pass
+                    continue
+                except ReportedError:  # an outage, a full disk, a place that refuses: none of the shard's doing
+                    withdraw(begun)
+                    raise
+                tries.clear()
+                share.written += 1
+            else:
+                share.quarantined += 1
+                log.error(
+                    "%s: quarantined after %d tries: %s. Delete %s to try again.", unit.shard.name, len(failed), failed[-1]["reason"], tries.url
+                )
+                refuse_too_many(plan, share.quarantined, failed[-1]["reason"])
+        through += 1
+        if progress is not None:
+            progress(through, len(mine))
+    return share
+
+
+def refuse_too_many(plan: Plan, quarantined: int, reason: str) -> None:
+    """End the stage when so many shards fail that it cannot be the shards.
+
+    Raises:
+        DataError: more than data.max_quarantined.
+    """
+    if quarantined > plan.data.max_quarantined:
+        raise DataError(
+            f"{quarantined} input shards could not be read (the last: {reason}), more than data.max_quarantined = {plan.data.max_quarantined}; "
+            "check the sources, then run the stage 'prepare' again, or raise data.max_quarantined."
+        )
+
+
+def _write(plan: Plan, unit: Unit, inputs: str, images_url: str, stop: Stop) -> None:
+    tally, counts = Tally(), {split: _Counts() for split in SPLITS}
+    places = [storage.join(images_url, split) for split in SPLITS]
+    with PartWriter(places[0], inputs, plan.data.shard_bytes) as train, PartWriter(places[1], inputs, plan.data.shard_bytes) as validation:
+        writers = dict(zip(SPLITS, (train, validation), strict=True))
+        for record in accepted(plan, unit, tally):
+            if stop():
+                raise _Stopped
+            writers[record.split].add(record)
+            counts[record.split].add(record)
+        validation.finish(counts["validation"].to_json())
+        train.finish(counts["train"].to_json() | {"tally": tally.to_json(), "shard": unit.shard.name})  # carries the tally of both
+
+
+class _Counts:
+    """Sources and licences of one part's records."""
+
+    def __init__(self) -> None:
+        self.sources: Counter[str] = Counter()
+        self.licenses: Counter[str] = Counter()
+
+    def add(self, record: ImageRecord) -> None:
+        self.sources[record.source] += 1
+        self.licenses[record.license] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sources": dict(self.sources), "licenses": dict(self.licenses)}
+
+
+def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
+    """Records of one input shard that pass all filters, in order; the others are counted in ``tally``."""
+    for pair in _readable(plan, unit):
+        tally.seen += 1
+        if isinstance(pair, Unreadable):
+            tally.drop(pair.reason, pair.id)
+            continue
+        if pair.id in plan.taken_down:
+            tally.drop("taken down", pair.id)
+            continue
+        try:
+            verdict = judge(pair, plan.filters, plan.min_side)
+        except Exception as error:  # one hostile record must cost neither its shard nor the run
+            log.exception("%s: a filter failed", pair.id)
+            tally.drop("a filter failed", pair.id, f"{type(error).__name__}: {error}")
+            continue
+        tally.dropped_captions.update(verdict.dropped_captions)
+        if isinstance(verdict, Dropped):
+            tally.drop(verdict.reason, pair.id, verdict.example)
+            continue
+        kept, split = verdict.pair, pair.split or plan.split(pair.group)
+        prints = (verdict.content_hash, verdict.perceptual_hash)
+        size = (verdict.width, verdict.height)
+        yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, kept.group, split, prints)
+
+
+def _readable(plan: Plan, unit: Unit) -> Iterator[Pair | Unreadable]:
+    """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
+    try:
+        yield from plan.sources[unit.source].read(unit.shard, plan.wanted)
+    except (GeneratorExit, UnreachableError, NoRoomError):
+        raise
+    except Exception as error:
+        raise _Poisoned(f"{type(error).__name__}: {error}") from error

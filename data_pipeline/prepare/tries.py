@@ -1,0 +1,65 @@
+"""Tries at input shards, recorded beside the sets: a shard that fails again and again, or kills its reader, is quarantined and the rest goes on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.shards.shard_set import part_name
+from infra import deferred_writes, storage
+from infra.errors import UnreachableError
+
+_FOLDER = "tries"
+
+
+@dataclass(frozen=True)
+class Tries:
+    """The tries at one unit of work."""
+
+    images_url: str
+    inputs: str
+    """Digest of the unit's inputs."""
+
+    @property
+    def url(self) -> str:
+        """Folder of the records; without it the unit is tried afresh."""
+        return storage.join(self.images_url, _FOLDER, part_name(self.inputs))
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Records of tries that did not succeed, in order."""
+        return [storage.read_json(storage.join(self.url, name)) for name in storage.list_files(self.url)]
+
+    def begin(self, number: int) -> str:
+        """Record that a try begins. A reader that is killed leaves the record as it is: that counts as a failure.
+
+        Returns:
+            URL of the record.
+        """
+        place = storage.join(self.url, f"{number:03d}.json")
+        storage.write_json(place, {"reason": "the process that read it was killed", "host": platform.node(), "pid": os.getpid(), "time": time.time()})
+        return place
+
+    def clear(self) -> None:
+        """Forget all tries: the unit is done."""
+        storage.delete_prefix(self.url)
+
+
+def record_failure(place: str, reason: str) -> None:
+    """Say why the try that ``begin`` recorded failed."""
+    storage.write_json(place, storage.read_json(place) | {"reason": reason})
+
+
+def withdraw(place: str) -> None:
+    """Forget a try that was stopped from outside. In an outage the launcher does it later (``infra/deferred_writes.py``).
+
+    Raises:
+        UnreachableError: the storage gives no answer, and no launcher takes notes.
+    """
+    try:
+        storage.delete(place)
+    except UnreachableError:
+        if not deferred_writes.note(f"{place} counts a try that was none of the shard's", place):
+            raise

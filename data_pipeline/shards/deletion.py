@@ -1,0 +1,65 @@
+"""Versions of a shard set that nobody needs any more, and the parts that no other version has. What is unfinished is never touched: it may be under way."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS
+from data_pipeline.shards.versions import checked_manifest
+from infra import storage
+
+_VERSION = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """What may be deleted of one shard set."""
+
+    set_url: str
+    versions: list[str]
+    """Names of folders below ``versions``."""
+    parts: list[str]
+    """Names of the parts that only these versions have."""
+
+    def carry_out(self) -> None:
+        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
+        for part in self.parts:
+            storage.delete(storage.join(self.set_url, part, DONE))
+            storage.delete_prefix(storage.join(self.set_url, part))
+        for version in self.versions:
+            storage.delete(storage.join(self.set_url, VERSIONS, version, MANIFEST))
+            storage.delete_prefix(storage.join(self.set_url, VERSIONS, version))
+
+
+def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Superseded | None:
+    """Look for versions of a set that are not the newest, not pinned, and were made before a time; None if there are none.
+
+    Args:
+        set_url: place of the shard set.
+        pinned: content hashes that somebody names: of other sets and of anything else among them does no harm.
+        before: seconds since 1970, by the clock of the storage.
+
+    Raises:
+        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+    """
+    if not storage.exists(storage.join(set_url, MANIFEST)):
+        return None  # nothing is merged here, or a take-down is under way
+    newest = str(storage.read_json(storage.join(set_url, MANIFEST))["content_hash"])
+    needed, dropped, versions = _parts(set_url, storage.join(set_url, MANIFEST)), set[str](), []
+    for name in storage.list_files(storage.join(set_url, VERSIONS)):
+        version, _, file = name.partition("/")
+        if file != MANIFEST or not _VERSION.fullmatch(version):
+            continue
+        url = storage.join(set_url, VERSIONS, name)
+        identity = str(storage.read_json(url)["content_hash"])
+        if identity == newest or identity in pinned or not identity.startswith(version) or storage.modified(url) >= before:
+            needed |= _parts(set_url, url)
+        else:
+            dropped |= _parts(set_url, url)
+            versions.append(version)
+    return Superseded(set_url, sorted(versions), sorted(dropped - needed)) if versions else None
+
+
+def _parts(set_url: str, url: str) -> set[str]:
+    return {str(part["name"]) for part in checked_manifest(set_url, url)["parts"]}

@@ -1,0 +1,370 @@
+"""Shard sets: parts of MDS shards that never change once written, and versions that say which parts and records make up the set.
+
+    <set>/part-<16 hex>/shard.00000.mds  index.json  ids.u64  [prints.u64  captions.jsonl.gz]  done.json
+    <set>/versions/<16 hex>/index.json  excluded.u64  manifest.json      one folder for each version, see data_pipeline/shards/versions.py
+    <set>/index.json  manifest.json                                      copies of the newest version; manifest.json is the very last write
+
+docs/contracts.md, section 3, is the specification.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import DataError
+
+IMAGE_SCHEMA = "image/1"
+CODES_SCHEMA = "codes/1"
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+DONE = "done.json"
+IDS = "ids.u64"
+PRINTS = "prints.u64"
+CAPTIONS = "captions.jsonl.gz"
+EXCLUDED = "excluded.u64"
+VERSIONS = "versions"
+_NAME_DIGITS = 16
+_PARALLEL = 16  # small files read at once, where they may lie on S3
+
+U64 = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One captioned image of schema image/1."""
+
+    id: str
+    captions: list[str]
+    image: bytes
+    width: int
+    height: int
+    source: str
+    license: str
+    group: str
+    split: str
+    prints: tuple[int, int] = (0, 0)
+    """Content hash and perceptual hash, 64 bits each: for the search of duplicates; no column."""
+
+    schema = IMAGE_SCHEMA
+
+    def columns(self) -> dict[str, str]:
+        words = dict.fromkeys(("id", "source", "license", "group", "split"), "str")
+        return words | {"captions": "json", "image": "bytes", "width": "int", "height": "int"}
+
+
+@dataclass(frozen=True)
+class CodeRecord:
+    """Code tokens of one crop of one image, schema codes/1."""
+
+    id: str
+    captions: list[str]
+    codes: NDArray[np.uint16]
+    """uint16 [grid * grid], row-major."""
+    crop: dict[str, Any]
+    """CropBox.to_json()."""
+    crop_index: int
+    seed: int
+
+    schema = CODES_SCHEMA
+
+    def columns(self) -> dict[str, str]:
+        return {"id": "str", "captions": "json", "codes": f"ndarray:uint16:{self.codes.size}", "crop": "json", "crop_index": "int", "seed": "int"}
+
+
+Record = ImageRecord | CodeRecord
+
+
+def part_name(inputs_hash: str) -> str:
+    """Folder of the part that is made from these inputs."""
+    return f"part-{inputs_hash[:_NAME_DIGITS]}"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def id_hash(identity: str) -> int:
+    """64 bits that stand for a record's id or group (BLAKE2b). Among 250 million ids two are equal with a probability of 0.2 %."""
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:
+    """The marker of the part that is made from these inputs, or None if it is not finished."""
+    url = storage.join(set_url, part_name(inputs_hash), DONE)
+    return storage.read_json(url) if storage.exists(url) else None
+
+
+def read_markers(set_url: str, inputs_hashes: list[str]) -> list[dict[str, Any] | None]:
+    """Markers of many parts, read in parallel."""
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return list(pool.map(lambda inputs: read_marker(set_url, inputs), inputs_hashes))
+
+
+def part_done(set_url: str, inputs_hash: str) -> bool:
+    """Whether the part that is made from these inputs is finished."""
+    return storage.exists(storage.join(set_url, part_name(inputs_hash), DONE))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One MDS file of a set."""
+
+    basename: str
+    """Its name below the set: 'part-.../shard.00000.mds'."""
+    samples: int
+    source: str
+    """The entry of data.sources that it came from."""
+    entry: dict[str, Any]
+    """Its description in index.json."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened version of a shard set, without the records that were taken down."""
+
+    url: str
+    manifest: dict[str, Any]
+    taken_ids: frozenset[str] = frozenset()
+    """Ids on the take-down list."""
+
+    @property
+    def stored(self) -> int:
+        """Records in the shard files, visible or not."""
+        return int(self.manifest["stored"])
+
+    @property
+    def content_hash(self) -> str:
+        return str(self.manifest["content_hash"])
+
+    @property
+    def version_url(self) -> str:
+        """Folder of this version's index, exclusions and manifest."""
+        return version_url(self.url, self.content_hash)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Name, source, count and files of each part, in order."""
+        return list(self.manifest["parts"])
+
+    @cached_property
+    def count(self) -> int:
+        """Records that a reader sees."""
+        return self.stored - len(self.removed)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """All shard files, in order."""
+        entries = storage.read_json(storage.join(self.version_url, INDEX))["shards"]
+        sources = {part["name"]: part["source"] for part in self.parts}
+        names = [entry["raw_data"]["basename"] for entry in entries]
+        return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Position of each part's first record, and the number of stored records at the end: int64 [parts + 1]."""
+        return np.cumsum([0, *(part["count"] for part in self.parts)], dtype=np.int64)
+
+    @cached_property
+    def excluded(self) -> NDArray[np.int64]:
+        """Sorted positions of stored records that are not part of this version (duplicates, repeated ids).
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        facts = self.manifest["excluded"]
+        return _read_u64(storage.join(self.version_url, EXCLUDED), facts["sha256"]).astype(np.int64) if facts["count"] else np.empty(0, np.int64)
+
+    @cached_property
+    def taken_down(self) -> NDArray[np.int64]:
+        """Sorted positions of the records whose ids are on the take-down list."""
+        if not self.taken_ids:
+            return np.empty(0, np.int64)
+        wanted = np.array(sorted(id_hash(identity) for identity in self.taken_ids), U64)
+        found = [np.flatnonzero(np.isin(ids, wanted)) + self.starts[part] for part, ids in enumerate(self.id_hashes())]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    @cached_property
+    def removed(self) -> NDArray[np.int64]:
+        """Sorted positions of all records that no reader may show: excluded or taken down."""
+        return np.union1d(self.excluded, self.taken_down) if len(self.taken_down) else self.excluded
+
+    def removed_rows(self, part: int) -> NDArray[np.int64]:
+        """Rows of one part that no reader may show."""
+        begin, end = np.searchsorted(self.removed, self.starts[part : part + 2])
+        return self.removed[begin:end] - self.starts[part]
+
+    def id_hashes(self) -> list[NDArray[np.uint64]]:
+        """``id_hash`` of every stored record, an array for each part.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        return self._side_file(IDS)
+
+    def prints(self) -> list[NDArray[np.uint64]]:
+        """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
+        return [values.reshape(-1, 3) for values in self._side_file(PRINTS)]
+
+    def _side_file(self, name: str) -> list[NDArray[np.uint64]]:
+        def read(part: dict[str, Any]) -> NDArray[np.uint64]:
+            found = [file["sha256"] for file in part["files"] if file["name"] == name]
+            return _read_u64(storage.join(self.url, part["name"], name), found[0]) if found else np.empty(0, U64)
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(read, self.parts))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All visible records, part by part, in order."""
+        for part in range(len(self.parts)):
+            yield from self.read_part(part)
+
+    def read_part(self, part: int) -> Iterator[dict[str, Any]]:
+        """Visible records of one part in order, as dictionaries of columns. Every file is checked against its hash first.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        entry, hidden = self.parts[part], set(self.removed_rows(part).tolist())
+        for row, record in enumerate(_read_files(self.url, entry)):
+            if row not in hidden:
+                yield record
+
+    def captions(self) -> Iterator[list[str]]:
+        """Captions of all visible images, in order; no image is read.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        for part, entry in enumerate(self.parts):
+            if not entry["count"]:
+                continue
+            hidden = set(self.removed_rows(part).tolist())
+            data = _checked(storage.join(self.url, entry["name"], CAPTIONS), _sha256(entry, CAPTIONS))
+            for row, line in enumerate(gzip.decompress(data).splitlines()):
+                if row not in hidden:
+                    yield json.loads(line)
+
+    def ids_at(self, positions: list[int]) -> list[str]:
+        """Ids of a few stored records; of each only its own bytes are read."""
+        from streaming.base.format.mds.reader import MDSReader
+
+        ends = np.cumsum([shard.samples for shard in self.shards])
+        found = []
+        for position in positions:
+            number = int(np.searchsorted(ends, position, side="right"))
+            shard = self.shards[number]
+            row = position - int(ends[number]) + shard.samples
+            url = storage.join(self.url, shard.basename)
+            begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
+            reader = MDSReader.from_json("", None, shard.entry)
+            found.append(str(reader.decode_sample(storage.read_range(url, begin, end - begin))["id"]))
+        return found
+
+
+def version_url(set_url: str, content_hash: str) -> str:
+    """Folder of one version."""
+    return storage.join(set_url, VERSIONS, content_hash[:_NAME_DIGITS])
+
+
+def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = None, version: str = "", takedown: str = "") -> ShardSet:
+    """Open a version of a shard set, and refuse one that is not what the caller needs.
+
+    Args:
+        url: place of the shard set.
+        schema: IMAGE_SCHEMA or CODES_SCHEMA.
+        expect_parents: kind -> content hash, of every parent that the caller has an opinion on.
+        version: content hash of the version; empty: the newest.
+        takedown: URL of the take-down list (data.takedown); empty: none.
+
+    Raises:
+        DataError: no such version, another schema, other parents, or no take-down list where one is named.
+    """
+    stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
+    place = storage.join(version_url(url, version) if version else url, MANIFEST)
+    if not storage.exists(place):
+        what = f"no version {version[:_NAME_DIGITS]} of a shard set" if version else "no shard set"
+        raise DataError(f"{url}: {what} here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
+    manifest = storage.read_json(place)
+    if manifest.get("schema") != schema:
+        raise DataError(
+            f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; "
+            f"point data.images or data.codes at the right set, or run '{stage}' again."
+        )
+    for kind, expected in (expect_parents or {}).items():
+        found = manifest["parents"].get(kind, "none")
+        if found != expected:
+            raise DataError(
+                f"{url}: made from {kind} {found[:12]}, but this run uses {kind} {expected[:12]}; "
+                f"run '{stage}' again for this run, or go back to the {kind} it was made from."
+            )
+    return ShardSet(url, manifest, read_takedown(takedown))
+
+
+def read_takedown(url: str) -> frozenset[str]:
+    """Ids on a take-down list: a text file, one id a line. An empty URL is no list.
+
+    Raises:
+        DataError: the list is missing or is not UTF-8.
+    """
+    if not url:
+        return frozenset()
+    return frozenset(line.strip() for line in storage.read_text(url).splitlines() if line.strip())
+
+
+def _sha256(part: Mapping[str, Any], name: str) -> str:
+    return next(str(file["sha256"]) for file in part["files"] if file["name"] == name)
+
+
+def _checked(url: str, sha256: str) -> bytes:
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _damaged(url)
+    return data
+
+
+def _damaged(url: str) -> DataError:
+    folder = url.rpartition("/")[0]
+    return DataError(f"{url}: damaged, its SHA-256 is not the one it was written with; delete {folder} and run the stage that wrote it again.")
+
+
+def _read_u64(url: str, sha256: str) -> NDArray[np.uint64]:
+    return np.frombuffer(_checked(url, sha256), U64)
+
+
+def _read_files(set_url: str, part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    place = storage.join(set_url, part["name"])
+    if not storage.is_remote(place):
+        yield from _read_local(storage.local_path(place), part, place)
+        return
+    with tempfile.TemporaryDirectory(prefix="part-") as folder:
+        for file in part["files"]:
+            if file["name"].endswith((".mds", INDEX)):
+                storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))
+        yield from _read_local(Path(folder), part, place)
+
+
+def _read_local(folder: Path, part: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+    from streaming.base.format.mds.reader import MDSReader
+
+    for file in part["files"]:
+        if file["name"].endswith((".mds", INDEX)) and storage.sha256_file(folder / file["name"]) != file["sha256"]:
+            raise _damaged(storage.join(place, file["name"]))
+    for shard in json.loads((folder / INDEX).read_text())["shards"]:
+        reader = MDSReader.from_json(str(folder), None, shard)
+        for index in range(len(reader)):
+            yield reader[index]

@@ -1,0 +1,212 @@
+"""Versions of a shard set: finished parts plus the positions of records that do not count. Merging is idempotent, and old versions stay readable."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards.part_writer import write_part
+from data_pipeline.shards.shard_set import (
+    DONE,
+    EXCLUDED,
+    INDEX,
+    MANIFEST,
+    U64,
+    VERSIONS,
+    Record,
+    ShardSet,
+    digest,
+    part_name,
+    read_markers,
+    version_url,
+)
+from infra import storage
+from infra.errors import DataError
+
+_PART = re.compile(r"part-[0-9a-f]{1,64}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that a version is to hold."""
+
+    inputs: str
+    """Digest of what it is made from."""
+    source: str
+    """The entry of data.sources that its records came from."""
+
+
+def collect(set_url: str, parts: list[Part], stage: str) -> list[dict[str, Any]]:
+    """Markers of finished parts, in order.
+
+    Raises:
+        DataError: a part is not finished.
+    """
+    markers = read_markers(set_url, [part.inputs for part in parts])
+    missing = [part_name(part.inputs) for part, marker in zip(parts, markers, strict=True) if marker is None]
+    if missing:
+        raise DataError(
+            f"{set_url}: {len(missing)} of {len(parts)} parts are not finished ({', '.join(missing[:5])}); "
+            f"run the stage '{stage}' again, it skips finished parts."
+        )
+    return [marker for marker in markers if marker is not None]
+
+
+def merge(
+    set_url: str,
+    parts: list[Part],
+    markers: list[dict[str, Any]],
+    schema: str,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str] | None = None,
+    producer: Mapping[str, Any] | None = None,
+    excluded: NDArray[np.int64] | None = None,
+) -> ShardSet:
+    """Make a version of finished parts, and make it the newest. Merging the same again changes nothing; other versions stay as they are.
+
+    Args:
+        set_url: place of the shard set.
+        parts: in order.
+        markers: of these parts, from ``collect``.
+        schema: IMAGE_SCHEMA or CODES_SCHEMA.
+        settings: what shaped the records (part of the content hash).
+        parents: kind -> content hash of what the records were made from.
+        producer: commit and versions (not part of the content hash).
+        excluded: sorted positions of stored records that are not part of the version.
+    """
+    hidden = np.empty(0, np.int64) if excluded is None else excluded
+    stored = sum(marker["count"] for marker in markers)
+    packed = hidden.astype(U64).tobytes()
+    facts = {
+        "schema": schema,
+        "count": stored - len(hidden),
+        "stored": stored,
+        "parts": [{"source": part.source, "count": marker["count"], "files": marker["files"]} for part, marker in zip(parts, markers, strict=True)],
+        "excluded": {"count": len(hidden), "sha256": hashlib.sha256(packed).hexdigest()},
+        "parents": dict(parents or {}),
+        "settings": dict(settings),
+    }
+    manifest = facts | {"content_hash": digest(facts), "producer": dict(producer or {})}
+    for entry, part in zip(manifest["parts"], parts, strict=True):
+        entry["name"] = part_name(part.inputs)  # where a part lies says nothing of what it holds, so it is not in the hash
+    place = version_url(set_url, str(manifest["content_hash"]))
+    index = {"version": 2, "shards": _all_shards(parts, markers)}
+    if storage.exists(storage.join(place, MANIFEST)):
+        manifest = storage.read_json(storage.join(place, MANIFEST))  # keeps its first producer
+    else:
+        storage.write_bytes(storage.join(place, EXCLUDED), packed)
+        storage.write_json(storage.join(place, INDEX), index)
+        storage.write_json(storage.join(place, MANIFEST), manifest)
+    newest = storage.join(set_url, MANIFEST)
+    if not storage.exists(newest) or storage.read_json(newest) != manifest:
+        storage.write_json(storage.join(set_url, INDEX), index)
+        storage.write_json(newest, manifest)
+    return ShardSet(set_url, manifest)
+
+
+def _all_shards(parts: list[Part], markers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    shards = []
+    for part, marker in zip(parts, markers, strict=True):
+        for shard in marker["shards"]:
+            raw = shard["raw_data"] | {"basename": f"{part_name(part.inputs)}/{shard['raw_data']['basename']}"}
+            shards.append(shard | {"raw_data": raw})
+    return shards
+
+
+def write_set(
+    url: str,
+    parts: Sequence[Iterable[Record]],
+    schema: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = 1 << 26,
+    sources: Sequence[str] = (),
+    excluded: NDArray[np.int64] | None = None,
+) -> ShardSet:
+    """Write and merge a whole set at once, for benchmarks and tests.
+
+    Args:
+        url: place of the set.
+        parts: records of each part.
+        schema: IMAGE_SCHEMA or CODES_SCHEMA.
+        settings: part of the content hash.
+        shard_bytes: size limit of one shard file in bytes.
+        sources: of each part; empty: all of one source without a name.
+        excluded: as for ``merge``.
+    """
+    targets = [Part(f"{number:05d}", sources[number] if sources else "") for number in range(len(parts))]
+    for target, records in zip(targets, parts, strict=True):
+        write_part(url, target.inputs, records, shard_bytes)
+    return merge(url, targets, collect(url, targets, "encode"), schema, settings or {}, excluded=excluded)
+
+
+def checked_manifest(set_url: str, url: str) -> dict[str, Any]:
+    """A manifest for whoever deletes by it: the name of a part that leads elsewhere must not take along what lies there.
+
+    Args:
+        set_url: place of the shard set.
+        url: of a manifest of the set.
+
+    Raises:
+        DataError: the manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+    """
+    manifest: dict[str, Any] = storage.read_json(url)
+    odd = sorted(str(part["name"]) for part in manifest["parts"] if not _PART.fullmatch(str(part["name"])))
+    if odd:
+        raise DataError(
+            f"{url}: names a part '{odd[0]}', expected part-<hexadecimal digits>: it was changed by hand, or is damaged; see 'launcher.py validate {set_url}'."
+        )
+    return manifest
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What deleting the records of a take-down list means for one shard set."""
+
+    set_url: str
+    records: int
+    """Records that are on the list."""
+    parts: list[str]
+    """Parts that hold them."""
+    versions: list[str]
+    """URLs of the versions that have such parts."""
+
+    def carry_out(self) -> None:
+        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
+        storage.delete(storage.join(self.set_url, MANIFEST))
+        for part in self.parts:
+            storage.delete(storage.join(self.set_url, part, DONE))
+            storage.delete_prefix(storage.join(self.set_url, part))
+        for url in self.versions:
+            storage.delete(storage.join(url, MANIFEST))
+            storage.delete_prefix(url)
+
+
+def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
+    """Look up which parts of a set hold records of these ids, in any version; None if there are none.
+
+    Parts without their marker count too: a purge that was interrupted has begun to delete them.
+
+    Raises:
+        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+    """
+    names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
+    affected: dict[str, int] = {}
+    versions = []
+    for name in names:
+        manifest = checked_manifest(set_url, storage.join(set_url, VERSIONS, name))
+        whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
+        begun = {part["name"]: 0 for part in manifest["parts"] if part not in whole}
+        opened = ShardSet(set_url, manifest | {"parts": whole}, ids)
+        parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
+        hit = begun | {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
+        if hit:
+            versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
+            affected |= hit
+    return Purge(set_url, sum(affected.values()), sorted(affected), versions) if affected else None

@@ -1,0 +1,1 @@
+"""Where pairs of picture and captions come from: one module a kind of source."""

@@ -1,0 +1,162 @@
+"""A folder of images with same-named .txt files, one caption a line, or .json files; local or s3://."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources.rows_to_pairs import (
+    IMAGE_SUFFIXES,
+    LARGE_TEXT,
+    MAX_TEXT_BYTES,
+    MISSING_IMAGE,
+    BadRecord,
+    Draft,
+    Origin,
+    clean,
+    in_order,
+    join_captions,
+    parse_object,
+    read_limited,
+    split_of_name,
+    with_images,
+)
+from infra import globs, storage
+from infra.errors import DataError
+from infra.storage import FileInfo
+
+_TEXTS = (".txt", ".json")
+_SPREAD = 4
+"""A run holds at least the aimed-at number of records divided by this, and at most the number times this."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image, and the caption files of its name."""
+
+    image: FileInfo
+    texts: tuple[FileInfo, ...]
+
+    @property
+    def files(self) -> tuple[FileInfo, ...]:
+        return (self.image, *self.texts)
+
+
+class FolderSource:
+    """Images below a folder, or those that a pattern names ('photos/*.jpg'), and their captions. A run of names is a shard."""
+
+    def __init__(self, config: SourceConfig, records_per_part: int) -> None:
+        self.name = config.url
+        self.origin = Origin(config)
+        self.records = records_per_part
+
+    def shards(self) -> Iterator[InputShard]:
+        """Runs of names, cut where the hash of a name says so: a new image changes the run it falls into, and rarely a second.
+
+        Raises:
+            DataError: the folder is missing, or holds no image, or none that has captions; when all is listed.
+        """
+        run: list[Item] = []
+        images = captioned = 0
+        for item in self._items():
+            images, captioned = images + 1, captioned + bool(item.texts)
+            if len(run) >= _SPREAD * self.records or (len(run) * _SPREAD >= self.records and self._cuts(item.image.name)):
+                yield _shard(run)
+                run = []
+            run.append(item)
+        if not captioned:
+            what = f"none of its {images} images has a same-named .txt or .json file" if images else "no such folder, or no image in it"
+            raise DataError(
+                f"{self.name}: {what}; expected for example apple.png ({', '.join(IMAGE_SUFFIXES)}) beside apple.txt, one caption a line, "
+                "or beside apple.json with the key caption. data.sources accepts tables, Parquet files, tars and 'emoji' besides folders."
+            )
+        yield _shard(run)
+
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+        """The records of a run of names; images are read after their captions, and only of wanted groups.
+
+        Raises:
+            DataError: a file cannot be read for a reason that may pass.
+        """
+        is_remote = storage.is_remote(self.origin.base)
+        items = _grouped(FileInfo(name, 0, "") for name in shard.keys)
+        drafts = in_order(self._draft, items, lambda item: is_remote)
+        return with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
+
+    def credits(self) -> dict[str, str]:
+        return self.origin.credits()
+
+    def version(self) -> str:
+        return self.origin.version("folder/2")
+
+    def _items(self) -> Iterator[Item]:
+        """Images with their caption files, as they are listed."""
+        url, pattern = self.name, ""
+        last = url.rpartition("/")[2]
+        if last.lower().endswith(IMAGE_SUFFIXES):  # a pattern of images leaves their captions out
+            url, pattern = f"{url.rpartition('.')[0]}.*", last
+        files = storage.glob(url)[1]
+        return (item for item in _grouped(files) if not pattern or globs.matches([item.image.name.rpartition("/")[2]], [pattern]))
+
+    def _cuts(self, name: str) -> bool:
+        return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") % self.records == 0
+
+    def _draft(self, item: Item) -> Draft | Unreadable:
+        name = item.image.name
+        shown = name.encode("utf-8", "backslashreplace").decode()  # a local name may hold any bytes
+        try:
+            texts = {text.name[-len(".txt") :]: self._read(text.name) for text in item.texts if text.name.endswith(".txt")}
+            row = next((parse_object(self._read(text.name)) for text in item.texts if text.name.endswith(".json")), {})
+            captions = join_captions(self.origin.captions(row), texts.values())
+        except BadRecord as bad:
+            return Unreadable(self.origin.url(shown), bad.reason)
+        split = split_of_name(f"{shown.rpartition('/')[0]}/")  # that of a folder: a picture called test.jpg is one like others
+        # The group has no URL in it: a folder that moves keeps its split.
+        return Draft(self.origin.pair(shown, row, captions, split, f"folder/{shown.rpartition('.')[0]}"), self.origin.url(name))
+
+    def _read(self, name: str) -> bytes:
+        return read_limited(self.origin.url(name), MAX_TEXT_BYTES, MISSING_IMAGE, LARGE_TEXT)
+
+
+def _shard(run: list[Item]) -> InputShard:
+    files = [file for item in run for file in item.files]
+    digest = hashlib.blake2b(repr([(file.name, file.version) for file in files]).encode(), digest_size=16).hexdigest()
+    names = run[0].image.name, run[-1].image.name
+    label = names[0] if len(run) == 1 else "..".join(names)
+    return InputShard(clean(label), digest, keys=tuple(file.name for file in files))
+
+
+def _grouped(files: Iterator[FileInfo]) -> Iterator[Item]:
+    """Images with the caption files of their names, from a listing in the order of full names.
+
+    In that order the files of one folder that share their name up to the first dot follow each other, but for the content of folders whose
+    names begin likewise: at most one such group is open for each folder above the current one.
+    """
+    opened: list[tuple[str, str, list[FileInfo]]] = []  # folder, name up to the first dot, files
+    for file in chain(files, [None]):
+        folder, _, last = file.name.rpartition("/") if file else ("", "", "")
+        key = (folder, last.partition(".")[0])
+        while opened and (file is None or not (opened[-1][:2] == key or _is_below(folder, opened[-1][0]))):
+            yield from _matched(opened.pop()[2])
+        if file is None:
+            return
+        if opened and opened[-1][:2] == key:
+            opened[-1][2].append(file)
+        else:
+            opened.append((*key, [file]))
+
+
+def _is_below(folder: str, other: str) -> bool:
+    return folder != other and (not other or folder.startswith(f"{other}/"))
+
+
+def _matched(files: list[FileInfo]) -> Iterator[Item]:
+    texts = {file.name: file for file in files if file.name.endswith(_TEXTS)}
+    for file in files:
+        if file.name.lower().endswith(IMAGE_SUFFIXES):
+            stem = file.name.rpartition(".")[0]
+            yield Item(file, tuple(texts[stem + suffix] for suffix in _TEXTS if stem + suffix in texts))

@@ -1,0 +1,88 @@
+"""Metadata beside tars: ``metadata*.jsonl`` files whose lines describe images by ``shard`` (a tar's name) and ``file_name`` (a member's).
+
+Each file is read once, in order, to learn where the lines of each tar lie; then only these are read. In memory: the lines of one tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from data_pipeline.sources.rows_to_pairs import MAX_TEXT_BYTES, BadRecord, parse_object, text_in
+from infra import globs, storage
+
+log = logging.getLogger(__name__)
+
+PATTERN = "metadata*.jsonl"
+
+
+@dataclass
+class Place:
+    """Where the lines about one tar lie."""
+
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
+    """(URL of a file, first byte, byte after the last), merged where lines follow each other."""
+    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
+    """Of the lines: a tar's version changes with what is said about it, not with lines about others."""
+
+
+def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> Iterator[tuple[int, bytes | None]]:
+    """(byte at which it starts, line) for each line of a stream that stands at ``start``; None for one longer than ``limit``."""
+    while line := stream.readline(limit):
+        begun, length, whole = start, len(line), line.endswith(b"\n") or len(line) < limit
+        while not line.endswith(b"\n") and len(line) == limit:
+            line = stream.readline(limit)
+            length += len(line)
+        start += length
+        yield begun, line if whole else None
+
+
+def find(folder: str) -> dict[str, Place]:
+    """Name of a tar -> where its metadata lie, for the metadata files directly in a folder. Other .jsonl files of that name are left alone."""
+    found: dict[str, Place] = {}
+    base, infos = storage.glob(storage.join(globs.escape(folder), PATTERN))
+    for info in infos:
+        url, lost = storage.join(base, info.name), 0
+        with storage.open_stream(url) as stream:
+            for start, line in lines_of(stream):
+                try:
+                    row = parse_object(line or b"")
+                except BadRecord:
+                    row = {}
+                shard = text_in(row, "shard")
+                if not shard or not text_in(row, "file_name"):
+                    lost += 1
+                    continue
+                place = found.setdefault(shard, Place())
+                place.digest.update(line)
+                end = start + len(line or b"")
+                if place.ranges and place.ranges[-1][0] == url and place.ranges[-1][2] == start:
+                    place.ranges[-1] = (url, place.ranges[-1][1], end)
+                else:
+                    place.ranges.append((url, start, end))
+        if lost:
+            log.warning("%s: %d lines name no shard and file_name; they describe no image of a tar.", url, lost)
+    return found
+
+
+def rows(place: Place) -> dict[str, dict[str, Any]]:
+    """Name of an image in the tar -> its line, with the key of the split as its group.
+
+    ``label`` with ``source`` says what is shown, in whichever style: images of one label share a group. ``group`` in such lines is a kind of
+    picture ('photo', 'people'), under which a hash would put thousands of images on one side, and is dropped.
+    """
+    found = {}
+    for url, start, end in place.ranges:
+        with storage.open_stream(url, start) as stream:
+            for at, line in lines_of(stream, start):
+                if at >= end:
+                    break
+                row = parse_object(line or b"")  # has been read before
+                row.pop("group", None)
+                if text_in(row, "label"):
+                    row["group"] = f"{text_in(row, 'source')}/{text_in(row, 'label').replace(' ', '_')}"
+                found[text_in(row, "file_name")] = row
+    return found

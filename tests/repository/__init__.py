@@ -1,0 +1,1 @@
+"""The repository itself: arrows of import, requirements, CI."""

@@ -1,0 +1,145 @@
+"""The arrows of import run one way, and each heavy library has one home (docs/contracts.md, section 9)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.root import ROOT
+
+OURS = ("model", "data_pipeline", "train", "infra", "launcher", "tests")
+
+MAY_IMPORT = {
+    "model": {"model"},
+    "infra": {"infra"},
+    "data_pipeline": {"data_pipeline", "infra"},
+    "train": {"train", "model", "data_pipeline", "infra"},
+    "launcher": {"train", "infra"},
+}
+
+HOMES = {
+    "deepspeed": ("train/engines/zero/",),
+    "apex": ("train/optimizer/apex_parts.py",),
+    "boto3": ("infra/s3_client.py", "infra/s3.py"),
+    "botocore": ("infra/s3_client.py", "infra/s3.py"),
+    "s3transfer": ("infra/s3.py",),
+    "streaming": ("data_pipeline/shards/shard_set.py", "data_pipeline/shards/part_writer.py", "data_pipeline/loading/shard_cache.py"),
+    "filelock": ("data_pipeline/loading/shard_cache.py",),
+    "xxhash": ("data_pipeline/shards/rows.py",),
+    "sentencepiece": ("data_pipeline/tokenizer.py",),
+    "pycld2": ("data_pipeline/filters/language.py",),
+    "tensorboard": ("train/loop/metrics.py",),
+    "matplotlib": ("train/report/plots.py",),
+    "pyarrow": ("data_pipeline/sources/parquet.py",),
+    "simplejpeg": ("data_pipeline/images/jpeg.py", "train/bench/data_images.py"),
+    "numba": ("data_pipeline/images/area_resize.py",),
+    "resvg_py": ("data_pipeline/sources/drawings.py",),
+    "emoji": ("data_pipeline/sources/drawings.py",),
+    "typer": ("launcher.py",),
+    "rich": ("launcher.py", "infra/progress.py"),
+    "safetensors": ("train/weights/export.py", "train/evaluation/weight_files.py"),
+    "triton": ("train/optimizer/adamw_kernel.py",),
+    "scipy": (),
+    "torchvision": ("train/bench/data_images.py",),
+    "dall_e": (),
+    "lpips": (),
+}
+
+NO_TORCH = (
+    "model/config.py",
+    "model/offsets.py",
+    "data_pipeline/config.py",
+    "train/config.py",
+    "train/launch.py",
+    "train/run/stage_table.py",
+    "train/planning/demo_time.py",
+    "train/planning/estimate.py",
+    "train/verbs/plan.py",
+    "launcher.py",
+)
+
+
+def sources() -> list[Path]:
+    folders = sorted(path for folder in ("model", "data_pipeline", "train", "infra") for path in (ROOT / folder).rglob("*.py"))
+    return [*folders, ROOT / "launcher.py"]
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports, as dotted names; names imported from our own packages count as modules of theirs."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_folders_import_only_what_they_may() -> None:
+    wrong = []
+    for path in sources():
+        owner = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imported(path):
+            top = name.split(".")[0]
+            if top in OURS and top not in MAY_IMPORT[owner]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}; {owner} may import {', '.join(sorted(MAY_IMPORT[owner]))}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_model_imports_torch_and_the_standard_library_alone() -> None:
+    allowed = {"torch", "model"} | set(sys.stdlib_module_names)
+    wrong = [
+        f"{path.name}: {name}"
+        for path in sources()
+        if path.is_relative_to(ROOT / "model")
+        for name in imported(path)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, wrong
+    text = "".join(path.read_text() for path in (ROOT / "model").glob("*.py"))
+    assert "os.environ" not in text and "torch.distributed" not in text and "open(" not in text
+
+
+@pytest.mark.parametrize("library", sorted(HOMES))
+def test_each_library_has_its_home(library: str) -> None:
+    users = {str(path.relative_to(ROOT)) for path in sources() for name in imported(path) if name.split(".")[0] == library}
+    users |= {
+        str(path.relative_to(ROOT)) for path in sources() for name in imported(path) if library == "tensorboard" and "utils.tensorboard" in name
+    }
+    strays = [user for user in users if not user.startswith(HOMES[library])]
+    assert not strays, f"{library} belongs to {', '.join(HOMES[library]) or 'nobody yet'}; also imported by {', '.join(strays)}"
+    assert users or not HOMES[library], f"nobody imports {library} any more: strike it from the table and from requirements.txt"
+
+
+def test_what_a_dry_run_loads_is_free_of_torch() -> None:
+    """Followed through our own modules, whatever they import at the top level."""
+    reached, waiting = set(), [ROOT / name for name in NO_TORCH]
+    while waiting:
+        path = waiting.pop()
+        if path in reached:
+            continue
+        reached.add(path)
+        for name in imported(path, top_level_only=True):
+            assert name.split(".")[0] not in ("torch", "streaming", "deepspeed", "boto3"), f"{path.relative_to(ROOT)} imports {name} at the top level"
+            candidate = ROOT / (name.replace(".", "/") + ".py")
+            if name.split(".")[0] in OURS and candidate.exists():
+                waiting.append(candidate)
+    assert ROOT / "infra/run_folder.py" in reached, "the walk must follow imports"
+
+
+def test_packages_are_docstrings_only() -> None:
+    for path in ROOT.rglob("__init__.py"):
+        if path.relative_to(ROOT).parts[0] in OURS:
+            body = ast.parse(path.read_text()).body
+            assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path.relative_to(ROOT)} should hold a docstring and nothing else"
+
+
+def test_weights_are_exported_and_pictures_generated_without_deepspeed() -> None:
+    program = "import sys; sys.modules['deepspeed'] = None; import train.verbs.export, train.stages.generate, train.stages.evaluate; print('well')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "well\n", done.stderr

@@ -1,0 +1,1 @@
+"""The launcher, whole stages and the whole pipeline."""

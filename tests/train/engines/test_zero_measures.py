@@ -1,0 +1,34 @@
+"""What ranks learn of each other's gradients: counts of planted values, norms and flags, by resblock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from train.engines.zero import measures
+from train.engines.zero.shards import Gradients, Layout
+
+
+def test_planted_values_are_counted_where_they_are() -> None:
+    small, least = 2.0**-15, 2.0**-14  # below, and at, the smallest normal number of fp16
+    tensors = [
+        torch.tensor([0.0, small, least, 3.0]),
+        torch.tensor([0.0, 0.0, -small, -4.0]),
+        torch.tensor([0.0, 2.0]),
+        torch.tensor([0.0, math.inf]),
+        torch.tensor([6e4]),  # finite, beside the infinite one
+    ]
+    # The third is a bias, the last two lie outside of the resblocks.
+    layout = Layout([0, 1, 1, 2, 2], 3, [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
+    found = Gradients(tensors, layout)
+    once = measures.local(found, 3, count=True, device=torch.device("cpu"))
+    both = measures.agreed((2 * once).tolist(), 3, replicas=1)  # two ranks that hold as much
+    assert both.bad == [False, False, True]
+    assert both.squares == pytest.approx([2 * (9 + small**2 + least**2), 2 * (16 + small**2 + 4), 0.0])
+    assert both.zeros[:2] == [0.25, 0.5] and both.subnormals[:2] == [0.25, 0.25]
+    assert math.isnan(both.zeros[2]) and math.isnan(both.subnormals[2])
+    assert measures.agreed((2 * once).tolist(), 3, replicas=2).squares == pytest.approx([value / 2 for value in both.squares])
+    uncounted = measures.agreed(measures.local(found, 3, count=False, device=torch.device("cpu")).tolist(), 3, replicas=1)
+    assert all(math.isnan(share) for share in uncounted.zeros) and uncounted.bad == both.bad

@@ -1,0 +1,67 @@
+"""The demo's projection: its parts bear out recorded demos, and its probe runs the real engines. About 30 s."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infra import storage
+from infra.config import to_json
+from infra.run_folder import RunFolder
+from train.config import load_run
+from train.planning import demo_time
+from train.planning.demo_time import estimate, project
+
+STAGES = ["prepare", "tokenizer", "encode", "evaluate", "report", "clip", "generate"]
+
+
+def test_the_parts_of_recorded_demos_add_up_within_a_tenth() -> None:
+    """Two demos on two cores of an AMD EPYC: updates alone at the rates that the runs had, starts of 5 to 7 s."""
+    demo = load_run("demo", [])
+    nothing = {"dvae": 0, "dalle": 0}
+    # Nothing else ran: 804 s of the transformer's training, 18.4 minutes of stages and about one of starts.
+    quiet = estimate(demo, {"dvae": 114.0, "dalle": 82.5}, 5.0, nothing, STAGES)
+    assert sum(quiet.values()) == pytest.approx(60 * 19.4, rel=0.1)
+    # Later, up to 'encode': launchers' own seconds, starts included.
+    assert quiet["dvae"] == pytest.approx(179, rel=0.1)
+    assert sum(quiet[name] for name in ("prepare", "tokenizer", "encode")) == pytest.approx(19 + 3 + 20, abs=12)
+    assert quiet["clip"] + quiet["generate"] + quiet["evaluate"] + quiet["report"] == pytest.approx(48 + 54 + 12 + 2, rel=0.1)
+
+
+def test_what_is_done_already_is_left_out_and_a_slow_machine_takes_longer_for_everything() -> None:
+    demo = load_run("demo", [])
+    whole = estimate(demo, {"dvae": 114.0, "dalle": 82.0}, 5.0, {"dvae": 0, "dalle": 0}, STAGES)
+    half = estimate(demo, {"dalle": 82.0}, 5.0, {"dalle": 2000}, STAGES)
+    assert "dvae" not in half and half["dalle"] == pytest.approx(10 + (whole["dalle"] - 10) / 2, rel=0.02)
+    slow = estimate(demo, {"dvae": 57.0, "dalle": 41.0}, 5.0, {"dvae": 0, "dalle": 0}, STAGES)
+    for name in ("dvae", "dalle", "clip", "generate"):
+        assert 1.6 * whole[name] < slow[name] < 2 * whole[name], name
+
+
+def claimed(folder: Path) -> tuple[RunFolder, str]:
+    run = RunFolder(str(folder / "run"))
+    storage.write_bytes(run.config_url, to_json(load_run("tiny", [f"run.root={folder}"])).encode())
+    return run, run.url
+
+
+def test_the_probe_measures_both_trainings_in_processes_that_talk_to_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_time, "PROBE_S", 0.5)
+    run, url = claimed(tmp_path)
+    said = project(load_run(url, []), run, 2)
+    assert said.startswith("projected time: ") and re.search(r"\(dvae \d+\.\d, dalle \d+\.\d, the rest \d+\.\d\)", said), said
+
+
+def test_a_probe_that_fails_is_said_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_time, "PROBE_S", 0.1)
+    run, url = claimed(tmp_path)
+    cfg = load_run(url, [])
+    storage.write_bytes(run.config_url, b"{")
+    assert project(cfg, run, 1) == "projected time: unknown, because the probe failed (see above); the stages may fail likewise"
+
+
+def test_nothing_is_probed_when_both_trainings_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, url = claimed(tmp_path)
+    monkeypatch.setattr(RunFolder, "done", lambda self, stage: {"seconds": 1.0})
+    assert project(load_run(url, []), run, 2) == "projected time: two or three minutes (both trainings are finished)"

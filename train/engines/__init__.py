@@ -1,0 +1,1 @@
+"""What holds a model while it trains: the protocol, replicas, and DeepSpeed ZeRO."""

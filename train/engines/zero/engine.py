@@ -1,0 +1,301 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; deepspeed.md).
+
+An update: backward passes (DeepSpeed reduces into shards), ``measure`` (sums between nodes, overflow flags and norms of this rank's shards), the step's one
+small all-reduce and the one host synchronisation of ours (DeepSpeed has its own in backward passes: on stage 3, and on all stages with overlap_comm), ``step``
+(scales, clipping, AdamW on the shards, parameters gathered).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infra.world import World
+from model.transformer import Transformer, parameter_tags
+from train.config import DalleFit, ScaleSection, ZeroSection
+from train.engines.replicated import Update
+from train.engines.zero import internals, measures, one_pass
+from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
+from train.engines.zero.scales import GradientScales
+from train.engines.zero.shards import GradientReader, pieces
+from train.engines.zero.topology import node_topology
+from train.optimizer.adamw import PaperAdamW
+from train.optimizer.averaging import Average
+from train.optimizer.loss_scale import LossScale
+from train.weights.fragments import Fragment
+
+log = logging.getLogger(__name__)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int = 1) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived from ours. No precision section (it would bring a single loss scale), and no clipping: both are done here."""
+    sections: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap_comm,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.allgather_bucket_size,
+    }
+    if zero.stage < 3:
+        sections |= {"use_multi_rank_bucket_allreduce": zero.use_multi_rank_bucket_allreduce, "compute_grad_norm": zero.offload_optimizer}
+    else:
+        sections |= {
+            "stage3_prefetch_bucket_size": zero.stage3_prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.stage3_param_persistence_threshold,
+            "stage3_max_live_parameters": zero.stage3_max_live_parameters,
+            "stage3_max_reuse_distance": zero.stage3_max_reuse_distance,
+        }
+    if zero.offload_optimizer:
+        sections["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": fit.batch // nodes,
+        "train_micro_batch_size_per_gpu": fit.batch // (world.size * fit.accumulation),
+        "gradient_accumulation_steps": fit.accumulation,
+        "gradient_clipping": 0.0,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": sections,
+        "steps_per_print": 1 << 60,
+        "timers": {"throughput": {"enabled": False}},  # it would stop the GPU in every micro-batch
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_adam(groups: list[dict[str, Any]], fit: DalleFit) -> PaperAdamW:
+    """The optimizer that dalle_fit.optimizer names.
+
+    Raises:
+        ConfigError: it is apex's, and cannot be constructed here.
+    """
+    betas, eps = (fit.beta1, fit.beta2), 1e-8
+    if fit.optimizer == "apex":
+        from train.optimizer import apex_parts  # what apex brings need not be loaded where it is not asked for
+
+        found: PaperAdamW = apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
+        return found
+    return PaperAdamW(groups, betas=betas, eps=eps, clip_variance=fit.clip_variance)
+
+
+class ZeroEngine:
+    """A transformer whose gradients and optimizer state (and, on stage 3, parameters) are sharded over ranks."""
+
+    def __init__(self, module: Transformer, fit: DalleFit, zero: ZeroSection, world: World, scales: ScaleSection | None = None) -> None:
+        """Collective.
+
+        Raises:
+            ConfigError: DeepSpeed is not as we know it; the nodes are unequal.
+        """
+        topology = node_topology(world) if zero.sharding == "node" else None
+        internals.prepare(topology)
+        rules = scales or ScaleSection()
+        self.module, self.fit, self.zero, self.world, self.rules = module, fit, zero, world, rules
+        self.tags = parameter_tags(module)
+        self.resblocks = len(module.resblocks)
+        scaled = fit.precision == "fp16" and rules.scope != "none"
+        self.scales = GradientScales(self.resblocks, world.size * fit.accumulation, rules) if scaled else None
+        self.nodes = 1 if topology is None else topology.nodes
+        self.topology, self.shard_rank = topology, world.rank if topology is None else topology.local
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # a single process has none, and DeepSpeed insists
+        self.storage = weight_storage(fit, zero)
+        store_weights(module, self.tags, self.storage)
+        groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
+        self.adam = make_adam(groups, fit)
+        self.config = deepspeed_config(fit, zero, world, self.nodes)
+        self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
+            model=module, optimizer=self.adam, config=self.config, mpu=topology, dist_init_required=False
+        )
+        internals.check(self._optimizer, zero.stage, module.named_parameters())
+        internals.take_over(self._optimizer, zero.stage)
+        if isinstance(self.adam, PaperAdamW) and not zero.offload_optimizer:
+            if internals.is_followed():
+                one_pass.install(self._optimizer, zero.stage, self.adam)
+            else:
+                log.warning(
+                    "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/engines/zero/one_pass.py)",
+                    internals.FOLLOWED,
+                )
+        self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
+        self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
+        self.device = next(module.parameters()).device
+        shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
+        self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
+        self.updates = self.attempts = 0
+        self.loss_scale: LossScale | None = None
+        self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
+        self._constant = 2.0**rules.before_reduction if scaled else 1.0
+        if scaled:
+            for index, block in enumerate(module.resblocks):
+                block.gradient_scale = self._scale_tensor[index]  # type: ignore[union-attr, assignment]
+                block.filter_gradients = rules.filter  # type: ignore[union-attr, assignment]
+                if rules.before_reduction:
+                    for p in block.parameters():
+                        p.register_hook(lambda gradient: gradient * self._constant)
+            self._publish_scales()
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._engine(*inputs, **named)
+
+    def micro_batch(self, *, last: bool) -> None:
+        """Check that DeepSpeed counts micro-batches as we do."""
+        assert self._engine.is_gradient_accumulation_boundary() == last, "DeepSpeed's accumulation boundary is out of step"
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients: the loss is this rank's share of the global mean, and is not divided again (paper D.3)."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def measure(self) -> Tensor:
+        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. Collective between nodes."""
+        found = self.gradients.read()
+        if self.nodes > 1:
+            self._between_nodes(found.tensors, found.layout.compressible)
+        return measures.local(found, self.resblocks + 1, count=(self.attempts + 1) % self.fit.numerics_every == 0, device=self.device)
+
+    def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
+        """Apply the update, or skip it on every rank alike.
+
+        Args:
+            lr: step size.
+            measured: the sum of ``measure`` over all ranks; formed here if the caller has not done it.
+        """
+        if measured is None:
+            vector = self.measure()
+            if dist.is_initialized():
+                dist.all_reduce(vector)
+            measured = vector.tolist()
+        self.attempts += 1
+        slots = self.resblocks + 1
+        found = measures.agreed(measured, slots, replicas=self.nodes)
+        values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
+        factors = self.factors()
+        norms = [factor * square**0.5 for factor, square in zip(factors, found.squares, strict=True)]
+        norm = sum(value**2 for value in norms) ** 0.5
+        in_block, outside = any(found.bad[:-1]), found.bad[-1] or norm == float("inf")
+        if self.scales is not None:
+            self.scales.update(self.attempts, found.bad[:-1])
+            self._publish_scales()
+        applied = not outside and (not in_block or (self.rules.skip == "resblock" and self.scales is not None))
+        clip = min(1.0, self.fit.clip_norm / (norm + 1e-6))
+        for group in self.adam.param_groups:
+            slot = self.resblocks if group["resblock"] is None else group["resblock"]
+            group |= {"lr": lr, "factor": factors[slot] * clip, "skip": not applied or (self.scales is not None and found.bad[slot])}
+        self.adam.count = self.updates + 1
+        self.average.before_step()
+        self._engine.step()
+        if applied:
+            self.updates += 1
+            self.average.update(self.updates)
+        # Unfiltered, a resblock's overflow reaches those before it and the embeddings.
+        overflow = self.scales is not None and in_block and not (outside and self.rules.filter)
+        numerics = self._numerics(values, found, norms) if self.attempts % self.fit.numerics_every == 0 else {}
+        return Update(applied, float("inf") if outside or (in_block and not applied) else norm, overflow, numerics)
+
+    def factors(self) -> list[float]:
+        """What makes true gradients of the reduced ones, by resblock and, last, outside of them.
+
+        DeepSpeed has averaged over the sharding group, and the true gradient is a sum, without the scale and the constant.
+        """
+        values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
+        return [self.world.size / self.nodes / factor for factor in [*(value * self._constant for value in values), 1.0]]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's meta.json keeps of the engine."""
+        return {"attempts": self.attempts, "scales": None if self.scales is None else self.scales.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state: scales are rescaled by the change of the number of shares."""
+        self.attempts = state["attempts"]
+        if self.scales is not None and state["scales"] is not None:
+            self.scales.restore(state["scales"])
+            self._publish_scales()
+
+    def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
+        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load.
+
+        Averages in CPU memory are up to date after ``average.wait``; to load, it is waited for here.
+        """
+        if to_load:
+            self.average.wait()
+        if not to_load and self.topology is not None and self.topology.node:
+            return {}
+        found: dict[str, Fragment] = {}
+        masters = self._masters()
+        for piece in self.pieces:
+            flat = masters[piece.flat]
+            moments = self.adam.moments(flat, self._group_of(piece.flat)["packed"])  # zeros where no update has been applied yet
+            tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
+            tensors |= {f"optimizer/{moment}": moments[moment] for moment in _MOMENTS}
+            for kind, tensor in tensors.items():
+                found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
+        return found
+
+    def loaded(self, updates: int) -> None:
+        """Finish a restore: refresh every rank's parameters from the masters, and set the count of applied updates."""
+        self.updates = updates
+        internals.refresh(self._optimizer, self.zero.stage)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, forward passes read the averaged weights. Collective; masters come back bit for bit, but not after an error: its rank must not
+        wait for others, which may not have met it."""
+        self._swap()
+        self._engine.eval()
+        yield
+        self._engine.train()
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self.average.wait()
+        for index, flat in enumerate(self._masters()):
+            average = self.average.values[str(index)]
+            kept = flat.detach().to(average.device, copy=True)
+            flat.copy_(average)
+            average.copy_(kept)
+        internals.refresh(self._optimizer, self.zero.stage)
+
+    def _masters(self) -> list[Tensor]:
+        return internals.masters(self._optimizer, self.zero.stage)
+
+    def _group_of(self, flat: int) -> dict[str, Any]:
+        index = self._optimizer.sub_group_to_group_id[flat] if self.zero.stage == 3 else flat
+        group: dict[str, Any] = self.adam.param_groups[index]
+        return group
+
+    def _publish_scales(self) -> None:
+        if self.scales is not None:
+            self._scale_tensor.copy_(torch.tensor(self.scales.values(), dtype=torch.float32), non_blocking=True)
+
+    def _between_nodes(self, tensors: list[Tensor], compressible: list[bool]) -> None:
+        """Sum shards over the nodes, exactly: block matrices in fp16 where they are fp16 on the wire, the rest in fp32. PowerSGD's place."""
+        assert self.topology is not None
+        half = self.storage != "fp32"
+        for matrices in (True, False):
+            chosen = [tensor for tensor, matrix in zip(tensors, compressible, strict=True) if matrix == matrices]
+            if not chosen:
+                continue
+            wire = torch.cat([t.to(torch.float16) if half and matrices else t.float() for t in chosen])
+            wire = wire.to(self.device)  # offloaded gradients are on the CPU
+            dist.all_reduce(wire, group=self.topology.between)
+            for tensor, part in zip(chosen, wire.split([t.numel() for t in chosen]), strict=True):
+                tensor.copy_(part)
+
+    def _numerics(self, values: list[float], found: measures.Measures, norms: list[float]) -> dict[str, float]:
+        out = {}
+        for index in range(self.resblocks):
+            name = f"{index:03d}-{'mlp' if index % 2 else 'attention'}"
+            out[f"grad_norm/{name}"] = norms[index]
+            out[f"zero_share/{name}"], out[f"subnormal_share/{name}"] = found.zeros[index], found.subnormals[index]
+            if self.scales is not None:
+                out[f"scale/{name}"], out[f"overflows/{name}"] = values[index], float(self.scales.overflows[index])
+        return out

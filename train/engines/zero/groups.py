@@ -1,0 +1,59 @@
+"""Storage of block matrices, and the parameter groups of the optimizer (deepspeed.md 3 and 4)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from model.transformer import ParameterTag
+from train.config import DalleFit, ZeroSection
+
+Storage = Literal["fp32", "fp16", "cast"]
+
+
+def weight_storage(fit: DalleFit, zero: ZeroSection) -> Storage:
+    """How block matrices are kept: 'fp32' (bf16 and fp32 arithmetic), or with fp16 arithmetic as zero.weights says.
+
+    'auto' takes the fewer bytes of each stage (``weight_bytes``, measured by tests/train/engines/test_zero.py): true fp16 parameters on all three. On stage 3 an fp32
+    shard could be its own master, but DeepSpeed 0.19.8 keeps a second copy.
+    """
+    if fit.precision != "fp16":
+        return "fp32"
+    by_bytes: list[Storage] = ["fp16", "cast"]
+    return min(by_bytes, key=lambda kind: weight_bytes(zero.stage, kind, 2)) if zero.weights == "auto" else zero.weights
+
+
+def weight_bytes(stage: int, storage: Storage, ranks: int) -> float:
+    """Bytes a parameter that each of ``ranks`` sharding processes keeps for weight and fp32 master (not moments, gradients, or what is gathered for use)."""
+    whole = 2.0 if storage == "fp16" else 4.0
+    return (whole / ranks if stage == 3 else whole) + 4.0 / ranks
+
+
+def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Storage) -> None:
+    """Bring block matrices into their storage, before ZeRO takes the parameters over. Gains, biases, tables and unembeddings stay fp32 (paper D.2)."""
+    for name, p in module.named_parameters():
+        if tags[name].compressible and storage == "fp16":
+            p.data = p.data.to(torch.float16)
+            if hasattr(p, "ds_tensor"):  # sharded already: stage 3 keeps its shard apart
+                p.ds_tensor.data = p.ds_tensor.data.to(torch.float16)
+        elif tags[name].compressible and storage == "cast":
+            p.comm_dtype = torch.float16  # type: ignore[attr-defined]
+
+
+def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[dict[str, Any]]:
+    """Groups that are alike in storage, decay and packing of moments, and in their resblock if gradients have scales.
+
+    An fp32 group of what lies outside of resblocks comes first: ZeRO takes the dtype of its buckets from the first parameter.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    named = sorted(module.named_parameters(), key=lambda item: tags[item[0]].resblock is not None)
+    for name, p in named:
+        tag = tags[name]
+        packed = fit.moments == "16-bit" and tag.compressible
+        resblock = tag.resblock if by_resblock else None
+        key = (-1 if resblock is None else resblock, p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype), tag.decays, packed)
+        decay = fit.weight_decay if tag.decays else 0.0
+        groups.setdefault(key, {"params": [], "weight_decay": decay, "packed": packed, "resblock": resblock})["params"].append(p)
+    return list(groups.values())

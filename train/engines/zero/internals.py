@@ -1,0 +1,177 @@
+"""What we know of DeepSpeed's internals (deepspeed.md), checked at start, and most reaches into them. With engine.py the only importer of deepspeed."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no CUDA toolkit is needed where no op is compiled
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every rank warns that it found no GPU
+    # Otherwise stage 3 starts ``numactl`` for every bucket of gradients, to count devices.
+    os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
+
+import deepspeed
+from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime import torch_autocast
+from deepspeed.runtime import utils as runtime
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.utils import groups
+
+from infra.errors import ConfigError
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+SERIES = "0.19."
+FOLLOWED = "0.19.8"
+"""The version whose step train/engines/zero/one_pass.py follows line by line: a change there shows in no attribute."""
+NEEDED_OF_MODULES = {
+    torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"),
+    runtime: ("all_gather_dp_groups",),
+    stage3: ("defragment",),
+    stage_1_and_2: ("INITIAL_MICRO_STEP_ID",),
+    groups: ("mpu",),
+}
+NEEDED = {
+    2: (
+        "single_partition_of_fp32_groups", "averaged_gradients", "params_in_partition", "update_lp_params", "optimizer", "overflow", "ipg_buckets",
+        "check_grad_overflow", "scaled_global_norm", "compute_grad_norm", "micro_step_id", "params_not_in_partition", "free_grad_in_param_list",
+        "_get_preflattened_grad_partition", "_release_preflattened_grad_buffers", "real_dp_process_group", "parallel_partitioned_bit16_groups",
+        "bit16_groups_flat", "bit16_groups", "all_grad_tensors", "nccl_start_alignment_factor", "allgather_bucket_size", "_update_model_bit16_weights",
+        "_wait_for_offload_copies",
+    ),
+    3: (
+        "fp32_partitioned_groups_flat", "fp16_groups", "averaged_gradients", "sub_group_to_group_id", "optimizer", "overflow", "ipg_buckets",
+        "_get_norm_groups", "unscale_and_clip_grads", "_reassign_or_swap_out_partitioned_parameters", "_partition_all_parameters",
+        "persistent_parameters", "invalidate_secondary_tensor", "_check_overflow", "_prepare_fp32_grad_for_sub_group", "_optimizer_step",
+        "_unflatten_partitioned_parameters", "fp16_partitioned_groups_flat",
+    ),
+}  # fmt: skip
+"""Attributes of ZeRO's optimizers that train/engines/zero/ stands on: stages 1 and 2, and stage 3."""
+
+
+def prepare(topology: Any) -> None:
+    """Check the version and set DeepSpeed up for our engine, before ``initialize``.
+
+    Args:
+        topology: the ``mpu`` of the engine to come, or None.
+
+    Raises:
+        ConfigError: another DeepSpeed than the one we know.
+    """
+    if not deepspeed.__version__.startswith(SERIES):
+        raise ConfigError(f"deepspeed {deepspeed.__version__} is installed; train/engines/zero/ knows {SERIES}x (requirements.txt).")
+    absent = [f"{module.__name__}.{name}" for module, names in NEEDED_OF_MODULES.items() for name in names if not hasattr(module, name)]
+    if absent or torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME != "comm_dtype":
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent) or 'comm_dtype'}.")
+    # DeepSpeed would compile a shared-memory collective at its first use on a CPU: 50 s and a compiler for no gain at these
+    # sizes (DECISIONS.md); gloo does the same work.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    # Makes ZeRO keep one bucket for each dtype: fp16 gradients travel as fp16, fp32 ones as fp32. No autocast is configured, so nothing else follows.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = True
+    stage3.defragment = defragment
+    groups.mpu = topology  # else an engine without one keeps that of an earlier engine of this process
+
+
+def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> None:
+    """Check ZeRO's optimizer after ``initialize``.
+
+    Raises:
+        ConfigError: it lacks what we need.
+    """
+    absent = [name for name in NEEDED[max(stage, 2)] if not hasattr(optimizer, name)]
+    marks = ("ds_tensor", "ds_shape", "ds_numel", "partition_numel", "all_gather", "partition") if stage == 3 else ("_hp_mapping",)
+    for name, p in parameters:
+        absent += [f"{name}.{mark}" for mark in marks if not hasattr(p, mark)]
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is not None:
+            absent += [
+                f"{name}._hp_mapping.{mark}"
+                for mark in ("hp_fragment_address", "lp_fragment_address", "param_group_index")
+                if not hasattr(mapping, mark)
+            ]
+    if absent:
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent[:3])}.")
+
+
+def is_followed() -> bool:
+    """Whether the installed version is the one whose step ours follows."""
+    return str(deepspeed.__version__) == FOLLOWED
+
+
+def take_over(optimizer: Any, stage: int) -> None:
+    """Leave norm, clipping and the judgement of overflows to our engine, which does them in one collective."""
+    if stage == 3:
+        optimizer._get_norm_groups = lambda: [torch.zeros(())]  # on the CPU: DeepSpeed makes a bool of it
+        optimizer.unscale_and_clip_grads = lambda *_: None
+        optimizer._check_overflow = lambda *_, **__: None
+    else:
+        zero = torch.zeros((), device=optimizer.single_partition_of_fp32_groups[0].device)
+        optimizer.check_grad_overflow = False
+        optimizer.scaled_global_norm = lambda *_, **__: zero
+
+
+def refresh(optimizer: Any, stage: int) -> None:
+    """Bring the parameters that forward passes read up to date with the masters. Collective."""
+    with torch.no_grad():
+        if stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            type(optimizer)._reassign_or_swap_out_partitioned_parameters(optimizer, index)  # not what train/engines/zero/one_pass.py put in its place
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+
+def masters(optimizer: Any, stage: int) -> list[Tensor]:
+    """This rank's flat fp32 shards, one for each group (stages 1, 2) or sub-group (stage 3)."""
+    found: list[Tensor] = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    return found
+
+
+class _Buffers:
+    """What stage 3 keeps as one flat buffer, as one for each dtype; ``narrow`` finds the right one."""
+
+    def __init__(self, buffers: dict[torch.dtype, Tensor], places: dict[int, tuple[torch.dtype, int]]) -> None:
+        self.buffers, self.places = buffers, places
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        """The piece that starts at a tensor's place in the sequence of all."""
+        dtype, offset = self.places[start]
+        return self.buffers[dtype].narrow(dim, offset, length)
+
+
+def defragment(tensors: list[Tensor]) -> Any:
+    """DeepSpeed's ``defragment`` (shards to one contiguous buffer, through the CPU), without its assertion of a single dtype."""
+    places: dict[int, tuple[torch.dtype, int]] = {}
+    sizes: dict[torch.dtype, int] = {}
+    start = 0
+    for tensor in tensors:
+        offset = sizes.get(tensor.dtype, 0)
+        places.setdefault(start, (tensor.dtype, offset))
+        sizes[tensor.dtype], start = offset + tensor.numel(), start + tensor.numel()
+    host = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+    device = tensors[0].device
+    offsets = dict.fromkeys(sizes, 0)
+    kept = []
+    for tensor in tensors:
+        offset, length = offsets[tensor.dtype], tensor.numel()
+        host[tensor.dtype][offset : offset + length].copy_(tensor)
+        kept.append((tensor, offset, length))
+        offsets[tensor.dtype] = offset + length
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    buffers = {dtype: buffer.to(device) for dtype, buffer in host.items()}
+    for tensor, offset, length in kept:
+        tensor.data = buffers[tensor.dtype].narrow(0, offset, length)
+    return _Buffers(buffers, places)

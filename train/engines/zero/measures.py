@@ -1,0 +1,66 @@
+"""What ranks must know of each other's gradients, as one float64 vector that is summed over them: overflow, norm and numerics of each resblock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.engines.zero.shards import Gradients
+
+_ROWS = ("bad", "squares", "zeros", "subnormals", "counted")
+_SMALLEST_NORMAL = 2.0**-14
+"""Of fp16."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sums over all ranks; one entry for each resblock and, last, for everything outside of them."""
+
+    bad: list[bool]
+    """Whether a gradient was not finite."""
+    squares: list[float]
+    """Sum of squares of the raw, scaled gradients; 0 where bad."""
+    zeros: list[float]
+    """Share of exact zeros among the gradients of block matrices; NaN when not counted."""
+    subnormals: list[float]
+    """Share of values below fp16's smallest normal number, zeros left out; NaN when not counted."""
+
+
+def length(slots: int) -> int:
+    """Entries of the vector."""
+    return len(_ROWS) * slots
+
+
+@torch.no_grad()
+def local(found: Gradients, slots: int, *, count: bool, device: torch.device) -> Tensor:
+    """This rank's share, float64 [5 * slots]; nothing waits for the device.
+
+    Args:
+        count: also count zeros and subnormal values: two more passes over the gradients of matrices.
+    """
+    layout = found.layout
+    sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.matrix_lengths.device)
+    if found.tensors:
+        squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in found.tensors]).double().square()
+        finite = squares.isfinite()
+        sums[0] = layout.by_slot((~finite).double())
+        sums[1] = layout.by_slot(torch.where(finite, squares, 0.0))
+    if count and layout.matrices:
+        picked = [found.tensors[index] for index in layout.matrices]
+        zeros = torch.stack([(t == 0).sum() for t in picked]).double()
+        small = torch.stack([(t.abs() < _SMALLEST_NORMAL).sum() for t in picked]).double()
+        for row, counts in ((2, zeros), (3, small - zeros), (4, layout.matrix_lengths)):
+            sums[row] = layout.by_slot(counts, matrices=True)
+    return sums.flatten().to(device, non_blocking=True)  # offloaded gradients are on the CPU
+
+
+def agreed(sums: Sequence[float], slots: int, replicas: int) -> Measures:
+    """Read the vector after the sum over all ranks, ``replicas`` of which hold equal shards."""
+    rows = [list(sums[row * slots : (row + 1) * slots]) for row in range(len(_ROWS))]
+    share = [[part / count if count else float("nan") for part, count in zip(rows[row], rows[4], strict=True)] for row in (2, 3)]
+    bad = [value > 0 for value in rows[0]]
+    # Of a bad slot nothing counts: its finite parts may be as large as fp16 allows, and would clip all others.
+    return Measures(bad, [0.0 if odd else value / replicas for odd, value in zip(bad, rows[1], strict=True)], share[0], share[1])

@@ -1,0 +1,280 @@
+"""Our stage dalle against dalle-pytorch: equal codes, captions, depth, width, heads, batch, time and machine: ``python -m train.experiments.peer RUN``.
+
+RUN is a finished run of the stages tokenizer, dvae and encode; its configuration and words like ``dalle.layers=6`` shape both models. Ours trains through
+``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
+minutes that ours took in the end (with ``--at-once`` the minutes given, of which ours aims at 98 %). Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
+start and all probes do not. ``--at-once`` runs both halves at the same time, each on cores of its own; ``--only`` repeats one half. Figures go to
+docs/experiments/against-dalle-pytorch-NAME.json, where NAME is the run's; ``python -m train.experiments.page --render`` makes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra import files, storage
+from infra.config import differences
+from infra.errors import ConfigError
+from infra.repository import DOCS
+from infra.run_folder import RunFolder, producer
+from infra.world import World
+from model.transformer import Transformer
+from train.bench.harness import threads
+from train.config import RunConfig, load_run
+from train.experiments import peer_page
+from train.experiments.peer_training import ATTENTIONS, EVALUATIONS, WARMUP, Point, report_of
+from train.experiments.peer_training import run as train_peer
+from train.launch import LAUNCHER
+from train.loop.metrics import read_metrics
+from train.ranks.device import branch_dtype, keep_memory
+from train.run import places
+from train.run.inputs import build_dalle, open_codes, open_tokenizer
+from train.stages import dalle_batches
+from train.stages.dalle_task import cross_entropies
+from train.weights import checkpoint
+
+_FOLDER = DOCS / "experiments"
+HALVES = ("ours", "peer")
+ORDERS = ("one after the other", "at the same time, each on cores of its own")
+_CPU = torch.device("cpu")
+_FIRST_PROBE = 20
+"""Updates of the first probe of ours; the second one takes the probe's minutes."""
+_MARGIN = 0.98
+"""Share of the minutes that ours is meant to fill: neighbours come and go."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Run one half or both, and write the figures of each as soon as it is there."""
+    parser = argparse.ArgumentParser(prog="python -m train.experiments.peer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", help="folder of a run with codes")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for both halves")
+    parser.add_argument("--only", choices=HALVES, help="one half; the other one's figures stay")
+    parser.add_argument("--at-once", action="store_true", help="both halves at the same time, on twice as many cores")
+    parser.add_argument("--minutes", type=float, default=60.0, help="training time of each")
+    parser.add_argument("--probe-minutes", type=float, help="training time of each probe; a twentieth of the minutes if not given")
+    parser.add_argument("--threads", type=int, default=2, help="cores: threads of the peer's process, processes of ours")
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="the peer's attention; of several the best by probes")
+    parser.add_argument("--out", type=Path, help="file for the figures instead")
+    given = parser.parse_args(words)
+    url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
+    cfg, run = load_run(url, given.overrides), RunFolder(url)
+    out = given.out or _FOLDER / f"{peer_page.stem(cfg.run.name)}.json"
+    if given.at_once and given.only is None:
+        at_once(words, given.threads, out)
+        print(peer_page.section(json.loads(out.read_text())))
+        return
+    keep_memory()  # for the peer: our stages do so themselves
+    probe = given.probe_minutes or given.minutes / 20
+    settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides) | {"halves": ORDERS[given.at_once]}
+    found = read(out, settings, given.only)
+    if given.only != "peer":
+        ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
+        found = read(out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
+        write(out, found)
+    if given.only != "ours":
+        minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
+        peer = train_peer(cfg, run, minutes, probe, given.threads, given.attention)
+        found = read(out, settings, "peer") | {"peer": peer}
+        write(out, found)
+    print(peer_page.section(found))
+
+
+def at_once(words: Sequence[str], cores: int, out: Path) -> None:
+    """Run this command for both halves, each in a process bound to ``cores`` cores of its own. ``out`` is replaced when both are there; until then
+    figures are in a file beside it, whose name ends with ``.new``.
+
+    Raises:
+        ConfigError: there are fewer than twice as many cores.
+        SystemExit: a half failed; with its exit code, when the other one has ended too.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2 * cores:
+        raise ConfigError(
+            f"--at-once with --threads {cores} needs {2 * cores} cores, this process may use {len(allowed)}: give fewer --threads, or leave --at-once out."
+        )
+    new = out.with_name(out.name + ".new")
+    new.unlink(missing_ok=True)
+    halves = []
+    try:
+        for place, half in enumerate(HALVES):
+            os.sched_setaffinity(0, allowed[place * cores :][:cores])  # what a child inherits
+            halves.append(subprocess.Popen([sys.executable, "-m", "train.experiments.peer", *words, "--out", str(new), "--only", half]))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    codes = [half.wait() for half in halves]
+    if any(codes):
+        raise SystemExit(max(abs(code) for code in codes))  # a signal's number is negative
+    new.replace(out)
+
+
+def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """What both halves share. No place on anybody's machine is among it."""
+    places.require(run, "tokenizer", "encode")
+    codes, validation = open_codes(cfg, run, 0, "train"), open_codes(cfg, run, 0, "validation")
+    shape = cfg.stream_shape()
+    return {
+        "run": cfg.run.name,
+        "overrides": [word for word in overrides if not word.startswith(("run.root=", "data."))],
+        "layers": cfg.dalle.layers,
+        "width": cfg.dalle.width,
+        "heads": cfg.dalle.heads,
+        "text_tokens": shape.text_tokens,
+        "text_vocab": shape.text_vocab,
+        "image_tokens": shape.image_tokens,
+        "image_vocab": shape.image_vocab,
+        "batch": cfg.dalle_fit.batch,
+        "seed": cfg.run.seed,
+        "crops": cfg.encode.crops,
+        "minutes": minutes,
+        "cores": cores,
+        "training_images": codes.count,
+        "validation_images": min(cfg.evaluate.samples, validation.count),
+        "validation_images_of_curves": min(cfg.dalle_fit.eval_samples, validation.count),
+        "codes": codes.content_hash[:16],
+        "tokenizer": open_tokenizer(cfg, run)[1][:16],
+    }
+
+
+def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """What is there of the half that is not run now, or nothing.
+
+    Raises:
+        ConfigError: that half was run with other settings; the differences are listed.
+    """
+    found: dict[str, Any] = {"kind": "peer", "settings": settings}
+    if only is None or not out.exists():
+        return found
+    before = json.loads(out.read_text())
+    (other,) = set(HALVES) - {only}
+    if other not in before:
+        return found
+    changed = differences(before["settings"], settings)
+    if changed:
+        raise ConfigError(
+            f"{out} holds the half '{other}' with other settings; run both halves again, or give another --out:\n  "
+            + "\n  ".join(changed)
+            + "\n  (file -> given)"
+        )
+    return found | {other: before[other]}
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Write the figures."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(out) as file:
+        file.write((json.dumps(_rounded(found), indent=2, sort_keys=True) + "\n").encode())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# --- Our half -----------------------------------------------------------------------------------------------------------------------------
+
+
+def train_ours(cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes: float, probe_minutes: float, cores: int) -> dict[str, Any]:
+    """Find the number of updates, train, and judge both sets of weights."""
+    load = [os.getloadavg()[0]]
+    precision: str = cfg.dalle_fit.precision
+    updates, rates = _FIRST_PROBE, []
+    for share in (probe_minutes, minutes * _MARGIN):
+        probed = launch(
+            cfg, run, "probe", [*overrides, *words_of(cfg, updates), f"dalle_fit.precision={precision}", "dalle_fit.eval_samples=16"], cores
+        )
+        rates.append(updates / training_seconds(probed))
+        precision = _precision(probed, precision)
+        updates = max(1, round(60 * share * rates[-1]))
+    trained = launch(cfg, run, "ours", [*overrides, *words_of(cfg, updates), f"dalle_fit.precision={precision}"], cores)
+    final, parameters = judge(load_run(trained.url, []), trained, cores)
+    return {
+        "minutes": training_seconds(trained) / 60,
+        "updates": updates,
+        "parameters": parameters,
+        "curve": curve(trained.url),
+        "final": final,
+        "recipe": {"precision": precision, "lr": cfg.dalle_fit.lr, "clip_norm": cfg.dalle_fit.clip_norm, "processes": cores},
+        "updates_per_s": rates,
+        "load": [*load, os.getloadavg()[0]],
+        "producer": producer(),
+    }
+
+
+def words_of(cfg: RunConfig, updates: int) -> list[str]:
+    """Words that make a training of so many updates: its warm-up, its evaluations at updates that are logged, and no evaluation more."""
+    every = cfg.dalle_fit.log_every
+    distance = max(1, round(updates / EVALUATIONS / every)) * every
+    return [f"dalle_fit.steps={updates}", f"dalle_fit.warmup_steps={round(WARMUP * updates)}", f"dalle_fit.eval_every={distance}"]
+
+
+def launch(cfg: RunConfig, run: RunFolder, kind: str, words: Sequence[str], cores: int) -> RunFolder:
+    """Run stage dalle in a new folder ``<run>/against/<kind>-<number>`` that reads the codes and the tokenizer of ``run``; that folder.
+
+    Raises:
+        SystemExit: the stage failed; with its exit code.
+    """
+    root, number = run.at("against"), 0
+    while storage.list_files(storage.join(root, f"{kind}-{number}")):
+        number += 1
+    place = RunFolder(storage.join(root, f"{kind}-{number}"))
+    for marker in (("tokenizer", "done.json"), ("encode", "done.json"), ("dvae", "export", "config.json")):
+        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # what the stage asks of a run before it opens its codes
+    inputs = [f'data.codes="{cfg.data.codes or run.at("codes")}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']
+    named = [f'run.root="{root}"', f'run.name="{kind}-{number}"', *inputs]
+    command = [sys.executable, str(LAUNCHER), "dalle", run.url, *words, *named, "--nproc", str(cores)]
+    code = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise SystemExit(code)
+    return place
+
+
+def training_seconds(run: RunFolder) -> float:
+    """Seconds of a finished stage dalle in updates, in waiting for batches and in saving."""
+    series = read_metrics(run.url, "dalle")
+    return sum(series[f"goodput/{name}_s"][-1].value for name in ("data", "step", "save"))
+
+
+def curve(url: str) -> list[Point]:
+    """The evaluations of a finished stage dalle, against training time: an evaluation lasts from the logged point of its update to its own."""
+    series = read_metrics(url, "dalle")
+    logged = {point.step: point.time for point in series["train/loss"]}
+    evaluations = [point for point in series["eval/loss_image"] if point.step in logged]
+    end_s, last, points = training_seconds(RunFolder(url)), max(logged), []
+    for point in evaluations:
+        idle = sum(other.time - logged[other.step] for other in evaluations if point.step <= other.step < last)
+        points.append(((end_s - (logged[last] - logged[point.step] - idle)) / 60, point.step, point.value))
+    return points
+
+
+def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[str, float]], int]:
+    """Averaged and raw weights of the last checkpoint on validation samples, in one process as the peer is; and the number of parameters."""
+    tokenizer, _ = open_tokenizer(cfg, run)
+    reader = dalle_batches.validation(cfg, run, World.single(), tokenizer, cfg.evaluate.samples)
+    model: Transformer = build_dalle(cfg, _CPU, branch_dtype(cfg.dalle_fit.precision, _CPU, run, World.single()))
+    url, found = run.at("dalle"), {}
+    newest = checkpoint.folder(url, checkpoint.complete(url)[-1])
+    for name, prefix in (("averaged", "average"), ("raw", "model")):
+        model.load_state_dict(checkpoint.read_tensors(newest, prefix))
+        with threads(cores):
+            found[name] = report_of(cross_entropies(model, reader, _CPU, model.text_counts))
+    return found, sum(p.numel() for p in model.parameters())
+
+
+def _precision(run: RunFolder, given: str) -> str:
+    """What 'auto' became in a run: the probe decides, and the training does as it did."""
+    return str(storage.read_json(run.at("precision.json"))["precision"]) if given == "auto" else given
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

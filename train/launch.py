@@ -1,0 +1,306 @@
+"""What the command line does with a stage: resolve the configuration, show it, claim the run folder, and start ranks. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from infra import deferred_writes, ledger, signals, storage
+from infra.agent import Placement, begin, run_ranks
+from infra.config import differences, to_json
+from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
+from infra.job import Job
+from infra.repository import LAUNCHER
+from infra.run_folder import RunFolder, commit
+from infra.signals import StopFlag
+from infra.world import Share, World
+from train.config import RunConfig, load_run, read_preset
+from train.ranks import watchdog
+from train.run import elastic, places
+from train.run.stage_table import STAGES, Stage
+from train.verbs import doctor
+
+_EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
+
+
+class StageFailed(ReportedError):
+    """A stage ended with a code other than 0; the message is the root cause."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = ExitCode(code)
+
+
+def run_folder(cfg: RunConfig) -> RunFolder:
+    """The folder of a run."""
+    return RunFolder(storage.join(cfg.run.root, cfg.run.name))
+
+
+def default_nproc(stage: Stage) -> int:
+    """One process for each GPU; on a CPU two, or one on a single core."""
+    if not stage.parallel:
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len([d for d in visible.split(",") if d]) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return gpus or min(2, len(os.sched_getaffinity(0)))
+
+
+def stage(
+    name: str,
+    preset: str,
+    overrides: list[str],
+    *,
+    on: str,
+    nproc: int,
+    dry_run: bool,
+    worker: bool,
+    stop: StopFlag,
+    share: str = "",
+    chain: bool = False,
+    restarts: int = 0,
+) -> None:
+    """Run one stage, in this process or as agent of several; see ``launcher.py``.
+
+    Raises:
+        ReportedError: with the exit code of docs/contracts.md, section 1.
+    """
+    cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
+    entry = STAGES[name]
+    if worker:
+        signals.die_with_parent()
+        _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, int(os.environ["LAUNCHER_ATTEMPT"])))
+        return
+    if share:
+        os.environ["LAUNCHER_SHARE"] = share  # ranks inherit it
+    label = _label(name, entry)
+    nproc = nproc or default_nproc(entry)
+    if not entry.parallel and nproc > 1:
+        raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
+    _check_target(on)
+    _check_restarts(restarts, on, chain=chain)
+    if on != "local" or chain:
+        _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run)
+        return
+    if dry_run:
+        print(describe(cfg, preset), end="", flush=True)
+        print("# command\n" + shlex.join([sys.executable, str(LAUNCHER), name, preset, *overrides, *_options(nproc, restarts)]))
+        if nproc > 1 or restarts:
+            print(f"# each of the ranks ({nproc})\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
+        print(entry.previewed(cfg), end="")
+        return
+    if os.environ.get("LAUNCHER_PID"):
+        signals.die_with_parent()
+    started = time.monotonic()
+    places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
+    if run.done(name) is not None and not entry.repeats:
+        print(f"{name}: finished already ({run.at(name, 'done.json')})")
+        return
+    job = Job.from_env()
+    if job.nodes > 1 and not entry.parallel:
+        raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")
+    if job.id:
+        doctor.preflight(run)
+    with run.lock(label) if job.node == 0 else contextlib.nullcontext():  # on a shared file system all nodes meet in this folder
+        _refuse_if_stopped(stop)
+        code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
+    if code != ExitCode.DONE:
+        raise StageFailed(code, f"{name}: {reason}")
+    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _label(name: str, entry: Stage) -> str:
+    """The stage, or the share of it that this launcher does: the name of its lock and of its exit records.
+
+    Raises:
+        ConfigError: the work of this stage cannot be shared, or the share is no share.
+    """
+    share = Share.from_env() if entry.shared or os.environ.get("LAUNCHER_SHARE") else Share()
+    if share.count > 1 and not entry.shared:
+        shared = ", ".join(stage for stage, other in STAGES.items() if other.shared)
+        raise ConfigError(f"--share {share.index}/{share.count}: '{name}' is not divided among launchers; {shared} are.")
+    return share.label(name)
+
+
+def _check_target(on: str) -> None:
+    if on not in ("local", "slurm", "k8s"):
+        raise ConfigError(f"--on {on}: accepted are local, slurm and k8s.")
+
+
+def _check_restarts(restarts: int, on: str, *, chain: bool) -> None:
+    if not restarts:
+        return
+    job = Job.from_env().id
+    if on != "local" or chain or job:
+        raise ConfigError(f"--restarts {restarts}: {f'job {job} is' if job else 'jobs are'} started again by the scheduler; set cluster.retries.")
+
+
+def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str, *, chain: bool, dry_run: bool) -> None:
+    if on == "local":
+        raise ConfigError("--chain: submits all stages to a scheduler; on this machine, 'launcher.py demo' runs them in turn.")
+    from train.run import cluster
+
+    if dry_run:
+        print(describe(cfg, words[0]), end="", flush=True)
+        print(cluster.show(name, cfg, run, on, chain=chain))
+        return
+    cluster.submit(name, cfg, run, on, chain=chain, command=shlex.join(["python", "launcher.py", name, *words]))
+
+
+def verdict(name: str, preset: str, overrides: list[str]) -> None:
+    """Say what a scheduler should do after an attempt at a stage, through the exit code; see ``train/run/cluster.py``.
+
+    Raises:
+        Judged: with any code but 0.
+    """
+    from infra.job import RETRIES
+    from train.run.cluster import Judged, Start
+    from train.run.cluster import verdict as judge
+
+    run = run_folder(load_run(preset, overrides))
+    env = {key: os.environ.get(key, "") for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "LAUNCHER_CODE", "LAUNCHER_RETRIES")}
+    start = Start(env["SLURM_JOB_ID"], int(env["SLURM_RESTART_COUNT"] or 0), int(env["LAUNCHER_CODE"] or ExitCode.CRASH))
+    found = judge(_label(name, STAGES[name]), run, start, int(env["LAUNCHER_RETRIES"] or RETRIES))
+    if found.code != ExitCode.DONE:
+        raise Judged(name, found)
+    print(f"{name}: {found.reason}")
+
+
+def _refuse_if_stopped(stop: StopFlag) -> None:
+    if stop:
+        raise StopRequested(f"{signals.signal.Signals(stop.received or 0).name} before the start; nothing was begun.")
+
+
+def command(name: str, run: RunFolder, nproc: int, restarts: int = 0) -> list[str]:
+    """The command line that repeats a stage of an existing run folder."""
+    return [sys.executable, str(LAUNCHER), name, run.url, *_options(nproc, restarts)]
+
+
+def _options(nproc: int, restarts: int) -> list[str]:
+    return ["--nproc", str(nproc)] + (["--restarts", str(restarts)] if restarts else [])
+
+
+def describe(cfg: RunConfig, preset: str) -> str:
+    """The resolved configuration as TOML-like lines, those that differ from the preset marked."""
+    tree, _ = read_preset(preset)
+    base = json.loads(to_json(RunConfig.model_validate_json(json.dumps(tree))))
+    ours = json.loads(to_json(cfg))
+    changed = {line.split(": ")[0]: line.split(": ", 1)[1] for line in differences(base, ours)}
+    lines = []
+    for section, values in ours.items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            mark = changed.get(f"{section}.{key}")
+            lines.append(f"{key} = {json.dumps(value)}" + (f"    # preset: {mark.split(' -> ')[0]}" if mark else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag, restarts: int = 0) -> tuple[int, str]:
+    label = _label(name, STAGES[name])
+    if placement.size == 1 and not restarts:
+        attempt = begin(placement, run, label)
+        with deferred_writes.taking_notes():
+            code = _guarded(name, cfg, run, World.single(), stop, attempt)
+        return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
+    placement = replace(placement, retries=restarts or None)
+    while True:
+        code, reason = run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label, stop)
+        if code != ExitCode.CRASH or not restarts or stop:
+            return code, reason
+        found = ledger.judge(ledger.read(run, label), ledger.newest_checkpoint(run, label), restarts)
+        if found.code != ExitCode.REQUEUE:
+            return found.code, found.reason
+        print(f"{name}: {found.reason}; starting the ranks again", flush=True)
+        placement = replace(placement, job=replace(placement.job, restart=placement.job.restart + 1))
+
+
+def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
+    """Run a stage's function as one rank, and record how it ended."""
+    faulthandler.enable()
+    if world.is_main:
+        commit()  # what is checked out now runs, whatever is when outputs name it
+    code, reason = ExitCode.DONE, "finished"
+    label = _label(name, STAGES[name])
+    watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
+    try:
+        STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
+    except ReportedError as error:
+        code, reason = error.exit_code, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
+    run.record_exit(label, attempt, world.rank, code, reason)
+    return code
+
+
+def _exit_soon(code: int) -> None:
+    """End this rank with ``code``, even if a library's own shutdown hangs after a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == ExitCode.DONE:
+        from train.ranks.device import leave_group  # torch, which every rank has by now
+
+        leave_group()
+    else:
+        timer = threading.Timer(_EXIT_GRACE_S, os._exit, args=(code,))
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
+def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag, restarts: int = 0) -> None:
+    """Chain all stages, each in a process of its own; see ``launcher.py``."""
+    cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
+    _check_target(on)
+    _check_restarts(restarts, on, chain=False)
+    if on != "local":
+        _submit("report", cfg, run, [preset, *overrides], on, chain=True, dry_run=dry_run)
+        return
+    if dry_run:
+        print(describe(cfg, preset), end="")
+        print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
+        return
+    places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
+    from train.planning.demo_time import project
+
+    print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)
+    started = time.monotonic()
+    for position, (name, entry) in enumerate(STAGES.items(), 1):
+        print(f"[{position}/{len(STAGES)}] {name}", flush=True)
+        _refuse_if_stopped(stop)
+        _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1, restarts), stop)
+    minutes = (time.monotonic() - started) / 60
+    print(f"done in {minutes:.1f} minutes")
+    print(f"report       {run.at('report.html')}")
+    print(f"pictures     {run.at('generate', 'grid.png')}")
+    print(f"tensorboard  {run.at('tensorboard')}    (tensorboard --logdir {run.at('tensorboard')})")
+
+
+def _run_child(arguments: list[str], stop: StopFlag) -> None:
+    """Run a stage's launcher, pass stop signals on to it, and end as it ends."""
+    environment = os.environ | {"LAUNCHER_PID": str(os.getpid())}
+    child = subprocess.Popen(arguments, env=environment, start_new_session=True)
+    passed = False
+    while True:
+        try:
+            code = child.wait(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.received and not passed:
+                child.send_signal(stop.received)
+                passed = True
+    if code < 0:
+        raise StageFailed(ExitCode.CRASH, f"{arguments[2]}: killed by signal {-code}; run the same command again to go on.")
+    if code:
+        raise StageFailed(code, f"{arguments[2]}: ended with exit code {code}; run the same command again to go on.")

@@ -1,0 +1,349 @@
+"""The one training loop. Stages differ in their Task: how a batch becomes a loss, what is scheduled, what is evaluated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from data_pipeline.shards.shard_set import id_hash
+from infra.errors import CheckpointError, DivergedError, StopRequested
+from infra.progress import Progress
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from train.config import FitSection
+from train.engines.replicated import Engine, MeasuringEngine, Update
+from train.loop.goodput import Goodput, lost_s, process_age_s
+from train.loop.metrics import MetricsWriter, next_attempt
+from train.loop.plateau import Plateau
+from train.ranks import watchdog
+from train.ranks.device import wait_for_all
+from train.ranks.signal_vector import SignalVector
+from train.weights import checkpoint
+from train.weights.checkpointer import Saver
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+_PATIENCE = 6.0  # an evaluation or a save may take that many times as long as the watchdog's limit for a step
+RESTORE_PATIENCE = 20.0
+"""So may reading a checkpoint or an export (three hours), and all that is tried before one is whole."""
+
+
+class Loader(Protocol):
+    """Batches for ever, with the names of their samples under "ids", and with a position that can be saved."""
+
+    def next(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Loss:
+    """One micro-batch's contribution."""
+
+    total: Tensor
+    """This rank's share of the global mean: shares sum to it over ranks and micro-batches."""
+    sums: dict[str, Tensor]
+    """Shares of the logged means, likewise."""
+
+
+class Task(Protocol):
+    """What differs between the models."""
+
+    metrics: tuple[str, ...]
+    """Names of the shares that ``loss`` returns."""
+    unit: str
+    """What throughput counts: images or tokens."""
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Values scheduled at an update; must hold 'lr'."""
+        ...
+
+    def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
+        """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
+        ...
+
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss: ...
+
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+        """Metrics on the validation split, equal on all ranks. Collective."""
+        ...
+
+    def units(self, batch: Batch) -> int:
+        """Units of one local micro-batch, for throughput."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training run has to say."""
+
+    evaluation: dict[str, float]
+    """The last evaluation."""
+    seconds: float
+    """Time in training over all attempts, less what was lost with them."""
+    units_per_s: float
+    """Throughput of the last attempt, over its updates; 0 if it made none."""
+
+
+@dataclass
+class Fit:
+    """One training run of one stage."""
+
+    stage: str
+    task: Task
+    engine: Engine
+    loader: Loader
+    section: FitSection
+    run: RunFolder
+    world: World
+    stop: StopFlag
+    device: torch.device
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Facts for meta.json: configuration and lineage."""
+    flops_per_unit: float = 0.0
+    """Useful arithmetic of one unit, forward and backward; 0: not counted."""
+    peak_flops: float = 0.0
+    """What one process could do of it in a second, for perf/mfu; only the main rank needs it."""
+    plateau: Plateau | None = None
+    """Halves the scheduled step size at plateaus of the training loss, if there is one."""
+
+    def run_to_end(self) -> Outcome:
+        """Train from the newest checkpoint to section.steps.
+
+        Raises:
+            StopRequested: a stop signal came; the state is saved.
+            DivergedError: too many consecutive updates were bad (section.max_bad_steps, section.max_overflow_steps); the last checkpoint is kept.
+        """
+        try:
+            return self._train()
+        finally:
+            watchdog.rest()  # who handles the error may take its time
+
+    def _train(self) -> Outcome:
+        url = self.run.at(self.stage)
+        self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
+        self._bad, self._overflows, self._stall_s = 0, 0, 0.0
+        self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
+        with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
+            step = self._restore()
+        lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
+        self._goodput = Goodput(lost, process_age_s())
+        attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
+        self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
+        self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
+        self._units = self._update_s = 0.0
+        begun = time.perf_counter()
+        evaluation: dict[str, float] = {}
+        owed = False
+        progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
+        while step < self.section.steps:
+            started = time.perf_counter()
+            agreed, logged = self._update(step, started)
+            watchdog.beat(_PATIENCE)
+            step += 1
+            last = step == self.section.steps
+            progress.update(step, loss=logged["train/loss"])
+            if step % self.section.log_every == 0 or last:
+                self._writer.scalars(step, logged)
+            if step % self.section.eval_every == 0 or last:
+                with self._goodput.timing("evaluate"):
+                    evaluation = self.task.evaluate(self.engine, step, self._writer)
+                self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
+            stopping = agreed["stop"] > 0
+            owed |= step % self.section.save_every == 0
+            # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
+            if (owed and not self._bad and not self._overflows) or last or stopping:
+                owed = False
+                with self._goodput.timing("save"):
+                    self._save(step, self._elapsed + time.perf_counter() - begun)
+                    if last or stopping:
+                        self._settle(step)
+                        self._saver.wait()
+            watchdog.beat()
+            if stopping and not last:
+                self._account(step)
+                wait_for_all()  # no launcher may see a rank end while another still writes
+                raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
+        progress.finish()
+        if not evaluation:  # killed between the last checkpoint and the stage's marker
+            evaluation = self.task.evaluate(self.engine, step, self._writer)
+            self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
+        self._account(step)
+        rate = self._units / self._update_s if self._update_s else 0.0
+        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate)
+
+    def _account(self, step: int) -> None:
+        """The last words of an attempt: where its time went."""
+        watchdog.rest()
+        if self.world.is_main:
+            self._writer.scalars(step, self._goodput.metrics())
+            print(self._goodput.line(self.stage), flush=True)
+        self._writer.close()
+
+    def _update(self, step: int, started: float) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer update: fetch, forward, backward, agree, step."""
+        at = self.task.schedule(step)
+        if self.plateau is not None:
+            at["lr"] *= self.plateau.factor
+        batches = [self.loader.next() for _ in range(self.section.accumulation)]
+        waited = time.perf_counter() - started
+        denominators = self.task.denominators(batches)
+        shares: dict[str, Tensor] = {}
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for index, batch in enumerate(batches):
+            self.engine.micro_batch(last=index == len(batches) - 1)
+            loss = self.task.loss(self.engine, batch, step, at, denominators)
+            self.engine.backward(loss.total)
+            finite &= torch.isfinite(loss.total.detach())
+            for name, value in loss.sums.items():
+                shares[name] = shares.get(name, 0.0) + value.detach()
+        elapsed = time.perf_counter() - started
+        signals = {
+            "stop": float(bool(self.stop)),
+            "non_finite": (~finite).double(),
+            "step_time_s": elapsed,
+            "samples": _sum_of_ids(batches),
+            **shares,
+        }
+        if isinstance(self.engine, MeasuringEngine):
+            agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
+            settled = self._settle(step)
+            update = self.engine.step(at["lr"], measured)
+        else:
+            agreed = self._vector.exchange(signals)
+            settled = self._settle(step)
+            update = self.engine.step(at["lr"])
+        self._count_bad(step, update, forward_ok=agreed["non_finite"] == 0)
+        if self.plateau is not None:
+            self.plateau.observe(step + 1, agreed["loss"])
+        seconds = time.perf_counter() - started
+        self._goodput.add("data", waited)
+        self._goodput.add("save", settled)
+        self._goodput.add("step", seconds - waited - settled)
+        units = sum(self.task.units(batch) for batch in batches) * self.world.size
+        self._units, self._update_s = self._units + units, self._update_s + seconds
+        logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
+        logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
+        logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
+        logged["data/samples"] = agreed["samples"]
+        if self.plateau is not None:
+            logged["sched/halvings"] = len(self.plateau.halved)
+        if self.engine.loss_scale is not None:
+            logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
+        if self.peak_flops:
+            logged["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)
+        logged |= {f"numerics/{name}": float(count) for name, count in self._counts.items() if count}
+        if update.numerics:
+            self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
+        return agreed, logged
+
+    def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
+        """Count bad updates by kind since the last good one: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than
+        other ones; also those that only their resblock sat out."""
+        self._counts["forward_non_finite"] += not forward_ok
+        self._counts["gradient_overflow"] += forward_ok and (update.overflow or not update.applied)
+        if forward_ok and update.applied and not update.overflow:
+            self._bad = self._overflows = 0
+            return
+        if forward_ok and update.overflow:
+            self._overflows += 1
+        else:
+            self._bad += 1
+        overflowed = self._overflows >= self.section.max_overflow_steps
+        if self._bad < self.section.max_bad_steps and not overflowed:
+            return
+        self._saver.wait()
+        self._writer.close()
+        key = "max_overflow_steps" if overflowed else "max_bad_steps"
+        kinds = {"non-finite losses or gradients": self._bad, "overflows of scaled gradients at ever smaller scales": self._overflows}
+        what = " or ".join(f"{kind} ({count})" if self._bad and self._overflows else kind for kind, count in kinds.items() if count)
+        raise DivergedError(
+            f"{self.stage}: {self._bad + self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
+            f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; with a smaller {self.stage}_fit.lr it is another run "
+            "(run.name)" + (", which can start from this one's weights (launcher.py export, dalle_fit.init_from)." if self.stage == "dalle" else ".")
+        )
+
+    def _restore(self) -> int:
+        meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world)
+        self._elapsed = 0.0
+        if meta is None:
+            return 0
+        shapes = self._shapes()
+        if meta["shapes"] != shapes:
+            odd = sorted(name for name in shapes.keys() | meta["shapes"].keys() if shapes.get(name) != meta["shapes"].get(name))
+            raise CheckpointError(f"{self.run.at(self.stage)}: the checkpoint is of another model; first difference: {odd[0]}.")
+        self._adopt(meta.get("parents", {}))
+        self.engine.loaded(meta["updates"])
+        if self.engine.loss_scale is not None and meta.get("loss_scale"):
+            self.engine.loss_scale.restore(meta["loss_scale"])
+        if isinstance(self.engine, MeasuringEngine) and "engine" in meta:
+            self.engine.restore(meta["engine"])
+        if self.plateau is not None and meta.get("plateau"):
+            self.plateau.restore(meta["plateau"], int(meta["step"]))
+        self._counts |= meta.get("bad_updates", {})
+        self.loader.restore(meta["loader"])
+        self._elapsed = meta["elapsed_s"]
+        log.info("%s: resumed after update %d", self.stage, meta["step"])
+        return int(meta["step"])
+
+    def _adopt(self, parents: dict[str, str]) -> None:
+        """Go on with the parents of a checkpoint: what it was trained on must be what is there; what it started from need not be there any more.
+
+        Raises:
+            CheckpointError: it was made from other inputs.
+        """
+        mine = self.meta.setdefault("parents", {})
+        odd = sorted(kind for kind in (mine.keys() | parents.keys()) - {"init_from"} if mine.get(kind) != parents.get(kind))
+        if odd:
+            lines = [f"  {kind}: {parents.get(kind, 'none')} -> {mine.get(kind, 'none')}" for kind in odd]
+            raise CheckpointError(
+                f"{self.run.at(self.stage)}: the checkpoint was made from other inputs than are there now; bring those back, or train in another run "
+                "(run.name):\n" + "\n".join(lines) + "\n  (checkpoint -> now)"
+            )
+        if "init_from" in parents:
+            mine["init_from"] = parents["init_from"]
+
+    def _save(self, step: int, elapsed_s: float) -> None:
+        facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
+        facts["bad_updates"] = self._counts
+        if self.engine.loss_scale is not None:
+            facts["loss_scale"] = self.engine.loss_scale.state()
+        if isinstance(self.engine, MeasuringEngine):
+            facts["engine"] = self.engine.state()
+        if self.plateau is not None:
+            facts["plateau"] = self.plateau.state()
+        began = time.perf_counter()
+        self._saver.save(step, self.engine.fragments(to_load=False), facts, ready=self.engine.average.wait)
+        self._stall_s = time.perf_counter() - began
+        self._writer.flush()
+
+    def _settle(self, step: int) -> float:
+        """Let the copies of a checkpoint come to an end before the step that follows it changes their tensors, and return the seconds waited."""
+        settled = self._saver.settle()
+        stall_s, self._stall_s = self._stall_s + settled, 0.0
+        if stall_s:
+            self._writer.scalars(step, {"perf/save_stall_s": stall_s})
+        return settled
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}
+
+
+def _sum_of_ids(batches: list[Batch]) -> float:
+    """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
+    return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))
+
+
+def full_shape(parameter: Tensor) -> list[int]:
+    """Shape of a parameter, also of one that ZeRO's stage 3 has partitioned away."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))

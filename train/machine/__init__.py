@@ -1,0 +1,1 @@
+"""What a machine can do: rates, dtypes, recorded attention times. Needs no more than torch."""

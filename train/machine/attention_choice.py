@@ -1,0 +1,92 @@
+"""Which attention engine runs: the one that dalle.attention names, or the fastest by recorded measurements (docs/benchmarks/model-*.json)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infra.errors import ConfigError
+from infra.repository import DOCS
+from model.attention_engines import EngineName, why_unavailable
+from model.config import StreamShape, TransformerConfig
+from train.bench.harness import DTYPES, describe_device
+from train.machine import attention_times
+from train.machine.attention_times import AttentionPoint
+
+log = logging.getLogger(__name__)
+
+RECORDS = DOCS / "benchmarks"
+_UNMEASURED: EngineName = "dense"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured time of one engine."""
+
+    point: AttentionPoint
+    ms: float
+    device: str
+    file: str
+
+
+def read_records(kind: str, folder: Path = RECORDS) -> list[Record]:
+    """Every recorded time of an engine on devices of a kind ('cpu' or 'cuda')."""
+    found = []
+    for path in sorted(folder.glob("model-*.json")):
+        result = json.loads(path.read_text())
+        if result["device"]["kind"] == kind:
+            # The best of the timed runs: a neighbour's load makes times longer, never shorter.
+            points = ((attention_times.parse(name), figure["min"]) for name, figure in result["measured"].items())
+            found += [Record(point, ms, result["device"]["name"], path.name) for point, ms in points if point is not None]
+    return found
+
+
+def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dtype: torch.dtype, folder: Path = RECORDS) -> EngineName:
+    """The engine to run, said in the log with its reason.
+
+    Raises:
+        ConfigError: dalle.attention names an engine that cannot train on the device; the message says why.
+    """
+    if cfg.attention != "auto":
+        reason = why_unavailable(cfg.attention, device, cfg)
+        if reason is not None:
+            raise ConfigError(f"dalle.attention = {cfg.attention}: {reason}. Use dalle.attention=auto, or another engine.")
+        return cfg.attention
+    name = describe_device(device.type)["name"] if device.type in ("cpu", "cuda") else device.type
+    records = [record for record in read_records(device.type, folder) if not why_unavailable(record.point.engine, device, cfg)]
+    rivals = _nearest(records, name, {kind: key for key, kind in DTYPES.items()}[dtype], cfg, shape)
+    if not rivals:
+        log.info(
+            "attention %s: nothing is measured on %s; 'launcher.py bench model --out docs/benchmarks' records what 'auto' needs", _UNMEASURED, name
+        )
+        return _UNMEASURED
+    best = min(rivals, key=lambda record: record.ms)
+    times = ", ".join(f"{record.point.engine} {record.ms:.3g} ms" for record in sorted(rivals, key=lambda record: record.ms))
+    log.info("attention %s: %s (%s; measured on %s, docs/benchmarks/%s)", best.point.engine, times, best.point, best.device, best.file)
+    return best.point.engine
+
+
+def _nearest(records: list[Record], device: str, dtype: str, cfg: TransformerConfig, shape: StreamShape) -> list[Record]:
+    """The records of one file, dtype and shape that are most like what will run; one for each engine."""
+
+    def unlikeness(record: Record) -> tuple[float, ...]:
+        point = record.point
+        # fp16 and bf16 move the same bytes; where one is not measured, the other stands for it.
+        other_dtype = 0 if point.dtype == dtype else 1 if "fp32" not in (point.dtype, dtype) else 2
+        states = point.text_tokens + point.grid**2
+        return (
+            float(record.device != device),
+            other_dtype,
+            abs(math.log(states / shape.states)),
+            abs(math.log((1 + point.text_tokens) / (1 + shape.text_tokens))),
+            abs(math.log(point.head * cfg.heads / cfg.width)),
+        )
+
+    least = min((unlikeness(record) for record in records), default=None)
+    same = [record for record in records if unlikeness(record) == least]
+    return [record for record in same if record.file == same[0].file]

@@ -1,0 +1,74 @@
+"""Time of attention alone, by engine: what `dalle.attention = "auto"` reads. Part of ``launcher.py bench model``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.attention_engines import ENGINES, EngineName, make_engine, why_unavailable
+from model.config import StreamShape, TransformerConfig
+from model.offsets import layer_kinds
+from train.bench.harness import DTYPES, Figure, Options, measure
+
+_NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+)")
+
+
+@dataclass(frozen=True)
+class AttentionPoint:
+    """What was timed."""
+
+    engine: EngineName
+    dtype: str
+    text_tokens: int
+    grid: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"attention {self.engine} {self.dtype}, {self.text_tokens}+{self.grid}x{self.grid} states, heads of {self.head}"
+
+
+def parse(figure: str) -> AttentionPoint | None:
+    """The point that a figure's name describes; None if it is of something else."""
+    found = _NAME.fullmatch(figure)
+    if found is None or found[1] not in ENGINES:
+        return None
+    return AttentionPoint(found[1], found[2], int(found[3]), int(found[4]), int(found[5]))  # type: ignore[arg-type]
+
+
+def milliseconds(rate: Figure) -> Figure:
+    """A rate of calls a second as time of a call."""
+    return Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
+
+
+def mean_step(
+    engine: Callable[..., torch.Tensor], cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], None], int]:
+    """A function that runs attention of every layer of a model, forward and backward; and the number of layers."""
+    head = cfg.width // cfg.heads
+    qkv = [torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    seed = torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2)
+    kinds = layer_kinds(cfg.layers)
+
+    def step() -> None:
+        for kind in kinds:
+            torch.autograd.grad(engine(*qkv, kind), qkv, seed)
+
+    return step, len(kinds)
+
+
+def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[str, ...], options: Options) -> dict[str, Figure]:
+    """Milliseconds of one layer, forward and backward, mean over a model's layers, for every engine that runs on the device."""
+    found = {}
+    device = torch.device(options.device)
+    for engine in ENGINES:
+        if why_unavailable(engine, device, cfg):
+            continue
+        module = make_engine(engine, cfg, shape, device).to(device)
+        for dtype in dtypes:
+            step, layers = mean_step(module, cfg, shape, batch, DTYPES[dtype], options.device)
+            point = AttentionPoint(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads)
+            found[str(point)] = milliseconds(measure(step, float(layers), "layers/s", options))
+    return found

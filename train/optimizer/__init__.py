@@ -1,0 +1,1 @@
+"""The paper's AdamW with its number formats, weight averages and the loss scale."""

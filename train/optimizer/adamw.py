@@ -1,0 +1,127 @@
+"""AdamW as the paper runs it: variance clipped to 5, decoupled decay, moments in fp32 or in the 16-bit formats (paper B.2; paper.md 3.7, 4).
+
+Under ZeRO each parameter here is the fp32 master of a flat shard. The engine sets three things before ``step``: ``count``, and in each group ``factor``
+(what turns its raw gradient into the true, clipped one) and ``skip``. So a gradient is read once, and never rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
+
+CHUNK = 1 << 16
+"""Elements handled at a time on a CPU: what fits into its second-level cache (two to four times as fast as whole tensors)."""
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Numbers of one update of one group."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_variance: float
+    """Ceiling of the variance estimate; infinity for none."""
+    factor: float
+    """Multiplies the gradient first."""
+    count: int
+    """Updates, this one included: for the bias corrections."""
+
+    @property
+    def correction1(self) -> float:
+        return 1.0 - self.beta1**self.count
+
+    @property
+    def correction2(self) -> float:
+        return 1.0 - self.beta2**self.count
+
+
+class PaperAdamW(torch.optim.Optimizer):
+    """See the module. Keys of a group: ``lr``, ``weight_decay``, ``packed`` (16-bit moments), ``factor``, ``skip``.
+
+    Moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or int16 codes of 1-6-9 and 0-6-10 where the group is packed.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float = 1e-8, clip_variance: float | None = 5.0) -> None:
+        """Raises: ValueError: no groups."""
+        self.betas, self.eps, self.clip_variance = betas, eps, float("inf") if clip_variance is None else clip_variance
+        self.count = 1
+        super().__init__(list(groups), {"lr": 0.0, "weight_decay": 0.0, "packed": False, "factor": 1.0, "skip": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every group that is not to be skipped."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.apply(group, p, [p.grad.view(-1)])
+
+    @torch.no_grad()
+    def apply(self, group: dict[str, Any], p: Tensor, grads: Sequence[Tensor], copy: Tensor | None = None) -> None:
+        """Update one parameter of a group, unless the group is to be skipped, from gradients that need neither its dtype nor one tensor.
+
+        Args:
+            p: flat fp32.
+            grads: flat, of any floating dtype; one after the other they cover p.
+            copy: flat, as long as p, of any floating dtype: gets the new values, in the same pass.
+
+        Raises:
+            ValueError: the gradients are more or fewer than p's elements.
+        """
+        if group["skip"]:
+            return
+        if (count := sum(grad.numel() for grad in grads)) != p.numel():
+            raise ValueError(f"{count} gradients for {p.numel()} parameters.")
+        hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
+        state, start = self.moments(p, group["packed"]), 0
+        whole = [t.detach().view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
+        for grad in grads:
+            place = slice(start, start + grad.numel())
+            master, mean, variance = (t[place] for t in whole)
+            update(master, grad, mean, variance, hyper, None if copy is None else copy[place])
+            start = place.stop
+
+    def moments(self, p: Tensor, packed: bool) -> dict[str, Tensor]:
+        """The state of a parameter, made at first use (code 0 is zero)."""
+        state = self.state[p]
+        if not state:
+            dtype = torch.int16 if packed else torch.float32
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype, requires_grad=False) for _ in range(2))
+        return state
+
+
+def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
+    """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, moments fp32 or both int16; the new p goes to
+    ``copy`` as well."""
+    if p.is_cuda:
+        from train.optimizer.adamw_kernel import update as fused  # triton is only there with a CUDA build of torch
+
+        fused(p, grad, mean, variance, hyper, copy)
+        return
+    given = (p, grad, mean, variance) if copy is None else (p, grad, mean, variance, copy)
+    for chunks in zip(*(t.detach().view(-1).split(CHUNK) for t in given), strict=True):
+        _chunk(chunks[0], chunks[1], chunks[2], chunks[3], hyper)
+        if copy is not None:
+            chunks[4].copy_(chunks[0])
+
+
+def _chunk(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper) -> None:
+    packed = mean.dtype == torch.int16
+    g = grad.float() * hyper.factor
+    m = SIGNED_169.decode(mean) if packed else mean
+    v = UNSIGNED_0610.decode(variance) if packed else variance
+    m.lerp_(g, 1 - hyper.beta1)
+    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2).clamp_(max=hyper.clip_variance)
+    denominator = v.sqrt().mul_(hyper.correction2**-0.5).add_(hyper.eps)
+    p.mul_(1 - hyper.lr * hyper.weight_decay).addcdiv_(m, denominator, value=-hyper.lr / hyper.correction1)
+    if packed:
+        mean.copy_(SIGNED_169.encode(m))
+        variance.copy_(UNSIGNED_0610.encode(v))

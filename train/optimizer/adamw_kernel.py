@@ -1,0 +1,91 @@
+"""One pass of AdamW on a GPU: gradient, master weight and moments are each read once, and written once, with the 16-bit copy of the weight. Triton; not yet seen on a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610, Format
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _decode(code, significand: tl.constexpr, signed: tl.constexpr):  # type: ignore[no-untyped-def]
+    bits = code.to(tl.int32) & 0xFFFF
+    if signed:
+        magnitude = bits & 0x7FFF
+    else:
+        magnitude = bits
+    value = tl.where(magnitude == 0, 0, (magnitude + (67 << significand)) << (23 - significand))
+    if signed:
+        value = value | ((bits & 0x8000) << 16)
+    return value.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode(x, significand: tl.constexpr, signed: tl.constexpr, largest: tl.constexpr, smallest: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = tl.where(x != x, largest, x)
+    x = tl.minimum(x, largest)
+    if signed:
+        x = tl.maximum(x, -largest)
+    else:
+        x = tl.maximum(x, 0.0)
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    code = ((magnitude + (1 << (22 - significand))) >> (23 - significand)) - (67 << significand)
+    code = tl.where(tl.abs(x) < smallest, 0, code)
+    if signed:
+        code = code | ((bits >> 16) & 0x8000)
+    return code.to(tl.int16)
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    p_ptr, grad_ptr, mean_ptr, variance_ptr, copy_ptr, n, factor, decay, step, inverse_correction, beta1, beta2, eps, clip,
+    m_largest: tl.constexpr, m_smallest: tl.constexpr, v_largest: tl.constexpr, v_smallest: tl.constexpr,
+    packed: tl.constexpr, copies: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < n
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor
+    p = tl.load(p_ptr + at, mask=inside, other=0.0)
+    m = tl.load(mean_ptr + at, mask=inside, other=0)
+    v = tl.load(variance_ptr + at, mask=inside, other=0)
+    if packed:
+        m = _decode(m, 9, True)
+        v = _decode(v, 10, False)
+    m = m + (g - m) * (1.0 - beta1)
+    v = tl.minimum(v * beta2 + g * g * (1.0 - beta2), clip)
+    p = p * decay - step * m / (tl.sqrt(v) * inverse_correction + eps)
+    tl.store(p_ptr + at, p, mask=inside)
+    if copies:
+        tl.store(copy_ptr + at, p.to(copy_ptr.dtype.element_ty), mask=inside)
+    if packed:
+        tl.store(mean_ptr + at, _encode(m, 9, True, m_largest, m_smallest), mask=inside)
+        tl.store(variance_ptr + at, _encode(v, 10, False, v_largest, v_smallest), mask=inside)
+    else:
+        tl.store(mean_ptr + at, m, mask=inside)
+        tl.store(variance_ptr + at, v, mask=inside)
+
+
+def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any, copy: Tensor | None = None) -> None:
+    """As ``train.optimizer.adamw.update``; the launch waits for nothing. ``hyper`` is a ``train.optimizer.adamw.Hyper``."""
+    n = p.numel()
+    if not n:
+        return
+    clip = hyper.clip_variance if math.isfinite(hyper.clip_variance) else torch.finfo(torch.float32).max
+    step, inverse = hyper.lr / hyper.correction1, hyper.correction2**-0.5
+    _kernel[(triton.cdiv(n, _BLOCK),)](
+        p, grad, mean, variance, p if copy is None else copy, n, hyper.factor, 1 - hyper.lr * hyper.weight_decay, step, inverse, hyper.beta1, hyper.beta2, hyper.eps, clip,
+        *_limits(SIGNED_169), *_limits(UNSIGNED_0610), packed=mean.dtype == torch.int16, copies=copy is not None, block=_BLOCK,
+    )  # fmt: skip
+
+
+def _limits(fmt: Format) -> tuple[float, float]:
+    return fmt.largest, fmt.smallest

@@ -1,0 +1,113 @@
+"""NVIDIA apex's fused optimizer and layer norm, where they are configured and can really be constructed. Not yet seen on a GPU.
+
+The package called apex on the index is an unrelated web toolkit; a build without its CUDA extensions imports, but cannot construct. Both are told apart
+here by constructing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import ConfigError
+
+_HOW = "build NVIDIA's apex from its sources with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (requirements.txt), or"
+
+
+def layer_norm(key: str) -> Callable[[int], nn.Module]:
+    """Maker of apex's FusedLayerNorm (eps 1e-5) by width.
+
+    Raises:
+        ConfigError: it cannot be constructed here; the reason, and the key that asked for it.
+    """
+    reason = _norm_problem()
+    if reason:
+        raise ConfigError(f"{key} = 'apex': {reason}; {_HOW} set {key} = 'torch'.")
+    from apex.normalization import FusedLayerNorm
+
+    return lambda width: FusedLayerNorm(width, eps=1e-5)
+
+
+def adam(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, key: str) -> Any:
+    """apex's FusedAdam behind the interface of ``train.optimizer.adamw.PaperAdamW``: fp32 moments, no ceiling of the variance.
+
+    Raises:
+        ConfigError: it cannot be constructed here; the reason, and the key that asked for it.
+    """
+    reason = _adam_problem()
+    if reason:
+        raise ConfigError(f"{key} = 'apex': {reason}; {_HOW} set {key} = 'paper'.")
+    from apex.optimizers import FusedAdam
+
+    class ApexAdamW(FusedAdam):
+        """One group at a time, with its factor applied and its count set, as our engine expects."""
+
+        count = 1
+        param_groups: list[dict[str, Any]]
+
+        def moments(self, p: Tensor, packed: bool) -> dict[str, Tensor]:
+            """The state of a parameter, made at first use."""
+            state: dict[str, Tensor] = self.state[p]
+            if not state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            return state
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            """Update every group that is not to be skipped."""
+            groups = self.param_groups
+            for group in groups:
+                if group["skip"]:
+                    continue
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(group["factor"])
+                        self.moments(p, False)
+                group["step"] = self.count - 1  # it adds one
+                self.param_groups = [group]
+                super().step()
+            self.param_groups = groups
+
+    given = [{"factor": 1.0, "skip": False} | group for group in groups]
+    return ApexAdamW(given, lr=0.0, betas=betas, eps=eps, adam_w_mode=True)
+
+
+def report() -> dict[str, str]:
+    """Each part -> 'available', or why it is not. ``doctor`` runs this module, in a process of its own, for it."""
+    return {"apex FusedAdam": _adam_problem() or "available", "apex FusedLayerNorm": _norm_problem() or "available"}
+
+
+def _adam_problem() -> str:
+    def construct() -> None:
+        from apex.optimizers import FusedAdam
+
+        FusedAdam([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+
+    return _problem(construct)
+
+
+def _norm_problem() -> str:
+    def construct() -> None:
+        from apex.normalization import FusedLayerNorm
+
+        FusedLayerNorm(8)
+
+    return _problem(construct)
+
+
+def _problem(construct: Callable[[], None]) -> str:
+    try:
+        construct()
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    except Exception as error:  # whatever a half-built extension raises
+        return f"it cannot be constructed ({type(error).__name__}: {error})"
+    return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(report()))

@@ -1,0 +1,111 @@
+"""How long the demo will take here: a probe of about 20 seconds with the real networks and engines, before anything else runs. No torch.
+
+An estimate has these parts, which recorded demos bear out (docs/demo.md; tests/train/planning/test_demo_time.py): updates at the probe's rates, collectives included; starts of
+processes, as the probe's own took; loading, evaluations and saves; and the other stages, whose recorded seconds are scaled by how fast this machine is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+
+from infra import storage
+from infra.repository import REPOSITORY
+from infra.run_folder import RunFolder
+from train.config import DalleFit, DvaeFit, RunConfig
+
+PROBE_S = 8.0
+"""Seconds of measured work: this long for the dVAE and the transformer together, in as many processes as the demo uses."""
+_TRAININGS = ("dvae", "dalle")
+_REFERENCE_RATES = {"dvae": 114.0, "dalle": 82.0}
+"""Samples/s of the demo's trainings where the figures below were recorded: two cores of an AMD EPYC, two processes."""
+_LOADING = 0.03
+"""Of the time of updates: batches that are waited for (5.6 of 158 s in the dVAE's training, 1 % in the transformer's)."""
+_EVALUATION = 0.5
+"""An evaluated sample over a trained one: two forward passes, of the three that an update's arithmetic makes, on larger batches."""
+_SAVE_S = 0.15
+_START_S = 5.0
+"""Of a stage's launcher itself, before it starts ranks."""
+_CLIP_IMAGES_S, _PICTURES_S = 600.0, 3.3
+_OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, "report": 2.0}
+"""Recorded seconds of the other stages with the demo's data, starts aside."""
+
+
+def project(cfg: RunConfig, run: RunFolder, nproc: int) -> str:
+    """Measure updates of both networks in ``nproc`` processes at once, and say what the unfinished stages will take."""
+    trainings = [name for name in _TRAININGS if run.done(name) is None]
+    if not trainings:
+        return "projected time: two or three minutes (both trainings are finished)"
+    print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
+    measured = probe(run, nproc, trainings)
+    if measured is None:
+        return "projected time: unknown, because the probe failed (see above); the stages may fail likewise"
+    rates, start_s = measured
+    done = {name: _steps_done(run, name) for name in trainings}
+    others = [name for name in (*_OTHER_S, "clip", "generate") if run.done(name) is None]
+    seconds = estimate(cfg, rates, start_s, done, others)
+    total, parts = sum(seconds.values()), ", ".join(f"{name} {seconds[name] / 60:.1f}" for name in trainings)
+    return f"projected time: {total / 60:.0f} minutes ({parts}, the rest {(total - sum(seconds[name] for name in trainings)) / 60:.1f})"
+
+
+def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: Mapping[str, int], others: list[str]) -> dict[str, float]:
+    """Seconds of each unfinished stage.
+
+    Args:
+        rates: samples/s of the unfinished trainings, all processes together.
+        start_s: from the start of a rank to its first update.
+        done: updates of these trainings that are saved already.
+        others: the other unfinished stages.
+    """
+    found = {}
+    for name, rate in rates.items():
+        fit = cfg.dvae_fit if name == "dvae" else cfg.dalle_fit
+        found[name] = _START_S + start_s + _training(fit, rate, fit.steps - done[name])
+    speed = sum(rate / _REFERENCE_RATES[name] for name, rate in rates.items()) / len(rates)
+    work = _OTHER_S | {
+        "clip": cfg.clip_fit.steps * cfg.clip_fit.batch / _CLIP_IMAGES_S,
+        "generate": cfg.generate.candidates * (cfg.generate.num_captions + cfg.generate.num_known_captions) / _PICTURES_S,
+    }
+    for name in others:
+        ranks_s = 0.0 if name in ("prepare", "tokenizer", "report") else start_s
+        found[name] = (0.0 if name == "report" else _START_S) + ranks_s + work[name] / speed
+    return found
+
+
+def _training(fit: DvaeFit | DalleFit, rate: float, steps: int) -> float:
+    """Seconds from the first to the last update."""
+    evaluated = -(-steps // fit.eval_every) * fit.eval_samples * _EVALUATION
+    return (steps * fit.batch * (1 + _LOADING) + evaluated) / rate + -(-steps // fit.save_every) * _SAVE_S
+
+
+def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, float], float] | None:
+    """Samples/s of trainings in ``nproc`` processes together, and seconds from the start of a process to its first update; None if a process failed."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "train.planning.demo_time_probe", run.config_url, scratch, str(PROBE_S / len(trainings)), *trainings]
+        base = os.environ | {"OMP_NUM_THREADS": threads, "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GLOO_SOCKET_IFNAME": "lo"}
+        processes = [
+            subprocess.Popen(
+                command,
+                env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(nproc)
+        ]
+        said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        return None
+    answers = [json.loads(text.splitlines()[-1]) for text in said]
+    return {name: answers[0][name] for name in trainings}, max(answer["start_s"] for answer in answers)
+
+
+def _steps_done(run: RunFolder, name: str) -> int:
+    """Updates of the newest complete checkpoint."""
+    files = storage.list_files(run.at(name, "checkpoints"))
+    return max((int(file.split("/")[0].removeprefix("step-")) for file in files if file.endswith("/meta.json")), default=0)

@@ -1,0 +1,125 @@
+"""One process of the probe behind the demo's projection: updates of the real networks by their real engines, collectives included, on random data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from infra.world import World
+from model.dvae import DVAE, loss
+from model.relaxation import GumbelNoise
+from train.bench.harness import probe
+from train.config import RunConfig, load_run
+from train.engines.replicated import Engine, ReplicatedEngine
+from train.loop.goodput import process_age_s
+from train.ranks.device import BF16_WORTH_IT, keep_memory
+from train.ranks.signal_vector import SignalVector
+from train.run.inputs import build_dalle
+
+if TYPE_CHECKING:
+    from train.engines.zero.engine import ZeroEngine
+
+_CPU = torch.device("cpu")
+_TIMEOUT = timedelta(minutes=2)  # nobody waits long for a process that has failed
+
+
+def dvae_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[], None]:
+    """An update of the dVAE on this process's share of a batch."""
+    fit, size = cfg.dvae_fit, cfg.dvae.image_size
+    clip = math.inf if fit.clip_norm is None else fit.clip_norm
+    engine = ReplicatedEngine(DVAE(cfg.dvae, dtype), world, betas=(0.9, 0.999), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=clip)
+    count = max(1, fit.batch // (world.size * fit.accumulation))
+    pixels_B3YX = torch.rand(count, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+    def micro_batch() -> torch.Tensor:
+        terms = engine(pixels_B3YX, GumbelNoise(range(count)), 0.5)
+        return loss(terms.nll_B, terms.kl_B, fit.beta, cfg.dvae.downsample) / (world.size * fit.accumulation)
+
+    return _update(engine, micro_batch, fit.accumulation)
+
+
+def dalle_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[], None]:
+    """An update of the transformer on this process's share of a batch."""
+    engine, micro_batch = transformer(cfg, dtype, world, _CPU)
+    return _update(engine, micro_batch, cfg.dalle_fit.accumulation)
+
+
+def transformer(cfg: RunConfig, dtype: torch.dtype, world: World, device: torch.device) -> tuple[ZeroEngine, Callable[[], torch.Tensor]]:
+    """The transformer's engine, and what makes the loss of a random micro-batch of this process."""
+    from train.engines.zero.engine import ZeroEngine  # DeepSpeed takes seconds to import
+
+    shape, fit = cfg.stream_shape(), cfg.dalle_fit
+    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
+    engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
+    count = max(1, fit.batch // (world.size * fit.accumulation))
+    text_BT = torch.randint(shape.text_vocab, (count, shape.text_tokens), device=device)
+    lengths_B = torch.full((count,), shape.text_tokens, device=device)
+    codes_BI = torch.randint(shape.image_vocab, (count, shape.image_tokens), device=device)
+
+    def micro_batch() -> torch.Tensor:
+        text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
+        share: torch.Tensor = (text_nll_BT.mean() / 8 + image_nll_BI.mean() * 7 / 8) / (world.size * fit.accumulation)
+        return share
+
+    return engine, micro_batch
+
+
+def _update(engine: Engine, micro_batch: Callable[[], torch.Tensor], accumulation: int) -> Callable[[], None]:
+    """What train/loop/trainer.py does in an update, without data and files."""
+    vector = SignalVector((), _CPU)
+
+    def update() -> None:
+        for index in range(accumulation):
+            engine.micro_batch(last=index == accumulation - 1)
+            engine.backward(micro_batch())
+        vector.exchange({"stop": 0.0})
+        engine.step(0.0)
+
+    return update
+
+
+def rate(update: Callable[[], None], seconds: float) -> float:
+    """Updates/s over about so many seconds, counted alike in all processes."""
+    update()
+    go_on, count, started = torch.ones(()), 0, time.perf_counter()
+    while go_on:
+        update()
+        count += 1
+        go_on.fill_(float(time.perf_counter() - started < seconds))
+        dist.broadcast(go_on, 0)
+    return count / (time.perf_counter() - started)
+
+
+def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> None:
+    """Print samples per second of all processes for each stage, and the seconds that this one needed before its first update, as JSON."""
+    keep_memory()
+    cfg, world = load_run(config_url, []), World.from_env()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    store = dist.FileStore(str(Path(scratch, "store")), world.size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    rates = probe(1.0)
+    dtype = torch.bfloat16 if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else torch.float32
+    found: dict[str, float] = {}
+    for stage in stages:
+        update = (dvae_update if stage == "dvae" else dalle_update)(cfg, dtype, world)
+        found.setdefault("start_s", process_age_s())
+        found[stage] = rate(update, seconds) * (cfg.dvae_fit if stage == "dvae" else cfg.dalle_fit).batch
+    print(json.dumps(found), flush=True)
+    dist.barrier()  # who leaves first would break the others' connections
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:])
+    os._exit(
+        0
+    )  # gloo's thread frees the last collective's tensors; when it asks for the GIL of an interpreter that ends, the process aborts (one in ten)

@@ -1,0 +1,50 @@
+"""One small all-reduce per step for everything that ranks must agree on (docs/contracts.md, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+
+from train.ranks import watchdog
+
+watchdog.waits_for_ranks(__file__)
+CONTROL = ("stop", "non_finite", "heartbeat", "step_time_s")
+
+
+class SignalVector:
+    """Named slots in one float64 vector, summed over ranks. float64 holds counts up to 2**53 exactly."""
+
+    def __init__(self, metrics: Iterable[str], device: torch.device) -> None:
+        self.names = (*CONTROL, *metrics)
+        self.device = device
+
+    def exchange(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+        """Sum each slot over ranks; slots without a value contribute 0, ``heartbeat`` always 1. See ``exchange_with``."""
+        return self.exchange_with(values, None)[0]
+
+    def exchange_with(self, values: Mapping[str, float | torch.Tensor], more: torch.Tensor | None) -> tuple[dict[str, float], list[float] | None]:
+        """The same, with a vector of an engine's own (float64, equally long on all ranks) that travels along.
+
+        One collective, and on a GPU one host synchronisation.
+
+        Raises:
+            KeyError: a value has no slot.
+        """
+        unknown = set(values) - set(self.names)
+        if unknown:
+            raise KeyError(f"no slot for {', '.join(sorted(unknown))}; slots: {', '.join(self.names)}")
+        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)} | {"heartbeat": 1.0}
+        # One copy that nobody waits for: on a GPU, a tensor made of a number there waits for everything before it.
+        host = torch.tensor([numbers.get(name, 0.0) for name in self.names], dtype=torch.float64).to(self.device, non_blocking=True)
+        slots = list(host.unbind())
+        for index, name in enumerate(self.names):
+            value = values.get(name)
+            if isinstance(value, torch.Tensor):
+                slots[index] = value.detach().to(self.device, torch.float64)
+        vector = torch.stack(slots) if more is None else torch.cat([torch.stack(slots), more.to(self.device)])
+        if dist.is_initialized():
+            dist.all_reduce(vector)
+        sums = vector.tolist()
+        return dict(zip(self.names, sums, strict=False)), None if more is None else sums[len(self.names) :]

@@ -1,0 +1,43 @@
+"""A run that goes on with fewer or more ranks keeps its global batch: micro-batches of a rank never grow, so there are more of them where ranks are fewer."""
+
+from __future__ import annotations
+
+import logging
+
+from infra import storage
+from infra.run_folder import RunFolder
+from infra.world import World
+from train.config import FitSection, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def accumulation(batch: int, ranks: int, rows: int) -> int | None:
+    """Fewest micro-batches for each rank that hold at most ``rows`` samples and divide the batch evenly; None where nothing does."""
+    if batch % ranks:
+        return None
+    share = batch // ranks
+    return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= rows)
+
+
+def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConfig:
+    """The configuration with the accumulation that this number of ranks needs. The first attempt's micro-batch, which fitted into memory, is the measure.
+
+    A batch that the ranks do not divide is left as it is: ``train.stages.finish.micro_batch`` refuses it.
+    """
+    key = f"{stage}_fit"
+    fit: FitSection | None = getattr(cfg, key, None)
+    if fit is None or (fit.batch % (world.size * fit.accumulation) and not storage.exists(run.at(stage, "rows.json"))):
+        return cfg
+    url = run.at(stage, "rows.json")
+    rows = storage.read_json(url)["rows"] if storage.exists(url) else fit.batch // (world.size * fit.accumulation)
+    if world.is_main and not storage.exists(url):
+        storage.write_json(url, {"rows": rows, "ranks": world.size})
+    count = accumulation(fit.batch, world.size, rows)
+    if count is None or count == fit.accumulation:
+        return cfg
+    if world.is_main:
+        log.warning(
+            "%s: %d ranks take %s.accumulation = %d instead of %d; the batch stays %d", stage, world.size, key, count, fit.accumulation, fit.batch
+        )
+    return cfg.model_copy(update={key: fit.model_copy(update={"accumulation": count})})

@@ -1,0 +1,113 @@
+"""Opening inputs with their lineage checked: codes belong to the exported dVAE of this run and to its image shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from infra.errors import DataError
+from infra.run_folder import RunFolder
+from model.attention_engines import make_engine
+from model.clip import Clip
+from model.dvae import DVAE
+from model.transformer import Norm, Transformer
+from train.config import RunConfig
+from train.machine.attention_choice import choose
+from train.run import places
+from train.weights import export
+
+
+def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
+    """One split's images, in the version that this run's stage prepare made or found: a place that others append to does not change under a run.
+
+    Raises:
+        DataError: prepare has not finished, or the version is gone.
+    """
+    version = places.require(run, "prepare")["prepare"]["versions"][split]
+    return open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA, version=version, takedown=cfg.data.takedown)
+
+
+def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
+    """A code set in the version of this run's stage encode, refused if another dVAE than this run's export made it."""
+    parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
+    version = places.require(run, "encode")["encode"]["versions"][f"{crop}/{split}"]
+    return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents, version, cfg.data.takedown)
+
+
+def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
+    """The run's tokenizer and its content hash."""
+    tokenizer, manifest = load_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
+    return tokenizer, str(manifest["content_hash"])
+
+
+def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[DVAE, str]:
+    """The exported dVAE, with products of its residual blocks in ``dtype``, and its content hash."""
+    module = DVAE(cfg.dvae, dtype)
+    return module, _load(module, run, "dvae", device)
+
+
+def open_dalle(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
+    """The exported transformer and its content hash."""
+    module = build_dalle(cfg, device, dtype)
+    return module, _load(module, run, "dalle", device)
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Everything that draws and judges pictures, known to belong together."""
+
+    dvae: DVAE
+    dalle: Transformer
+    clip: Clip
+    tokenizer: Tokenizer
+    lineage: dict[str, str]
+    """Kind -> content hash."""
+
+
+def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> Exports:
+    """The run's exported models and its tokenizer.
+
+    Raises:
+        DataError: the transformer was trained on codes of another dVAE, or it or the contrastive model with another tokenizer.
+    """
+    (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
+        open_dvae(cfg, run, device),
+        open_dalle(cfg, run, device, dtype),
+        open_clip(cfg, run, device),
+    )
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
+    for stage, parent, expected in (("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash), ("clip", "tokenizer", tokenizer_hash)):
+        found = export.describe(run.at(stage, "export"))["parents"][parent]
+        if found != expected:
+            raise DataError(
+                f"{run.at(stage, 'export')} was trained with {parent} {found[:12]}, this run has {parent} {expected[:12]}; "
+                f"delete {run.at(stage)} and run 'launcher.py {stage} {run.url}' again."
+            )
+    return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
+
+
+def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_every: int = 0, norm: Norm | None = None) -> Transformer:
+    """The transformer with the attention engine that dalle.attention names, and torch's layer norm if no other is given.
+
+    Raises:
+        ConfigError: that engine cannot run on the device.
+    """
+    shape = cfg.stream_shape()
+    attend = make_engine(choose(cfg.dalle, shape, device, dtype), cfg.dalle, shape, device)
+    return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every).to(device)
+
+
+def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:
+    """The exported contrastive model and its content hash."""
+    module = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    return module, _load(module, run, "clip", device)
+
+
+def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -> str:
+    identity = export.read(run.at(stage, "export"), module)
+    export.to_device(module, device)
+    return identity

@@ -1,0 +1,96 @@
+"""The table of stages, in the order of the demo. No torch: a stage's module is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infra.run_folder import RunFolder
+    from infra.signals import StopFlag
+    from infra.world import World
+    from train.config import RunConfig
+
+    StageFunction = Callable[[RunConfig, RunFolder, World, StopFlag], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a module with ``run(cfg, run, world, stop)``, called in every rank, and a help text."""
+
+    module: str
+    help: str
+    parallel: bool = True
+    """Whether more than one rank helps; others run in one."""
+    repeats: bool = False
+    """Whether the stage runs again although it has finished: for what is cheap and shows the run as it is now."""
+    shared: bool = False
+    """Whether independent launchers may divide the work (infra/world.py: Share)."""
+    preview: str = ""
+    """Module with ``preview(cfg)``: text for ``--dry-run``, made without torch."""
+
+    def function(self) -> StageFunction:
+        """Import the stage's module and return its ``run``."""
+        function: StageFunction = importlib.import_module(self.module).run
+        return function
+
+    def previewed(self, cfg: RunConfig) -> str:
+        """What a dry run shows besides the configuration."""
+        return str(importlib.import_module(self.preview).preview(cfg)) if self.preview else ""
+
+
+STAGES: dict[str, Stage] = {
+    "prepare": Stage(
+        "train.stages.prepare",
+        "Read captioned images from data.sources, filter them, split off validation concepts, and write image shards.\n\n"
+        "In: folders or embedded drawings. Out: images/train and images/validation (MDS shards with a manifest). "
+        "Each input shard is finished on its own: killed and run again, it goes on. In a SLURM array or a Kubernetes Indexed Job, or with --share I/N, "
+        "independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
+        shared=True,
+        preview="train.stages.prepare_preview",
+    ),
+    "tokenizer": Stage(
+        "train.stages.tokenizer",
+        "Train the sentencepiece BPE tokenizer on the captions of the training split.\n\nIn: images/train. Out: tokenizer/ (model and manifest).",
+        parallel=False,
+    ),
+    "dvae": Stage(
+        "train.stages.dvae",
+        "Stage 1: train the discrete VAE with the logit-Laplace ELB (paper 2.1, A.2).\n\n"
+        "In: image shards. Out: dvae/checkpoints, averaged weights in dvae/export. Resumes from its last checkpoint.",
+    ),
+    "encode": Stage(
+        "train.stages.encode",
+        "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
+        "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
+        shared=True,
+    ),
+    "dalle": Stage(
+        "train.stages.dalle",
+        "Stage 2: train the transformer on text and image tokens with DeepSpeed ZeRO (paper 2.2, B).\n\n"
+        "In: code shards, tokenizer. Out: dalle/checkpoints, averaged weights in dalle/export. Resumes from its last checkpoint.",
+    ),
+    "clip": Stage(
+        "train.stages.clip",
+        "Train the contrastive model that ranks pictures by how well they match their caption (paper 2.6).\n\nIn: image shards, tokenizer. Out: clip/export.",
+    ),
+    "generate": Stage(
+        "train.stages.generate",
+        "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
+        "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
+        shared=True,
+    ),
+    "evaluate": Stage(
+        "train.stages.evaluate",
+        "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
+        "In: exports, code and image shards. Out: evaluate/metrics.json.",
+    ),
+    "report": Stage(
+        "train.stages.report",
+        "Write report.html: a self-contained page with curves, reconstructions, pictures, timings and credits of the run.",
+        parallel=False,
+        repeats=True,
+    ),
+}

@@ -1,0 +1,1 @@
+"""The stages of the pipeline: one module a stage, with its task beside it."""

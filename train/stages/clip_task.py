@@ -1,0 +1,108 @@
+"""The contrastive model's part in the training loop: symmetric cross-entropy over the global batch (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from infra.world import World
+from model.clip import Clip
+from train.config import RunConfig
+from train.engines.replicated import Engine
+from train.loop.metrics import MetricsWriter
+from train.loop.schedules import warmup_cosine
+from train.loop.trainer import Batch, Loss
+
+
+class BothTowers(nn.Module):
+    """Both towers in one forward pass, as DDP wants it."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels_B3YX: Tensor, text_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised image and text embeddings [B, E], and the scale of their products."""
+        return self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B), self.clip.scale
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order; a row's gradient is the sum of what all ranks have to say of it."""
+
+    @staticmethod
+    def forward(ctx: Any, local_BE: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        parts = [torch.empty_like(local_BE) for _ in range(world.size)]
+        dist.all_gather(parts, local_BE.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole_AE = grads[0].contiguous()
+        dist.all_reduce(whole_AE)
+        return whole_AE.chunk(ctx.world.size)[ctx.world.rank], None
+
+
+def _gather(local_BE: Tensor, world: World) -> Tensor:
+    if world.size == 1:
+        return local_BE
+    gathered_AE: Tensor = _Gather.apply(local_BE, world)
+    return gathered_AE
+
+
+def recall_at_1(image_BE: Tensor, text_BE: Tensor) -> Tensor:
+    """How many captions have their own picture as the nearest of the batch."""
+    return ((text_BE @ image_BE.T).argmax(1) == torch.arange(len(text_BE), device=text_BE.device)).sum()
+
+
+class ClipTask:
+    """Each rank scores its own images against all captions, and its own captions against all images."""
+
+    metrics: tuple[str, ...] = ("loss",)
+    unit = "images"
+
+    def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Iterable[Batch]) -> None:
+        self.cfg, self.world, self.device, self.validation = cfg, world, device, validation
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Linear warm-up, then half a cosine to zero."""
+        fit = self.cfg.clip_fit
+        return {"lr": warmup_cosine(step, fit.lr, 0.0, fit.warmup_steps, fit.steps)}
+
+    def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
+        """Every pair counts alike."""
+        return {"pairs": float(self.cfg.clip_fit.batch)}
+
+    def units(self, batch: Batch) -> int:
+        """Images."""
+        return len(batch["ids"])
+
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
+        """This rank's share of the symmetric cross-entropy."""
+        image_BE, text_BE, scale = engine(*self._inputs(batch))
+        target_B = torch.arange(len(image_BE), device=self.device) + self.world.rank * len(image_BE)
+        to_text = F.cross_entropy(scale * image_BE @ _gather(text_BE, self.world).T, target_B, reduction="sum")
+        to_image = F.cross_entropy(scale * text_BE @ _gather(image_BE, self.world).T, target_B, reduction="sum")
+        total = (to_text + to_image) / (2 * denominators["pairs"])
+        return Loss(total, {"loss": total})
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return batch["pixels"].to(self.device), batch["text"].to(self.device), batch["lengths"].to(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+        """Averaged weights: share of captions that find their picture within a batch, and the share that chance would find."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in self.validation:
+            image_BE, text_BE, _ = functional_call(engine.module, engine.average.values, self._inputs(batch))
+            sums += torch.stack([recall_at_1(image_BE, text_BE).double(), torch.tensor(float(len(text_BE))), torch.tensor(1.0)]).to(sums)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        found, pairs, batches = sums.tolist()
+        return {"recall_at_1": found / pairs, "chance": batches / pairs}

@@ -1,0 +1,89 @@
+"""Stage dalle: code shards -> trained transformer (``launcher.py dalle PRESET``). In: codes/, tokenizer/. Out: dalle/checkpoints, dalle/export (averaged weights)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from infra import storage
+from infra.config import to_json
+from infra.errors import ConfigError
+from infra.run_folder import RunFolder
+from infra.seeds import derive
+from infra.signals import StopFlag
+from infra.world import World
+from train.config import DalleFit, RunConfig
+from train.engines.zero.construction import sharded_construction
+from train.engines.zero.engine import ZeroEngine
+from train.loop.plateau import Plateau
+from train.loop.trainer import RESTORE_PATIENCE, Fit
+from train.optimizer import apex_parts
+from train.planning.flops import train_flops
+from train.ranks import watchdog
+from train.ranks.device import branch_dtype, matrix_peak, set_up, wait_for_all
+from train.run import places
+from train.run.inputs import build_dalle, open_tokenizer
+from train.stages import dalle_batches, dalle_init_from
+from train.stages.dalle_task import DalleTask
+from train.stages.finish import finish_training, micro_batch
+from train.weights import checkpoint
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Train to dalle_fit.steps, export the averaged weights and mark the stage done."""
+    places.require(run, "tokenizer", "encode")
+    device = set_up(world)
+    fit = cfg.dalle_fit
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
+    loader = dalle_batches.training(cfg, run, world, tokenizer, micro_batch(cfg, "dalle_fit", world))
+    reader = dalle_batches.validation(cfg, run, world, tokenizer, fit.eval_samples)
+    torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
+    dtype = branch_dtype(fit.precision, device, run, world)
+    norm = apex_parts.layer_norm("dalle_fit.norm") if fit.norm == "apex" else None
+    with sharded_construction(fit, cfg.zero, world):
+        model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
+    codes = loader.sets[0]
+    lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
+    engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
+    with watchdog.expecting(RESTORE_PATIENCE):
+        # Once there is a checkpoint, it holds the weights, and names what they started from.
+        if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
+            lineage["init_from"] = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
+    if world.is_main:
+        storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
+    meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
+    task = DalleTask(cfg, device, model, reader)
+    plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
+    # fp16 on a CPU has no peak: its rate depends on how the matrices lie by a factor of ten.
+    peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
+    flops = train_flops(cfg.dalle, model.shape) / model.shape.states
+    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
+    # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
+    url = run.at("dalle")
+    averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
+    finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
+    wait_for_all()
+
+
+def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
+    """The detector of plateaus. A list of updates in ``<run>/dalle/halve_at.json``, read at each start, overrules dalle_fit.halve_at. Collective.
+
+    Raises:
+        ConfigError: the file holds something else than a list of different updates.
+    """
+    at: list[tuple[int, ...] | None] = [fit.halve_at or None]
+    url = run.at("dalle", "halve_at.json")
+    if world.is_main and storage.exists(url):
+        at = [_read_halvings(url)]  # an empty list, too: no halving at all
+    if world.size > 1:
+        dist.broadcast_object_list(at)
+    return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])
+
+
+def _read_halvings(url: str) -> tuple[int, ...]:
+    given = storage.read_json(url)
+    if not isinstance(given, list) or not all(type(update) is int and update > 0 for update in given) or len(set(given)) < len(given):
+        raise ConfigError(f"{url} holds {given!r}; expected a list of updates after which to halve the step size, each once, such as [20000, 50000].")
+    return tuple(given)

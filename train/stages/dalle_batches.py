@@ -1,0 +1,28 @@
+"""The batches of stage dalle: code records with their captions. Who compares another model with ours trains and judges it on the same ones."""
+
+from __future__ import annotations
+
+from data_pipeline.loading.loaders import Batch, SequentialReader, ShardLoader, code_collate
+from data_pipeline.loading.transforms import Sample, code_transform
+from data_pipeline.tokenizer import Tokenizer
+from infra.run_folder import RunFolder
+from infra.world import World
+from train.config import RunConfig
+from train.run.inputs import open_codes
+from train.stages.finish import loader_options
+
+
+def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, batch: int) -> ShardLoader[Sample, Batch]:
+    """Endless batches of ``batch`` samples over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Order and captions depend on run.seed alone."""
+    sets = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
+    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=cfg.dalle_fit.caption_dropout)
+    return ShardLoader(
+        sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key="dalle_fit.batch", **loader_options(cfg.data)
+    )
+
+
+def validation(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, samples: int) -> SequentialReader[Sample, Batch]:
+    """At most so many validation samples, evenly spaced, each with its first caption."""
+    plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
+    codes = open_codes(cfg, run, 0, "validation")
+    return SequentialReader(codes, world, samples, cfg.evaluate.batch, plain, code_collate)

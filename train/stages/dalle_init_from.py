@@ -1,0 +1,48 @@
+"""Starting from the weights of an export: to go on with another recipe, or to fine-tune (``dalle_fit.init_from``)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from infra.errors import ConfigError
+from train.engines.replicated import Engine
+from train.loop.trainer import full_shape
+from train.ranks.device import wait_for_all
+from train.weights import export
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 10
+
+
+@torch.no_grad()
+def load(engine: Engine, url: str, key: str) -> str:
+    """Give an engine that has made no update exported weights, as masters and as averages, and return their content hash. Collective.
+
+    As in a restore, each rank copies what it holds, and fp16 copies are made of fp32 masters. The export's file is mapped; one on S3 is copied to TMPDIR.
+
+    Args:
+        key: the configuration key that named the export, for messages.
+
+    Raises:
+        ConfigError: a weight is missing, left over or of another shape; they are counted, and the first ten named.
+        DataError: there is no export, or it is damaged.
+    """
+    identity, tensors = export.read_tensors(url)
+    expected = {name: tuple(full_shape(p)) for name, p in engine.module.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        lines = [f"  {name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in odd[:_SHOWN]]
+        more = [f"  and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
+        raise ConfigError(f"{key} = {url}: {len(odd)} of {len(expected)} weights do not fit this configuration:\n" + "\n".join(lines + more))
+    for name, fragment in engine.fragments(to_load=True).items():
+        kind, _, parameter = name.partition("/")
+        if kind in ("model", "average"):
+            fragment.tensor.copy_(tensors[parameter].flatten().narrow(0, fragment.offset, fragment.tensor.numel()))
+    wait_for_all()  # ranks read for unequal times, and what follows is a collective that does not wait for long
+    engine.loaded(0)
+    log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
+    return identity

@@ -1,0 +1,163 @@
+"""Stage encode: image shards + dVAE -> code shards (``launcher.py encode PRESET``). One output part for each input part, finished parts are skipped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from data_pipeline.shards.part_writer import PartWriter
+from data_pipeline.shards.shard_set import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done
+from data_pipeline.shards.versions import Part, collect, merge
+from infra.errors import DataError
+from infra.progress import Progress
+from infra.run_folder import RunFolder, producer
+from infra.signals import StopFlag
+from infra.world import Share, World
+from model.dvae import DVAE
+from train.bench.harness import DTYPES, threads
+from train.config import RunConfig
+from train.ranks.device import branch_dtype, set_up, wait_for_all
+from train.run import places
+from train.run.inputs import open_dvae, open_images
+from train.stages.encode_records import CodeMaker
+from train.stages.finish import stop_together
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: a part of an image set becomes a part of a code set."""
+
+    crop: int
+    split: str
+    images: ShardSet
+    part: int
+    url: str
+    """Place of the code set."""
+    inputs: str
+    """Digest of everything that the codes depend on."""
+
+    def target(self) -> Part:
+        return Part(self.inputs, self.images.parts[self.part]["source"])
+
+
+def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
+    """Encode every part of both splits, ``encode.crops`` times; once all parts are there, of other launchers too, merge the sets."""
+    started = time.monotonic()
+    use = places.require(run, "prepare", "dvae")["dvae"]["summary"]["code_use"]
+    if use < cfg.encode.min_code_use:
+        raise DataError(
+            f"the dVAE uses {use:.0%} of its codes on validation images, below encode.min_code_use = {cfg.encode.min_code_use:.0%}; train it further."
+        )
+    device, share = set_up(world), Share.from_env()
+    dtype = branch_dtype(cfg.encode.precision, device, run, world)
+    model, weights = open_dvae(cfg, run, device, dtype)
+    units = _units(cfg, run, weights, dtype)
+    place = share.of(world)
+    images = _write(cfg, model, units[place.rank :: place.size], device, stop, world)
+    stop_together(stop, device, "encode")
+    if world.is_main:
+        left = sum(not part_done(unit.url, unit.inputs) for unit in units) if share.count > 1 else 0
+        if left:
+            print(f"encode: this share is done; {left} of {len(units)} parts are left to others, and the last of them merges.", flush=True)
+        else:
+            sets = _merge(cfg, units, weights, dtype)
+            seconds = time.monotonic() - started
+            run.finish(
+                "encode",
+                seconds=seconds,
+                world_size=world.size,
+                throughput={"value": images * world.size / seconds, "unit": "images/s"},
+                summary={"images": sum(sets[f"0/{split}"].count for split in places.SPLITS), "crops": cfg.encode.crops},
+                parents={"dvae": weights},
+                versions={name: code_set.content_hash for name, code_set in sets.items()},
+            )
+    wait_for_all()
+
+
+def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device, stop: StopFlag, world: World) -> int:
+    """Write the parts that are not there yet, each uploaded while the next is encoded; the number of images in them."""
+    progress = Progress(len(units), "encode", unit="parts", enabled=world.is_main)
+    images = 0
+    # Sums of products differ in their last bit with the number of threads, so that number belongs to the codes.
+    with threads(cfg.encode.threads), _pool(1) as reader, _pool(cfg.encode.decoders) as decoders, _pool(1) as uploader:
+        maker = CodeMaker(cfg, model, device, reader, decoders)
+        upload: Future[None] | None = None
+        for done, unit in enumerate(units, 1):
+            if stop:
+                break
+            if not part_done(unit.url, unit.inputs):
+                writer = PartWriter(unit.url, unit.inputs, cfg.data.shard_bytes)
+                _fill(writer, maker.codes(unit.images.read_part(unit.part), unit.crop), upload)
+                upload = uploader.submit(_finish, writer)
+                images += unit.images.parts[unit.part]["count"]
+            progress.update(done)
+        if upload is not None:
+            upload.result()
+    progress.finish()
+    return images
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="encode")
+
+
+def _fill(writer: PartWriter, records: Iterable[CodeRecord], before: Future[None] | None) -> None:
+    """Add the records, and wait for the upload before: at most one part waits on the local disk."""
+    with ExitStack() as on_error:
+        on_error.enter_context(writer)
+        for record in records:
+            writer.add(record)
+        if before is not None:
+            before.result()
+        on_error.pop_all()
+
+
+def _finish(writer: PartWriter) -> None:
+    with writer:
+        writer.finish()
+
+
+def _units(cfg: RunConfig, run: RunFolder, weights: str, dtype: torch.dtype) -> list[Unit]:
+    """All units, in the order of the sets' parts. The inputs are the bytes of the images, not the names of their parts: data that were prepared
+    again to the same bytes, or that others appended to, are not encoded again."""
+    units = []
+    for split in places.SPLITS:
+        images = open_images(cfg, run, split)
+        for crop in range(cfg.encode.crops):
+            url = places.code_set(cfg, run, crop, split)
+            for part, entry in enumerate(images.parts):
+                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop, dtype), cfg.data.shard_bytes]
+                units.append(Unit(crop, split, images, part, url, digest(inputs)))
+    return units
+
+
+def _merge(cfg: RunConfig, units: list[Unit], weights: str, dtype: torch.dtype) -> dict[str, ShardSet]:
+    """Merge every code set; returns them by 'crop/split'."""
+    sets = {}
+    for name, group in groupby(units, key=lambda unit: f"{unit.crop}/{unit.split}"):
+        chosen = list(group)
+        parts = [unit.target() for unit in chosen]
+        markers = collect(chosen[0].url, parts, "encode")
+        parents = {"dvae": weights, "images": chosen[0].images.content_hash}
+        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, _settings(cfg, chosen[0].crop, dtype), parents, producer())
+    return sets
+
+
+def _settings(cfg: RunConfig, crop: int, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "augmentation": "listing 2",
+        "decode": cfg.data.decode,
+        "image_size": cfg.dvae.image_size,
+        "scale_max": cfg.encode.scale_max,
+        "crop_index": crop,
+        "seed": cfg.run.seed,
+        "batch": cfg.encode.batch,
+        "precision": next(name for name, value in DTYPES.items() if value == dtype),
+        "threads": cfg.encode.threads,
+    }

@@ -1,0 +1,101 @@
+"""Image records to code records: threads read and decode the next batch while the model works on this one.
+
+Shapes: B batch, Y X rows and columns of pixels, I code positions of a picture in raster order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.images.crops import CropBox, Pixels, picture, transformer_crop
+from data_pipeline.shards.shard_set import CodeRecord
+from infra.seeds import derive, generator
+from model.dvae import DVAE
+from train.config import RunConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    records: list[dict[str, Any]]
+    boxes: list[CropBox]
+    pictures_BYXC: Pixels
+    """Black where there are fewer records than a batch has."""
+
+
+@dataclass(frozen=True)
+class CodeMaker:
+    """Encodes the records of parts, one part after the other."""
+
+    cfg: RunConfig
+    model: DVAE
+    device: torch.device
+    reader: Executor
+    """One thread: reads records, and hands them to the decoders."""
+    decoders: Executor
+    """Threads that decode and crop images."""
+
+    def codes(self, records: Iterator[dict[str, Any]], crop: int) -> Iterator[CodeRecord]:
+        """Code records of a part's image records, in order. Batches depend on the part alone, and the last is padded, so that bytes repeat on any
+        number of ranks.
+
+        Raises:
+            DataError: an image cannot be decoded or is too small, or the part is damaged.
+        """
+        waiting: tuple[_Batch, Tensor] | None = None
+        for batch in _one_ahead(self._batches(records, crop), self.reader):
+            codes_BI = self._encode(batch.pictures_BYXC)  # on a GPU this only begins
+            if waiting is not None:
+                yield from self._records(*waiting, crop)
+            waiting = batch, codes_BI
+        if waiting is not None:
+            yield from self._records(*waiting, crop)
+
+    def _batches(self, records: Iterator[dict[str, Any]], crop: int) -> Iterator[_Batch]:
+        size = self.cfg.dvae.image_size
+        while chunk := list(islice(records, self.cfg.encode.batch)):
+            pictures_BYXC = np.zeros((self.cfg.encode.batch, size, size, 3), dtype=np.uint8)
+            boxes = []
+            for row, (pixels_YXC, box) in enumerate(self.decoders.map(partial(self._cut, crop=crop), chunk)):
+                pictures_BYXC[row] = pixels_YXC
+                boxes.append(box)
+            yield _Batch(chunk, boxes, pictures_BYXC)
+
+    def _cut(self, record: dict[str, Any], crop: int) -> tuple[Pixels, CropBox]:
+        """The picture of a record by Listing 2, and its crop box."""
+        size = self.cfg.dvae.image_size
+        rng = generator(self.cfg.run.seed, "crop", crop, record["id"])
+        draw = partial(transformer_crop, target=size, scale_max=self.cfg.encode.scale_max, rng=rng)
+        return picture(record["image"], draw, size, self.cfg.data.decode)
+
+    def _encode(self, pictures_BYXC: Pixels) -> Tensor:
+        bytes_BYXC = torch.from_numpy(pictures_BYXC)
+        if self.device.type == "cuda":
+            bytes_BYXC = bytes_BYXC.pin_memory()
+        pixels_B3YX = bytes_BYXC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        return self.model.encode(pixels_B3YX).flatten(1).to(torch.int32)
+
+    def _records(self, batch: _Batch, codes_BI: Tensor, crop: int) -> Iterator[CodeRecord]:
+        found_BI = codes_BI.cpu().numpy().astype(np.uint16)
+        for record, box, codes_I in zip(batch.records, batch.boxes, found_BI, strict=False):
+            seed = derive(self.cfg.run.seed, "crop", crop, record["id"])
+            yield CodeRecord(id=record["id"], captions=record["captions"], codes=codes_I, crop=box.to_json(), crop_index=crop, seed=seed)
+
+
+def _one_ahead(items: Iterator[T], pool: Executor) -> Iterator[T]:
+    """The items; the pool makes the next one while the reader has this one."""
+    end = object()
+    coming = pool.submit(next, items, end)
+    while (item := coming.result()) is not end:
+        coming = pool.submit(next, items, end)
+        yield item  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Weights on storage: fragments, checkpoints, exports, and released weights of others."""

@@ -1,0 +1,220 @@
+"""Checkpoints: torch.distributed.checkpoint over our storage, in logical (name, offset) fragments (docs/contracts.md, section 6).
+
+    <stage>/checkpoints/step-00000100/rank-0.bin ...   raw little-endian tensor bytes
+                                      index.json       tensors -> chunks -> file, position, SHA-256
+                                      meta.json        written last; the checkpoint exists when it does
+
+Nothing is pickled, and the layout depends on neither the number of ranks nor the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_pipeline.shards.shard_set import digest
+from infra import storage
+from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
+from infra.run_folder import commit, versions
+from infra.world import World
+from train.ranks.device import patient_group
+from train.weights.checkpoint_storage import Reader, Writer
+from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+_DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
+
+
+def folder(stage_url: str, step: int) -> str:
+    """URL of the checkpoint after ``step`` updates."""
+    return storage.join(stage_url, "checkpoints", f"step-{step:08d}")
+
+
+def save(
+    stage_url: str,
+    step: int,
+    fragments: dict[str, Fragment],
+    meta: dict[str, Any],
+    world: World,
+    keep: int,
+    keep_every: int = 0,
+    *,
+    group: Any = None,
+) -> str:
+    """Write a checkpoint, and drop those that it supersedes. Collective. ``train.weights.checkpointer.Saver`` does it beside training.
+
+    Args:
+        meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.
+        keep: newest checkpoints kept, up to this one.
+        keep_every: the first checkpoint at or after each multiple of this many updates is kept for good; 0: none are.
+        group: process group of the collectives; None is the default one.
+    """
+    url = folder(stage_url, step)
+    if world.is_main and storage.exists(storage.join(url, META)):
+        storage.delete(storage.join(url, META))  # rewritten below: no marker while files change
+    if dist.is_initialized():
+        dist.barrier(group)
+    writer = Writer(url)
+    try:
+        dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise _first(error) from error
+    if world.is_main:
+        facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions(), "index": writer.digest}
+        storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
+        for old in superseded(complete(stage_url), step, keep, keep_every):
+            if old > step:
+                log.warning("%s: dropped: it could not be read, and the run went on from an earlier one", folder(stage_url, old))
+            storage.delete(storage.join(folder(stage_url, old), META))
+            storage.delete_prefix(folder(stage_url, old))
+    return url
+
+
+def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
+    """Of complete checkpoints those that go once ``step`` is written: all but the newest ``keep`` up to it and the first at or after each multiple of
+    ``keep_every``; and those after it, from which the run could not go on: it makes them anew."""
+    until = [old for old in steps if old <= step]
+    permanent = {new for old, new in pairwise([0, *until]) if keep_every and new // keep_every > old // keep_every}
+    return [old for old in until[:-keep] if old not in permanent] + [new for new in steps if new > step]
+
+
+def complete(stage_url: str) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    names = storage.list_files(storage.join(stage_url, "checkpoints"))
+    return sorted(int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith(f"/{META}"))
+
+
+def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
+    """Restore fragments in place from the checkpoint of ``step``. Collective.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, or a file is damaged (its hash differs).
+        UnreachableError, ConfigError: the storage gives no answer, refuses, or there is no room for a copy; the checkpoint may be whole.
+    """
+    url = folder(stage_url, step)
+    meta, reader = _read_alike(url)
+    _load(url, fragments, reader, no_dist=not dist.is_initialized())
+    return meta
+
+
+def read_meta(url: str) -> dict[str, Any]:
+    """The facts of a complete checkpoint.
+
+    Raises:
+        CheckpointError: they are damaged.
+        DataError: there are none.
+    """
+    place = storage.join(url, META)
+    meta = storage.read_json(place)
+    named = meta.pop("sha256", None) if isinstance(meta, dict) else None
+    if named is None or digest(meta) != named:
+        raise CheckpointError(f"{place}: damaged: its content has another hash than it names.")
+    return dict(meta)
+
+
+def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: bool) -> None:
+    try:
+        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), process_group=patient_group(), no_dist=no_dist)
+    except CheckpointException as error:
+        raise _judged(url, _first(error)) from error
+
+
+def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
+    """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective."""
+    meta: dict[str, Any] = {}
+    reader, error = Reader(url, ""), None
+    try:
+        meta = read_meta(url)
+        reader = Reader(url, meta["index"])
+        reader.read_metadata()
+    except Exception as failure:  # whatever it is, all ranks must hear of it
+        error = _judged(url, failure)
+    errors = [error]
+    if dist.is_initialized():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, error, group=patient_group())
+    for first in errors:
+        if first is not None:
+            raise first
+    return meta, reader
+
+
+def _judged(url: str, error: BaseException) -> BaseException:
+    """A CheckpointError if the error speaks of damage, else itself."""
+    if isinstance(error, UnreachableError | ConfigError) or not isinstance(error, _DAMAGE):
+        return error
+    return CheckpointError(f"{url}: {error}")
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank that failed: every rank gets the failures of all."""
+    return error.failures[min(error.failures)][0]
+
+
+def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) -> dict[str, Any] | None:
+    """Restore from the newest checkpoint that is whole, falling back over damaged ones with a loud message; None if there is none. Collective."""
+    failure: CheckpointError | None = None
+    for step in reversed(_complete_alike(stage_url, world)):
+        try:
+            return load(stage_url, step, fragments)
+        except CheckpointError as error:
+            log.error("CHECKPOINT NOT USABLE: %s; falling back to the checkpoint before it", error)
+            failure = error
+    if failure is not None:
+        raise failure
+    return None
+
+
+def any_complete(stage_url: str, world: World) -> bool:
+    """Whether ``load_newest`` will find a checkpoint. Collective."""
+    return bool(_complete_alike(stage_url, world))
+
+
+def _complete_alike(stage_url: str, world: World) -> list[int]:
+    """What the main rank sees."""
+    steps = [complete(stage_url) if world.is_main else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps, group=patient_group())
+    return steps[0]
+
+
+def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    meta = read_meta(url)
+    shapes: dict[str, list[int]] = meta["shapes"]
+    reader = Reader(url, meta["index"])
+    known = reader.read_metadata().state_dict_metadata
+    out: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        entry = known.get(f"{prefix}/{name}")
+        if entry is None:
+            raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
+        out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+    fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
+    _load(url, fragments, reader, no_dist=True)
+    return out
+
+
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes: the identity of a set of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""Saving checkpoints beside training (docs/contracts.md, section 6): tensors are copied to CPU memory while the next forward and backward passes run, which do
+not change them, and written while training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infra.world import World
+from train.ranks import watchdog
+from train.ranks.watchdog import SAVER_THREAD
+from train.weights import checkpoint
+from train.weights.fragments import Fragment
+
+watchdog.waits_for_saver(__file__)
+
+
+class Saver:
+    """Writes checkpoints of one stage in a thread, one at a time. Every method is collective."""
+
+    def __init__(self, stage_url: str, world: World, keep: int, keep_every: int = 0) -> None:
+        """
+        Args:
+            stage_url: the stage's folder.
+            keep: newest checkpoints kept.
+            keep_every: the first at or after each multiple of this many updates is kept for good; 0: none.
+        """
+        self.stage_url, self.world, self.keep, self.keep_every = stage_url, world, keep, keep_every
+        # The thread's collectives have a group of their own: they must not mix with the training step's.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, SAVER_THREAD)
+        self._staging: Future[None] | None = None
+        self._job: Future[None] | None = None
+        self._staged: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def save(self, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], *, ready: Callable[[], None] | None = None) -> float:
+        """Start to copy and write a checkpoint, and return the seconds for which the caller had to wait: for the rest of the previous write, if it is not done.
+
+        The tensors must not change until ``settle``. GPU tensors are copied by a side stream into pinned memory, which is reused, CPU tensors by a thread.
+
+        Args:
+            ready: called in the thread before it reads CPU tensors; returns when they are up to date.
+
+        Raises:
+            CheckpointError: the previous one could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        copies = {name: Fragment(self._target(name, fragment.tensor), fragment.offset, fragment.total) for name, fragment in fragments.items()}
+        pairs = [(copies[name].tensor, fragment.tensor.detach()) for name, fragment in fragments.items()]
+        self._enqueue([pair for pair in pairs if pair[1].is_cuda])
+        self._staging = self._thread.submit(_stage, [pair for pair in pairs if not pair[1].is_cuda], ready)
+        self._job = self._thread.submit(self._write, self._staging, step, copies, deepcopy(meta))  # lists in it may grow while it waits
+        return time.perf_counter() - began
+
+    def settle(self) -> float:
+        """To be called before the tensors of the last ``save`` change, and return the seconds waited for the copies of CPU tensors; the GPU's queue follows
+        the side stream, and the host does not wait for it.
+
+        Raises:
+            Exception: what ``ready`` raised.
+        """
+        if self._staging is None:
+            return 0.0
+        began = time.perf_counter()
+        staging, self._staging = self._staging, None
+        staging.result()
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Finish the write under way.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._job is not None:
+            job, self._job = self._job, None
+            job.result()
+
+    def _target(self, name: str, tensor: Tensor) -> Tensor:
+        target = self._staged.get(name)
+        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+            target = self._staged[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return target
+
+    def _enqueue(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Copy GPU tensors on the side stream, after what the current stream has been given so far."""
+        if not pairs:
+            return
+        if self._stream is None or self._copied is None:
+            self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            self._copied.record(self._stream)
+
+    def _write(self, staging: Future[None], step: int, fragments: dict[str, Fragment], meta: dict[str, Any]) -> None:
+        staging.result()
+        if self._copied is not None:
+            self._copied.synchronize()
+        checkpoint.save(self.stage_url, step, fragments, meta, self.world, self.keep, self.keep_every, group=self._group)
+
+
+def _stage(pairs: list[tuple[Tensor, Tensor]], ready: Callable[[], None] | None) -> None:
+    if ready is not None:
+        ready()
+    for target, source in pairs:
+        target.copy_(source)

@@ -1,0 +1,93 @@
+"""Exported weights: safetensors and a JSON description. What other stages, and other programs, read."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infra import files, storage
+from infra.errors import CheckpointError
+from train.weights.checkpoint import content_hash
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+
+
+def write(url: str, tensors: dict[str, Tensor], config: Any, **facts: Any) -> str:
+    """Write weights, then (the marker) their description, and return the content hash that names them.
+
+    Args:
+        config: the dataclass or mapping that shapes the model.
+        facts: lineage and anything else worth keeping.
+    """
+    identity = content_hash(tensors)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, WEIGHTS)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        storage.upload_file(path, storage.join(url, WEIGHTS))
+    shape = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
+    storage.write_json(storage.join(url, DESCRIPTION), {"schema": "export/1", "model": shape, "content_hash": identity, **facts})
+    return identity
+
+
+def describe(url: str) -> dict[str, Any]:
+    """The description of exported weights.
+
+    Raises:
+        DataError: there are none.
+    """
+    description: dict[str, Any] = storage.read_json(storage.join(url, DESCRIPTION))
+    return description
+
+
+def read(url: str, module: nn.Module) -> str:
+    """Load exported weights into a module of the same shape, and return their content hash.
+
+    Raises:
+        CheckpointError: damaged weights, or of another shape.
+    """
+    identity, tensors = read_tensors(url)
+    expected = {name: list(p.shape) for name, p in module.state_dict().items()}
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}."
+        )
+    module.load_state_dict(tensors)
+    return identity
+
+
+def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
+    """The content hash and the tensors of exported weights. A file of this machine is mapped: its processes share the pages; an object is copied to TMPDIR first.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    description = describe(url)
+    place = storage.join(url, WEIGHTS)
+    with tempfile.TemporaryDirectory() as scratch:  # a mapping outlives its file's name
+        if storage.is_remote(place):
+            path = Path(scratch, WEIGHTS)
+            storage.download_file(place, path)
+        else:
+            path = storage.local_path(place)
+        try:
+            with files.read_errors(place):
+                tensors = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{url}: {WEIGHTS} is damaged ({error}); export it again.") from error
+    if content_hash(tensors) != description["content_hash"]:
+        raise CheckpointError(f"{url}: {WEIGHTS} is damaged: its content hash differs from the one in {DESCRIPTION}; export it again.")
+    return str(description["content_hash"]), tensors
+
+
+def to_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen module on a device, for use."""
+    return module.to(device).eval().requires_grad_(False)

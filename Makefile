@@ -27,6 +27,7 @@ check: $(STAMP)  ## Style, formatting, types and the direction of imports
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --durations=0 tests/repository/test_imports.py
+	@$(RUN) -m tests.support.import_graph
 
 raises: $(STAMP)  ## The tests under coverage: every raise must be reached by one
 	@$(RUN) .ci/raises.py $(ARGS)

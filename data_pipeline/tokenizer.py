@@ -25,8 +25,9 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.shards.shard_set import ShardSet, digest
+from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
+from infra.digests import digest
 from infra.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -77,7 +77,7 @@ class TransformerConfig:
     """'figure': the rule fitted to Figure 11(d), 66 offsets at 11x11 on 32x32; 'causal': the plain causal half, 61."""
     attention: Literal["auto", "dense", "flex", "structured"] = "auto"
     """Attention engine; all compute the same. 'dense': the reference; 'structured': short lines, for CPUs; 'flex': FlexAttention's block masks, CUDA
-    only; 'auto': the fastest by the recorded measurements (docs/benchmarks), 'dense' where there are none."""
+    only; 'auto': the fastest by the recorded measurements (train/machine/attention_records), 'dense' where there are none."""
     pads_in_text_loss: bool = False
     """Whether padding positions count in the text loss, with the padding id as target. The paper is silent."""
     text_loss_weight: float = 0.125

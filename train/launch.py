@@ -15,7 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from infra import deferred_writes, ledger, signals, storage
+from infra import deferred_writes, ledger, signals
 from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
@@ -27,6 +27,7 @@ from infra.world import Share, World
 from train.config import RunConfig, load_run, read_preset
 from train.ranks import watchdog
 from train.run import elastic, places
+from train.run.places import run_folder
 from train.run.stage_table import STAGES, Stage
 from train.verbs import doctor
 
@@ -39,11 +40,6 @@ class StageFailed(ReportedError):
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
         self.exit_code = ExitCode(code)
-
-
-def run_folder(cfg: RunConfig) -> RunFolder:
-    """The folder of a run."""
-    return RunFolder(storage.join(cfg.run.root, cfg.run.name))
 
 
 def default_nproc(stage: Stage) -> int:

@@ -17,21 +17,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.images.crops import CropBox, decode
 from data_pipeline.shards.rows import Row, ShardRows
-from data_pipeline.shards.shard_set import (
-    CAPTIONS,
-    DONE,
-    IDS,
-    IMAGE_SCHEMA,
-    INDEX,
-    MANIFEST,
-    PRINTS,
-    U64,
-    CodeRecord,
-    ImageRecord,
-    id_hash,
-    part_name,
-)
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, INDEX, MANIFEST, PRINTS, U64, CodeRecord, ImageRecord, part_name
 from infra import storage
+from infra.digests import id_hash
 from infra.errors import DataError
 from infra.seeds import derive
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.audit.check_parts import PartJob, Problem, Rules
-from data_pipeline.shards.shard_set import EXCLUDED, IDS, INDEX, MANIFEST, U64, digest, version_url
+from data_pipeline.shards.shard_set import EXCLUDED, IDS, INDEX, MANIFEST, U64, version_url
 from infra import storage
+from infra.digests import digest
 from infra.errors import DataError
 
 _ENTRY = frozenset({"column_encodings", "column_names", "format", "raw_data", "samples"})

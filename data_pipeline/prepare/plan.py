@@ -9,10 +9,11 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.filters.judge import fingerprint
-from data_pipeline.shards.shard_set import digest, read_takedown
+from data_pipeline.shards.shard_set import read_takedown
 from data_pipeline.shards.versions import Part
 from data_pipeline.sources.open_source import open_source
 from data_pipeline.sources.pairs import InputShard, Source
+from infra.digests import digest
 from infra.seeds import derive
 
 SPLITS = ("train", "validation")

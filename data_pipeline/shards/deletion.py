@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS
+import numpy as np
+
+from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS, ShardSet
 from data_pipeline.shards.versions import checked_manifest
 from infra import storage
 
@@ -63,3 +65,50 @@ def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Supe
 
 def _parts(set_url: str, url: str) -> set[str]:
     return {str(part["name"]) for part in checked_manifest(set_url, url)["parts"]}
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What deleting the records of a take-down list means for one shard set."""
+
+    set_url: str
+    records: int
+    """Records that are on the list."""
+    parts: list[str]
+    """Parts that hold them."""
+    versions: list[str]
+    """URLs of the versions that have such parts."""
+
+    def carry_out(self) -> None:
+        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
+        storage.delete(storage.join(self.set_url, MANIFEST))
+        for part in self.parts:
+            storage.delete(storage.join(self.set_url, part, DONE))
+            storage.delete_prefix(storage.join(self.set_url, part))
+        for url in self.versions:
+            storage.delete(storage.join(url, MANIFEST))
+            storage.delete_prefix(url)
+
+
+def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
+    """Look up which parts of a set hold records of these ids, in any version; None if there are none.
+
+    Parts without their marker count too: a purge that was interrupted has begun to delete them.
+
+    Raises:
+        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+    """
+    names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
+    affected: dict[str, int] = {}
+    versions = []
+    for name in names:
+        manifest = checked_manifest(set_url, storage.join(set_url, VERSIONS, name))
+        whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
+        begun = {part["name"]: 0 for part in manifest["parts"] if part not in whole}
+        opened = ShardSet(set_url, manifest | {"parts": whole}, ids)
+        parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
+        hit = begun | {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
+        if hit:
+            versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
+            affected |= hit
+    return Purge(set_url, sum(affected.values()), sorted(affected), versions) if affected else None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, INDEX, PRINTS, U64, ImageRecord, Record, id_hash, part_name
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, INDEX, PRINTS, U64, ImageRecord, Record, part_name
 from infra import storage
+from infra.digests import id_hash
 from infra.files import write_errors
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.digests import id_hash
 from infra.errors import DataError
 
 IMAGE_SCHEMA = "image/1"
@@ -91,16 +92,6 @@ Record = ImageRecord | CodeRecord
 def part_name(inputs_hash: str) -> str:
     """Folder of the part that is made from these inputs."""
     return f"part-{inputs_hash[:_NAME_DIGITS]}"
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def id_hash(identity: str) -> int:
-    """64 bits that stand for a record's id or group (BLAKE2b). Among 250 million ids two are equal with a probability of 0.2 %."""
-    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:

@@ -20,11 +20,11 @@ from model.attention_engines import ENGINES, EngineName, make_engine, why_unavai
 from model.config import StreamShape, TransformerConfig
 from model.flex import FlexAttention
 from model.masks import KINDS, Kind, dense_mask
-from train.bench.harness import Figure, Options
 from train.config import load_run
 from train.machine import attention_choice, attention_times
 from train.machine.attention_choice import RECORDS, choose, read_records
 from train.machine.attention_times import AttentionPoint
+from train.machine.rates import Figure, Options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CFG = TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3)
@@ -160,7 +160,7 @@ def test_auto_takes_the_fastest_of_the_nearest_measurement_and_says_why(
     record(tmp_path, "b", "another", "cpu", {point("structured", "fp32", 5, 4): 0.5, point("dense", "fp32", 5, 4): 1.0})
     with caplog.at_level(logging.INFO, "train.machine.attention_choice"):
         assert choose(CFG, SHAPE, CPU, torch.float32, tmp_path) == "dense"
-    assert "attention dense: dense 1 ms, structured 2 ms" in caplog.text and "measured on this one, docs/benchmarks/model-a.json" in caplog.text
+    assert "attention dense: dense 1 ms, structured 2 ms" in caplog.text and "measured on this one, model-a.json" in caplog.text
     assert choose(CFG, SHAPE, CPU, torch.bfloat16, tmp_path) == "structured"
     assert choose(CFG, SHAPE, CPU, torch.float16, tmp_path) == "structured", "bf16 stands for fp16"
     assert choose(CFG, replace(SHAPE, text_tokens=200, grid=24), CPU, torch.float32, tmp_path) == "structured"
@@ -175,7 +175,7 @@ def test_auto_takes_the_reference_where_nothing_is_measured_and_says_how_to_meas
     record(tmp_path, "a", "x", "cpu", {point("structured", "fp32", 5, 4): 1.0})
     with caplog.at_level(logging.INFO, "train.machine.attention_choice"):
         assert choose(CFG, SHAPE, CUDA, torch.float32, tmp_path) == "dense"
-    assert "nothing is measured on new; 'launcher.py bench model --out docs/benchmarks'" in caplog.text
+    assert "nothing is measured on new; 'launcher.py bench model --out train/machine/attention_records'" in caplog.text
 
 
 def test_an_engine_that_cannot_run_here_is_never_chosen_however_fast_it_was(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from model.flex import FlexAttention
 from model.masks import KINDS
 from model.transformer import Transformer
 from train.bench import memory, model_cuda
-from train.bench.harness import Options
+from train.machine.rates import Options
 from train.planning import activations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

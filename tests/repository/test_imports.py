@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import import_graph
+from tests.support.import_graph import imported
 from tests.support.root import ROOT
 
 OURS = ("model", "data_pipeline", "train", "infra", "launcher", "tests")
@@ -49,6 +51,29 @@ HOMES = {
     "lpips": (),
 }
 
+ORDER = {
+    "train": [
+        ("launch",),
+        ("verbs", "experiments"),
+        ("stages", "bench"),
+        ("report", "planning"),
+        ("loop",),
+        ("engines", "run"),
+        ("weights",),
+        ("evaluation", "ranks"),
+        ("optimizer", "machine"),
+        ("config",),
+    ],
+    "data_pipeline": [
+        ("prepare",),
+        ("filters", "loading", "audit"),
+        ("images", "sources", "tokenizer"),
+        ("shards",),
+        ("config",),
+    ],
+}
+"""The rooms of a package from top to bottom. Each may import those on lower floors, and none beside or above it."""
+
 NO_TORCH = (
     "model/config.py",
     "model/offsets.py",
@@ -66,18 +91,6 @@ NO_TORCH = (
 def sources() -> list[Path]:
     folders = sorted(path for folder in ("model", "data_pipeline", "train", "infra") for path in (ROOT / folder).rglob("*.py"))
     return [*folders, ROOT / "launcher.py"]
-
-
-def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Modules that a file imports, as dotted names; names imported from our own packages count as modules of theirs."""
-    tree = ast.parse(path.read_text())
-    found = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 def test_folders_import_only_what_they_may() -> None:
@@ -143,3 +156,37 @@ def test_weights_are_exported_and_pictures_generated_without_deepspeed() -> None
     program = "import sys; sys.modules['deepspeed'] = None; import train.verbs.export, train.stages.generate, train.stages.evaluate; print('well')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "well\n", done.stderr
+
+
+@pytest.mark.parametrize("package", sorted(ORDER))
+def test_rooms_import_only_what_lies_below_them(package: str) -> None:
+    graph = import_graph.read(package)
+    placed = {room for floor in ORDER[package] for room in floor}
+    assert graph.rooms == placed, f"{package}: not in ORDER: {sorted(graph.rooms - placed)}; no longer there: {sorted(placed - graph.rooms)}"
+    upward = graph.upward(ORDER[package])
+    assert not upward, "\n".join(f"{package}/{a} imports {package}/{b}, which does not lie below it (ORDER, in this file)" for a, b in upward)
+    assert not graph.cycles()
+
+
+def test_nothing_imports_the_experiments_and_production_imports_no_benchmark() -> None:
+    graph = import_graph.read("train")
+    assert not [a for a, b in graph.arrows if b == "experiments"]
+    assert {a for a, b in graph.arrows if b == "bench"} <= {"experiments", "verbs"}, "verbs runs them (launcher.py bench), and nobody else may"
+
+
+def test_production_reads_nothing_in_docs() -> None:
+    """Pages are written there by commands of their own; a run on a machine without docs/ works the same."""
+    writers = ("train/experiments/", "train/bench/", "train/verbs/docs.py", "train/verbs/demo_page.py", "infra/repository.py")
+    readers = [str(path.relative_to(ROOT)) for path in sources() if "infra.repository.DOCS" in imported(path)]
+    assert not [reader for reader in readers if not reader.startswith(writers)]
+    assert not [str(path) for path in sources() if '/ "docs"' in path.read_text() and path != ROOT / "infra/repository.py"]
+
+
+def test_the_graph_sees_upward_arrows_and_cycles(tmp_path: Path) -> None:
+    for name, text in {"top/a.py": "from train.low import b", "low/b.py": "def f():\n    import train.top.a", "low/c.py": "import train.mid"}.items():
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_text(text)
+    (tmp_path / "train/mid.py").write_text("")
+    graph = import_graph.read("train", tmp_path)
+    assert graph.rooms == {"top", "low", "mid"} and graph.cycles() == [["low", "top"]] and graph.floors() == 2
+    assert graph.upward([("top",), ("mid",), ("low",)]) == [("low", "mid"), ("low", "top")]

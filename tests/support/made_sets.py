@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_pipeline.images.crops import transformer_crop
 from data_pipeline.shards.part_writer import write_part
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, Record, ShardSet, digest, part_done
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, Record, ShardSet, part_done
 from data_pipeline.shards.versions import Part, collect, merge
+from infra.digests import digest
 from infra.seeds import derive, generator
 
 SIDE = 16

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.shards.shard_set import digest
 from infra import storage
+from infra.digests import digest
 from infra.errors import ConfigError, DataError, ExitCode, StopRequested
 from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
@@ -22,12 +22,11 @@ from tests.support.root import ROOT
 from train import launch
 from train.config import RunConfig, load_run
 from train.loop.metrics import read_metrics
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, TRAINED
 from train.stages import report as report_stage
 from train.verbs import export as export_verb
 
 GOLDEN = ROOT / "tests" / "golden"
-TRAINED = ("dvae", "dalle", "clip")
 # fp32: bf16 rounds differently on other processors, and the choice between them is a machine's.
 BASE = [f"{stage}_fit.precision=fp32" for stage in TRAINED] + [f"{stage}_fit.steps=10" for stage in TRAINED]
 PREPARED = ("prepare", "tokenizer", "dvae", "encode")

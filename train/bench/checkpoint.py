@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from infra.world import World
-from train.bench.harness import DTYPES, Figure, Options, Result, main, measure, start
+from train.bench.harness import Result, main, start
 from train.config import load_run
+from train.machine.rates import DTYPES, Figure, Options, measure
 from train.planning.demo_time_probe import transformer
 from train.ranks.device import set_up
-from train.weights.checkpointer import Saver
+from train.weights.checkpointer import Checkpointer
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
 """Preset and precision by device."""
@@ -45,7 +46,7 @@ def run(options: Options) -> Result:
         return time.perf_counter() - began, waited
 
     with tempfile.TemporaryDirectory() as folder:
-        saver = Saver(folder, world, keep=1)
+        saver = Checkpointer(folder, world, keep=1)
 
         def save(step: int) -> float:
             began = time.perf_counter()

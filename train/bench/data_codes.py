@@ -21,8 +21,9 @@ from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from infra.seeds import derive
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
-from train.bench.harness import Figure, Options, Result, main, measure, start, threads
-from train.bench.model import training_step
+from train.bench.harness import Result, main, start
+from train.bench.training_step import training_step
+from train.machine.rates import Figure, Options, measure, threads
 
 RECORDS = 20_000
 GRID = 32

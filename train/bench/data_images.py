@@ -26,7 +26,8 @@ from PIL import Image
 from data_pipeline.images.crops import CropBox, cut, decode, picture, transformer_crop
 from infra.seeds import generator
 from train.bench import photographs
-from train.bench.harness import Figure, Options, Result, main, measure, start, threads
+from train.bench.harness import Result, main, start
+from train.machine.rates import Figure, Options, measure, threads
 
 _TARGET, _SCALE_MAX = 256, 9 / 8
 _CHUNK = 20

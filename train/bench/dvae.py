@@ -14,7 +14,8 @@ from model.config import DVAEConfig
 from model.dvae import DVAE, logit_laplace_nll, loss, map_pixels
 from model.dvae_flops import encoder_flops, train_flops
 from model.relaxation import GumbelNoise
-from train.bench.harness import DTYPES, Figure, Options, Result, main, matmul_rate, measure, start, threads
+from train.bench.harness import Result, main, start
+from train.machine.rates import DTYPES, Figure, Options, matmul_rate, measure, threads
 
 _SIZES = {
     "cpu": (DVAEConfig(image_size=64, width=64, vocab=2048), 8),

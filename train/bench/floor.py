@@ -2,7 +2,8 @@
 
 import os
 
-from train.bench.harness import DTYPES, Options, Result, copy_rate, main, matmul_rate, start, threads
+from train.bench.harness import Result, main, start
+from train.machine.rates import DTYPES, Options, copy_rate, matmul_rate, threads
 
 # Most CPUs have no fp16 products and emulate them a hundred times slower: a full-size call would take seconds.
 _SLOW = (256, 256, 256)

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from model.attention_engines import EngineName, make_engine
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
-from train.bench.harness import DTYPES, Figure, Options, Result, main, start
+from train.bench.harness import Result, main, start
+from train.machine.rates import DTYPES, Figure, Options
 
 _SIZES = {
     "cpu": (TransformerConfig(layers=8, width=256, heads=4), StreamShape(text_tokens=64, text_vocab=2048, grid=16, image_vocab=1024), 2),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
-from model.attention_engines import EngineName
 from model.config import StreamShape, TransformerConfig
 from train.bench import peer_dalle
-from train.bench.harness import DTYPES, Figure, Options, Result, main, matmul_rate, measure, start, threads
-from train.bench.memory import build
+from train.bench.harness import Result, main, start
+from train.bench.training_step import scaled, training_step
 from train.machine import attention_times
+from train.machine.rates import DTYPES, Options, matmul_rate, measure, threads
 from train.planning.flops import train_flops
 
 GOAL_OVER_PEER = 3.0
@@ -111,31 +108,6 @@ def _theirs(result: Result, cfg: TransformerConfig, shape: StreamShape, batch: i
     )
     result.ratio(f"ours over dalle-pytorch at its best, {_states(shape)}", ours, best, goal=GOAL_OVER_PEER)
     return (found[best],)
-
-
-def scaled(figure: Figure, factor: float, unit: str) -> Figure:
-    """A figure in another unit."""
-    return Figure(figure.value * factor, figure.min * factor, figure.max * factor, unit, figure.runs)
-
-
-def training_step(
-    cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: str, device: str, engine: EngineName, checkpoint_every: int = 0
-) -> Callable[[], None]:
-    """A function that does one update on fixed, random tokens."""
-    model = build(cfg, shape, engine, dtype, checkpoint_every, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    text_BT = torch.randint(2, shape.text_vocab, (batch, shape.text_tokens), device=device)
-    lengths_B = torch.full((batch,), shape.text_tokens, device=device)
-    codes_BI = torch.randint(shape.image_vocab, (batch, shape.image_tokens), device=device)
-
-    def step() -> None:
-        text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
-        loss = cfg.text_loss_weight * text_nll_BT.mean() + (1 - cfg.text_loss_weight) * image_nll_BI.mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 if __name__ == "__main__":

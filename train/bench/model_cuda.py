@@ -14,8 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from model.attention_engines import ENGINES, EngineName, why_unavailable
 from model.config import StreamShape, TransformerConfig
 from model.flex import FlexAttention
-from train.bench.harness import DTYPES, Figure, Options, Result, matmul_rate, measure, start
+from train.bench.harness import Result, start
 from train.machine import attention_times
+from train.machine.rates import DTYPES, Figure, Options, matmul_rate, measure
 from train.planning.flops import train_flops
 from train.planning.hardware import find_by_device_name
 
@@ -57,7 +58,7 @@ def _time_of(result: Result, engine: EngineName) -> float:
 
 
 def _step(result: Result, engine: EngineName, dtype: str, every: int, options: Options) -> None:
-    from train.bench.model import scaled, training_step  # which imports this module
+    from train.bench.training_step import scaled, training_step
 
     batch, flops = _BATCH[every], train_flops(_CFG, _SHAPE)
     words = f"{dtype}, {'recomputing every resblock' if every else 'without recomputation'}"

@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from train.bench.harness import Options, Result, copy_rate, main, measure, start, threads
+from train.bench.harness import Result, main, start
+from train.machine.rates import Options, copy_rate, measure, threads
 from train.optimizer.adamw import Hyper, update
 
 _COUNT = {"cpu": 1 << 22, "cuda": 1 << 28}

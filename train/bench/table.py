@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-from train.bench.harness import Options, Result
+from train.bench.harness import Result
+from train.machine.rates import Options
 
 BENCHES = {
     "checkpoint": "train.bench.checkpoint",

@@ -22,7 +22,7 @@ from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import producer
 from train.config import load_run
 from train.experiments import curves, peer_page
-from train.launch import run_folder
+from train.run.places import run_folder
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as the paper": (),

@@ -23,17 +23,16 @@ import torch
 from infra import files, storage
 from infra.config import differences
 from infra.errors import ConfigError
-from infra.repository import DOCS
+from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import RunFolder, producer
 from infra.world import World
 from model.transformer import Transformer
-from train.bench.harness import threads
 from train.config import RunConfig, load_run
 from train.experiments import peer_page
 from train.experiments.peer_training import ATTENTIONS, EVALUATIONS, WARMUP, Point, report_of
 from train.experiments.peer_training import run as train_peer
-from train.launch import LAUNCHER
 from train.loop.metrics import read_metrics
+from train.machine.rates import threads
 from train.ranks.device import branch_dtype, keep_memory
 from train.run import places
 from train.run.inputs import build_dalle, open_codes, open_tokenizer

@@ -26,10 +26,10 @@ from infra.seeds import derive
 from infra.world import World
 from model.config import StreamShape
 from train.bench import peer_dalle
-from train.bench.harness import DTYPES, Options, measure, threads
 from train.config import RunConfig
 from train.engines.replicated import decay_groups
 from train.loop.trainer import Batch, Loader
+from train.machine.rates import DTYPES, Options, measure, threads
 from train.run.inputs import open_tokenizer
 from train.stages import dalle_batches
 from train.stages.dalle_task import cross_entropies

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.shards.shard_set import id_hash
+from infra.digests import id_hash
 from infra.errors import CheckpointError, DivergedError, StopRequested
 from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import FitSection
-from train.engines.replicated import Engine, MeasuringEngine, Update
+from train.engines.protocol import Engine, MeasuringEngine, Update
 from train.loop.goodput import Goodput, lost_s, process_age_s
 from train.loop.metrics import MetricsWriter, next_attempt
 from train.loop.plateau import Plateau
@@ -26,7 +26,8 @@ from train.ranks import watchdog
 from train.ranks.device import wait_for_all
 from train.ranks.signal_vector import SignalVector
 from train.weights import checkpoint
-from train.weights.checkpointer import Saver
+from train.weights.checkpointer import Checkpointer
+from train.weights.fragments import full_shape
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Outcome:
 
 
 @dataclass
-class Fit:
+class Trainer:
     """One training run of one stage."""
 
     stage: str
@@ -131,7 +132,7 @@ class Fit:
 
     def _train(self) -> Outcome:
         url = self.run.at(self.stage)
-        self._saver = Saver(url, self.world, self.section.keep, self.section.keep_every)
+        self._saver = Checkpointer(url, self.world, self.section.keep, self.section.keep_every)
         self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
         with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
@@ -342,8 +343,3 @@ class Fit:
 def _sum_of_ids(batches: list[Batch]) -> float:
     """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
     return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))
-
-
-def full_shape(parameter: Tensor) -> list[int]:
-    """Shape of a parameter, also of one that ZeRO's stage 3 has partitioned away."""
-    return list(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,4 +1,4 @@
-"""Which attention engine runs: the one that dalle.attention names, or the fastest by recorded measurements (docs/benchmarks/model-*.json)."""
+"""Which attention engine runs: the one that dalle.attention names, or the fastest by recorded measurements (attention_records/model-*.json)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 from infra.errors import ConfigError
-from infra.repository import DOCS
 from model.attention_engines import EngineName, why_unavailable
 from model.config import StreamShape, TransformerConfig
-from train.bench.harness import DTYPES, describe_device
 from train.machine import attention_times
 from train.machine.attention_times import AttentionPoint
+from train.machine.rates import DTYPES, describe_device
 
 log = logging.getLogger(__name__)
 
-RECORDS = DOCS / "benchmarks"
+RECORDS = Path(__file__).with_name("attention_records")
+"""Files of ``launcher.py bench model``, of which only the times of attention are read."""
 _UNMEASURED: EngineName = "dense"
 
 
@@ -62,12 +62,14 @@ def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dty
     rivals = _nearest(records, name, {kind: key for key, kind in DTYPES.items()}[dtype], cfg, shape)
     if not rivals:
         log.info(
-            "attention %s: nothing is measured on %s; 'launcher.py bench model --out docs/benchmarks' records what 'auto' needs", _UNMEASURED, name
+            "attention %s: nothing is measured on %s; 'launcher.py bench model --out train/machine/attention_records' records what 'auto' needs",
+            _UNMEASURED,
+            name,
         )
         return _UNMEASURED
     best = min(rivals, key=lambda record: record.ms)
     times = ", ".join(f"{record.point.engine} {record.ms:.3g} ms" for record in sorted(rivals, key=lambda record: record.ms))
-    log.info("attention %s: %s (%s; measured on %s, docs/benchmarks/%s)", best.point.engine, times, best.point, best.device, best.file)
+    log.info("attention %s: %s (%s; measured on %s, %s)", best.point.engine, times, best.point, best.device, best.file)
     return best.point.engine
 
 

@@ -11,7 +11,7 @@ import torch
 from model.attention_engines import ENGINES, EngineName, make_engine, why_unavailable
 from model.config import StreamShape, TransformerConfig
 from model.offsets import layer_kinds
-from train.bench.harness import DTYPES, Figure, Options, measure
+from train.machine.rates import DTYPES, Figure, Options, measure
 
 _NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+)")
 

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from infra.world import World
 from model.dvae import DVAE, loss
 from model.relaxation import GumbelNoise
-from train.bench.harness import probe
 from train.config import RunConfig, load_run
-from train.engines.replicated import Engine, ReplicatedEngine
+from train.engines.protocol import Engine
+from train.engines.replicated import ReplicatedEngine
 from train.loop.goodput import process_age_s
+from train.machine.rates import probe
 from train.ranks.device import BF16_WORTH_IT, keep_memory
 from train.ranks.signal_vector import SignalVector
 from train.run.inputs import build_dalle

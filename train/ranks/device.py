@@ -16,8 +16,8 @@ import torch.distributed as dist
 from infra import storage
 from infra.run_folder import RunFolder
 from infra.world import World
-from train.bench.harness import DTYPES, Options, matmul_rate, probe
 from train.config import Precision
+from train.machine.rates import DTYPES, Options, matmul_rate, probe
 
 log = logging.getLogger(__name__)
 

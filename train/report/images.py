@@ -8,11 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 
@@ -168,3 +171,9 @@ def fit(text: str, width: int, size: int = LABEL_SIZE) -> str:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if face.getlength(text[:middle] + "…") <= width else (low, middle - 1)
     return text[:low] + "…"
+
+
+def to_array(picture_CYX: Tensor) -> NDArray[np.uint8]:
+    """A picture in [0, 1] as uint8 [H, W, C]."""
+    array: NDArray[np.uint8] = (picture_CYX.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return array

@@ -6,10 +6,12 @@ import logging
 import time
 from pathlib import Path
 
+from infra import storage
 from infra.errors import DataError
 from train.report.markup import Html, el, join, note
 from train.report.sections import SECTIONS, make
-from train.report.view import STAGES, RunView, Section
+from train.report.view import RunView, Section
+from train.run.stage_table import STAGES
 
 _STYLE = Path(__file__).with_name("style.css")
 _log = logging.getLogger(__name__)
@@ -73,3 +75,17 @@ def _facts(run: RunView) -> Html:
     pending = [stage for stage in STAGES if stage not in done and stage != "report"]
     state = "all stages finished" if not pending else f"still to come: {', '.join(pending)}"
     return join(el("p", " · ".join([*words, state]), class_="facts"))
+
+
+def build(run_url: str) -> str:
+    """Write ``report.html`` into a run folder, finished or not; see ``render``.
+
+    Args:
+        run_url: the run folder, local or s3://.
+
+    Returns:
+        URL of the page.
+    """
+    url = storage.join(run_url, "report.html")
+    storage.write_bytes(url, render(RunView(run_url)).encode())
+    return url

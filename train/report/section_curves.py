@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from train.report.markup import Html, el, join, note
 from train.report.plots import Line, lines
-from train.report.view import TRAINED, RunView, Section
+from train.report.view import RunView, Section
+from train.run.stage_table import TRAINED
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from train.report.markup import Child, Html, el, join, note, number, table
-from train.report.view import TRAINED, RunView, Section
+from train.report.view import RunView, Section
+from train.run.stage_table import TRAINED
 
 _TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
 _READS = {"dvae": "images", "dalle": "captions and codes", "clip": "images and captions"}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from infra.progress import duration
 from train.report.markup import Html, el, join, note
-from train.report.view import STAGES, RunView, Section
+from train.report.view import RunView, Section
+from train.run.stage_table import STAGES
 
 GOAL_PSNR_DB = 20.0
 GOAL_CODE_USE = 0.5

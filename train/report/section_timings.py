@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from infra.progress import duration, three_digits
 from train.report.markup import Child, el, join, note, table
-from train.report.view import STAGES, RunView, Section
+from train.report.view import RunView, Section
+from train.run.stage_table import STAGES
 
 
 def section(run: RunView) -> Section | None:

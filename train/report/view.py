@@ -10,11 +10,7 @@ from infra import storage
 from infra.errors import DataError
 from train.loop.metrics import Point, read_metrics
 from train.report.markup import Html
-
-STAGES = ("prepare", "tokenizer", "dvae", "encode", "dalle", "clip", "generate", "evaluate", "report")
-"""Stages in the order of a run."""
-TRAINED = ("dvae", "dalle", "clip")
-"""Stages that train, and so have metrics."""
+from train.run.stage_table import STAGES, TRAINED
 
 
 @dataclass(frozen=True)

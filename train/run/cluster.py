@@ -13,25 +13,10 @@ from train.config import RunConfig
 from train.run import places
 from train.run.stage_table import STAGES
 
-GANGS = ("dvae", "dalle", "clip")
-"""Stages that train on several nodes; any other parallel stage takes one, or shares of the work."""
-NEEDS: dict[str, tuple[str, ...]] = {
-    "prepare": (),
-    "tokenizer": ("prepare",),
-    "dvae": ("prepare",),
-    "encode": ("dvae",),
-    "dalle": ("tokenizer", "encode"),
-    "clip": ("tokenizer",),
-    "generate": ("dalle", "clip"),
-    "evaluate": ("dalle", "clip"),
-    "report": ("generate", "evaluate"),
-}
-"""Stages whose outputs a stage reads."""
-
 
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
     """The job of a stage."""
-    shape: Shape = "gang" if stage in GANGS else "array" if STAGES[stage].shared else "node"
+    shape: Shape = "gang" if STAGES[stage].trains else "array" if STAGES[stage].shared else "node"
     return JobSpec(stage, cfg.run.name, run.url, shape, cfg.cluster)
 
 
@@ -41,7 +26,7 @@ def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) ->
     if on == "k8s":
         return "\n---\n".join(k8s_submit.shown(job_spec(name, cfg, run)) for name in stages)
     return "\n".join(
-        slurm_submit.shown(job_spec(name, cfg, run), [f"JOB_{need}" for need in NEEDS[name] if chain and need in stages]) for name in stages
+        slurm_submit.shown(job_spec(name, cfg, run), [f"JOB_{need}" for need in STAGES[name].needs if chain and need in stages]) for name in stages
     )
 
 
@@ -65,7 +50,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         if on == "k8s":
             print(k8s_submit.submit(spec), end="")
             continue
-        ids[name], new = slurm_submit.submit(spec, [ids[need] for need in NEEDS[name] if need in ids])
+        ids[name], new = slurm_submit.submit(spec, [ids[need] for need in STAGES[name].needs if need in ids])
         print(f"{name}: job {ids[name]}{'' if new else ' is in the queue already'}", flush=True)
     if on == "slurm":
         print(f"squeue --me; output in {slurm_submit.logs(spec)}; progress: python launcher.py status {shlex.quote(run.url)}")

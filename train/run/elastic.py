@@ -23,7 +23,7 @@ def accumulation(batch: int, ranks: int, rows: int) -> int | None:
 def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConfig:
     """The configuration with the accumulation that this number of ranks needs. The first attempt's micro-batch, which fitted into memory, is the measure.
 
-    A batch that the ranks do not divide is left as it is: ``train.stages.finish.micro_batch`` refuses it.
+    A batch that the ranks do not divide is left as it is: ``train.run.inputs.micro_batch`` refuses it.
     """
     key = f"{stage}_fit"
     fit: FitSection | None = getattr(cfg, key, None)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from data_pipeline.config import DataConfig
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
+from infra.world import World
 from model.attention_engines import make_engine
 from model.clip import Clip
 from model.dvae import DVAE
 from model.transformer import Norm, Transformer
-from train.config import RunConfig
+from train.config import FitSection, RunConfig
 from train.machine.attention_choice import choose
 from train.run import places
 from train.weights import export
@@ -111,3 +114,25 @@ def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -
     identity = export.read(run.at(stage, "export"), module)
     export.to_device(module, device)
     return identity
+
+
+def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
+    """Samples of one micro-batch over all ranks.
+
+    Raises:
+        ConfigError: the batch does not divide over ranks and micro-batches.
+    """
+    fit: FitSection = getattr(cfg, section)
+    shares = world.size * fit.accumulation
+    if fit.batch % shares:
+        raise ConfigError(
+            f"{section}.batch = {fit.batch} does not divide over {world.size} processes x {section}.accumulation = {fit.accumulation}; "
+            f"use a multiple of {shares}."
+        )
+    return fit.batch // fit.accumulation
+
+
+def loader_options(data: DataConfig) -> dict[str, Any]:
+    """How a training stage's loader works. Its batches depend on the block of the shuffle and on the weights of sources, and on nothing else of it."""
+    weights = {source.url: source.weight for source in data.sources}
+    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block, "weights": weights}

@@ -56,3 +56,8 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
             raise DataError(f"{run.at(stage, 'done.json')} is missing: run 'launcher.py {stage} {run.url}' first.")
         found[stage] = marker
     return found
+
+
+def run_folder(cfg: RunConfig) -> RunFolder:
+    """The folder of a run."""
+    return RunFolder(storage.join(cfg.run.root, cfg.run.name))

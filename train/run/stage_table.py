@@ -1,4 +1,7 @@
-"""The table of stages, in the order of the demo. No torch: a stage's module is imported when it runs."""
+"""The table of stages, in the order of the demo. There is no other: the launcher, cluster jobs, ``status``, ``doctor`` and the report read this one.
+
+No torch: a stage's module is imported when it runs.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,12 @@ class Stage:
 
     module: str
     help: str
+    needs: tuple[str, ...] = ()
+    """Stages whose outputs it reads, less those that these need themselves: what a scheduler waits for."""
+    makes: tuple[str, ...] = ()
+    """What it leaves in the run folder for others, besides its marker ``<stage>/done.json``."""
+    trains: bool = False
+    """Whether it trains: has metrics, checkpoints and an export, and takes several nodes at once."""
     parallel: bool = True
     """Whether more than one rank helps; others run in one."""
     repeats: bool = False
@@ -50,47 +59,70 @@ STAGES: dict[str, Stage] = {
         "independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
         shared=True,
         preview="train.stages.prepare_preview",
+        makes=("images",),
     ),
     "tokenizer": Stage(
         "train.stages.tokenizer",
         "Train the sentencepiece BPE tokenizer on the captions of the training split.\n\nIn: images/train. Out: tokenizer/ (model and manifest).",
         parallel=False,
+        needs=("prepare",),
+        makes=("tokenizer",),
     ),
     "dvae": Stage(
         "train.stages.dvae",
         "Stage 1: train the discrete VAE with the logit-Laplace ELB (paper 2.1, A.2).\n\n"
         "In: image shards. Out: dvae/checkpoints, averaged weights in dvae/export. Resumes from its last checkpoint.",
+        needs=("prepare",),
+        makes=("dvae/export",),
+        trains=True,
     ),
     "encode": Stage(
         "train.stages.encode",
         "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
         "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
         shared=True,
+        needs=("dvae",),
+        makes=("codes",),
     ),
     "dalle": Stage(
         "train.stages.dalle",
         "Stage 2: train the transformer on text and image tokens with DeepSpeed ZeRO (paper 2.2, B).\n\n"
         "In: code shards, tokenizer. Out: dalle/checkpoints, averaged weights in dalle/export. Resumes from its last checkpoint.",
+        needs=("tokenizer", "encode"),
+        makes=("dalle/export",),
+        trains=True,
     ),
     "clip": Stage(
         "train.stages.clip",
         "Train the contrastive model that ranks pictures by how well they match their caption (paper 2.6).\n\nIn: image shards, tokenizer. Out: clip/export.",
+        needs=("tokenizer",),
+        makes=("clip/export",),
+        trains=True,
     ),
     "generate": Stage(
         "train.stages.generate",
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
         "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
         shared=True,
+        needs=("dalle", "clip"),
+        makes=("generate/index.json", "generate/grid.png"),
     ),
     "evaluate": Stage(
         "train.stages.evaluate",
         "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
         "In: exports, code and image shards. Out: evaluate/metrics.json.",
+        needs=("dalle", "clip"),
+        makes=("evaluate/metrics.json",),
     ),
     "report": Stage(
         "train.stages.report",
         "Write report.html: a self-contained page with curves, reconstructions, pictures, timings and credits of the run.",
         parallel=False,
         repeats=True,
+        needs=("generate", "evaluate"),
+        makes=("report.html",),
     ),
 }
+
+TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
+"""Stages that train, in the order of the table."""

@@ -16,12 +16,12 @@ from infra.world import World
 from model.clip import Clip
 from train.config import RunConfig
 from train.engines.replicated import ReplicatedEngine
-from train.loop.trainer import Fit
+from train.loop.trainer import Trainer
 from train.ranks.device import set_up, wait_for_all
 from train.run import places
-from train.run.inputs import open_images, open_tokenizer
+from train.run.inputs import loader_options, micro_batch, open_images, open_tokenizer
 from train.stages.clip_task import BothTowers, ClipTask
-from train.stages.finish import finish_training, loader_options, micro_batch
+from train.stages.finish import finish_training
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -51,7 +51,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     reader = SequentialReader(validation, world, fit.eval_samples, cfg.evaluate.batch, plain, image_collate, mix_seed=cfg.run.seed)
     lineage = {"images": training.content_hash, "tokenizer": tokenizer_hash}
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
-    outcome = Fit("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()
+    outcome = Trainer("clip", ClipTask(cfg, world, device, reader), engine, loader, fit, run, world, stop, device, meta).run_to_end()
     engine.average.values = {name.removeprefix("clip."): value for name, value in engine.average.values.items()}
     finish_training("clip", cfg.clip, engine, outcome, "images/s", lineage, run, world)
     wait_for_all()

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from infra.world import World
 from model.clip import Clip
 from train.config import RunConfig
-from train.engines.replicated import Engine
+from train.engines.protocol import Engine
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup_cosine
 from train.loop.trainer import Batch, Loss

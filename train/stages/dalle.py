@@ -18,16 +18,16 @@ from train.config import DalleFit, RunConfig
 from train.engines.zero.construction import sharded_construction
 from train.engines.zero.engine import ZeroEngine
 from train.loop.plateau import Plateau
-from train.loop.trainer import RESTORE_PATIENCE, Fit
+from train.loop.trainer import RESTORE_PATIENCE, Trainer
 from train.optimizer import apex_parts
 from train.planning.flops import train_flops
 from train.ranks import watchdog
 from train.ranks.device import branch_dtype, matrix_peak, set_up, wait_for_all
 from train.run import places
-from train.run.inputs import build_dalle, open_tokenizer
+from train.run.inputs import build_dalle, micro_batch, open_tokenizer
 from train.stages import dalle_batches, dalle_init_from
 from train.stages.dalle_task import DalleTask
-from train.stages.finish import finish_training, micro_batch
+from train.stages.finish import finish_training
 from train.weights import checkpoint
 
 
@@ -59,7 +59,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     # fp16 on a CPU has no peak: its rate depends on how the matrices lie by a factor of ten.
     peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
     flops = train_flops(cfg.dalle, model.shape) / model.shape.states
-    outcome = Fit("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
+    outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
     # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
     url = run.at("dalle")
     averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None

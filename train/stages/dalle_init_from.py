@@ -7,10 +7,10 @@ import logging
 import torch
 
 from infra.errors import ConfigError
-from train.engines.replicated import Engine
-from train.loop.trainer import full_shape
+from train.engines.protocol import Engine
 from train.ranks.device import wait_for_all
 from train.weights import export
+from train.weights.fragments import full_shape
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.shards.shard_set import id_hash
+from infra.digests import id_hash
 from model.transformer import Transformer
 from train.config import RunConfig
-from train.engines.replicated import Engine, MeasuringEngine, global_counts
+from train.engines.protocol import Engine, MeasuringEngine
+from train.engines.replicated import global_counts
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup, warmup_cosine
 from train.loop.trainer import Batch, Loss
@@ -122,7 +123,7 @@ class DalleTask:
             self.metrics = (*self.metrics, "captions_dropped")
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Linear warm-up, then half a cosine, or flat (``Fit.plateau`` halves it)."""
+        """Linear warm-up, then half a cosine, or flat (``Trainer.plateau`` halves it)."""
         fit = self.cfg.dalle_fit
         if fit.schedule == "plateau":
             return {"lr": warmup(step, fit.lr, fit.warmup_steps)}

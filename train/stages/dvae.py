@@ -18,13 +18,13 @@ from model.dvae import DVAE
 from model.dvae_flops import train_flops
 from train.config import RunConfig
 from train.engines.replicated import ReplicatedEngine
-from train.loop.trainer import Fit
+from train.loop.trainer import Trainer
 from train.optimizer.loss_scale import LossScale
 from train.ranks.device import branch_dtype, matrix_peak, set_up, wait_for_all
 from train.run import places
-from train.run.inputs import open_images
+from train.run.inputs import loader_options, micro_batch, open_images
 from train.stages.dvae_task import DvaeTask
-from train.stages.finish import finish_training, loader_options, micro_batch
+from train.stages.finish import finish_training
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -68,6 +68,6 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     task = DvaeTask(cfg, run, world, device, reader)
     peak = matrix_peak(dtype, device) if world.is_main else 0.0
     flops = train_flops(cfg.dvae)
-    outcome = Fit("dvae", task, engine, loader, fit, run, world, stop, device, meta, flops, peak).run_to_end()
+    outcome = Trainer("dvae", task, engine, loader, fit, run, world, stop, device, meta, flops, peak).run_to_end()
     finish_training("dvae", cfg.dvae, engine, outcome, "images/s", lineage, run, world)
     wait_for_all()

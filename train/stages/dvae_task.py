@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
@@ -19,14 +17,14 @@ from infra.world import World
 from model.dvae import DVAE, DVAETerms
 from model.relaxation import GumbelNoise
 from train.config import RunConfig
-from train.engines.replicated import Engine
+from train.engines.protocol import Engine
 from train.evaluation.codes import ENOUGH_CODES, CodeWindow, code_statistics
 from train.evaluation.collapse import collapse_warning
 from train.evaluation.reconstruction import Judges, Reconstruction, noise_of, reconstruct
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import half_cosine, linear
 from train.loop.trainer import Batch, Loss
-from train.report.images import grid, grid_png
+from train.report.images import grid, grid_png, to_array
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +106,3 @@ def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter
         storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))
         writer.images(step, ", ".join(_LABELS), grid(rows))
     storage.write_json(run.at("dvae", "pictures", "codebook.json"), {"counts": found.counts_N.tolist(), "samples": found.samples})
-
-
-def to_array(picture_CYX: Tensor) -> NDArray[np.uint8]:
-    """A picture in [0, 1] as uint8 [H, W, C]."""
-    array: NDArray[np.uint8] = (picture_CYX.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return array

@@ -12,16 +12,17 @@ from itertools import groupby
 import torch
 
 from data_pipeline.shards.part_writer import PartWriter
-from data_pipeline.shards.shard_set import CODES_SCHEMA, CodeRecord, ShardSet, digest, part_done
+from data_pipeline.shards.shard_set import CODES_SCHEMA, CodeRecord, ShardSet, part_done
 from data_pipeline.shards.versions import Part, collect, merge
+from infra.digests import digest
 from infra.errors import DataError
 from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
 from infra.signals import StopFlag
 from infra.world import Share, World
 from model.dvae import DVAE
-from train.bench.harness import DTYPES, threads
 from train.config import RunConfig
+from train.machine.rates import DTYPES, threads
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.run import places
 from train.run.inputs import open_dvae, open_images

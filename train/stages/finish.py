@@ -1,4 +1,4 @@
-"""What stages share: agreeing to stop, and finishing a training stage."""
+"""How stages end: agreeing to stop, and finishing a training stage."""
 
 from __future__ import annotations
 
@@ -9,38 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from infra.errors import ConfigError, StopRequested
+from infra.errors import StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
-from train.config import FitSection, RunConfig
-from train.engines.replicated import Engine
-from train.loop.trainer import Outcome, full_shape
+from train.engines.protocol import Engine
+from train.loop.trainer import Outcome
 from train.ranks.signal_vector import SignalVector
 from train.weights import export
-
-
-def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
-    """Samples of one micro-batch over all ranks.
-
-    Raises:
-        ConfigError: the batch does not divide over ranks and micro-batches.
-    """
-    fit: FitSection = getattr(cfg, section)
-    shares = world.size * fit.accumulation
-    if fit.batch % shares:
-        raise ConfigError(
-            f"{section}.batch = {fit.batch} does not divide over {world.size} processes x {section}.accumulation = {fit.accumulation}; "
-            f"use a multiple of {shares}."
-        )
-    return fit.batch // fit.accumulation
-
-
-def loader_options(data: DataConfig) -> dict[str, Any]:
-    """How a training stage's loader works. Its batches depend on the block of the shuffle and on the weights of sources, and on nothing else of it."""
-    weights = {source.url: source.weight for source in data.sources}
-    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block, "weights": weights}
+from train.weights.fragments import full_shape
 
 
 def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:

@@ -18,11 +18,10 @@ from infra.signals import StopFlag
 from infra.world import Share, World
 from train.config import RunConfig
 from train.ranks.device import branch_dtype, set_up, wait_for_all
-from train.report.images import grid, png_bytes
+from train.report.images import grid, png_bytes, to_array
 from train.run import places
 from train.run.inputs import Exports, open_exports, open_images
 from train.stages import generate_drawing
-from train.stages.dvae_task import to_array
 from train.stages.finish import stop_together
 from train.stages.generate_drawing import Prompt
 

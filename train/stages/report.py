@@ -8,7 +8,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import RunConfig
-from train.report.stage import build
+from train.report.page import build
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:

@@ -14,6 +14,7 @@ def main(name: str, out: str, seconds: float) -> None:
         UsageError: there is no such benchmark; the known ones are listed.
     """
     from train.bench import docs, harness, table  # torch
+    from train.machine import rates
     from train.ranks.device import keep_memory
 
     if name == "docs":
@@ -23,7 +24,7 @@ def main(name: str, out: str, seconds: float) -> None:
     several = [other for other in table.BENCHES if other.startswith(f"{name}-")]  # 'data' stands for data-codes and data-images
     for chosen in several or [name]:
         try:
-            result = table.run(chosen, harness.Options(seconds=seconds))
+            result = table.run(chosen, rates.Options(seconds=seconds))
         except ValueError as error:
             raise UsageError(f"{error}, docs.") from error
         print(harness.write(result, Path(out)))

@@ -22,8 +22,7 @@ from infra import storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from train.run import places
-from train.run.cluster import GANGS
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, TRAINED
 from train.verbs.targets import Run, open_run
 
 DAYS = 7.0
@@ -139,7 +138,7 @@ def _sets(run: Run) -> list[str]:
 
 def _unmarked(run: RunFolder, before: float) -> Iterator[str]:
     """Checkpoints that a killed save or a killed deletion left: older ones than the newest complete one, all of whose files are old."""
-    for stage in GANGS:
+    for stage in TRAINED:
         base = run.at(stage, "checkpoints")
         names = storage.list_files(base)
         folders = {folder for folder in (name.split("/")[0] for name in names) if _CHECKPOINT.fullmatch(folder)}

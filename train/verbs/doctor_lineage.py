@@ -9,9 +9,8 @@ from infra import storage
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import places
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, TRAINED
 
-_EXPORTS = ("dvae", "dalle", "clip")
 _NAMES = 5  # of what is wrong, in one finding
 
 
@@ -35,7 +34,7 @@ def _there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
     found = {kind: set(((run.done(stage) or {}).get("versions") or {}).values()) for kind, stage in (("images", "prepare"), ("codes", "encode"))}
     for name, url in [
         ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
-        *((n, run.at(n, "export", "config.json")) for n in _EXPORTS),
+        *((n, run.at(n, "export", "config.json")) for n in TRAINED),
     ]:
         found[name] = {str(storage.read_json(url)["content_hash"])} if storage.exists(url) else set()
     return found

@@ -18,11 +18,11 @@ from model.config import DVAEConfig
 from model.dvae import DVAE
 from train.config import RunConfig, load_run
 from train.evaluation.reconstruction import Judges, Reconstruction, reconstruct
-from train.launch import run_folder
 from train.loop.metrics import MetricsWriter, next_attempt
 from train.ranks.device import set_up
 from train.run import places
 from train.run.inputs import open_images
+from train.run.places import run_folder
 from train.stages.dvae_task import show
 from train.weights import export
 from train.weights.released_dvae import join_halves, read_half, shape_of

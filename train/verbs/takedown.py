@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from data_pipeline.shards.deletion import Purge, plan_purge
 from data_pipeline.shards.shard_set import read_takedown
-from data_pipeline.shards.versions import Purge, plan_purge
 from infra import storage
 from infra.errors import ConfigError
-from train import launch
 from train.config import load_run
 from train.run import places
 
@@ -19,7 +18,7 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
         DataError: the list cannot be read.
     """
     cfg = load_run(preset, overrides)
-    run = launch.run_folder(cfg)
+    run = places.run_folder(cfg)
     ids = read_takedown(cfg.data.takedown)
     if not ids:
         raise ConfigError(f"data.takedown = '{cfg.data.takedown}': a list of at least one id is needed, a text file with one id a line.")

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules, check_part
 from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, id_hash, read_takedown
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, read_takedown
 from infra import storage
+from infra.digests import id_hash
 from infra.errors import ConfigError, DataError, StopRequested
 from infra.progress import Progress, table
 from infra.signals import StopFlag

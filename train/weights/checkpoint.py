@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_pipeline.shards.shard_set import digest
 from infra import storage
+from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
@@ -52,7 +52,7 @@ def save(
     *,
     group: Any = None,
 ) -> str:
-    """Write a checkpoint, and drop those that it supersedes. Collective. ``train.weights.checkpointer.Saver`` does it beside training.
+    """Write a checkpoint, and drop those that it supersedes. Collective. ``train.weights.checkpointer.Checkpointer`` does it beside training.
 
     Args:
         meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from data_pipeline.shards.shard_set import digest
 from infra import storage
+from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 
 INDEX = "index.json"

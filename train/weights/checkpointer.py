@@ -22,7 +22,7 @@ from train.weights.fragments import Fragment
 watchdog.waits_for_saver(__file__)
 
 
-class Saver:
+class Checkpointer:
     """Writes checkpoints of one stage in a thread, one at a time. Every method is collective."""
 
     def __init__(self, stage_url: str, world: World, keep: int, keep_every: int = 0) -> None:

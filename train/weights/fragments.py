@@ -99,3 +99,8 @@ class FragmentLoader(DefaultLoadPlanner):
         """The piece's tensor, whose elements count from the piece's own start."""
         tensor: Tensor = self.state_dict[index.fqn].tensor
         return tensor
+
+
+def full_shape(parameter: Tensor) -> list[int]:
+    """Shape of a parameter, also of one that ZeRO's stage 3 has partitioned away."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))

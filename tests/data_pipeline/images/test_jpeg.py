@@ -22,6 +22,7 @@ from infra.errors import DataError
 from infra.seeds import generator
 from tests.data_pipeline.images.test_crops import encoded, noise
 from train.bench import data_images, harness, photographs
+from train.machine import rates
 
 
 def jpeg_file(picture: crops.Pixels, **options: Any) -> bytes:
@@ -154,7 +155,7 @@ def test_generated_photographs_repeat_and_fall_off_as_photographs_do(tmp_path: P
 
 def test_the_benchmark_of_images_measures_the_peers_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [photographs.encode(photographs.photograph(1, index)) for index in range(2)]
-    options = harness.Options(device="cpu", seconds=0.01, runs=1)
+    options = rates.Options(device="cpu", seconds=0.01, runs=1)
     monkeypatch.setattr(data_images, "_CHUNK", 2)
     monkeypatch.setattr(data_images, "find_spec", lambda name: None)
     found = data_images.compare(files, options)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.shards import versions
+from data_pipeline.shards import deletion, versions
 from data_pipeline.shards.part_writer import write_part
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, id_hash, open_set, part_done, read_marker
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, open_set, part_done, read_marker
 from data_pipeline.shards.versions import Part
 from infra import storage
+from infra.digests import id_hash
 from infra.errors import DataError
 from tests.support.made_sets import as_dict
 
@@ -226,15 +227,15 @@ def test_a_purge_deletes_the_parts_of_taken_down_records_and_nothing_else(tmp_pa
     url = str(tmp_path)
     old = make_set(url, (3, 3))
     make_set(url, (3, 3, 2))
-    assert versions.plan_purge(url, frozenset({"nobody"})) is None
-    purge = versions.plan_purge(url, frozenset({"id-7", "nobody"}))
+    assert deletion.plan_purge(url, frozenset({"nobody"})) is None
+    purge = deletion.plan_purge(url, frozenset({"id-7", "nobody"}))
     assert purge is not None and (purge.records, purge.parts, len(purge.versions)) == (1, ["part-00002"], 1)
     before = tree(tmp_path)
     purge.carry_out()
     gone = before.keys() - tree(tmp_path).keys()
     assert "manifest.json" in gone and all(name.startswith(("part-00002/", "versions/")) or name == "manifest.json" for name in gone)
     assert not part_done(url, "00002") and ids(open_set(url, IMAGE_SCHEMA, version=old.content_hash)) == [f"id-{number}" for number in range(6)]
-    both = versions.plan_purge(url, frozenset({"id-1", "id-4"}))
+    both = deletion.plan_purge(url, frozenset({"id-1", "id-4"}))
     assert both is not None and (both.records, both.parts) == (2, ["part-00000", "part-00001"])
 
 
@@ -245,7 +246,7 @@ def test_a_manifest_that_names_something_else_than_a_part_is_no_plan_of_a_purge(
     manifest["parts"][1]["name"] = name
     storage.write_json(place, manifest)
     with pytest.raises(DataError, match=r"expected part-<hexadecimal digits>: it was changed by hand, or is damaged"):
-        versions.plan_purge(str(tmp_path), frozenset({"id-1"}))
+        deletion.plan_purge(str(tmp_path), frozenset({"id-1"}))
 
 
 def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +256,7 @@ def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path,
     for calls in range(1, 9):
         url = str(tmp_path / str(calls))
         make_set(url, (3, 3))
-        purge = versions.plan_purge(url, frozenset({"id-4"}))
+        purge = deletion.plan_purge(url, frozenset({"id-4"}))
         assert purge is not None
         left = [calls]
 
@@ -275,10 +276,10 @@ def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path,
                 patch.setattr(storage, name, mortal(name))
             with contextlib.suppress(Killed):
                 purge.carry_out()
-        again = versions.plan_purge(url, frozenset({"id-4"}))
+        again = deletion.plan_purge(url, frozenset({"id-4"}))
         if again is not None:
             again.carry_out()
         files = storage.list_files(url)
         assert not [name for name in files if name.startswith("part-00001")] and "part-00000/done.json" in files
         assert not [name for name in files if name.endswith("manifest.json")], "no version is left that could be read"
-        assert versions.plan_purge(url, frozenset({"id-4"})) is None
+        assert deletion.plan_purge(url, frozenset({"id-4"})) is None

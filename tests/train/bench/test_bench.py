@@ -14,7 +14,9 @@ import torch
 from model.config import StreamShape, TransformerConfig
 from tests.support.root import ROOT
 from train.bench import docs, floor, harness, model, peer_dalle, table
-from train.bench.harness import Figure, Options, Result, check, copy_rate, matmul_rate, measure, probe, threads, to_json, write
+from train.bench.harness import Result, check, to_json, write
+from train.machine import rates
+from train.machine.rates import Figure, Options, copy_rate, matmul_rate, measure, probe, threads
 from train.verbs import bench as bench_verb
 
 QUICK = Options(device="cpu", seconds=0.02, runs=2)
@@ -56,12 +58,12 @@ def test_probes_find_positive_rates_and_leave_the_number_of_threads_alone() -> N
 
 
 def test_the_probe_of_precisions_is_quick_and_counts_floating_point_operations() -> None:
-    began = harness._now("cpu")
-    rates = probe(0.2)
-    assert harness._now("cpu") - began < 30
-    assert set(rates) == {"fp32", "bf16"}
+    began = rates._now("cpu")
+    found = probe(0.2)
+    assert rates._now("cpu") - began < 30
+    assert set(found) == {"fp32", "bf16"}
     # A matrix product of this size in 0.1 GFLOP/s would take 10 s, in 100,000 GFLOP/s 10 us: no processor does either.
-    assert all(0.1 < rate < 100_000 for rate in rates.values())
+    assert all(0.1 < rate < 100_000 for rate in found.values())
 
 
 def test_a_result_is_valid_reads_back_equal_and_goes_where_its_device_says(tmp_path: Path) -> None:
@@ -124,13 +126,13 @@ def test_the_stall_of_a_save_is_measured_on_the_real_engine_and_saver(monkeypatc
 
     monkeypatch.setattr(checkpoint, "PRESETS", {"cpu": ("tiny", "fp32")})
     monkeypatch.setattr(checkpoint, "BETWEEN", 2)
-    plain = checkpoint.Saver.settle
+    plain = checkpoint.Checkpointer.settle
 
     def slow(saver: Any) -> float:
         time.sleep(0.02)
         return plain(saver) + 0.02
 
-    monkeypatch.setattr(checkpoint.Saver, "settle", slow)
+    monkeypatch.setattr(checkpoint.Checkpointer, "settle", slow)
     found = checkpoint.run(QUICK)
     check(json.loads(to_json(found)))
     assert found.measured["update"].min > 20 and found.measured["stall of a save"].min >= 20

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from train.bench import data_codes
-from train.bench.harness import Options, check, to_json
+from train.bench.harness import check, to_json
+from train.machine.rates import Options
 
 
 def test_the_benchmark_measures_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:

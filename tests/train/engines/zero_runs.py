@@ -33,10 +33,10 @@ from tests.train.engines.zero_cases import (
     zero_of,
 )
 from train.engines.zero import internals, measures, one_pass
-from train.loop.trainer import full_shape
 from train.stages import dalle_init_from
 from train.weights import checkpoint
-from train.weights.checkpointer import Saver
+from train.weights.checkpointer import Checkpointer
+from train.weights.fragments import full_shape
 
 CLIP = 0.25
 """Small enough to clip."""
@@ -229,7 +229,7 @@ def meta_of(engine: Any) -> dict[str, Any]:
 def save_and_go_on(engine: Any, case: Case, url: str, world: World) -> dict[str, Any]:
     """Three updates, a checkpoint, twenty more while it is written; and the same twenty after a restore."""
     updates(engine, world, 0, 3)
-    saver = Saver(url, world, keep=2)
+    saver = Checkpointer(url, world, keep=2)
     saver.save(3, engine.fragments(to_load=False), meta_of(engine), ready=engine.average.wait)
     saver.settle()
     found = {"gathered": gathered(engine), "scales": engine.scales and [s / world.size for s in engine.scales.values()]}

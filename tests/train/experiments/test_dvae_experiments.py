@@ -14,8 +14,8 @@ from infra.errors import DataError, ExitCode
 from train.config import load_run
 from train.experiments import curves
 from train.experiments import page as page_module
-from train.launch import run_folder
 from train.loop.metrics import MetricsWriter
+from train.run.places import run_folder
 
 
 def fake_runs(root: Path, codes: dict[str, int]) -> tuple[list[tuple[str, str]], Any]:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from data_pipeline.shards.shard_set import id_hash
+from infra.digests import id_hash
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag

@@ -16,14 +16,14 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import FitSection
-from train.engines.replicated import Update
+from train.engines.protocol import Update
 from train.loop.metrics import read_metrics
 from train.loop.plateau import Plateau
-from train.loop.trainer import Fit, Loss
+from train.loop.trainer import Loss, Trainer
 from train.optimizer.averaging import Average
 from train.ranks import watchdog
 from train.weights import checkpoint
-from train.weights.checkpointer import Saver
+from train.weights.checkpointer import Checkpointer
 from train.weights.fragments import Fragment, even_slice
 
 APPLIED, OVERFLOW, BROKEN = Update(True, 1.0), Update(False, float("inf"), True), Update(False, float("inf"), False)
@@ -92,10 +92,10 @@ class Nothing:
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-def fit_of(folder: Path, fates: list[Update], losses: list[float], **changes: Any) -> Fit:
+def fit_of(folder: Path, fates: list[Update], losses: list[float], **changes: Any) -> Trainer:
     section = FitSection(steps=len(fates), save_every=2, eval_every=100, log_every=1, max_bad_steps=2, max_overflow_steps=4, **changes)
     engine: Any = Scripted(fates)
-    return Fit("toy", Counting(losses), engine, Nothing(), section, RunFolder(str(folder)), World.single(), StopFlag(), torch.device("cpu"))
+    return Trainer("toy", Counting(losses), engine, Nothing(), section, RunFolder(str(folder)), World.single(), StopFlag(), torch.device("cpu"))
 
 
 def test_overflows_and_broken_numbers_are_counted_apart_and_recovered_from(tmp_path: Path) -> None:
@@ -145,19 +145,19 @@ def test_a_restore_is_watched_and_what_is_compiled_after_it_is_not(tmp_path: Pat
 
 def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = fit_of(tmp_path, [APPLIED] * 6, [1.0], keep=3)
-    events, settle = list[str](), Saver.settle
+    events, settle = list[str](), Checkpointer.settle
 
     def late() -> None:
         time.sleep(0.2)
         events.append("copied")
 
-    def settled(saver: Saver) -> float:
+    def settled(saver: Checkpointer) -> float:
         if seconds := settle(saver):  # there was something to wait for
             events.append("settled")
         return seconds
 
     fit.engine.average.wait = late  # type: ignore[method-assign]
-    monkeypatch.setattr(Saver, "settle", settled)
+    monkeypatch.setattr(Checkpointer, "settle", settled)
     fit.run_to_end()
     for step in (2, 4, 6):
         weights = checkpoint.read_tensors(checkpoint.folder(str(tmp_path / "toy"), step), "model")
@@ -174,7 +174,7 @@ def fragments_of(value: float) -> dict[str, Fragment]:
 def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, plain = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args, **named: (gate.wait(10), plain(*args, **named)))
-    saver, live, plateau = Saver(str(tmp_path), World.single(), keep=2), fragments_of(1.0), Plateau(2, 1, 0.5, 5, 0, at=(3,))
+    saver, live, plateau = Checkpointer(str(tmp_path), World.single(), keep=2), fragments_of(1.0), Plateau(2, 1, 0.5, 5, 0, at=(3,))
     began = time.perf_counter()
     saver.save(1, live, {"shapes": {"w": [4]}, "plateau": plateau.state()})
     assert time.perf_counter() - began < 5 and checkpoint.complete(str(tmp_path)) == []
@@ -191,7 +191,7 @@ def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpus_tensors_are_copied_beside_what_it_does_and_the_host_waits_for_nothing(tmp_path: Path) -> None:
     live = {"model/w": even_slice(torch.zeros(1 << 24, device="cuda"), 0, 1)}
-    saver = Saver(str(tmp_path), World.single(), keep=3)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=3)
     for step in (1, 2, 3):  # the first takes pinned memory, which the others use again
         live["model/w"].tensor.fill_(float(step))
         torch.cuda._sleep(1 << 30)  # half a second's work on the GPU, in which the host goes on
@@ -209,7 +209,7 @@ def test_a_gpus_tensors_are_copied_beside_what_it_does_and_the_host_waits_for_no
 
 
 def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_path: Path) -> None:
-    saver, live, ready = Saver(str(tmp_path), World.single(), keep=2), fragments_of(1.0), threading.Event()
+    saver, live, ready = Checkpointer(str(tmp_path), World.single(), keep=2), fragments_of(1.0), threading.Event()
 
     def finish() -> None:
         ready.wait(10)
@@ -225,7 +225,7 @@ def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_pa
 
 
 def test_what_fails_before_the_copy_is_heard_of_before_the_tensors_change(tmp_path: Path) -> None:
-    saver = Saver(str(tmp_path), World.single(), keep=2)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=2)
     saver.save(1, fragments_of(1.0), {}, ready=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     with pytest.raises(ZeroDivisionError):
         saver.settle()
@@ -238,7 +238,7 @@ def test_a_failed_save_is_heard_of_at_the_next_one(tmp_path: Path, monkeypatch: 
     def fail(*_: Any, **__: Any) -> None:
         raise CheckpointError("the disk is full")
 
-    saver = Saver(str(tmp_path), World.single(), keep=2)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=2)
     monkeypatch.setattr(checkpoint, "save", fail)
     saver.save(1, fragments_of(1.0), {})
     with pytest.raises(CheckpointError, match="the disk is full"):
@@ -247,7 +247,7 @@ def test_a_failed_save_is_heard_of_at_the_next_one(tmp_path: Path, monkeypatch: 
 
 
 def test_permanent_checkpoints_outlive_the_newest(tmp_path: Path) -> None:
-    saver = Saver(str(tmp_path), World.single(), keep=1, keep_every=4)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=1, keep_every=4)
     for step in range(1, 11):
         saver.save(step, fragments_of(step), {"shapes": {"w": [4]}})
     saver.wait()
@@ -302,7 +302,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_end_costs_no_curve(tmp_path:
     assert [(p.step, p.value) for p in read_metrics(str(tmp_path), "toy")["eval/loss"]] == [(4, 0.5)]
 
 
-def resumed(tmp_path: Path, before: dict[str, str], now: dict[str, str]) -> Fit:
+def resumed(tmp_path: Path, before: dict[str, str], now: dict[str, str]) -> Trainer:
     fit = fit_of(tmp_path, [APPLIED] * 4, [1.0])
     fit.meta = {"parents": before}
     fit.run_to_end()
@@ -322,7 +322,7 @@ def test_a_checkpoint_goes_on_with_its_own_inputs_alone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_description_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saver = Saver(str(tmp_path), World.single(), keep=3)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=3)
     for step in (1, 2):
         saver.save(step, fragments_of(step), {"shapes": {"w": [4]}})
     saver.wait()

@@ -198,7 +198,7 @@ def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool, dtype: torch.
 
 def test_the_benchmark_measures_both_kinds_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.bench import optimizer
-    from train.bench.harness import Figure, Options
+    from train.machine.rates import Figure, Options
 
     monkeypatch.setattr(optimizer, "_COUNT", {"cpu": 1 << 12})
     monkeypatch.setattr(optimizer, "copy_rate", lambda _: Figure(1.0, 1.0, 1.0, "GB/s", 1))

@@ -19,7 +19,7 @@ from tests.support.processes import ranks_of
 from tests.system.test_launcher import LAUNCHER, copied
 from train.ranks import watchdog
 from train.ranks.watchdog import Watchdog
-from train.weights.checkpointer import Saver
+from train.weights.checkpointer import Checkpointer
 
 HANG_S = 16
 """Who waits for others waits for a quarter longer, less the second between two looks: 3 s for the other rank to end first."""
@@ -29,14 +29,14 @@ STUCK = """
 import os, sys, threading, time
 
 def patch():
-    while not hasattr(sys.modules.get("train.loop.trainer"), "Fit"):
+    while not hasattr(sys.modules.get("train.loop.trainer"), "Trainer"):
         time.sleep(0.01)
-    update = sys.modules["train.loop.trainer"].Fit._update
+    update = sys.modules["train.loop.trainer"].Trainer._update
     def stuck(self, step, started):
         if step == 3:
             time.sleep(3600)
         return update(self, step, started)
-    sys.modules["train.loop.trainer"].Fit._update = stuck
+    sys.modules["train.loop.trainer"].Trainer._update = stuck
 
 if os.environ.get("RANK") == "1":
     threading.Thread(target=patch, daemon=True).start()
@@ -128,7 +128,7 @@ def test_who_waits_for_a_peers_half_of_a_checkpoint_waits_for_others_and_who_can
     said, gate, stand = list[str](), list[int](), dict[str, Any]()
     exec(compile("def stand(gate, sleep):\n    while not gate:\n        sleep(0.01)", place, "exec"), stand)
     monkeypatch.setattr(watchdog, "suspects", lambda: ["rank 1 (process 7) is stopped"])
-    saver = Saver(str(tmp_path), World.single(), keep=1)
+    saver = Checkpointer(str(tmp_path), World.single(), keep=1)
     saver._job = saver._thread.submit(stand["stand"], gate, time.sleep)
     Watchdog(0.5, lambda code, reason: said.append(reason), lambda code: gate.append(code)).beat()
     saver.wait()

@@ -15,12 +15,12 @@ from infra.errors import DataError
 from train.config import RunConfig
 from train.report.images import data_uri, grid, grid_png, png_bytes, read_grid, read_png
 from train.report.markup import Html, el, table
-from train.report.page import render
+from train.report.page import build, render
 from train.report.plots import Line, lines, ranked, running_mean, thin
 from train.report.section_codebook import perplexity
 from train.report.sections import SECTIONS, make
-from train.report.stage import build
-from train.report.view import STAGES, RunView
+from train.report.view import RunView
+from train.run.stage_table import STAGES
 
 Draw = Callable[[int], np.ndarray]
 

@@ -52,6 +52,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(prepared: Path, tmp_path
     root = copy_of(prepared, tmp_path)
     cfg, run = load_run(str(root / "tiny"), []), RunFolder(str(root / "tiny"))
     with pytest.raises(ConfigError, match=r"dvae_fit\.batch = 8 does not divide over 3 processes x dvae_fit\.accumulation = 1; use a multiple of 3"):
-        from train.stages.finish import micro_batch
+        from train.run.inputs import micro_batch
 
         micro_batch(elastic.adapted(cfg, run, "dvae", World(0, 3, 0, 3)), "dvae_fit", World(0, 3, 0, 3))

@@ -16,7 +16,7 @@ from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
 from train.config import DalleFit, RunConfig
-from train.engines.replicated import Engine
+from train.engines.protocol import Engine
 from train.ranks.signal_vector import SignalVector
 from train.stages.dalle_task import DalleTask
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.shards.shard_set import id_hash
+from infra.digests import id_hash
 from infra.errors import DataError
 from infra.world import World
 from tests.support.ranks import run_in_ranks

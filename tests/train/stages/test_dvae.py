@@ -32,7 +32,7 @@ from train.evaluation.codes import CodeWindow, code_statistics
 from train.evaluation.collapse import collapse_warning
 from train.loop.metrics import read_metrics
 from train.optimizer.loss_scale import LossScale
-from train.report.stage import build
+from train.report.page import build
 from train.stages import dvae as dvae_stage
 from train.stages.dvae_task import DvaeTask
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from infra.world import World
 from model.transformer import Transformer, parameter_tags
 from train.config import DalleFit, ScaleSection, ZeroSection
-from train.engines.replicated import Update
+from train.engines.protocol import Update
 from train.engines.zero import internals, measures, one_pass
 from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import GradientScales

@@ -1,0 +1,17 @@
+"""What identifies a value or a record: the digest of a value as JSON, and 64 bits for an id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def id_hash(identity: str) -> int:
+    """64 bits that stand for a record's id or group (BLAKE2b). Among 250 million ids two are equal with a probability of 0.2 %."""
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -1,0 +1,72 @@
+"""What the training loop asks of whatever holds the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from train.optimizer.averaging import Average
+from train.optimizer.loss_scale import LossScale
+from train.weights.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an update."""
+
+    applied: bool
+    """False where a non-finite gradient was found: parameters and moments are untouched on every rank."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    overflow: bool = False
+    """Scaled gradients overflowed; the scale has been lowered in answer, as far as its rules allow."""
+    numerics: dict[str, float] = field(default_factory=dict)
+    """Series of each resblock, in the updates in which they are measured."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and the collectives between ranks. Losses passed to ``backward`` are this rank's share of the global mean: they *sum* over ranks and micro-batches."""
+
+    module: nn.Module
+    average: Average
+    updates: int
+    """Applied updates: Adam's count."""
+    loss_scale: LossScale | None
+    """Scale of fp16 gradients, if the engine scales the loss."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+
+    def micro_batch(self, *, last: bool) -> None:
+        """Announce a micro-batch, before its forward pass: gradients are reduced over ranks with the last one of an update."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, lr: float) -> Update: ...
+
+    def fragments(self, *, to_load: bool) -> dict[str, Fragment]: ...
+
+    def loaded(self, updates: int) -> None: ...
+
+
+@runtime_checkable
+class MeasuringEngine(Protocol):
+    """An engine whose ranks must know of each other's gradients before a step, and that has a state of its own."""
+
+    def measure(self) -> Tensor:
+        """This rank's part of a float64 vector that is summed over ranks, after the last backward pass of an update."""
+        ...
+
+    def step(self, lr: float, measured: Sequence[float] | None = None) -> Update: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, forward passes read the averaged weights. Collective."""
+        ...

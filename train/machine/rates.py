@@ -1,0 +1,123 @@
+"""Rates of a machine, measured: repeated runs with their median, matrix products, copies; and what the device is. Needs no more than torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a benchmark."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """'cpu' or 'cuda'."""
+    seconds: float = 1.0
+    """Time given to each measured figure."""
+    runs: int = 5
+    """Runs that share this time; a figure is their median."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure: the median of several runs, with its extremes."""
+
+    value: float
+    min: float
+    max: float
+    unit: str
+    runs: int
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """Name and size of the device: the GPU's, or the processor's as Linux names it."""
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        return {"kind": "cuda", "name": found.name, "memory_gib": round(found.total_memory / 2**30), "cores": found.multi_processor_count}
+    facts = _cpu_facts()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return {"kind": "cpu", "name": facts.get("model name", platform.machine()), "cores": os.cpu_count() or 1, "flags": flags}
+
+
+def _cpu_facts() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def measure(work: Callable[[], object], amount: float, unit: str, options: Options) -> Figure:
+    """Rate in ``unit`` (so much a second) of ``work``, each call of which does ``amount``: one call to warm up, then ``runs`` timed runs."""
+    work()
+    rates = sorted(_rate(work, amount, options.device, options.seconds / options.runs) for _ in range(options.runs))
+    return Figure(value=statistics.median(rates), min=rates[0], max=rates[-1], unit=unit, runs=options.runs)
+
+
+def _rate(work: Callable[[], object], amount: float, device: str, seconds: float) -> float:
+    calls, began = 0, _now(device)
+    while True:
+        work()
+        calls += 1
+        # On a GPU the queue must not outgrow the time: every call waits, and probes are large enough for that not to matter.
+        elapsed = _now(device) - began
+        if elapsed >= seconds:
+            return amount * calls / elapsed
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch with ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def matmul_rate(dtype: torch.dtype, options: Options, size: tuple[int, int, int] | None = None) -> Figure:
+    """GFLOP/s of a matrix product [m, k] x [k, n] with the present number of threads; the default size suits the device."""
+    m, k, n = size or ((8192, 8192, 8192) if options.device == "cuda" else (1024, 1024, 1024))
+    a, b = (torch.randn(shape, device=options.device).to(dtype) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=dtype, device=options.device)
+    return measure(lambda: torch.mm(a, b, out=out), 2e-9 * m * k * n, "GFLOP/s", options)
+
+
+def copy_rate(options: Options) -> Figure:
+    """GB/s of a large copy, read and written bytes both counted, with the present number of threads."""
+    count = (1 << 30) if options.device == "cuda" else (1 << 27)
+    source = torch.zeros(count, dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), 2e-9 * count, "GB/s", options)
+
+
+def probe(seconds: float = 1.0) -> dict[str, float]:
+    """GFLOP/s of this process's matrix products by dtype, on the CPU with the present number of threads, in about ``seconds``.
+
+    The shape is that of a small transformer's MLP. The dtypes take turns, and each keeps its best turn: a neighbour's load hits them alike.
+    """
+    turns, names = 3, ("fp32", "bf16")
+    options = Options(device="cpu", seconds=seconds / (2 * turns * len(names)), runs=1)
+    best = dict.fromkeys(names, 0.0)
+    for _ in range(turns):
+        for name in names:
+            best[name] = max(best[name], matmul_rate(DTYPES[name], options, size=(2048, 256, 1024)).value)
+    return best

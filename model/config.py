@@ -115,7 +115,7 @@ class StreamShape:
 
     @property
     def states(self) -> int:
-        """Positions in all: the start vectors lie inside this count (paper.md 3.4)."""
+        """Positions in all: the start vectors lie inside this count (docs/paper.md 3.4)."""
         return self.text_tokens + self.image_tokens
 
 

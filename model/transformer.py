@@ -165,7 +165,7 @@ class Transformer(nn.Module):
     """Text and image tokens to the negative log-likelihood of each.
 
     State j of the text predicts text token j from the tokens before it; state p of the image predicts code p from the whole text and the
-    codes before it. The start vectors lie inside the counts (paper.md 3.4): text slot 0 is start-of-text, slot j is token j - 1 with its
+    codes before it. The start vectors lie inside the counts (docs/paper.md 3.4): text slot 0 is start-of-text, slot j is token j - 1 with its
     position; image slot 0 is start-of-image, slot p is code p - 1 with its row and column. A text slot without a token holds that
     position's own learned padding vector, which image states do see. The last text token of a caption that fills all positions is
     predicted, but never seen.
@@ -311,7 +311,7 @@ class ParameterTag:
     resblock: int | None
     """Index of its resblock, 0 to 2 * layers - 1 (attention even, MLP odd); None outside of resblocks."""
     decays: bool
-    """Whether weight decay applies: matrices and tables (rank above 1, as in the sibling code), not gains and biases."""
+    """Whether weight decay applies: matrices and tables (rank above 1, as in openai/distribution_augmentation), not gains and biases."""
     compressible: bool
     """Whether 16-bit storage and gradient compression may apply: matrices of resblocks only (paper D.2)."""
 

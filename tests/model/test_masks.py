@@ -18,7 +18,7 @@ from train.verbs import mask_picture
 # Figure 11: 6 text states and a 4 x 4 image; the image part of the rows of the last query, and of one in the middle of the picture.
 FIGURE = StreamShape(text_tokens=6, text_vocab=10, grid=4, image_vocab=10)
 TOY = TransformerConfig(layers=4, width=8, heads=2, conv_kernel=3)
-# The offsets that Figure 11 lights, read off its 22 x 22 cells (paper.md 3.3).
+# The offsets that Figure 11 lights, read off its 22 x 22 cells (docs/paper.md 3.3).
 FIGURE_OFFSETS = {"row": {0, 1, 2, 3, 4}, "column": {0, 4, 8, 12}, "conv": {0, 1, 3, 4, 5, 7}}
 LAST_ROW = {"row": "...........#####", "column": "...#...#...#...#", "conv": "........#.###.##"}
 SIXTH_ROW = {"row": ".#####..........", "column": ".#...#..........", "conv": "###.##.........."}

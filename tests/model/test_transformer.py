@@ -139,7 +139,7 @@ FULL = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
 
 
 def test_initial_losses_at_full_vocabulary_are_9_704_and_9_011_and_9_098() -> None:
-    """Exactly so where the unembeddings are zero. Those of the sibling code have a variance of 0.125 / width, so that logits have one of 0.125 and losses
+    """Exactly so where the unembeddings are zero. Those of openai/distribution_augmentation have a variance of 0.125 / width, so that logits have one of 0.125 and losses
     are higher by half of it."""
     cfg = TransformerConfig(layers=2, width=32, heads=2)
     model, inputs = build(cfg=cfg, shape=FULL), batch(FULL, 1)

@@ -4,7 +4,7 @@ import math
 
 
 def half_cosine(step: int, start: float, end: float, steps: int) -> float:
-    """From ``start`` at step 0 to ``end`` at ``steps`` along half a cosine, then flat (paper A.2; paper.md 2.8)."""
+    """From ``start`` at step 0 to ``end`` at ``steps`` along half a cosine, then flat (paper A.2; docs/paper.md 2.8)."""
     if step >= steps:
         return end
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""AdamW as the paper runs it: variance clipped to 5, decoupled decay, moments in fp32 or in the 16-bit formats (paper B.2; paper.md 3.7, 4).
+"""AdamW as the paper runs it: variance clipped to 5, decoupled decay, moments in fp32 or in the 16-bit formats (paper B.2; docs/paper.md 3.7, 4).
 
 Under ZeRO each parameter here is the fp32 master of a flat shard. The engine sets three things before ``step``: ``count``, and in each group ``factor``
 (what turns its raw gradient into the true, clipped one) and ``skip``. So a gradient is read once, and never rewritten.

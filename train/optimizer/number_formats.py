@@ -1,4 +1,4 @@
-"""The paper's two 16-bit storage formats: 1-6-9 (signed) and 0-6-10 (unsigned), sign-exponent-significand bits (paper B.2, E.2; paper.md 4).
+"""The paper's two 16-bit storage formats: 1-6-9 (signed) and 0-6-10 (unsigned), sign-exponent-significand bits (paper B.2, E.2; docs/paper.md 4).
 
     1-6-9    +-2**(e - 60) * (1 + m / 512)     bit 15 sign, 14 to 9 exponent, 8 to 0 significand; largest 15.984375
     0-6-10     2**(e - 60) * (1 + m / 1024)    bits 15 to 10 exponent, 9 to 0 significand;        largest 15.9921875

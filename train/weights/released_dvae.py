@@ -1,4 +1,4 @@
-"""Weights of the released dVAE (the ``dall-e`` package, paper.md 2.4): read from its pickled modules without executing them, and converted.
+"""Weights of the released dVAE (the ``dall-e`` package, docs/paper.md 2.4): read from its pickled modules without executing them, and converted.
 
 torch writes modules as a zip archive (since 1.6) or as a row of pickles and raw storages (before); plain ``pickle.dump`` nests the latter inside
 one pickle. All three are read, and state dictionaries in them too. Parameters carry the same names there and here.

@@ -1,4 +1,4 @@
-"""The 16-bit formats 1-6-9 and 0-6-10: every code, the vectors of paper.md 4 and 10.8, and rounding against exact arithmetic."""
+"""The 16-bit formats 1-6-9 and 0-6-10: every code, the vectors of docs/paper.md 4 and 10.8, and rounding against exact arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; deepspeed.md).
+"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; DEEPSPEED.md).
 
 An update: backward passes (DeepSpeed reduces into shards), ``measure`` (sums between nodes, overflow flags and norms of this rank's shards), the step's one
 small all-reduce and the one host synchronisation of ours (DeepSpeed has its own in backward passes: on stage 3, and on all stages with overlap_comm), ``step``

@@ -1,4 +1,4 @@
-"""Storage of block matrices, and the parameter groups of the optimizer (deepspeed.md 3 and 4)."""
+"""Storage of block matrices, and the parameter groups of the optimizer (DEEPSPEED.md 3 and 4)."""
 
 from __future__ import annotations
 

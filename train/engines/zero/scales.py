@@ -1,4 +1,4 @@
-"""The gradient scales of the paper, one for each resblock: pure rules, the same on every rank (paper D.1; paper.md 5.3)."""
+"""The gradient scales of the paper, one for each resblock: pure rules, the same on every rank (paper D.1; docs/paper.md 5.3)."""
 
 from __future__ import annotations
 

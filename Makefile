@@ -19,8 +19,8 @@ help:  ## List the targets
 demo: $(STAMP)  ## From raw data to pictures and a report: the main job on embedded data (PRESET=tiny takes about a minute)
 	@$(RUN) launcher.py demo $(PRESET) $(ARGS)
 
-test: $(STAMP)  ## The test suite (ARGS="-k storage" selects)
-	@$(RUN) -m pytest $(ARGS)
+test: $(STAMP)  ## The test suite on all cores (ARGS="-k storage" selects, ARGS="-n 0" takes one process)
+	@$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)  ## Style, formatting, types and the direction of imports
 	$(RUN) -m ruff check

@@ -53,7 +53,12 @@ def run(name: str, pins: list[str], pytest_args: list[str]) -> tuple[str, str, s
             return "", "cannot be installed", _minutes(start), False
         versions = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
         pairs = dict(line.split("==", 1) for line in versions.splitlines() if "==" in line)
-        tests = subprocess.run([python, "-m", "pytest", "-q", *pytest_args], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        tests = subprocess.run(
+            [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", *pytest_args],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         print(tests.stdout, flush=True)
         summary = (tests.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
         return ", ".join(f"{key} {pairs.get(key, '?')}" for key in SHOWN), summary, _minutes(start), tests.returncode == 0

@@ -12,12 +12,30 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support import manifests
+from tests.support import durations, manifests
 from tests.support.s3_server import S3Server, serve
 
 # Derandomised and without a database: a failure on one machine is a failure on every machine.
 settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("project")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One option of ours."""
+    parser.addoption(
+        "--record-durations", action="store_true", help="write the seconds of each file to tests/durations.json, which orders the next runs"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The controller of all workers records; a worker has ``workerinput``."""
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slowest files first, so that no worker begins a long one when the others are done."""
+    items[:] = durations.slowest_first(items)
 
 
 @pytest.fixture(scope="session")

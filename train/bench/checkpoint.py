@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from infra.world import World
 from train.bench.harness import Result, main, start
@@ -80,6 +81,14 @@ def run(options: Options) -> Result:
             stalls.append(stalled + after[0][1])
             saver.wait()
         state = {name: fragment.tensor for name, fragment in engine.fragments(to_load=True).items()}
+    _write_down(result, state, options, plain, stalls, costs)
+    return result
+
+
+def _write_down(
+    result: Result, state: dict[str, Tensor], options: Options, plain: Sequence[float], stalls: Sequence[float], costs: Sequence[float]
+) -> None:
+    """The figures of the saves, beside the floor: a plain copy of as many bytes."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in state.items()}
 
@@ -99,7 +108,6 @@ def run(options: Options) -> Result:
         "runs beside; a difference of two times, so that the machine's own unrest is in it.",
         "The goal is a stall of at most 2 % of an update, hence 50.",
     ]
-    return result
 
 
 def _milliseconds(seconds: Sequence[float]) -> Figure:

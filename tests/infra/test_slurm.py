@@ -20,6 +20,7 @@ from tests.support import slurm_stand_in as stand_in
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import missing
 from train.loop.metrics import read_metrics
+from train.run import slurm_scripts
 
 SCRIPTS = sorted((ROOT / "infra" / "slurm").glob("*.sbatch"))
 STAGES = ("prepare", "tokenizer", "dvae", "encode", "dalle", "clip", "generate", "evaluate", "report")
@@ -42,6 +43,10 @@ def test_every_stage_has_a_script_that_asks_for_requeue_signal_and_appended_outp
         for line in ("--requeue", "--signal=USR2@720", "--open-mode=append", "--ntasks-per-node=1", f"--job-name={path.stem}"):
             assert f"#SBATCH {line}\n" in text, path.name
         assert f'run_stage {path.stem} "$@"' in text and ("--array" in text) == (path.stem in ("prepare", "encode", "generate"))
+
+
+def test_the_scripts_are_the_template_filled_in() -> None:
+    assert {path.name: path.read_text() for path in SCRIPTS} == slurm_scripts.scripts(), "run: python launcher.py docs"
 
 
 def test_shellcheck_finds_nothing() -> None:

@@ -41,6 +41,7 @@ HOMES = {
     "numba": ("data_pipeline/images/area_resize.py",),
     "resvg_py": ("data_pipeline/sources/drawings.py",),
     "emoji": ("data_pipeline/sources/drawings.py",),
+    "jsonschema": ("train/bench/docs.py",),
     "typer": ("launcher.py",),
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/weights/export.py", "train/evaluation/weight_files.py"),

@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support.root import ROOT
-
 KILL_WAIT_S = 30.0
 COMMANDS = ("sbatch", "squeue", "scontrol", "srun")
 
@@ -46,7 +44,7 @@ def environments(folder: Path, name: str) -> list[dict[str, str]]:
 def batch_environment(folder: Path, nodes: int = 1, restart: int = 0, job: str = "4242") -> dict[str, str]:
     """What slurmd gives a batch script."""
     hosts = f"127.0.0.[1-{nodes}]" if nodes > 1 else "127.0.0.1"
-    facts = {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": hosts, "SLURM_SUBMIT_DIR": str(ROOT)}
+    facts = {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": hosts, "SLURM_SUBMIT_DIR": str(Path(__file__).parents[2])}
     return facts | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {})
 
 

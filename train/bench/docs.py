@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from infra.repository import DOCS
-from train.bench.harness import JSON_SCHEMA, check
+from train.bench.harness import JSON_SCHEMA
 
 _HEAD = """# Benchmarks
 
@@ -45,6 +48,17 @@ def render(folder: Path) -> str:
         parts.append(f"## {group[0]['title']}\n")
         parts += [_one(result) for result in group]
     return "\n".join(parts)
+
+
+def check(value: Any) -> None:
+    """Check parsed JSON against the schema of results.
+
+    Raises:
+        ValueError: the place, what is there and what is expected.
+    """
+    error = best_match(Draft202012Validator(JSON_SCHEMA).iter_errors(value))
+    if error is not None:
+        raise ValueError(f"{error.json_path}: {error.message}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Stage:
     """One stage: a module with ``run(cfg, run, world, stop)``, called in every rank, and a help text."""
 
     module: str
+    title: str
+    """What it makes, in a few words."""
     help: str
     needs: tuple[str, ...] = ()
     """Stages whose outputs it reads, less those that these need themselves: what a scheduler waits for."""
@@ -53,6 +55,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "prepare": Stage(
         "train.stages.prepare",
+        "Image shards from data.sources",
         "Read captioned images from data.sources, filter them, split off validation concepts, and write image shards.\n\n"
         "In: folders or embedded drawings. Out: images/train and images/validation (MDS shards with a manifest). "
         "Each input shard is finished on its own: killed and run again, it goes on. In a SLURM array or a Kubernetes Indexed Job, or with --share I/N, "
@@ -63,6 +66,7 @@ STAGES: dict[str, Stage] = {
     ),
     "tokenizer": Stage(
         "train.stages.tokenizer",
+        "The BPE tokenizer",
         "Train the sentencepiece BPE tokenizer on the captions of the training split.\n\nIn: images/train. Out: tokenizer/ (model and manifest).",
         parallel=False,
         needs=("prepare",),
@@ -70,6 +74,7 @@ STAGES: dict[str, Stage] = {
     ),
     "dvae": Stage(
         "train.stages.dvae",
+        "The dVAE",
         "Stage 1: train the discrete VAE with the logit-Laplace ELB (paper 2.1, A.2).\n\n"
         "In: image shards. Out: dvae/checkpoints, averaged weights in dvae/export. Resumes from its last checkpoint.",
         needs=("prepare",),
@@ -78,6 +83,7 @@ STAGES: dict[str, Stage] = {
     ),
     "encode": Stage(
         "train.stages.encode",
+        "Code tokens",
         "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
         "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
         shared=True,
@@ -86,6 +92,7 @@ STAGES: dict[str, Stage] = {
     ),
     "dalle": Stage(
         "train.stages.dalle",
+        "The transformer",
         "Stage 2: train the transformer on text and image tokens with DeepSpeed ZeRO (paper 2.2, B).\n\n"
         "In: code shards, tokenizer. Out: dalle/checkpoints, averaged weights in dalle/export. Resumes from its last checkpoint.",
         needs=("tokenizer", "encode"),
@@ -94,6 +101,7 @@ STAGES: dict[str, Stage] = {
     ),
     "clip": Stage(
         "train.stages.clip",
+        "The contrastive model",
         "Train the contrastive model that ranks pictures by how well they match their caption (paper 2.6).\n\nIn: image shards, tokenizer. Out: clip/export.",
         needs=("tokenizer",),
         makes=("clip/export",),
@@ -101,6 +109,7 @@ STAGES: dict[str, Stage] = {
     ),
     "generate": Stage(
         "train.stages.generate",
+        "Ranked pictures",
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
         "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
         shared=True,
@@ -109,6 +118,7 @@ STAGES: dict[str, Stage] = {
     ),
     "evaluate": Stage(
         "train.stages.evaluate",
+        "Figures on the validation split",
         "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
         "In: exports, code and image shards. Out: evaluate/metrics.json.",
         needs=("dalle", "clip"),
@@ -116,6 +126,7 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(
         "train.stages.report",
+        "report.html",
         "Write report.html: a self-contained page with curves, reconstructions, pictures, timings and credits of the run.",
         parallel=False,
         repeats=True,

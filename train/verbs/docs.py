@@ -1,4 +1,4 @@
-"""``launcher.py docs``: regenerate docs/config.schema.json and docs/configuration.md from the configuration models."""
+"""``launcher.py docs``: regenerate docs/config.schema.json and docs/configuration.md from the configuration models, and the job files of infra/slurm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from infra.repository import DOCS
 from train.config import RunConfig
+from train.run import slurm_scripts
 from train.verbs import mask_picture
 
 
@@ -15,6 +16,9 @@ def main() -> None:
     for name, text in generated().items():
         (DOCS / name).write_text(text)
         print(f"docs/{name}")
+    for name, text in slurm_scripts.scripts().items():
+        (slurm_scripts.FOLDER / name).write_text(text)
+        print(f"infra/slurm/{name}")
 
 
 def generated() -> dict[str, str]:

@@ -15,7 +15,8 @@ from model.dvae import DVAE
 from model.dvae_flops import decoder_flops, encoder_flops, train_flops
 from model.relaxation import GumbelNoise
 from train.bench import dvae
-from train.bench.harness import check, to_json
+from train.bench.docs import check
+from train.bench.harness import to_json
 from train.machine.rates import Options
 
 QUICK = Options(device="cpu", seconds=0.02, runs=2)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from train.bench import data_codes
-from train.bench.harness import check, to_json
+from train.bench.docs import check
+from train.bench.harness import to_json
 from train.machine.rates import Options
 
 

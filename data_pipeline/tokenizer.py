@@ -189,8 +189,11 @@ class Tokenizer:
 
         Not sentencepiece's own sampling: that adds the address of its thread to the seed, so equal seeds differ between processes.
         """
+        # The word starts as single letters. parts[i] is the piece that begins at letter i ("" once it has been merged into the one before), and after and before
+        # link each piece to its neighbours.
         parts, count = list(word), len(word)
         after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+        # Merges that are possible now, best score first; equal scores from left to right, as sentencepiece does.
         waiting: list[tuple[float, int, str]] = []
 
         def offer(left: int) -> None:
@@ -207,7 +210,7 @@ class Tokenizer:
             if not parts[left] or right >= count or parts[left] + parts[right] != piece:
                 continue  # one of the two has merged elsewhere since
             if draw() < dropout:
-                continue
+                continue  # skipped for good, unless a neighbour's merge offers the pair again
             parts[left], parts[right], after[left] = piece, "", after[right]
             if after[left] < count:
                 before[after[left]] = left

@@ -3,9 +3,11 @@
 An epoch's shards are shuffled by (seed, epoch), cut into blocks of at least ``block`` samples, and samples are shuffled within their block by (seed,
 epoch, block). Finding any position costs the shards of the epoch and the samples of one block, whatever the size of the set.
 
-A shard of weight w brings floor(w) copies of all its rows, and for the rest of w a window of rows that moves on with every visit of its set, so that
-use evens out to one exactly. Removed records keep their place in the order and are passed over: the order of all others does not change with them,
-and a position in the *stored* order (``EpochOrder.cursor``) means the same under any list of removed records.
+Weights: with weight w, each epoch uses all rows of a shard floor(w) times, and a fraction w - floor(w) of its rows once more. That fraction is a window of
+rows that moves on from epoch to epoch, so that over several epochs every row is used equally often.
+
+Removed records keep their place in the order and are skipped. The order of all other records therefore does not depend on which are removed, and a
+position in the *stored* order (``EpochOrder.cursor``) means the same under any list of removed records.
 """
 
 from __future__ import annotations
@@ -84,10 +86,14 @@ class Order:
         return self._epochs[key]
 
     def _instances(self, visit: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Shard, first row, number of rows (running on from row 0 past the last one), and copy, of each use of a shard."""
+        """The uses of shards in an epoch, as four arrays: shard, first row, number of rows, and number of the copy. A use that reaches the shard's last row goes
+        on from row 0."""
+        # Whole uses: shard s appears floor(weight) times, as copies 0, 1, ...
         shards = np.arange(len(self.samples))
         whole = np.repeat(shards, self._whole)
         copies = np.arange(len(whole)) - np.repeat(np.cumsum(self._whole) - self._whole, self._whole)
+        # The window of the fractional use: visit v takes the rows from v * fraction * samples to (v + 1) * fraction * samples, counted round and round the
+        # shard. In integers, so that nothing is lost to rounding.
         used = self._numerator * self.samples
         begin, end = visit * used // self._denominator, (visit + 1) * used // self._denominator
         partial = shards[end > begin]
@@ -95,6 +101,7 @@ class Order:
         first = np.concatenate([np.zeros(len(whole), np.int64), (begin % np.maximum(self.samples, 1))[partial]])
         rows = np.concatenate([self.samples[whole], (end - begin)[partial]])
         copy = np.concatenate([copies, self._whole[partial]])
+        # By shard, so that the order before shuffling does not depend on which uses are whole.
         keep = np.flatnonzero(rows)
         keep = keep[np.argsort(shard[keep], kind="stable")]
         return shard[keep], first[keep], rows[keep], copy[keep]
@@ -179,7 +186,7 @@ class EpochOrder:
         return int(self._visible[block]) + (inside if shown is None else int(shown[:inside].sum()))
 
     def _gone(self) -> NDArray[np.int64]:
-        """Removed records in each instance."""
+        """Removed records in each use of a shard: those in its rows up to the shard's end, and those in the rows that go on from 0."""
         start, size = self._order.starts[self._shard], self._order.samples[self._shard]
         end = self._first + self._rows
         ends = [start + self._first, start + np.minimum(end, size), start, start + np.maximum(end - size, 0)]
@@ -200,16 +207,19 @@ class EpochOrder:
         order, part = self._order, slice(self._bounds[block], self._bounds[block + 1])
         shard, rows = self._shard[part], self._rows[part]
         total = int(rows.sum())
+        # One entry for each sample of the block: 0, 1, 2, ... within each use, shifted to its first row, and wrapped at the end of the shard.
         before = np.cumsum(rows) - rows
         row = np.arange(total) + np.repeat(self._first[part] - before, rows)
         size = np.repeat(order.samples[shard], rows)
         row -= np.where(row >= size, size, 0)
         places = np.stack([np.repeat(shard, rows), row, np.repeat(self._copy[part], rows)]).astype(np.int32)
+        # Which samples are visible: those whose position in the whole set is not in the sorted list of removed ones.
         shown = None
         if self._visible[block + 1] - self._visible[block] != total:
             at = np.repeat(order.starts[shard], rows) + row
             found = np.searchsorted(order.removed, at)
             shown = order.removed[np.minimum(found, len(order.removed) - 1)] != at
+        # Removed samples are shuffled along with the others and left out afterwards: taking one out moves no other.
         if order.shuffle:
             mixed = generator(order.seed, "order", self._epoch, block).permutation(total)
             places = places[:, mixed]
@@ -218,7 +228,7 @@ class EpochOrder:
 
 
 class Endless:
-    """The endless order of several sets in turn: epoch e is of set e mod n. A position is (epoch, visible samples drawn in it)."""
+    """An order without end over n sets that take turns: epoch e reads set e mod n. A position is (epoch, visible samples drawn in it)."""
 
     def __init__(self, orders: Sequence[Order]) -> None:
         """
@@ -241,7 +251,7 @@ class Endless:
         return epoch, drawn
 
     def every(self, epoch: int, drawn: int, samples: int, first: int, stride: int) -> list[tuple[int, Places]]:
-        """Of the next ``samples`` samples, the ``first`` one and every ``stride``-th after it: (epoch, places), in order."""
+        """One rank's share of the next ``samples`` samples: number ``first`` and every ``stride``-th after it, as (epoch, places) in order."""
         found = []
         while samples:
             epoch, drawn = self.advance(epoch, drawn)
@@ -254,7 +264,7 @@ class Endless:
 
 
 def _blocks(rows: NDArray[np.int64], block: int) -> NDArray[np.int64]:
-    """Bounds of blocks of consecutive instances with at least ``block`` rows each; what is left at the end joins the last block."""
+    """Bounds of blocks: consecutive uses of shards with at least ``block`` rows each; uses left over at the end join the last block."""
     ends = np.cumsum(rows)
     bounds = [0]
     while len(ends):

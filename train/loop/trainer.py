@@ -38,13 +38,19 @@ RESTORE_PATIENCE = 20.0
 
 
 class Loader(Protocol):
-    """Batches for ever, with the names of their samples under "ids", and with a position that can be saved."""
+    """An endless stream of this rank's micro-batches, with a position that can be saved."""
 
-    def next(self) -> Batch: ...
+    def next(self) -> Batch:
+        """The next micro-batch: tensors by name, and the samples' ids under "ids"."""
+        ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """The position in the stream, as JSON values: the same on all ranks, and valid on any number of them."""
+        ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a position that ``state`` returned."""
+        ...
 
 
 @dataclass
@@ -73,7 +79,15 @@ class Task(Protocol):
         """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
         ...
 
-    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss: ...
+    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:
+        """This rank's share of one micro-batch's loss.
+
+        Args:
+            step: number of the update.
+            at: the values of ``schedule`` at that update.
+            denominators: what ``denominators`` returned for all micro-batches of the update.
+        """
+        ...
 
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Metrics on the validation split, equal on all ranks. Collective."""

@@ -49,7 +49,7 @@ HOMES = {
     "scipy": (),
     "torchvision": ("train/bench/data_images.py",),
     "dall_e": (),
-    "lpips": (),
+    "lpips": ("train/evaluation/lpips.py",),
 }
 
 ORDER = {

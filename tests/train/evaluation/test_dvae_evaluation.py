@@ -109,6 +109,12 @@ def test_lpips_without_all_of_its_weights_says_what_is_missing() -> None:
         Lpips({"features.0.weight": torch.zeros(64, 3, 11, 11)})
 
 
+def test_without_the_optional_package_lpips_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ConfigError, match=r"evaluate\.lpips_weights needs the package lpips, which is optional: pip install 'lpips"):
+        Lpips({"features.0.weight": torch.zeros(64, 3, 11, 11)})
+
+
 # --- Fréchet distance ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import os
 import socket
@@ -15,42 +14,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from streaming.base.shared import prefix as streaming_prefix
 
-from data_pipeline.images.crops import center, decode
 from data_pipeline.loading import loaders
-from data_pipeline.loading.loaders import SequentialReader, ShardLoader, code_collate, image_collate
-from data_pipeline.loading.transforms import code_transform, dvae_transform, pair_transform, view_transform
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet
-from data_pipeline.shards.versions import write_set
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.loading.loaders import ShardLoader
+from data_pipeline.shards.shard_set import CODES_SCHEMA, ShardSet
 from infra.errors import ConfigError, DataError
 from infra.world import World
+from tests.support.code_sets import COUNT, code_set, draw, loader, without
 from tests.support.ranks import run_in_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # streaming leaves closing to the garbage collector
-
-PARTS = (11, 0, 3, 23)  # a prime number of records, in parts of uneven size with one empty
-COUNT = sum(PARTS)
-
-
-def code_set(url: str, prefix: str = "id", parts: tuple[int, ...] = PARTS, shard_bytes: int = 600) -> ShardSet:
-    ends = itertools.accumulate(parts)
-    made = [
-        [CodeRecord(f"{prefix}-{end - count + i}", [f"red {i}", "blue"], np.full(4, end - count + i, np.uint16), {}, 0, 0) for i in range(count)]
-        for count, end in zip(parts, ends, strict=True)
-    ]
-    return write_set(url, made, CODES_SCHEMA, {"prefix": prefix}, shard_bytes=shard_bytes)
-
-
-def loader(
-    sets: list[ShardSet], world: World, batch: int = 6, seed: int = 0, cache_dir: str | Path = "", **options: Any
-) -> ShardLoader[str, list[str]]:
-    return ShardLoader(sets, cache_dir, world, batch, seed, transform=lambda record, epoch: f"{record['id']}@{epoch}", collate=list, **options)
 
 
 @pytest.fixture
@@ -67,11 +42,6 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
         return made
 
     return make
-
-
-def draw(ranks: list[ShardLoader[str, list[str]]], batches: int) -> list[list[str]]:
-    """Global batches, each sorted."""
-    return [sorted(sample for rank in ranks for sample in rank.next()) for _ in range(batches)]
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order(tmp_path: Path) -> None:
@@ -228,13 +198,6 @@ def from_sources(shard_set: ShardSet, *sources: str) -> ShardSet:
     return shard_set
 
 
-def without(shard_set: ShardSet, *positions: int) -> ShardSet:
-    """The set with records taken down."""
-    fresh = ShardSet(shard_set.url, shard_set.manifest)
-    vars(fresh)["removed"] = np.array(sorted(positions), np.int64)
-    return fresh
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_weights_say_how_often_the_records_of_a_source_come(tmp_path: Path, workers: int) -> None:
     shard_set = from_sources(code_set(str(tmp_path), parts=(6, 4, 5)), "twice", "half", "plain")
@@ -343,121 +306,4 @@ def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:
 # --- Evaluation ---------------------------------------------------------------------------------------------------------------------------
 
 
-def read_ids(shard_set: ShardSet, world: World, limit: int, batch: int = 4) -> list[list[str]]:
-    reader = SequentialReader(shard_set, world, limit, batch, lambda record, epoch: record["id"], list)
-    batches = list(reader)
-    assert batches == list(reader), "a second pass reads the same"
-    assert len(reader) == len(batches)
-    return batches
-
-
-def test_evaluation_reads_the_same_records_on_any_number_of_ranks(tmp_path: Path) -> None:
-    shard_set = code_set(str(tmp_path))
-    for limit in (1, 10, COUNT, 1000):
-        ids = [name for batch in read_ids(shard_set, World.single(), limit) for name in batch]
-        assert len(ids) == len(set(ids)) == min(limit, COUNT)
-        for size in (2, 5):
-            dealt = [[name for batch in read_ids(shard_set, World(rank, size, rank, size), limit) for name in batch] for rank in range(size)]
-            assert sorted(name for names in dealt for name in names) == sorted(ids)
-            assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
-def test_evaluation_spreads_over_the_whole_set_and_its_last_batch_may_be_small(tmp_path: Path) -> None:
-    batches = read_ids(code_set(str(tmp_path), parts=(50, 50)), World.single(), 10)
-    assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert [name for batch in batches for name in batch] == [f"id-{i}" for i in range(0, 100, 10)]
-
-
-def test_evaluation_leaves_out_what_was_taken_down(tmp_path: Path) -> None:
-    shard_set = without(code_set(str(tmp_path), parts=(6, 4)), 0, 1, 4, 9)
-    assert [name for batch in read_ids(shard_set, World.single(), 100) for name in batch] == [f"id-{number}" for number in (2, 3, 5, 6, 7, 8)]
-
-
-def test_evaluation_names_a_damaged_shard(tmp_path: Path) -> None:
-    shard_set = code_set(str(tmp_path))
-    path = tmp_path / "part-00002" / "shard.00000.mds"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(DataError, match=r"part-00002/shard.00000.mds: damaged \(its xxh64 is"):
-        read_ids(shard_set, World.single(), 1000)
-
-
-def test_evaluation_names_a_missing_shard(tmp_path: Path) -> None:
-    shard_set = code_set(str(tmp_path))
-    (tmp_path / "part-00002" / "shard.00000.mds").unlink()
-    with pytest.raises(DataError, match=r"part-00002/shard.00000.mds: missing; run the stage that writes it again"):
-        read_ids(shard_set, World.single(), 1000)
-
-
 # --- Batches ------------------------------------------------------------------------------------------------------------------------------
-
-
-def png(seed: int, size: int = 40) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(out, "PNG")
-    return out.getvalue()
-
-
-def image_set(url: str, count: int = 12) -> ShardSet:
-    captions = ["a red apple", "an apple", "the redder of two apples"]
-    return write_set(url, [[ImageRecord(f"id-{i}", captions, png(i), 40, 40, "s", "l", "g", "train") for i in range(count)]], IMAGE_SCHEMA)
-
-
-TOKENIZER = Tokenizer(train_tokenizer(["a red apple", "an apple", "the redder of two apples"], 400), 16)
-
-
-def test_image_batches_are_floats_between_zero_and_one_made_from_their_counters_alone(tmp_path: Path) -> None:
-    sets = [image_set(str(tmp_path))]
-    batches = []
-    for size in (1, 2):
-        one = ShardLoader(sets, "", World.single(), 12 // size, 3, dvae_transform(16, 9 / 8, 12 / 8, 3), image_collate)
-        drawn = [one.next() for _ in range(2 * size)]
-        batches.append(
-            {(name, k // size): pixels for k, batch in enumerate(drawn) for name, pixels in zip(batch["ids"], batch["pixels"], strict=True)}
-        )
-    assert batches[0].keys() == batches[1].keys() and all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
-    pixels = batches[0]["id-0", 0]
-    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32 and 0 <= pixels.min() < 0.3 and 0.7 < pixels.max() <= 1
-    assert not torch.equal(pixels, batches[0]["id-0", 1]), "another epoch, another crop"
-
-
-def test_colours_keep_their_channels(tmp_path: Path) -> None:
-    picture = np.zeros((1, 2, 2, 3), np.uint8)
-    picture[0, 0, 1] = (255, 51, 0)
-    pixels = loaders.to_pixels(picture)
-    assert pixels[0, :, 0, 1].tolist() == [1.0, pytest.approx(0.2), 0.0] and pixels.sum() == pytest.approx(1.2)
-
-
-def test_pairs_carry_one_caption_drawn_anew_each_epoch(tmp_path: Path) -> None:
-    sets = [image_set(str(tmp_path))]
-    one = ShardLoader(sets, "", World.single(), 12, 3, pair_transform(16, 9 / 8, TOKENIZER, 3), image_collate)
-    drawn: Counter[str] = Counter()
-    for _ in range(8):
-        batch = one.next()
-        assert batch["text"].shape == (12, 16) and batch["text"].dtype == batch["lengths"].dtype == torch.int64
-        drawn.update(TOKENIZER.decode(ids[:length]) for ids, length in zip(batch["text"], batch["lengths"], strict=True))
-    assert set(drawn) == {"a red apple", "an apple", "the redder of two apples"}
-    assert min(drawn.values()) > 96 / 3 / 2
-
-
-def test_code_batches_carry_codes_as_int64_and_captions_under_dropout(tmp_path: Path) -> None:
-    sets = [code_set(str(tmp_path))]
-    one = ShardLoader(sets, "", World.single(), COUNT, 0, code_transform(TOKENIZER, 0, dropout=0.5), code_collate)
-    batch = one.next()
-    assert batch["codes"].dtype == torch.int64 and batch["codes"].shape == (COUNT, 4)
-    assert all(f"id-{codes[0]}" == name for name, codes in zip(batch["ids"], batch["codes"], strict=True))
-    record = {"id": "x", "captions": ["redder apples", "apple"], "codes": np.zeros(4, np.uint16)}
-    transform = code_transform(TOKENIZER, 0, dropout=0.5)
-    assert np.array_equal(transform(record, 3)["text"], transform(record, 3)["text"])
-    assert len({tuple(transform(record, epoch)["text"]) for epoch in range(30)}) > 5
-    first = code_transform(TOKENIZER, 0, first_caption=True)
-    assert {TOKENIZER.decode(first(record, epoch)["text"]) for epoch in range(30)} == {"redder apples"}
-
-
-def test_the_view_of_evaluation_is_the_central_crop_and_the_first_caption(tmp_path: Path) -> None:
-    reader = SequentialReader(image_set(str(tmp_path)), World.single(), 12, 12, view_transform(16, TOKENIZER), image_collate)
-    (batch,) = reader
-    expected, _ = center(decode(png(5)), 16)
-    assert torch.equal(batch["pixels"][5], loaders.to_pixels(expected[None])[0])
-    assert {TOKENIZER.decode(ids) for ids in batch["text"]} == {"a red apple"}
-    (plain,) = SequentialReader(image_set(str(tmp_path)), World.single(), 12, 12, view_transform(16), image_collate)
-    assert set(plain) == {"ids", "pixels"}

@@ -23,7 +23,7 @@ from data_pipeline.loading.workers import Workers
 from data_pipeline.shards.shard_set import ShardSet
 from infra.errors import ConfigError, DataError, ReportedError
 from infra.world import World
-from tests.data_pipeline.loading.test_loaders import COUNT, as_rank, code_set, draw, loader  # noqa: F401
+from tests.support.code_sets import COUNT, code_set, draw, loader
 from tests.support.processes import alive
 from tests.support.ranks import ROOT
 
@@ -35,7 +35,7 @@ def shard_set(tmp_path: Path) -> ShardSet:
     return code_set(str(tmp_path))
 
 
-def test_batches_do_not_depend_on_workers_or_ranks(shard_set: ShardSet, as_rank: Any) -> None:  # noqa: F811
+def test_batches_do_not_depend_on_workers_or_ranks(shard_set: ShardSet, as_rank: Any) -> None:
     wanted = draw(as_rank([shard_set], 1), 20)  # a prime number of records in uneven shards, three epochs and a bit
     for size, workers in ((1, 1), (1, 3), (3, 2)):
         ranks = as_rank([shard_set], size, workers=workers, block=9) if size == 1 else as_rank([shard_set], size, workers=workers)
@@ -48,7 +48,7 @@ def test_batches_do_not_depend_on_workers_or_ranks(shard_set: ShardSet, as_rank:
             rank.close()
 
 
-def test_a_loader_resumes_to_the_sample_on_other_numbers_of_ranks_and_workers(shard_set: ShardSet, as_rank: Any) -> None:  # noqa: F811
+def test_a_loader_resumes_to_the_sample_on_other_numbers_of_ranks_and_workers(shard_set: ShardSet, as_rank: Any) -> None:
     wanted = draw(as_rank([shard_set], 1), 14)
     state, done = None, 0
     for size, workers, batches in ((3, 2, 5), (2, 0, 2), (1, 3, 4), (6, 1, 3)):

@@ -2,12 +2,15 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.config import Section
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded, everywhere: a small file can claim to be enormous."""
+
+LATER = ("name", "roots")
+"""Keys of a source that came after its first parts were written: at their defaults they leave the names of parts as they were."""
 
 ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
 ImageKind = Literal["animated", "cmyk", "16-bit", "palette", "greyscale", "transparent", "rotated"]
@@ -18,12 +21,17 @@ class SourceConfig(Section):
 
     url: str
     """'emoji' (drawings embedded in packages), or the path or s3:// URL of a folder, a file, or a pattern (*, ?, [...]; ** for any depth)."""
-    kind: Literal["", "emoji", "folder", "table", "parquet", "webdataset"] = ""
+    kind: Literal["", "emoji", "folder", "table", "parquet", "arrow", "coco", "webdataset"] = ""
     """How it is read; empty: found by looking at the names of its files."""
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
+    """Comes before the ids of its records. Empty: nothing for the first source without a name, a number for each further one; give names to sources
+    that are to be removed or put in another order later."""
+    roots: tuple[str, ...] = ()
+    """Further folders or s3:// prefixes that links and paths of images may lead to; others are 'outside the source', and are not read."""
     weight: float = Field(default=1.0, gt=0)
     """Samples of an epoch per record; 0.5: half of the records in each epoch, in turn."""
-    split: Literal["", "train", "validation"] = ""
-    """Split of all records; empty: each record's own, else by the hash of its group."""
+    split: Literal["", "train", "validation", "hash"] = ""
+    """Split of all records; empty: each record's own, else by the hash of its group; 'hash': by the hash, whatever records and file names say."""
     image: str = ""
     """Column, key or tar extension of the image (its bytes or its path); empty: looked for under usual names."""
     captions: tuple[str, ...] = ()
@@ -49,6 +57,10 @@ class SourceConfig(Section):
             )
         return self
 
+    def at_default(self) -> set[str]:
+        """Keys of ``LATER`` that change nothing: they stand in no name of a part."""
+        return {key for key in LATER if getattr(self, key) == type(self).model_fields[key].default}
+
     @property
     def is_emoji(self) -> bool:
         """Whether it is the drawings embedded in packages."""
@@ -59,7 +71,8 @@ class DataConfig(Section):
     """Where captioned images come from, and where shard sets lie."""
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(url="emoji"),)
-    """Places of captioned images: URLs, or tables with the keys of a source (url, kind, weight, split, image, captions, license)."""
+    """Places of captioned images: URLs, or tables with the keys of a source (url, kind, name, roots, weight, split, image, captions, license); one alone
+    needs no brackets."""
     images: str = ""
     """URL of the image shard sets; empty: images/ in the run folder."""
     tokenizer: str = ""
@@ -96,10 +109,19 @@ class DataConfig(Section):
     """How JPEG files are decoded for training: 'exact' as the paper; 'fast' repeats halved chroma instead of interpolating it where the picture is
     then shrunk by 1.25 or more (47 dB or better on ordinary photographs, less on tiny ones of glaring colours; a tenth faster)."""
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_source(cls, given: Any) -> Any:
+        # A list is no tuple any more to pydantic, once it has come through here.
+        return (given,) if isinstance(given, (str, dict)) else tuple(given) if isinstance(given, list) else given
+
     @model_validator(mode="after")
     def _has_sources(self) -> Self:
         if not self.sources:
             raise ValueError("sources is empty: name at least one, for example 'emoji'")
+        names = [source.name for source in self.sources if source.name]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources are called {max(names, key=names.count)!r}; names come before the ids of records: give each its own")
         urls = [source.url for source in self.sources]
         if len(set(urls)) != len(urls):
             raise ValueError(f"sources names {max(urls, key=urls.count)!r} twice; raise its weight instead")

@@ -14,6 +14,8 @@ from pathlib import Path
 from infra.files import read_errors
 
 _SPECIAL = "*?["
+LINK_OUTSIDE = "link outside"
+"""``FileInfo.version`` of a link to a folder that is not followed."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,31 @@ def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
             yield FileInfo(name, 0, "broken link")
 
 
-def local_walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
-    """All files below a local folder, one folder in memory at a time. Links to folders are followed, but not in circles."""
+def local_walk(folder: Path, roots: tuple[str, ...] = (), above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    """All files below a local folder, one folder in memory at a time. Links to folders are followed, but not in circles.
+
+    Args:
+        folder: where to begin.
+        roots: real paths of the folders that a link may lead to; others are listed as files of version LINK_OUTSIDE. Empty: any folder.
+        above: real paths of the folders above this one.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
     for found in local_level(folder):
         if is_hidden(found.name):
             continue
-        if found.name.endswith("/"):
-            inside = local_walk(folder / found.name, (*above, real))
-            yield from (replace(deeper, name=found.name + deeper.name) for deeper in inside)
-        else:
+        if not found.name.endswith("/"):
             yield found
+            continue
+        inner = folder / found.name
+        if roots and inner.is_symlink() and not is_below(os.path.realpath(inner), roots):
+            yield FileInfo(found.name.rstrip("/"), 0, LINK_OUTSIDE)
+            continue
+        inside = local_walk(inner, roots, (*above, real))
+        yield from (replace(deeper, name=found.name + deeper.name) for deeper in inside)
+
+
+def is_below(path: str, roots: tuple[str, ...]) -> bool:
+    """Whether a path is one of some folders, or lies below one."""
+    return any(path == root or path.startswith(f"{root.rstrip('/')}/") for root in roots)

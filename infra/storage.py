@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
@@ -176,11 +177,15 @@ def stat(url: str) -> FileInfo:
     return globs.remote_info(url, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
 
 
-def glob(url: str) -> tuple[str, Iterator[FileInfo]]:
+def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]]:
     """The files that a URL names: a file, all files below a folder, or those that match a pattern.
 
     A pattern holds ``*``, ``?`` or ``[...]``, which stay within one folder, or ``**`` for folders of any depth. Only what lies below its
     longest fixed part is listed, lazily. Hidden and temporary files are left out. A name that exists is taken literally.
+
+    Args:
+        url: what to list.
+        roots: real paths of the local folders that links in a local folder may lead to; empty: any.
 
     Returns:
         The folder to which names are relative, and the files in a stable order; none if there is nothing.
@@ -198,7 +203,7 @@ def glob(url: str) -> tuple[str, Iterator[FileInfo]]:
         base, _, name = url.rpartition("/")
         return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
     level = _remote_level if is_remote(url) else _local_level
-    deep = _remote_walk if is_remote(url) else _local_walk
+    deep = _remote_walk if is_remote(url) else partial(_local_walk, roots=roots)
     if found is not None or not globs.is_pattern(url):
         return url.rstrip("/") or url, deep(url)
     base, parts = globs.split(url)
@@ -209,8 +214,8 @@ def _local_level(place: str, start: str) -> Iterator[FileInfo]:
     return globs.local_level(local_path(place), start)
 
 
-def _local_walk(place: str) -> Iterator[FileInfo]:
-    return globs.local_walk(local_path(place))
+def _local_walk(place: str, roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    return globs.local_walk(local_path(place), roots)
 
 
 def _remote_level(place: str, start: str) -> Iterator[FileInfo]:

@@ -93,7 +93,7 @@ def sample_source(source: Source, count: int, seed: int = 0) -> SourceSample:
         for item in source.read(listed[index], lambda group: True):
             if isinstance(item, Unreadable):
                 found.unreadable[item.reason] += 1
-            else:
+            elif isinstance(item, Pair):
                 pairs.append(item)
             if len(pairs) >= _SPREAD * quota:
                 break

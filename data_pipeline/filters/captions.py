@@ -12,7 +12,7 @@ from functools import lru_cache
 from data_pipeline.config import FilterConfig
 from data_pipeline.filters.boilerplate import is_boilerplate
 from data_pipeline.filters.language import is_english
-from infra import storage
+from infra import storage, text
 
 _SURROGATE = re.compile(r"[\uD800-\uDFFF]")
 _VISIBLE = re.compile(
@@ -129,6 +129,6 @@ def blocked_words(url: str) -> tuple[frozenset[str], tuple[str, ...]]:
     Raises:
         DataError: the list is missing or no UTF-8 text.
     """
-    lines = (_WORD.findall(line.partition("#")[0].casefold()) for line in storage.read_text(url).splitlines())
+    lines = (_WORD.findall(line.partition("#")[0].casefold()) for line in text.lines(storage.read_text(url)))
     entries = [words for words in lines if words]
     return frozenset(words[0] for words in entries if len(words) == 1), tuple(f" {' '.join(words)} " for words in entries if len(words) > 1)

@@ -18,7 +18,7 @@ from data_pipeline.filters.captions import blocked_words, caption_reason
 from data_pipeline.filters.language import identifier
 from data_pipeline.filters.perceptual_hash import DECODE_SIDE, perceptual_hash
 from data_pipeline.filters.shrink import shrink
-from data_pipeline.images.files import BombError, is_transparent, kinds, load_file, open_file, shown_size, to_grey
+from data_pipeline.images.files import BombError, is_invisible, is_transparent, kinds, load_file, open_file, shown_size, to_grey
 from data_pipeline.sources.pairs import Pair
 from infra.errors import DataError
 
@@ -150,6 +150,8 @@ def _judge_image(pair: Pair, config: FilterConfig, min_side: int, counts: Counte
         image = load_file(file, DECODE_SIDE)
         if "transparent" in config.refuse and is_transparent(image):
             return Dropped("transparent image", _describe(header), counts)
+        if is_invisible(image):
+            return Dropped("invisible image", _describe(header), counts)
         prints = perceptual_hash(to_grey(image), pair.image)
         del image, file  # memory, should the image be decoded once more
         stored, (width, height) = shrink(pair.image, (header.width, header.height), form, config, min_side)

@@ -104,6 +104,8 @@ def load_file(image: ImageFile.ImageFile, grey_of_side: int = 0) -> Image.Image:
         if grey_of_side:
             image.draft("L", (grey_of_side, grey_of_side))
         image.load()
+        if image.format == "BMP" and image.mode == "RGBA" and is_invisible(image):
+            image.putalpha(255)  # many programs write 32 bits and leave the last eight empty: they mean colours, not nothing
         return image if turn is None else image.transpose(turn)
 
 
@@ -152,6 +154,13 @@ def is_transparent(image: Image.Image) -> bool:
     if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
         return False
     return any(strip.convert("RGBA").getchannel("A").getextrema()[0] != 255 for _, strip in _strips(image))
+
+
+def is_invisible(image: Image.Image) -> bool:
+    """Whether every pixel of a decoded image is fully transparent: on white, nothing of it would be seen."""
+    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
+        return False
+    return all(strip.convert("RGBA").getchannel("A").getextrema()[1] == 0 for _, strip in _strips(image))
 
 
 def to_pixels(image: Image.Image) -> NDArray[np.uint8]:

@@ -19,6 +19,13 @@ class Tally:
     """Reason -> count and examples (id, why)."""
     dropped_captions: Counter[str] = field(default_factory=Counter)
     """Reason -> captions left out of records."""
+    not_read: Counter[str] = field(default_factory=Counter)
+    """Suffix -> members of tars that belong to no record. They are none of ``seen``."""
+
+    @property
+    def kept(self) -> int:
+        """Pairs that were seen and not dropped: every record is one or the other."""
+        return self.seen - sum(entry["count"] for entry in self.dropped.values())
 
     def drop(self, reason: str, identity: str, why: str = "") -> None:
         """Count one dropped pair."""
@@ -31,7 +38,8 @@ class Tally:
         entry["examples"] = (entry["examples"] + examples)[:_EXAMPLES]
 
     def to_json(self) -> dict[str, Any]:
-        return {"seen": self.seen, "dropped": self.dropped, "dropped_captions": dict(self.dropped_captions)}
+        tree = {"seen": self.seen, "dropped": self.dropped, "dropped_captions": dict(self.dropped_captions)}
+        return tree | ({"not_read": dict(self.not_read)} if self.not_read else {})
 
     def include(self, tree: dict[str, Any]) -> None:
         """Add the counts of ``to_json``."""
@@ -39,3 +47,4 @@ class Tally:
         for reason, entry in tree["dropped"].items():
             self.add(reason, entry["count"], entry["examples"])
         self.dropped_captions.update(tree["dropped_captions"])
+        self.not_read.update(tree.get("not_read", {}))

@@ -21,6 +21,21 @@ from infra.errors import DataError
 
 SUMMARY = "summary.json"
 _SHOWN = 5
+_FEW = 1000  # records of which validation may hold none by chance
+_SETTINGS = {
+    "image too small": "Add larger images, or lower data.min_side",
+    "beyond data.share": "Raise data.share",
+    "not English": "Set filters.english=false for captions of other languages",
+    "caption too short": "Lower filters.min_words",
+    "caption too long": "Raise filters.max_characters",
+    "image format": "Name the format in filters.formats",
+    "aspect ratio": "Raise filters.max_aspect",
+    "outside the source": "Name the folder in roots of the source in data.sources",
+    "no caption": "Name the columns or keys of captions in data.sources as captions",
+    "missing image": "Check where the paths of the images begin: beside the table, or absolute",
+    "image is a web address": "Run img2dataset on it, and name its output folder",
+}
+"""Reason -> what lets such records in."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,8 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
 
     Returns:
         The summary: seen, splits (count, groups, sources, licenses, version), dropped (reason -> count, examples), dropped_captions, quarantined,
-        groups_in_both, credits.
+        groups_in_both, credits, files (source -> listed, read, pictures, not_read by suffix), not_read (members of tars by suffix). What is seen is
+        either dropped or in one of the splits; what is listed is read, a picture beside a table, or not read.
 
     Raises:
         DataError: a unit is not finished, too many are quarantined, or a split is empty.
@@ -106,9 +122,16 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
         "groups_in_both": len(np.intersect1d(groups["validation"], groups["train"])),
         "quarantined": now.quarantined,
         "credits": _credits(plan, now),
+        "files": files(plan),
     }
     storage.write_json(storage.join(images_url, SUMMARY), summary)
     return summary
+
+
+def files(plan: Plan) -> dict[str, Any]:
+    """Source -> what became of its files; of sources that have files."""
+    pairs = zip(plan.data.sources, plan.sources, strict=True)
+    return {entry.url: source.census.to_json() for entry, source in pairs if source.census.listed}
 
 
 def _draft(plan: Plan, images_url: str, split: str, now: State) -> ShardSet:
@@ -126,13 +149,31 @@ def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> N
 
 
 def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally) -> None:
-    for split in SPLITS:
-        if draft[split].stored == len(hidden[split]):
-            dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
-            raise DataError(
-                f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {split} split ({tally.seen} pairs read; "
-                f"dropped: {dropped}). Add data, lower data.min_side, or raise data.share or data.validation_share."
-            )
+    empty = [split for split in SPLITS if draft[split].stored == len(hidden[split])]
+    if not empty:
+        return
+    left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)
+    dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
+    raise DataError(
+        f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {empty[0]} split ({tally.seen} pairs read; "
+        f"dropped: {dropped}). {_advice(plan, empty[0], left, tally)}"
+    )
+
+
+def _advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
+    """What to change so that a split holds something."""
+    if left:  # all records went to the other split
+        other = next(name for name in SPLITS if name != split)
+        if any(entry.split == other for entry in plan.entries):
+            return f'data.sources says split = "{other}" of them: leave it out, or name a source with split = "{split}".'
+        if any(unit.shard.splits != {""} for unit in plan.units) or left > _FEW:
+            return f'The data call all of it {other}: add data that is called {split}, or give the source split = "hash", which takes it from all.'
+        return f"There are {left} records in all: add data, or raise data.validation_share."
+    if not tally.dropped:
+        return "Nothing was read: add data, or raise data.share."
+    reason, entry = max(tally.dropped.items(), key=lambda item: int(item[1]["count"]))
+    why = next((example["why"] for example in entry["examples"] if example["why"]), "")
+    return _SETTINGS.get(reason, f"Most of it is '{reason}'") + (f" (for example {entry['examples'][0]['id']}: {why})." if why else ".")
 
 
 def _examples(sets: dict[str, ShardSet], border: int, pairs: list[tuple[int, int]]) -> list[dict[str, str]]:

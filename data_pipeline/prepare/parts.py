@@ -18,7 +18,7 @@ from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries, record_failure, withdraw
 from data_pipeline.shards.part_writer import PartWriter
 from data_pipeline.shards.shard_set import ImageRecord, part_done
-from data_pipeline.sources.pairs import Pair, Unreadable
+from data_pipeline.sources.pairs import Found, NotRead, Unreadable
 from infra import storage
 from infra.errors import DataError, NoRoomError, ReportedError, UnreachableError
 from infra.world import World
@@ -26,6 +26,8 @@ from infra.world import World
 log = logging.getLogger(__name__)
 
 Stop = Callable[[], bool]
+BEYOND_SHARE = "beyond data.share"
+"""Why records are left out that no filter has judged."""
 
 
 class _Poisoned(Exception):
@@ -146,11 +148,14 @@ class _Counts:
 
 
 def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
-    """Records of one input shard that pass all filters, in order; the others are counted in ``tally``."""
-    for pair in _readable(plan, unit):
+    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once."""
+    for pair in _readable(plan, unit, tally):
+        if isinstance(pair, NotRead):
+            tally.not_read[pair.suffix] += pair.count
+            continue
         tally.seen += 1
         if isinstance(pair, Unreadable):
-            tally.drop(pair.reason, pair.id)
+            tally.drop(pair.reason, pair.id, pair.why)
             continue
         if pair.id in plan.taken_down:
             tally.drop("taken down", pair.id)
@@ -165,16 +170,25 @@ def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
         if isinstance(verdict, Dropped):
             tally.drop(verdict.reason, pair.id, verdict.example)
             continue
-        kept, split = verdict.pair, pair.split or plan.split(pair.group)
+        kept, group = verdict.pair, plan.group(pair)
         prints = (verdict.content_hash, verdict.perceptual_hash)
         size = (verdict.width, verdict.height)
-        yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, kept.group, split, prints)
+        split = plan.split(unit.source, pair.split, group)
+        yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints)
 
 
-def _readable(plan: Plan, unit: Unit) -> Iterator[Pair | Unreadable]:
+def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
     """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
+
+    def wanted(group: str) -> bool:
+        if plan.wanted(group):
+            return True
+        tally.seen += 1
+        tally.drop(BEYOND_SHARE, group)
+        return False
+
     try:
-        yield from plan.sources[unit.source].read(unit.shard, plan.wanted)
+        yield from plan.sources[unit.source].read(unit.shard, wanted)
     except (GeneratorExit, UnreachableError, NoRoomError):
         raise
     except Exception as error:

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.filters.judge import fingerprint
 from data_pipeline.shards.shard_set import read_takedown
 from data_pipeline.shards.versions import Part
 from data_pipeline.sources.open_source import open_source
-from data_pipeline.sources.pairs import InputShard, Source
+from data_pipeline.sources.pairs import InputShard, Pair, Source
 from infra.digests import digest
 from infra.seeds import derive
 
 SPLITS = ("train", "validation")
 _VERSION = 2  # of what a part holds; a change does finished parts again
 _AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # these filters need all parts, and change none
+
+
+IDENTITY = "2: ids below their source; split by the group given, else by the bytes of the image"
+"""The rule by which records that bring no id and no group get them. A set has one rule; manifests name it, where a source other than the drawings is
+in the set (the drawings bring both)."""
 
 
 def split_of(group: str, seed: int, validation_share: float) -> str:
@@ -47,6 +53,23 @@ class Plan:
     units: list[Unit]
 
     @cached_property
+    def entries(self) -> tuple[SourceConfig, ...]:
+        """The entries of data.sources, each with the name that comes before the ids of its records."""
+        return named(self.data.sources)
+
+    @cached_property
+    def carves(self) -> bool:
+        """Whether validation is cut out of what is called train: no source brings anything else, and none was told to.
+
+        Known from the names of the input shards, so that every process decides alike.
+        """
+        said = set[str]()
+        for unit in self.units:
+            told = self.entries[unit.source].split
+            said |= {told} if told else unit.shard.splits
+        return said == {"train"} and any(not entry.split for entry in self.entries)
+
+    @cached_property
     def taken_down(self) -> frozenset[str]:
         """Ids that no new part may hold.
 
@@ -60,13 +83,21 @@ class Plan:
         # Not the hash of the split: the first groups by that one would all be validation.
         return self.data.share >= 1 or derive(self.seed, "split", "kept", group) < self.data.share * 2**63
 
-    def split(self, group: str) -> str:
-        """The split of a group whose source brings none."""
+    def group(self, pair: Pair) -> str:
+        """The key of the split: the group that the record gives, else its image, which is the same in whatever form it comes."""
+        return pair.group if pair.given else f"image/{blake2b(pair.image, digest_size=16).hexdigest()}"
+
+    def split(self, source: int, brought: str, group: str) -> str:
+        """The split of a record: what it brings, unless validation has to come from what is called train."""
+        if brought and not (self.carves and not self.entries[source].split):
+            return brought
         return split_of(group, self.seed, self.data.validation_share)
 
     def inputs(self, unit: Unit) -> str:
-        """Digest of everything that the unit's records depend on; it names the part."""
-        source = self.data.sources[unit.source].model_dump(mode="json", exclude={"weight"})
+        """Digest of everything that the unit's records depend on; it names the part. Where a source lies is not among it."""
+        entry = self.entries[unit.source]
+        unnamed = {"weight"} | entry.at_default() | (set() if entry.is_emoji else {"url"})
+        source = entry.model_dump(mode="json", exclude=unnamed)
         shard = [unit.shard.name, unit.shard.version, unit.shard.keys, unit.shard.span]
         return digest([_VERSION, source, self.sources[unit.source].version(), shard, self._shaping])
 
@@ -75,7 +106,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What shaped the set; goes to the manifests."""
-        return {**self._shaping, "sources": [source.url for source in self.data.sources], "filters": self.filters.model_dump(mode="json")}
+        rule = {} if all(entry.is_emoji for entry in self.entries) else {"identity": IDENTITY}
+        return {**rule, **self._shaping, "sources": [source.url for source in self.data.sources], "filters": self.filters.model_dump(mode="json")}
 
     @cached_property
     def _shaping(self) -> dict[str, Any]:
@@ -87,7 +119,19 @@ class Plan:
             "share": self.data.share,
             "seed": self.seed,
             "shard_bytes": self.data.shard_bytes,
-        }
+        } | ({"validation": "from train"} if self.carves else {})
+
+
+def named(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    """Sources with names: of those that bring none the first has none, and each further one a number."""
+    found, number = [], 0
+    for entry in sources:
+        if entry.name or entry.is_emoji:
+            found.append(entry)
+            continue
+        found.append(entry.model_copy(update={"name": str(number) if number else ""}))
+        number += 1
+    return tuple(found)
 
 
 def make_plan(data: DataConfig, filters: FilterConfig, image_size: int, seed: int) -> Plan:
@@ -103,7 +147,7 @@ def make_plan(data: DataConfig, filters: FilterConfig, image_size: int, seed: in
         ConfigError: an entry of data.sources cannot be a source.
         DataError: a source is missing or empty.
     """
-    sources = [open_source(entry, data) for entry in data.sources]
+    sources = [open_source(entry, data) for entry in named(data.sources)]
     units = [Unit(number, shard) for number, source in enumerate(sources) for shard in source.shards()]
     return Plan(data, filters, data.min_side or image_size, seed, sources, units)
 

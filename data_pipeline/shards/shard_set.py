@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import storage
+from infra import storage, text
 from infra.digests import id_hash
 from infra.errors import DataError
 
@@ -314,7 +314,8 @@ def read_takedown(url: str) -> frozenset[str]:
     """
     if not url:
         return frozenset()
-    return frozenset(line.strip() for line in storage.read_text(url).splitlines() if line.strip())
+    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
+    return frozenset(found for line in text.lines(storage.read_text(url)) if line.strip() for found in (line, line.strip()))
 
 
 def _sha256(part: Mapping[str, Any], name: str) -> str:

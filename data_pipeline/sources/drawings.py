@@ -15,7 +15,7 @@ import resvg_py
 from emoji import EMOJI_DATA
 from PIL import Image
 
-from data_pipeline.sources.pairs import InputShard, Pair
+from data_pipeline.sources.pairs import Census, InputShard, Pair
 from infra.errors import DataError
 
 _SKIN = re.compile(r"_?(?P<tone>light|medium-light|medium|medium-dark|dark)_skin_tone")
@@ -250,6 +250,7 @@ class EmojiSource:
         self.render_size = render_size
         self.records_per_part = records_per_part
         self.split = split
+        self.census = Census()  # packages hold much else
 
     def keys(self) -> list[str]:
         """Handles of all drawings that have a name, sorted within each style; nothing is rendered."""

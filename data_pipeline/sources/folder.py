@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
     LARGE_TEXT,
@@ -16,7 +17,6 @@ from data_pipeline.sources.rows_to_pairs import (
     MISSING_IMAGE,
     BadRecord,
     Draft,
-    Origin,
     clean,
     in_order,
     join_captions,
@@ -53,6 +53,7 @@ class FolderSource:
         self.name = config.url
         self.origin = Origin(config)
         self.records = records_per_part
+        self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
         """Runs of names, cut where the hash of a name says so: a new image changes the run it falls into, and rarely a second.
@@ -60,6 +61,7 @@ class FolderSource:
         Raises:
             DataError: the folder is missing, or holds no image, or none that has captions; when all is listed.
         """
+        self.census = Census()
         run: list[Item] = []
         images = captioned = 0
         for item in self._items():
@@ -76,14 +78,14 @@ class FolderSource:
             )
         yield _shard(run)
 
-    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The records of a run of names; images are read after their captions, and only of wanted groups.
 
         Raises:
             DataError: a file cannot be read for a reason that may pass.
         """
         is_remote = storage.is_remote(self.origin.base)
-        items = _grouped(FileInfo(name, 0, "") for name in shard.keys)
+        items = _grouped((FileInfo(name, 0, "") for name in shard.keys), Census())
         drafts = in_order(self._draft, items, lambda item: is_remote)
         return with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
 
@@ -91,16 +93,20 @@ class FolderSource:
         return self.origin.credits()
 
     def version(self) -> str:
-        return self.origin.version("folder/2")
+        return self.origin.version("folder/3")
 
     def _items(self) -> Iterator[Item]:
         """Images with their caption files, as they are listed."""
-        url, pattern = self.name, ""
-        last = url.rpartition("/")[2]
-        if last.lower().endswith(IMAGE_SUFFIXES):  # a pattern of images leaves their captions out
-            url, pattern = f"{url.rpartition('.')[0]}.*", last
-        files = storage.glob(url)[1]
-        return (item for item in _grouped(files) if not pattern or globs.matches([item.image.name.rpartition("/")[2]], [pattern]))
+        last = self.name.rpartition("/")[2]
+        if not last.lower().endswith(IMAGE_SUFFIXES):
+            yield from _grouped(self.origin.files(), self.census)
+            return
+        # A pattern of images leaves their captions out. What else lies there is none of its business.
+        files = storage.glob(f"{self.name.rpartition('.')[0]}.*", self.origin.links)[1]
+        for item in _grouped(files, Census()):
+            if globs.matches([item.image.name.rpartition("/")[2]], [last]):
+                self.census.read += len(item.files)
+                yield item
 
     def _cuts(self, name: str) -> bool:
         return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") % self.records == 0
@@ -109,17 +115,18 @@ class FolderSource:
         name = item.image.name
         shown = name.encode("utf-8", "backslashreplace").decode()  # a local name may hold any bytes
         try:
-            texts = {text.name[-len(".txt") :]: self._read(text.name) for text in item.texts if text.name.endswith(".txt")}
-            row = next((parse_object(self._read(text.name)) for text in item.texts if text.name.endswith(".json")), {})
-            captions = join_captions(self.origin.captions(row), texts.values())
+            url = self.origin.inside(self.origin.url(name))
+            texts = [self._read(text.name) for text in item.texts if text.name.lower().endswith(".txt")]
+            row = next((parse_object(self._read(text.name)) for text in item.texts if text.name.lower().endswith(".json")), {})
+            captions = join_captions(self.origin.captions(row), texts)
         except BadRecord as bad:
-            return Unreadable(self.origin.url(shown), bad.reason)
-        split = split_of_name(f"{shown.rpartition('/')[0]}/")  # that of a folder: a picture called test.jpg is one like others
+            return Unreadable(self.origin.id(shown), bad.reason, bad.why)
+        split = _split(shown)
         # The group has no URL in it: a folder that moves keeps its split.
-        return Draft(self.origin.pair(shown, row, captions, split, f"folder/{shown.rpartition('.')[0]}"), self.origin.url(name))
+        return Draft(self.origin.pair(shown, row, captions, split, f"folder/{shown.rpartition('.')[0]}"), url)
 
     def _read(self, name: str) -> bytes:
-        return read_limited(self.origin.url(name), MAX_TEXT_BYTES, MISSING_IMAGE, LARGE_TEXT)
+        return read_limited(self.origin.inside(self.origin.url(name)), MAX_TEXT_BYTES, MISSING_IMAGE, LARGE_TEXT)
 
 
 def _shard(run: list[Item]) -> InputShard:
@@ -127,11 +134,17 @@ def _shard(run: list[Item]) -> InputShard:
     digest = hashlib.blake2b(repr([(file.name, file.version) for file in files]).encode(), digest_size=16).hexdigest()
     names = run[0].image.name, run[-1].image.name
     label = names[0] if len(run) == 1 else "..".join(names)
-    return InputShard(clean(label), digest, keys=tuple(file.name for file in files))
+    splits = frozenset(_split(item.image.name) for item in run)
+    return InputShard(clean(label), digest, keys=tuple(file.name for file in files), splits=splits)
 
 
-def _grouped(files: Iterator[FileInfo]) -> Iterator[Item]:
-    """Images with the caption files of their names, from a listing in the order of full names.
+def _split(name: str) -> str:
+    """The split that a folder names: a picture called test.jpg is one like others."""
+    return split_of_name(f"{name.rpartition('/')[0]}/")
+
+
+def _grouped(files: Iterator[FileInfo], census: Census) -> Iterator[Item]:
+    """Images with the caption files of their names, from a listing in the order of full names; ``census`` counts all files.
 
     In that order the files of one folder that share their name up to the first dot follow each other, but for the content of folders whose
     names begin likewise: at most one such group is open for each folder above the current one.
@@ -141,7 +154,7 @@ def _grouped(files: Iterator[FileInfo]) -> Iterator[Item]:
         folder, _, last = file.name.rpartition("/") if file else ("", "", "")
         key = (folder, last.partition(".")[0])
         while opened and (file is None or not (opened[-1][:2] == key or _is_below(folder, opened[-1][0]))):
-            yield from _matched(opened.pop()[2])
+            yield from _matched(opened.pop()[2], census)
         if file is None:
             return
         if opened and opened[-1][:2] == key:
@@ -154,9 +167,24 @@ def _is_below(folder: str, other: str) -> bool:
     return folder != other and (not other or folder.startswith(f"{other}/"))
 
 
-def _matched(files: list[FileInfo]) -> Iterator[Item]:
-    texts = {file.name: file for file in files if file.name.endswith(_TEXTS)}
+def _matched(files: list[FileInfo], census: Census) -> Iterator[Item]:
+    texts: dict[str, list[FileInfo]] = {}
     for file in files:
-        if file.name.lower().endswith(IMAGE_SUFFIXES):
-            stem = file.name.rpartition(".")[0]
-            yield Item(file, tuple(texts[stem + suffix] for suffix in _TEXTS if stem + suffix in texts))
+        stem, _, suffix = file.name.rpartition(".")
+        if f".{suffix.lower()}" in _TEXTS:
+            texts.setdefault(stem, []).append(file)
+    read = set[str]()
+    for file in files:
+        if file.name.lower().endswith(IMAGE_SUFFIXES) and file.version != globs.LINK_OUTSIDE:
+            # .txt before .json, and 'a.txt' before 'A.TXT': the order in which captions are taken.
+            beside = sorted(
+                texts.get(file.name.rpartition(".")[0], ()),
+                key=lambda text: (_TEXTS.index(text.name[text.name.rindex(".") :].lower()), text.name.swapcase()),
+            )
+            item = Item(file, tuple(beside))
+            read |= {found.name for found in item.files}
+            yield item
+    census.read += len(read)
+    for file in files:
+        if file.name not in read:
+            census.pass_over(file.name, file.version)

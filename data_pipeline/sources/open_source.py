@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import islice
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.sources.folder import FolderSource
+from data_pipeline.sources.kinds import BY_NAME, EMOJI, FOLDER, KINDS, WEBDATASET, Kind
 from data_pipeline.sources.pairs import Source
 from data_pipeline.sources.rows_to_pairs import IMAGE_SUFFIXES
-from data_pipeline.sources.table import SUFFIXES, TableSource
-from data_pipeline.sources.webdataset import WebDatasetSource
 from infra import storage
 from infra.errors import DataError
 
 LOOK = 10_000
-"""Names that are looked at to tell what a folder holds; a folder with several kinds of files is told apart by ``kind``."""
+"""Names among which captions beside images are looked for, and several kinds of files are told apart. Behind more images than that, any other kind
+of file decides."""
 
 
 def open_source(config: SourceConfig, data: DataConfig) -> Source:
@@ -24,61 +23,53 @@ def open_source(config: SourceConfig, data: DataConfig) -> Source:
     Raises:
         DataError: there is nothing at its URL, or nothing that can be read.
     """
-    return _OPENERS[config.kind or find_kind(config.url)](config, data)
+    return BY_NAME[config.kind or find_kind(config.url)].opener(config, data)
 
 
 def find_kind(url: str) -> str:
-    """The kind of a source, by the names of the first files that a URL names.
+    """The kind of a source, by the names of the files that a URL names.
 
     Tars come first: the .parquet, .json and .jsonl files beside them describe them. Then images with captions of the same name, beside which
-    img2dataset leaves .parquet files too. Then Parquet files, then tables.
+    img2dataset leaves .parquet files too. Then the other kinds in the order of ``KINDS``.
 
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
     if url == "emoji":
-        return "emoji"
-    for suffixes, kind in _BY_SUFFIX:
-        if url.lower().endswith(suffixes):
-            return kind
-    names = [info.name for info in islice(storage.glob(url)[1], LOOK)]
-    lower = [name.lower() for name in names]
-    if not any(name.endswith(".tar") for name in lower):
-        texts = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
-        if any(name.lower().endswith(IMAGE_SUFFIXES) and name.rpartition(".")[0] in texts for name in names):
-            return "folder"
-    for suffixes, kind in _BY_SUFFIX:
-        if any(name.endswith(suffixes) for name in lower):
-            return kind
-    what = f"none of its files, such as {names[0]}, is data" if names else "no such folder or file, or it is empty"
+        return EMOJI.name
+    for kind in KINDS:
+        if kind.shows(url):
+            return kind.name
+    infos = storage.glob(url, _links(url))[1]
+    names = (info.name for info in infos)
+    first = list(islice(names, LOOK))
+    found = _kind_of(first)
+    if found is FOLDER and not _captioned(first):  # images alone, so far: what says something about them may come behind them
+        found = next((kind for name in names for kind in KINDS if kind.shows(name) and kind is not FOLDER), FOLDER)
+    if found is not None:
+        return found.name
+    what = f"none of its files, such as {first[0]}, is data" if first else "no such folder or file, or it is empty"
     raise DataError(
-        f"{url}: {what}; data.sources accepts 'emoji', and folders or patterns of images with same-named .txt or .json files, of tables "
-        f"({', '.join(SUFFIXES)}), of .parquet files, or of WebDataset .tar files."
+        f"{url}: {what}; data.sources accepts 'emoji', and folders or patterns of {', of '.join(kind.holds for kind in KINDS if kind is not EMOJI)}."
     )
 
 
-def _emoji(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.drawings import EmojiSource  # its packages are needed by this source only
-
-    return EmojiSource(data.render_size, data.records_per_part, config.split)
-
-
-def _parquet(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.parquet import ParquetSource  # pyarrow takes a second to import
-
-    return ParquetSource(config, data.records_per_part)
+def _links(url: str) -> tuple[str, ...]:
+    """The folder itself: a link that leads out of it shows no kind."""
+    return () if storage.is_remote(url) else (str(storage.local_path(url).resolve()),)
 
 
-_BY_SUFFIX: tuple[tuple[tuple[str, ...], str], ...] = (
-    ((".tar",), "webdataset"),
-    ((".parquet",), "parquet"),
-    (SUFFIXES, "table"),
-    (IMAGE_SUFFIXES, "folder"),
-)
-_OPENERS: dict[str, Callable[[SourceConfig, DataConfig], Source]] = {
-    "emoji": _emoji,
-    "folder": lambda config, data: FolderSource(config, data.records_per_part),
-    "table": lambda config, data: TableSource(config, data.records_per_part),
-    "parquet": _parquet,
-    "webdataset": lambda config, data: WebDatasetSource(config),
-}
+def _kind_of(names: list[str]) -> Kind | None:
+    if not any(WEBDATASET.shows(name) for name in names) and _captioned(names):
+        return FOLDER
+    return next((kind for kind in KINDS for name in names if kind.shows(name)), None)
+
+
+def _captioned(names: list[str]) -> bool:
+    """Whether an image has a file of the same name beside it."""
+    texts = {name.rpartition(".")[0] for name in names if name.lower().endswith((".txt", ".json"))}
+    return any(stem in texts for stem in _stems(names))
+
+
+def _stems(names: list[str]) -> Iterator[str]:
+    return (name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGE_SUFFIXES))

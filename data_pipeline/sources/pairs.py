@@ -1,8 +1,12 @@
 """What sources yield: captioned images, records that cannot be read, and the shards in which both are found."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from infra.globs import LINK_OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,12 @@ class Pair:
     license: str
     """SPDX identifier, or 'unknown'."""
     group: str
-    """Key of the split: pairs of one group never lie in different splits, unless they bring their own."""
+    """What is kept or left out together by ``data.share``; and, where it is ``given``, the key of the split: pairs of one group never lie in
+    different splits, unless they bring their own."""
     split: str = ""
     """'train' or 'validation' where the source brings its own, else empty."""
+    given: bool = field(default=True, compare=False)
+    """Whether the record says its group. Others are split by the bytes of their image, whatever form they came in."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,57 @@ class Unreadable:
     id: str
     reason: str
     """One of ``data_pipeline.sources.rows_to_pairs.REASONS``."""
+    why: str = ""
+    """What would make it readable, where that is a setting."""
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """Members of a shard that belong to no record, by suffix. They are counted, so that nothing in a shard goes in silence."""
+
+    suffix: str
+    count: int = 1
+
+
+Found = Pair | Unreadable | NotRead
+
+
+_SUFFIX = re.compile(r"(\.[a-z0-9_]{1,10})?\.[a-z0-9_]{1,10}$")
+NO_SUFFIX = "(no suffix)"
+OUTSIDE = "(link to a folder outside)"
+
+
+def suffix_of(name: str) -> str:
+    """What a file that is not read is counted under: '.cls', '.csv.gz', '(no suffix)'."""
+    last = name.lower().rpartition("/")[2]
+    found = _SUFFIX.search(last)
+    if found is None or not last[: found.start()]:
+        return NO_SUFFIX
+    return found[0] if found[0].endswith((".gz", ".bz2", ".xz", ".zst")) else f".{last.rpartition('.')[2]}"
+
+
+@dataclass
+class Census:
+    """What lies in a source: every file that is listed is read, a picture that rows may name, or not read. Whole when all shards are listed."""
+
+    read: int = 0
+    """Files whose content is read: images and their captions, tables, tars."""
+    pictures: int = 0
+    """Image files beside tables, which rows name or do not."""
+    not_read: Counter[str] = field(default_factory=Counter)
+    """Suffix -> files that are of no kind that is read here."""
+
+    @property
+    def listed(self) -> int:
+        """All files."""
+        return self.read + self.pictures + self.not_read.total()
+
+    def pass_over(self, name: str, version: str = "") -> None:
+        """Count a file that is not read."""
+        self.not_read[OUTSIDE if version == LINK_OUTSIDE else suffix_of(name)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"listed": self.listed, "read": self.read, "pictures": self.pictures, "not_read": dict(self.not_read)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +104,8 @@ class InputShard:
     """Of sources that list names."""
     span: tuple[int, int] = (0, 0)
     """Bytes, or row groups: from the first up to, not including, the last."""
+    splits: frozenset[str] = frozenset({""})
+    """The splits that its names say, '' where they say none. What its records say themselves is not known before they are read."""
 
 
 class Source(Protocol):
@@ -53,6 +113,8 @@ class Source(Protocol):
 
     name: str
     """``Pair.source`` of records that bring none."""
+    census: Census
+    """Of the listing that ``shards()`` made last."""
 
     def shards(self) -> Iterator[InputShard]:
         """The shards in a stable order. Files are listed, records are not read.
@@ -62,12 +124,12 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
-        """The records of a shard in a stable order.
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
+        """The records of a shard in a stable order, and what lies among them that belongs to no record.
 
         Args:
             shard: one of ``shards()``.
-            wanted: asked for the group of each record, before its image is fetched or rendered where that can be avoided; others are left out.
+            wanted: asked once for the group of each record, before its image is fetched or rendered where that can be avoided; others are left out.
 
         Raises:
             DataError: the shard as a whole is broken, or cannot be reached.

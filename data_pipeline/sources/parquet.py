@@ -1,38 +1,25 @@
-"""Parquet files with embedded images or with paths. Row groups are read in small batches, and only the columns that matter. The home of pyarrow."""
+"""Parquet files with embedded images or with paths. Row groups are read in small batches, and only the columns that matter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
-from data_pipeline.sources.rows_to_pairs import (
-    BAD_TEXT,
-    FETCHES,
-    LARGE_IMAGE,
-    MAX_IMAGE_BYTES,
-    MISSING_IMAGE,
-    BadRecord,
-    Draft,
-    Origin,
-    distinct,
-    find_captions,
-    find_image,
-    split_of_name,
-    text_in,
-    with_images,
-)
+from data_pipeline.sources.arrow_rows import Columns, Rows, columns_of
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
+from data_pipeline.sources.rows_to_pairs import FETCHES, IMAGE_SUFFIXES, Draft, split_of_name, with_images
 from infra import storage
 from infra.errors import DataError, UnreachableError
 from infra.storage import FileInfo
 
+SUFFIXES = (".parquet",)
 BATCH_ROWS = 32
 """Rows with embedded images that are in memory at once."""
 BATCH_ROWS_WITHOUT_IMAGES = 1024
@@ -40,22 +27,6 @@ READ_BYTES = 1 << 20
 """Bytes of a column that are read at once from a local file."""
 REMOTE_READ_BYTES = 8 << 20
 """The same from S3: each is a request."""
-_ABOUT = ("id", "uid", "key", "group", "sha256", "md5", "url", "source", "license", "licence", "LICENSE", "split")
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What is read of a file."""
-
-    image: str
-    """Bytes, a path, or a struct of both (bytes, path), as Hugging Face's datasets writes it."""
-    is_struct: bool
-    is_path: bool
-    captions: tuple[str, ...]
-    about: tuple[str, ...]
-    """Further columns, read as what a record says about itself."""
 
 
 class ParquetSource:
@@ -65,6 +36,7 @@ class ParquetSource:
         self.name = config.url
         self.origin = Origin(config)
         self.records = records_per_part
+        self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
         """Ranges of row groups of about the aimed-at number of records; only the ends of the files are read. A file that is broken is one shard.
@@ -72,18 +44,33 @@ class ParquetSource:
         Raises:
             DataError: there is no Parquet file.
         """
-        base, infos = storage.glob(self.name)
-        files = sorted((info for info in infos if info.name.lower().endswith(".parquet")), key=lambda info: info.name)
+        self.census = census = Census()
+        files, has_paths = [], False
+        for info in self.origin.files():
+            if info.name.lower().endswith(SUFFIXES):
+                files.append(info)
+                census.read += 1
+            elif info.name.lower().endswith(IMAGE_SUFFIXES):
+                census.pictures += 1
+            else:
+                census.pass_over(info.name, info.version)
         if not files:
             raise DataError(
                 f"{self.name}: no .parquet file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.parquet."
             )
-        with ThreadPoolExecutor(FETCHES if storage.is_remote(base) else 1) as pool:
-            for info, spans in zip(files, pool.map(self._spans, files), strict=True):
+        files.sort(key=lambda info: info.name)
+        with ThreadPoolExecutor(FETCHES if storage.is_remote(self.origin.base) else 1) as pool:
+            for info, (spans, paths) in zip(files, pool.map(self._spans, files), strict=True):
+                has_paths = has_paths or paths
                 for span in spans:
-                    yield InputShard(f"{info.name}@{span[0]}", info.version, span=span)
+                    yield InputShard(f"{info.name}@{span[0]}", info.version, span=span, splits=frozenset({split_of_name(info.name)}))
+        if census.pictures and not has_paths:  # all images are embedded: those beside are none of a row's
+            census.pictures = 0
+            for info in self.origin.files():
+                if info.name.lower().endswith(IMAGE_SUFFIXES):
+                    census.pass_over(info.name)
 
-    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The rows of some row groups. Row groups without a wanted record are passed over without reading their images.
 
         Raises:
@@ -95,122 +82,52 @@ class ParquetSource:
         return self.origin.credits()
 
     def version(self) -> str:
-        return self.origin.version(f"parquet/1 pyarrow {pyarrow.__version__}")
+        return self.origin.version(f"parquet/2 pyarrow {pyarrow.__version__}")
 
-    def _spans(self, info: FileInfo) -> list[tuple[int, int]]:
+    def _spans(self, info: FileInfo) -> tuple[list[tuple[int, int]], bool]:
+        """Ranges of row groups, and whether rows name files."""
+        paths = True  # of a file that cannot be read, nothing is known
         try:
-            with _open(self.origin.url(info.name)) as file:
+            url = self.origin.part(info.name)
+            with _open(url) as file:
+                paths = columns_of(self.origin, file.schema_arrow, url).names_files
                 rows = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         except UnreachableError:
             raise  # its shards are not known, and guessed ones would be others than those of the next start
         except DataError:
-            return [(0, 0)]  # its reader says what is wrong, and the others go on
+            return [(0, 0)], paths  # its reader says what is wrong, and the others go on
         spans, first, count = [], 0, 0
         for number, size in enumerate(rows):
             if count and count + size > self.records:
                 spans.append((first, number))
                 first, count = number, 0
             count += size
-        return [*spans, (first, len(rows))] if count else spans
+        return ([*spans, (first, len(rows))] if count else spans), paths
 
     def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
         name = shard.name.rpartition("@")[0]
-        url = self.origin.url(name)
+        url = self.origin.part(name)
         with _open(url) as file:
-            columns = self._columns(file.schema_arrow, url)
+            columns = columns_of(self.origin, file.schema_arrow, url)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if shard.span[1] > len(sizes):
                 raise DataError(f"{url}: has {len(sizes)} row groups, {shard.span[1]} when it was listed; run again.")
-            reader = _Rows(self.origin, name, columns, wanted)
+            reader = Rows(self.origin, name, columns, wanted)
             for group in range(*shard.span):
-                first = sum(sizes[:group])
-                bad = []
-                for found in reader.found(file, group, first, with_image=columns.is_path):
+                first, bad = sum(sizes[:group]), []
+                for found in reader.found(_batches(file, group, columns, columns.is_path), first, with_image=columns.is_path):
                     if not isinstance(found, Unreadable):
-                        yield from reader.found(file, group, first, with_image=True)
+                        yield from reader.found(_batches(file, group, columns, True), first, with_image=True)
                         break
                     bad.append(found)
                 else:
                     yield from bad
 
-    def _columns(self, schema: Any, url: str) -> Columns:
-        config, names = self.origin.config, list(schema.names)
-        image, captions = find_image(names, config), find_captions(names, config)
-        kind = schema.field(image).type if image else None
-        if kind is None or not captions or ({"status", "url", "key"} <= set(names) and image == "url"):
-            hint = "; it describes the tars or folders beside it: name those" if {"status", "url", "key"} <= set(names) else ""
-            raise DataError(
-                f"{url}: none of its columns, {', '.join(names)}, is known to hold {'captions' if image and not captions else 'images'}{hint}; "
-                "columns are named in data.sources as image and captions."
-            )
-        is_struct = pyarrow.types.is_struct(kind) and {field.name for field in kind} >= {"bytes"}
-        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        is_path = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)
-        is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-        if not (is_struct or is_path or is_bytes):
-            raise DataError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
-        return Columns(image, is_struct, is_path, captions, tuple(name for name in _ABOUT if name in names and name != image))
 
-
-class _Rows:
-    """The records of row groups."""
-
-    def __init__(self, origin: Origin, name: str, columns: Columns, wanted: Callable[[str], bool]) -> None:
-        self.origin, self.name, self.columns, self.wanted = origin, name, columns, wanted
-        self.split = split_of_name(name)
-        self.folder = origin.url(name).rpartition("/")[0]
-
-    def found(self, file: Any, group: int, first: int, *, with_image: bool) -> Iterator[Draft | Pair | Unreadable]:
-        """Wanted records of one row group, whose first row is number ``first`` of the file; without images for a look at their groups."""
-        columns = self.columns
-        image = [columns.image] if with_image or columns.is_path else [f"{columns.image}.path"] if columns.is_struct else []
-        names = list(dict.fromkeys([*columns.captions, *columns.about, *image]))
-        rows = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES
-        for batch in file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False):
-            for number, row in enumerate(_rows(batch), first):
-                place = f"{self.name}/@{number}"
-                try:
-                    record = self._record(place, row, with_image)
-                except BadRecord as bad:
-                    yield Unreadable(self.origin.url(place), bad.reason)
-                    continue
-                if self.wanted((record.pair if isinstance(record, Draft) else record).group):
-                    yield record
-            first += batch.num_rows
-
-    def _record(self, place: str, row: Row | None, with_image: bool) -> Draft | Pair:
-        if row is None:
-            raise BadRecord(BAD_TEXT)
-        value, columns = row.get(self.columns.image), self.columns
-        data = value if isinstance(value, bytes) else value.get("bytes") if isinstance(value, dict) else None
-        path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
-        if with_image and data is None and not path:
-            raise BadRecord(MISSING_IMAGE)
-        key = text_in(row, "key")
-        place = f"{self.name}/{key}" if key else place
-        captions = distinct(self.origin.captions({name: row[name] for name in columns.captions}))
-        pair = self.origin.pair(place, row, captions, self.split, f"image/{path}" if path and columns.is_path else "")
-        if not with_image:
-            return pair
-        if data is None:
-            return Draft(pair, self.origin.image_url(str(path), self.folder))
-        if len(data) > MAX_IMAGE_BYTES:
-            raise BadRecord(LARGE_IMAGE)
-        return replace(pair, image=data)
-
-
-def _rows(batch: Any) -> Iterator[Row | None]:
-    """The rows of a batch; None for one whose strings are not UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass  # raised before the first row is out
-    for number in range(batch.num_rows):
-        try:
-            yield batch.slice(number, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            yield None
+def _batches(file: Any, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:
+    """One row group in pieces; without images for a look at the groups of its records."""
+    rows = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES
+    return file.iter_batches(rows, row_groups=[group], columns=columns.read(with_image), use_threads=False)  # type: ignore[no-any-return]
 
 
 @contextmanager

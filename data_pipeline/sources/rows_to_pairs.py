@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
-from data_pipeline.config import SourceConfig
 from data_pipeline.sources.pairs import Pair, Unreadable
-from infra import storage
+from infra import storage, text
 from infra.errors import DataError, MissingError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 128 << 20
 """Larger image files are not read."""
 MAX_TEXT_BYTES = 16 << 20
@@ -43,33 +38,25 @@ LARGE_IMAGE = "image file too large"
 LARGE_TEXT = "text too long"
 REPEATED_KEY = "repeated key"
 MANY_CAPTIONS = "too many captions of one image"
+OUTSIDE = "outside the source"
 REASONS = (
     *(MISSING_IMAGE, NO_CAPTION, BAD_JSON, BAD_ROW, BAD_TEXT, WEB_ADDRESS, BAD_PATH),
-    *(UNOPENED_IMAGE, LARGE_IMAGE, LARGE_TEXT, REPEATED_KEY, MANY_CAPTIONS),
+    *(UNOPENED_IMAGE, LARGE_IMAGE, LARGE_TEXT, REPEATED_KEY, MANY_CAPTIONS, OUTSIDE),
 )
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "validation"),  # never trained on
 }
-_CAPTION_NAMES = tuple(
-    re.compile(rf"{name}(_?\d+)?", re.IGNORECASE) for name in ("captions?", "texts?|txt", "alt_?text|sentences?", "description|prompt")
-)
-_IMAGE_NAMES = (
-    *("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "img_path", "image_file", "file_name", "filename"),
-    *("file", "filepath", "file_path", "path", "image_url", "url"),
-)
 _LOST_FOR_GOOD = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL)
-_MAX_KEY_BYTES = 1024  # of an object's name on S3
-_MAX_NAME = 64  # of a source's name and a licence, which are counted and listed
 
 
 class BadRecord(Exception):
-    """One record cannot be read; ``reason`` is one of REASONS."""
+    """One record cannot be read; ``reason`` is one of REASONS, and ``why`` names a setting that would change it, where there is one."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, why: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.why = reason, why
 
 
 def clean(text: str) -> str:
@@ -80,20 +67,7 @@ def clean(text: str) -> str:
 
 def caption_lines(data: bytes) -> list[str]:
     """The captions of a .txt file, one a line. Bytes that are not UTF-8 are replaced."""
-    return data.decode("utf-8-sig", errors="replace").splitlines()
-
-
-def caption_values(value: Any) -> list[str]:
-    """The captions in a cell: a string, a list of strings, or a list written as JSON. Anything else holds none."""
-    if isinstance(value, str):
-        if value.startswith("[") and value.endswith("]"):
-            try:
-                listed = json.loads(value)
-            except (ValueError, RecursionError):
-                return [value]
-            return caption_values(listed) or [value]
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, (list, tuple)) else []
+    return text.lines(data.decode("utf-8-sig", errors="replace"))
 
 
 def distinct(captions: Iterable[str]) -> tuple[str, ...]:
@@ -134,32 +108,16 @@ def text_in(row: Mapping[str, Any], *names: str) -> str:
     return ""
 
 
+def split_word(word: str) -> str:
+    """The split that a word names: 'val', 'training' ...; else empty."""
+    return _SPLITS.get(word.lower(), "")
+
+
 def split_of_name(name: str) -> str:
     """The split that a file's path names: 'train-00000.tar', 'val2017/00000.tar', but not 'trains.csv' or 'val-thorens/a.tar'; else empty."""
     folder, _, last = name.lower().rpartition("/")
     words = [re.split(r"[-_.\d]", last, maxsplit=1)[0], *(part.rstrip("0123456789") for part in reversed(folder.split("/")))]
     return next((_SPLITS[word] for word in words if word in _SPLITS), "")
-
-
-def find_image(names: Iterable[str], config: SourceConfig) -> str:
-    """The column of images: the one that is configured, else the first of the usual names; empty if there is none."""
-    listed = list(names)
-    if config.image:
-        return config.image if config.image in listed else ""
-    lower = {name.lower(): name for name in reversed(listed)}
-    return next((lower[name] for name in _IMAGE_NAMES if name in lower), "")
-
-
-def find_captions(names: Iterable[str], config: SourceConfig) -> tuple[str, ...]:
-    """The columns of captions: those that are configured, else all of one usual name ('caption', or 'caption_0', 'caption_1' ...)."""
-    listed = list(names)
-    if config.captions:
-        return tuple(name for name in config.captions if name in listed)
-    for usual in _CAPTION_NAMES:
-        found = tuple(name for name in listed if usual.fullmatch(name))
-        if found:
-            return found
-    return ()
 
 
 @dataclass(frozen=True)
@@ -168,81 +126,6 @@ class Draft:
 
     pair: Pair
     url: str
-
-
-class Origin:
-    """What all records of one configured source share: where its names begin, and what stands for what a record does not say."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self.config = config
-        self._hinted = False
-
-    @cached_property
-    def base(self) -> str:
-        """The folder to which names are relative."""
-        return storage.glob(self.config.url)[0]
-
-    def url(self, name: str) -> str:
-        return storage.join(self.base, name)
-
-    def pair(self, place: str, row: Mapping[str, Any], captions: tuple[str, ...], split: str, group: str = "") -> Pair:
-        """A pair without its image.
-
-        Args:
-            place: where the record lies, as file/entry relative to the base: its id and its group unless it brings better.
-            row: what it says about itself: id, group, sha256, md5, url, source, license, split.
-            captions: as of distinct().
-            split: what the file's name says, for records that do not say.
-            group: what it is grouped by if it says nothing about that.
-        """
-        own = text_in(row, "id", "uid")
-        # A number is unique within its file at most.
-        local = f"{place.rpartition('/')[0]}/{own}".lstrip("/") if own.isdigit() else place
-        source = text_in(row, "source")
-        license = text_in(row, "license", "licence", "LICENSE").strip("?")
-        return Pair(
-            id=own if own and not own.isdigit() else self.url(local),
-            captions=captions,
-            image=b"",
-            source=source if source and len(source) <= _MAX_NAME and "://" not in source else self.config.url,
-            license=license[:_MAX_NAME] or self.config.license or "unknown",
-            group=text_in(row, "group", "sha256", "md5", "url") or group or ("" if own.isdigit() else own) or place,
-            split=self.config.split or _SPLITS.get(text_in(row, "split").lower(), "") or split,
-        )
-
-    def captions(self, row: Mapping[str, Any]) -> list[str]:
-        """What the caption columns of a row hold."""
-        return [caption for name in find_captions(row, self.config) for caption in caption_values(row[name])]
-
-    def image_url(self, path: str, folder: str) -> str:
-        """The URL of an image that a row names, relative to ``folder`` unless it is absolute.
-
-        Raises:
-            BadRecord: it is an address on the web (a hint is logged once) or no possible path.
-        """
-        path = clean(path)
-        scheme, separator, _ = path.partition("://")
-        if separator and scheme.lower() in ("http", "https", "ftp"):
-            if not self._hinted:
-                log.warning(
-                    "%s: images are addresses on the web, which are not fetched; run img2dataset on it, and name its output folder.", self.config.url
-                )
-            self._hinted = True
-            raise BadRecord(WEB_ADDRESS)
-        if not path:
-            raise BadRecord(MISSING_IMAGE)
-        if (separator and scheme not in ("s3", "file")) or len(path.encode()) > _MAX_KEY_BYTES or any(character < " " for character in path):
-            raise BadRecord(BAD_PATH)
-        return path if separator or path.startswith("/") else storage.join(folder, path)
-
-    def credits(self) -> dict[str, str]:
-        """As of Source."""
-        terms = f"licence {self.config.license}" if self.config.license else "the licence of each record is what it says itself, else not recorded"
-        return {self.config.url: f"Images and captions from {self.config.url}; {terms}."}
-
-    def version(self, reader: str) -> str:
-        """As of Source: everything that is configured but the weight, which changes no record."""
-        return f"{reader} {self.config.model_dump_json(exclude={'weight'})}"
 
 
 def read_limited(url: str, limit: int, missing: str, large: str) -> bytes:
@@ -296,7 +179,7 @@ def with_images(drafts: Iterable[Draft | Pair | Unreadable]) -> Iterator[Pair | 
         try:
             return replace(draft.pair, image=read_limited(draft.url, MAX_IMAGE_BYTES, MISSING_IMAGE, LARGE_IMAGE))
         except BadRecord as bad:
-            return Unreadable(draft.pair.id, bad.reason)
+            return Unreadable(draft.pair.id, bad.reason, bad.why)
 
     return in_order(read, drafts, lambda draft: isinstance(draft, Draft) and storage.is_remote(draft.url))
 

@@ -6,14 +6,18 @@ such run of rows that begins after a boundary opens the next range, so every ran
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources import table_copies
+from data_pipeline.sources.columns import CAPTION_NAMES, IMAGE_NAMES, caption_values, find_captions, find_image
+from data_pipeline.sources.csv_rows import BOM, Cells, Shape, as_text, csv_rows
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     BAD_ROW,
     IMAGE_SUFFIXES,
@@ -22,12 +26,8 @@ from data_pipeline.sources.rows_to_pairs import (
     MAX_TEXT_BYTES,
     BadRecord,
     Draft,
-    Origin,
-    caption_values,
     clean,
     distinct,
-    find_captions,
-    find_image,
     parse_object,
     split_of_name,
     text_in,
@@ -35,16 +35,23 @@ from data_pipeline.sources.rows_to_pairs import (
 )
 from data_pipeline.sources.tar_metadata import lines_of
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
 
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
+PLAIN = (".jsonl", ".ndjson", ".csv", ".tsv")
+SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN))
+NAMES = ("captions.txt",)
+"""Tables that go by their name: Flickr8k's, a CSV."""
+FOLDERS = ("", "images", "Images", "image", "imgs", "img", "pictures", "photos", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
+"""Folders beside a table in which its images are looked for; the first that holds one of the first rows' is that of all."""
 BYTES_PER_RECORD = 256
 """A usual row: ranges hold about the aimed-at number of records."""
 MAX_RUN = 64
 """Rows in sequence that name one image; further ones are counted as unreadable."""
 
 Row = dict[str, Any]
-_BOM = b"\xef\xbb\xbf"
+_DELIMITERS = ",;|\t"
+_SHOWN = 40  # cells of a row, and characters of a cell, in a message
+_LOOKED_AT = 4  # rows whose images are looked for
 
 
 @dataclass(frozen=True)
@@ -74,47 +81,118 @@ class TableSource:
         self.name = config.url
         self.origin = Origin(config)
         self.step = records_per_part * BYTES_PER_RECORD
+        self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
-        """Byte ranges. Lines are found from any byte; CSV files larger than one range are read once, because a quoted cell may hold newlines.
+        """Byte ranges. Each table is read once, to learn whether the rows of each image stand together (``table_copies``), and where the records of
+        a CSV file begin, whose quoted cells may hold newlines.
 
         Raises:
             DataError: there is no table.
         """
-        _, infos = storage.glob(self.name)
-        tables = sorted((info for info in infos if info.name.lower().endswith(SUFFIXES)), key=lambda info: info.name)
+        self.census = census = Census()
+        tables = []
+        for info in self.origin.files():
+            if is_table(info.name):
+                tables.append(info)
+                census.read += 1
+            elif info.name.lower().endswith(IMAGE_SUFFIXES):
+                census.pictures += 1
+            else:
+                census.pass_over(info.name, info.version)
         if not tables:
-            raise DataError(f"{self.name}: no {', '.join(SUFFIXES)} file there; data.sources accepts a folder of them, one of them, or a pattern.")
-        for info in tables:
-            table = Table(self.origin, info.name)
-            bounds = table.boundaries(self.step) if table.is_csv and info.size > self.step else list(range(0, info.size, self.step))
-            for start, end in zip(bounds, [*bounds[1:], info.size], strict=False):
-                yield InputShard(f"{info.name}@{start}", info.version, span=(start, end))
+            raise DataError(f"{self.name}: no {', '.join(PLAIN)} file there; data.sources accepts a folder of them, one of them, or a pattern.")
+        for info in sorted(tables, key=lambda info: info.name):
+            splits = frozenset({split_of_name(info.name)})
+            try:
+                table = self.table(info.name, info.version)
+            except UnreachableError:
+                raise
+            except DataError:  # its reader says what is wrong, and the others go on
+                yield InputShard(f"{info.name}@0", info.version, span=(0, info.size))
+                continue
+            size = storage.size(table.url) if table.is_copy else info.size
+            bounds = table.boundaries(self.step) if table.is_csv and size > self.step else list(range(0, size, self.step))
+            for start, end in zip(bounds, [*bounds[1:], size], strict=False):
+                yield InputShard(f"{info.name}@{start}", info.version, span=(start, end), splits=splits)
 
-    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The runs of rows that begin in a byte range; a run is one record.
 
         Raises:
             DataError: its columns of images and captions cannot be told, or a file cannot be read for a reason that may pass.
         """
-        table = Table(self.origin, shard.name.rpartition("@")[0])
+        table = self.table(shard.name.rpartition("@")[0], shard.version)
         return with_images(found for found in table.drafts(*shard.span) if isinstance(found, Unreadable) or wanted(found.pair.group))
+
+    def table(self, name: str, version: str) -> Table:
+        """A table, or the copy in which the rows of each image stand together.
+
+        Raises:
+            DataError: it leads outside of the source, cannot be read, or its columns of images and captions cannot be told.
+        """
+        table = Table(self.origin, name)
+        copy = table_copies.ordered(table, version)
+        return Table(self.origin, name, copy) if copy else table
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 
     def version(self) -> str:
-        return self.origin.version("table/1")
+        return self.origin.version("table/2")
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is a table, by its name."""
+    return name.lower().endswith(SUFFIXES) or name.rpartition("/")[2] in NAMES
 
 
 class Table:
     """One file."""
 
-    def __init__(self, origin: Origin, name: str) -> None:
+    def __init__(self, origin: Origin, name: str, copy: str = "") -> None:
         self.origin, self.name = origin, name
-        self.url = origin.url(name)
-        self.is_csv = name.lower().endswith(".csv")
-        self.has_columns = self.is_csv or name.lower().endswith(".tsv")
+        self.is_copy = bool(copy)
+        self.url = copy or origin.part(name)
+        plain = name.lower().removesuffix(".gz")
+        self.is_csv = plain.endswith((".csv", ".txt"))
+        self.has_columns = self.is_csv or plain.endswith(".tsv")
+        self._shape: Shape | None = None
+
+    @property
+    def is_zipped(self) -> bool:
+        return not self.is_copy and self.name.lower().endswith(".gz")
+
+    @cached_property
+    def delimiter(self) -> str:
+        """What stands between the cells of a CSV file: a comma, unless its first row names columns with another one between them."""
+        with storage.open_stream(self.url) as stream:
+            first = next(lines_of(stream, 0, MAX_TEXT_BYTES), (0, b""))[1] or b""
+        text = as_text(first, 0)
+        for delimiter in _DELIMITERS:
+            cells = [clean(cell).strip('"') for cell in text.split(delimiter)]
+            if find_image(cells, self.origin.config) and find_captions(cells, self.origin.config):
+                return delimiter
+        return ","
+
+    @cached_property
+    def folder(self) -> str:
+        """The folder to which the paths of images are relative: the table's own, or one of FOLDERS in it."""
+        own = self.origin.url(self.name).rpartition("/")[0]
+        paths = []
+        for record in self._records(0):
+            if path := self._image(record):
+                paths.append(path)
+            if len(paths) == _LOOKED_AT:
+                break
+        for folder in (storage.join(own, name) for name in FOLDERS):
+            for path in paths:
+                try:
+                    if storage.exists(self.origin.image_url(path, folder)):
+                        return folder
+                except (BadRecord, OSError):
+                    continue
+        return own
 
     @cached_property
     def header(self) -> Header:
@@ -125,10 +203,15 @@ class Table:
         """
         config = self.origin.config
         with storage.open_stream(self.url) as stream:
-            _, start, first, _ = next(self._cells(stream, 0), (0, 0, [], ""))
+            rows = self._cells(stream, 0)
+            _, start, first, _ = next(rows, (0, 0, [], ""))
+            _, _, second, _ = next(rows, (0, 0, [], ""))
+        if not first:
+            return Header((), "", (), 0)  # an empty table
         cells = tuple(clean(cell) for cell in first)
         image, captions = find_image(cells, config), find_captions(cells, config)
         if image and captions:
+            self._shape = Shape(len(cells), cells.index(image))
             return Header(cells, image, captions, start)
         numbers = tuple(map(str, range(len(cells))))
         paths = [number for number, cell in zip(numbers, cells, strict=True) if cell.lower().endswith(IMAGE_SUFFIXES) or "://" in cell]
@@ -137,14 +220,19 @@ class Table:
         captions = find_captions(numbers, config) or (others if len(others) == 1 and not config.captions else ())
         if not image or not captions:
             raise DataError(
-                f"{self.url}: its first row, {', '.join(cells)}, names no column of {'captions' if image else 'images'}; name both in "
-                "data.sources as image and captions: columns of a header, or numbers from 0 without one."
+                f"{self.url}: its first row, {_shown(cells)}, names no column of {'captions' if image else 'images'} that is known; its second row: "
+                f"{_shown(second)}. Name both in data.sources as image and captions, columns of a header, or numbers from 0 without one: "
+                f'data.sources=[{{url="{self.origin.config.url}", image="{_nth(cells, 0)}", captions=["{_nth(cells, 1)}"]}}]. Usual names are found: '
+                f"{', '.join(IMAGE_NAMES[:4])} ..., {', '.join(CAPTION_NAMES)} ... (docs/data.md)."
             )
+        self._shape = Shape(len(numbers), int(image))
         return Header(numbers, image, captions, 0)
 
     def boundaries(self, step: int) -> list[int]:
         """Starts of records, the first at or after each multiple of ``step``; the whole file is read for it."""
         found = [0]
+        with suppress(DataError):  # its reader says what is wrong with its header
+            _ = self.header
         with storage.open_stream(self.url) as stream:
             for start, _, _, _ in self._cells(stream, 0):
                 if start >= (found[-1] // step + 1) * step:
@@ -169,13 +257,15 @@ class Table:
             if len(run) < MAX_RUN:
                 run.append(record)
             else:
-                yield Unreadable(self.origin.url(self._place(record)), MANY_CAPTIONS)
+                yield Unreadable(self.origin.id(self._place(record)), MANY_CAPTIONS)
         if run:
             yield self._draft(run)
 
     def _records(self, at: int) -> Iterator[Record]:
         """Records from the first that starts at byte ``at`` or later; of CSV files, ``at`` is a start."""
         back = 1 if at and not self.is_csv else 0
+        if self.has_columns:
+            _ = self.header  # by which rows that a stray quote swallowed are known
         with storage.open_stream(self.url, at - back) as stream:
             if not self.has_columns:
                 found = self._objects(stream, at - back)
@@ -191,22 +281,26 @@ class Table:
                 if line is None:
                     raise BadRecord(LARGE_TEXT)
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                    yield Record(start, start + len(line), parse_object(line.removeprefix(_BOM) if start == 0 else line))
+                    yield Record(start, start + len(line), parse_object(line.removeprefix(BOM) if start == 0 else line))
             except BadRecord as bad:
                 yield Record(start, start, {}, bad.reason)
+
+    def rows(self) -> Iterator[tuple[Record, str]]:
+        """All records, each with the image that it names, or nothing."""
+        return ((record, self._image(record)) for record in self._records(0))
 
     def _named(self, start: int, end: int, cells: list[str], problem: str) -> Record:
         if not problem and len(cells) != len(self.header.columns):
             problem = BAD_ROW
         return Record(start, end, {} if problem else dict(zip(self.header.columns, cells, strict=True)), problem)
 
-    def _cells(self, stream: BinaryIO, at: int) -> Iterator[tuple[int, int, list[str], str]]:
+    def _cells(self, stream: BinaryIO, at: int) -> Iterator[Cells]:
         """(start, end, cells, problem) of each row that is not blank."""
         if self.is_csv:
-            yield from _csv_rows(stream, at)
+            yield from csv_rows(stream, at, MAX_TEXT_BYTES, self.delimiter, self._shape)
             return
         for start, line in lines_of(stream, at, MAX_TEXT_BYTES):
-            text = _text(line or b"", start).rstrip("\r\n")
+            text = as_text(line or b"", start).rstrip("\r\n")
             if line is None or text.strip():
                 yield start, start + len(line or b""), [_unquoted(cell) for cell in text.split("\t")], "" if line is not None else LARGE_TEXT
 
@@ -218,15 +312,15 @@ class Table:
         return f"{self.name}/{text_in(record.row, 'key') or f'@{record.start}'}"
 
     def _draft(self, run: list[Record]) -> Draft | Unreadable:
-        first, folder, place = run[0], self.url.rpartition("/")[0], self._place(run[0])
+        first, place = run[0], self._place(run[0])
         try:
             if first.problem:
                 raise BadRecord(first.problem)
             path = self._image(first)
-            url = self.origin.image_url(path, folder)
+            url = self.origin.image_url(path, self.folder)
             captions = distinct(caption for record in run for caption in self._captions(record.row))
         except BadRecord as bad:
-            return Unreadable(self.origin.url(place), bad.reason)
+            return Unreadable(self.origin.id(place), bad.reason, bad.why)
         return Draft(self.origin.pair(place, first.row, captions, split_of_name(self.name), f"image/{path}"), url)
 
     def _captions(self, row: Row) -> list[str]:
@@ -235,33 +329,13 @@ class Table:
         return [caption for name in self.header.captions for caption in caption_values(row[name])]
 
 
-def _csv_rows(stream: BinaryIO, at: int) -> Iterator[tuple[int, int, list[str], str]]:
-    """Rows as Python's csv reads them. It takes lines as it needs them, so a row ends where the last line it took ends."""
-    end, too_long = at, False
-
-    def lines() -> Iterator[str]:
-        nonlocal end, too_long
-        while line := stream.readline(MAX_TEXT_BYTES):
-            text = _text(line, end)
-            end, too_long = end + len(line), too_long or len(line) == MAX_TEXT_BYTES
-            yield text
-
-    rows = csv.reader(lines())
-    while True:
-        start, too_long = end, False
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error:  # a cell above csv's limit, or a lone carriage return; it starts afresh with the next line
-            yield start, end, [], BAD_ROW
-            continue
-        if any(map(str.strip, cells)):
-            yield start, end, cells, LARGE_TEXT if too_long else ""
+def _shown(cells: list[str] | tuple[str, ...]) -> str:
+    words = [cell if len(cell) <= _SHOWN else f"{cell[:_SHOWN]}..." for cell in cells[:_SHOWN]]
+    return ", ".join(words).encode("unicode_escape").decode() or "(none)"
 
 
-def _text(line: bytes, start: int) -> str:
-    return (line.removeprefix(_BOM) if start == 0 else line).decode("utf-8", errors="replace")
+def _nth(cells: tuple[str, ...], number: int) -> str:
+    return cells[number][:_SHOWN] if number < len(cells) else str(number)
 
 
 def _unquoted(cell: str) -> str:

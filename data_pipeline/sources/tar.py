@@ -1,5 +1,5 @@
-"""Members of a tar, in one pass over a stream that cannot seek. Unlike tarfile, which takes a damaged header or a missing end for the end,
-it knows a broken archive from a complete one."""
+"""Members of a tar, in one pass over a stream that cannot seek. Unlike tarfile, which takes a damaged header, zeros in the middle or a missing end
+for the end, it knows a broken archive from a complete one: what follows the end marker are zeros that fill up a record, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _SKIPPED_BYTES = 1 << 20
+_RECORD = 20 * BLOCK
+"""Bytes to which tar fills up an archive with zeros, unless told otherwise."""
 
 
 def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Iterator[tuple[str, int, bytes | None]]:
@@ -31,6 +33,7 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
         header = _exactly(stream, BLOCK, origin, position)
         position += BLOCK
         if not header.strip(b"\0"):
+            _check_end(stream, origin, position)
             return
         if not _checksum_is_right(header):
             what = "not a tar archive" if position == BLOCK else "damaged"
@@ -61,6 +64,27 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
         position += _padded(size)
         if kind in _FILES and not name.endswith("/"):
             yield name, size, content
+
+
+def _check_end(stream: BinaryIO, origin: str, position: int) -> None:
+    """Nothing but zeros follows a block of zeros, and no more than fill up the archive.
+
+    A header after zeros may begin a second archive, or be the first that a hole in this one has spared: no reader can tell, and both lose records.
+    """
+    zeros = BLOCK
+    while data := stream.read(_SKIPPED_BYTES):
+        if data.strip(b"\0"):
+            at = position - BLOCK + zeros + next(number for number, byte in enumerate(data) if byte)
+            raise DataError(
+                f"{origin}: damaged: zeros from byte {position - BLOCK} on, and more data from byte {at} on: a hole, or tars that were joined by "
+                "cat. Fetch it again, or unpack it (tar --ignore-zeros) and pack it anew."
+            )
+        zeros += len(data)
+    if zeros > _RECORD + 2 * BLOCK:
+        raise DataError(
+            f"{origin}: damaged: it ends in {zeros} bytes of zeros from byte {position - BLOCK} on, more than an archive is filled up with: a copy that "
+            "broke off. Fetch it again; if it was written with --blocking-factor, pack it anew without."
+        )
 
 
 def _padded(size: int) -> int:

@@ -9,8 +9,10 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
+from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.rows_to_pairs import MAX_TEXT_BYTES, BadRecord, parse_object, text_in
 from infra import globs, storage
 
@@ -40,12 +42,21 @@ def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> I
         yield begun, line if whole else None
 
 
-def find(folder: str) -> dict[str, Place]:
+def is_one(name: str) -> bool:
+    """Whether a file is such a metadata file, by its name."""
+    return fnmatchcase(name.rpartition("/")[2], PATTERN)
+
+
+def find(folder: str, origin: Origin) -> dict[str, Place]:
     """Name of a tar -> where its metadata lie, for the metadata files directly in a folder. Other .jsonl files of that name are left alone."""
     found: dict[str, Place] = {}
     base, infos = storage.glob(storage.join(globs.escape(folder), PATTERN))
     for info in infos:
         url, lost = storage.join(base, info.name), 0
+        try:
+            origin.inside(url)
+        except BadRecord:
+            continue  # a link that leads outside; the origin has said so
         with storage.open_stream(url) as stream:
             for start, line in lines_of(stream):
                 try:

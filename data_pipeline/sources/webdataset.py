@@ -1,7 +1,9 @@
-"""WebDataset tars, read as streams: members that share their name up to the first dot are one record. img2dataset's output is read as it is."""
+"""WebDataset tars, plain or gzipped, read as streams: members that share their name up to the first dot are one record. img2dataset's output is read as
+it is. Names with further dots ('photo 1.2.jpg') are cut at the first dot after which comes an extension that is read."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -9,7 +11,9 @@ from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import tar, tar_metadata
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources.gzipped import unzipped
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, NotRead, Pair, Unreadable, suffix_of
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
     LARGE_IMAGE,
@@ -20,7 +24,6 @@ from data_pipeline.sources.rows_to_pairs import (
     NO_CAPTION,
     REPEATED_KEY,
     BadRecord,
-    Origin,
     clean,
     join_captions,
     parse_object,
@@ -29,6 +32,7 @@ from data_pipeline.sources.rows_to_pairs import (
 from infra import storage
 from infra.errors import DataError
 
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PENDING_BYTES = 256 << 20
 """Members that wait for others of their record further on in the tar; when they are more, the oldest are given up."""
 
@@ -37,6 +41,10 @@ PENDING_BYTES = 256 << 20
 class Sample:
     """The members of one record, as far as they have come."""
 
+    plain: str = ""
+    """Key up to the first dot, where that is another one: the record of that key may own these members."""
+    seen: set[str] = field(default_factory=set)
+    """Extensions that have come since the key came last."""
     image_name: str = ""
     image: bytes | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
@@ -50,12 +58,13 @@ class Sample:
 
 
 class WebDatasetSource:
-    """The .tar files of a folder, or those that a pattern names; each is a shard."""
+    """The tars of a folder, or those that a pattern names; each is a shard."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.name = config.url
         self.origin = Origin(config)
-        self._companions = cache(tar_metadata.find)
+        self.census = Census()
+        self._companions = cache(lambda folder: tar_metadata.find(folder, self.origin))
 
     def shards(self) -> Iterator[InputShard]:
         """Tars sorted by name. Their versions cover the lines about them in metadata files beside them.
@@ -63,15 +72,24 @@ class WebDatasetSource:
         Raises:
             DataError: there is no tar.
         """
-        _, infos = storage.glob(self.name)
-        tars = sorted((info for info in infos if info.name.lower().endswith(".tar")), key=lambda info: info.name)
+        self.census = census = Census()
+        tars = []
+        for info in self.origin.files():
+            if info.name.lower().endswith(SUFFIXES):
+                tars.append(info)
+                census.read += 1
+            elif tar_metadata.is_one(info.name):
+                census.read += 1
+            else:
+                census.pass_over(info.name, info.version)
         if not tars:
             raise DataError(f"{self.name}: no .tar file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.tar.")
-        for info in tars:
+        for info in sorted(tars, key=lambda info: info.name):
             place = self._place(info.name)
-            yield InputShard(info.name, f"{info.version} {place.digest.hexdigest()}" if place else info.version)
+            version = f"{info.version} {place.digest.hexdigest()}" if place else info.version
+            yield InputShard(info.name, version, splits=frozenset({split_of_name(info.name)}))
 
-    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """Records in the order in which they are complete.
 
         Raises:
@@ -79,15 +97,15 @@ class WebDatasetSource:
         """
         place = self._place(shard.name)
         reader = _Reader(self.origin, shard.name, tar_metadata.rows(place) if place else {}, wanted)
-        url = self.origin.url(shard.name)
-        with storage.open_stream(url) as stream:
-            yield from reader.records(stream, url)
+        url = self.origin.part(shard.name)
+        with storage.open_stream(url) as stream, unzipped(stream, url) as plain:
+            yield from reader.records(plain, url)
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 
     def version(self) -> str:
-        return self.origin.version("webdataset/1")
+        return self.origin.version("webdataset/2")
 
     def _place(self, name: str) -> tar_metadata.Place | None:
         folder, _, tar_name = name.rpartition("/")
@@ -104,28 +122,57 @@ class _Reader:
         self.pending_bytes = 0
         self.done: set[str] = set()
         self.given_up: set[str] = set()
+        self.not_read = Counter[str]()
 
-    def records(self, stream: BinaryIO, url: str) -> Iterator[Pair | Unreadable]:
-        current = ""
+    def records(self, stream: BinaryIO, url: str) -> Iterator[Found]:
+        current, repeated = "", set[str]()
         for name, _, content in tar.members(stream, url, self._limit):
-            key, extension = _key(name)
-            if not extension or not self._is_read(extension):
+            key, extension = self._key(name)
+            if not extension:
+                self.not_read[suffix_of(name)] += 1
                 continue
             if key != current:
                 yield from self._emit(current)
                 yield from self._make_room()
-                if key in self.done:
-                    yield Unreadable(self._id(key), REPEATED_KEY)
-                current = key
-            if key not in self.done and key not in self.given_up:
-                self._add(self.pending.setdefault(key, Sample()), name, extension, content)
+                current, repeated = key, set()
+            closed = key in self.done or key in self.given_up
+            seen = repeated if closed else self.pending.setdefault(key, Sample(_key(name)[0])).seen
+            if extension in seen or (key in self.done and not seen):  # a record of this key began before
+                yield Unreadable(self._id(key), REPEATED_KEY)
+                seen.clear()
+                repeated = seen
+            seen.add(extension)
+            if not closed and seen is not repeated:
+                self._add(self.pending[key], name, extension, content)
         yield from self._emit(current)
+        yield from self._end()
+
+    def _end(self) -> Iterator[Found]:
+        """What is incomplete when the tar is through; members of further dots whose first part is a record of its own belong to that."""
+        known = self.done | self.pending.keys()
         for key in list(self.pending):
-            yield from self._emit(key, last=True)
+            sample = self.pending[key]
+            if sample.plain != key and sample.plain in known and (sample.image is None or not sample.texts):
+                self._pass_over(key)
+            else:
+                yield from self._emit(key, last=True)
+        yield from (NotRead(suffix, count) for suffix, count in sorted(self.not_read.items()))
+
+    def _pass_over(self, key: str) -> None:
+        self.not_read.update(suffix_of(f"x.{extension}") for extension in self.pending[key].seen)
+        self._forget(key)
+
+    def _key(self, name: str) -> tuple[str, str]:
+        """Key and extension of a member, cut at the first dot after which comes an extension that is read; no extension if there is none."""
+        extension = _key(name)[1]
+        while extension and not self._is_read(extension):
+            extension = extension.partition(".")[2]
+        # The extension was compared in lower case; the key is as it stands in the tar.
+        return (name.removeprefix("./").rsplit(".", extension.count(".") + 1)[0], extension) if extension else ("", "")
 
     def _limit(self, name: str) -> int:
-        extension = _key(name)[1]
-        if not extension or not self._is_read(extension):
+        extension = self._key(name)[1]
+        if not extension:
             return -1
         return MAX_IMAGE_BYTES if self._is_image(extension) else MAX_TEXT_BYTES
 
@@ -140,7 +187,7 @@ class _Reader:
         return extension == "json" or self._is_image(extension) or self._is_caption(extension)
 
     def _id(self, key: str) -> str:
-        return self.origin.url(f"{self.shard}/{clean(key)}")
+        return self.origin.id(f"{self.shard}/{clean(key)}")
 
     def _add(self, sample: Sample, name: str, extension: str, content: bytes | None) -> None:
         sample.bytes += len(content or b"")
@@ -155,26 +202,29 @@ class _Reader:
         else:
             sample.metadata = content
 
-    def _emit(self, key: str, last: bool = False) -> Iterator[Pair | Unreadable]:
+    def _emit(self, key: str, last: bool = False) -> Iterator[Found]:
         """The record of a key if its members are complete; the last time, whatever they are."""
         sample = self.pending.get(key)
         if sample is None or not (last or sample.is_whole() or self._row(sample)):
             return
         try:
-            found: Pair | Unreadable = self._pair(key, sample)
+            found: Found = self._pair(key, sample)
         except BadRecord as bad:
             if bad.reason == NO_CAPTION and not last:
                 return  # a caption file may still come
             found = Unreadable(self._id(key), bad.reason)
         self._forget(key)
         self.done.add(key)
-        if isinstance(found, Unreadable) or self.wanted(found.group):
+        if not isinstance(found, Pair) or self.wanted(found.group):
             yield found
 
     def _make_room(self) -> Iterator[Unreadable]:
         while self.pending_bytes > PENDING_BYTES:
             key = next(iter(self.pending))
             self.given_up.add(key)
+            if self.pending[key].plain != key and self.pending[key].plain in self.done:
+                self._pass_over(key)
+                continue
             yield Unreadable(self._id(key), MISSING_IMAGE if self.pending[key].image is None else NO_CAPTION)
             self._forget(key)
 

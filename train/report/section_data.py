@@ -19,7 +19,7 @@ def section(run: RunView) -> Section | None:
     summary = run.summary("prepare")
     if not summary:
         return Section("data", "What was trained on what", note("The prepare stage has not finished: nothing is known about the data."))
-    parts: list[Child] = [_counts(summary), _passes(run, summary), _filters(summary), _other(run)]
+    parts: list[Child] = [_counts(summary), _passes(run, summary), _filters(summary), _files(summary), _other(run)]
     return Section("data", "What was trained on what", join(parts))
 
 
@@ -84,6 +84,26 @@ def _dropped_captions(summary: dict[str, Any]) -> Html | None:
     rows: list[list[Child]] = [[reason, number(count)] for reason, count in sorted(dropped.items(), key=lambda item: (-int(item[1]), item[0]))]
     words = "Captions are judged one by one; a record goes when none of its captions is left."
     return join(el("h3", "Captions left out"), note(words), table(["reason", "captions"], rows, numbers=(1,)))
+
+
+def _files(summary: dict[str, Any]) -> Html | None:
+    """What lay in the sources and was not read: nothing goes in silence."""
+    files: dict[str, Any] = summary.get("files") or {}
+    if not files:
+        return None
+    rows: list[list[Child]] = []
+    for url, census in files.items():
+        rows.append([el("span", url, class_="mono"), "read", number(census["read"])])
+        if census["pictures"]:
+            rows.append(["", "images beside tables", number(census["pictures"])])
+        rows += [["", f"not read: {suffix}", number(count)] for suffix, count in _by_count(census["not_read"])]
+    rows += [["inside tars", f"not read: {suffix}", number(count)] for suffix, count in _by_count(summary.get("not_read") or {})]
+    words = "Every file that lies in a source is read, an image that a table may name, or not read because of its suffix."
+    return join(el("h3", "Files"), note(words), table(["source", "", "files"], rows, numbers=(2,)))
+
+
+def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _quarantined(summary: dict[str, Any]) -> Html | None:

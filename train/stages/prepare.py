@@ -69,4 +69,6 @@ def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
         "dropped_captions": summary["dropped_captions"],
         "quarantined": summary["quarantined"],
         "credits": summary["credits"],
+        "files": summary["files"],
+        "not_read": summary.get("not_read", {}),
     }

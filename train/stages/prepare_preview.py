@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.drop_counts import Tally
-from data_pipeline.prepare.plan import Plan, make_plan, spread
+from data_pipeline.prepare.merge import files
+from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, spread
 from train.config import RunConfig
 
 SAMPLED = 1000
@@ -20,17 +23,43 @@ def plan_of(cfg: RunConfig) -> Plan:
 def preview(cfg: RunConfig) -> str:
     """What the filters do to a sample of the records, as text: for a look before the long run."""
     plan, tally = plan_of(cfg), Tally()
-    kept = 0
+    kept, splits = 0, Counter[str]()
     for unit in spread(plan.units, _SAMPLED_SHARDS):
         begun = tally.seen
-        for _ in parts.accepted(plan, unit, tally):
+        for record in parts.accepted(plan, unit, tally):
             kept += 1
+            splits[record.split] += 1
             if tally.seen - begun >= -(-SAMPLED // min(_SAMPLED_SHARDS, len(plan.units))):
                 break
-    lines = [f"# {len(plan.units)} input shards; of a sample of {tally.seen} records {kept} are kept ({kept / max(1, tally.seen):.1%})"]
+    lines = _files(plan)
+    if plan.carves:
+        share = cfg.data.validation_share
+        lines.append(
+            f'# everything is called train: {share:.0%} of the groups become validation; split = "train" in data.sources keeps all for training'
+        )
+    lines.append(f"# {len(plan.units)} input shards; of a sample of {tally.seen} records {kept} are kept ({kept / max(1, tally.seen):.1%})")
+    lines.append(f"# split: {', '.join(f'{split} {splits[split]}' for split in SPLITS)}")
     for reason, entry in sorted(tally.dropped.items(), key=lambda item: -item[1]["count"]):
         lines.append(f"{entry['count']:6d}  {reason}")
-        lines += [f"          {example['id']}: {example['why']}".rstrip(": ") for example in entry["examples"]]
+        lines += [f"          {_printable(example['id'])}: {_printable(example['why'])}".rstrip(": ") for example in entry["examples"]]
     lines += [f"{count:6d}  captions left out: {reason}" for reason, count in tally.dropped_captions.most_common()]
+    lines += [f"{count:6d}  members of tars that are not read: {suffix}" for suffix, count in tally.not_read.most_common()]
     lines.append("# duplicates are searched for among all records, and not in a sample")
     return "\n".join(lines) + "\n"
+
+
+def _files(plan: Plan) -> list[str]:
+    """What lies in each source, and what of it is not read."""
+    lines = []
+    for url, census in files(plan).items():
+        beside = f", {census['pictures']:,} images beside them" if census["pictures"] else ""
+        lines.append(
+            f"# {_printable(url)}: {census['listed']:,} files, {census['read']:,} read{beside}, {sum(census['not_read'].values()):,} not read"
+        )
+        lines += [f"{count:6d}  files that are not read: {suffix}" for suffix, count in sorted(census["not_read"].items(), key=lambda item: -item[1])]
+    return lines
+
+
+def _printable(text: str) -> str:
+    """A name or an example as it may be shown on a terminal, whatever it holds."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -21,7 +21,7 @@ from data_pipeline.prepare.merge import finish, state
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, split_of, spread
 from data_pipeline.prepare.tries import Tries
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources.pairs import Census, InputShard, Pair, Unreadable
 from infra import deferred_writes, storage
 from infra.errors import DataError, ExitCode, NoRoomError, ReportedError, UnreachableError
 from infra.world import World
@@ -52,6 +52,7 @@ class Shelf:
     """Shard -> what reading it ends in; words are those of a DataError."""
     reads: list[str] = field(default_factory=list)
     name: str = "shelf"
+    census: Census = field(default_factory=Census)
 
     def shards(self) -> Iterator[InputShard]:
         for number, box in enumerate(self.boxes):

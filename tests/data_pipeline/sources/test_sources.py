@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.sources.drawings import EmojiSource
 from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.open_source import find_kind, open_source
-from data_pipeline.sources.pairs import Pair, Source, Unreadable
+from data_pipeline.sources.pairs import NotRead, Pair, Source, Unreadable
 from data_pipeline.sources.rows_to_pairs import split_of_name
 from data_pipeline.sources.table import TableSource
 from data_pipeline.sources.webdataset import WebDatasetSource
@@ -44,7 +44,7 @@ def folder(url: str) -> str:
 
 
 def everything(source: Source, wanted: Callable[[str], bool] = lambda group: True) -> list[Pair | Unreadable]:
-    return [found for shard in source.shards() for found in source.read(shard, wanted)]
+    return [found for shard in source.shards() for found in source.read(shard, wanted) if not isinstance(found, NotRead)]
 
 
 def source_of(url: str, records: int = 1024, **settings: Any) -> FolderSource:
@@ -56,9 +56,9 @@ def test_a_folder_yields_images_with_captions_and_names_those_without(place: str
     url = folder(str(tmp_path) if place == "local" else request.getfixturevalue("s3"))
     source = source_of(url)
     two, lonely, one = everything(source)
-    assert isinstance(two, Pair) and two.captions == ("second",) and two.id == f"{url}/b/two.jpg"
-    assert lonely == Unreadable(f"{url}/lonely.png", "no caption")
-    assert one == Pair(f"{url}/one.png", ("a red square", "red", "ä\ufffd"), png(), url, "unknown", "folder/one")
+    assert isinstance(two, Pair) and two.captions == ("second",) and two.id == "b/two.jpg"
+    assert lonely == Unreadable("lonely.png", "no caption")
+    assert one == Pair("one.png", ("a red square", "red", "ä\ufffd"), png(), url, "unknown", "folder/one")
     assert list(source.credits()) == [url] == [source.name]
 
 
@@ -76,11 +76,11 @@ def test_a_json_beside_an_image_says_all_about_it(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(said))
     (tmp_path / "e.txt").write_text("one\ntwo\n")  # the same caption, not two more
     (tmp_path / "f.txt").write_text("from the text")
-    found = {item.id.removeprefix(f"{tmp_path}/"): item for item in everything(source_of(str(tmp_path), license="CC-BY-4.0"))}
+    found = {item.id: item for item in everything(source_of(str(tmp_path), license="CC-BY-4.0"))}
     assert found["museum-7"] == Pair("museum-7", ("one",), png(), "museum", "CC0-1.0", "vase", "validation")
-    assert found["12"] == Pair(f"{tmp_path}/12", ("one", "two"), png(), str(tmp_path), "CC-BY-4.0", "folder/b")
-    assert found["val/c.png"] == Pair(f"{tmp_path}/val/c.png", ("?x",), png(), str(tmp_path), "CC-BY-4.0", "folder/val/c", "validation")
-    assert found["d.png"] == Unreadable(f"{tmp_path}/d.png", "bad json")
+    assert found["12"] == Pair("12", ("one", "two"), png(), str(tmp_path), "CC-BY-4.0", "folder/b")
+    assert found["val/c.png"] == Pair("val/c.png", ("?x",), png(), str(tmp_path), "CC-BY-4.0", "folder/val/c", "validation")
+    assert found["d.png"] == Unreadable("d.png", "bad json")
     e, f = found["e.png"], found["f.png"]
     assert isinstance(e, Pair) and e.captions == ("one\ntwo",) and e.group == "ff"
     assert isinstance(f, Pair) and f.captions == ("from the text",)
@@ -103,7 +103,7 @@ def test_an_image_of_an_unwanted_group_is_not_read(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(storage, "open_stream", record)
     found = everything(source_of(str(tmp_path)), lambda group: group == "folder/one")
-    assert [item.id for item in found] == [f"{tmp_path}/lonely.png", f"{tmp_path}/one.png"]
+    assert [item.id for item in found] == ["lonely.png", "one.png"]
     assert not any(url.endswith("two.jpg") for url in opened) and any(url.endswith("one.png") for url in opened)
 
 
@@ -167,14 +167,14 @@ def test_runs_of_names_hold_every_image_once_and_a_new_one_changes_one_run(tmp_p
 def test_captions_are_found_however_names_are_interleaved(tmp_path: Path) -> None:
     for name in ("one.jpg", "one.masks/one.jpg", "one.masks/one.txt", "one.txt", "one-2.png", "one.v2.png", "one.v2.txt", "one/x.png", "one/x.txt"):
         storage.write_bytes(str(tmp_path / name), b"x")
-    found = {item.id.removeprefix(f"{tmp_path}/"): isinstance(item, Pair) for item in everything(source_of(str(tmp_path), 1))}
+    found = {item.id: isinstance(item, Pair) for item in everything(source_of(str(tmp_path), 1))}
     assert found == {"one.jpg": True, "one.masks/one.jpg": True, "one-2.png": False, "one.v2.png": True, "one/x.png": True}
 
 
 def test_a_pattern_of_images_finds_their_captions(tmp_path: Path) -> None:
     folder(str(tmp_path))
-    assert [item.id for item in everything(source_of(f"{tmp_path}/**/*.jpg"))] == [f"{tmp_path}/b/two.jpg"]
-    assert [item.id for item in everything(source_of(f"{tmp_path}/one.png"))] == [f"{tmp_path}/one.png"]
+    assert [item.id for item in everything(source_of(f"{tmp_path}/**/*.jpg"))] == ["b/two.jpg"]
+    assert [item.id for item in everything(source_of(f"{tmp_path}/one.png"))] == ["one.png"]
 
 
 def test_the_files_of_img2dataset_are_a_folder(tmp_path: Path) -> None:
@@ -307,7 +307,6 @@ def test_a_plain_string_stands_for_the_url_of_a_source_and_reads_back() -> None:
         ('data.sources=[{url="a", kind="emoji"}]', r"data\.sources\.0: kind = 'emoji' does not fit url = 'a'; .* write \./emoji"),
         ('data.sources=[{url="emoji", kind="folder"}]', r"kind = 'folder' does not fit url = 'emoji'"),
         ("data.sources=[3]", r"data\.sources\.0: .*given: 3"),
-        ("data.sources=emoji", r"data\.sources: .*given: 'emoji'"),
         ("data.sources=[]", r"sources is empty"),
     ],
 )

@@ -1,0 +1,118 @@
+"""Arrow files: folders that ``save_to_disk`` of Hugging Face's datasets wrote. One file is a shard; its batches are read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.sources.arrow_rows import Rows, columns_of
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
+from data_pipeline.sources.rows_to_pairs import Draft, split_of_name, with_images
+from infra import storage
+from infra.errors import DataError
+
+SUFFIXES = (".arrow", ".feather")
+_DESCRIPTIONS = ("dataset_dict.json", "state.json", "dataset_info.json")
+_SEEKABLE = b"ARROW1"
+_END = b"\xff\xff\xff\xff\0\0\0\0"
+_BATCH_ROWS = 32
+"""Rows with images that are Python objects at once; the batch around them is as large as its writer made it (1,000 rows by default)."""
+
+
+class ArrowSource:
+    """The .arrow files of a folder, or those that a pattern names."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.name = config.url
+        self.origin = Origin(config)
+        self.census = Census()
+
+    def shards(self) -> Iterator[InputShard]:
+        """Files sorted by name.
+
+        Raises:
+            DataError: there is no Arrow file, or a selection of rows is stored beside one.
+        """
+        self.census = census = Census()
+        files = []
+        for info in self.origin.files():
+            last = info.name.rpartition("/")[2]
+            if last.lower().endswith(SUFFIXES):
+                files.append(info)
+                census.read += 1
+            elif last in _DESCRIPTIONS:
+                census.read += 1
+                self._refuse_selection(info.name)
+            else:
+                census.pass_over(info.name, info.version)
+        if not files:
+            raise DataError(
+                f"{self.name}: no .arrow file there; data.sources accepts a folder that save_to_disk wrote, or a pattern such as data/*.arrow."
+            )
+        for info in sorted(files, key=lambda info: info.name):
+            yield InputShard(info.name, info.version, splits=frozenset({split_of_name(info.name)}))
+
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
+        """The rows of a file.
+
+        Raises:
+            DataError: not an Arrow file, damaged, or without columns of images and captions.
+        """
+        return with_images(self._drafts(shard, wanted))
+
+    def credits(self) -> dict[str, str]:
+        return self.origin.credits()
+
+    def version(self) -> str:
+        return self.origin.version(f"arrow/1 pyarrow {pyarrow.__version__}")
+
+    def _refuse_selection(self, name: str) -> None:
+        """Old versions of datasets stored which rows are meant, and in which order, in a file of its own."""
+        url = self.origin.part(name)
+        if name.endswith("state.json"):
+            state = storage.read_json(url)
+            if isinstance(state, dict) and state.get("_indices_data_files"):
+                raise DataError(
+                    f"{url}: the set is a selection of the rows of its .arrow files, which is not read; call flatten_indices() before save_to_disk."
+                )
+
+    def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
+        url = self.origin.part(shard.name)
+        with _open(url) as (schema, batches):
+            columns = columns_of(self.origin, schema, url)
+            rows, first = Rows(self.origin, shard.name, columns, wanted), 0
+            for batch in batches:
+                kept = batch.select(list(dict.fromkeys([*columns.captions, *columns.about, columns.image])))
+                pieces = (kept.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
+                yield from rows.found(pieces, first, with_image=True)
+                first += batch.num_rows
+
+
+@contextmanager
+def _open(url: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema of an Arrow file, in the stream or the file format, and its batches.
+
+    Raises:
+        DataError: it is missing, no Arrow file, or damaged (while it is read, too).
+    """
+    size = storage.size(url)
+    seekable = size > len(_SEEKABLE) and storage.read_range(url, 0, len(_SEEKABLE)) == _SEEKABLE
+    if not seekable and (size < len(_END) or storage.read_range(url, size - len(_END), len(_END)) != _END):
+        # A stream that breaks off between two batches would otherwise pass for a complete one.
+        raise DataError(f"{url}: not an Arrow file, or truncated: the end marker of an Arrow stream is missing; fetch it again.")
+    with storage.open_seekable(url) if seekable else storage.open_stream(url) as stream:
+        try:
+            if seekable:
+                with pyarrow.ipc.open_file(stream) as file:
+                    yield file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
+            else:
+                with pyarrow.ipc.open_stream(stream) as batches:
+                    yield batches.schema, iter(batches)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{url}: not an Arrow file, or damaged ({(str(error).splitlines() or [''])[0]}).") from error

@@ -1,0 +1,151 @@
+"""What Parquet files and Arrow files share: which columns matter, and from rows to pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow
+
+from data_pipeline.sources.columns import find_captions, find_image, usual_captions
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Pair, Unreadable
+from data_pipeline.sources.rows_to_pairs import (
+    BAD_TEXT,
+    LARGE_IMAGE,
+    MAX_IMAGE_BYTES,
+    MISSING_IMAGE,
+    BadRecord,
+    Draft,
+    distinct,
+    split_of_name,
+    text_in,
+)
+from infra.errors import DataError
+
+_ABOUT = ("id", "uid", "key", "group", "sha256", "md5", "url", "source", "license", "licence", "LICENSE", "split")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read of a file."""
+
+    image: str
+    """Bytes, a path, or a struct of both (bytes, path), as Hugging Face's datasets writes it."""
+    is_struct: bool
+    is_path: bool
+    captions: tuple[str, ...]
+    about: tuple[str, ...]
+    """Further columns, read as what a record says about itself."""
+
+    @property
+    def names_files(self) -> bool:
+        """Whether rows may name image files beside the table: a struct without bytes does so too."""
+        return self.is_path or self.is_struct
+
+    def read(self, with_image: bool) -> list[str]:
+        """Names of the columns that are read; without images for a look at the groups of records."""
+        image = [self.image] if with_image or self.is_path else [f"{self.image}.path"] if self.is_struct else []
+        return list(dict.fromkeys([*self.captions, *self.about, *image]))
+
+
+def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
+    """The columns of a file that matter.
+
+    Raises:
+        DataError: it has none of images or captions, or they are of a type that holds none.
+    """
+    config, names = origin.config, list(schema.names)
+    image, captions = find_image(names, config), find_captions(names, config)
+    kind = schema.field(image).type if image else None
+    if kind is None or not captions or ({"status", "url", "key"} <= set(names) and image == "url"):
+        hint = "; it describes the tars or folders beside it: name those" if {"status", "url", "key"} <= set(names) else ""
+        raise DataError(
+            f"{url}: none of its columns, {', '.join(names)}, is known to hold {'captions' if image and not captions else 'images'}{hint}; "
+            "columns are named in data.sources as image and captions."
+        )
+    for name in captions:
+        _check_captions(url, name, schema.field(name).type)
+    is_struct = pyarrow.types.is_struct(kind) and {field.name for field in kind} >= {"bytes"}
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    is_path = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)
+    is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    if not (is_struct or is_path or is_bytes):
+        raise DataError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
+    return Columns(image, is_struct, is_path, captions, tuple(name for name in _ABOUT if name in names and name != image))
+
+
+def _check_captions(url: str, name: str, kind: Any) -> None:
+    types = pyarrow.types
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    if types.is_struct(kind) and not usual_captions(field.name for field in kind):
+        raise DataError(
+            f"{url}: column '{name}' holds structs of {', '.join(field.name for field in kind)}, none of which is known to hold a caption; accepted are "
+            "strings, lists of strings, and structs with a field of a usual name (caption, text, raw ...). Name another column in data.sources as captions."
+        )
+
+
+class Rows:
+    """The records of one file."""
+
+    def __init__(self, origin: Origin, name: str, columns: Columns, wanted: Callable[[str], bool]) -> None:
+        self.origin, self.name, self.columns = origin, name, columns
+        self.split = split_of_name(name)
+        self.folder = origin.url(name).rpartition("/")[0]
+        self._wanted, self._asked = wanted, dict[int, bool]()
+
+    def found(self, batches: Iterable[Any], first: int, *, with_image: bool) -> Iterator[Draft | Pair | Unreadable]:
+        """Wanted records of batches of rows, the first of which is number ``first`` of the file; without images for a look at their groups."""
+        self._asked = {number: answer for number, answer in self._asked.items() if number >= first}
+        for batch in batches:
+            for number, row in enumerate(_rows(batch), first):
+                place = f"{self.name}/@{number}"
+                try:
+                    record = self._record(place, row, with_image)
+                except BadRecord as bad:
+                    yield Unreadable(self.origin.id(place), bad.reason, bad.why)
+                    continue
+                # Rows that were looked at without their image come again: nobody is asked twice about one record.
+                if number not in self._asked:
+                    self._asked[number] = self._wanted((record.pair if isinstance(record, Draft) else record).group)
+                if self._asked[number]:
+                    yield record
+            first += batch.num_rows
+
+    def _record(self, place: str, row: Row | None, with_image: bool) -> Draft | Pair:
+        if row is None:
+            raise BadRecord(BAD_TEXT)
+        value, columns = row.get(self.columns.image), self.columns
+        data = value if isinstance(value, bytes) else value.get("bytes") if isinstance(value, dict) else None
+        path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
+        if with_image and data is None and not path:
+            raise BadRecord(MISSING_IMAGE)
+        key = text_in(row, "key")
+        place = f"{self.name}/{key}" if key else place
+        captions = distinct(self.origin.captions({name: row[name] for name in columns.captions}))
+        pair = self.origin.pair(place, row, captions, self.split, f"image/{path}" if path and columns.is_path else "")
+        if not with_image:
+            return pair
+        if data is None:
+            return Draft(pair, self.origin.image_url(str(path), self.folder))
+        if len(data) > MAX_IMAGE_BYTES:
+            raise BadRecord(LARGE_IMAGE)
+        return replace(pair, image=data)
+
+
+def _rows(batch: Any) -> Iterator[Row | None]:
+    """The rows of a batch; None for one whose strings are not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass  # raised before the first row is out
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None

@@ -1,0 +1,148 @@
+"""COCO's captions: ``annotations/captions_*.json``, whose images lie in a folder beside it. A run of images is a shard."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
+from data_pipeline.sources.rows_to_pairs import (
+    IMAGE_SUFFIXES,
+    MISSING_IMAGE,
+    BadRecord,
+    Draft,
+    distinct,
+    split_of_name,
+    text_in,
+    with_images,
+)
+from infra import storage
+from infra.errors import DataError
+
+_NAME = re.compile(r"(^|/)captions?_([^/]*)\.json$", re.IGNORECASE)
+
+
+def is_captions(name: str) -> bool:
+    """Whether a file holds captions in COCO's form, by its name; instances_*.json and the like hold none."""
+    return _NAME.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """One file: its images in order, and the captions of each."""
+
+    images: list[dict[str, Any]]
+    captions: dict[Any, list[Any]]
+    strays: list[Any] = field(default_factory=list)
+    """Annotations of images that are not listed, by their ids."""
+
+
+class CocoSource:
+    """The captions_*.json files of a folder that holds the images too."""
+
+    def __init__(self, config: SourceConfig, records_per_part: int) -> None:
+        self.name = config.url
+        self.origin = Origin(config)
+        self.records = records_per_part
+        self.census = Census()
+        self._load = lru_cache(1)(self._annotations)
+
+    def shards(self) -> Iterator[InputShard]:
+        """Runs of images. The files of captions are read for it; they are one JSON value each.
+
+        Raises:
+            DataError: there is no such file, or one is not what its name says.
+        """
+        self.census = census = Census()
+        files, folders = [], dict[str, None]()
+        for info in self.origin.files():
+            if is_captions(info.name):
+                files.append(info)
+                census.read += 1
+            elif info.name.lower().endswith(IMAGE_SUFFIXES):
+                folders[info.name.rpartition("/")[0]] = None
+                census.pictures += 1
+            else:
+                census.pass_over(info.name, info.version)
+        if not files:
+            raise DataError(f"{self.name}: no captions_*.json there; data.sources accepts the folder that holds COCO's annotations/ and images.")
+        for info in sorted(files, key=lambda info: info.name):
+            found = self._load(info.name, info.version)
+            folder = self._folder(info.name, list(folders), found)
+            splits = frozenset({_split(folder, info.name)})
+            for start in range(0, max(1, len(found.images)), self.records):
+                end = min(start + self.records, len(found.images))
+                yield InputShard(f"{info.name}@{start}", info.version, keys=(folder,), span=(start, end), splits=splits)
+
+    def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
+        """The images of a run, each with all of its captions.
+
+        Raises:
+            DataError: the file of captions is missing or damaged.
+        """
+        name = shard.name.rpartition("@")[0]
+        found = self._load(name, shard.version)
+        drafts = (self._draft(name, shard.keys[0], image, found) for image in found.images[slice(*shard.span)])
+        yield from with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
+        if shard.span[0] == 0:
+            yield from (Unreadable(self.origin.id(f"{name}/{identity}"), MISSING_IMAGE) for identity in found.strays)
+
+    def credits(self) -> dict[str, str]:
+        return self.origin.credits()
+
+    def version(self) -> str:
+        return self.origin.version("coco/1")
+
+    def _annotations(self, name: str, version: str) -> Annotations:
+        url = self.origin.part(name)
+        tree = storage.read_json(url)
+        images, said = (tree.get("images"), tree.get("annotations")) if isinstance(tree, dict) else (None, None)
+        if images is None or said is None or not _is_rows(images) or not _is_rows(said):
+            raise DataError(
+                f"{url}: not captions in COCO's form: a JSON object with the lists 'images' (id, file_name) and 'annotations' (image_id, caption)."
+            )
+        captions: dict[Any, list[Any]] = {json.dumps(image.get("id")): [] for image in images}
+        strays: dict[str, None] = {}
+        for annotation in said:
+            identity = json.dumps(annotation.get("image_id"))
+            if identity in captions:
+                captions[identity].append(annotation.get("caption"))
+            else:
+                strays[identity] = None
+        return Annotations(images, captions, list(strays))
+
+    def _folder(self, name: str, folders: list[str], found: Annotations) -> str:
+        """The folder of the images, relative to the base: named as the file is (captions_val2017.json: val2017), else the first that holds one."""
+        match = _NAME.search(name)
+        named = match[2] if match else ""
+        paths = [path for image in found.images[:4] if (path := text_in(image, "file_name"))]
+        candidates = [folder for folder in folders if folder.rpartition("/")[2] == named]
+        for folder in [*candidates, *folders, ""]:
+            if any(storage.exists(self.origin.url(f"{folder}/{path}" if folder else path)) for path in paths):
+                return folder
+        return candidates[0] if candidates else named
+
+    def _draft(self, name: str, folder: str, image: dict[str, Any], found: Annotations) -> Draft | Unreadable:
+        path = text_in(image, "file_name")
+        place = f"{name}/{text_in(image, 'id') or path}"
+        row = {key: value for key, value in image.items() if key in ("group",)}
+        try:
+            captions = distinct(caption for caption in found.captions[json.dumps(image.get("id"))] if isinstance(caption, str))
+            url = self.origin.image_url(path, self.origin.url(folder))
+        except BadRecord as bad:
+            return Unreadable(self.origin.id(place), bad.reason, bad.why)
+        return Draft(self.origin.pair(place, row, captions, _split(folder, name), f"image/{path}"), url)
+
+
+def _split(folder: str, name: str) -> str:
+    return split_of_name(f"{folder}/") or split_of_name(name)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

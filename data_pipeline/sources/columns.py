@@ -1,0 +1,64 @@
+"""Usual names of the columns, keys and fields that hold images and captions. docs/data.md lists them; a test keeps that list."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from data_pipeline.config import SourceConfig
+
+CAPTION_NAMES = ("captions?", "texts?|txt", "alt_?text|sentences?", "description|prompt", "title|raw|comments?")
+"""Patterns of names, the first kind that is found wins: 'caption', or 'caption_0', 'caption_1' ..."""
+IMAGE_NAMES = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "img_path", "image_file", "file_name", "filename"),
+    *("file", "filepath", "file_path", "path", "image_url", "url", "image_name"),
+)
+_CAPTIONS = tuple(re.compile(rf"({name})(_?\d+)?", re.IGNORECASE) for name in CAPTION_NAMES)
+
+
+def caption_values(value: Any) -> list[str]:
+    """The captions in a cell: a string, a list of strings, one of structs with a usual name, or a list written as JSON. Anything else holds none."""
+    if isinstance(value, str):
+        if value.startswith("[") and value.endswith("]"):
+            try:
+                listed = json.loads(value)
+            except (ValueError, RecursionError):
+                return [value]
+            return caption_values(listed) or [value]
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [caption for item in value for caption in ([item] if isinstance(item, str) else _of_struct(item))]
+    return _of_struct(value)
+
+
+def _of_struct(value: Any) -> list[str]:
+    if not isinstance(value, Mapping):
+        return []
+    said = (value[name] for name in usual_captions(value))
+    return [text for found in said for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+
+
+def usual_captions(names: Iterable[str]) -> tuple[str, ...]:
+    """All names of the first kind of usual names of captions that is among ``names``."""
+    listed = list(names)
+    found = (tuple(name for name in listed if usual.fullmatch(name)) for usual in _CAPTIONS)
+    return next(filter(None, found), ())
+
+
+def find_image(names: Iterable[str], config: SourceConfig) -> str:
+    """The column of images: the one that is configured, else the first of the usual names; empty if there is none."""
+    listed = list(names)
+    if config.image:
+        return config.image if config.image in listed else ""
+    lower = {name.lower(): name for name in reversed(listed)}
+    return next((lower[name] for name in IMAGE_NAMES if name in lower), "")
+
+
+def find_captions(names: Iterable[str], config: SourceConfig) -> tuple[str, ...]:
+    """The columns of captions: those that are configured, else all of one usual name ('caption', or 'caption_0', 'caption_1' ...)."""
+    listed = list(names)
+    if config.captions:
+        return tuple(name for name in config.captions if name in listed)
+    return usual_captions(listed)

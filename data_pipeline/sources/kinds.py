@@ -1,0 +1,88 @@
+"""The kinds of sources: one entry for each says how it is opened, by what names it is found, and what messages and docs call it.
+
+To add one: an entry here, its module, its name in ``SourceConfig.kind``, and a block in docs/data.md (docs/architecture.md, "To add a source").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.sources import coco, folder, table, webdataset
+from data_pipeline.sources.pairs import Source
+from data_pipeline.sources.rows_to_pairs import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of source."""
+
+    name: str
+    """As in ``SourceConfig.kind``."""
+    opener: Callable[[SourceConfig, DataConfig], Source]
+    suffixes: tuple[str, ...]
+    """A URL that ends so, or a folder that holds such a file, is of this kind, unless an earlier kind says the same."""
+    holds: str
+    """What it is a folder or pattern of, for messages."""
+    unit: str
+    """What one input shard is, for docs/data.md."""
+    is_named: Callable[[str], bool] = lambda name: False
+    """Whether a file in a folder shows this kind by its whole name."""
+
+    def shows(self, name: str) -> bool:
+        """Whether a file is one of this kind."""
+        return name.lower().endswith(self.suffixes) or self.is_named(name)
+
+
+def _emoji(config: SourceConfig, data: DataConfig) -> Source:
+    from data_pipeline.sources.drawings import EmojiSource  # its packages are needed by this source only
+
+    return EmojiSource(data.render_size, data.records_per_part, "" if config.split == "hash" else config.split)
+
+
+def _parquet(config: SourceConfig, data: DataConfig) -> Source:
+    from data_pipeline.sources.parquet import ParquetSource  # pyarrow takes a second to import
+
+    return ParquetSource(config, data.records_per_part)
+
+
+def _arrow(config: SourceConfig, data: DataConfig) -> Source:
+    from data_pipeline.sources.arrow import ArrowSource  # as above
+
+    return ArrowSource(config)
+
+
+KINDS = (
+    Kind("webdataset", lambda config, data: webdataset.WebDatasetSource(config), webdataset.SUFFIXES, "WebDataset .tar files", "a tar"),
+    Kind("parquet", _parquet, (".parquet",), ".parquet files", "a range of row groups"),
+    Kind("arrow", _arrow, (".arrow", ".feather"), "Arrow files of save_to_disk", "a file"),
+    Kind(
+        "coco",
+        lambda config, data: coco.CocoSource(config, data.records_per_part),
+        (),
+        "COCO's captions_*.json and images",
+        "`data.records_per_part` images",
+        coco.is_captions,
+    ),
+    Kind(
+        "table",
+        lambda config, data: table.TableSource(config, data.records_per_part),
+        table.SUFFIXES,
+        f"tables ({', '.join(table.PLAIN)}, also as .gz, and captions.txt)",
+        "a range of bytes",
+        table.is_table,
+    ),
+    Kind(
+        "folder",
+        lambda config, data: folder.FolderSource(config, data.records_per_part),
+        IMAGE_SUFFIXES,
+        "images with same-named .txt or .json files",
+        "`data.records_per_part` names",
+    ),
+    Kind("emoji", _emoji, (), "drawings that come with packages ('emoji')", "`data.records_per_part` drawings"),
+)
+"""In the order in which a folder is told by what it holds: the .parquet, .json and .jsonl files beside tars describe them."""
+
+BY_NAME = {kind.name: kind for kind in KINDS}
+EMOJI, FOLDER, WEBDATASET = (BY_NAME[name] for name in ("emoji", "folder", "webdataset"))

@@ -1,0 +1,169 @@
+"""What all records of one source share: where their names begin, how far their paths may lead, and what stands for what a record does not say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.sources.columns import caption_values, find_captions
+from data_pipeline.sources.pairs import Pair
+from data_pipeline.sources.rows_to_pairs import BAD_PATH, MISSING_IMAGE, OUTSIDE, WEB_ADDRESS, BadRecord, clean, split_word, text_in
+from infra import globs, storage
+from infra.errors import DataError
+from infra.storage import FileInfo
+
+log = logging.getLogger(__name__)
+
+_MAX_KEY_BYTES = 1024  # of an object's name on S3
+_MAX_NAME = 64  # of a source's name and a licence, which are counted and listed
+_FOLDERS = 4096  # whose real paths are remembered
+
+
+class Origin:
+    """What all records of one configured source share."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self._said: set[str] = set()
+        self._real = lru_cache(_FOLDERS)(os.path.realpath)
+
+    @cached_property
+    def base(self) -> str:
+        """The folder to which names are relative."""
+        return storage.glob(self.config.url)[0]
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """Where files may lie: real paths and normalised s3:// prefixes of the base, of what the source names, and of its ``roots``."""
+        named = () if globs.is_pattern(self.config.url) else (self.config.url,)
+        return tuple(dict.fromkeys(self.real(url) for url in (self.base, *named, *self.config.roots)))
+
+    def files(self) -> Iterator[FileInfo]:
+        """The files that the source names, in a stable order."""
+        return storage.glob(self.config.url, self.links)[1]
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """Local folders that links to folders may lead to."""
+        return tuple(root for root in self.roots if not storage.is_remote(root))
+
+    def url(self, name: str) -> str:
+        return storage.join(self.base, name)
+
+    def real(self, url: str) -> str:
+        """Where a URL leads: links and '..' are resolved."""
+        if storage.is_remote(url):
+            return f"s3://{posixpath.normpath(url.removeprefix('s3://'))}"
+        folder, name = os.path.split(storage.local_path(url))
+        path = os.path.join(self._real(folder), name)
+        return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path
+
+    def inside(self, url: str) -> str:
+        """A URL that may be read, as it is.
+
+        Raises:
+            BadRecord: it lies, or leads by a link, outside of the source and of its ``roots``.
+        """
+        found = self.real(url)
+        if globs.is_below(found, self.roots):
+            return url
+        allowed = f"roots = [{_quoted(found.rpartition('/')[0] or '/')}]"
+        why = f"{self.config.url}: {_quoted(found)} lies outside of the source; to read it, add {allowed} to the source in data.sources"
+        self._say("outside", why)
+        raise BadRecord(OUTSIDE, f"add {allowed} to the source in data.sources to read it")
+
+    def part(self, name: str) -> str:
+        """The URL of a file of the listing on which a shard is built.
+
+        Raises:
+            DataError: it leads outside.
+        """
+        try:
+            return self.inside(self.url(name))
+        except BadRecord as bad:
+            raise DataError(f"{self.url(name)}: a link that leads outside of the source; {bad.why}.") from None
+
+    def id(self, place: str) -> str:
+        """The id of a record that brings none: its place below the source, after the source's name if it has one. A source that moves keeps it."""
+        return f"{self.config.name}:{place}" if self.config.name else place
+
+    def pair(self, place: str, row: Mapping[str, Any], captions: tuple[str, ...], split: str, group: str = "") -> Pair:
+        """A pair without its image.
+
+        Args:
+            place: where the record lies, as file/entry relative to the base: its id and its group unless it brings better.
+            row: what it says about itself: id, group, sha256, md5, url, source, license, split.
+            captions: as of distinct().
+            split: what the file's name says, for records that do not say.
+            group: what it is grouped by if it says nothing about that.
+        """
+        own = text_in(row, "id", "uid")
+        # A number is unique within its file at most.
+        local = f"{place.rpartition('/')[0]}/{own}".lstrip("/") if own.isdigit() else place
+        source = text_in(row, "source")
+        license = text_in(row, "license", "licence", "LICENSE").strip("?")
+        given = text_in(row, "group")
+        said = "" if self.config.split == "hash" else self.config.split or split_word(text_in(row, "split")) or split
+        return Pair(
+            id=own if own and not own.isdigit() else self.id(local),
+            captions=captions,
+            image=b"",
+            source=source if source and len(source) <= _MAX_NAME and "://" not in source else self.config.url,
+            license=license[:_MAX_NAME] or self.config.license or "unknown",
+            group=given or text_in(row, "sha256", "md5", "url") or group or ("" if own.isdigit() else own) or place,
+            split=said,
+            given=bool(given),
+        )
+
+    def captions(self, row: Mapping[str, Any]) -> list[str]:
+        """What the caption columns of a row hold."""
+        return [caption for name in find_captions(row, self.config) for caption in caption_values(row[name])]
+
+    def image_url(self, path: str, folder: str) -> str:
+        """The URL of an image that a row names, relative to ``folder`` unless it is absolute.
+
+        Raises:
+            BadRecord: it is an address on the web (a hint is logged once), no possible path, or outside of the source.
+        """
+        path = clean(path)
+        scheme, separator, _ = path.partition("://")
+        if separator and scheme.lower() in ("http", "https", "ftp"):
+            self._say(
+                "web",
+                f"{self.config.url}: images are addresses on the web, which are not fetched; run img2dataset on it, and name its output folder.",
+            )
+            raise BadRecord(WEB_ADDRESS)
+        if not path:
+            raise BadRecord(MISSING_IMAGE)
+        if (separator and scheme not in ("s3", "file")) or len(path.encode()) > _MAX_KEY_BYTES or any(character < " " for character in path):
+            raise BadRecord(BAD_PATH)
+        url = path if separator or path.startswith("/") else storage.join(folder, path)
+        try:
+            found = self.inside(url)
+        except ValueError:  # no possible path to the operating system
+            raise BadRecord(BAD_PATH) from None
+        return self.real(found) if storage.is_remote(found) else found
+
+    def credits(self) -> dict[str, str]:
+        """As of Source."""
+        terms = f"licence {self.config.license}" if self.config.license else "the licence of each record is what it says itself, else not recorded"
+        return {self.config.url: f"Images and captions from {self.config.url}; {terms}."}
+
+    def version(self, reader: str) -> str:
+        """As of Source: everything that is configured but the weight, which changes no record, and the place, which may change."""
+        return f"{reader} {self.config.model_dump_json(exclude={'weight', 'url'} | self.config.at_default())}"
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            log.warning("%s", message)
+
+
+def _quoted(text: str) -> str:
+    shown = text if len(text) <= 300 else f"{text[:300]}..."
+    return '"' + shown.encode("unicode_escape").decode().replace('"', '\\"') + '"'

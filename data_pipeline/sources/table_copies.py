@@ -1,0 +1,156 @@
+"""Copies of tables that cannot be read as they are: compressed ones, and those in which the rows of an image do not stand together.
+
+A copy is made once for each version of a table on each machine, in a folder of the system's temporary files; its rows are sorted on disk, by SQLite,
+in memory that does not grow with their number. In memory of the search for rows that stand apart: eight bytes a row.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from data_pipeline.sources.gzipped import unzipped
+from infra import storage
+from infra.files import write_errors
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.table import Table
+
+_VERSION = 1  # of how rows are sorted
+_CACHE_KIB = 64 << 10  # of SQLite
+
+
+def ordered(table: Table, version: str) -> str:
+    """Path of the copy in which the rows of each image stand together; empty: the table itself is such a one.
+
+    Args:
+        table: as it is.
+        version: of its content.
+
+    Raises:
+        DataError: it cannot be read, or its columns of images and captions cannot be told.
+        NoRoomError: there is no room for the copy.
+    """
+    config = table.origin.config
+    key = hashlib.blake2b(
+        repr((_VERSION, table.url, version, config.image, config.captions)).encode("utf-8", "backslashreplace"), digest_size=16
+    ).hexdigest()
+    copy, fine = folder() / key, folder() / f"{key}.ordered"
+    if fine.exists():
+        return ""
+    if copy.exists():
+        return str(copy)
+    plain = _unzip(table, copy.with_suffix(f".{secrets.token_hex(4)}.plain")) if table.is_zipped else None
+    try:
+        looked_at = type(table)(table.origin, table.name, str(plain)) if plain else table
+        if _stand_together(looked_at):
+            if plain is None:
+                fine.touch()
+                return ""
+            plain.replace(copy)
+        else:
+            _sort(looked_at, copy)
+        return str(copy)
+    finally:
+        if plain is not None:
+            plain.unlink(missing_ok=True)
+
+
+@cache
+def folder() -> Path:
+    """Where copies lie: a folder that nobody else can write to."""
+    place = Path(tempfile.gettempdir(), f"tables-{os.getuid()}")
+    with write_errors(place):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = place.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022 or place.is_symlink():  # somebody else was here before
+        return Path(tempfile.mkdtemp(prefix="tables-"))
+    return place
+
+
+def _unzip(table: Table, place: Path) -> Path:
+    with storage.open_stream(table.url) as stream, unzipped(stream, table.url) as plain, write_errors(place), place.open("wb") as out:
+        shutil.copyfileobj(plain, out, 1 << 20)
+    return place
+
+
+def _stand_together(table: Table) -> bool:
+    seen, previous = array("Q"), ""
+    for _, image in table.rows():
+        if not image:
+            continue  # a row that cannot be read tears nothing apart
+        if image != previous:
+            seen.append(int.from_bytes(hashlib.blake2b(image.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little"))
+        previous = image
+    hashes = np.frombuffer(seen, np.uint64) if seen else np.empty(0, np.uint64)
+    hashes = np.sort(hashes)
+    return not bool((hashes[1:] == hashes[:-1]).any())
+
+
+def _sort(table: Table, copy: Path) -> None:
+    """Write the rows in the order of their images, and those of one image in the order in which they stand."""
+    words = secrets.token_hex(4)
+    database, unfinished = copy.with_suffix(f".{words}.sqlite"), copy.with_suffix(f".{words}.part")
+    try:
+        with write_errors(copy), _full_disk(), closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{_CACHE_KIB}"):
+                connection.execute(f"PRAGMA {pragma}")
+            connection.execute("CREATE TABLE rows (image BLOB, number INTEGER PRIMARY KEY, data BLOB)")
+            connection.execute("BEGIN")
+            connection.executemany("INSERT INTO rows (image, data) VALUES (?, ?)", _raw(table))
+            connection.execute("COMMIT")
+            with unfinished.open("wb") as out:
+                out.write(_head(table))
+                for (data,) in connection.execute("SELECT data FROM rows ORDER BY image, number"):
+                    out.write(data)
+        unfinished.replace(copy)
+    finally:
+        database.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """SQLite's only complaint about a folder that it has just been given is that there is no room."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, f"SQLite: {error}") from error
+
+
+def _head(table: Table) -> bytes:
+    end = table.header.start if table.has_columns else 0
+    return storage.read_range(table.url, 0, end) if end else b""
+
+
+def _raw(table: Table) -> Iterator[tuple[bytes, bytes]]:
+    """Image and bytes of each row. One that cannot be read is replaced by a short one that cannot be read either, whatever follows it."""
+    broken = b'"."."\n' if table.is_csv else b"." + b"\t" * len(table.header.columns) + b"\n" if table.has_columns else b"{\n"
+    with storage.open_stream(table.url) as stream:
+        at = 0
+        for record, image in table.rows():
+            if record.problem:
+                yield b"", broken
+                continue
+            _skip(stream, record.start - at)
+            data = stream.read(record.end - record.start)
+            at = record.end
+            yield image.encode("utf-8", "backslashreplace"), data if data.endswith(b"\n") else data + b"\n"
+
+
+def _skip(stream: BinaryIO, size: int) -> None:
+    while size > 0:
+        size -= len(stream.read(min(size, 1 << 20))) or size

@@ -65,7 +65,11 @@ def make(url: str, *overrides: str, live: bool = False) -> RunFolder:
 def save(run: RunFolder, cfg: RunConfig, step: int, parents: dict[str, str]) -> None:
     """A checkpoint with averaged weights that differ from step to step."""
     tensors = {f"average/{name}": tensor for name, tensor in transformer(cfg, step).state_dict().items()}
-    meta = {"shapes": {name.removeprefix("average/"): list(tensor.shape) for name, tensor in tensors.items()}, "parents": parents, "config": {}}
+    meta = {
+        "shapes": {name.removeprefix("average/"): list(tensor.shape) for name, tensor in tensors.items()},
+        "parents": parents,
+        "config": json.loads(to_json(cfg)),
+    }
     fragments = {name: even_slice(tensor.contiguous(), 0, 1) for name, tensor in tensors.items()}
     checkpoint.save(run.at("dalle"), step, fragments, meta, World.single(), keep=9)
 

@@ -38,7 +38,10 @@ def write(url: str, out: str) -> list[str]:
     tensors, identity, parents, description = newest_weights(place)
     if not storage.exists(storage.join(place.dvae, export.DESCRIPTION)):
         raise DataError(f"{place.dvae}: there is no dvae here; run 'launcher.py dvae {place.url}' first.")
-    hashes = {"dvae": export.describe(place.dvae)["content_hash"], "tokenizer": storage.read_json(storage.join(place.tokenizer, MANIFEST))["content_hash"]}
+    hashes = {
+        "dvae": export.describe(place.dvae)["content_hash"],
+        "tokenizer": storage.read_json(storage.join(place.tokenizer, MANIFEST))["content_hash"],
+    }
     check_parents(place, "dalle", parents, hashes)
     parts = ["dvae", *(["clip"] if storage.exists(storage.join(place.clip, export.DESCRIPTION)) else [])]
     for part in parts:
@@ -75,7 +78,10 @@ def _card(place: Place, description: str, identity: str, tensors: dict[str, Any]
     parameters = sum(tensor.numel() for tensor in tensors.values())
     dropout = cfg.dalle_fit.caption_dropout
     guidance = f"Trained with {dropout:.0%} of captions dropped: `--guidance` works." if dropout else "Trained without caption dropout: no guidance."
-    licences = "\n".join(f"- {line}" for line in credits) or "- The run has recorded no licences of its images: ask who trained it before you share pictures."
+    licences = (
+        "\n".join(f"- {line}" for line in credits)
+        or "- The run has recorded no licences of its images: ask who trained it before you share pictures."
+    )
     return f"""---
 license: other
 license_name: see-training-data

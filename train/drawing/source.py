@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +194,9 @@ def _newest(stage_url: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for step in _candidates(stage_url):
         folder = checkpoint.folder(stage_url, step)
         try:
-            return checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
+            with warnings.catch_warnings():  # torch's, of reading in one process
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                return checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
         except (CheckpointError, MissingError) as error:
             log.warning("%s: gone or damaged while it was read (%s); trying the next one", folder, error)
             failure = error

@@ -85,6 +85,45 @@ def demo(
 
 
 @app.command()
+def draw(
+    run: Annotated[str, typer.Argument(help="Run folder, finished or under way, or what 'export --package' wrote; local or s3://.")] = "",
+    captions: Annotated[list[str] | None, typer.Argument(metavar="[CAPTION]...", help="What to draw.", show_default=False)] = None,
+    file: Annotated[str, typer.Option(help="Captions, one a line; '-': standard input.")] = "",
+    n: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal pictures.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Below 1 the likelier, above 1 the stranger.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes only; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest codes that make up this probability.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="How much the caption counts; needs a model trained with dalle_fit.caption_dropout.")] = 1.0,
+    image: Annotated[str, typer.Option(help="Go on from the upper part of this image.")] = "",
+    keep_rows: Annotated[int, typer.Option(min=0, help="Rows of codes kept of --image; 0: 15 of 32.")] = 0,
+    fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
+    rerank: Annotated[
+        str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an exported contrastive model.")
+    ] = "none",
+    out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
+    format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
+    grid: Annotated[bool, typer.Option("--grid", help="Also write one picture of all.")] = False,
+    batch: Annotated[int, typer.Option(min=0, help="Pictures drawn at once; 0: as many as memory allows.")] = 0,
+    window: Annotated[int, typer.Option(min=0, help="Codes tried in one pass; the picture is the same; 0: by the device.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    again: Annotated[str, typer.Option(help="Draw one recorded picture again: a line of a samples.jsonl, or FILE:NUMBER.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each picture, and all else to standard error.")] = False,
+) -> None:
+    """Draw pictures of your own captions. Works on a finished run, one that still trains, or a package, any number of times.
+
+    Example: launcher.py draw runs/demo "a red fox" "a blue house" --n 8 --grid
+    """
+    from train.drawing.settings import Settings
+    from train.verbs import draw as verb
+
+    settings = Settings(n, seed, temperature, top_k or None, top_p if top_p != 1 else None, guidance, keep_rows or None, fit, batch, window)  # type: ignore[arg-type]
+    options = verb.Options(settings, file, image, rerank, out, format, grid, device, precision, as_json, again)
+    verb.main(run, captions or [], options, STOP)
+
+
+@app.command()
 def status(run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")]) -> None:
     """Show how far each stage of a run is, and how its attempts ended."""
     from train.verbs import status as verb
@@ -224,10 +263,18 @@ def export(
     weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
     step: Annotated[int, typer.Option(min=0, help="Checkpoint after this update; 0: the newest.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",
+    package: Annotated[
+        bool, typer.Option("--package", help="Write a folder that draws by itself: transformer, dVAE, tokenizer, clip, model card, licences.")
+    ] = False,
 ) -> None:
     """Write the weights of a checkpoint as safetensors, with a JSON description. Needs neither a GPU nor DeepSpeed."""
     from train.verbs import export as verb
 
+    if package:
+        if stage != "dalle" or weights != "average" or step:
+            raise UsageError("--package holds the newest averaged weights of all stages; it takes no --stage, --weights and --step.")
+        verb.package(run, out)
+        return
     verb.main(run, stage, weights, step, out)
 
 

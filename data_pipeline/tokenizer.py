@@ -184,6 +184,15 @@ class Tokenizer:
         out[:length] = ids[:length]
         return out, length
 
+    def spelled_in_bytes(self, caption: str) -> list[str]:
+        """Characters of a caption that are no piece of the vocabulary, each once, in order: encoded as their UTF-8 bytes."""
+        return list(dict.fromkeys(word for word in _SPLIT.findall(normalise(caption)) if word[0] not in _LETTERS and word not in self._character_ids))
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption, were it not cut at ``max_tokens``."""
+        words = _SPLIT.findall(normalise(caption))
+        return sum(len(self._known(word)) if word[0] in _LETTERS else 1 if word in self._character_ids else len(word.encode()) for word in words)
+
     def _sampled(self, word: str, dropout: float, draw: Callable[[], float]) -> list[int]:
         """BPE of a word, each applicable merge skipped with probability ``dropout`` (Provilkov et al. 2020).
 

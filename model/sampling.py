@@ -1,129 +1,214 @@
-"""Drawing image codes from a trained transformer, one position after the other, with a static cache of keys and values.
+"""Drawing image codes from a trained transformer: the rule by which a code is drawn, one position after the other or several drafts at once.
 
-B pictures, T text and I image positions, S = T + I states, P given codes, N image codes, H heads, K width of a head, Q states at once,
-V image states that one image state visits.
+B pictures, C captions, T text and I image positions, P given codes, N image codes, Q positions of a window.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.masks import CachePlan, Kind, cache_plan, dense_mask, layer_kinds
-from model.transformer import Transformer
+from model.config import StreamShape
+from model.decoder import Drawer, DrawingWeights, Texts
+from model.draw_cache import Window
+from model.gumbel import gumbel_noise
 
 
-class CachedAttention:
-    """Engine of one layer: attends from new states to the states so far that its mask allows, whose keys and values it keeps."""
+@dataclass(frozen=True)
+class Rule:
+    """How a code is drawn from logits: the argmax, after all of this, of logits plus the noise of (seed, position, code)."""
 
-    def __init__(self, mask_SS: Tensor, plan: CachePlan, text_tokens: int) -> None:
-        self.mask_SS, self.plan, self.text_tokens = mask_SS, plan, text_tokens
-        self.filled = 0
-        self.keys_BHSK: Tensor | None = None
-        self.values_BHSK: Tensor | None = None
+    temperature: float = 1.0
+    """Divides the logits; above 0 (paper: 1)."""
+    top_k: int | None = None
+    """Among the k likeliest codes only."""
+    top_p: float | None = None
+    """Among the likeliest codes that make up this much of the probability, the code that crosses it included."""
+    guidance: float = 1.0
+    """s of l_empty + s (l_caption - l_empty), before all else; at 1 nothing is computed for it."""
 
-    def __call__(self, q_BHQK: Tensor, k_BHQK: Tensor, v_BHQK: Tensor, kind: Kind) -> Tensor:
-        if self.keys_BHSK is None or self.values_BHSK is None:
-            batch, heads, _, width = k_BHQK.shape
-            self.keys_BHSK = k_BHQK.new_zeros(batch, heads, len(self.mask_SS), width)
-            self.values_BHSK = torch.zeros_like(self.keys_BHSK)
-        end = self.filled + q_BHQK.shape[2]
-        self.keys_BHSK[:, :, self.filled : end] = k_BHQK
-        self.values_BHSK[:, :, self.filled : end] = v_BHQK
-        begin, self.filled = self.filled, end
-        if end - begin == 1 and begin >= self.text_tokens:
-            return self._visit(q_BHQK, self.keys_BHSK, self.values_BHSK, begin - self.text_tokens)
-        mask_QS = self.mask_SS[begin:end, :end]
-        return F.scaled_dot_product_attention(q_BHQK, self.keys_BHSK[:, :, :end], self.values_BHSK[:, :, :end], attn_mask=mask_QS)
+    def check(self, shape: StreamShape) -> None:
+        """
+        Raises:
+            ValueError: a value that cannot be drawn with.
+        """
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}: must be above 0")
+        if self.top_k is not None and not 1 <= self.top_k <= shape.image_vocab:
+            raise ValueError(f"top_k = {self.top_k}: accepted are 1 to dvae.vocab = {shape.image_vocab}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: accepted are numbers above 0 and up to 1")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance = {self.guidance}: accepted are numbers from 0; 1 is none")
 
-    def _visit(self, q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, position: int) -> Tensor:
-        """One image state: all text, and of the image only what the plan visits."""
-        visited, is_allowed_V = self.plan.visit(position)
-        image = slice(self.text_tokens + visited.start, self.text_tokens + visited.stop, visited.step)
-        q_BH1K = q_BH1K * q_BH1K.shape[-1] ** -0.5
-        text_BH1T = q_BH1K @ k_BHSK[:, :, : self.text_tokens].transpose(-1, -2)
-        image_BH1V = q_BH1K @ k_BHSK[:, :, image].transpose(-1, -2)
-        if is_allowed_V is not None:
-            image_BH1V = image_BH1V.masked_fill(~is_allowed_V.to(q_BH1K.device), float("-inf"))
-        p_BH1T, p_BH1V = torch.cat([text_BH1T, image_BH1V], dim=-1).softmax(-1).split([self.text_tokens, image_BH1V.shape[-1]], dim=-1)
-        return p_BH1T @ v_BHSK[:, :, : self.text_tokens] + p_BH1V @ v_BHSK[:, :, image]
+    def filtered(self, logits_BQN: Tensor) -> Tensor:
+        """Logits by which a code is drawn, at the temperature, -inf where none may be; fp32."""
+        logits_BQN = logits_BQN / self.temperature
+        if self.top_k is not None:
+            least_BQ1 = logits_BQN.topk(self.top_k, dim=-1).values[..., -1:]
+            logits_BQN = logits_BQN.masked_fill(logits_BQN < least_BQ1, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            sorted_BQN = logits_BQN.sort(dim=-1, descending=True).values
+            p_BQN = sorted_BQN.softmax(-1)
+            count_BQ1 = (p_BQN.cumsum(-1) - p_BQN < self.top_p).sum(-1, keepdim=True)
+            logits_BQN = logits_BQN.masked_fill(logits_BQN < sorted_BQN.gather(-1, count_BQ1 - 1), float("-inf"))
+        return logits_BQN
 
 
-class CodePredictor:
-    """The logits of the next image code, state by state: equal to ``Transformer.logits`` up to rounding, at a fraction of its cost."""
+@dataclass(frozen=True)
+class Drawn:
+    """What ``sample`` returns."""
 
-    def __init__(self, model: Transformer, text_BT: Tensor, lengths_B: Tensor) -> None:
-        kinds = layer_kinds(model.cfg.layers)
-        masks = {kind: dense_mask(kind, model.shape, model.cfg).to(text_BT.device) for kind in set(kinds)}
-        plans = {kind: cache_plan(kind, model.shape, model.cfg) for kind in set(kinds)}
-        self._model = model
-        self._engines = [CachedAttention(masks[kind], plans[kind], model.shape.text_tokens) for kind in kinds]
-        self._seen = 0
-        self._waiting_BTD: Tensor | None = model.embed_text(text_BT, lengths_B)
+    codes_BI: Tensor
+    """int64, in raster order."""
+    passes: int
+    """Passes of the model that drew them, prefilling apart."""
 
-    def __call__(self, codes_BP: Tensor) -> Tensor:
-        """Logits fp32 [B, N] of code P, given all codes before it; each call gives at least one code more than the call before."""
-        new_BQD = self._model.embed_image(codes_BP)[:, self._seen :]
-        self._seen = codes_BP.shape[1] + 1
-        if self._waiting_BTD is not None:
-            new_BQD, self._waiting_BTD = torch.cat([self._waiting_BTD, new_BQD], dim=1), None
-        for index, block in enumerate(self._model.resblocks):
-            new_BQD = block(new_BQD, self._engines[index // 2])
-        logits_BN: Tensor = self._model.image_unembedding(self._model.final_norm(new_BQD[:, -1]))
-        return logits_BN
+
+class NotFiniteError(ValueError):
+    """The model gives logits that are no numbers."""
 
 
 @torch.no_grad()
 def sample(
-    model: Transformer,
-    text_BT: Tensor,
-    lengths_B: Tensor,
-    generators: list[torch.Generator],
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    prefix_codes: Tensor | None = None,
-) -> Tensor:
-    """Draw pictures for captions, as codes int64 [B, I] in raster order (paper 2.6: temperature 1, no filtering).
+    weights: DrawingWeights,
+    text_CT: Tensor,
+    lengths_C: Tensor,
+    seeds: Sequence[int],
+    rule: Rule = Rule(),
+    *,
+    prefix_BP: Tensor | None = None,
+    window: int = 1,
+    after_pass: Callable[[Tensor, Tensor], None] | None = None,
+) -> Drawn:
+    """Draw pictures of captions, as codes. A picture depends on its caption, its seed, the rule and its given codes alone.
 
-    Each picture takes one uniform number per position from its own generator, so it depends on its caption and its seed, not on the
-    pictures drawn beside it.
+    Equal seeds give equal codes whatever is drawn beside and however large the window is, as long as rounding does not turn an argmax: sums in
+    matrix products depend on how many rows are computed at once. Bits of the logits are the same where captions, pictures and window are as many.
 
     Args:
-        model: a trained transformer.
-        text_BT: text ids, int64 [B, T].
-        lengths_B: tokens of each caption, int64 [B].
-        generators: one for each picture, on any device.
-        temperature: divides the logits; above 0.
-        top_k: draw among the k likeliest codes only.
-        prefix_codes: codes that are given, int64 [B, P], the first P of the picture (paper 3.3: the upper part of a photo).
+        weights: of a trained transformer.
+        text_CT: text ids, int64 [C, T].
+        lengths_C: tokens of each caption, int64 [C].
+        seeds: of each picture; a multiple of C. The pictures of a caption stand one after another, and share its text.
+        rule: how codes are drawn.
+        prefix_BP: given codes, int64 [B, P], the first of each picture (paper 2.9: the upper part of a photo).
+        window: positions computed in one pass. Above 1, all but the first are drafts, and those are kept that come out as they went in, and the
+            one after them: the very codes that come one at a time, in fewer passes.
+        after_pass: hears of the codes so far, int64 [B, I], and how many of each picture are drawn, [B]; an error that it raises ends the drawing.
 
     Raises:
-        ValueError: generators or given codes that do not fit the captions; a temperature or top_k that cannot be drawn with.
+        ValueError: seeds, lengths or given codes that do not fit the captions; a rule or window that cannot be drawn with.
+        NotFiniteError: logits that are no numbers; the position is named.
     """
-    shape = model.shape
-    if len(generators) != len(text_BT):
-        raise ValueError(f"{len(generators)} generators for {len(text_BT)} captions: one for each picture is needed")
-    if temperature <= 0:
-        raise ValueError(f"generate.temperature = {temperature}: must be above 0")
-    if top_k is not None and not 1 <= top_k <= shape.image_vocab:
-        raise ValueError(f"top_k = {top_k}: accepted are 1 to dvae.vocab = {shape.image_vocab}")
-    codes_BP = text_BT.new_empty(len(text_BT), 0) if prefix_codes is None else prefix_codes
-    if codes_BP.ndim != 2 or len(codes_BP) != len(text_BT) or codes_BP.shape[1] > shape.image_tokens:
-        raise ValueError(f"prefix_codes have shape {tuple(codes_BP.shape)}: expected [{len(text_BT)}, at most {shape.image_tokens}]")
-    uniform_BI = torch.stack([torch.rand(shape.image_tokens, generator=g, device=g.device, dtype=torch.float64).cpu() for g in generators])
-    uniform_BI = uniform_BI.to(text_BT.device)
-    predict = CodePredictor(model, text_BT, lengths_B)
-    for position in range(codes_BP.shape[1], shape.image_tokens):
-        next_B = _draw(predict(codes_BP) / temperature, uniform_BI[:, position], top_k)
-        codes_BP = torch.cat([codes_BP, next_B[:, None]], dim=1)
-    return codes_BP
+    shape = weights.shape
+    _check(shape, text_CT, lengths_C, seeds, prefix_BP, window)
+    rule.check(shape)
+    pictures, device = len(seeds), text_CT.device
+    texts = [Texts(text_CT, lengths_C, pictures // len(text_CT))]
+    if rule.guidance != 1:
+        texts.append(Texts(torch.zeros_like(text_CT[:1]), torch.zeros_like(lengths_C[:1]), pictures))
+    drawer = Drawer(weights, texts)
+    run = _Run(drawer, rule, torch.tensor(seeds, dtype=torch.int64, device=device), prefix_BP, window)
+    while not run.is_done:
+        run.step()
+        if after_pass is not None:
+            after_pass(run.codes_BI, run.known_B)
+    return Drawn(run.codes_BI, run.passes)
 
 
-def _draw(logits_BN: Tensor, uniform_B: Tensor, top_k: int | None) -> Tensor:
-    """Codes by inverting the cumulative distribution at the uniform numbers, int64 [B]."""
-    if top_k is not None:
-        least_B1 = logits_BN.topk(top_k, dim=1).values[:, -1:]
-        logits_BN = logits_BN.masked_fill(logits_BN < least_B1, float("-inf"))
-    cumulative_BN = logits_BN.double().softmax(1).cumsum(1)
-    # Times the last sum, which rounding leaves beside 1; right=True, so that codes of probability 0 are never drawn.
-    target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
-    return torch.searchsorted(cumulative_BN, target_B1, right=True)[:, 0].clamp_(max=logits_BN.shape[1] - 1)
+def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequence[int], prefix_BP: Tensor | None, window: int) -> None:
+    if text_CT.ndim != 2 or text_CT.shape[1] != shape.text_tokens or not len(text_CT):
+        raise ValueError(f"text has shape {tuple(text_CT.shape)}: expected [captions, {shape.text_tokens}], as tokenizer.max_tokens says")
+    if lengths_C.shape != (len(text_CT),) or bool(((lengths_C < 0) | (lengths_C > shape.text_tokens)).any()):
+        raise ValueError(f"lengths {lengths_C.tolist()} of {len(text_CT)} captions: expected one for each, 0 to {shape.text_tokens}")
+    if not seeds or len(seeds) % len(text_CT):
+        raise ValueError(f"{len(seeds)} seeds for {len(text_CT)} captions: one for each picture is needed, and as many pictures for each caption")
+    if not 1 <= window <= shape.grid:
+        raise ValueError(f"window = {window}: accepted are 1 to {shape.grid}, a row of codes")
+    if prefix_BP is not None and (prefix_BP.ndim != 2 or len(prefix_BP) != len(seeds) or prefix_BP.shape[1] > shape.image_tokens):
+        raise ValueError(f"prefix codes have shape {tuple(prefix_BP.shape)}: expected [{len(seeds)}, at most {shape.image_tokens}]")
+    if prefix_BP is not None and bool(((prefix_BP < 0) | (prefix_BP >= shape.image_vocab)).any()):
+        raise ValueError(f"prefix codes reach from {int(prefix_BP.min())} to {int(prefix_BP.max())}: accepted are 0 to {shape.image_vocab - 1}")
+
+
+class _Run:
+    """The codes of a batch on their way. Of picture b the first ``known_B[b]`` codes are final, those after them drafts."""
+
+    def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int) -> None:
+        self.drawer, self.rule, self.seeds_B, self.window = drawer, rule, seeds_B, window
+        shape, pictures = drawer.weights.shape, len(seeds_B)
+        self.total, self.grid, self.copies = shape.image_tokens, shape.grid, drawer.pictures // pictures
+        given = 0 if prefix_BP is None else prefix_BP.shape[1]
+        self.codes_BI = torch.zeros(pictures, self.total, dtype=torch.int64, device=seeds_B.device)
+        if prefix_BP is not None:
+            self.codes_BI[:, :given] = prefix_BP
+        self.known_B = torch.full((pictures,), given, device=seeds_B.device)
+        self.least, self.passes = given, 0
+        self._drafted_B = self.known_B.clone()
+        """Positions before it hold drafts already."""
+        if 0 < given < self.total:
+            drawer.fill(self._repeated(self.codes_BI), given)
+
+    @property
+    def is_done(self) -> bool:
+        return self.least >= self.total
+
+    def _repeated(self, x_B: Tensor) -> Tensor:
+        return x_B if self.copies == 1 else x_B.repeat(self.copies, *[1] * (x_B.ndim - 1))
+
+    def step(self) -> None:
+        """One pass of the model."""
+        self.passes += 1
+        common = self.least if self.window == 1 else None
+        window = Window(self.known_B, self.window, common)
+        if self.window > 1:
+            self._draft(window)
+        logits_BQN = self.drawer.logits(self._repeated(self.codes_BI), Window(self._repeated(self.known_B), self.window, common))
+        if self.copies == 2:
+            caption_BQN, empty_BQN = logits_BQN.chunk(2)
+            logits_BQN = empty_BQN + self.rule.guidance * (caption_BQN - empty_BQN)
+        scores_BQN = self.rule.filtered(logits_BQN).add_(gumbel_noise(self.seeds_B, window.states_BQ, logits_BQN.shape[-1]))
+        best = scores_BQN.max(dim=-1)
+        self._refuse_no_numbers(best.values, window)
+        if self.window == 1:
+            self.codes_BI[:, self.least] = best.indices[:, 0]
+            self.known_B += 1
+            self.least += 1
+        else:
+            self._accept(best.indices, window)
+
+    def _draft(self, window: Window) -> None:
+        """Where there is no draft from an earlier pass yet: the code above."""
+        for step in range(self.window - 1):
+            at_B1 = (window.first_B + step)[:, None].clamp(max=self.total - 1)
+            above_B1 = self.codes_BI.gather(1, (at_B1 - self.grid).clamp(min=0))
+            has_none_B1 = at_B1 >= self._drafted_B[:, None]
+            self.codes_BI.scatter_(1, at_B1, torch.where(has_none_B1, above_B1, self.codes_BI.gather(1, at_B1)))
+
+    def _accept(self, drawn_BQ: Tensor, window: Window) -> None:
+        """Keep the drafts that came out as they went in, and the code after them; the rest of what came out are the next drafts."""
+        states_BQ = window.states_BQ
+        at_BQ = states_BQ.clamp(max=self.total - 1)
+        is_same_BQ = (self.codes_BI.gather(1, at_BQ) == drawn_BQ) & (states_BQ < self.total)
+        right_B = is_same_BQ[:, :-1].long().cumprod(1).sum(1)
+        count_B = (right_B + 1).minimum(self.total - window.first_B)
+        is_inside_BQ = states_BQ < self.total
+        rows_B, steps = is_inside_BQ.nonzero(as_tuple=True)
+        self.codes_BI[rows_B, states_BQ[rows_B, steps]] = drawn_BQ[rows_B, steps]
+        self.drawer.keep(self._repeated(count_B))
+        self._drafted_B = (window.first_B + self.window).clamp(max=self.total)
+        self.known_B = self.known_B + count_B
+        self.least = int(self.known_B.min())
+
+    def _refuse_no_numbers(self, best_BQ: Tensor, window: Window) -> None:
+        is_bad_BQ = ~best_BQ.isfinite() & (window.states_BQ < self.total)
+        # A draft that was wrong may have led there: only the first position of a pass is sure to be drawn.
+        if bool(is_bad_BQ[:, 0].any()):
+            first = int(window.first_B[is_bad_BQ[:, 0]].min())
+            last = min(first + self.window, self.total) - 1  # one state that is no number spoils all of its pass
+            place = f"position {first}" if first == last else f"positions {first} to {last}"
+            raise NotFiniteError(f"the logits of image {place} of {self.total} are no numbers")

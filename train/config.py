@@ -270,6 +270,14 @@ class GenerateSection(Section):
     """Pictures drawn at once by one process."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature (1 in the paper)."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among the k likeliest codes only; 0: among all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw among the likeliest codes that make up this much of the probability; 1: among all."""
+    guidance: float = Field(default=1.0, ge=0)
+    """s of l_empty + s (l_caption - l_empty), the logits that are drawn from; 1: none. Needs dalle_fit.caption_dropout."""
+    window: int = Field(default=1, ge=0)
+    """Codes of a picture computed in one pass: drafts, of which those are kept that come out as they went in. The pictures are the same; 0: by the device."""
     show: int = Field(default=4, gt=0)
     """Pictures per caption shown in the report, best first."""
     nearest_among: int = Field(default=20_000, gt=0)
@@ -293,10 +301,18 @@ class EvaluateSection(Section):
 
 _HOW = ("log_every", "eval_every", "save_every", "keep", "keep_every", "max_bad_steps", "max_overflow_steps")
 MAY_CHANGE = frozenset(
-    ["zero", "dalle_fit.activation_checkpointing", "dalle_fit.checkpoint_every", "dalle_fit.numerics_every", "dvae_fit.activation_checkpointing"]
+    [
+        "zero",
+        "generate",
+        "dalle_fit.activation_checkpointing",
+        "dalle_fit.checkpoint_every",
+        "dalle_fit.numerics_every",
+        "dvae_fit.activation_checkpointing",
+    ]
     + [f"{stage}_fit.{key}" for stage in ("dvae", "dalle", "clip") for key in _HOW]
 )
-"""Sections and keys that say how a run is computed and watched, not what it computes: it goes on with other values (docs/contracts.md, section 10)."""
+"""Sections and keys that say how a run is computed and watched, not what it computes, and what is drawn with it: it goes on with other values
+(docs/contracts.md, section 10)."""
 
 
 class RunConfig(Section):
@@ -335,6 +351,16 @@ class RunConfig(Section):
             raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
         if self.dvae.vocab > 65536:
             raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")
+        if self.generate.guidance != 1 and not self.dalle_fit.caption_dropout:
+            raise ValueError(
+                f"generate.guidance = {self.generate.guidance} needs a model trained with dalle_fit.caption_dropout above 0; set that, or guidance = 1"
+            )
+        if self.generate.top_k > self.dvae.vocab:
+            raise ValueError(f"generate.top_k = {self.generate.top_k} is above dvae.vocab = {self.dvae.vocab}")
+        if self.generate.window > self.dvae.grid:
+            raise ValueError(
+                f"generate.window = {self.generate.window} is above the grid of {self.dvae.grid} codes (dvae.image_size / dvae.downsample)"
+            )
         if self.generate.show > self.generate.candidates:
             raise ValueError(f"generate.show = {self.generate.show} is above generate.candidates = {self.generate.candidates}")
         return self

@@ -99,7 +99,7 @@ def stage(
         signals.die_with_parent()
     started = time.monotonic()
     places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
-    if run.done(name) is not None and not entry.repeats:
+    if _is_finished(name, cfg, run) and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
     job = Job.from_env()
@@ -113,6 +113,13 @@ def stage(
     if code != ExitCode.DONE:
         raise StageFailed(code, f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _is_finished(name: str, cfg: RunConfig, run: RunFolder) -> bool:
+    """Whether a stage has finished with the values that may change under a run (its marker names them, if it has any)."""
+    marker = run.done(name)
+    now = json.loads(to_json(cfg)).get(name)
+    return marker is not None and marker.get("settings", now) == now
 
 
 def _label(name: str, entry: Stage) -> str:

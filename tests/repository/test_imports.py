@@ -57,6 +57,7 @@ ORDER = {
         ("launch",),
         ("verbs", "experiments"),
         ("stages", "bench"),
+        ("drawing",),
         ("report", "planning"),
         ("loop",),
         ("engines", "run"),

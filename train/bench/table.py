@@ -14,6 +14,7 @@ BENCHES = {
     "memory": "train.bench.memory",
     "model": "train.bench.model",
     "optimizer": "train.bench.optimizer",
+    "sample": "train.bench.sample",
 }
 
 

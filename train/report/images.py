@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,8 @@ Pixels = NDArray[np.uint8]
 
 LABEL_SIZE = 12
 """Size of the letters of labels, in pixels."""
+_MOST_LETTERS = 2000
+"""Of a label, before it is cut to its width."""
 WHITE, INK = (255, 255, 255), (70, 74, 82)
 _LAYOUT = "dalle-grid"
 _INLINE_BYTES = 150_000
@@ -77,7 +81,8 @@ def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str]
     draw = ImageDraw.Draw(canvas)
     for row, (top, pictures) in enumerate(zip(layout["tops"], images, strict=True)):
         if labels:
-            draw.text((pad, top - LABEL_SIZE - 4), fit(labels[row], layout["width"] - 2 * pad), fill=INK, font=font())
+            text, face = legible(labels[row])
+            draw.text((pad, top - LABEL_SIZE - 4), fit(text, layout["width"] - 2 * pad, face=face), fill=INK, font=face)
         for column, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (pad + column * (layout["tile_width"] + pad), top))
     return np.asarray(canvas)
@@ -155,15 +160,48 @@ def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str])
     }
 
 
+Face = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_NO_CHARACTER = "\U0010ffff"  # of no font: what it draws instead of what it lacks
+
+
 @lru_cache(maxsize=8)
-def font(size: int = LABEL_SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int = LABEL_SIZE) -> Face:
     """The font of labels."""
     return ImageFont.load_default(size)
 
 
-def fit(text: str, width: int, size: int = LABEL_SIZE) -> str:
+@lru_cache(maxsize=8)
+def wide_font(size: int = LABEL_SIZE) -> Face | None:
+    """A font of more scripts (Greek, Cyrillic, Arabic, Hebrew, ...), where matplotlib, which brings it, is installed."""
+    found = importlib.util.find_spec("matplotlib")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
+        if path.is_file():
+            return ImageFont.truetype(str(path), size)
+    return None
+
+
+def legible(text: str, size: int = LABEL_SIZE) -> tuple[str, Face]:
+    """A text and a font that shows every character of it; what no font here has is escaped, as \\u4e2d."""
+    plain = "".join(character if character.isprintable() else _escaped(character) for character in text[:_MOST_LETTERS])
+    faces = [face for face in (font(size), wide_font(size)) if face is not None]
+    for face in faces:
+        if all(_has(face, character) for character in set(plain)):
+            return plain, face
+    return "".join(character if _has(faces[-1], character) else _escaped(character) for character in plain), faces[-1]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _has(face: Face, character: str) -> bool:
+    return character.isascii() or bytes(face.getmask(character)) != bytes(face.getmask(_NO_CHARACTER))
+
+
+def fit(text: str, width: int, size: int = LABEL_SIZE, face: Face | None = None) -> str:
     """Text cut to ``width`` pixels; what was cut ends in an ellipsis."""
-    face = font(size)
+    face = face or font(size)
     if face.getlength(text) <= width:
         return text
     low, high = 0, len(text)  # the most characters that fit, by bisection: a caption may have a million

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
@@ -16,14 +15,43 @@ from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
+from model.decoder import DrawingWeights
 from train.config import RunConfig
+from train.drawing.draw import Picture, draw, score
+from train.drawing.settings import Settings, key, of_stage
+from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
-from train.report.images import grid, png_bytes, to_array
+from train.report.images import grid, png_bytes
 from train.run import places
-from train.run.inputs import Exports, open_exports, open_images
+from train.run.inputs import open_exports, open_images
 from train.stages import generate_drawing
 from train.stages.finish import stop_together
 from train.stages.generate_drawing import Prompt
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be drawn, and with what. A caption's folder is named by all that shapes its pictures: other values draw anew beside it."""
+
+    cfg: RunConfig
+    run: RunFolder
+    wanted: Sequence[Prompt]
+    settings: Settings
+    models: Models
+
+    def key(self, index: int) -> str:
+        prompt = self.wanted[index]
+        return key(prompt.caption, self.settings, self.models.lineage, [], self.models.lineage["clip"], id=prompt.id)
+
+    def folder(self, index: int) -> str:
+        """Relative to the run."""
+        return f"generate/caption-{index:04d}-{self.key(index)[:12]}"
+
+    def entry_url(self, index: int) -> str:
+        return self.run.at(self.folder(index), "entry.json")
+
+    def is_finished(self, index: int) -> bool:
+        return storage.exists(self.entry_url(index))
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -33,81 +61,55 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     device = set_up(world)
     models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
-    wanted = generate_drawing.prompts(cfg, training, validation)
+    drawing = Models(run.url, cfg, models.dvae, DrawingWeights(models.dalle), models.tokenizer, models.clip, models.lineage, "exported weights")
+    task = _Task(cfg, run, generate_drawing.prompts(cfg, training, validation), of_stage(cfg), drawing)
     share = Share.from_env()
     place = share.of(world)
-    mine = [i for i in range(place.rank, len(wanted), place.size) if not _finished(run, i, wanted[i], models.lineage)]
+    mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]
     progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
     for done, index in enumerate(mine, 1):
         if stop:
             break
-        pictures_C3YX, seeds = generate_drawing.draw(cfg, models, wanted[index], device)
-        scores = _scores(models, wanted[index], pictures_C3YX)
-        _write(cfg, run, index, wanted[index], pictures_C3YX, seeds, scores, training, models.lineage)
+        pictures = [picture for some in draw(drawing, [task.wanted[index].caption], task.settings) for picture in some]
+        _write(task, index, pictures, training)
         progress.update(done)
     progress.finish()
     stop_together(stop, device, "generate")
     if world.is_main:
-        left = sum(not _finished(run, i, prompt, models.lineage) for i, prompt in enumerate(wanted)) if share.count > 1 else 0
+        left = sum(not task.is_finished(index) for index in range(len(task.wanted))) if share.count > 1 else 0
         if left:
-            print(f"generate: this share is done; {left} of {len(wanted)} captions are left to others, and the last of them merges.", flush=True)
+            print(f"generate: this share is done; {left} of {len(task.wanted)} captions are left to others, and the last of them merges.", flush=True)
         else:
-            _merge(cfg, run, len(wanted), models.lineage["dalle"])
+            _merge(task)
             seconds = time.monotonic() - started
             run.finish(
                 "generate",
                 seconds=seconds,
                 world_size=world.size,
                 throughput={"value": len(mine) * world.size * cfg.generate.candidates / seconds, "unit": "pictures/s"},
-                summary={"captions": len(wanted), "pictures": len(wanted) * cfg.generate.candidates},
+                summary={"captions": len(task.wanted), "pictures": len(task.wanted) * cfg.generate.candidates},
                 parents=models.lineage,
+                settings=cfg.generate.model_dump(mode="json"),
             )
     wait_for_all()
 
 
-def _merge(cfg: RunConfig, run: RunFolder, captions: int, checkpoint: str) -> None:
+def _merge(task: _Task) -> None:
     """Write the index and the grid; again writes the same bytes."""
-    entries = [storage.read_json(run.at("generate", _name(index), "entry.json")) for index in range(captions)]
+    run, cfg = task.run, task.cfg
+    entries = [storage.read_json(task.entry_url(index)) for index in range(len(task.wanted))]
     storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
-    listing = {"captions": entries, "temperature": cfg.generate.temperature, "candidates": cfg.generate.candidates, "checkpoint": checkpoint}
-    storage.write_json(run.at("generate", "index.json"), listing)
+    checkpoint = task.models.lineage["dalle"]
+    storage.write_json(
+        run.at("generate", "index.json"), {"captions": entries, "candidates": task.settings.n, "checkpoint": checkpoint} | task.settings.shape()
+    )
 
 
-def _name(index: int) -> str:
-    return f"caption-{index:04d}"
-
-
-def _key(prompt: Prompt, lineage: dict[str, str]) -> str:
-    return hashlib.sha256(repr((prompt.caption, prompt.id, sorted(lineage.items()))).encode()).hexdigest()
-
-
-def _finished(run: RunFolder, index: int, prompt: Prompt, lineage: dict[str, str]) -> bool:
-    url = run.at("generate", _name(index), "entry.json")
-    return storage.exists(url) and storage.read_json(url)["key"] == _key(prompt, lineage)
-
-
-@torch.no_grad()
-def _scores(models: Exports, prompt: Prompt, pictures_C3YX: Tensor) -> list[float]:
-    ids, length = models.tokenizer.encode(prompt.caption)
-    device = pictures_C3YX.device
-    text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(device), torch.tensor([length], device=device))
-    return [float(score) for score in (models.clip.encode_image(pictures_C3YX) @ text_1E.T)[:, 0]]
-
-
-def _write(
-    cfg: RunConfig,
-    run: RunFolder,
-    index: int,
-    prompt: Prompt,
-    pictures_C3YX: Tensor,
-    seeds: list[int],
-    scores: list[float],
-    training: ShardSet,
-    lineage: dict[str, str],
-) -> None:
+def _write(task: _Task, index: int, pictures: Sequence[Picture], training: ShardSet) -> None:
     """Files of one caption, best picture first, its entry last."""
+    cfg, prompt, scores = task.cfg, task.wanted[index], score(task.models, pictures)
     order = np.argsort(scores)[::-1]
-    arrays = np.stack([to_array(pictures_C3YX[i]) for i in order])
+    arrays = np.stack([pictures[i].pixels_YXC for i in order])
     close = generate_drawing.nearest(arrays, training.records(), cfg.dvae.image_size, cfg.generate.nearest_among)
     entry: dict[str, Any] = {
         "caption": prompt.caption,
@@ -115,12 +117,12 @@ def _write(
         "split": prompt.split,
         "truth": None,
         "pictures": [],
-        "key": _key(prompt, lineage),
+        "key": task.key(index),
     }
 
     def put(name: str, data: bytes) -> str:
-        storage.write_bytes(run.at("generate", _name(index), name), data)
-        return f"generate/{_name(index)}/{name}"
+        storage.write_bytes(task.run.at(task.folder(index), name), data)
+        return f"{task.folder(index)}/{name}"
 
     if prompt.truth is not None:
         entry["truth"] = put("truth.png", png_bytes(generate_drawing.view(prompt.truth, cfg.dvae.image_size)))
@@ -131,9 +133,9 @@ def _write(
             "distance": found.distance,
             "file": put(f"{rank:03d}-nearest.png", png_bytes(generate_drawing.view(found.image, cfg.dvae.image_size))),
         }
-        picture = {"file": put(f"{rank:03d}.png", png_bytes(arrays[rank])), "score": scores[i], "seed": seeds[i], "nearest": near}
+        picture = {"file": put(f"{rank:03d}.png", png_bytes(arrays[rank])), "score": scores[i], "seed": pictures[i].seed, "nearest": near}
         entry["pictures"].append(picture)
-    storage.write_json(run.at("generate", _name(index), "entry.json"), entry)
+    storage.write_json(task.entry_url(index), entry)
 
 
 def _sheet(cfg: RunConfig, run: RunFolder, entries: list[dict[str, Any]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures for captions: which captions, drawing with seeds of their own, and the nearest training image of each."""
+"""Which captions the stage generate draws, and the nearest training image of each picture."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data_pipeline.images.crops import Pixels, center_crop, cut, decode
 from data_pipeline.shards.shard_set import ShardSet
 from infra.seeds import derive
-from model.sampling import sample
 from train.config import RunConfig
-from train.run.inputs import Exports
 
 _THUMB = 16
 
@@ -54,21 +50,6 @@ def _one_for_each_group(images: ShardSet) -> Iterator[dict[str, Any]]:
         if record["group"] not in seen:
             seen.add(record["group"])
             yield record
-
-
-def draw(cfg: RunConfig, models: Exports, prompt: Prompt, device: torch.device) -> tuple[Tensor, list[int]]:
-    """generate.candidates pictures [C, 3, S, S] in [0, 1] of one caption, and their seeds. Each depends on (seed, caption, candidate) alone."""
-    ids, length = models.tokenizer.encode(prompt.caption)
-    seeds = [derive(cfg.run.seed, "sample", prompt.caption, candidate) for candidate in range(cfg.generate.candidates)]
-    parts = []
-    for start in range(0, len(seeds), cfg.generate.batch):
-        some = seeds[start : start + cfg.generate.batch]
-        text_BT = torch.from_numpy(ids).to(device).expand(len(some), -1)
-        lengths_B = torch.full((len(some),), length, device=device)
-        generators = [torch.Generator().manual_seed(seed) for seed in some]
-        codes_BI = sample(models.dalle, text_BT, lengths_B, generators, temperature=cfg.generate.temperature)
-        parts.append(models.dvae.decode(codes_BI.unflatten(1, (cfg.dvae.grid, cfg.dvae.grid))))
-    return torch.cat(parts), seeds
 
 
 def view(image: bytes, size: int) -> Pixels:

@@ -11,6 +11,14 @@ KINDS = {"average": "average", "raw": "model"}
 """What can be exported -> prefix of its tensors in a checkpoint."""
 
 
+def package(url: str, out: str) -> None:
+    """Write one folder that draws by itself, and print how; see ``train.drawing.package.write``."""
+    from train.drawing import package as written  # torch's models
+
+    names = written.write(url, out)
+    print(f"{out}: {', '.join(names)}\nnext: python launcher.py draw {out} 'a red fox'")
+
+
 def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
     """Write an export and print its place and content hash.
 

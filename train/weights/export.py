@@ -53,6 +53,16 @@ def read(url: str, module: nn.Module) -> str:
         CheckpointError: damaged weights, or of another shape.
     """
     identity, tensors = read_tensors(url)
+    check_shapes(url, module, tensors)
+    module.load_state_dict(tensors)
+    return identity
+
+
+def check_shapes(url: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        CheckpointError: the tensors are no weights of this module; the first odd one is named.
+    """
     expected = {name: list(p.shape) for name, p in module.state_dict().items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
     if expected != found:
@@ -60,8 +70,6 @@ def read(url: str, module: nn.Module) -> str:
         raise CheckpointError(
             f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}."
         )
-    module.load_state_dict(tensors)
-    return identity
 
 
 def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:

@@ -1,0 +1,300 @@
+"""The transformer's arithmetic when it draws: states of new codes only, the text once for each caption, the past in masks' own caches.
+
+B pictures, C captions, T text and I image positions, D width, H heads, K width of a head, Q states at once, P past states, N image codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import StreamShape, TransformerConfig
+from model.draw_cache import PastCache, Window, cache_places
+from model.offsets import Kind, layer_kinds
+from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``linear(x_MD, weight_ED, bias_E)``, as torch's; another may be faster for few rows."""
+
+_PREFILL_STATES = 1 << 14
+"""Text states computed at once: enough to fill a device, few enough for their products to fit beside the weights."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weights of one layer in the dtype of its products; queries, keys and values in one matrix."""
+
+    kind: Kind
+    attention_norm: nn.Module
+    qkv: Tensor
+    qkv_bias: Tensor
+    post: Tensor
+    post_bias: Tensor
+    mlp_norm: nn.Module
+    mlp_1: Tensor
+    mlp_1_bias: Tensor
+    mlp_2: Tensor
+    mlp_2_bias: Tensor
+
+
+class DrawingWeights:
+    """A trained transformer made ready to draw: one copy of its weights, cast once instead of in each step. Shared by any number of batches."""
+
+    def __init__(self, model: Transformer, dtype: torch.dtype | None = None, linear: Linear = F.linear) -> None:
+        """
+        Args:
+            model: a trained transformer; its embeddings, norms and unembedding stay its own, in fp32.
+            dtype: of the products of the resblocks; None: as the model was built.
+            linear: computes them.
+        """
+        self.model, self.linear = model, linear
+        self.cfg: TransformerConfig = model.cfg
+        self.shape: StreamShape = model.shape
+        self.dtype = dtype or next(block.branch_dtype for block in model.resblocks if isinstance(block, AttentionResblock))
+        self.layers = [
+            self._layer(kind, *model.resblocks[2 * i : 2 * i + 2])  # type: ignore[arg-type]
+            for i, kind in enumerate(layer_kinds(model.cfg.layers))
+        ]
+
+    def _layer(self, kind: Kind, attention: AttentionResblock, mlp: MLPResblock) -> _Layer:
+        def cast(*tensors: Tensor) -> Tensor:
+            return torch.cat(tensors).detach().to(self.dtype)
+
+        q, k, v, post, mlp_1, mlp_2 = attention.q, attention.k, attention.v, attention.post, mlp.mlp_1, mlp.mlp_2
+        return _Layer(
+            kind,
+            attention.norm,
+            cast(q.weight, k.weight, v.weight),
+            cast(q.bias, k.bias, v.bias),
+            cast(post.weight),
+            cast(post.bias),
+            mlp.norm,
+            cast(mlp_1.weight),
+            cast(mlp_1.bias),
+            cast(mlp_2.weight.t()).contiguous(),
+            cast(mlp_2.bias),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].qkv.device
+
+    def picture_bytes(self, window: int = 1) -> int:
+        """Bytes of keys and values of one picture, its text apart: the closed form of the masks."""
+        return cache_bytes(self.cfg, self.shape, self.dtype.itemsize, window)
+
+    def run_layer(self, layer: _Layer, x_RD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """One layer on fp32 states [rows, D]; ``attend`` turns fused queries, keys and values [rows, 3 D] into [rows, D]."""
+        h_RD = layer.attention_norm(x_RD).to(self.dtype)
+        h_RD = self.linear(attend(self.linear(h_RD, layer.qkv, layer.qkv_bias)), layer.post, layer.post_bias)
+        x_RD = x_RD + h_RD.float()
+        h_RD = layer.mlp_norm(x_RD).to(self.dtype)
+        h_RD = self.linear(quick_gelu(self.linear(h_RD, layer.mlp_1, layer.mlp_1_bias)), layer.mlp_2, layer.mlp_2_bias)
+        return x_RD + h_RD.float()
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """Logits of the next code, fp32 [rows, N]."""
+        return self.linear(self.model.final_norm(x_RD), self.model.image_unembedding.weight, None)
+
+
+def cache_bytes(cfg: TransformerConfig, shape: StreamShape, itemsize: int, window: int = 1) -> int:
+    """Bytes of keys and values that drawing one picture takes: of each layer what its mask still sees, and the states of one pass."""
+    return sum(2 * itemsize * cfg.width * (cache_places(kind, shape, cfg) + window) for kind in layer_kinds(cfg.layers))
+
+
+def text_bytes(cfg: TransformerConfig, shape: StreamShape, itemsize: int) -> int:
+    """Bytes of keys and values of one caption, which all its pictures share."""
+    return 2 * itemsize * cfg.width * cfg.layers * shape.text_tokens
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions, each with the same number of pictures; their pictures stand one after another."""
+
+    text_CT: Tensor
+    lengths_C: Tensor
+    each: int
+
+    @property
+    def pictures(self) -> int:
+        return len(self.text_CT) * self.each
+
+
+class Drawer:
+    """The logits of next codes of a batch of pictures, pass by pass: equal to ``Transformer.logits`` up to rounding, at a fraction of its cost."""
+
+    def __init__(self, weights: DrawingWeights, texts: Sequence[Texts]) -> None:
+        """Read the texts in one pass.
+
+        Args:
+            weights: of the model.
+            texts: one group of pictures after another. Groups may hold different numbers of pictures for each caption: with guidance, the
+                second one is a single empty caption for all pictures.
+        """
+        self.weights, self.pictures = weights, sum(group.pictures for group in texts)
+        shape, cfg = weights.shape, weights.cfg
+        self._groups = list(texts)
+        self._text = list(zip(*(self._read(group) for group in texts), strict=True))
+        """For each layer, for each group: keys and values [C, H, T, K]."""
+        self._past = [PastCache(layer.kind, shape, cfg, self.pictures, weights.dtype, weights.device) for layer in weights.layers]
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._window: Window | None = None
+
+    def storages(self) -> list[Tensor]:
+        """Every tensor of keys and values that is held between passes."""
+        text = [tensor for layer in self._text for pair in layer for tensor in pair]
+        return [*text, *(t for past in self._past for t in (past.keys_BHRK, past.values_BHRK)), *(t for pair in self._new for t in pair)]
+
+    def _read(self, group: Texts) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [C, H, T, K] of the captions, by layer."""
+        weights, text = self.weights, self.weights.shape.text_tokens
+        several = max(1, _PREFILL_STATES // text)
+        parts = []
+        for start in range(0, len(group.text_CT), several):
+            some = slice(start, start + several)
+            x_RD = weights.model.embed_text(group.text_CT[some], group.lengths_C[some]).flatten(0, 1)
+            kept: list[tuple[Tensor, Tensor]] = []
+
+            def attend(qkv_RE: Tensor, kept: list[tuple[Tensor, Tensor]] = kept) -> Tensor:
+                q_CHTK, k_CHTK, v_CHTK = self._heads(qkv_RE, text)
+                kept.append((k_CHTK.contiguous(), v_CHTK.contiguous()))
+                return F.scaled_dot_product_attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True).transpose(1, 2).reshape(len(qkv_RE), -1)
+
+            for layer in weights.layers:
+                x_RD = weights.run_layer(layer, x_RD, attend)
+            parts.append(kept)
+        return [(torch.cat([part[i][0] for part in parts]), torch.cat([part[i][1] for part in parts])) for i in range(len(weights.layers))]
+
+    def _heads(self, qkv_RE: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused rows [B Q, 3 D] to queries, keys and values [B, H, Q, K]."""
+        split = qkv_RE.view(-1, states, 3, self.weights.cfg.heads, self.weights.cfg.width // self.weights.cfg.heads).permute(2, 0, 3, 1, 4)
+        return split[0], split[1], split[2]
+
+    def logits(self, codes_BI: Tensor, window: Window) -> Tensor:
+        """Logits fp32 [B, Q, N] of the codes at the window's positions, given those before each: its own pictures' known ones, or drafts.
+
+        Args:
+            codes_BI: int64; what lies at and after a window's last position is not read.
+            window: where. Positions beyond the last give logits without a meaning.
+        """
+        x_RD = self._run(codes_BI, window)
+        return self.weights.logits(x_RD).view(self.pictures, window.length, -1)
+
+    def fill(self, codes_BI: Tensor, count: int) -> None:
+        """Take the first ``count`` states, whose codes are given, in passes of one row of the picture."""
+        for first in range(0, count, self.weights.shape.grid):
+            length = min(self.weights.shape.grid, count - first)
+            window = Window(torch.full((self.pictures,), first, device=codes_BI.device), length, first)
+            self._run(codes_BI, window)
+            self.keep(torch.full((self.pictures,), length, device=codes_BI.device))
+
+    def keep(self, counts_B: Tensor) -> None:
+        """Keep the first states of the last pass: those whose inputs were right. The pass is over.
+
+        A pass of one state that all pictures share has kept it already: its input is always right.
+        """
+        assert self._window is not None
+        if self._new:
+            for past, (k_BHQK, v_BHQK) in zip(self._past, self._new, strict=True):
+                past.keep(self._window, counts_B, k_BHQK, v_BHQK)
+        self._new, self._window = [], None
+
+    def _run(self, codes_BI: Tensor, window: Window) -> Tensor:
+        self._new, self._window = [], window
+        x_RD = self._embed(codes_BI, window).flatten(0, 1)
+        one = window.common if window.length == 1 else None
+        seen: dict[Kind, Tensor] = {}
+        is_before_QQ = self._before(window)
+        for index, layer in enumerate(self.weights.layers):
+            past = self._past[index]
+            if one is None and layer.kind not in seen:
+                seen[layer.kind] = past.visible(window)
+
+            def attend(qkv_RE: Tensor, index: int = index, past: PastCache = past, kind: Kind = layer.kind) -> Tensor:
+                q_BHQK, k_BHQK, v_BHQK = self._heads(qkv_RE, window.length)
+                q_BHQK = q_BHQK * q_BHQK.shape[-1] ** -0.5
+                if one is not None:
+                    out_BHQK = self._attend_one(index, past, q_BHQK, k_BHQK, v_BHQK, one)
+                    past.keep_one(one, k_BHQK, v_BHQK)
+                else:
+                    out_BHQK = self._attend_window(index, past, q_BHQK, k_BHQK, v_BHQK, seen[kind], is_before_QQ[kind])
+                    self._new.append((k_BHQK, v_BHQK))
+                return out_BHQK.transpose(1, 2).reshape(len(qkv_RE), -1)
+
+            x_RD = self.weights.run_layer(layer, x_RD, attend)
+        return x_RD
+
+    def _embed(self, codes_BI: Tensor, window: Window) -> Tensor:
+        model, grid = self.weights.model, self.weights.shape.grid
+        before_BQ = (window.states_BQ - 1).clamp(max=codes_BI.shape[1] - 1)
+        at_BQ = before_BQ.clamp(min=0)
+        x_BQD = model.image_tokens(codes_BI.gather(1, at_BQ)) + (model.image_rows(at_BQ // grid) + model.image_columns(at_BQ % grid))
+        return torch.where((before_BQ < 0)[..., None], model.image_start(), x_BQD)
+
+    def _before(self, window: Window) -> dict[Kind, Tensor]:
+        """Which state of a window sees which other of it, bool [Q, Q] for each mask."""
+        step_Q = torch.arange(window.length, device=window.first_B.device)
+        back_QQ = step_Q[:, None] - step_Q
+        return {past.kind: (back_QQ >= 0) & past.is_allowed_I[back_QQ.clamp(min=0)] for past in self._past}
+
+    def _text_scores(self, index: int, q_BHQK: Tensor) -> Tensor:
+        """Scores [B, H, Q, T] of every state with its caption: the pictures of a caption are rows of one product."""
+        parts = []
+        for q_bHQK, group, (keys_CHTK, _) in zip(self._split(q_BHQK), self._groups, self._text[index], strict=True):
+            rows_CHEK = _by_caption(q_bHQK, group.each)
+            parts.append(_by_picture(rows_CHEK @ keys_CHTK.transpose(-1, -2), group.each, q_BHQK.shape[2]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _text_values(self, index: int, p_BHQT: Tensor) -> Tensor:
+        parts = []
+        for p_bHQT, group, (_, values_CHTK) in zip(self._split(p_BHQT), self._groups, self._text[index], strict=True):
+            parts.append(_by_picture(_by_caption(p_bHQT, group.each) @ values_CHTK, group.each, p_BHQT.shape[2]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _split(self, x_B: Tensor) -> Sequence[Tensor]:
+        return [x_B] if len(self._groups) == 1 else x_B.split([group.pictures for group in self._groups])
+
+    def _attend_one(self, index: int, past: PastCache, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor, first: int) -> Tensor:
+        """One state of every picture, all at the same position: the past is a slice of the cache, and nothing is gathered."""
+        keys_BHPK, values_BHPK, is_seen_P = past.one_state(first)
+        past_BH1P = q_BH1K @ keys_BHPK.transpose(-1, -2)
+        if is_seen_P is not None:
+            past_BH1P = past_BH1P.masked_fill(~is_seen_P, float("-inf"))
+        self_BH11 = (q_BH1K * k_BH1K).sum(-1, keepdim=True)
+        text_BH1T = self._text_scores(index, q_BH1K)
+        sizes = [text_BH1T.shape[-1], past_BH1P.shape[-1], 1]
+        p_BH1T, p_BH1P, p_BH11 = torch.cat([text_BH1T, past_BH1P, self_BH11], dim=-1).softmax(-1).split(sizes, dim=-1)
+        return self._text_values(index, p_BH1T) + p_BH1P @ values_BHPK + p_BH11 * v_BH1K
+
+    def _attend_window(
+        self, index: int, past: PastCache, q_BHQK: Tensor, k_BHQK: Tensor, v_BHQK: Tensor, is_seen_BQP: Tensor, is_before_QQ: Tensor
+    ) -> Tensor:
+        """Several states of every picture, from a position of its own each."""
+        window = self._window
+        assert window is not None
+        is_column = past.kind == "column"
+        keys = past.columns(past.keys_BHRK, window) if is_column else past.keys_BHRK
+        past_BHQP = (q_BHQK[..., None, :] @ keys.transpose(-1, -2))[..., 0, :] if is_column else q_BHQK @ keys.transpose(-1, -2)
+        past_BHQP = past_BHQP.masked_fill(~is_seen_BQP[:, None], float("-inf"))
+        new_BHQQ = (q_BHQK @ k_BHQK.transpose(-1, -2)).masked_fill(~is_before_QQ, float("-inf"))
+        text_BHQT = self._text_scores(index, q_BHQK)
+        sizes = [text_BHQT.shape[-1], past_BHQP.shape[-1], window.length]
+        p_BHQT, p_BHQP, p_BHQQ = torch.cat([text_BHQT, past_BHQP, new_BHQQ], dim=-1).softmax(-1).split(sizes, dim=-1)
+        out_BHQK = self._text_values(index, p_BHQT) + p_BHQQ @ v_BHQK
+        if is_column:
+            return out_BHQK + (p_BHQP[..., None, :] @ past.columns(past.values_BHRK, window))[..., 0, :]
+        return out_BHQK + p_BHQP @ past.values_BHRK
+
+
+def _by_caption(x_BHQX: Tensor, each: int) -> Tensor:
+    """[C each, H, Q, X] to [C, H, each Q, X]."""
+    return x_BHQX.unflatten(0, (-1, each)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_picture(x_CHEX: Tensor, each: int, states: int) -> Tensor:
+    """The way back from ``_by_caption``."""
+    return x_CHEX.unflatten(2, (each, states)).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,105 @@
+"""What a layer remembers of a picture that is being drawn: no more than its mask can still see.
+
+B pictures, H heads, K width of a head, Q states at once, R places of a ring, G = W = grid, P past states.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import StreamShape, TransformerConfig
+from model.offsets import Kind, offsets_of
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which image states are computed in one pass: Q in a row, from a place of its own in each picture."""
+
+    first_B: Tensor
+    """The first state of each picture, int64."""
+    length: int
+    common: int | None = None
+    """The first state, where all pictures are at the same one."""
+
+    @property
+    def states_BQ(self) -> Tensor:
+        return self.first_B[:, None] + torch.arange(self.length, device=self.first_B.device)
+
+
+class PastCache:
+    """Keys and values of past image states of one layer.
+
+    A row or convolution layer sees a bounded way back: a ring of so many places. A column layer sees its column: all states, column by column, so
+    that what one state reads lies together. States of the present pass are no part of it: they enter once their inputs are known to be right
+    (``keep``), so that nothing ever has to be taken back.
+    """
+
+    def __init__(self, kind: Kind, shape: StreamShape, cfg: TransformerConfig, pictures: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kind, self.grid = kind, shape.grid
+        offsets = offsets_of(kind, shape, cfg)
+        self.places = cache_places(kind, shape, cfg)
+        width = cfg.width // cfg.heads
+        self.keys_BHRK = torch.zeros(pictures, cfg.heads, self.places, width, dtype=dtype, device=device)
+        self.values_BHRK = torch.zeros_like(self.keys_BHRK)
+        self.is_allowed_I = torch.zeros(shape.image_tokens, dtype=torch.bool, device=device)
+        """By distance."""
+        self.is_allowed_I[list(offsets)] = True
+        back_RR = 1 + (torch.arange(self.places, device=device)[:, None] - 1 - torch.arange(self.places, device=device)) % max(1, self.places)
+        ring_RR = self.is_allowed_I[back_RR.clamp(max=shape.image_tokens - 1)]
+        self.ring_RR = None if kind == "column" or bool(ring_RR.all()) else ring_RR
+        """Whether a state at place r of the ring sees each place of the full ring; None where it sees all."""
+
+    def place(self, states: Tensor) -> Tensor:
+        """Where the keys of image states lie."""
+        return states % self.grid * self.grid + states // self.grid if self.kind == "column" else states % max(1, self.places)
+
+    def one_state(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, H, P, K] that the one state ``first`` of every picture sees, and which of them (None: all). Views; nothing is copied."""
+        if self.kind == "column":
+            begin = first % self.grid * self.grid
+            span, is_seen_P = slice(begin, begin + first // self.grid), None
+        else:
+            span = slice(0, min(first, self.places))
+            is_seen_P = None if self.ring_RR is None else self.ring_RR[first % self.places, span]
+        return self.keys_BHRK[:, :, span], self.values_BHRK[:, :, span], is_seen_P
+
+    def visible(self, window: Window) -> Tensor:
+        """bool [B, Q, P]: which of the kept places (of a column layer: those of the state's column) each state of the window sees."""
+        states_BQ = window.states_BQ
+        if self.kind == "column":
+            row_W = torch.arange(self.grid, device=states_BQ.device)
+            held_BQP = row_W * self.grid + states_BQ[..., None] % self.grid
+            return held_BQP < window.first_B[:, None, None]
+        newest_B1 = window.first_B[:, None] - 1
+        held_BR = newest_B1 - (newest_B1 - torch.arange(self.places, device=states_BQ.device)) % max(1, self.places)
+        back_BQR = states_BQ[..., None] - held_BR[:, None]
+        return (held_BR >= 0)[:, None] & self.is_allowed_I[back_BQR.clamp(0, len(self.is_allowed_I) - 1)] & (back_BQR < len(self.is_allowed_I))
+
+    def columns(self, kept_BHRK: Tensor, window: Window) -> Tensor:
+        """Of a column layer: what lies in the column of each state of the window, [B, H, Q, W, K]."""
+        pictures, heads, _, width = kept_BHRK.shape
+        by_column = kept_BHRK.view(pictures, heads, self.grid, self.grid, width)
+        index_BQ = window.states_BQ % self.grid
+        return by_column.gather(2, index_BQ[:, None, :, None, None].expand(-1, heads, -1, self.grid, width))
+
+    def keep_one(self, first: int, k_BH1K: Tensor, v_BH1K: Tensor) -> None:
+        """Keep the state ``first`` of every picture."""
+        if self.places:
+            at = first % self.grid * self.grid + first // self.grid if self.kind == "column" else first % self.places
+            self.keys_BHRK[:, :, at] = k_BH1K[:, :, 0]
+            self.values_BHRK[:, :, at] = v_BH1K[:, :, 0]
+
+    def keep(self, window: Window, counts_B: Tensor, k_BHQK: Tensor, v_BHQK: Tensor) -> None:
+        """Keep the first ``counts_B`` states of a window; of those that share a place of a ring, the last."""
+        step_Q = torch.arange(window.length, device=counts_B.device)
+        is_kept_BQ = (step_Q < counts_B[:, None]) & (step_Q >= counts_B[:, None] - self.places)
+        picture, step = is_kept_BQ.nonzero(as_tuple=True)
+        at = self.place(window.first_B[picture] + step)
+        self.keys_BHRK[picture, :, at] = k_BHQK[picture, :, step]
+        self.values_BHRK[picture, :, at] = v_BHQK[picture, :, step]
+
+
+def cache_places(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:
+    """Past image states that a layer keeps for a picture; the states of the present pass come on top."""
+    return shape.image_tokens if kind == "column" else offsets_of(kind, shape, cfg)[-1]

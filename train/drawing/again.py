@@ -1,0 +1,59 @@
+"""Drawing a recorded picture again, alone: the same codes and the same file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from infra.errors import ConfigError, DataError
+from train.drawing.draw import Batch, Picture, draw_batch
+from train.drawing.samples import Line, encoded
+from train.drawing.settings import Settings
+from train.drawing.source import Models
+from train.machine.rates import threads
+
+
+def again(models: Models, line: Line) -> tuple[Picture, bytes]:
+    """The picture of a line, and its file. Its batch is as large as it was, filled with this caption, and it stands in its old place: sums of
+    matrix products depend on how many rows are computed at once, and on nothing else of the other rows.
+
+    Raises:
+        DataError: the line names other weights.
+    """
+    for kind in ("dalle", "dvae", "tokenizer"):
+        if line["weights"].get(kind) != models.lineage[kind]:
+            raise DataError(
+                f"{models.url}: its {kind} is {models.lineage[kind][:12]}, and the picture was drawn with {str(line['weights'].get(kind))[:12]}; "
+                "name the run or the package that holds it."
+            )
+    shaped, shape = line["shaped_by"], dict(line["settings"])
+    prefix = shape.pop("prefix", [])
+    settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
+    # Repeats of the wanted candidate: its seed is what counts, and the others' pictures are thrown away.
+    batch = Batch((line["caption"],) * shaped["captions"], (line["candidate"],) * shaped["each"])
+    with threads(shaped["threads"]):
+        found = draw_batch(models, batch, settings, prefix)[shaped["place"]]
+    return found, encoded(found, line["file"].rsplit(".", 1)[-1])
+
+
+def verdict(line: Line, picture: Picture, data: bytes) -> str:
+    """Whether it came out the same, for people."""
+    if hashlib.sha256(data).hexdigest() == line["sha256"]:
+        return "the same codes and the same file"
+    if picture.codes_hash == line["codes_sha256"]:
+        return "the same codes, but another file: the decoder rounds differently on this device"
+    now, then = picture.shaped_by, line["shaped_by"]
+    odd = [f"{name} {then[name]} then, {now[name]} now" for name in ("device", "precision", "torch", "threads") if then[name] != now[name]]
+    return f"other codes: rounding turned a code ({'; '.join(odd) or 'another processor'})"
+
+
+def precision_of(line: Line, asked: str) -> str:
+    """The precision to draw again with: the recorded one.
+
+    Raises:
+        ConfigError: another one was asked for.
+    """
+    recorded = str(line["shaped_by"]["precision"])
+    if asked not in ("auto", recorded):
+        raise ConfigError(f"--precision {asked}: the picture was drawn in {recorded}, and only that draws it again.")
+    return recorded

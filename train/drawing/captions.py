@@ -1,0 +1,53 @@
+"""Captions as people give them, and what they should hear about them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_pipeline.tokenizer import Tokenizer
+from infra import storage
+from infra.errors import DataError
+
+_SHOWN = 8
+"""Letters of a caption, or characters, that a note quotes."""
+
+
+def read_captions(given: Sequence[str], file: str) -> list[str]:
+    """The captions of a command line and of a file ('-': of standard input), one a line, each once; blank lines of a file are none.
+
+    Raises:
+        DataError: the file is missing, or no UTF-8.
+    """
+    found = list(given)
+    if file:
+        try:
+            text = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
+        except UnicodeDecodeError as error:
+            raise DataError(f"--file -: not UTF-8 text ({error}).") from error
+        found += [line for line in text.splitlines() if line.strip()]
+    return list(dict.fromkeys(found))
+
+
+def notes(tokenizer: Tokenizer, caption: str) -> list[str]:
+    """What a person should know of a caption before they wonder about its pictures."""
+    quoted = f"'{shortened(caption)}'"
+    if not caption.strip():
+        return [f"the caption {quoted} is empty: its pictures are of anything."]
+    found = []
+    odd = [character for character in tokenizer.spelled_in_bytes(caption) if character.isprintable()]
+    if odd:
+        shown = "".join(odd[:_SHOWN]) + ("…" if len(odd) > _SHOWN else "")
+        found.append(f"{quoted}: rare or unknown in training, and spelled in bytes: {shown}")
+    if not all(character.isprintable() for character in caption):
+        found.append(f"{quoted}: holds control characters; no training caption is likely to.")
+    length = tokenizer.count(caption)
+    if length > tokenizer.max_tokens:
+        found.append(f"{quoted}: {length} tokens, of which the first {tokenizer.max_tokens} are read (tokenizer.max_tokens).")
+    return found
+
+
+def shortened(caption: str, letters: int = 60) -> str:
+    """A caption as one line that can be printed: control characters escaped, long ones cut."""
+    line = "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in caption[: letters + 1])
+    return line if len(line) <= letters else line[: letters - 1] + "…"

@@ -1,0 +1,111 @@
+"""Drawings on disk: what is drawn already is kept, what is missing is drawn and written as it comes, and a grid shows them all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from infra import storage
+from infra.errors import StopRequested
+from infra.signals import StopFlag
+from train.drawing import samples
+from train.drawing.draw import Batch, Picture, draw, score
+from train.drawing.samples import Folder, Line
+from train.drawing.settings import Settings, key
+from train.drawing.source import Models
+from train.report.images import Pixels, grid, png_bytes, read_png
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Drawings of one model with the same settings, below one folder."""
+
+    models: Models
+    settings: Settings
+    out: str
+    prefix: tuple[int, ...] = ()
+    """Codes of a given image."""
+    format: str = "png"
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return self.settings.shape() | ({"prefix": list(self.prefix)} if self.prefix else {})
+
+    def folder(self, caption: str) -> Folder:
+        """Where a caption's drawing lies: another value of anything that shapes it is another folder."""
+        judge = self.models.lineage.get("clip", "none")
+        lineage = {kind: found for kind, found in self.models.lineage.items() if kind != "clip"}
+        return samples.folder(self.out, caption, key(caption, self.settings, lineage, list(self.prefix), judge, format=self.format))
+
+    def draw(self, captions: Sequence[str], stop: StopFlag, drawn: Callable[[str, list[Line]], None]) -> int:
+        """Draw what is missing of each caption; returns how many pictures that were.
+
+        Args:
+            drawn: hears of each caption that is complete, with its lines.
+
+        Raises:
+            StopRequested: a signal; finished pictures are written, and the same call draws the rest.
+        """
+
+        def listen(batch: Batch, codes_BI: Tensor, known_B: Tensor) -> None:
+            if stop:
+                raise StopRequested(f"stopped by a signal after {count} new pictures, which are kept in {self.out}; the same command draws the rest.")
+
+        lines = {caption: self._kept(caption) for caption in captions}
+        count = 0
+        for caption in [caption for caption in captions if len(lines[caption]) == self.settings.n]:
+            drawn(caption, lines[caption])
+        for several, candidates in self._missing(lines):
+            for pictures in draw(self.models, several, self.settings, self.prefix, candidates=candidates, listen=listen):
+                count += len(pictures)
+                for caption in self._write(pictures, lines):
+                    drawn(caption, lines[caption])
+        return count
+
+    def _kept(self, caption: str) -> list[Line]:
+        place = self.folder(caption)
+        return [line for line in place.lines() if storage.exists(storage.join(place.url, line["file"]))]
+
+    def _missing(self, lines: dict[str, list[Line]]) -> Iterator[tuple[list[str], list[int]]]:
+        """Captions that lack the same candidates, with these."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for caption, found in lines.items():
+            left = tuple(sorted(set(range(self.settings.n)) - {line["candidate"] for line in found}))
+            if left:
+                groups.setdefault(left, []).append(caption)
+        for left, several in groups.items():
+            yield several, list(left)
+
+    def _write(self, pictures: list[Picture], lines: dict[str, list[Line]]) -> list[str]:
+        """Write pictures, then the lists of their captions; returns the captions that are complete now."""
+        models = self.models
+        scores = score(models, pictures) if models.clip is not None else [None] * len(pictures)
+        changed = dict.fromkeys(picture.caption for picture in pictures)
+        for picture, worth in zip(pictures, scores, strict=True):
+            place = self.folder(picture.caption)
+            lines[picture.caption].append(samples.put(place, picture, self.format, self._shape, worth, models.lineage, models.url))
+        for caption in changed:
+            lines[caption].sort(key=lambda line: line["candidate"])
+            self.folder(caption).write(lines[caption])
+        return [caption for caption in changed if len(lines[caption]) == self.settings.n]
+
+    def grid(self, captions: Sequence[str]) -> str:
+        """Write a grid of all drawings, a row for each caption, best first; returns its URL, which names all that is in it."""
+        folders = [self.folder(caption) for caption in captions]
+        rows = [[self._pixels(place, line) for line in ranked(place.lines())] for place in folders]
+        name = hashlib.sha256("".join(place.key for place in folders).encode()).hexdigest()[:12]
+        url = storage.join(self.out, f"grid-{name}.png")
+        storage.write_bytes(url, png_bytes(grid(rows, labels=list(captions))))
+        return url
+
+    def _pixels(self, place: Folder, line: Line) -> Pixels:
+        return read_png(storage.read_bytes(storage.join(place.url, line["file"])))
+
+
+def ranked(lines: Sequence[Line]) -> list[Line]:
+    """Best first; in the order of candidates where nothing was ranked."""
+    return sorted(lines, key=lambda line: (-(line["score"] or 0.0), line["candidate"]))

@@ -1,0 +1,66 @@
+"""A given image as the first rows of a picture's codes (paper 2.9): any size, cut or shrunk to the model's square."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipeline.images.crops import decode
+from infra import storage
+from infra.errors import DataError
+from train.drawing.settings import Fit
+from train.drawing.source import Models
+
+_KEPT = 15 / 32
+"""Of the rows, where nobody says how many: as the paper has it."""
+_MOST_STRETCH = 64
+"""An image may be so many times as long as it is wide; beyond that no pixel of it would be left."""
+
+
+def kept_rows(models: Models, keep_rows: int | None) -> int:
+    """Rows of codes that are taken from the image."""
+    grid = models.cfg.dvae.grid
+    return max(1, min(grid - 1, round(_KEPT * grid))) if keep_rows is None else keep_rows
+
+
+def read(url: str, size: int, fit: Fit) -> Image.Image:
+    """An image file as a square of ``size`` pixels.
+
+    Raises:
+        DataError: it is missing, broken, too large or too long; the file is named.
+    """
+    data = storage.read_bytes(url)
+    try:
+        return square(Image.fromarray(decode(data)), size, fit)
+    except DataError as error:
+        raise DataError(f"{url}: {error}") from error
+
+
+def square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """The central square of an image ('crop'), or all of it on white ('letterbox'), at ``size`` pixels; small ones are enlarged.
+
+    Raises:
+        DataError: it is much longer than wide, or wider than long.
+    """
+    width, height = image.size
+    if max(width, height) > _MOST_STRETCH * min(width, height):
+        raise DataError(f"an image of {width} x {height} pixels is no picture to go on from; at most {_MOST_STRETCH} to 1 is accepted.")
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    scale = size / max(width, height)
+    inside = image.convert("RGB").resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (size, size), (255, 255, 255))
+    canvas.paste(inside, ((size - inside.width) // 2, (size - inside.height) // 2))
+    return canvas
+
+
+def codes(models: Models, image: Image.Image, keep_rows: int | None) -> list[int]:
+    """The codes of an image's first rows."""
+    rows, grid = kept_rows(models, keep_rows), models.cfg.dvae.grid
+    pixels_13YX = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div(255).to(models.device)
+    found: list[int] = models.dvae.encode(pixels_13YX)[0, :rows].flatten().tolist()
+    assert len(found) == rows * grid
+    return found

@@ -1,0 +1,132 @@
+"""What is written down of a drawing: a folder for each caption, its pictures, and samples.jsonl, from which any of them can be drawn again alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from infra import storage
+from infra.errors import DataError, MissingError
+from train.drawing.draw import Picture
+from train.report.images import png_bytes
+
+SCHEMA = "sample/1"
+SAMPLES = "samples.jsonl"
+FORMATS = ("png", "webp")
+_KEY_LETTERS, _NAME_LETTERS = 12, 40
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one caption's drawing."""
+
+    url: str
+    key: str
+    """Digest of all that shapes it."""
+
+    def lines(self) -> list[Line]:
+        """What is drawn already, by candidate.
+
+        Raises:
+            DataError: the file is none of ours.
+        """
+        place = storage.join(self.url, SAMPLES)
+        if not storage.exists(place):
+            return []
+        return [line for line in read_lines(place) if line["key"] == self.key]
+
+    def write(self, lines: Sequence[Line]) -> None:
+        """Replace the list; its pictures are there already."""
+        text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for line in lines)
+        storage.write_text(storage.join(self.url, SAMPLES), text)
+
+
+def folder(out: str, caption: str, key: str) -> Folder:
+    """Where a drawing lies: named by its caption for people, and by its key."""
+    name = re.sub(r"[^a-z0-9]+", "-", caption.lower())[:_NAME_LETTERS].strip("-") or "caption"
+    return Folder(storage.join(out, f"{name}-{key[:_KEY_LETTERS]}"), key)
+
+
+def encoded(picture: Picture, form: str) -> bytes:
+    """The file of a picture; both formats keep every bit of it."""
+    if form == "png":
+        return png_bytes(picture.pixels_YXC)
+    buffer = io.BytesIO()
+    Image.fromarray(picture.pixels_YXC).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def put(place: Folder, picture: Picture, form: str, shape: dict[str, Any], score: float | None, lineage: dict[str, str], source: str) -> Line:
+    """Write a picture, and return its line."""
+    name, data = f"{picture.candidate:03d}.{form}", encoded(picture, form)
+    storage.write_bytes(storage.join(place.url, name), data)
+    return {
+        "schema": SCHEMA,
+        "key": place.key,
+        "caption": picture.caption,
+        "candidate": picture.candidate,
+        "seed": picture.seed,
+        "score": score,
+        "file": name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "codes_sha256": picture.codes_hash,
+        "settings": shape,
+        "shaped_by": picture.shaped_by,
+        "weights": lineage,
+        "source": source,
+    }
+
+
+def read_lines(url: str) -> list[Line]:
+    """The lines of a samples.jsonl.
+
+    Raises:
+        MissingError: there is none.
+        DataError: it is none.
+    """
+    return [parse_line(text, f"{url}, line {number}") for number, text in enumerate(storage.read_text(url).splitlines(), 1)]
+
+
+def parse_line(text: str, where: str) -> Line:
+    """One line.
+
+    Raises:
+        DataError: it is none of a samples.jsonl.
+    """
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: no line of a {SAMPLES} ({error}).") from error
+    if not isinstance(line, dict) or line.get("schema") != SCHEMA:
+        raise DataError(f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'.")
+    return line
+
+
+def find_line(given: str) -> Line:
+    """The line that a person means: its text, or FILE:NUMBER of a samples.jsonl (from 1), or FILE with one line.
+
+    Raises:
+        DataError: there is no such line.
+    """
+    if given.lstrip().startswith("{"):
+        return parse_line(given, "--again")
+    head, _, number = given.rpartition(":")
+    url, at = (head, int(number)) if head and number.isdecimal() else (given, 0)
+    try:
+        lines = read_lines(url)
+    except MissingError as error:
+        raise DataError(
+            f"--again {given}: neither a line of a {SAMPLES} nor a file; name one, such as drawings/a-red-fox-5d2c/{SAMPLES}:2."
+        ) from error
+    if at > len(lines) or (not at and len(lines) != 1):
+        raise DataError(f"--again {given}: {url} has {len(lines)} lines; name one as {url}:NUMBER, 1 to {len(lines)}.")
+    return lines[(at or 1) - 1]

@@ -1,0 +1,107 @@
+"""How to draw: what shapes a picture beside its caption, and which batches it is drawn in. No model here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from infra.errors import ConfigError
+from infra.seeds import derive
+from model.sampling import Rule
+from train.config import RunConfig
+
+Fit = Literal["crop", "letterbox"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, captions apart."""
+
+    n: int = 4
+    """Pictures of each caption."""
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+    keep_rows: int | None = None
+    """Rows of codes taken from a given image; None: none, or 15 of 32 where there is an image (paper 2.9)."""
+    fit: Fit = "crop"
+    """How a given image becomes a square."""
+    batch: int = 0
+    """Pictures drawn at once; 0: as many as memory allows."""
+    window: int = 0
+    """Codes of a picture computed in one pass; 0: by the device."""
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.temperature, self.top_k, self.top_p, self.guidance)
+
+    def check(self, cfg: RunConfig) -> None:
+        """
+        Raises:
+            ConfigError: what this model cannot draw with: the option is named, and what is accepted.
+        """
+        try:
+            self.rule.check(cfg.stream_shape())
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from error
+        if self.n < 1 or self.batch < 0 or self.seed < 0:
+            raise ConfigError(f"n = {self.n}, batch = {self.batch}, seed = {self.seed}: accepted are n from 1, batch and seed from 0.")
+        if not 0 <= self.window <= cfg.dvae.grid:
+            raise ConfigError(f"window = {self.window}: accepted are 0 (by the device) to {cfg.dvae.grid}, a row of codes.")
+        if self.guidance != 1 and not cfg.dalle_fit.caption_dropout:
+            raise ConfigError(
+                f"guidance = {self.guidance}: this model was trained with dalle_fit.caption_dropout = 0, and never saw a picture without its caption; "
+                "draw with guidance 1, or train one with dalle_fit.caption_dropout=0.1."
+            )
+        if self.keep_rows is not None and not 1 <= self.keep_rows < cfg.dvae.grid:
+            raise ConfigError(f"keep_rows = {self.keep_rows}: accepted are 1 to {cfg.dvae.grid - 1} of the picture's {cfg.dvae.grid} rows of codes.")
+        if self.fit not in ("crop", "letterbox"):
+            raise ConfigError(f"fit '{self.fit}': accepted are crop (the central square) and letterbox (all of it, on white).")
+
+    def seeds(self, caption: str) -> list[int]:
+        """The seed of each candidate: a function of (seed, caption, candidate) alone."""
+        return [derive(self.seed, "sample", caption, candidate) for candidate in range(self.n)]
+
+    def shape(self) -> dict[str, Any]:
+        """What decides which picture is drawn; batches and windows do not."""
+        names = ("n", "seed", "temperature", "top_k", "top_p", "guidance")
+        return {name: getattr(self, name) for name in names}
+
+
+def key(caption: str, settings: Settings, lineage: dict[str, str], prefix: list[int], reranker: str, **more: Any) -> str:
+    """Digest of all that shapes a drawing: another value of anything draws anew beside it."""
+    words = [caption, settings.shape(), sorted(lineage.items()), prefix, reranker, more]
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def of_stage(cfg: RunConfig) -> Settings:
+    """The settings of section [generate]."""
+    section = cfg.generate
+    return Settings(
+        n=section.candidates,
+        seed=cfg.run.seed,
+        temperature=section.temperature,
+        top_k=section.top_k or None,
+        top_p=section.top_p if section.top_p < 1 else None,
+        guidance=section.guidance,
+        batch=section.batch,
+        window=section.window,
+    )
+
+
+def replaced(settings: Settings, **values: Any) -> Settings:
+    """The settings with other values.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    names = [field.name for field in dataclasses.fields(Settings)]
+    odd = sorted(set(values) - set(names))
+    if odd:
+        raise ConfigError(f"'{odd[0]}' is no setting of a drawing; accepted: {', '.join(names)}.")
+    return dataclasses.replace(settings, **values)

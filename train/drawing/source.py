@@ -1,0 +1,227 @@
+"""What pictures are drawn with: the weights of a run, finished or under way, or of a package, known to belong together. Local or on s3."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from infra import storage
+from infra.errors import CheckpointError, ConfigError, DataError, MissingError
+from infra.run_folder import RunFolder
+from model.clip import Clip
+from model.config import ClipConfig
+from model.decoder import DrawingWeights
+from model.dvae import DVAE
+from model.transformer import Transformer
+from train.config import RunConfig, load_run
+from train.machine.rates import DTYPES
+from train.run import places
+from train.weights import checkpoint, export
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "package.json"
+"""Marks a folder that ``export --package`` wrote."""
+_LOST_CHECKPOINTS = 5
+"""Checkpoints that may go while they are read: a live run drops old ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of a model lie."""
+
+    url: str
+    cfg: RunConfig
+    dalle: str
+    dvae: str
+    clip: str
+    tokenizer: str
+    run: RunFolder | None
+    """None for a package."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything that draws pictures."""
+
+    url: str
+    cfg: RunConfig
+    dvae: DVAE
+    weights: DrawingWeights
+    tokenizer: Tokenizer
+    clip: Clip | None
+    """None where nobody asked for it."""
+    lineage: dict[str, str]
+    """Kind -> content hash."""
+    description: str
+    """Which weights these are, for people."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def precision(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.weights.dtype)
+
+
+def locate(url: str) -> Place:
+    """Find out what lies at a URL: a run folder, its dalle/export, or a package.
+
+    Raises:
+        ConfigError: neither.
+    """
+    url = url.rstrip("/") or url
+    if storage.exists(storage.join(url, PACKAGE)):
+        parts = {name: storage.join(url, name) for name in ("dalle", "dvae", "clip", "tokenizer")}
+        return Place(url, load_run(url, []), run=None, **parts)
+    head = url.removesuffix("/dalle/export")
+    if all(storage.exists(storage.join(head, name)) for name in ("config.json", "provenance.json")):
+        cfg, run = load_run(head, []), RunFolder(head)
+        exports = {name: run.at(name, "export") for name in ("dalle", "dvae", "clip")}
+        return Place(head, cfg, tokenizer=places.tokenizer(cfg, run), run=run, **exports)
+    if storage.exists(storage.join(url, export.WEIGHTS)):
+        raise ConfigError(f"{url}: weights of one model alone; 'launcher.py export RUN --package --out FOLDER' writes a folder that draws by itself.")
+    raise ConfigError(f"{url}: no run folder and no package (config.json is missing); name one, for example runs/demo.")
+
+
+def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none") -> Models:
+    """Open what draws; see ``Models``. Nothing else is asked for: no images, no codes, and the contrastive model only if it is to rank.
+
+    Args:
+        url: run folder (of a live run the newest averaged checkpoint is taken), its dalle/export, or a package; local or s3://.
+        device: 'cpu' or 'cuda'; empty: the GPU if there is one.
+        precision: of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU.
+        rerank: what ranks candidates: 'none', 'clip' (the run's own contrastive model), or a folder with the export of another.
+
+    Raises:
+        ConfigError: there is no such run, device or precision.
+        DataError: it has no weights yet, or they do not belong together.
+    """
+    place, where = locate(url), _device(device)
+    if precision not in ("auto", *DTYPES):
+        raise ConfigError(f"precision '{precision}': accepted are auto, {', '.join(DTYPES)}.")
+    dtype = (torch.bfloat16 if where.type == "cuda" else torch.float32) if precision == "auto" else DTYPES[precision]
+    cfg = place.cfg
+    tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
+    found = {"tokenizer": str(manifest["content_hash"])}
+    dvae = DVAE(cfg.dvae)
+    found["dvae"] = _read(place.dvae, dvae, "dvae", place)
+    tensors, found["dalle"], parents, description = newest_weights(place)
+    check_parents(place, "dalle", parents, found)
+    judge = None
+    if rerank != "none":
+        judge, found["clip"] = _judge(place, rerank, found)
+        export.to_device(judge, where)
+    weights = DrawingWeights(_build(cfg, tensors, where, dtype, place.dalle), dtype)
+    return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+
+
+def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]:
+    """A contrastive model and its content hash."""
+    url, cfg = place.clip if rerank == "clip" else rerank.rstrip("/"), place.cfg
+    if rerank != "clip" and not storage.exists(storage.join(url, export.DESCRIPTION)):
+        raise ConfigError(
+            f"rerank '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
+        )
+    sizes = cfg.clip
+    if rerank != "clip":
+        try:
+            sizes = ClipConfig(**export.describe(url)["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"rerank '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
+    judge = Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    identity = _read(url, judge, "clip", place)
+    check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
+    return judge, identity
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("", "cpu", "cuda"):
+        raise ConfigError(f"device '{name}': accepted are cpu and cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': there is no GPU here that torch can use; accepted here: cpu.")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _build(cfg: RunConfig, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, url: str) -> Transformer:
+    """The transformer around tensors that are there already: nothing is initialised first. It has no attention engine; drawing brings its own."""
+    with torch.device("meta"):
+        model = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype, attend=nn.Identity())
+    export.check_shapes(url, model, tensors)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _read(url: str, module: nn.Module, name: str, place: Place) -> str:
+    if not storage.exists(storage.join(url, export.DESCRIPTION)):
+        do = "export it again with it" if place.run is None else f"run 'launcher.py {name} {place.url}' first"
+        raise DataError(f"{url}: there is no {name} here; {do}.")
+    return export.read(url, module)
+
+
+def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
+    """Tensors, content hash, lineage and a description of the newest averaged weights.
+
+    Raises:
+        DataError: there are none yet.
+    """
+    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
+    if storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
+        about = export.describe(place.dalle)
+        # An export that a finished stage wrote names no update; one made by hand may be older than the newest checkpoint.
+        if not steps or "step" not in about or about["step"] >= steps[-1]:
+            identity, tensors = export.read_tensors(place.dalle)
+            step = f" after update {about['step']}" if "step" in about else ""
+            return tensors, identity, about["parents"], f"{about.get('weights', 'average')} weights{step}"
+    if place.run is None or not steps:
+        do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
+        raise DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
+    meta, tensors = _newest(place.run.at("dalle"))
+    return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
+
+
+def _newest(stage_url: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The newest checkpoint that can be read. One that its run drops meanwhile is no damage: there is a newer one then."""
+    failure: DataError | None = None
+    for step in _candidates(stage_url):
+        folder = checkpoint.folder(stage_url, step)
+        try:
+            with warnings.catch_warnings():  # torch's, of reading in one process
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                return checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
+        except (CheckpointError, MissingError) as error:
+            log.warning("%s: gone or damaged while it was read (%s); trying the next one", folder, error)
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _candidates(stage_url: str) -> Iterator[int]:
+    tried: set[int] = set()
+    for _ in range(_LOST_CHECKPOINTS):
+        left = [step for step in checkpoint.complete(stage_url) if step not in tried]
+        if not left:
+            return
+        tried.add(left[-1])
+        yield left[-1]
+
+
+def check_parents(place: Place, name: str, parents: dict[str, Any], found: dict[str, str]) -> None:
+    """
+    Raises:
+        DataError: a model was trained with another dVAE or tokenizer than those that are found.
+    """
+    for kind in sorted({"dvae", "tokenizer"} & found.keys() & parents.keys()):
+        if parents[kind] != found[kind]:
+            raise DataError(
+                f"{place.url}: {name} was trained with {kind} {str(parents[kind])[:12]}, and here is {kind} {found[kind][:12]}; "
+                f"put the one it was trained with back, or train {name} again."
+            )

@@ -1,0 +1,142 @@
+"""``launcher.py draw RUN CAPTION ...``: pictures of your own captions, any number of times, from a run, a live one, or a package."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from infra import storage
+from infra.errors import ConfigError, StopRequested, UsageError
+from infra.signals import StopFlag
+from train.drawing import again, prompt_image, samples
+from train.drawing.captions import notes, read_captions, shortened
+from train.drawing.gallery import Gallery, ranked
+from train.drawing.samples import FORMATS, Line
+from train.drawing.settings import Settings
+from train.drawing.source import Models, locate, open_models
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    settings: Settings = field(default_factory=Settings)
+    file: str = ""
+    image: str = ""
+    rerank: str = "none"
+    out: str = ""
+    format: str = "png"
+    grid: bool = False
+    device: str = ""
+    precision: str = "auto"
+    json: bool = False
+    again: str = ""
+
+
+def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) -> None:
+    """Draw, print what was drawn and where, and write it down.
+
+    Raises:
+        UsageError: no caption, or an unknown format.
+        ConfigError, DataError: nothing to draw with, or what cannot be drawn.
+        StopRequested: a signal; what is drawn is kept, and the same command draws the rest.
+    """
+    if options.format not in FORMATS:
+        raise UsageError(f"--format {options.format}: accepted are {', '.join(FORMATS)}.")
+    if options.again:
+        _again(url, captions, options)
+        return
+    wanted = read_captions(captions, options.file)
+    if not url or not wanted:
+        raise UsageError("nothing to draw: give a run and a caption, as in: launcher.py draw runs/demo 'a red fox'; or --file captions.txt.")
+    out = options.out or _default_out(url)
+    storage.check_writable(out)
+    models, settings = _open(url, options)
+    for note in [note for caption in wanted for note in notes(models.tokenizer, caption)]:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    if stop:
+        raise StopRequested("stopped by a signal before the first picture.")
+    gallery = Gallery(models, settings, out, tuple(_prefix(models, options)), options.format)
+    began = time.monotonic()
+    count = gallery.draw(wanted, stop, lambda caption, lines: _show(gallery, caption, lines, options))
+    seconds = time.monotonic() - began
+    kept = len(wanted) * settings.n - count
+    _say(options, f"drew {count} pictures in {seconds:.1f} s" + (f"; {kept} were drawn before (another --seed draws others)" if kept else ""))
+    if options.grid:
+        print(gallery.grid(wanted), file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+def _default_out(url: str) -> str:
+    """Beside the run where it is a local one; a package or a bucket stays as it is."""
+    place = locate(url)
+    return storage.join(place.url, "drawings") if place.run is not None and not storage.is_remote(place.url) else "drawings"
+
+
+def _open(url: str, options: Options) -> tuple[Models, Settings]:
+    began = time.monotonic()
+    models = open_models(url, options.device, options.precision, options.rerank)
+    options.settings.check(models.cfg)
+    what = f"{models.description} ({models.lineage['dalle'][:12]}), {models.device.type}, {models.precision}"
+    _say(options, f"{models.url}: {what}; loaded in {time.monotonic() - began:.1f} s")
+    return models, options.settings
+
+
+def _prefix(models: Models, options: Options) -> list[int]:
+    """Codes of the given image.
+
+    Raises:
+        UsageError: rows to keep of no image.
+    """
+    settings = options.settings
+    if not options.image:
+        if settings.keep_rows is not None:
+            raise UsageError("--keep-rows: of which image? Give --image too.")
+        return []
+    rows, grid = prompt_image.kept_rows(models, settings.keep_rows), models.cfg.dvae.grid
+    _say(options, f"{options.image}: its first {rows} of {grid} rows of codes are kept")
+    return prompt_image.codes(models, prompt_image.read(options.image, models.cfg.dvae.image_size, settings.fit), settings.keep_rows)
+
+
+def _show(gallery: Gallery, caption: str, lines: list[Line], options: Options) -> None:
+    """What was drawn for a caption, and where."""
+    if options.json:
+        for line in ranked(lines):
+            print(json.dumps(line | {"url": storage.join(gallery.folder(caption).url, line["file"])}, ensure_ascii=False, sort_keys=True), flush=True)
+        return
+    print(shortened(caption) or "(empty caption)")
+    for line in ranked(lines):
+        worth = "" if line["score"] is None else f"   score {line['score']:.3f}"
+        print(f"  {storage.join(gallery.folder(caption).url, line['file'])}   seed {line['seed']}{worth}")
+    sys.stdout.flush()
+
+
+def _again(url: str, captions: Sequence[str], options: Options) -> None:
+    """Draw one recorded picture again.
+
+    Raises:
+        UsageError: captions beside it, which would be ignored.
+        DataError: there is no such line, or other weights.
+    """
+    if captions or options.file:
+        raise UsageError("--again draws one recorded picture; captions and --file are for new ones.")
+    line = samples.find_line(options.again)
+    options = replace(options, precision=again.precision_of(line, options.precision), settings=Settings())
+    models, _ = _open(url or line["source"], options)
+    try:
+        picture, data = again.again(models, line)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--again: the line lacks something ({error}); give one as it stands in {samples.SAMPLES}.") from error
+    target = storage.join(options.out or "again", line["file"])
+    storage.write_bytes(target, data)
+    found = again.verdict(line, picture, data)
+    if options.json:
+        print(json.dumps({"url": target, "caption": picture.caption, "verdict": found, "sha256_before": line["sha256"]}, ensure_ascii=False))
+        return
+    print(f"{shortened(picture.caption)}\n  {target}   {found}")
+
+
+def _say(options: Options, words: str) -> None:
+    print(words, file=sys.stderr if options.json else sys.stdout, flush=True)

@@ -421,8 +421,15 @@ def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
 
 
 def download_folder(url: str, local: Path) -> list[str]:
-    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file."""
+    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file.
+
+    Raises:
+        DataError: the name of an object would lead out of the folder; nothing is copied.
+    """
     names = list_files(url)
+    for name in names:
+        if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+            raise DataError(f"{url}: the object {name!r} leads out of it; rename or delete it.")
     for name in names:
         download_file(join(url, name), local / name)
     return names

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import tomllib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from infra import s3_client, shown, strict_json
 from infra.errors import ConfigError
 
 
@@ -29,8 +31,8 @@ def parse(text: str, origin: str) -> dict[str, Any]:
     """
     kind = "JSON" if origin.endswith(".json") else "TOML"
     try:
-        loaded = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except ValueError as error:
+        loaded = strict_json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid {kind}: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{origin}: expected sections at the top level, found {type(loaded).__name__}.")
@@ -47,10 +49,10 @@ def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"override '{word}': expected section.key=value, for example dalle_fit.steps=1000.")
+            raise ConfigError(f"override '{shown.cut(word)}': expected section.key=value, for example dalle_fit.steps=1000.")
         try:
             parsed.append((key.split("."), tomllib.loads(f"v = {value}")["v"]))
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             parsed.append((key.split("."), value))
     return parsed
 
@@ -59,8 +61,10 @@ def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]
     """Build ``model`` from a parsed preset (named by ``origin`` in messages) and command-line overrides.
 
     Raises:
-        ConfigError: unknown key (the accepted ones are listed), wrong type (the key is named), or a section that refuses itself.
+        ConfigError: unknown key (the accepted ones are listed), wrong type (the key is named), a section that refuses itself, or a password in a URL, of
+            the environment's endpoints too: configurations are stored.
     """
+    s3_client.refuse_passwords()
     tree = copy.deepcopy(tree)
     for path, value in parse_overrides(overrides):
         node = tree
@@ -74,6 +78,9 @@ def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]
 
 def validate(model: type[M], tree: dict[str, Any], origin: str) -> M:
     """Validate plain dictionaries, and turn every complaint into one that names its key and what is accepted."""
+    for key, text in _texts(tree):
+        if shown.holds_password(text):
+            raise ConfigError(f"{origin}: {key} = {text}: {shown.NO_PASSWORDS}")
     try:
         # JSON mode: 3 is a valid float and a list a valid tuple, but "3" is no number and 3.0 no integer.
         return model.model_validate_json(json.dumps(tree), strict=True)
@@ -82,6 +89,18 @@ def validate(model: type[M], tree: dict[str, Any], origin: str) -> M:
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from error
     except TypeError as error:
         raise ConfigError(f"{origin}: a value cannot be written as JSON ({error}); dates and times are not accepted.") from error
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree, with its key."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, dict):
+        for name, inner in tree.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for inner in tree:
+            yield from _texts(inner, key)
 
 
 def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, Any]) -> str:
@@ -93,7 +112,7 @@ def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, A
         return f"{key}: unknown key; accepted {place}: {accepted}."
     if detail["type"] == "value_error":
         return f"{key or 'configuration'}: {detail['ctx']['error']}"
-    return f"{key}: {detail['msg']}; given: {detail['input']!r}."
+    return f"{key}: {detail['msg']}; given: {shown.value(detail['input'])}."
 
 
 def accepted_keys(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -125,4 +144,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each key whose value differs: ``key: old -> new``."""
     a, b = flatten(old), flatten(new)
     missing = "(absent)"
-    return [f"{key}: {a.get(key, missing)!r} -> {b.get(key, missing)!r}" for key in sorted(a | b) if a.get(key, missing) != b.get(key, missing)]
+    return [
+        f"{key}: {shown.value(a.get(key, missing))} -> {shown.value(b.get(key, missing))}"
+        for key in sorted(a | b)
+        if a.get(key, missing) != b.get(key, missing)
+    ]

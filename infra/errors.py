@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from infra import shown
+
 
 class ExitCode(IntEnum):
     """What a scheduler may conclude from how a command ended. The one home of these numbers."""
@@ -23,9 +25,15 @@ class ExitCode(IntEnum):
 
 
 class ReportedError(Exception):
-    """An error whose message is for the user: what was given, what is accepted, what to change. No traceback is shown."""
+    """An error whose message is for the user: what was given, what is accepted, what to change. No traceback is shown.
+
+    Messages quote what others have written, and are stored in run folders: passwords are masked in them, and long values cut.
+    """
 
     exit_code = ExitCode.CRASH
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown.message(message))
 
 
 class UsageError(ReportedError):

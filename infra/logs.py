@@ -6,13 +6,15 @@ import logging
 import os
 import warnings
 
+from infra import shown
+
 _OURS = ("data_pipeline", "infra", "model", "train")
 
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
     def format(self, record: logging.LogRecord) -> str:
         """The message; on a terminal in place of the progress that is drawn there, which draws itself again."""
-        return ("\r\x1b[2K" if self.stream.isatty() else "") + super().format(record)
+        return ("\r\x1b[2K" if self.stream.isatty() else "") + shown.message(super().format(record))
 
 
 def show() -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, storage
+from infra import deferred_writes, shown, storage
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
 from infra.repository import REPOSITORY
@@ -152,7 +152,7 @@ class RunFolder:
             UnreachableError: the storage gives no answer, and no launcher takes notes.
         """
         url = self.at("exits", stage, f"attempt-{attempt}", f"rank-{rank}.json")
-        record = {"rank": rank, "code": int(code), "reason": reason, "time": time.time()}
+        record = {"rank": rank, "code": int(code), "reason": shown.message(reason), "time": time.time()}
         try:
             storage.write_json(url, record)
         except UnreachableError:

@@ -51,12 +51,20 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     return bucket, key.strip("/")
 
 
-def read(url: str) -> bytes:
-    """The whole object; its checksum is verified where the server keeps one."""
+def read(url: str, most: int | None = None) -> bytes:
+    """The whole object; its checksum is verified where the server keeps one.
+
+    Raises:
+        DataError: it is larger than ``most`` bytes; nothing of it is read then.
+    """
     bucket, key = bucket_and_key(url)
 
     def get() -> bytes:
-        body: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        answer = _client().get_object(Bucket=bucket, Key=key)
+        if most is not None and int(answer["ContentLength"]) > most:
+            answer["Body"].close()
+            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+        body: bytes = answer["Body"].read()
         return body
 
     return _retry_body(url, get)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from infra import shown
 from infra.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -21,6 +22,7 @@ _VARIABLES = (
     *("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ENDPOINT_URL_STS"),
 )
+_ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL_STS")
 _FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
 _Stamp = tuple[tuple[int, int, int], ...]
 _lock = threading.Lock()
@@ -52,6 +54,17 @@ def client(attempts: int, read_timeout_s: float) -> Any:
         return made
 
 
+def refuse_passwords() -> None:
+    """Refuse an environment whose endpoints carry a password, before anything is stored.
+
+    Raises:
+        ConfigError: the variable is named, its value masked.
+    """
+    for name in _ENDPOINTS:
+        if shown.holds_password(os.environ.get(name, "")):
+            raise ConfigError(f"{name} = {os.environ[name]}: {shown.NO_PASSWORDS}")
+
+
 def _stamp() -> _Stamp:
     """What changes with the credentials files; mounted secrets are links that are exchanged, so the file behind counts."""
     found = []
@@ -70,6 +83,7 @@ def _connect(attempts: int, read_timeout_s: float, careful: bool) -> tuple[Any, 
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    refuse_passwords()
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},

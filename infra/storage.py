@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from infra import files, globs, s3
+from infra import files, globs, s3, shown, strict_json
 from infra.errors import ConfigError, DataError, MissingError
 from infra.files import TEMPORARY, sha256_file
 from infra.globs import FileInfo
@@ -41,6 +41,7 @@ __all__ = [
     "modified",
     "open_seekable",
     "open_stream",
+    "read_at_most",
     "read_bytes",
     "read_json",
     "read_range",
@@ -63,9 +64,11 @@ def is_remote(url: str) -> bool:
     """Whether ``url`` is an object of S3 (True) or a local path (False).
 
     Raises:
-        ConfigError: another scheme.
+        ConfigError: another scheme, or a URL with a password in it.
     """
     scheme, separator, _ = url.partition("://")
+    if separator and shown.holds_password(url):
+        raise ConfigError(f"{url}: {shown.NO_PASSWORDS}")
     if separator and scheme not in ("s3", "file"):
         raise ConfigError(f"{url}: storage '{scheme}://' is not known; accepted are local paths, file:///path and s3://bucket/prefix.")
     return scheme == "s3" and bool(separator)
@@ -105,6 +108,21 @@ def read_bytes(url: str) -> bytes:
         return local_path(url).read_bytes()
 
 
+def read_at_most(url: str, most: int) -> bytes:
+    """The whole file or object, of which nothing is read if it is larger than ``most`` bytes, or endless.
+
+    Raises:
+        DataError: as read_bytes, or it is larger, or no regular file.
+    """
+    if is_remote(url):
+        return s3.read(url, most)
+    with open_stream(url) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+    return data
+
+
 def read_range(url: str, start: int, size: int) -> bytes:
     """``size`` bytes of a file or object, from byte ``start`` on.
 
@@ -135,14 +153,14 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> Any:
-    """The parsed JSON file.
+    """The parsed JSON file: plain values, and none that our writers do not write (``infra/strict_json.py``).
 
     Raises:
         DataError: as read_text, or it is not JSON.
     """
-    text = read_text(url)
+    data = read_at_most(url, strict_json.MAX_BYTES)
     try:
-        return json.loads(text)
+        return strict_json.loads(data.decode())
     except ValueError as error:
         raise DataError(f"{url}: not valid JSON ({error}); delete it and run the stage that wrote it again.") from error
 
@@ -408,8 +426,15 @@ def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
 
 
 def download_folder(url: str, local: Path) -> list[str]:
-    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file."""
+    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file.
+
+    Raises:
+        DataError: the name of an object would lead out of the folder; nothing is copied.
+    """
     names = list_files(url)
+    for name in names:
+        if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+            raise DataError(f"{url}: the object {name!r} leads out of it; rename or delete it.")
     for name in names:
         download_file(join(url, name), local / name)
     return names

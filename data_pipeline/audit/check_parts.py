@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.images.crops import CropBox, decode
+from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
 from data_pipeline.shards.rows import Row, ShardRows
-from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, INDEX, MANIFEST, PRINTS, U64, CodeRecord, ImageRecord, part_name
+from data_pipeline.shards.schema import check_columns, read_marker_file, read_part_index
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, MANIFEST, PRINTS, part_name
 from infra import storage
 from infra.digests import id_hash
 from infra.errors import DataError
@@ -98,7 +97,11 @@ def check_part(job: PartJob) -> PartResult:
     result.problems += [Problem(storage.join(job.place, DONE), what, (job.place,)) for what in _marker_problems(job)]
     with _local(job, result) as (folder, sound):
         # The part's own index says where its rows are, as long as it is sound; the set's is to say the same.
-        entries = _own_entries(job, folder) if INDEX in sound else list(job.entries)
+        try:
+            entries = _own_entries(job, folder) if INDEX in sound else list(job.entries)
+        except DataError as error:
+            result.problems.append(Problem(storage.join(job.place, INDEX), _without_place(error, str(folder / INDEX)), (job.place,)))
+            return result
         if entries != list(job.entries):
             what = f"lists other shards of {job.part['name']} than the part's own index"
             result.problems.append(Problem(storage.join(job.version_url, INDEX), what, (storage.join(job.set_url, MANIFEST), job.version_url)))
@@ -135,9 +138,9 @@ def _side_problems(job: PartJob, folder: Path, sound: set[str], columns: _Column
         yield from ((PRINTS, what) for what in _difference("three numbers a record, the third of its group", prints[2::3].tolist(), columns.groups))
     if CAPTIONS in sound:
         try:
-            captions = [json.loads(line) for line in gzip.decompress((folder / CAPTIONS).read_bytes()).splitlines()]
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            yield CAPTIONS, f"is no gzipped file of JSON lines ({error})"
+            captions = list(unpack_captions((folder / CAPTIONS).read_bytes(), count, CAPTIONS))
+        except DataError as error:
+            yield CAPTIONS, _without_place(error, CAPTIONS)
         else:
             yield from ((CAPTIONS, what) for what in _difference("the captions of the records", captions, columns.captions))
 
@@ -153,7 +156,7 @@ def _difference(what: str, stored: Sequence[Any], expected: Sequence[Any]) -> It
 def _marker_problems(job: PartJob) -> Iterator[str]:
     place = storage.join(job.place, DONE)
     try:
-        marker = storage.read_json(place)
+        marker = read_marker_file(place)
         if part_name(marker["inputs"]) != job.part["name"]:
             yield f"marks {part_name(marker['inputs'])}, not {job.part['name']}"
         if marker["count"] != job.part["count"]:
@@ -164,8 +167,6 @@ def _marker_problems(job: PartJob) -> Iterator[str]:
                 yield f"has another hash of {name} than the manifest: the part was written again after the set was merged"
     except DataError as error:
         yield _without_place(error, place)
-    except (KeyError, TypeError) as error:
-        yield f"not the marker of a part ({type(error).__name__}: {error})"
 
 
 @contextmanager
@@ -197,7 +198,7 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
 
 def _own_entries(job: PartJob, folder: Path) -> list[Mapping[str, Any]]:
     """The part's index, with the names that its shards have in the set's index."""
-    found: list[Mapping[str, Any]] = json.loads((folder / INDEX).read_text())["shards"]
+    found: list[Mapping[str, Any]] = list(read_part_index(str(folder / INDEX)))
     return [{**entry, "raw_data": {**entry["raw_data"], "basename": f"{job.part['name']}/{entry['raw_data']['basename']}"}} for entry in found]
 
 
@@ -205,7 +206,7 @@ def _check_shard(job: PartJob, path: Path, entry: Mapping[str, Any], sizes: Mapp
     place = storage.join(job.set_url, entry["raw_data"]["basename"])
     complaints: list[str] = []
     try:
-        for number, row in enumerate(read_shard(path, entry, columns_of(job.rules.schema, entry), place)):
+        for number, row in enumerate(read_shard(path, entry, job.rules.schema, place)):
             record = dict(row)
             columns.ids.append(id_hash(record["id"]))
             if job.rules.schema == IMAGE_SCHEMA:
@@ -221,31 +222,19 @@ def _check_shard(job: PartJob, path: Path, entry: Mapping[str, Any], sizes: Mapp
     return [Problem(place, what, (job.place,)) for what in complaints]
 
 
-def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """Column -> encoding that a shard of a schema has."""
-    if schema == IMAGE_SCHEMA:
-        return ImageRecord("", [], b"", 0, 0, "", "", "", "").columns()
-    encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-    length = str(encodings.get("codes", "")).rpartition(":")[2]
-    return CodeRecord("", [], np.zeros(int(length) if length.isdigit() else 0, np.uint16), {}, 0, 0).columns()
-
-
-def read_shard(path: Path, entry: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Iterator[Row]:
+def read_shard(path: Path, entry: Mapping[str, Any], schema: str, place: str) -> Iterator[Row]:
     """All rows of a local shard file.
 
     Args:
         path: the file.
         entry: of the index.
-        columns: column -> encoding that is expected.
+        schema: of the set.
         place: URL of the file, for messages.
 
     Raises:
         DataError: other columns, or the file's own table of offsets or a row is broken.
     """
-    found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-    if found != dict(columns):
-        odd = sorted(name for name in found.keys() | columns.keys() if found.get(name) != columns.get(name))
-        raise DataError(f"{place}: column '{odd[0]}' is {found.get(odd[0])}, the schema has {columns.get(odd[0])}")
+    check_columns(schema, entry, place)
     rows = ShardRows(path, entry, place)
     try:
         yield from (rows[number] for number in range(len(rows)))
@@ -335,7 +324,7 @@ def image_sizes(job: PartJob) -> dict[str, tuple[int, int]] | None:
                 if name not in sound:
                     return None
                 place = storage.join(job.set_url, entry["raw_data"]["basename"])
-                for record in read_shard(folder / name, entry, columns_of(job.rules.schema, entry), place):
+                for record in read_shard(folder / name, entry, job.rules.schema, place):
                     sizes[record["id"]] = (int(record["width"]), int(record["height"]))
         except DataError:
             return None

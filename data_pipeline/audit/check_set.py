@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.audit.check_parts import PartJob, Problem, Rules
-from data_pipeline.shards.shard_set import EXCLUDED, IDS, INDEX, MANIFEST, U64, version_url
+from data_pipeline.shards.part_files import INDEX, U64
+from data_pipeline.shards.schema import read_index, read_manifest
+from data_pipeline.shards.shard_set import EXCLUDED, IDS, MANIFEST, version_url
 from infra import storage
 from infra.digests import digest
 from infra.errors import DataError
-
-_ENTRY = frozenset({"column_encodings", "column_names", "format", "raw_data", "samples"})
-"""What an index says of a shard, as far as it is read here."""
 
 
 @dataclass
@@ -52,14 +51,10 @@ def read_layout(url: str, version: str = "") -> Layout:
     layout = Layout(url)
     try:
         place = storage.join(version_url(url, version), MANIFEST) if version else storage.join(url, MANIFEST)
-        layout.manifest = storage.read_json(place)
+        layout.manifest = read_manifest(place)
         layout.version_url = version_url(url, str(layout.manifest["content_hash"]))
         index = storage.join(layout.version_url, INDEX)
-        shards = storage.read_json(index)["shards"]
-        bad = [place for place, entry in enumerate(shards) if not entry.keys() >= _ENTRY or "basename" not in entry["raw_data"]]
-        if bad:
-            raise DataError(f"{index}: entry {bad[0]} of its shards is none: {', '.join(sorted(_ENTRY))} are needed.")
-        layout.shards = shards
+        layout.shards = read_index(index)
         if not version:
             layout.problems += _copies(layout)
         layout.excluded = _read_excluded(layout, storage.join(layout.version_url, EXCLUDED))
@@ -67,8 +62,6 @@ def read_layout(url: str, version: str = "") -> Layout:
     except DataError as error:
         name, _, what = str(error).partition(": ")
         layout.problems.append(Problem(name, what.rstrip(".")))
-    except (KeyError, TypeError, ValueError) as error:
-        layout.problems.append(Problem(storage.join(url, MANIFEST), f"not the manifest of a shard set ({type(error).__name__}: {error})"))
     # A version that is there is not written again, nor its copies if the newest manifest is the same.
     wrong = tuple(place for place in (storage.join(url, MANIFEST), layout.version_url) if place)
     layout.problems = [replace(problem, delete=wrong) for problem in layout.problems]
@@ -78,9 +71,9 @@ def read_layout(url: str, version: str = "") -> Layout:
 def _copies(layout: Layout) -> list[Problem]:
     """The newest version's files, and their copies at the top, which readers of other programs open."""
     found, name = [], layout.version_url.rpartition("/")[2]
-    if storage.read_json(storage.join(layout.version_url, MANIFEST)) != layout.manifest:
+    if read_manifest(storage.join(layout.version_url, MANIFEST)) != layout.manifest:
         found.append(Problem(storage.join(layout.url, MANIFEST), f"is not the manifest of version {name}, which it names"))
-    if storage.read_json(storage.join(layout.url, INDEX))["shards"] != layout.shards:
+    if read_index(storage.join(layout.url, INDEX)) != layout.shards:
         found.append(Problem(storage.join(layout.url, INDEX), f"is not the index of version {name}"))
     return found
 

@@ -20,6 +20,7 @@ from data_pipeline.filters.perceptual_hash import DECODE_SIDE, perceptual_hash
 from data_pipeline.filters.shrink import shrink
 from data_pipeline.images.files import BombError, is_invisible, is_transparent, kinds, load_file, open_file, shown_size, to_grey
 from data_pipeline.sources.pairs import Pair
+from infra import shown
 from infra.errors import DataError
 
 EXAMPLE_LENGTH = 200
@@ -173,9 +174,7 @@ def content_hash(pair: Pair) -> int:
 
 def printable(text: str) -> str:
     """Any text as one line of at most ``EXAMPLE_LENGTH`` printable characters."""
-    # Cut first: escapes of a megabyte are many megabytes.
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text[: 4 * EXAMPLE_LENGTH].split()))
-    return line if len(line) <= EXAMPLE_LENGTH else line[: EXAMPLE_LENGTH - 1] + "…"
+    return shown.printable(" ".join(text[: 4 * EXAMPLE_LENGTH].split()), EXAMPLE_LENGTH)
 
 
 def _describe(header: Header) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.shards.shard_set import part_name
-from infra import deferred_writes, storage
+from infra import deferred_writes, shown, storage
 from infra.errors import UnreachableError
 
 _FOLDER = "tries"
@@ -49,7 +49,7 @@ class Tries:
 
 def record_failure(place: str, reason: str) -> None:
     """Say why the try that ``begin`` recorded failed."""
-    storage.write_json(place, storage.read_json(place) | {"reason": reason})
+    storage.write_json(place, storage.read_json(place) | {"reason": shown.message(reason)})
 
 
 def withdraw(place: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS, ShardSet
-from data_pipeline.shards.versions import checked_manifest
 from infra import storage
 
 _VERSION = re.compile(r"[0-9a-f]{16}")
@@ -47,24 +47,24 @@ def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Supe
     """
     if not storage.exists(storage.join(set_url, MANIFEST)):
         return None  # nothing is merged here, or a take-down is under way
-    newest = str(storage.read_json(storage.join(set_url, MANIFEST))["content_hash"])
-    needed, dropped, versions = _parts(set_url, storage.join(set_url, MANIFEST)), set[str](), []
+    newest = str(read_manifest(storage.join(set_url, MANIFEST))["content_hash"])
+    needed, dropped, versions = _parts(storage.join(set_url, MANIFEST)), set[str](), []
     for name in storage.list_files(storage.join(set_url, VERSIONS)):
         version, _, file = name.partition("/")
         if file != MANIFEST or not _VERSION.fullmatch(version):
             continue
         url = storage.join(set_url, VERSIONS, name)
-        identity = str(storage.read_json(url)["content_hash"])
+        identity = str(read_manifest(url)["content_hash"])
         if identity == newest or identity in pinned or not identity.startswith(version) or storage.modified(url) >= before:
-            needed |= _parts(set_url, url)
+            needed |= _parts(url)
         else:
-            dropped |= _parts(set_url, url)
+            dropped |= _parts(url)
             versions.append(version)
     return Superseded(set_url, sorted(versions), sorted(dropped - needed)) if versions else None
 
 
-def _parts(set_url: str, url: str) -> set[str]:
-    return {str(part["name"]) for part in checked_manifest(set_url, url)["parts"]}
+def _parts(url: str) -> set[str]:
+    return {str(part["name"]) for part in read_manifest(url)["parts"]}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
     affected: dict[str, int] = {}
     versions = []
     for name in names:
-        manifest = checked_manifest(set_url, storage.join(set_url, VERSIONS, name))
+        manifest = read_manifest(storage.join(set_url, VERSIONS, name))
         whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
         begun = {part["name"]: 0 for part in manifest["parts"] if part not in whole}
         opened = ShardSet(set_url, manifest | {"parts": whole}, ids)

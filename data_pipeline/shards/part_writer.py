@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, INDEX, PRINTS, U64, ImageRecord, Record, part_name
+from data_pipeline.shards.part_files import INDEX, U64
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, PRINTS, ImageRecord, Record, part_name
 from infra import storage
 from infra.digests import id_hash
 from infra.files import write_errors

@@ -8,7 +8,7 @@ columns. Encodings are those of our record types: str, bytes, json, int, and nda
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from infra import shown, strict_json
 from infra.errors import DataError
 
 HASH = "xxh64"
@@ -175,6 +176,7 @@ def _layout(entry: Mapping[str, Any], name: str) -> _Layout:
     columns, sizes = {}, []
     for place, (column, encoding) in enumerate(zip(entry["column_names"], entry["column_encodings"], strict=True)):
         decode, size = _decoder(encoding, column, name)
+        decode = _MEANINGS.get((column, encoding), decode)
         columns[column] = (place, decode)
         sizes.append(size)
     variable = tuple(place for place, size in enumerate(sizes) if not size)
@@ -188,16 +190,35 @@ def _decoder(encoding: str, column: str, name: str) -> tuple[Decoder, int]:
     kind, _, rest = encoding.partition(":")
     if kind == "ndarray" and rest.count(":") == 1:
         words, shape = rest.split(":")
-        dtype, sides = np.dtype(words).newbyteorder("<"), tuple(int(side) for side in shape.split(","))
-        if len(sides) == 1:
-            return (lambda data: np.frombuffer(data, dtype)), dtype.itemsize * sides[0]
-        return (lambda data: np.frombuffer(data, dtype).reshape(sides)), dtype.itemsize * int(np.prod(sides))
+        sides = tuple(int(side) for side in shape.split(",") if side.isdecimal())
+        if words in _NUMBERS and sides and len(sides) == shape.count(",") + 1 and 0 < math.prod(sides) < 1 << 32:
+            dtype = np.dtype(words).newbyteorder("<")
+            if len(sides) == 1:
+                return (lambda data: np.frombuffer(data, dtype)), dtype.itemsize * sides[0]
+            return (lambda data: np.frombuffer(data, dtype).reshape(sides)), dtype.itemsize * math.prod(sides)
     raise DataError(f"{name}: column '{column}' has encoding '{encoding}'; accepted are {', '.join(_PLAIN)} and ndarray:<dtype>:<shape>.")
 
 
+def _captions(data: bytes) -> list[str]:
+    found = strict_json.loads_record(data.decode())
+    if type(found) is not list or not found or not all(type(caption) is str for caption in found):
+        raise ValueError(f"{shown.value(found, 80)} where a list of texts belongs")
+    return found
+
+
+def _box(data: bytes) -> dict[str, Any]:
+    found = strict_json.loads_record(data.decode())
+    if type(found) is not dict:
+        raise ValueError(f"{shown.value(found, 80)} where a crop box belongs")
+    return found
+
+
+_MEANINGS: dict[tuple[str, str], Decoder] = {("captions", "json"): _captions, ("crop", "json"): _box}
+"""Columns that stages use without looking: training does not come to what is no list of texts."""
+_NUMBERS = tuple(f"{kind}{bits}" for kind in ("uint", "int", "float") for bits in (8, 16, 32, 64) if (kind, bits) != ("float", 8))
 _PLAIN: dict[str, tuple[Decoder, int]] = {
     "str": (lambda data: data.decode(), 0),
     "bytes": (lambda data: data, 0),
-    "json": (lambda data: json.loads(data.decode()), 0),
+    "json": (lambda data: strict_json.loads_record(data.decode()), 0),
     "int": (lambda data: int.from_bytes(data, "little", signed=True), 8),
 }

@@ -9,21 +9,19 @@ docs/contracts.md, section 3, is the specification.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.shards import schema as schemas
+from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_u64, sha256_of, unpack_captions
+from data_pipeline.shards.rows import row_decoder
 from infra import storage, text
 from infra.digests import id_hash
 from infra.errors import DataError
@@ -31,7 +29,6 @@ from infra.errors import DataError
 IMAGE_SCHEMA = "image/1"
 CODES_SCHEMA = "codes/1"
 MANIFEST = "manifest.json"
-INDEX = "index.json"
 DONE = "done.json"
 IDS = "ids.u64"
 PRINTS = "prints.u64"
@@ -40,8 +37,6 @@ EXCLUDED = "excluded.u64"
 VERSIONS = "versions"
 _NAME_DIGITS = 16
 _PARALLEL = 16  # small files read at once, where they may lie on S3
-
-U64 = np.dtype("<u8")
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,7 @@ class ImageRecord:
     schema = IMAGE_SCHEMA
 
     def columns(self) -> dict[str, str]:
-        words = dict.fromkeys(("id", "source", "license", "group", "split"), "str")
-        return words | {"captions": "json", "image": "bytes", "width": "int", "height": "int"}
+        return dict(schemas.IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class CodeRecord:
     schema = CODES_SCHEMA
 
     def columns(self) -> dict[str, str]:
-        return {"id": "str", "captions": "json", "codes": f"ndarray:uint16:{self.codes.size}", "crop": "json", "crop_index": "int", "seed": "int"}
+        return schemas.code_columns(self.codes.size)
 
 
 Record = ImageRecord | CodeRecord
@@ -95,9 +89,13 @@ def part_name(inputs_hash: str) -> str:
 
 
 def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:
-    """The marker of the part that is made from these inputs, or None if it is not finished."""
+    """The marker of the part that is made from these inputs, or None if it is not finished.
+
+    Raises:
+        DataError: it is damaged.
+    """
     url = storage.join(set_url, part_name(inputs_hash), DONE)
-    return storage.read_json(url) if storage.exists(url) else None
+    return schemas.read_marker_file(url) if storage.exists(url) else None
 
 
 def read_markers(set_url: str, inputs_hashes: list[str]) -> list[dict[str, Any] | None]:
@@ -159,10 +157,20 @@ class ShardSet:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """All shard files, in order."""
-        entries = storage.read_json(storage.join(self.version_url, INDEX))["shards"]
+        """All shard files, in order.
+
+        Raises:
+            DataError: the index is missing or damaged, or is not of this manifest.
+        """
+        url = storage.join(self.version_url, INDEX)
+        entries = schemas.read_index(url)
         sources = {part["name"]: part["source"] for part in self.parts}
         names = [entry["raw_data"]["basename"] for entry in entries]
+        strays = {name.partition("/")[0] for name in names} - sources.keys()
+        if strays:
+            raise DataError(f"{url}: lists shards of {min(strays)}, which is no part in the manifest; run 'launcher.py validate {self.url}'.")
+        for name, entry in zip(names, entries, strict=True):
+            schemas.check_columns(str(self.manifest["schema"]), entry, f"{url}: {name}")
         return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
 
     @cached_property
@@ -178,7 +186,13 @@ class ShardSet:
             DataError: the file is missing or damaged.
         """
         facts = self.manifest["excluded"]
-        return _read_u64(storage.join(self.version_url, EXCLUDED), facts["sha256"]).astype(np.int64) if facts["count"] else np.empty(0, np.int64)
+        if not facts["count"]:
+            return np.empty(0, np.int64)
+        url = storage.join(self.version_url, EXCLUDED)
+        found = read_u64(url, facts["sha256"], facts["count"])
+        if found[-1] >= self.stored or (found[1:] <= found[:-1]).any():
+            raise DataError(f"{url}: damaged, its positions do not rise, or leave 0 to {self.stored - 1}; run 'launcher.py validate {self.url}'.")
+        return found.astype(np.int64)
 
     @cached_property
     def taken_down(self) -> NDArray[np.int64]:
@@ -205,16 +219,17 @@ class ShardSet:
         Raises:
             DataError: a file is missing or damaged.
         """
-        return self._side_file(IDS)
+        return self._side_file(IDS, 1)
 
     def prints(self) -> list[NDArray[np.uint64]]:
         """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
-        return [values.reshape(-1, 3) for values in self._side_file(PRINTS)]
+        return [values.reshape(-1, 3) for values in self._side_file(PRINTS, 3)]
 
-    def _side_file(self, name: str) -> list[NDArray[np.uint64]]:
+    def _side_file(self, name: str, numbers: int) -> list[NDArray[np.uint64]]:
         def read(part: dict[str, Any]) -> NDArray[np.uint64]:
             found = [file["sha256"] for file in part["files"] if file["name"] == name]
-            return _read_u64(storage.join(self.url, part["name"], name), found[0]) if found else np.empty(0, U64)
+            place = storage.join(self.url, part["name"], name)
+            return read_u64(place, found[0], numbers * part["count"]) if found else np.empty(0, U64)
 
         with ThreadPoolExecutor(_PARALLEL) as pool:
             return list(pool.map(read, self.parts))
@@ -231,7 +246,7 @@ class ShardSet:
             DataError: a file is missing or damaged.
         """
         entry, hidden = self.parts[part], set(self.removed_rows(part).tolist())
-        for row, record in enumerate(_read_files(self.url, entry)):
+        for row, record in enumerate(read_records(self.url, entry, str(self.manifest["schema"]))):
             if row not in hidden:
                 yield record
 
@@ -245,15 +260,19 @@ class ShardSet:
             if not entry["count"]:
                 continue
             hidden = set(self.removed_rows(part).tolist())
-            data = _checked(storage.join(self.url, entry["name"], CAPTIONS), _sha256(entry, CAPTIONS))
-            for row, line in enumerate(gzip.decompress(data).splitlines()):
+            place = storage.join(self.url, entry["name"], CAPTIONS)
+            limit = sum(file["bytes"] for file in entry["files"] if file["name"] == CAPTIONS)
+            data = read_checked(place, sha256_of(entry, CAPTIONS, self.url), limit)
+            for row, captions in enumerate(unpack_captions(data, entry["count"], place)):
                 if row not in hidden:
-                    yield json.loads(line)
+                    yield captions
 
     def ids_at(self, positions: list[int]) -> list[str]:
-        """Ids of a few stored records; of each only its own bytes are read."""
-        from streaming.base.format.mds.reader import MDSReader
+        """Ids of a few stored records; of each only its own bytes are read.
 
+        Raises:
+            DataError: a file is missing, or damaged there.
+        """
         ends = np.cumsum([shard.samples for shard in self.shards])
         found = []
         for position in positions:
@@ -262,14 +281,19 @@ class ShardSet:
             row = position - int(ends[number]) + shard.samples
             url = storage.join(self.url, shard.basename)
             begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
-            reader = MDSReader.from_json("", None, shard.entry)
-            found.append(str(reader.decode_sample(storage.read_range(url, begin, end - begin))["id"]))
+            if not 0 < begin < end <= shard.entry["raw_data"]["bytes"]:
+                raise DataError(f"{url}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
+            found.append(str(row_decoder(shard.entry, url)(storage.read_range(url, begin, end - begin))["id"]))
         return found
 
 
 def version_url(set_url: str, content_hash: str) -> str:
-    """Folder of one version."""
-    return storage.join(set_url, VERSIONS, content_hash[:_NAME_DIGITS])
+    """Folder of one version.
+
+    Raises:
+        DataError: the hash is none.
+    """
+    return storage.join(set_url, VERSIONS, schemas.version_folder(content_hash, _NAME_DIGITS))
 
 
 def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = None, version: str = "", takedown: str = "") -> ShardSet:
@@ -283,17 +307,17 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
         takedown: URL of the take-down list (data.takedown); empty: none.
 
     Raises:
-        DataError: no such version, another schema, other parents, or no take-down list where one is named.
+        DataError: no such version, a damaged manifest, another schema, other parents, or no take-down list where one is named.
     """
     stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
     place = storage.join(version_url(url, version) if version else url, MANIFEST)
     if not storage.exists(place):
         what = f"no version {version[:_NAME_DIGITS]} of a shard set" if version else "no shard set"
         raise DataError(f"{url}: {what} here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
-    manifest = storage.read_json(place)
-    if manifest.get("schema") != schema:
+    manifest = schemas.read_manifest(place)
+    if manifest["schema"] != schema:
         raise DataError(
-            f"{url}: holds schema '{manifest.get('schema')}', this stage reads '{schema}'; "
+            f"{url}: holds schema '{manifest['schema']}', this stage reads '{schema}'; "
             f"point data.images or data.codes at the right set, or run '{stage}' again."
         )
     for kind, expected in (expect_parents or {}).items():
@@ -316,47 +340,3 @@ def read_takedown(url: str) -> frozenset[str]:
         return frozenset()
     # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
     return frozenset(found for line in text.lines(storage.read_text(url)) if line.strip() for found in (line, line.strip()))
-
-
-def _sha256(part: Mapping[str, Any], name: str) -> str:
-    return next(str(file["sha256"]) for file in part["files"] if file["name"] == name)
-
-
-def _checked(url: str, sha256: str) -> bytes:
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise _damaged(url)
-    return data
-
-
-def _damaged(url: str) -> DataError:
-    folder = url.rpartition("/")[0]
-    return DataError(f"{url}: damaged, its SHA-256 is not the one it was written with; delete {folder} and run the stage that wrote it again.")
-
-
-def _read_u64(url: str, sha256: str) -> NDArray[np.uint64]:
-    return np.frombuffer(_checked(url, sha256), U64)
-
-
-def _read_files(set_url: str, part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    place = storage.join(set_url, part["name"])
-    if not storage.is_remote(place):
-        yield from _read_local(storage.local_path(place), part, place)
-        return
-    with tempfile.TemporaryDirectory(prefix="part-") as folder:
-        for file in part["files"]:
-            if file["name"].endswith((".mds", INDEX)):
-                storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))
-        yield from _read_local(Path(folder), part, place)
-
-
-def _read_local(folder: Path, part: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
-    from streaming.base.format.mds.reader import MDSReader
-
-    for file in part["files"]:
-        if file["name"].endswith((".mds", INDEX)) and storage.sha256_file(folder / file["name"]) != file["sha256"]:
-            raise _damaged(storage.join(place, file["name"]))
-    for shard in json.loads((folder / INDEX).read_text())["shards"]:
-        reader = MDSReader.from_json(str(folder), None, shard)
-        for index in range(len(reader)):
-            yield reader[index]

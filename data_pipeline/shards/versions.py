@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.part_writer import write_part
-from data_pipeline.shards.shard_set import EXCLUDED, INDEX, MANIFEST, U64, Record, ShardSet, part_name, read_markers, version_url
+from data_pipeline.shards.schema import read_manifest
+from data_pipeline.shards.shard_set import EXCLUDED, MANIFEST, Record, ShardSet, part_name, read_markers, version_url
 from infra import storage
 from infra.digests import digest
 from infra.errors import DataError
-
-_PART = re.compile(r"part-[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,13 @@ def merge(
     place = version_url(set_url, str(manifest["content_hash"]))
     index = {"version": 2, "shards": _all_shards(parts, markers)}
     if storage.exists(storage.join(place, MANIFEST)):
-        manifest = storage.read_json(storage.join(place, MANIFEST))  # keeps its first producer
+        manifest = read_manifest(storage.join(place, MANIFEST))  # keeps its first producer
     else:
         storage.write_bytes(storage.join(place, EXCLUDED), packed)
         storage.write_json(storage.join(place, INDEX), index)
         storage.write_json(storage.join(place, MANIFEST), manifest)
     newest = storage.join(set_url, MANIFEST)
-    if not storage.exists(newest) or storage.read_json(newest) != manifest:
+    if not storage.exists(newest) or read_manifest(newest) != manifest:
         storage.write_json(storage.join(set_url, INDEX), index)
         storage.write_json(newest, manifest)
     return ShardSet(set_url, manifest)
@@ -132,22 +131,3 @@ def write_set(
     for target, records in zip(targets, parts, strict=True):
         write_part(url, target.inputs, records, shard_bytes)
     return merge(url, targets, collect(url, targets, "encode"), schema, settings or {}, excluded=excluded)
-
-
-def checked_manifest(set_url: str, url: str) -> dict[str, Any]:
-    """A manifest for whoever deletes by it: the name of a part that leads elsewhere must not take along what lies there.
-
-    Args:
-        set_url: place of the shard set.
-        url: of a manifest of the set.
-
-    Raises:
-        DataError: the manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
-    """
-    manifest: dict[str, Any] = storage.read_json(url)
-    odd = sorted(str(part["name"]) for part in manifest["parts"] if not _PART.fullmatch(str(part["name"])))
-    if odd:
-        raise DataError(
-            f"{url}: names a part '{odd[0]}', expected part-<hexadecimal digits>: it was changed by hand, or is damaged; see 'launcher.py validate {set_url}'."
-        )
-    return manifest

@@ -18,6 +18,7 @@ from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from tests.infra.test_storage_weeks import begin_upload
+from tests.support.made_sets import image
 from train.config import load_run
 from train.verbs import collect as verb
 
@@ -42,7 +43,8 @@ def version(url: str, parts: list[str], schema: str = CODES_SCHEMA, parents: dic
     targets = [Part(name, "") for name in parts]
     for target in targets:
         if not storage.exists(storage.join(url, f"part-{target.inputs[:16]}", "done.json")):
-            write_part(url, target.inputs, [code(int(target.inputs, 16) % 100)], 1 << 20)
+            number = int(target.inputs, 16) % 100
+            write_part(url, target.inputs, [image(number) if schema == IMAGE_SCHEMA else code(number)], 1 << 20)
     return merge(url, targets, collect(url, targets, "encode"), schema, {"parts": parts}, parents)
 
 

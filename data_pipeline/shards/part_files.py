@@ -1,0 +1,131 @@
+"""Files of a part, read for whoever reads whole parts: each is checked against the hash in the manifest first, and nothing unpacks without a bound."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards.rows import ShardRows
+from data_pipeline.shards.schema import check_columns, read_part_index
+from infra import storage, strict_json
+from infra.errors import DataError
+
+INDEX = "index.json"
+U64 = np.dtype("<u8")
+_SMALLEST_LIMIT = 1 << 20  # below it a wrong hash is the better message
+_LONGEST_LINE = 16 << 20  # bytes of the captions of one record
+
+
+def unpack_captions(data: bytes, count: int, place: str) -> Iterator[list[str]]:
+    """The lines of a file of captions, one by one: what it would unpack to is not asked of memory.
+
+    Args:
+        data: of the file.
+        count: records of its part.
+        place: its URL, for messages.
+
+    Raises:
+        DataError: it is no such file, or has another number of lines.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            for _ in range(count):
+                captions = strict_json.loads(file.readline(_LONGEST_LINE).decode())
+                if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                    raise ValueError("a line is no list of texts")
+                yield captions
+            if file.read(1):
+                raise ValueError(f"more lines than the {count} records of its part")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{place}: is no gzipped file of JSON lines ({error}); run 'launcher.py validate' on the set.") from error
+
+
+def sha256_of(part: Mapping[str, Any], name: str, url: str) -> str:
+    """Hash of a part's file in the manifest of the set at ``url``.
+
+    Raises:
+        DataError: the part has no such file.
+    """
+    found = [str(file["sha256"]) for file in part["files"] if file["name"] == name]
+    if not found:
+        raise DataError(f"{url}: part {part['name']} has no file {name}, which the set was written with; run 'launcher.py validate {url}'.")
+    return found[0]
+
+
+def read_checked(url: str, sha256: str, most: int) -> bytes:
+    """A file of at most ``most`` bytes.
+
+    Raises:
+        DataError: it is missing or larger, or its hash is another.
+    """
+    data = storage.read_at_most(url, most)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _damaged(url)
+    return data
+
+
+def _damaged(url: str) -> DataError:
+    folder = url.rpartition("/")[0]
+    return DataError(f"{url}: damaged, its SHA-256 is not the one it was written with; delete {folder} and run the stage that wrote it again.")
+
+
+def read_u64(url: str, sha256: str, count: int) -> NDArray[np.uint64]:
+    """``count`` numbers of 64 bits.
+
+    Raises:
+        DataError: the file is missing or damaged, or holds another number of them.
+    """
+    data = read_checked(url, sha256, max(8 * count, _SMALLEST_LIMIT))
+    if len(data) != 8 * count:
+        raise DataError(f"{url}: {len(data)} bytes; the manifest counts {count} numbers of 8; run 'launcher.py validate' on the set.")
+    return np.frombuffer(data, U64)
+
+
+def read_records(set_url: str, part: Mapping[str, Any], schema: str) -> Iterator[dict[str, Any]]:
+    """All records of a part as dictionaries of columns, in order; one on S3 is copied to this machine first.
+
+    Args:
+        set_url: place of the set.
+        part: the manifest's entry.
+        schema: of the set.
+
+    Raises:
+        DataError: a file is missing or damaged, or holds other columns.
+    """
+    place = storage.join(set_url, part["name"])
+    if not storage.is_remote(place):
+        yield from _read_local(storage.local_path(place), part, place, schema)
+        return
+    with tempfile.TemporaryDirectory(prefix="part-") as folder:
+        for file in part["files"]:
+            if file["name"].endswith((".mds", INDEX)):
+                storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))
+        yield from _read_local(Path(folder), part, place, schema)
+
+
+def _read_local(folder: Path, part: Mapping[str, Any], place: str, schema: str) -> Iterator[dict[str, Any]]:
+    for file in part["files"]:
+        if file["name"].endswith((".mds", INDEX)) and storage.sha256_file(folder / file["name"]) != file["sha256"]:
+            raise _damaged(storage.join(place, file["name"]))
+    hashed = {file["name"] for file in part["files"]}
+    for entry in read_part_index(str(folder / INDEX)):
+        name = entry["raw_data"]["basename"]
+        if name not in hashed:
+            raise DataError(
+                f"{storage.join(place, name)}: no file of its part in the manifest, so nobody knows its hash; run 'launcher.py validate'."
+            )
+        check_columns(schema, entry, storage.join(place, name))
+        rows = ShardRows(folder / name, entry, storage.join(place, name))
+        try:
+            yield from (dict(rows[number]) for number in range(len(rows)))
+        finally:
+            rows.close()

@@ -1,0 +1,213 @@
+"""What the manifest, the index and the markers of a shard set must be: checked once, where each is opened, for whatever is read, written or deleted by them.
+
+A set may come from anybody. Names in it are one path component, so that nothing outside of the set is ever read, written or deleted; encodings are ours, so
+that nothing in it is executed (MDS knows ``pkl``) or unpacked without a bound (MDS knows compressed shards); every field has its type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, FailFast, Field, model_validator
+
+from infra.errors import DataError
+from infra.stored import Count, Sha256, Stored, read
+
+PART = r"part-[0-9a-f]{1,64}"
+"""Names of parts, as ``part_name`` makes them."""
+IMAGE_COLUMNS = {
+    **dict.fromkeys(("id", "source", "license", "group", "split"), "str"),
+    "captions": "json",
+    "image": "bytes",
+    "width": "int",
+    "height": "int",
+}
+"""Columns of schema image/1, with their encodings."""
+_FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}"
+_SHARD = rf"{_FILE}\.mds"
+_VERSION = re.compile(r"[0-9a-f]{1,64}")
+_TEXT = r"^[^\x00]{0,4096}$"
+_WRITTEN_AGAIN = "run 'launcher.py validate' on the set, which says what to delete and to run"
+
+
+class File(Stored):
+    """A file of a part."""
+
+    name: Annotated[str, Field(pattern=f"^{_FILE}$")]
+    bytes: Count
+    sha256: Sha256
+
+
+def _part_name(name: str) -> str:
+    if not re.fullmatch(PART, name):
+        raise ValueError("expected part-<hexadecimal digits>: it was changed by hand, or is damaged")
+    return name
+
+
+class Part(Stored):
+    """A part, as the manifest names it."""
+
+    name: Annotated[str, AfterValidator(_part_name)]
+    source: Annotated[str, Field(pattern=_TEXT)]
+    count: Count
+    files: Annotated[list[File], FailFast()]
+
+
+class Excluded(Stored):
+    """Positions that are no part of the version."""
+
+    count: Count
+    sha256: Sha256
+    reasons: dict[str, Count] = Field(default_factory=dict)
+
+
+class Manifest(Stored):
+    """manifest.json of a set, at the top and in versions/."""
+
+    schema_: Annotated[str, Field(alias="schema", pattern=r"^[a-z]+/[0-9]{1,9}$")]
+    count: Count
+    stored: Count
+    content_hash: Sha256
+    parts: Annotated[list[Part], FailFast()]
+    excluded: Excluded
+    parents: dict[str, Annotated[str, Field(pattern=_TEXT)]]
+    settings: dict[str, Any]
+    producer: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_part_a_name(self) -> Self:
+        if len({part.name for part in self.parts}) < len(self.parts):
+            raise ValueError("a part is named twice")
+        return self
+
+
+class RawData(Stored):
+    """The file of a shard, in the index of a part."""
+
+    basename: Annotated[str, Field(pattern=f"^{_SHARD}$")]
+    bytes: Count
+    hashes: dict[str, str]
+
+
+class RawDataInSet(RawData):
+    """The file of a shard, in the index of a set."""
+
+    basename: Annotated[str, Field(pattern=f"^{PART}/{_SHARD}$")]
+
+
+class Entry(Stored):
+    """A shard in the index of a part."""
+
+    column_names: list[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]]
+    column_encodings: list[Annotated[str, Field(pattern=r"^(str|bytes|json|int|ndarray:uint16:[1-9][0-9]{0,6})$")]]
+    format: Literal["mds"]
+    compression: None = None
+    samples: Count
+    raw_data: RawData
+
+    @model_validator(mode="after")
+    def _one_encoding_a_column(self) -> Self:
+        if len(self.column_names) != len(self.column_encodings) or len(set(self.column_names)) < len(self.column_names):
+            raise ValueError("each column has one name and one encoding")
+        if 4 * self.samples > self.raw_data.bytes:
+            raise ValueError(f"{self.samples} rows do not fit into {self.raw_data.bytes} bytes")
+        return self
+
+
+class EntryInSet(Entry):
+    """A shard in the index of a set."""
+
+    raw_data: RawDataInSet
+
+
+class PartIndex(Stored):
+    """index.json of a part."""
+
+    shards: Annotated[list[Entry], FailFast()]
+
+
+class Index(Stored):
+    """index.json of a set."""
+
+    shards: Annotated[list[EntryInSet], FailFast()]
+
+
+class Marker(Stored):
+    """done.json of a part."""
+
+    inputs: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+    count: Count
+    files: Annotated[list[File], FailFast()]
+    shards: Annotated[list[Entry], FailFast()]
+    extra: dict[str, Any]
+
+
+def code_columns(length: int) -> dict[str, str]:
+    """Columns of schema codes/1 with their encodings, for pictures of ``length`` codes."""
+    return {"id": "str", "captions": "json", "codes": f"ndarray:uint16:{length}", "crop": "json", "crop_index": "int", "seed": "int"}
+
+
+def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """Column -> encoding that a shard of a schema has; of how many codes, its index entry says."""
+    if schema.startswith("image/"):
+        return IMAGE_COLUMNS
+    encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    length = str(encodings.get("codes", "")).rpartition(":")[2]
+    return code_columns(int(length) if length.isdecimal() else 0)
+
+
+def check_columns(schema: str, entry: Mapping[str, Any], place: str) -> None:
+    """Refuse a shard whose records are not of a schema, before one is read.
+
+    Raises:
+        DataError: the first column that differs is named.
+    """
+    found, expected = dict(zip(entry["column_names"], entry["column_encodings"], strict=True)), columns_of(schema, entry)
+    if found != expected:
+        odd = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise DataError(f"{place}: column '{odd}' is {found.get(odd)}, the schema has {expected.get(odd)}; run 'launcher.py validate' on the set.")
+
+
+def read_manifest(url: str) -> dict[str, Any]:
+    """The manifest of a set or of one of its versions.
+
+    Raises:
+        DataError: it is missing or damaged, or names a part or a file that lies elsewhere. Nothing may be read, written or deleted by it then.
+    """
+    return read(url, Manifest, _WRITTEN_AGAIN)
+
+
+def read_index(url: str) -> list[dict[str, Any]]:
+    """The shards in the index of a set or of one of its versions.
+
+    Raises:
+        DataError: it is missing or damaged, names a file that lies elsewhere, or has columns whose reading would run code.
+    """
+    return list(read(url, Index, _WRITTEN_AGAIN)["shards"])
+
+
+def read_part_index(url: str) -> list[dict[str, Any]]:
+    """The shards in the index of a part; see ``read_index``."""
+    return list(read(url, PartIndex, _WRITTEN_AGAIN)["shards"])
+
+
+def read_marker_file(url: str) -> dict[str, Any]:
+    """The marker of a part.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return read(url, Marker, f"delete the folder {url.rpartition('/')[0]} and run the stage that wrote it again")
+
+
+def version_folder(content_hash: str, digits: int) -> str:
+    """Name of a version's folder.
+
+    Raises:
+        DataError: not the beginning of a content hash; a name such as '..' would lead elsewhere.
+    """
+    if not _VERSION.fullmatch(content_hash):
+        raise DataError(f"version '{content_hash}': expected the hexadecimal digits of a content hash, as 'launcher.py inspect' shows them.")
+    return content_hash[:digits]

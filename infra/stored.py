@@ -1,0 +1,69 @@
+"""JSON files of ours that are read back, each checked against one description of its fields: a file that anybody may have changed is data, not state.
+
+A description is a ``Stored`` model. What passes comes back as the plain dictionary that was in the file, so that what it is equal to and what its digest is
+stay the file's own; what does not is a DataError that names the file, the field, what was found there and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from infra import shown, storage
+from infra.errors import DataError, ExitCode
+
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+"""Of records, bytes or updates."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
+"""A time or a duration."""
+
+
+def _exit_code(code: int) -> int:
+    return int(ExitCode(code))
+
+
+Code = Annotated[int, AfterValidator(_exit_code)]
+"""One of the exit codes."""
+
+
+class Stored(BaseModel):
+    """Base of the descriptions: strict types; fields that are not named may hold anything."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
+    """A stored file, checked.
+
+    Args:
+        url: of the file.
+        model: what its fields must be.
+        remedy: what to do if it is damaged.
+
+    Raises:
+        DataError: it is missing, no JSON, or not of this description.
+    """
+    found: dict[str, Any] = storage.read_json(url)
+    check(found, model, url, remedy)
+    return found
+
+
+def check(found: Any, model: type[Stored], place: str, remedy: str = "") -> None:
+    """Check what was read already.
+
+    Raises:
+        DataError: it is not of this description; ``place`` names the file.
+    """
+    try:
+        model.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the file"
+        what = str(first.get("ctx", {}).get("error") or first["msg"])
+        given = "" if first["type"] == "missing" else f", found {shown.value(first['input'], 100)}"
+        raise DataError(
+            f"{place}: damaged, or not written by this project: {where}: {what[:1].lower()}{what[1:]}{given}; "
+            f"{remedy or 'delete it and run the stage that wrote it again'}."
+        ) from None

@@ -1,0 +1,88 @@
+"""JSON that is read back: whatever the bytes, the outcome is plain values or a ValueError, in time and memory that the size bounds.
+
+Python's own parser takes what no file of ours holds and what trips its readers: numbers that are not finite, integers without end, a key twice (of which
+the last wins in silence), lists in lists until the recursion ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+MAX_BYTES = 512 << 20
+"""Largest file that is parsed: the index of 250 million images has a tenth of it."""
+MAX_DEPTH = 64
+"""Objects and lists inside each other. Our files have at most ten."""
+_MOST_DIGITS = 60  # such numbers do no harm where they are only compared; whoever counts with them says how large they may be
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: no JSON, or JSON that no writer of ours makes; the message says what is wrong.
+    """
+    try:
+        found = _STRICT.decode(text)
+    except RecursionError:
+        raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other") from None
+    _check_depth(found)
+    return found
+
+
+def loads_record(text: str) -> Any:
+    """The value of a small JSON text of a record, on the way to training: as ``loads``, but a repeated key and a deep nest that parses are let through.
+
+    Raises:
+        ValueError: no JSON, or numbers that are not finite.
+    """
+    try:
+        return _FAST.decode(text)
+    except RecursionError:
+        raise ValueError("objects and lists lie too deep in each other") from None
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other")
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    found = float(digits)
+    if not math.isfinite(found):
+        raise ValueError(f"the number {digits[:80]} is not finite")
+    return found
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)
+_FAST = json.JSONDecoder(parse_constant=_constant)

@@ -20,6 +20,7 @@ from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
+from infra.lost_peer import is_lost_peer, why_peer_ended
 from infra.repository import LAUNCHER
 from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
@@ -35,7 +36,7 @@ _EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
 
 
 class StageFailed(ReportedError):
-    """A stage ended with a code other than 0; the message is the root cause."""
+    """A stage ended with a code other than 0; the message is the root cause, or empty where it was shown already."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -111,7 +112,7 @@ def stage(
         _refuse_if_stopped(stop)
         code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
     if code != ExitCode.DONE:
-        raise StageFailed(code, f"{name}: {reason}")
+        raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -240,8 +241,13 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     except ReportedError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:
-        traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
+        if not is_lost_peer(error):
+            traceback.print_exc()
+        elif said := why_peer_ended(run, label, attempt, world.rank):
+            reason = f"ended after {said}"
+        else:
+            reason = f"another rank is gone ({reason.splitlines()[0]})"
     run.record_exit(label, attempt, world.rank, code, reason)
     return code
 
@@ -306,4 +312,4 @@ def _run_child(arguments: list[str], stop: StopFlag) -> None:
     if code < 0:
         raise StageFailed(ExitCode.CRASH, f"{arguments[2]}: killed by signal {-code}; run the same command again to go on.")
     if code:
-        raise StageFailed(code, f"{arguments[2]}: ended with exit code {code}; run the same command again to go on.")
+        raise StageFailed(code, "")  # its launcher has said why, and that line stays the last

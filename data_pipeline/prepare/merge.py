@@ -63,8 +63,9 @@ def state(plan: Plan, images_url: str) -> State:
             for split, marker in zip(SPLITS, markers, strict=True):
                 result.markers[split].append(marker or {})
             continue
-        failed = Tries(images_url, inputs[position]).failed()
-        if len(failed) >= plan.data.max_tries:
+        tries = Tries(images_url, inputs[position])
+        failed = tries.failed()
+        if tries.spent(failed, plan.data.max_tries):
             result.quarantined.append({"shard": unit.shard.name, "reason": failed[-1]["reason"], "tries": len(failed)})
         else:
             result.open.append(unit)
@@ -99,7 +100,7 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
     tally = Tally()
     for marker in now.markers["train"]:
         tally.include(marker["extra"]["tally"])
-    _refuse_empty(plan, draft, hidden, tally)
+    _refuse_empty(plan, draft, hidden, tally, now)
     parts = [plan.part(unit) for unit in now.done]
     sets = {
         split: merge(
@@ -148,10 +149,17 @@ def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> N
     return np.concatenate([np.empty(empty, np.uint64), *parts])
 
 
-def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally) -> None:
+def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally, now: State) -> None:
     empty = [split for split in SPLITS if draft[split].stored == len(hidden[split])]
     if not empty:
         return
+    if now.quarantined and not tally.seen:
+        first = now.quarantined[0]
+        raise DataError(
+            f"data.sources = {[source.url for source in plan.data.sources]}: none of the {len(plan.units)} input shards could be read. The first, "
+            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is mended, delete the folder tries beside the image sets, and run the stage "
+            "'prepare' again."
+        )
     left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)
     dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
     raise DataError(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from infra import storage, text
 from infra.digests import id_hash
-from infra.errors import DataError
+from infra.errors import DataError, MissingError
 
 IMAGE_SCHEMA = "image/1"
 CODES_SCHEMA = "codes/1"
@@ -314,8 +314,12 @@ def read_takedown(url: str) -> frozenset[str]:
     """
     if not url:
         return frozenset()
+    try:
+        listed = storage.read_text(url)
+    except MissingError as error:
+        raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
     # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
-    return frozenset(found for line in text.lines(storage.read_text(url)) if line.strip() for found in (line, line.strip()))
+    return frozenset(found for line in text.lines(listed) if line.strip() for found in (line, line.strip()))
 
 
 def _sha256(part: Mapping[str, Any], name: str) -> str:

@@ -21,6 +21,7 @@ from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
 from infra.lost_peer import is_lost_peer, why_peer_ended
+from infra.progress import duration
 from infra.repository import LAUNCHER
 from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
@@ -113,7 +114,11 @@ def stage(
         code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
-    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+    done, whole = run.done(name), duration(time.monotonic() - started)
+    # The first figure is the report's.
+    print(
+        f"{name}: done in {duration(done['seconds'])} ({whole} with the start of its processes)" if done else f"{name}: done in {whole}", flush=True
+    )
 
 
 def _is_finished(name: str, cfg: RunConfig, run: RunFolder) -> bool:
@@ -283,14 +288,17 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.planning.demo_time import project
 
-    print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)
+    projection = project(cfg, run, nproc or default_nproc(STAGES["dalle"]))
+    print(projection, flush=True)
     started = time.monotonic()
     for position, (name, entry) in enumerate(STAGES.items(), 1):
-        print(f"[{position}/{len(STAGES)}] {name}", flush=True)
+        print(f"[{position}/{len(STAGES)}] {name}{projection.to_go()}", flush=True)
         _refuse_if_stopped(stop)
+        began = time.monotonic()
         _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1, restarts), stop)
-    minutes = (time.monotonic() - started) / 60
-    print(f"done in {minutes:.1f} minutes")
+        projection.took(name, time.monotonic() - began)
+    work = sum(float((run.done(name) or {}).get("seconds", 0.0)) for name in STAGES)
+    print(f"done in {duration(time.monotonic() - started)}; the stages' own work, in all attempts, took {duration(work)}")
     print(f"report       {run.at('report.html')}")
     print(f"pictures     {run.at('generate', 'grid.png')}")
     print(f"tensorboard  {run.at('tensorboard')}    (tensorboard --logdir {run.at('tensorboard')})")

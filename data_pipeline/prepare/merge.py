@@ -208,7 +208,23 @@ def _split_summary(shard_set: ShardSet, markers: list[dict[str, Any]], groups: i
 
 def _credits(plan: Plan, now: State) -> list[str]:
     lines: dict[str, str] = {}
-    for source in plan.sources:
-        lines |= source.credits()
+    for entry, source in zip(plan.data.sources, plan.sources, strict=True):
+        if entry.is_emoji or entry.license:
+            lines |= source.credits()
     used = {name for markers in now.markers.values() for marker in markers for name in marker["extra"]["sources"]}
-    return [lines.get(name, f"{name}: author and licence as its records say.") for name in sorted(used)]
+    return [lines.get(name) or f"{name}: {_terms(name, now)}" for name in sorted(used)]
+
+
+def _terms(name: str, now: State) -> str:
+    """What the records of a source say of their licence, where nothing else is known; nothing is made up."""
+    licenses: Counter[str] = Counter()
+    for markers in now.markers.values():
+        for marker in markers:
+            if name in marker["extra"]["sources"]:
+                licenses.update(marker["extra"]["licenses"])
+    known = [f"{text} ({count} records)" for text, count in licenses.most_common(_SHOWN) if text]
+    return (
+        f"licences by its records: {', '.join(known)}; the author stands with each record, if anywhere."
+        if known
+        else "the source gave neither author nor licence."
+    )

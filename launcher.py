@@ -303,12 +303,20 @@ def docs(demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its
         demo_page.main(demo)
 
 
+def last_line(error: ReportedError) -> str:
+    """What a person reads last: the kind of error and its message, or how to go on after a stop."""
+    if error.exit_code == ExitCode.REQUEUE:
+        return f"stopped: {str(error).rstrip('.')}. Run the same command again to go on."
+    return f"{error.exit_code.name.lower()} error: {error}"
+
+
 def main(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         code = app(arguments, standalone_mode=False)
     except ReportedError as error:
-        print(f"{error.exit_code.name.lower()} error: {error}", file=sys.stderr)
+        if str(error):
+            print(last_line(error), file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own complaint about the command line

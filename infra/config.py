@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -17,7 +18,7 @@ from infra.errors import ConfigError
 class Section(BaseModel):
     """Base of every configuration section: frozen, strict, no unknown keys, attribute docstrings as descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -57,6 +58,12 @@ def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
     return parsed
 
 
+def as_typed(overrides: list[str]) -> dict[str, str]:
+    """``{"section.key": "the words behind ="}`` of overrides that TOML reads as something else than text that looks alike (dates, 1_000, 0x10)."""
+    words = dict(word.partition("=")[::2] for word in overrides)
+    return {key: words[key] for key, value in ((".".join(path), value) for path, value in parse_overrides(overrides)) if str(value) != words[key]}
+
+
 def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]) -> M:
     """Build ``model`` from a parsed preset (named by ``origin`` in messages) and command-line overrides.
 
@@ -73,19 +80,29 @@ def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]
             if not isinstance(node, dict):
                 raise ConfigError(f"override '{'.'.join(path)}': '{part}' is a value, not a section.")
         node[path[-1]] = value
-    return validate(model, tree, origin)
+    return validate(model, tree, origin, as_typed(overrides))
 
 
-def validate(model: type[M], tree: dict[str, Any], origin: str) -> M:
-    """Validate plain dictionaries, and turn every complaint into one that names its key and what is accepted."""
+def validate(model: type[M], tree: dict[str, Any], origin: str, typed: Mapping[str, str] | None = None) -> M:
+    """Validate plain dictionaries, and turn every complaint into one that names its key and what is accepted.
+
+    Args:
+        typed: values as they stand on the command line, for messages, by section.key.
+    """
+    typed = typed or {}
     for key, text in _texts(tree):
         if shown.holds_password(text):
             raise ConfigError(f"{origin}: {key} = {text}: {shown.NO_PASSWORDS}")
+    for key, value in flatten(tree).items():
+        if isinstance(value, datetime.date | datetime.time):
+            raise ConfigError(
+                f"{origin}:\n  {key}: {typed.get(key, value)} is read as a date or a time, which no key accepts; {_quoted(key, typed.get(key, str(value)))}."
+            )
     try:
         # JSON mode: 3 is a valid float and a list a valid tuple, but "3" is no number and 3.0 no integer.
         return model.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        lines = [_complaint(model, tree, dict(detail)) for detail in error.errors()]
+        lines = [_complaint(model, tree, dict(detail), typed) for detail in error.errors()]
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from error
     except TypeError as error:
         raise ConfigError(f"{origin}: a value cannot be written as JSON ({error}); dates and times are not accepted.") from error
@@ -103,7 +120,12 @@ def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(inner, key)
 
 
-def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, Any]) -> str:
+def _quoted(key: str, text: str) -> str:
+    """How to write a value so that it is text: for a shell, which takes the outer quotes away."""
+    return f"write '{key}=\"{text}\"' for text"
+
+
+def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, Any], typed: Mapping[str, str]) -> str:
     where = [str(part) for part in detail["loc"]]
     key = ".".join(where)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -112,7 +134,14 @@ def _complaint(model: type[BaseModel], tree: dict[str, Any], detail: dict[str, A
         return f"{key}: unknown key; accepted {place}: {accepted}."
     if detail["type"] == "value_error":
         return f"{key or 'configuration'}: {detail['ctx']['error']}"
-    return f"{key}: {detail['msg']}; given: {shown.value(detail['input'])}."
+    read = shown.value(detail["input"])
+    given = f"given: {typed[key]} (read as {read})" if key in typed else f"given: {read}"
+    hint = (
+        f"; {_quoted(key, typed.get(key, str(detail['input'])))}"
+        if detail["type"] == "string_type" and not isinstance(detail["input"], list | dict)
+        else ""
+    )
+    return f"{key}: {detail['msg']}; {given}{hint}."
 
 
 def accepted_keys(model: type[BaseModel], path: list[str]) -> list[str]:

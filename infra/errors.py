@@ -58,6 +58,10 @@ class UnreachableError(DataError):
     exit_code = ExitCode.CRASH
 
 
+class UnchangingError(DataError):
+    """What the bytes themselves say, such as columns of unknown names: reading them again cannot change it, and nobody tries."""
+
+
 class CheckpointError(DataError):
     """A checkpoint is missing, incomplete, damaged or of another shape."""
 

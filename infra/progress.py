@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -18,6 +19,12 @@ from rich.text import Text
 _WINDOW_S = 60.0
 _REDRAW_S = 0.2
 _LOG_WIDTH = 200
+_SOON_S = 10.0
+"""Until this much time has been watched, a rate is a guess, and the end is said as a wide range."""
+_GUESS = 1.5
+"""How far such a guess may be off, either way."""
+_STEADY = 1.2
+"""Slowest over fastest quarter of what was watched, up to which one figure says it."""
 
 
 class Progress:
@@ -71,6 +78,8 @@ class Progress:
         now = self._clock()
         self._done = done
         self._fields |= fields
+        if self._shown is None and done - self._start == 1:
+            self._recent.clear()  # the first one waits for data, allocates and compiles: what it took says nothing of the next
         self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] >= _WINDOW_S:
             self._recent.popleft()
@@ -99,6 +108,30 @@ class Progress:
         rate = self.rate()
         return max(0, self.total - self._done) / rate if rate > 0 and self.total else None
 
+    def eta_range_s(self) -> tuple[float, float] | None:
+        """Seconds to go at the fastest and at the slowest recent rate, wider while little was watched; None while nothing can be said."""
+        if not self.total or self.rate() <= 0:
+            return None
+        left, watched = max(0, self.total - self._done), self._recent[-1][0] - self._recent[0][0]
+        rates = [rate for rate in self._quarters() if rate > 0] or [self.rate()]
+        guess = _GUESS if watched < _SOON_S else 1.0
+        return left / max(rates) / guess, left / min(rates) * guess
+
+    def _quarters(self) -> list[float]:
+        """Rates in up to four spells of equally many marks."""
+        marks = list(self._recent)
+        step = max(1, -(-(len(marks) - 1) // 4))
+        ends = [*range(0, len(marks) - step, step), len(marks) - 1]
+        pairs = [(marks[a], marks[b]) for a, b in pairwise(ends)]
+        return [(n1 - n0) / (t1 - t0) for (t0, n0), (t1, n1) in pairs if t1 > t0]
+
+    def _eta(self) -> str:
+        found = self.eta_range_s()
+        if found is None:
+            return ""
+        low, high = found
+        return f"ETA {duration(self.eta_s() or 0.0)}" if high <= _STEADY * low else f"ETA {duration(low)} to {duration(high)}"
+
     def line(self, finished: bool = False) -> str:
         """The state as one line: ``dvae  120/1500 steps  8.1 steps/s  ETA 2:51  loss 0.412``."""
         elapsed = self._clock() - self._started
@@ -107,11 +140,10 @@ class Progress:
         rate = (self._done - self._start) / elapsed if finished and elapsed > 0 else self.rate()
         if rate > 0:
             words.append(f"{three_digits(rate)} {self.unit}/s")
-        eta = self.eta_s()
         if finished:
             words.append(f"took {duration(elapsed)}")
-        elif eta is not None:
-            words.append(f"ETA {duration(eta)}")
+        elif eta := self._eta():
+            words.append(eta)
         return "  ".join([*words, *_shown_fields(self._fields)])
 
     def __enter__(self) -> Self:

@@ -131,7 +131,7 @@ class RunFolder:
         """Wait until every rank of all nodes has recorded its end, or one a code of its own, or time is up: whoever leaves early may end the rest."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            records = self._records(stage, attempt)
+            records = self.records(stage, attempt)
             if len(records) >= size or any(record["code"] in _OWN_CODES for record in records):
                 return
             time.sleep(_POLL_S)
@@ -140,7 +140,8 @@ class RunFolder:
         names = storage.list_files(self.at("exits", stage))
         return {int(name.split("/")[0].removeprefix("attempt-")) for name in names if name.endswith("/begin.json")}
 
-    def _records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
+    def records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
+        """How the ranks of an attempt ended, those that have, the earliest first."""
         base = self.at("exits", stage, f"attempt-{attempt}")
         names = [name for name in storage.list_files(base) if name.startswith("rank-")]
         return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
@@ -161,7 +162,7 @@ class RunFolder:
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
         """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75."""
-        records = self._records(stage, attempt)
+        records = self.records(stage, attempt)
         for record in records:
             if record["code"] in _OWN_CODES:
                 return record["code"], f"rank {record['rank']}: {record['reason']}"

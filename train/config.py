@@ -383,7 +383,10 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
 
     for candidate in (preset, storage.join(preset, "config.json")):
         if candidate.endswith((".toml", ".json")) and storage.exists(candidate):
-            return parse(storage.read_bytes(candidate).decode(), candidate), candidate
+            try:
+                return parse(storage.read_bytes(candidate).decode(), candidate), candidate
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{candidate}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
     raise ConfigError(f"preset '{preset}': no such preset, .toml file or run folder; presets: {known}.")
 

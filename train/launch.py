@@ -20,6 +20,8 @@ from infra.agent import Placement, begin, run_ranks
 from infra.config import differences, to_json
 from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
+from infra.lost_peer import is_lost_peer, why_peer_ended
+from infra.progress import duration
 from infra.repository import LAUNCHER
 from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
@@ -35,7 +37,7 @@ _EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
 
 
 class StageFailed(ReportedError):
-    """A stage ended with a code other than 0; the message is the root cause."""
+    """A stage ended with a code other than 0; the message is the root cause, or empty where it was shown already."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -111,8 +113,12 @@ def stage(
         _refuse_if_stopped(stop)
         code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
     if code != ExitCode.DONE:
-        raise StageFailed(code, f"{name}: {reason}")
-    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+        raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
+    done, whole = run.done(name), duration(time.monotonic() - started)
+    # The first figure is the report's.
+    print(
+        f"{name}: done in {duration(done['seconds'])} ({whole} with the start of its processes)" if done else f"{name}: done in {whole}", flush=True
+    )
 
 
 def _is_finished(name: str, cfg: RunConfig, run: RunFolder) -> bool:
@@ -240,8 +246,13 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     except ReportedError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:
-        traceback.print_exc()
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
+        if not is_lost_peer(error):
+            traceback.print_exc()
+        elif said := why_peer_ended(run, label, attempt, world.rank):
+            reason = f"ended after {said}"
+        else:
+            reason = f"another rank is gone ({reason.splitlines()[0]})"
     run.record_exit(label, attempt, world.rank, code, reason)
     return code
 
@@ -277,14 +288,17 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.planning.demo_time import project
 
-    print(project(cfg, run, nproc or default_nproc(STAGES["dalle"])), flush=True)
+    projection = project(cfg, run, nproc or default_nproc(STAGES["dalle"]))
+    print(projection, flush=True)
     started = time.monotonic()
     for position, (name, entry) in enumerate(STAGES.items(), 1):
-        print(f"[{position}/{len(STAGES)}] {name}", flush=True)
+        print(f"[{position}/{len(STAGES)}] {name}{projection.to_go()}", flush=True)
         _refuse_if_stopped(stop)
+        began = time.monotonic()
         _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1, restarts), stop)
-    minutes = (time.monotonic() - started) / 60
-    print(f"done in {minutes:.1f} minutes")
+        projection.took(name, time.monotonic() - began)
+    work = sum(float((run.done(name) or {}).get("seconds", 0.0)) for name in STAGES)
+    print(f"done in {duration(time.monotonic() - started)}; the stages' own work, in all attempts, took {duration(work)}")
     print(f"report       {run.at('report.html')}")
     print(f"pictures     {run.at('generate', 'grid.png')}")
     print(f"tensorboard  {run.at('tensorboard')}    (tensorboard --logdir {run.at('tensorboard')})")
@@ -306,4 +320,4 @@ def _run_child(arguments: list[str], stop: StopFlag) -> None:
     if code < 0:
         raise StageFailed(ExitCode.CRASH, f"{arguments[2]}: killed by signal {-code}; run the same command again to go on.")
     if code:
-        raise StageFailed(code, f"{arguments[2]}: ended with exit code {code}; run the same command again to go on.")
+        raise StageFailed(code, "")  # its launcher has said why, and that line stays the last

@@ -13,6 +13,7 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.filters.boilerplate import is_boilerplate
 from data_pipeline.filters.language import is_english
 from infra import storage, text
+from infra.errors import DataError, MissingError
 
 _SURROGATE = re.compile(r"[\uD800-\uDFFF]")
 _VISIBLE = re.compile(
@@ -129,6 +130,12 @@ def blocked_words(url: str) -> tuple[frozenset[str], tuple[str, ...]]:
     Raises:
         DataError: the list is missing or no UTF-8 text.
     """
-    lines = (_WORD.findall(line.partition("#")[0].casefold()) for line in text.lines(storage.read_text(url)))
+    try:
+        listed = storage.read_text(url)
+    except MissingError as error:
+        raise DataError(
+            f"filters.blocked_words = {url}: does not exist; name a text file with a word or phrase on each line, or leave it empty."
+        ) from error
+    lines = (_WORD.findall(line.partition("#")[0].casefold()) for line in text.lines(listed))
     entries = [words for words in lines if words]
     return frozenset(words[0] for words in entries if len(words) == 1), tuple(f" {' '.join(words)} " for words in entries if len(words) > 1)

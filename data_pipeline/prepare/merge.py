@@ -63,8 +63,9 @@ def state(plan: Plan, images_url: str) -> State:
             for split, marker in zip(SPLITS, markers, strict=True):
                 result.markers[split].append(marker or {})
             continue
-        failed = Tries(images_url, inputs[position]).failed()
-        if len(failed) >= plan.data.max_tries:
+        tries = Tries(images_url, inputs[position])
+        failed = tries.failed()
+        if tries.spent(failed, plan.data.max_tries):
             result.quarantined.append({"shard": unit.shard.name, "reason": failed[-1]["reason"], "tries": len(failed)})
         else:
             result.open.append(unit)
@@ -99,7 +100,7 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
     tally = Tally()
     for marker in now.markers["train"]:
         tally.include(marker["extra"]["tally"])
-    _refuse_empty(plan, draft, hidden, tally)
+    _refuse_empty(plan, draft, hidden, tally, now)
     parts = [plan.part(unit) for unit in now.done]
     sets = {
         split: merge(
@@ -148,10 +149,17 @@ def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> N
     return np.concatenate([np.empty(empty, np.uint64), *parts])
 
 
-def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally) -> None:
+def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDArray[np.int64]], tally: Tally, now: State) -> None:
     empty = [split for split in SPLITS if draft[split].stored == len(hidden[split])]
     if not empty:
         return
+    if now.quarantined and not tally.seen:
+        first = now.quarantined[0]
+        raise DataError(
+            f"data.sources = {[source.url for source in plan.data.sources]}: none of the {len(plan.units)} input shards could be read. The first, "
+            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is mended, delete the folder tries beside the image sets, and run the stage "
+            "'prepare' again."
+        )
     left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)
     dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
     raise DataError(
@@ -200,7 +208,23 @@ def _split_summary(shard_set: ShardSet, markers: list[dict[str, Any]], groups: i
 
 def _credits(plan: Plan, now: State) -> list[str]:
     lines: dict[str, str] = {}
-    for source in plan.sources:
-        lines |= source.credits()
+    for entry, source in zip(plan.data.sources, plan.sources, strict=True):
+        if entry.is_emoji or entry.license:
+            lines |= source.credits()
     used = {name for markers in now.markers.values() for marker in markers for name in marker["extra"]["sources"]}
-    return [lines.get(name, f"{name}: author and licence as its records say.") for name in sorted(used)]
+    return [lines.get(name) or f"{name}: {_terms(name, now)}" for name in sorted(used)]
+
+
+def _terms(name: str, now: State) -> str:
+    """What the records of a source say of their licence, where nothing else is known; nothing is made up."""
+    licenses: Counter[str] = Counter()
+    for markers in now.markers.values():
+        for marker in markers:
+            if name in marker["extra"]["sources"]:
+                licenses.update(marker["extra"]["licenses"])
+    known = [f"{text} ({count} records)" for text, count in licenses.most_common(_SHOWN) if text]
+    return (
+        f"licences by its records: {', '.join(known)}; the author stands with each record, if anywhere."
+        if known
+        else "the source gave neither author nor licence."
+    )

@@ -20,7 +20,7 @@ from data_pipeline.shards.part_writer import PartWriter
 from data_pipeline.shards.shard_set import ImageRecord, part_done
 from data_pipeline.sources.pairs import Found, NotRead, Unreadable
 from infra import storage
-from infra.errors import DataError, NoRoomError, ReportedError, UnreachableError
+from infra.errors import DataError, NoRoomError, ReportedError, UnchangingError, UnreachableError
 from infra.world import World
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
         else:
             tries = Tries(images_url, inputs)
             failed = tries.failed()
-            if len(failed) < plan.data.max_tries:
+            if not tries.spent(failed, plan.data.max_tries):
                 begun = tries.begin(len(failed))
                 try:
                     _write(plan, unit, inputs, images_url, asked)
@@ -84,6 +84,10 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                     withdraw(begun)
                     break
                 except _Poisoned as error:
+                    if isinstance(error.__cause__, UnchangingError):
+                        record_failure(begun, str(error), unchanging=True)
+                        queue.appendleft((unit, inputs))  # to be quarantined at once
+                        continue
                     log.warning("%s: try %d of %d failed: %s", unit.shard.name, len(failed) + 1, plan.data.max_tries, error)
                     record_failure(begun, str(error))
                     queue.append((unit, inputs))  # after everything else: what broke it may pass
@@ -95,9 +99,8 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                 share.written += 1
             else:
                 share.quarantined += 1
-                log.error(
-                    "%s: quarantined after %d tries: %s. Delete %s to try again.", unit.shard.name, len(failed), failed[-1]["reason"], tries.url
-                )
+                times = f"after {len(failed)} tries" if len(failed) > 1 else "at its first try"
+                log.error("%s: quarantined %s: %s. Delete %s to try again.", unit.shard.name, times, failed[-1]["reason"].rstrip("."), tries.url)
                 refuse_too_many(plan, share.quarantined, failed[-1]["reason"])
         through += 1
         if progress is not None:
@@ -192,4 +195,4 @@ def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
     except (GeneratorExit, UnreachableError, NoRoomError):
         raise
     except Exception as error:
-        raise _Poisoned(f"{type(error).__name__}: {error}") from error
+        raise _Poisoned(str(error) if isinstance(error, UnchangingError) else f"{type(error).__name__}: {error}") from error

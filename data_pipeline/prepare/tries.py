@@ -32,6 +32,10 @@ class Tries:
         """Records of tries that did not succeed, in order."""
         return [storage.read_json(storage.join(self.url, name)) for name in storage.list_files(self.url)]
 
+    def spent(self, failed: list[dict[str, Any]], max_tries: int) -> bool:
+        """Whether no try is left: there were enough, or the last one met what another try cannot change."""
+        return len(failed) >= max_tries or bool(failed and failed[-1].get("unchanging"))
+
     def begin(self, number: int) -> str:
         """Record that a try begins. A reader that is killed leaves the record as it is: that counts as a failure.
 
@@ -47,9 +51,9 @@ class Tries:
         storage.delete_prefix(self.url)
 
 
-def record_failure(place: str, reason: str) -> None:
-    """Say why the try that ``begin`` recorded failed."""
-    storage.write_json(place, storage.read_json(place) | {"reason": shown.message(reason)})
+def record_failure(place: str, reason: str, *, unchanging: bool = False) -> None:
+    """Say why the try that ``begin`` recorded failed, and whether another one would meet the same."""
+    storage.write_json(place, storage.read_json(place) | {"reason": shown.message(reason)} | ({"unchanging": True} if unchanging else {}))
 
 
 def withdraw(place: str) -> None:

@@ -24,7 +24,7 @@ from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_recor
 from data_pipeline.shards.rows import row_decoder
 from infra import storage, text
 from infra.digests import id_hash
-from infra.errors import DataError
+from infra.errors import DataError, MissingError
 
 IMAGE_SCHEMA = "image/1"
 CODES_SCHEMA = "codes/1"
@@ -338,5 +338,9 @@ def read_takedown(url: str) -> frozenset[str]:
     """
     if not url:
         return frozenset()
+    try:
+        found = storage.read_text(url)
+    except MissingError as error:
+        raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
     # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
-    return frozenset(found for line in text.lines(storage.read_text(url)) if line.strip() for found in (line, line.strip()))
+    return frozenset(each for line in text.lines(found) if line.strip() for each in (line, line.strip()))

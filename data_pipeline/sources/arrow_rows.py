@@ -22,7 +22,7 @@ from data_pipeline.sources.rows_to_pairs import (
     split_of_name,
     text_in,
 )
-from infra.errors import DataError
+from infra.errors import UnchangingError
 
 _ABOUT = ("id", "uid", "key", "group", "sha256", "md5", "url", "source", "license", "licence", "LICENSE", "split")
 
@@ -63,7 +63,7 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     kind = schema.field(image).type if image else None
     if kind is None or not captions or ({"status", "url", "key"} <= set(names) and image == "url"):
         hint = "; it describes the tars or folders beside it: name those" if {"status", "url", "key"} <= set(names) else ""
-        raise DataError(
+        raise UnchangingError(
             f"{url}: none of its columns, {', '.join(names)}, is known to hold {'captions' if image and not captions else 'images'}{hint}; "
             "columns are named in data.sources as image and captions."
         )
@@ -74,7 +74,7 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     is_path = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)
     is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
     if not (is_struct or is_path or is_bytes):
-        raise DataError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
+        raise UnchangingError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
     return Columns(image, is_struct, is_path, captions, tuple(name for name in _ABOUT if name in names and name != image))
 
 
@@ -83,7 +83,7 @@ def _check_captions(url: str, name: str, kind: Any) -> None:
     while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
     if types.is_struct(kind) and not usual_captions(field.name for field in kind):
-        raise DataError(
+        raise UnchangingError(
             f"{url}: column '{name}' holds structs of {', '.join(field.name for field in kind)}, none of which is known to hold a caption; accepted are "
             "strings, lists of strings, and structs with a field of a usual name (caption, text, raw ...). Name another column in data.sources as captions."
         )

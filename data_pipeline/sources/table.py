@@ -35,7 +35,7 @@ from data_pipeline.sources.rows_to_pairs import (
 )
 from data_pipeline.sources.tar_metadata import lines_of
 from infra import storage
-from infra.errors import DataError, UnreachableError
+from infra.errors import DataError, UnchangingError, UnreachableError
 
 PLAIN = (".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN))
@@ -219,7 +219,7 @@ class Table:
         others = tuple(number for number in numbers if number != image)
         captions = find_captions(numbers, config) or (others if len(others) == 1 and not config.captions else ())
         if not image or not captions:
-            raise DataError(
+            raise UnchangingError(
                 f"{self.url}: its first row, {_shown(cells)}, names no column of {'captions' if image else 'images'} that is known; its second row: "
                 f"{_shown(second)}. Name both in data.sources as image and captions, columns of a header, or numbers from 0 without one: "
                 f'data.sources=[{{url="{self.origin.config.url}", image="{_nth(cells, 0)}", captions=["{_nth(cells, 1)}"]}}]. Usual names are found: '

@@ -70,6 +70,35 @@ def test_the_rate_forgets_what_happened_more_than_a_minute_ago() -> None:
     assert abs(bar.rate() - 10.0) < 1e-9
 
 
+def test_a_slow_first_update_promises_no_end_and_spoils_no_later_rate() -> None:
+    bar, stream, clock = make(total=1500)
+    clock.now += 20  # data, memory, compilation
+    bar.update(1)
+    assert stream.getvalue() == "dvae  1/1500 steps\n", "not 8:20:00"
+    for step in range(2, 83):
+        clock.now += 0.125
+        bar.update(step)
+    assert stream.getvalue().splitlines()[-1] == "dvae  81/1500 steps  8 steps/s  ETA 2:57"
+
+
+def test_the_end_is_a_range_until_the_rate_is_stable() -> None:
+    bar, _, clock = make(total=1000)
+    clock.now += 1
+    bar.update(1)
+    for step in range(2, 22):
+        clock.now += 0.1
+        bar.update(step)
+    low, high = bar.eta_range_s() or (0.0, 0.0)
+    assert abs(low - 97.9 / 1.5) < 0.1 and abs(high - 97.9 * 1.5) < 0.1, "two seconds watched"
+    assert "ETA 1:05 to 2:27" in bar.line()
+    for step in range(22, 122):
+        clock.now += 0.1 if step < 72 else 0.4
+        bar.update(step)
+    low, high = bar.eta_range_s() or (0.0, 0.0)
+    assert round(low) == 88 and round(high) == 352, "a load that came: as fast as before, or as slow as now"
+    assert "ETA 1:28 to 5:52" in bar.line()
+
+
 def test_nothing_is_claimed_before_anything_is_known() -> None:
     bar, stream, _ = make()
     bar.update(0)

@@ -7,6 +7,7 @@ processes, as the probe's own took; loading, evaluations and saves; and the othe
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,11 @@ _LOADING = 0.03
 _EVALUATION = 0.5
 """An evaluated sample over a trained one: two forward passes, of the three that an update's arithmetic makes, on larger batches."""
 _SAVE_S = 0.15
+_QUIET_SHARE = 0.9
+"""Of its cores' time, what a process of the probe gets on a quiet machine; the rest are waits for the other process."""
+_BUSY = 1.25
+"""Loaded over quiet, from which on the projection is a range."""
+_TELLING_S = 20.0
 _START_S = 5.0
 """Of a stage's launcher itself, before it starts ranks."""
 _CLIP_IMAGES_S, _PICTURES_S = 600.0, 3.3
@@ -35,21 +41,65 @@ _OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, 
 """Recorded seconds of the other stages with the demo's data, starts aside."""
 
 
-def project(cfg: RunConfig, run: RunFolder, nproc: int) -> str:
-    """Measure updates of both networks in ``nproc`` processes at once, and say what the unfinished stages will take."""
+class Projection:
+    """What the unfinished stages will take: a range where other programs take turns on this machine, mended by what each stage then took.
+
+    Args:
+        quiet: seconds of each stage, were the machine ours.
+        loaded: the same if it stays as it is.
+        words: what is said instead, where nothing was measured.
+    """
+
+    def __init__(self, quiet: Mapping[str, float], loaded: Mapping[str, float], words: str = "") -> None:
+        self.quiet, self.loaded, self._words = dict(quiet), dict(loaded), words
+        self._factor: float | None = None
+
+    def __str__(self) -> str:
+        if self._words:
+            return f"projected time: {self._words}"
+        low, high = sum(self.quiet.values()), sum(self.loaded.values())
+        trainings = [name for name in _TRAININGS if name in self.loaded]
+        parts = ", ".join(f"{name} {self.loaded[name] / 60:.1f}" for name in trainings)
+        parts = f"({parts}, the rest {(high - sum(self.loaded[name] for name in trainings)) / 60:.1f})"
+        if high <= _BUSY * low:
+            return f"projected time: {high / 60:.0f} minutes {parts}"
+        return (
+            f"projected time: {low / 60:.0f} to {high / 60:.0f} minutes {parts}: other programs take {100 * (1 - low / high):.0f} % of this machine now; "
+            "measured again after each stage"
+        )
+
+    def took(self, stage: str, seconds: float) -> None:
+        """A stage has ended; short ones, mostly starts of processes, say little of the machine."""
+        middle = self._middle(stage)
+        if middle and seconds >= _TELLING_S:
+            self._factor = seconds / middle
+        self.quiet.pop(stage, None)
+        self.loaded.pop(stage, None)
+
+    def to_go(self) -> str:
+        """', about 13 minutes to go', by the newest stage that says something of the machine; '' before one has ended."""
+        if self._factor is None:
+            return ""
+        return f", about {max(1, round(self._factor * sum(map(self._middle, self.loaded)) / 60))} minutes to go"
+
+    def _middle(self, stage: str) -> float:
+        return math.sqrt(self.quiet.get(stage, 0.0) * self.loaded.get(stage, 0.0))
+
+
+def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
+    """Measure updates of both networks in ``nproc`` processes at once, and project what the unfinished stages will take."""
     trainings = [name for name in _TRAININGS if run.done(name) is None]
     if not trainings:
-        return "projected time: two or three minutes (both trainings are finished)"
+        return Projection({}, {}, "two or three minutes (both trainings are finished)")
     print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
     measured = probe(run, nproc, trainings)
     if measured is None:
-        return "projected time: unknown, because the probe failed (see above); the stages may fail likewise"
-    rates, start_s = measured
+        return Projection({}, {}, "unknown, because the probe failed (see above); the stages may fail likewise")
+    rates, start_s, share = measured
     done = {name: _steps_done(run, name) for name in trainings}
     others = [name for name in (*_OTHER_S, "clip", "generate") if run.done(name) is None]
-    seconds = estimate(cfg, rates, start_s, done, others)
-    total, parts = sum(seconds.values()), ", ".join(f"{name} {seconds[name] / 60:.1f}" for name in trainings)
-    return f"projected time: {total / 60:.0f} minutes ({parts}, the rest {(total - sum(seconds[name] for name in trainings)) / 60:.1f})"
+    quiet = estimate(cfg, {name: rate / share for name, rate in rates.items()}, start_s * share, done, others)
+    return Projection(quiet, estimate(cfg, rates, start_s, done, others), "")
 
 
 def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: Mapping[str, int], others: list[str]) -> dict[str, float]:
@@ -82,8 +132,9 @@ def _training(fit: DvaeFit | DalleFit, rate: float, steps: int) -> float:
     return (steps * fit.batch * (1 + _LOADING) + evaluated) / rate + -(-steps // fit.save_every) * _SAVE_S
 
 
-def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, float], float] | None:
-    """Samples/s of trainings in ``nproc`` processes together, and seconds from the start of a process to its first update; None if a process failed."""
+def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, float], float, float] | None:
+    """Samples/s of trainings in ``nproc`` processes together, seconds from the start of a process to its first update, and the share of its cores that
+    a process got, of what it got on a quiet machine; None if a process failed."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "train.planning.demo_time_probe", run.config_url, scratch, str(PROBE_S / len(trainings)), *trainings]
@@ -102,7 +153,8 @@ def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, f
     if any(process.returncode for process in processes):
         return None
     answers = [json.loads(text.splitlines()[-1]) for text in said]
-    return {name: answers[0][name] for name in trainings}, max(answer["start_s"] for answer in answers)
+    share = min(1.0, sum(answer["cpu_share"] for answer in answers) / len(answers) / _QUIET_SHARE)
+    return {name: answers[0][name] for name in trainings}, max(answer["start_s"] for answer in answers), share
 
 
 def _steps_done(run: RunFolder, name: str) -> int:

@@ -111,10 +111,12 @@ def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> No
     rates = probe(1.0)
     dtype = torch.bfloat16 if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else torch.float32
     found: dict[str, float] = {}
+    spent, began = time.process_time(), time.perf_counter()
     for stage in stages:
         update = (dvae_update if stage == "dvae" else dalle_update)(cfg, dtype, world)
         found.setdefault("start_s", process_age_s())
         found[stage] = rate(update, seconds) * (cfg.dvae_fit if stage == "dvae" else cfg.dalle_fit).batch
+    found["cpu_share"] = (time.process_time() - spent) / (time.perf_counter() - began) / torch.get_num_threads()
     print(json.dumps(found), flush=True)
     dist.barrier()  # who leaves first would break the others' connections
 

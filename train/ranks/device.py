@@ -109,5 +109,5 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
                 )
         choice = [storage.read_json(url)["precision"]]
     if world.size > 1:
-        dist.broadcast_object_list(choice, device=device)
+        dist.broadcast_object_list(choice, group=_patient)  # over gloo, which notices at once where the main rank has failed instead
     return DTYPES[choice[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from train.report.markup import Html, el, join, note
 from train.report.plots import Line, lines
@@ -70,6 +71,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
 }
 TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
 _OPEN = 3
+_FEW = 2
 
 
 def section(run: RunView) -> Section | None:
@@ -78,6 +80,8 @@ def section(run: RunView) -> Section | None:
     silent = []
     for stage in TRAINED:
         plots = [plot for number, panel in enumerate(PANELS[stage]) if (plot := _plot(run, stage, number, panel))]
+        if timed := _against_time(run, stage):
+            plots.insert(1, timed)
         if not plots:
             silent.append(TITLES[stage])
             continue
@@ -99,7 +103,41 @@ def _plot(run: RunView, stage: str, number: int, panel: Panel) -> Html | None:
     value = run.evaluation.get(panel.reference) if panel.reference else None
     reference = (float(value), panel.reference_label) if value is not None else None
     plot = lines(f"{stage}{number}", panel.title, found, log=panel.log, reference=reference)
-    return el("figure", el("figcaption", panel.title), plot, class_="plot")
+    return el("figure", el("figcaption", panel.title, _few(found)), plot, class_="plot")
+
+
+def _few(found: list[Line]) -> str:
+    """What a curve of one or two points must not hide: there is no trend in it."""
+    short = [(line.label, len(line.points)) for line in found if len(line.points) <= _FEW]
+    return "".join(f" – {label}: {count} point{'s' if count > 1 else ''}, no trend" for label, count in short)
+
+
+def _against_time(run: RunView, stage: str) -> Html | None:
+    """The losses over minutes of training: the pauses between attempts are left out, as far as logged points show them."""
+    panel = next((panel for panel in PANELS[stage] if panel.title.startswith(("image loss", "loss", "contrastive loss"))), None)
+    series = run.series(stage)
+    whole = sorted({(point.step, point.time) for points in series.values() for point in points})
+    if panel is None or len(whole) < _FEW + 1:
+        return None
+    minutes = _minutes(whole)
+    found = [Line(label, [(minutes[point.step], point.value) for point in series[name]]) for name, label in panel.curves if series.get(name)]
+    if not any(math.isfinite(value) for line in found for _, value in line.points):
+        return None
+    title = f"{panel.title}, against time"
+    return el("figure", el("figcaption", title), lines(f"{stage}time", title, found, across="minutes of training"), class_="plot")
+
+
+def _minutes(points: list[tuple[int, float]]) -> dict[int, float]:
+    """Step -> minutes since the first point; a step that took more than ten times the usual counts as the usual: it was a pause."""
+    paces = sorted((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points) if b[0] > a[0])
+    usual = paces[len(paces) // 2] if paces else 0.0
+    found, now = {points[0][0]: 0.0}, 0.0
+    for (before, begun), (step, ended) in pairwise(points):
+        if step > before:
+            pace = (ended - begun) / (step - before)
+            now += (step - before) * (pace if 0 <= pace <= 10 * usual else usual)
+        found[step] = now / 60
+    return found
 
 
 def _warning(run: RunView, stage: str) -> Html | None:

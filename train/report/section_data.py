@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from train.report.judgement import draws_emoji
 from train.report.markup import Child, Html, el, join, note, number, table
 from train.report.view import RunView, Section
 from train.run.stage_table import TRAINED
@@ -19,18 +20,21 @@ def section(run: RunView) -> Section | None:
     summary = run.summary("prepare")
     if not summary:
         return Section("data", "What was trained on what", note("The prepare stage has not finished: nothing is known about the data."))
-    parts: list[Child] = [_counts(summary), _passes(run, summary), _filters(summary), _files(summary), _other(run)]
+    parts: list[Child] = [_counts(run, summary), _passes(run, summary), _filters(summary), _files(summary), _other(run)]
     return Section("data", "What was trained on what", join(parts))
 
 
-def _counts(summary: dict[str, Any]) -> Html:
+def _counts(run: RunView, summary: dict[str, Any]) -> Html:
     splits, sources = summary.get("splits") or {}, summary.get("sources") or {}
     rows: list[list[Child]] = [[el("b", "split "), name, number(count)] for name, count in splits.items()]
     rows += [[el("b", "source "), name, number(count)] for name, count in sources.items()]
     groups = summary.get("groups")
     if isinstance(groups, dict):
         rows += [[el("b", "concepts "), name, number(value)] for name, value in groups.items() if isinstance(value, int | float)]
-    words = "Images with captions. Validation holds out whole concepts: every style and variant of a name together."
+    held_out = (
+        "concepts: every style and variant of a name together" if draws_emoji(run) else "groups: records of one image or of one name go together"
+    )
+    words = f"Images with captions. Validation holds out whole {held_out}."
     return join(note(words), table(["", "", "count"], rows, numbers=(2,)))
 
 

@@ -1,10 +1,11 @@
-"""Drawn pictures: several for each caption, best first, each above its nearest training image, beside the real drawing."""
+"""Drawn pictures: several for each caption, best first, each above its nearest training image, beside the real one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from train.report.images import data_uri
+from train.report.judgement import draws_emoji
 from train.report.markup import Html, el, join, note
 from train.report.view import RunView, Section
 
@@ -19,9 +20,10 @@ def section(run: RunView) -> Section | None:
     candidates = index.get("candidates") or run.section("generate").get("candidates")
     of = f" of {candidates}" if candidates else ""
     words = [
-        f"The best {shown}{of} pictures for each caption by CLIP score, best first. Below each stands the training image nearest to it, ",
+        f"The best {shown}{of} pictures for each caption by this run's own CLIP, best first (#1); its scores are similarities between -1 and 1, no ",
+        "probabilities, and order the pictures of one caption only. Below each stands the training image nearest to it, ",
         "so that copying would be seen: a distance of 0 is a copy. ",
-        "Framed on the left: the real drawing, held out from training or a training image, as it says."
+        f"Framed on the left: the real {'drawing' if draws_emoji(run) else 'picture'}, held out from training or a training image, as it says."
         if any(caption.get("truth") for caption in captions)
         else None,
     ]
@@ -36,7 +38,7 @@ def section(run: RunView) -> Section | None:
 def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:
     text = str(caption.get("caption", ""))
     pictures = sorted(caption.get("pictures") or [], key=lambda picture: -float(picture.get("score") or 0))[:shown]
-    columns = [_pair(run, picture, text) for picture in pictures]
+    columns = [_pair(run, picture, text, place) for place, picture in enumerate(pictures, 1)]
     if caption.get("truth"):
         kind = "trained on" if caption.get("split") == "train" else "held out"
         real = el("figure", _image(run, caption["truth"], f"{kind}: {text}"), el("figcaption", kind), class_="truth")
@@ -44,13 +46,14 @@ def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:
     return el("article", el("h3", text), el("div", columns, class_="pairs"), class_="card")
 
 
-def _pair(run: RunView, picture: dict[str, Any], caption: str) -> Html:
+def _pair(run: RunView, picture: dict[str, Any], caption: str, place: int) -> Html:
     score, seed = picture.get("score"), picture.get("seed")
-    words = "" if score is None else f"CLIP {float(score):.2f}"
+    words = "" if score is None else f"#{place}"
+    similarity = "" if score is None else f"similarity to the caption by this run's CLIP: {float(score):.2f}"
     drawn = el(
         "figure",
         _image(run, picture.get("file"), f"drawn for: {caption}"),
-        el("figcaption", words, title=f"CLIP score; seed {seed}" if seed is not None else "CLIP score"),
+        el("figcaption", words, title="; ".join(filter(None, (similarity, "" if seed is None else f"seed {seed}")))),
     )
     nearest = picture.get("nearest") or {}
     if not nearest.get("file"):

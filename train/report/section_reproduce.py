@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
 
+from train.config import PRESETS
 from train.report.markup import Child, el, join, note, table
 from train.report.view import RunView, Section
+
+
+def _commands(run: RunView) -> list[str]:
+    """What runs every stage anew: the command that began the run with 'demo' for its stage, where a preset and its words say everything; else the
+    whole configuration, which also holds what was changed later."""
+    words = shlex.split(str(run.provenance.get("command") or ""))
+    begun = words[3:] if words[:2] == ["python", "launcher.py"] and len(words) > 3 else []
+    if begun and (PRESETS / f"{begun[0]}.toml").is_file() and not run.provenance.get("changes"):
+        others = [word for word in begun[1:] if not word.startswith("run.name=")]
+        return [
+            "# every stage, into a run folder of another name",
+            shlex.join(["python", "launcher.py", "demo", begun[0], *others, f"run.name={run.name}-again"]),
+        ]
+    return [
+        f"# save the configuration below as {run.name}.json; set run.name in it to a new name",
+        shlex.join(["python", "launcher.py", "demo", f"{run.name}.json"]),
+    ]
 
 
 def section(run: RunView) -> Section | None:
@@ -14,16 +33,11 @@ def section(run: RunView) -> Section | None:
         return Section("reproduce", "Reproduce", note("The run folder holds no configuration."))
     commit = str(run.provenance.get("commit", "unknown"))
     clean = commit.removesuffix("+dirty")
-    command = f"python launcher.py demo {run.name}.json"
     lines = [
         f"git checkout {clean}" if clean != "unknown" else "# the commit is not known: this was no git checkout",
         "pip install -r requirements.txt -c constraints.txt",
-        f"# save the configuration below as {run.name}.json; set run.name in it to a new name",
-        command,
+        *_commands(run),
     ]
-    given = run.provenance.get("command")
-    if isinstance(given, str) and given:
-        lines = [*lines[:2], given]
     warnings: Child = None
     if commit.endswith("+dirty"):
         warnings = note("Tracked files differed from this commit when the run began: the commit alone does not reproduce it.")

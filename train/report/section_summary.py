@@ -1,4 +1,4 @@
-"""The figures that matter, as tiles, each beside its goal."""
+"""The figures that matter, as tiles: each beside its goal where the run has goals, else with what it means."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 
 from infra.progress import duration
+from train.report import judgement
+from train.report.judgement import GOAL_BELOW_UNIGRAM_PERCENT, GOAL_CODE_USE, GOAL_PSNR_DB
 from train.report.markup import Html, el, join, note
 from train.report.view import RunView, Section
 from train.run.stage_table import STAGES
-
-GOAL_PSNR_DB = 20.0
-GOAL_CODE_USE = 0.5
-GOAL_BELOW_UNIGRAM_PERCENT = 20.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,8 @@ def section(run: RunView) -> Section | None:
     tiles = [tile for tile in (_psnr(run), _code_use(run), _below_unigram(run), _caption_gain(run), _retrieval(run), _time(run)) if tile]
     if not tiles:
         return Section("summary", "At a glance", note("No stage has measured anything yet."))
-    explanation = "Measured on the validation split: whole concepts that no training stage has seen." if run.evaluation else None
+    held_out = "whole concepts" if judgement.draws_emoji(run) else "pictures"
+    explanation = f"Measured on the validation split: {held_out} that no training stage has seen." if run.evaluation else None
     missing = (
         "The evaluate stage has not finished: these are the newest values of the training logs, on fewer samples." if not run.evaluation else None
     )
@@ -55,6 +54,8 @@ def _psnr(run: RunView) -> Tile | None:
     value = _measured(run, "psnr_db", "dvae", "eval/psnr")
     if value is None:
         return None
+    if not judgement.has_goals(run):
+        return Tile("Reconstruction", f"{value:.1f}", "dB PSNR", judgement.of_psnr(value))
     return Tile("Reconstruction", f"{value:.1f}", "dB PSNR", f"goal {GOAL_PSNR_DB:g} dB", value >= GOAL_PSNR_DB)
 
 
@@ -64,6 +65,8 @@ def _code_use(run: RunView) -> Tile | None:
         return None
     vocab = run.section("dvae").get("vocab")
     of = f"of {vocab} codes in use" if vocab else "of codes in use"
+    if not judgement.has_goals(run):
+        return Tile("Codebook", f"{100 * value:.0f}", "%", f"{of}; {judgement.of_code_use(value)}")
     return Tile("Codebook", f"{100 * value:.0f}", "%", f"{of}, goal {100 * GOAL_CODE_USE:.0f} %", value >= GOAL_CODE_USE)
 
 
@@ -74,6 +77,8 @@ def _below_unigram(run: RunView) -> Tile | None:
         loss = _measured(run, "image_ce_nats", "dalle", "eval/loss_image")
         return None if loss is None else Tile("Image codes", f"{loss:.2f}", "nats per code", "cross-entropy")
     detail = f"{ce:.2f} against {unigram:.2f} nats, " if ce is not None and unigram is not None else ""
+    if not judgement.has_goals(run):
+        return Tile("Below unigram entropy", f"{below:.0f}", "%", f"{detail}{judgement.of_below_unigram(below)}")
     return Tile("Below unigram entropy", f"{below:.0f}", "%", f"{detail}goal {GOAL_BELOW_UNIGRAM_PERCENT:.0f} %", below >= GOAL_BELOW_UNIGRAM_PERCENT)
 
 
@@ -81,6 +86,8 @@ def _caption_gain(run: RunView) -> Tile | None:
     value = _measured(run, "caption_gain_nats", "dalle", "eval/caption_gain")
     if value is None:
         return None
+    if not judgement.has_goals(run):
+        return Tile("What a caption is worth", f"{value:.3f}", "nats per code", judgement.of_caption_gain(value, judgement.codes(run)))
     return Tile("What a caption is worth", f"{value:.3f}", "nats per code", "less surprise than under a wrong caption, goal above 0", value > 0)
 
 
@@ -91,11 +98,14 @@ def _retrieval(run: RunView) -> Tile | None:
     chance = run.evaluation.get("clip_chance")
     if not chance:
         return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", "at first rank")
-    return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", f"at first rank; chance is {100 * chance:.2g} %", value > chance)
+    detail = f"at first rank in a batch; chance is {100 * chance:.2g} %"
+    if not judgement.has_goals(run):
+        return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", f"{detail}.{judgement.of_retrieval(value, float(chance))}")
+    return Tile("CLIP finds the picture", f"{100 * value:.0f}", "%", detail, value > chance)
 
 
 def _time(run: RunView) -> Tile | None:
     seconds = [float(run.done(stage)["seconds"]) for stage in STAGES if run.done(stage).get("seconds") is not None]
     if not seconds:
         return None
-    return Tile("Time", duration(sum(seconds)), "", f"in {len(seconds)} finished stages")
+    return Tile("Time", duration(sum(seconds)), "", f"in {len(seconds)} finished stages; starts of processes come on top")

@@ -26,7 +26,8 @@ def section(run: RunView) -> Section | None:
         bar = el("span", el("span", style=f"width:{width:.1f}%"), class_="bar")
         rows.append([stage, duration(seconds[stage]), bar, str(done.get("world_size", "")), _throughput(done)])
     rows.append([el("b", "together"), el("b", duration(sum(seconds.values()))), "", "", ""])
-    body = join(table(["stage", "time", "", "processes", "throughput"], rows, numbers=(1, 3, 4)), _waiting(run), _commits(run))
+    aside = note("Time of work, as each stage says it in the terminal; starting its processes comes on top.")
+    body = join(table(["stage", "time", "", "processes", "throughput"], rows, numbers=(1, 3, 4)), aside, _waiting(run), _commits(run))
     return Section("timings", "Timings", body)
 
 

@@ -22,7 +22,7 @@ from train.loop.trainer import RESTORE_PATIENCE, Trainer
 from train.optimizer import apex_parts
 from train.planning.flops import train_flops
 from train.ranks import watchdog
-from train.ranks.device import branch_dtype, matrix_peak, set_up, wait_for_all
+from train.ranks.device import branch_dtype, matrix_peak, patient_group, set_up, wait_for_all
 from train.run import places
 from train.run.inputs import build_dalle, micro_batch, open_tokenizer
 from train.stages import dalle_batches, dalle_init_from
@@ -78,7 +78,7 @@ def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
     if world.is_main and storage.exists(url):
         at = [_read_halvings(url)]  # an empty list, too: no halving at all
     if world.size > 1:
-        dist.broadcast_object_list(at)
+        dist.broadcast_object_list(at, group=patient_group())  # over gloo, which notices at once where the main rank has failed instead
     return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])
 
 

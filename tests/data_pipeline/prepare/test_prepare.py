@@ -15,15 +15,16 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.filters.captions import blocked_words
 from data_pipeline.prepare import parts
 from data_pipeline.prepare import plan as planning
 from data_pipeline.prepare.merge import finish, state
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, split_of, spread
 from data_pipeline.prepare.tries import Tries
-from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set, read_takedown
 from data_pipeline.sources.pairs import Census, InputShard, Pair, Unreadable
 from infra import deferred_writes, storage
-from infra.errors import DataError, ExitCode, NoRoomError, ReportedError, UnreachableError
+from infra.errors import DataError, ExitCode, NoRoomError, ReportedError, UnchangingError, UnreachableError
 from infra.world import World
 from tests.support.data_faults import ATTEMPTS, impatient
 from tests.support.fault_proxy import Rule, fault_proxy
@@ -391,3 +392,22 @@ def test_a_sample_is_spread_over_the_units(plan_of: Callable[..., Plan]) -> None
     plan = plan_of(Shelf(boxes(*[1] * 10)))
     assert [unit.shard.name for unit in spread(plan.units, 5)] == ["box-0", "box-2", "box-4", "box-6", "box-8"]
     assert len(list(spread(plan.units, 50))) == 10
+
+
+def test_what_cannot_change_is_tried_once_and_every_shard_quarantined_names_the_first_reason(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    shelf = Shelf(boxes(8, 8), broken=dict.fromkeys(range(2), UnchangingError("columns a, b are unknown.")))
+    plan = plan_of(shelf, max_tries=3)
+    run(plan, str(tmp_path))
+    assert shelf.reads == ["box-0", "box-1"], "not three times each"
+    with pytest.raises(
+        DataError, match=r"none of the 2 input shards could be read\. The first, box-0: columns a, b are unknown\. Once that"
+    ) as caught:
+        finish(plan, str(tmp_path))
+    assert "min_side" not in str(caught.value)
+
+
+def test_a_list_that_is_missing_names_its_key(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"filters\.blocked_words = .*none\.txt: does not exist; name a text file"):
+        blocked_words(str(tmp_path / "none.txt"))
+    with pytest.raises(DataError, match=r"data\.takedown = .*none\.txt: does not exist; name a text file"):
+        read_takedown(str(tmp_path / "none.txt"))

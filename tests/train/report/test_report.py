@@ -1,5 +1,6 @@
 """The report of a made-up run folder: finished, unfinished and damaged. Seconds: about 6."""
 
+import html
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from train.report.markup import Html, el, table
 from train.report.page import build, render
 from train.report.plots import Line, lines, ranked, running_mean, thin
 from train.report.section_codebook import perplexity
+from train.report.section_curves import _minutes
 from train.report.sections import SECTIONS, make
 from train.report.view import RunView
 from train.run.stage_table import STAGES
@@ -214,15 +216,82 @@ def test_the_tiles_show_the_goals_of_the_evaluation(finished: tuple[Path, str], 
     assert words in page[page.index('id="summary"') : page.index('id="pictures"')]
 
 
+_WEAK = {"psnr_db": 19.9, "code_use": 0.24, "ce_below_unigram_percent": 19, "caption_gain_nats": 0.022, "clip_recall_at_1": 0.02, "clip_chance": 0.01}
+
+
 def test_a_figure_below_its_goal_says_so(tmp_path: Path) -> None:
-    write_json(tmp_path / "evaluate/metrics.json", {"psnr_db": 19.9, "code_use": 0.49, "ce_below_unigram_percent": 19, "caption_gain_nats": -0.01})
+    fake_run(tmp_path)
+    write_json(tmp_path / "evaluate/metrics.json", _WEAK | {"caption_gain_nats": -0.01})
     assert render(RunView(str(tmp_path))).count("not reached") == 4
+
+
+@pytest.mark.parametrize("change", [("data", "sources", [{"url": "photos"}]), ("dvae", "image_size", 128)], ids=["other data", "other resolution"])
+def test_a_run_that_the_goals_were_not_made_for_gets_meanings_and_what_to_do_next(tmp_path: Path, change: tuple[str, str, Any]) -> None:
+    run = fake_run(tmp_path)
+    section, key, value = change
+    config = json.loads((run / "config.json").read_text())
+    config[section][key] = value
+    write_json(run / "config.json", config)
+    write_json(run / "evaluate/metrics.json", _WEAK)
+    body = body_of("summary", run)
+    assert "reached</span>" not in body and "goal" not in body
+    nats = 0.022 * (config["dvae"]["image_size"] // 4) ** 2
+    assert f"{nats:.1f} nats for a picture; 0 is a model that ignores its captions, and this is near it" in body
+    assert "chance is 1 %" in body and body.count("Next: ") == 5
+    good = {"psnr_db": 30.0, "code_use": 0.9, "ce_below_unigram_percent": 60, "caption_gain_nats": 0.2, "clip_recall_at_1": 0.5, "clip_chance": 0.01}
+    write_json(run / "evaluate/metrics.json", good)
+    assert "Next: " not in body_of("summary", run)
+
+
+def test_photographs_are_not_called_drawings(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    assert "the real drawing" in body_of("pictures", run) and "every style and variant" in body_of("data", run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["sources"] = [{"url": "photos"}]
+    write_json(run / "config.json", config)
+    assert "the real picture" in body_of("pictures", run) and "every style and variant" not in body_of("data", run)
+
+
+def test_a_curve_of_one_or_two_points_says_so(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    assert "no trend" not in body_of("curves", run).replace("validation: 1 point, no trend", "")
+    write_metrics(run, "clip", 500, 250, lambda step: {"train/loss": 1.0 / step, "eval/recall_at_1": 0.1 * step})
+    assert "training: 2 points, no trend" in body_of("curves", run)
+
+
+def test_losses_stand_against_minutes_of_training_without_the_pause_between_attempts(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    assert body_of("curves", run).count("against time") == 2 * 3, "one plot for each training, by caption and for screen readers"
+    walked = _minutes([(0, 1000.0), (10, 1060.0), (20, 1120.0), (30, 90_000.0), (40, 90_060.0)])
+    assert walked == {0: 0.0, 10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "line"),
+    [
+        (
+            "python launcher.py prepare demo 'data.sources=[\"my pictures\"]' run.name=mine",
+            [],
+            "'data.sources=[\"my pictures\"]' run.name=demo-again",
+        ),
+        ("python launcher.py demo demo", [], "python launcher.py demo demo run.name=demo-again"),
+        ("python launcher.py demo mine.toml", [], "python launcher.py demo demo.json"),
+        ("python launcher.py dalle runs/demo", [], "python launcher.py demo demo.json"),
+        ("python launcher.py demo demo", [{"changed": ["dalle_fit.keep: 2 -> 3"]}], "python launcher.py demo demo.json"),
+    ],
+)
+def test_the_command_to_reproduce_runs_every_stage(tmp_path: Path, command: str, changes: list[Any], line: str) -> None:
+    run = fake_run(tmp_path)
+    write_json(run / "provenance.json", {"commit": "4fe81a0c" * 5, "command": command, "changes": changes})
+    shown = html.unescape(body_of("reproduce", run))
+    assert line in shown and "launcher.py prepare" not in shown and "launcher.py dalle" not in shown
 
 
 def test_pictures_stand_best_first_beside_the_nearest_training_image_and_the_held_out_one(finished: tuple[Path, str]) -> None:
     run, page = finished
     card = page[page.index("a flat emoji of a red apple</h3>") : page.index("&lt;b&gt;dog&lt;/b&gt;</h3>")]
-    assert [float(s) for s in re.findall(r">CLIP (0\.2\d)</figcaption>", card)] == [0.23, 0.22, 0.21]
+    found = re.findall(r"CLIP: (0\.2\d); seed \d\"[^>]*>#(\d)</figcaption>", card)
+    assert found == [("0.23", "1"), ("0.22", "2"), ("0.21", "3")], "places in sight; similarities, which are no probabilities, when asked for"
     truth = data_uri((run / "generate/pictures/0-truth.png").read_bytes())
     best, near = (data_uri((run / f"generate/pictures/0-3{end}.png").read_bytes()) for end in ("", "-nearest"))
     assert 0 < card.index(truth) < card.index(best) < card.index(near)

@@ -10,7 +10,7 @@ from tests.support.root import ROOT
 
 FOLDERS = ("docs", "train", "model", "data_pipeline", "infra", "tests", r"\.ci", r"\.github")
 CITED = re.compile(
-    rf"(?<![\w/.*<{{}}-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|toml|json|sh|txt|sbatch|yaml|yml|svg|png|css)|[A-Za-z_]+\.md)\b(?![\w*])"
+    rf"(?<![\w/.*<{{}}-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|toml|json|sh|txt|sbatch|yaml|yml|svg|png|css)|[A-Za-z_]+\.md)\b(?![\w*]|\.\w)"
 )
 SECTION = re.compile(r"docs/paper\.md (\d+(?:\.\d+)?)(?:(?:,| and) (\d+(?:\.\d+)?))?")
 # Examples of names in texts and tests, and what a run writes.

@@ -36,7 +36,7 @@ HOMES = {
     "pycld2": ("data_pipeline/filters/language.py",),
     "tensorboard": ("train/loop/metrics.py",),
     "matplotlib": ("train/report/plots.py",),
-    "pyarrow": ("data_pipeline/sources/parquet.py",),
+    "pyarrow": ("data_pipeline/sources/",),
     "simplejpeg": ("data_pipeline/images/jpeg.py", "train/bench/data_images.py"),
     "numba": ("data_pipeline/images/area_resize.py",),
     "resvg_py": ("data_pipeline/sources/drawings.py",),

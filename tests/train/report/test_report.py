@@ -1,146 +1,23 @@
 """The report of a made-up run folder: finished, unfinished and damaged. Seconds: about 6."""
 
+from __future__ import annotations
+
 import html
 import json
-import math
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from infra.errors import DataError
-from train.config import RunConfig
-from train.report.images import data_uri, grid, grid_png, png_bytes, read_grid, read_png
-from train.report.markup import Html, el, table
+from tests.support.fake_run import disc, fake_run, write_json, write_metrics
+from train.report.images import data_uri, png_bytes
 from train.report.page import build, render
-from train.report.plots import Line, lines, ranked, running_mean, thin
-from train.report.section_codebook import perplexity
 from train.report.section_curves import _minutes
 from train.report.sections import SECTIONS, make
 from train.report.view import RunView
-from train.run.stage_table import STAGES
-
-Draw = Callable[[int], np.ndarray]
-
-
-def disc(number: int, side: int = 32) -> np.ndarray:
-    """A coloured disc on white: uint8 [side, side, 3]."""
-    y, x = np.mgrid[:side, :side] - side / 2
-    colour = np.random.default_rng(number).integers(0, 200, 3)
-    inside = (x**2 + y**2 < (side * (0.25 + 0.02 * (number % 7))) ** 2)[..., None]
-    return np.where(inside, colour, 255).astype(np.uint8)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_metrics(run: Path, stage: str, steps: int, every: int, values: Callable[[int], dict[str, float]]) -> None:
-    path = run / stage / "metrics" / "attempt-0.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"step": s, "time": float(s), "values": values(s)}) + "\n" for s in range(every, steps + 1, every)))
-
-
-def fake_run(
-    run: Path, draw: Draw = disc, captions: tuple[str, ...] = ("a flat emoji of a red apple", "an outlined drawing of a <b>dog</b>")
-) -> Path:
-    """A finished run of the demo, with curves that look like curves."""
-    config = RunConfig.model_validate({"run": {"name": "demo"}}).model_dump(mode="json")
-    config["dvae"] |= {"image_size": 64, "downsample": 4, "vocab": 512}
-    config["dvae_fit"] |= {"steps": 1500, "batch": 32}
-    config["dalle_fit"] |= {"steps": 2000, "batch": 32}
-    config["clip_fit"] |= {"steps": 500, "batch": 64}
-    config["generate"] |= {"show": 3, "candidates": 8}
-    write_json(run / "config.json", config)
-    write_json(run / "provenance.json", {"commit": "4fe81a0c" * 5, "versions": {"torch": "2.15.0"}, "created": 1735689600.0})
-    done: dict[str, Any] = {
-        stage: {"stage": stage, "seconds": 11.0 * i + 5, "world_size": 2, "commit": "4fe81a0c", "summary": {}} for i, stage in enumerate(STAGES)
-    }
-    done["prepare"]["summary"] = {
-        "splits": {"train": 7612, "validation": 401},
-        "sources": {"emoji": 8013},
-        "dropped": {
-            "duplicate": {"count": 31, "examples": [{"id": f"u1f46{i}", "why": "same bytes as u1f400"} for i in range(7)]},
-            "too <small>": {"count": 2, "examples": [{"id": "x", "why": "12 x <b>9</b> pixels"}]},
-        },
-        "dropped_captions": {"not English": 412, "too short": 5},
-        "quarantined": [{"shard": "train-<0>.tar", "reason": "truncated after 3 members", "tries": 3}],
-        "groups": {"train": 3500, "validation": 184},
-        "credits": ["Twemoji, © Twitter, Inc. and contributors, CC-BY 4.0", "OpenMoji, CC-BY-SA 4.0 <script>alert(1)</script>"],
-    }
-    done["tokenizer"]["summary"] = {"captions": 40065, "content_hash": "67d5ece3", "settings": {"vocab": 400}}
-    done["dvae"] |= {"seconds": 312.0, "throughput": {"value": 153.7, "unit": "images/s"}}
-    done["dalle"] |= {"seconds": 401.0, "throughput": {"value": 41000.0, "unit": "tokens/s"}}
-    for stage, what in done.items():
-        write_json(run / stage / "done.json", what)
-    _fake_metrics(run)
-    _fake_pictures(run, draw, captions)
-    return run
-
-
-def _fake_metrics(run: Path) -> None:
-    rng = np.random.default_rng(0)
-
-    def falling(step: int, top: float, low: float, scale: float, noise: float = 0.02) -> float:
-        return low + (top - low) * math.exp(-step / scale) + noise * float(rng.standard_normal())
-
-    def dvae(step: int) -> dict[str, float]:
-        values = {"train/loss": falling(step, 0.2, -1.4, 300), "train/nll": falling(step, 0.1, -1.6, 300), "train/kl": falling(step, 5, 2, 300)}
-        values |= {"optim/lr": 1e-3 * (1 - step / 1600), "optim/grad_norm": math.exp(falling(step, 1, -1, 200, 0.2)), "perf/images_per_s": 150.0}
-        values |= {"sched/tau": 1 - 0.9 * step / 1500, "sched/beta": 3.0, "data/wait_s": 0.001}
-        if step % 300 == 0:
-            values |= {"eval/psnr": 21 - 8 * math.exp(-step / 500), "eval/psnr_relaxed": 22 - 8 * math.exp(-step / 500), "eval/code_use": 0.62}
-            values |= {"eval/perplexity": 150.0, "eval/nll_true": falling(step, 0.1, -1.5, 300), "eval/nll_relaxed": falling(step, 0.1, -1.6, 300)}
-        return values
-
-    def dalle(step: int) -> dict[str, float]:
-        image = falling(step, 6.2, 2.6, 350, 0.05)
-        values = {"train/loss": image, "train/loss_text": falling(step, 7, 1, 200, 0.05), "train/loss_image": image, "perf/tokens_per_s": 41e3}
-        if step % 400 == 0:
-            values |= {"eval/loss_image": image + 0.1, "eval/loss_image_shuffled": image + 0.18, "eval/caption_gain": 0.08, "eval/loss_text": 1.3}
-        return values
-
-    write_metrics(run, "dvae", 1500, 10, dvae)
-    write_metrics(run, "dalle", 2000, 10, dalle)
-    write_metrics(run, "clip", 500, 10, lambda s: {"train/loss": falling(s, 4, 1, 100), "eval/loss": 2.0, "eval/recall_at_1": 0.2})
-    metrics = {
-        "psnr_db": 20.7,
-        "psnr_relaxed_db": 21.2,
-        "code_use": 0.62,
-        "code_perplexity": 151.0,
-        "unigram_entropy_nats": 3.61,
-        "image_ce_nats": 2.7,
-    }
-    metrics |= {"image_ce_shuffled_nats": 2.78, "caption_gain_nats": 0.081, "ce_below_unigram_percent": 25.2, "text_ce_nats": 1.3, "samples": 401}
-    write_json(run / "evaluate/metrics.json", metrics | {"clip_recall_at_1": 0.21, "clip_chance": 0.0025})
-
-
-def _fake_pictures(run: Path, draw: Draw, captions: tuple[str, ...]) -> None:
-    pictures = run / "dvae" / "pictures"
-    pictures.mkdir(parents=True)
-    originals = [draw(i) for i in range(12)]
-    rows = [originals, originals, [picture // 2 + 64 for picture in originals]]
-    (pictures / "reconstructions.png").write_bytes(grid_png(rows, labels=("original", "from its codes", "relaxed")))
-    counts = [int(40_000 / (rank + 3) ** 1.1) for rank in range(317)] + [0] * 195
-    write_json(pictures / "codebook.json", {"counts": counts, "samples": 401})
-    index: dict[str, Any] = {"captions": [], "temperature": 1.0, "checkpoint": "step-00002000"}
-    (run / "generate" / "pictures").mkdir(parents=True)
-    for number, caption in enumerate(captions):
-        entry: dict[str, Any] = {"caption": caption, "id": f"id-{number}", "truth": f"generate/pictures/{number}-truth.png", "pictures": []}
-        (run / entry["truth"]).write_bytes(png_bytes(draw(10 * number)))
-        for k in range(4):
-            names = [f"generate/pictures/{number}-{k}.png", f"generate/pictures/{number}-{k}-nearest.png"]
-            for j, name in enumerate(names):
-                (run / name).write_bytes(png_bytes(draw(10 * number + k + j)))
-            nearest = {"id": f"near-{number}-{k}", "file": names[1], "distance": 0.1 * k + 0.034}
-            entry["pictures"].append({"file": names[0], "score": 0.2 + 0.01 * k, "seed": k, "nearest": nearest})
-        index["captions"].append(entry)
-    write_json(run / "generate" / "index.json", index)
 
 
 def body_of(name: str, run: Path) -> str:
@@ -441,88 +318,3 @@ def test_every_listed_section_has_a_module() -> None:
 
 
 # --- Markup, plots, pictures --------------------------------------------------------------------------------------------------------------
-
-
-def test_markup_escapes_strings_and_attributes_and_keeps_html() -> None:
-    assert el("a", "<&>", Html("<b>x</b>"), 3, None, class_='q"', hidden=True, title=None) == '<a class="q&quot;" hidden>&lt;&amp;&gt;<b>x</b>3</a>'
-    assert el("img", src="x") == '<img src="x">'
-    assert '<td class="n">1</td>' in table(["a", "b"], [["x", 1]], numbers=(1,))
-
-
-def test_plots_take_their_colours_and_font_from_the_page_and_keep_words_as_text() -> None:
-    noisy = Line("training", [(i, 1 + (i % 7)) for i in range(2000)])
-    text = lines("k", 'loss "a" <b>', [noisy, Line("validation", [(0, 2.0), (1000, float("nan")), (1999, 1.0)])], reference=(1.5, "unigram"))
-    assert ">validation</text>" in text and ">unigram</text>" in text and ">updates</text>" in text
-    assert "currentColor" in text and "var(--s0)" in text and "var(--s1)" in text
-    assert not re.search(r"#[0-9a-f]{6}\b|font-family|<style|<metadata|nan", text)
-    assert 'aria-label="loss &quot;a&quot; &lt;b>"' in text
-    assert len(text) < 60_000
-
-
-def test_the_numbers_of_an_axis_are_not_cut() -> None:
-    assert ">0.1005</text>" in lines("k", "x", [Line("a", [(0, 0.1), (1, 0.105)])])
-
-
-def test_a_plot_is_the_same_bytes_every_time_and_its_identifiers_carry_its_key() -> None:
-    a, b = (ranked("one", "x", [5, 3, 0, 1]) for _ in range(2))
-    assert a == b
-    assert all(name.startswith("one-") for name in re.findall(r'\bid="([^"]*)', a))
-
-
-def test_a_logarithmic_axis_is_used_only_where_all_values_are_positive() -> None:
-    positive = lines("k", "x", [Line("a", [(0, 1e-3), (1, 1e3)])], log=True)
-    zero = lines("k", "x", [Line("a", [(0, 0.0), (1, 1e3)])], log=True)
-    assert "mathdefault" in positive or "10" in positive
-    assert positive != zero and zero == lines("k", "x", [Line("a", [(0, 0.0), (1, 1e3)])])
-
-
-def test_thinning_keeps_the_mean_and_smoothing_the_ends() -> None:
-    points = [(float(i), float(i * i)) for i in range(1000)]
-    few = thin(points, 100)
-    assert len(few) == 100
-    assert abs(sum(y for _, y in few) / 100 - sum(y for _, y in points) / 1000) < 1e-6
-    smooth = running_mean([5.0, *[1.0] * 98, 7.0])
-    assert (smooth[0], smooth[50], smooth[-1]) == (5.0, 1.0, 7.0)
-    assert running_mean([2.0] * 10) == [2.0] * 10
-
-
-def test_perplexity_is_the_number_of_codes_when_all_are_used_equally() -> None:
-    assert abs(perplexity([7] * 64 + [0] * 10) - 64) < 1e-9
-    assert perplexity([3, 0]) == 1.0
-
-
-def test_a_grid_can_be_taken_apart_again() -> None:
-    rows = [[disc(i) for i in range(3)], [disc(i) for i in range(5, 7)]]
-    found = read_grid(grid_png(rows, pad=3, labels=["first", "a label far too long to fit into this narrow grid of pictures"]))
-    assert found is not None and found.labels[0] == "first"
-    assert [len(row) for row in found.rows] == [3, 2]
-    assert all(np.array_equal(a, b) for got, row in zip(found.rows, rows, strict=True) for a, b in zip(got, row, strict=True))
-    assert read_grid(png_bytes(disc(0))) is None
-
-
-def test_a_grid_without_labels_has_only_white_between_its_pictures() -> None:
-    black = np.zeros((4, 6, 3), np.uint8)
-    canvas = grid([[black, black], [black, black]], pad=2)
-    assert canvas.shape == (14, 18, 3)
-    assert int((canvas == 0).all(-1).sum()) == 4 * 24
-    assert (canvas[:2] == 255).all() and (canvas[:, 8:10] == 255).all()
-
-
-def test_pictures_survive_png_and_large_ones_travel_as_webp() -> None:
-    assert np.array_equal(read_png(png_bytes(disc(3))), disc(3))
-    assert data_uri(png_bytes(disc(3))).startswith("data:image/png;base64,")
-    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    assert data_uri(png_bytes(noise)).startswith("data:image/webp;base64,")
-
-
-def test_wrong_pictures_are_refused_with_what_was_given() -> None:
-    with pytest.raises(ValueError, match=r"float64, shape \[4, 4\]: expected uint8 of shape \[H, W, 3\]"):
-        png_bytes(np.zeros((4, 4)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="4 bytes are no picture"):
-        read_png(b"junk")
-    with pytest.raises(ValueError, match=r"pictures of one size, given: \[\(4, 4, 3\), \(5, 5, 3\)\]"):
-        grid([[np.zeros((4, 4, 3), np.uint8), np.zeros((5, 5, 3), np.uint8)]])
-    with pytest.raises(ValueError, match="given: no pictures"):
-        grid([])
-    with pytest.raises(ValueError, match="1 labels for 2 rows"):
-        grid([[disc(0)], [disc(1)]], labels=["a"])

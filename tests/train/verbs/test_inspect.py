@@ -11,22 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from data_pipeline.audit import random_records, statistics
-from data_pipeline.audit.statistics import printable, quantiles
+from data_pipeline.audit import random_records
 from data_pipeline.images.crops import decode
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
 from data_pipeline.sources import open_source
-from data_pipeline.sources.pairs import InputShard, Pair, Unreadable
+from data_pipeline.sources.pairs import Census, InputShard, Pair, Unreadable
 from infra import storage
 from infra.errors import ConfigError, DataError
 from tests.support.made_sets import VOCAB, code, image, make_codes, make_images, png
 from tests.support.root import ROOT
 from train.config import load_run
-from train.report.contact_sheet import TILE, contact_sheet, thumbnail, wrap
-from train.report.images import font, read_png
+from train.report.contact_sheet import TILE
+from train.report.images import read_png
 from train.verbs import inspect
 from train.verbs.inspect import Options
 from train.weights import export
@@ -36,174 +33,6 @@ def shown(url: str | Path, capsys: pytest.CaptureFixture[str], **options: Any) -
     """What ``inspect`` prints, spaces made one."""
     inspect.main(str(url), Options(**options))
     return " ".join(capsys.readouterr().out.split())
-
-
-@given(
-    st.integers(0, 60).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(0, n - 1)), max_size=n), st.integers(0, 70))),
-    st.integers(0, 9),
-)
-def test_positions_are_visible_sorted_and_not_repeated(case: tuple[int, set[int], int], seed: int) -> None:
-    stored, hidden, count = case
-    hidden = {position for position in hidden if position < stored}
-    found = random_records.visible_positions(stored, np.array(sorted(hidden), np.int64), count, seed).tolist()
-    visible = set(range(stored)) - hidden
-    assert found == sorted(set(found)) and set(found) <= visible and len(found) == min(count, len(visible))
-
-
-def test_every_visible_record_is_as_likely_as_any_other() -> None:
-    hidden, counts = np.array([0, 3, 4, 9], np.int64), np.zeros(10, np.int64)
-    for seed in range(600):
-        counts[random_records.visible_positions(10, hidden, 2, seed)] += 1
-    assert (counts[hidden] == 0).all() and (abs(np.delete(counts, hidden) - 200) < 60).all()
-
-
-def test_random_records_are_those_of_the_set_and_are_read_by_ranges(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [[image(number) for number in range(7)], [], [image(number) for number in range(7, 12)]]
-    for url in (str(tmp_path), s3):
-        opened = make_images(url, parts, excluded=[3, 8])
-        assert opened.shards and opened.count == 10
-        read: list[int] = []
-        ranged, whole = storage.read_range, storage.read_bytes
-
-        def counting(url: str, start: int, size: int, ranged: Callable[..., bytes] = ranged, read: list[int] = read) -> bytes:
-            read.append(size)
-            return ranged(url, start, size)
-
-        def refusing(url: str, whole: Callable[[str], bytes] = whole) -> bytes:
-            assert not url.endswith(".mds"), "a shard was read whole"
-            return whole(url)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(storage, "read_range", counting)
-            patch.setattr(storage, "read_bytes", refusing)
-            everything = random_records.random_rows(opened, 100)
-            read.clear()
-            few = random_records.random_rows(opened, 3, seed=1)
-        assert [record["id"] for record in everything] == [record["id"] for record in opened.records()]
-        assert [record for record in everything if record["id"] in {each["id"] for each in few}] == few and len(few) == 3
-        assert len(read) == 6 and sum(read) < 3 * 2500, "two ranges a record, and no more bytes than it has"
-
-
-def test_records_that_were_taken_down_are_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_images(str(tmp_path / "set"), [[image(number) for number in range(6)]], excluded=[0, 5])
-    listed = tmp_path / "takedown.txt"
-    listed.write_text("id-2\nid-5\nid-77\n")
-    opened = open_set(str(tmp_path / "set"), IMAGE_SCHEMA, takedown=str(listed))
-    assert [record["id"] for record in random_records.random_rows(opened, 10)] == ["id-1", "id-3", "id-4"]
-    out = shown(tmp_path / "set", capsys, takedown=str(listed), pictures=0)
-    assert "records 3 to be read, 6 stored" in out
-    assert "excluded (duplicates, repeated ids) 2 taken down (1 of them excluded anyway) 2" in out
-    assert not list(Path().glob("inspect-*.png")), "no picture was asked for"
-
-
-def test_a_damaged_row_is_named(tmp_path: Path) -> None:
-    opened = make_images(str(tmp_path), [[image(0, image=b"x"), image(1, image=b"x")]])
-    shard = tmp_path / opened.shards[0].basename
-    data = shard.read_bytes()
-    shard.write_bytes(data[:4] + bytes(4) + data[8:])
-    with pytest.raises(DataError, match=r"shard.00000.mds: row 0 has the offsets 0 and \d+: damaged; run 'launcher.py validate'"):
-        random_records.random_rows(opened, 9)
-    begin = int.from_bytes(data[4:8], "little")
-    shard.write_bytes(data[:begin] + b"\xff" * 12 + data[begin + 12 :])
-    with pytest.raises(DataError, match=r"shard.00000.mds: damaged, the columns of a row are"):
-        random_records.random_rows(opened, 9)
-    shard.write_bytes(data[:-4])
-    with pytest.raises(DataError, match=r"shard.00000.mds: ends after"):
-        random_records.random_rows(opened, 9)
-
-
-def test_quantiles_are_values_that_occur() -> None:
-    assert quantiles(list(range(101))) == {"least": 0, "5 %": 5, "median": 50, "95 %": 95, "most": 100, "mean": 50.0}
-    assert quantiles([1, 2]) == {"least": 1, "5 %": 1, "median": 1, "95 %": 2, "most": 2, "mean": 1.5}
-    assert quantiles([]) == {}
-    assert quantiles([0.5]) == {"least": 0.5, "5 %": 0.5, "median": 0.5, "95 %": 0.5, "most": 0.5, "mean": 0.5}
-
-
-def test_captions_are_measured_in_words_characters_and_tokens() -> None:
-    rows = statistics.caption_rows([["a red-brown fox", "don't!"], ["日本 2"]], tokens=[3, 5, 9], max_tokens=4)
-    found = {row["captions"]: row for row in rows}
-    assert found["per record"]["most"] == 2 and found["words"] == {"captions": "words", **quantiles([4, 1, 2])}
-    assert found["characters"] == {"captions": "characters", **quantiles([15, 6, 4])}
-    assert found["truncated at 4 tokens"]["mean"] == "66.67 %"
-    assert len(statistics.caption_rows([["a"]])) == 3
-
-
-def test_words_count_once_for_a_caption() -> None:
-    assert statistics.frequent_words([["The cat, the CAT", "a dog"], ["the_dog"]], 3) == [("dog", 2), ("the", 2), ("a", 1)]
-
-
-def test_code_statistics_are_those_of_the_histogram() -> None:
-    codes = [np.array([0, 1, 2, 3], np.uint16), np.array([0, 0, 40, 3], np.uint16)]
-    found = {row["codes"]: row["value"] for row in statistics.code_rows(codes, 32)}
-    counts = np.array([3, 1, 1, 2, 1]) / 8
-    assert found["codes in use"] == "5 of 32 (15.6 %)" and found["records x codes"] == "2 x 4"
-    assert found["perplexity"] == f"{np.exp(-(counts * np.log(counts)).sum()):.1f}"
-    assert str(found["most frequent"]).startswith("0: 37.50 %, 3: 25.00 %, 1: 12.50 %")
-    assert found["different codes per record (mean)"] == "3.5"
-    assert found["outside the codebook"] == "1 codes of 32 and above: not made by this dVAE"
-    assert "outside the codebook" not in {row["codes"] for row in statistics.code_rows(codes, 64)}
-    assert {row["codes"]: row["value"] for row in statistics.code_rows(codes, 0)}["codes in use"] == "5, the largest is 40"
-    assert statistics.code_rows([], 32) == []
-
-
-def test_rare_words_are_summed_up() -> None:
-    rows = statistics.share_rows(["a"] * 6 + ["b"] * 2 + list("cd"), "source", most=2)
-    assert rows == [
-        {"source": "a", "records": 6, "share": "60.0 %"},
-        {"source": "b", "records": 2, "share": "20.0 %"},
-        {"source": "2 others", "records": 2, "share": "20.0 %"},
-    ]
-
-
-@given(st.text(alphabet=st.characters(), max_size=60) | st.text(alphabet="a\n\t \x1b\x00\u202e\ud800\ue000", max_size=60), st.integers(1, 30))
-def test_what_is_printed_is_one_clean_line(text: str, limit: int) -> None:
-    clean = printable(text, limit)
-    assert len(clean) <= limit and not set(clean) & set("\n\r\t\x1b\x00\u202e\u2028") and clean == clean.strip()
-    clean.encode()
-    assert printable(clean, limit) == clean
-
-
-def test_printing_a_long_text_is_cut_and_a_huge_one_is_not_slow() -> None:
-    assert printable("word " * 200_000, 20) == "word word word word…"
-    assert printable("abc", 3) == "abc" and printable("abcd", 3) == "ab…" and printable("a\x1b[31m\nb") == "a\ufffd[31m b"
-
-
-def test_a_contact_sheet_shows_each_picture_undistorted_above_its_caption() -> None:
-    red, wide = np.full((TILE, TILE, 3), (200, 0, 0), np.uint8), np.full((100, 400, 3), (0, 0, 200), np.uint8)
-    sheet = contact_sheet([red, wide, None], ["red", "wide", "gone"], columns=2)
-    reds, blues = (sheet == (200, 0, 0)).all(2), (sheet == (0, 0, 200)).all(2)
-    assert reds.sum() == TILE**2 and blues.sum() == TILE * (TILE // 4)
-    rows, columns = np.nonzero(blues)
-    assert (
-        columns.min() > np.nonzero(reds)[1].max() and (rows.min() + rows.max()) // 2 == (np.nonzero(reds)[0].min() + np.nonzero(reds)[0].max()) // 2
-    )
-    below = sheet[TILE + 8 : TILE + 30, : TILE + 8]
-    assert (below < 150).any(), "the caption stands below its picture"
-    assert sheet.dtype == np.uint8 and np.array_equal(sheet, contact_sheet([red, wide, None], ["red", "wide", "gone"], columns=2))
-
-
-def test_small_pictures_are_enlarged_by_whole_factors_and_any_shape_fits() -> None:
-    small = np.arange(24 * 20 * 3, dtype=np.uint8).reshape(20, 24, 3)
-    big = thumbnail(small)
-    assert big.shape == (120, 144, 3) and np.array_equal(big[::6, ::6], small)
-    for shape in ((1, 4000), (4000, 1), (161, 160), (1, 1)):
-        found = thumbnail(np.zeros((*shape, 3), np.uint8))
-        assert max(found.shape) == TILE or max(shape) < TILE, shape
-        assert found.shape[0] <= TILE and found.shape[1] <= TILE
-
-
-def test_captions_of_any_kind_fit_under_a_picture() -> None:
-    for text in ("", "short", "word " * 90, "x" * 500, "日本語" * 40, "\ufffd"):
-        lines = wrap(text, TILE, 3)
-        assert len(lines) <= 3 and all(font(11).getlength(line) <= TILE for line in lines)
-    assert wrap("word " * 90, TILE, 3)[-1].endswith("…") and " ".join(wrap("one two", TILE, 3)) == "one two"
-
-
-def test_a_sheet_without_pictures_or_with_other_captions_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 pictures and 0 captions: give one caption for each picture"):
-        contact_sheet([], [])
-    with pytest.raises(ValueError, match="1 pictures and 2 captions"):
-        contact_sheet([None], ["a", "b"])
 
 
 def test_an_image_set_shows_counts_sizes_sources_captions_lineage_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +140,7 @@ class FakeSource:
     name = "fake"
 
     def __init__(self, sound: bool = True) -> None:
+        self.census = Census()
         self.sound, self.read_shards, self.yielded = sound, [], 0  # type: tuple[bool, list[str], int]
 
     def credits(self) -> dict[str, str]:
@@ -419,3 +249,15 @@ def test_the_command_prints_plain_tables_and_writes_the_sheet(tmp_path: Path) ->
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0 and "\x1b" not in done.stdout and "of 3 sampled records" in done.stdout, done.stderr
     assert decode((tmp_path / "x.png").read_bytes()).shape[1] > 3 * TILE
+
+
+def test_records_that_were_taken_down_are_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(str(tmp_path / "set"), [[image(number) for number in range(6)]], excluded=[0, 5])
+    listed = tmp_path / "takedown.txt"
+    listed.write_text("id-2\nid-5\nid-77\n")
+    opened = open_set(str(tmp_path / "set"), IMAGE_SCHEMA, takedown=str(listed))
+    assert [record["id"] for record in random_records.random_rows(opened, 10)] == ["id-1", "id-3", "id-4"]
+    out = shown(tmp_path / "set", capsys, takedown=str(listed), pictures=0)
+    assert "records 3 to be read, 6 stored" in out
+    assert "excluded (duplicates, repeated ids) 2 taken down (1 of them excluded anyway) 2" in out
+    assert not list(Path().glob("inspect-*.png")), "no picture was asked for"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
 import subprocess
@@ -17,88 +15,17 @@ import numpy as np
 import pytest
 
 from data_pipeline.audit import check_parts, check_set
-from data_pipeline.audit.check_parts import Rules, check_part, crop_problem, record_problem
-from data_pipeline.images.crops import CropBox
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet
+from data_pipeline.audit.check_parts import Rules, check_part
+from data_pipeline.shards.rows import row_decoder
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA
 from infra import storage
 from infra.errors import ConfigError, DataError, StopRequested
-from infra.files import sha256_file
 from infra.signals import StopFlag
-from tests.support.made_sets import SIDE, VOCAB, as_dict, code, image, make_codes, make_images
+from tests.support.made_sets import image, make_images
 from tests.support.root import ROOT
-from train.config import load_run
+from tests.support.validated_sets import DVAE, codes, cut, edit, first_part, flip, forge, images, passes, problems_of, run_folder
 from train.verbs import validate
 from train.verbs.validate import Options
-
-DVAE = "d" * 64
-
-
-def numbers(*counts: int) -> list[range]:
-    """Numbers of the records of parts."""
-    ends = np.cumsum([0, *counts]).tolist()
-    return [range(begin, end) for begin, end in itertools.pairwise(ends)]
-
-
-def images(url: str, *counts: int, **fields: Any) -> ShardSet:
-    return make_images(url, [[image(number) for number in some] for some in numbers(*counts)], **fields)
-
-
-def codes(url: str, *counts: int, **parents: str) -> ShardSet:
-    return make_codes(url, [[code(number) for number in some] for some in numbers(*counts)], parents)
-
-
-def run_folder(place: Path, dvae: str = DVAE) -> Path:
-    """A run with image and code sets that belong together, a tokenizer, and the descriptions of its exports."""
-    from data_pipeline import tokenizer
-
-    cfg = load_run("tiny", [f"run.root={place}"])
-    run = place / "tiny"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(cfg.model_dump_json())
-    (run / "provenance.json").write_text("{}")
-    for split in ("train", "validation"):
-        made = make_images(str(run / "images" / split), [[image(number, split) for number in some] for some in numbers(6, 3)], split=split)
-        codes(str(run / "codes" / "crop-0" / split), 6, 3, dvae=dvae, images=made.content_hash)
-        if split == "train":
-            model = tokenizer.train_tokenizer([caption for some in made.captions() for caption in some], cfg.tokenizer.vocab)
-            write(run / "tokenizer/tokenizer.model", model)
-            facts = {"schema": "tokenizer/1", "sha256": sha256_file(run / "tokenizer/tokenizer.model"), "content_hash": "t" * 64}
-            write(run / "tokenizer/manifest.json", facts | {"parents": {"images": made.content_hash}, "settings": {"vocab": cfg.tokenizer.vocab}})
-    for stage, parents in (("dvae", {}), ("dalle", {"dvae": DVAE, "tokenizer": "t" * 64}), ("clip", {"tokenizer": "t" * 64})):
-        write(run / stage / "export/config.json", {"content_hash": DVAE, "parents": parents})
-    return run
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
-
-
-def problems_of(url: str | Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
-    """What ``validate`` says about something that is not sound."""
-    with pytest.raises(DataError) as caught:
-        validate.main(str(url), Options(workers=1, **options), StopFlag())
-    return str(caught.value) + "\n" + " ".join(capsys.readouterr().out.split())
-
-
-def passes(url: str | Path, capsys: pytest.CaptureFixture[str], workers: int = 1, **options: Any) -> str:
-    validate.main(str(url), Options(workers=workers, **options), StopFlag())
-    out = capsys.readouterr().out
-    assert "no problems found" in out
-    return " ".join(out.split())
-
-
-def first_part(place: Path) -> Path:
-    return place / json.loads((place / "manifest.json").read_text())["parts"][0]["name"]
-
-
-def forge(place: Path, name: str, data: bytes) -> None:
-    """Replace a file of the first part, and its hash wherever it is written down: what remains wrong is what the file says."""
-    part = first_part(place)
-    old = sha256_file(part / name)
-    (part / name).write_bytes(data)
-    for path in [part / "done.json", *place.rglob("manifest.json")]:
-        path.write_text(path.read_text().replace(old, sha256_file(part / name)))
 
 
 def test_a_sound_run_passes_and_the_table_says_what_was_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,16 +56,6 @@ def test_two_processes_find_what_one_finds_and_an_older_version_can_be_named(tmp
     with pytest.raises(DataError, match=re.escape(shard.parent.name)):
         validate.main(str(tmp_path), Options(workers=2), StopFlag())
     passes(tmp_path, capsys, version=old.content_hash)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
 
 
 @pytest.mark.parametrize(
@@ -229,12 +146,6 @@ def test_exclusions_that_cannot_be_read_do_not_look_like_repeated_ids(tmp_path: 
     Path(made.version_url, "index.json").unlink()
     found = problems_of(tmp_path, capsys)
     assert "index.json\n" not in found and "does not exist" in found and "shown twice" not in found
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    tree = json.loads(path.read_text())
-    change(tree)
-    path.write_text(json.dumps(tree))
 
 
 @pytest.mark.parametrize(
@@ -340,177 +251,12 @@ def test_a_shard_whose_hash_is_right_but_whose_rows_are_not_is_told(tmp_path: Pa
 def test_pickled_or_foreign_columns_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     made = images(str(tmp_path), 1)
     entry = made.shards[0].entry
-    path, columns = tmp_path / made.shards[0].basename, check_parts.columns_of(IMAGE_SCHEMA, entry)
+    path = tmp_path / made.shards[0].basename
     pickled = entry | {"column_encodings": ["pkl", *entry["column_encodings"][1:]]}
     with pytest.raises(DataError, match=r"here: column 'captions' is pkl, the schema has json"):
-        list(check_parts.read_shard(path, pickled, columns, "here"))
+        list(check_parts.read_shard(path, pickled, IMAGE_SCHEMA, "here"))
     with pytest.raises(DataError, match=r"here: column 'captions' has encoding 'pkl'"):
-        list(check_parts.read_shard(path, pickled, columns | {"captions": "pkl"}, "here"))
-
-
-IMAGES, CODES = Rules(IMAGE_SCHEMA, {"split": "train"}), Rules(CODES_SCHEMA, {"image_size": SIDE, "crop_index": 0, "seed": 0}, VOCAB)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({}, ""),
-        ({"id": ""}, "the id is empty"),
-        ({"captions": []}, r"captions are '\[\]', expected a list of at least one text"),
-        ({"captions": ["a", " "]}, "captions are"),
-        ({"captions": "a"}, "captions are"),
-        ({"captions": [3]}, "captions are"),
-        ({"width": 0}, "0 x 20 pixels"),
-        ({"image": b""}, "the image has no bytes"),
-        ({"split": "validation"}, "belongs to split 'validation', the set is 'train'"),
-    ],
-)
-def test_records_of_images_keep_to_the_rules(fields: dict[str, Any], words: str) -> None:
-    found = record_problem(as_dict(image(3, **fields)), IMAGES, None)
-    assert re.match(words, found) if words else found == ""
-
-
-def test_images_are_decoded_on_demand() -> None:
-    rules = Rules(IMAGE_SCHEMA, {}, decode=True)
-    assert record_problem(as_dict(image(3)), rules, None) == ""
-    assert record_problem(as_dict(image(3, width=25)), rules, None) == "the image has 24 x 20 pixels, the record says 25 x 20"
-    assert "cannot be decoded" in record_problem(as_dict(image(3, image=b"GIF89a")), rules, None)
-    assert record_problem(as_dict(image(3, image=b"GIF89a")), IMAGES, None) == ""
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({}, ""),
-        ({"codes": np.full(16, VOCAB, np.uint16)}, "holds code 32, the dVAE has 32"),
-        ({"crop_index": 1}, "is of crop 1, the set of crop 0"),
-        ({"seed": 1}, "its seed does not follow from the run's seed and its id"),
-        ({"crop": {"box": [0, 1, 2]}}, r"the crop is no crop box \(ValueError"),
-        ({"crop": {}}, r"the crop is no crop box \(KeyError"),
-    ],
-)
-def test_records_of_codes_keep_to_the_rules(fields: dict[str, Any], words: str) -> None:
-    found = record_problem(as_dict(code(3, **fields)), CODES, (24, 20))
-    assert re.match(words, found) if words else found == ""
-
-
-@pytest.mark.parametrize(
-    ("box", "resize", "offset", "size", "words"),
-    [
-        ((2, 0, 22, 20), 16, (0, 0), (24, 20), ""),
-        ((2, 0, 22, 20), 18, (2, 2), (24, 20), ""),
-        ((2, 0, 22, 20), 16, (0, 0), (0, 0), "there is no image of this id"),
-        ((2, 0, 22, 19), 16, (0, 0), None, r"the crop box \[2, 0, 22, 19\] is no square"),
-        ((-1, 0, 19, 20), 16, (0, 0), None, "is no square in an image"),
-        ((5, 0, 25, 20), 16, (0, 0), (24, 20), r"reaches out of its image of 24 x 20 pixels"),
-        ((2, 1, 22, 21), 16, (0, 0), (24, 20), r"reaches out of its image of 24 x 20 pixels"),
-        ((2, 0, 22, 20), 21, (0, 0), None, "the crop is resized to 21, outside 16 to 20"),
-        ((2, 0, 22, 20), 15, (0, 0), None, "the crop is resized to 15, outside 16 to 20"),
-        ((2, 0, 22, 20), 18, (0, 3), None, r"the crop at \[0, 3\] of 16 pixels reaches out of the resized 18"),
-        ((2, 0, 22, 20), 18, (-1, 0), None, r"the crop at \[-1, 0\]"),
-    ],
-)
-def test_crops_lie_in_their_images(
-    box: tuple[int, int, int, int], resize: int, offset: tuple[int, int], size: tuple[int, int] | None, words: str
-) -> None:
-    found = crop_problem(CropBox(box, resize, offset), SIDE, size)
-    assert re.search(words, found) if words else found == ""
-
-
-def test_many_bad_records_of_a_file_are_told_in_four_lines(tmp_path: Path) -> None:
-    make_images(str(tmp_path), [[image(number, width=0, image=b"x") for number in range(9)]])
-    layout = check_set.read_layout(str(tmp_path))
-    result = check_part(layout.jobs(Rules(IMAGE_SCHEMA, {}))[0])
-    texts = [problem.what for problem in result.problems]
-    assert texts == [*(f"record {number} ('id-{number}'): 0 x 20 pixels" for number in range(3)), "and 6 more records like these"]
-
-
-def test_codes_of_another_dvae_or_of_other_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folder(tmp_path, dvae="e" * 64)
-    assert f"codes of dvae eeeeeeeeeeee, {run} exports dddddddddddd" in problems_of(run, capsys)
-    images(str(tmp_path / "others"), 2)
-    found = problems_of(run / "codes/crop-0/train", capsys, images=str(tmp_path / "others"))
-    assert re.search(r"made from images \w{12}, which is no version of", found) and "launcher.py encode RUN" in found
-
-
-def test_codes_are_compared_with_the_version_of_images_that_they_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = images(str(tmp_path / "images"), 5)
-    images(str(tmp_path / "images"), 5, 4)
-    codes(str(tmp_path / "codes"), 5, dvae=DVAE, images=old.content_hash)
-    passes(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
-    codes(str(tmp_path / "few"), 4, dvae=DVAE, images=old.content_hash)
-    found = problems_of(tmp_path / "few", capsys, images=str(tmp_path / "images"))
-    assert "1 images of" in found and "0 codes have no image there" in found
-    passes(tmp_path / "few", capsys)
-
-
-def test_images_that_were_taken_down_need_no_codes_and_excluded_ones_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = images(str(tmp_path / "images"), 5, 4, excluded=[6])
-    parts = [[code(0), code(1), code(3), code(4)], [code(5), code(7), code(8)]]
-    make_codes(str(tmp_path / "codes"), parts, {"dvae": DVAE, "images": made.content_hash})
-    place = str(tmp_path / "images")
-    assert "1 images of" in problems_of(tmp_path / "codes", capsys, images=place)
-    listed = tmp_path / "takedown.txt"
-    listed.write_text("id-2\n")
-    passes(tmp_path / "codes", capsys, images=place, takedown=str(listed))
-    make_codes(str(tmp_path / "codes"), [[*parts[0], *parts[1]]], {"dvae": DVAE, "images": made.content_hash})
-    assert "has 1 parts, the images that it names have 2" in problems_of(tmp_path / "codes", capsys, images=place)
-
-
-def test_a_run_is_checked_in_the_versions_that_its_stages_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folder(tmp_path)
-    version = json.loads((run / "images/train/manifest.json").read_text())["content_hash"]
-    write(run / "prepare/done.json", {"versions": {"train": version}})
-    newest = make_images(str(run / "images/train"), [[image(number) for number in some] for some in numbers(6, 3, 4)])
-    Path(newest.version_url, "excluded.u64").write_bytes(b"x")
-    out = passes(run, capsys)
-    assert "13 records" not in out
-    write(run / "prepare/done.json", {"versions": {"train": newest.content_hash}})
-    assert "excluded.u64" in problems_of(run, capsys)
-
-
-def test_codes_of_damaged_images_are_not_blamed_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = images(str(tmp_path / "images"), 3)
-    codes(str(tmp_path / "codes"), 3, dvae=DVAE, images=made.content_hash)
-    shard = tmp_path / "images" / made.shards[0].basename
-    data = shard.read_bytes()
-    begin = int.from_bytes(data[4:8], "little")
-    forge(tmp_path / "images", shard.name, data[:begin] + b"\xff" * (len(data) - begin))
-    passes(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
-    flip(shard)
-    passes(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
-
-
-def test_crops_are_compared_with_the_sizes_of_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make_images(str(tmp_path / "images"), [[image(number, width=18) for number in range(3)]])
-    codes(str(tmp_path / "codes"), 3, dvae=DVAE, images=made.content_hash)
-    passes(tmp_path / "codes", capsys)
-    assert "reaches out of its image of 18 x 20 pixels" in problems_of(tmp_path / "codes", capsys, images=str(tmp_path / "images"))
-
-
-def test_codes_beyond_the_codebook_of_the_run_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folder(tmp_path)
-    make_codes(str(tmp_path / "codes"), [[code(0, codes=np.full(16, 99, np.uint16))]], {"dvae": DVAE})
-    passes(tmp_path / "codes", capsys)
-    assert "holds code 99, the dVAE has 32" in problems_of(tmp_path / "codes", capsys, run=str(run))
-
-
-def test_tokenizer_and_exports_belong_to_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folder(tmp_path)
-    passes(run / "tokenizer", capsys)
-    flip(run / "tokenizer/tokenizer.model")
-    edit(run / "tokenizer/manifest.json", lambda tree: tree.update(parents={"images": "f" * 64}))
-    edit(run / "dalle/export/config.json", lambda tree: tree["parents"].update(dvae="0" * 64))
-    (run / "clip/export/config.json").unlink()
-    found = problems_of(run, capsys)
-    assert "tokenizer.model damaged: its SHA-256" in found and "trained on images ffffffffffff, which is no version of" in found
-    assert (
-        "trained with dvae 000000000000, the run has dvae dddddddddddd " in found
-        and f"delete {run / 'dalle'}, then run 'launcher.py dalle {run}'" in found
-    )
-    assert "3 problems in 3 files" in found
-    (run / "tokenizer/tokenizer.model").unlink()
-    assert "tokenizer.model: does not exist" in problems_of(run / "tokenizer", capsys)
+        row_decoder(pickled, "here")
 
 
 def test_what_cannot_be_validated_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

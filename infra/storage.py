@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from infra.globs import FileInfo
 
 __all__ = [
     "FileInfo",
+    "absolute",
     "check_writable",
     "create_once",
     "delete",
@@ -94,6 +96,11 @@ def join(url: str, *parts: str) -> str:
     """``url/part/part``, for paths and URLs alike. Parts are relative; empty ones are left out."""
     words = [word for word in (part.strip("/") for part in parts) if word]
     return "/".join([url.rstrip("/"), *words]) if words else url
+
+
+def absolute(url: str) -> str:
+    """The same place, whatever the working directory is."""
+    return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def read_bytes(url: str) -> bytes:

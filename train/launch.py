@@ -100,7 +100,7 @@ def stage(
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()
     started = time.monotonic()
-    places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
+    cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
     if _is_finished(name, cfg, run) and not entry.repeats:
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
@@ -204,6 +204,8 @@ def describe(cfg: RunConfig, preset: str) -> str:
     tree, _ = read_preset(preset)
     base = json.loads(to_json(RunConfig.model_validate_json(json.dumps(tree))))
     ours = json.loads(to_json(cfg))
+    ours["run"] |= {"name": cfg.run.name, "root": cfg.run.root}  # which are not stored
+    base["run"] |= {"name": tree.get("run", {}).get("name", cfg.run.name), "root": tree.get("run", {}).get("root", "runs")}
     changed = {line.split(": ")[0]: line.split(": ", 1)[1] for line in differences(base, ours)}
     lines = []
     for section, values in ours.items():
@@ -285,7 +287,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
         print(describe(cfg, preset), end="")
         print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
         return
-    places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
+    cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.planning.demo_time import project
 
     projection = project(cfg, run, nproc or default_nproc(STAGES["dalle"]))

@@ -30,7 +30,11 @@ STEPS, STOPPED = 8, 4
 _PICTURES = 16
 _COLOURS = ("red", "green", "blue", "grey")
 SMALL = [
-    *(f"{stage}_fit.{key}" for stage in TRAINED for key in (f"steps={STEPS}", "precision=fp32", "batch=4", "save_every=100", "eval_samples=4", "eval_every=4")),
+    *(
+        f"{stage}_fit.{key}"
+        for stage in TRAINED
+        for key in (f"steps={STEPS}", "precision=fp32", "batch=4", "save_every=100", "eval_samples=4", "eval_every=4")
+    ),
     *("run.name=run", 'data.sources=["pictures"]', "data.share=1.0", "data.min_side=1", "data.validation_share=0.25", "filters.duplicates=false"),
     *("tokenizer.vocab=300", "tokenizer.max_tokens=8", "dvae.width=4", "dvae.init_width=4", "dvae.vocab=8", "dalle.layers=2", "dalle.width=16"),
     *("clip.width=16", "clip.heads=2", "clip.embed=8", "dalle_fit.schedule=plateau", "dalle_fit.plateau_window=2"),

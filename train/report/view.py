@@ -36,8 +36,8 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """Name of the run: the configuration's, or the folder's."""
-        return str(self.config.get("run", {}).get("name") or self.url.rstrip("/").rsplit("/", 1)[-1])
+        """Name of the run: that of its folder, wherever it lies now."""
+        return storage.absolute(self.url).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from infra import k8s_submit, ledger, slurm_submit
+from infra import k8s_submit, ledger, slurm_submit, storage
 from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
@@ -17,7 +17,7 @@ from train.run.stage_table import STAGES
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
     """The job of a stage."""
     shape: Shape = "gang" if STAGES[stage].trains else "array" if STAGES[stage].shared else "node"
-    return JobSpec(stage, cfg.run.name, run.url, shape, cfg.cluster)
+    return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster)  # the job starts in the repository
 
 
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:
@@ -40,7 +40,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
         k8s_submit.overlay(job_spec(stage, cfg, run))  # refused before anything is written
-    places.claim(cfg, run, command)
+    cfg = places.claim(cfg, run, command)
     if not chain and run.done(stage) is not None and not STAGES[stage].repeats:
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra import storage
+from infra import config_keys, storage
 from infra.config import to_json
 from infra.errors import DataError
 from infra.run_folder import RunFolder
-from train.config import MAY_CHANGE, RunConfig
+from train.config import RunConfig
 
 SPLITS = ("train", "validation")
 
@@ -34,13 +34,22 @@ def code_set(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> str:
     return storage.join(cfg.data.codes or run.at("codes"), f"crop-{crop}", split)
 
 
-def claim(cfg: RunConfig, run: RunFolder, command: str) -> None:
-    """Make the run folder this configuration's, or check that it is; see ``RunFolder.claim``.
+def claim(cfg: RunConfig, run: RunFolder, command: str) -> RunConfig:
+    """Make the run folder this configuration's, or check that it is (see ``RunFolder.claim``), and return the configuration that the run goes on with:
+    keys that the folder's lacks, and that nobody has given a value, keep the behaviour before they existed.
 
     Raises:
         ConfigError: the folder is unwritable, or holds another configuration.
     """
-    run.claim(json.loads(to_json(cfg)), command, MAY_CHANGE)
+    stored = run.stored()
+    if stored is not None:
+        cfg = config_keys.adopted(cfg, stored)
+
+    def allowed(key: str) -> bool:
+        return config_keys.declared(RunConfig, key).get(config_keys.MAY_CHANGE) == config_keys.ANY_TIME[config_keys.MAY_CHANGE]
+
+    run.claim(json.loads(to_json(cfg)), command, lambda stored: config_keys.completed(RunConfig, stored), allowed)
+    return cfg
 
 
 def require(run: RunFolder, *stages: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, shown, storage
+from infra import deferred_writes, schemas, shown, storage
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
 from infra.repository import REPOSITORY
@@ -74,8 +74,26 @@ class RunFolder:
         return self.at("config.json")
 
     def stored(self) -> dict[str, Any] | None:
-        """The configuration that the folder holds, as it was written; None for a folder that holds no run."""
-        return storage.read_json(self.config_url) if storage.exists(self.config_url) else None
+        """The configuration that the folder holds, as it was written; None for a folder that holds no run.
+
+        Raises:
+            ConfigError: a version of this code wrote the folder that writes run folders in another way.
+        """
+        if not storage.exists(self.config_url):
+            return None
+        self.check_schema()
+        found: dict[str, Any] = storage.read_json(self.config_url)
+        return found
+
+    def check_schema(self) -> None:
+        """Refuse a folder of another schema: its markers and records could be misread.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        url = self.at("provenance.json")
+        found = storage.read_json(url) if storage.exists(url) else {}
+        schemas.require(found.get("schema", schemas.RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME")
 
     def claim(
         self, config: dict[str, Any], command: str, complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, allowed: Allowed = _none
@@ -95,7 +113,7 @@ class RunFolder:
         place = storage.absolute(self.url)
         stored = self.stored()
         if stored is None:
-            facts = {"created": time.time(), "command": command, "places": [{"url": place, "time": time.time()}]}
+            facts = {"schema": schemas.RUN, "created": time.time(), "command": command, "places": [{"url": place, "time": time.time()}]}
             storage.write_json(self.at("provenance.json"), producer() | facts)
             storage.write_json(self.config_url, config)
             return

@@ -387,6 +387,7 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
 def _placed(tree: dict[str, Any], url: str) -> dict[str, Any]:
     """The section [run] for the configuration at ``url``: that of a run folder says where the folder lies."""
     from infra import storage
+    from infra.run_folder import RunFolder
 
     folder, _, name = url.rpartition("/")
     folder = folder if url.startswith(("s3://", "file://")) else folder or "."
@@ -394,6 +395,7 @@ def _placed(tree: dict[str, Any], url: str) -> dict[str, Any]:
         return {}
     if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
         folder = str(storage.local_path(folder).resolve())
+    RunFolder(folder).check_schema()
     root, _, name = folder.rstrip("/").rpartition("/")
     if not name or root == "s3:/":
         raise ConfigError(f"{url}: a run folder lies in a folder or below a bucket; move it there.")

@@ -19,6 +19,7 @@ def main(url: str) -> None:
     run = RunFolder(url)
     if not storage.exists(run.config_url):
         raise DataError(f"{run.config_url} is missing: {url} is no run folder.")
+    run.check_schema()
     config = storage.read_json(run.config_url)
     table([_row(run, config, name) for name in STAGES], title=url)
 

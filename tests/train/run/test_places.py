@@ -12,7 +12,6 @@ import pytest
 from infra import storage
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
-from train import launch
 from train.config import load_run
 from train.run import places
 
@@ -20,7 +19,7 @@ from train.run import places
 def claimed(root: Path | str, *words: str) -> RunFolder:
     """The folder of a run of the tiny preset, claimed."""
     cfg = load_run("tiny", [f'run.root="{root}"', *words])
-    run = launch.run_folder(cfg)
+    run = places.run_folder(cfg)
     places.claim(cfg, run, "test")
     return run
 
@@ -63,13 +62,13 @@ def test_the_folder_that_is_named_is_the_run_wherever_it_lies(tmp_path: Path, mo
     copy = tmp_path / "other [place]" / "a copy, 100 %"
     shutil.copytree(run.url, copy)
     for named in (str(copy), f"{copy}/", f"{copy}//", str(copy / "config.json"), f"file://{copy}".replace("%", "%25")):
-        assert storage.absolute(launch.run_folder(load_run(named, [])).url) == str(copy), named
+        assert storage.absolute(places.run_folder(load_run(named, [])).url) == str(copy), named
     monkeypatch.chdir(copy.parent)
-    assert launch.run_folder(load_run("a copy, 100 %", [])).url == "./a copy, 100 %"
+    assert places.run_folder(load_run("a copy, 100 %", [])).url == "./a copy, 100 %"
     monkeypatch.chdir(copy)
     for named in (".", "config.json", "../a copy, 100 %"):
-        assert Path(launch.run_folder(load_run(named, [])).url).resolve() == copy, named
-    assert launch.run_folder(load_run(str(copy), ["run.name=next"])).url == str(copy.parent / "next"), "a new run lies beside it"
+        assert Path(places.run_folder(load_run(named, [])).url).resolve() == copy, named
+    assert places.run_folder(load_run(str(copy), ["run.name=next"])).url == str(copy.parent / "next"), "a new run lies beside it"
 
 
 def test_a_moved_folder_goes_on_and_provenance_keeps_its_places(tmp_path: Path) -> None:
@@ -78,8 +77,8 @@ def test_a_moved_folder_goes_on_and_provenance_keeps_its_places(tmp_path: Path) 
     moved.parent.mkdir()
     Path(run.url).rename(moved)
     cfg = load_run(str(moved), [])
-    places.claim(cfg, launch.run_folder(cfg), "test")
-    places.claim(cfg, launch.run_folder(cfg), "test")
+    places.claim(cfg, places.run_folder(cfg), "test")
+    places.claim(cfg, places.run_folder(cfg), "test")
     assert not Path(run.url).exists()
     assert [place["url"] for place in storage.read_json(str(moved / "provenance.json"))["places"]] == [run.url, str(moved)]
 
@@ -87,7 +86,7 @@ def test_a_moved_folder_goes_on_and_provenance_keeps_its_places(tmp_path: Path) 
 def test_a_configuration_without_provenance_is_a_preset_and_no_run(tmp_path: Path) -> None:
     """A config.json that was downloaded must not make a run of the folder that it happens to lie in."""
     shutil.copy(claimed(tmp_path).config_url, tmp_path / "config.json")
-    assert launch.run_folder(load_run(str(tmp_path / "config.json"), [])).url == "runs/run"
+    assert places.run_folder(load_run(str(tmp_path / "config.json"), [])).url == "runs/run"
 
 
 def test_a_preset_beside_a_run_folder_of_the_same_name_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -100,7 +99,7 @@ def test_a_run_folder_on_s3_is_the_one_that_is_named(s3: str) -> None:
     run = claimed(f"{s3}/runs", "run.name=mine")
     for name in ("config.json", "provenance.json"):
         storage.write_bytes(f"{s3}/a copy [2]/{name}", storage.read_bytes(run.at(name)))
-    assert launch.run_folder(load_run(f"{s3}/a copy [2]/", [])).url == f"{s3}/a copy [2]"
+    assert places.run_folder(load_run(f"{s3}/a copy [2]/", [])).url == f"{s3}/a copy [2]"
 
 
 def test_a_bucket_itself_is_no_run_folder(s3: str, s3_bucket: str) -> None:

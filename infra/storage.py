@@ -219,7 +219,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
         DataError: a folder cannot be read (while listing, too).
     """
     found = None
-    if not url.endswith("/") and not (is_remote(url) and globs.is_pattern(url)):
+    if not url.endswith("/"):
         try:
             found = stat(url)
         except MissingError:
@@ -229,10 +229,14 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
         return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
     level = _remote_level if is_remote(url) else _local_level
     deep = _remote_walk if is_remote(url) else partial(_local_walk, roots=roots)
-    if found is not None or not globs.is_pattern(url):
+    if found is not None or not globs.is_pattern(url) or _is_folder(url.rstrip("/")):
         return url.rstrip("/") or url, deep(url)
     base, parts = globs.split(url)
     return base or ".", globs.expand(base or ".", parts, level, deep)
+
+
+def _is_folder(url: str) -> bool:
+    return s3.is_folder(url) if is_remote(url) else local_path(url).is_dir()
 
 
 def _local_level(place: str, start: str) -> Iterator[FileInfo]:

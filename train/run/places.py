@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from infra import config_keys, storage
+from infra.commands import launcher
 from infra.config import to_json
 from infra.errors import DataError
 from infra.run_folder import RunFolder
@@ -62,7 +63,7 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
     for stage in stages:
         marker = run.done(stage)
         if marker is None:
-            raise DataError(f"{run.at(stage, 'done.json')} is missing: run 'launcher.py {stage} {run.url}' first.")
+            raise DataError(f"{run.at(stage, 'done.json')} is missing: run '{launcher(stage, run.url)}' first.")
         found[stage] = marker
     return found
 

@@ -38,6 +38,9 @@ class FitSection(Section):
 
     steps: int = Field(default=1000, gt=0, json_schema_extra=GOING_ON)
     """Optimizer updates."""
+    on_change: Literal["recomputed", "kept", "restarted"] = Field(default="recomputed", json_schema_extra=ANY_TIME)
+    """What becomes of the schedule of the step size where the run goes on with other values (--go-on): 'recomputed', as if the new values had held from the
+    start; 'kept', it ends where it would have ended, and stays there; 'restarted', it begins anew, warm-up included, over the updates that are left."""
     batch: int = Field(default=512, gt=0, json_schema_extra=GOING_ON)
     """Samples per update, over all processes and micro-batches."""
     accumulation: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)

@@ -375,6 +375,7 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
     if "/" not in preset and named.is_file():
         return parse(named.read_text(), f"preset {preset}"), f"preset {preset}"
     from infra import storage  # only needed for run folders and files, which may lie on s3
+    from infra.run_folder import place_of
 
     for candidate in (preset, storage.join(preset, "config.json")):
         if candidate.endswith((".toml", ".json")) and storage.exists(candidate):
@@ -382,28 +383,11 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
                 tree = parse(storage.read_bytes(candidate).decode(), candidate)
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{candidate}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
-            return (completed(RunConfig, tree) if candidate.endswith(".json") else tree) | _placed(tree, candidate), candidate
+            tree = completed(RunConfig, tree) if candidate.endswith(".json") else tree
+            place = place_of(candidate)
+            return (tree | {"run": tree["run"] | place} if place else tree), candidate
     known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
     raise ConfigError(f"preset '{preset}': no such preset, .toml file or run folder; presets: {known}.")
-
-
-def _placed(tree: dict[str, Any], url: str) -> dict[str, Any]:
-    """The section [run] for the configuration at ``url``: that of a run folder says where the folder lies."""
-    from infra import storage
-    from infra.run_folder import RunFolder
-
-    folder, _, name = url.rpartition("/")
-    folder = folder if url.startswith(("s3://", "file://")) else folder or "."
-    if name != "config.json" or not storage.exists(storage.join(folder, "provenance.json")):
-        return {}
-    if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
-        folder = str(storage.local_path(folder).resolve())
-    RunFolder(folder).check_schema()
-    root, _, name = folder.rstrip("/").rpartition("/")
-    if not name or root == "s3:/":
-        raise ConfigError(f"{url}: a run folder lies in a folder or below a bucket; move it there.")
-    given = {key: value for key, value in tree.get("run", {}).items() if key not in ("root", "name")}
-    return {"run": given | {"root": root or ("/" if folder.startswith("/") else "."), "name": name}}
 
 
 def load_run(preset: str, overrides: list[str]) -> RunConfig:

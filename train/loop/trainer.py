@@ -330,7 +330,7 @@ class Trainer:
         if "config" not in meta or "config" not in self.meta:
             return
         earlier = len(meta.get("changes", []))
-        self._changes = change_points.continued(meta, self.meta["config"], self.stage)
+        self._changes = change_points.continued(meta, self.meta["config"], self.stage, self.section.on_change)
         file = self.run.at(self.stage, change_points.FILE)
         if self.world.is_main and (self._changes or storage.exists(file)):
             storage.write_json(file, self._changes)

@@ -48,19 +48,20 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     return {key: [before.get(key), after.get(key)] for key in sorted(before | after) if before.get(key) != after.get(key)}
 
 
-def continued(meta: dict[str, Any], config: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+def continued(meta: dict[str, Any], config: dict[str, Any], stage: str, how: str) -> list[dict[str, Any]]:
     """The change points of a run that goes on from a checkpoint: the checkpoint's own, and one at the checkpoint where its stage's values differ now.
 
     Args:
         meta: the checkpoint's facts.
         config: the configuration to go on with.
         stage: the training stage.
+        how: what becomes of the schedule of the step size (FitSection.on_change).
     """
     points: list[dict[str, Any]] = list(meta.get("changes", []))
     new = {key: values for key, values in changed(meta["config"], config).items() if stage_of(key) == stage}
     if not new:
         return points
-    step, fit, how = int(meta["step"]), config[f"{stage}_fit"], str(config[f"{stage}_fit"]["on_change"])
+    step, fit = int(meta["step"]), config[f"{stage}_fit"]
     now = curve(points, int(completed(RunConfig, meta["config"])[f"{stage}_fit"]["steps"]))
     span = {"recomputed": Curve(now.start, fit["steps"]), "kept": now, "restarted": Curve(step, fit["steps"])}[how]
     point = {"step": step, "changed": new, "schedule": how, "curve": [span.start, span.end], "time": time.time(), "commit": commit()}

@@ -49,20 +49,22 @@ def configuration(*words: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("how", "curve"), [("recomputed", (0, 60)), ("kept", (0, 20)), ("restarted", (15, 60))])
 def test_a_change_point_lies_where_the_run_goes_on_and_says_what_its_schedule_spans(how: str, curve: tuple[int, int]) -> None:
-    old, new = configuration(), configuration("dalle_fit.steps=60", "dalle_fit.lr=1e-3", f"dalle_fit.on_change={how}", "dalle_fit.log_every=7")
-    (point,) = points = change_points.continued(meta(15, old), new, "dalle")
+    old, new = configuration(), configuration("dalle_fit.steps=60", "dalle_fit.lr=1e-3", "dalle_fit.log_every=7")
+    (point,) = points = change_points.continued(meta(15, old), new, "dalle", how)
     assert point["step"] == 15 and point["changed"] == {"dalle_fit.lr": [3e-3, 1e-3], "dalle_fit.steps": [20, 60]}
     assert change_points.curve(points, 60) == change_points.Curve(*curve)
-    assert change_points.continued(meta(30, new, changes=points), new, "dalle") == points, "later restarts add none"
-    assert [each["step"] for each in change_points.continued(meta(10, old), new, "dalle")] == [10], "a fall back moves it"
-    assert change_points.continued(meta(15, old), new, "clip") == []
+    assert change_points.continued(meta(30, new, changes=points), new, "dalle", how) == points, "later restarts add none"
+    assert [each["step"] for each in change_points.continued(meta(10, old), new, "dalle", how)] == [10], "a fall back moves it"
+    assert change_points.continued(meta(15, old), new, "clip", how) == []
 
 
 def test_a_change_after_a_restart_keeps_where_the_curve_begins() -> None:
-    old, new = configuration(), configuration("dalle_fit.steps=60", "dalle_fit.on_change=restarted")
-    points = change_points.continued(meta(15, old), new, "dalle")
+    old, new = configuration(), configuration("dalle_fit.steps=60")
+    points = change_points.continued(meta(15, old), new, "dalle", "restarted")
     later = configuration("dalle_fit.steps=90")
-    assert change_points.curve(change_points.continued(meta(40, new, changes=points), later, "dalle"), 90) == change_points.Curve(15, 90)
+    assert change_points.curve(change_points.continued(meta(40, new, changes=points), later, "dalle", "recomputed"), 90) == change_points.Curve(
+        15, 90
+    )
 
 
 def test_halvings_of_a_restarted_schedule_begin_anew_and_those_by_hand_stay() -> None:

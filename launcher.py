@@ -43,6 +43,12 @@ Restarts = Annotated[
         min=0, help="Start the ranks again after a crash, up to this many times in a row that save no checkpoint. Schedulers have cluster.retries."
     ),
 ]
+GoOn = Annotated[
+    bool,
+    typer.Option(
+        "--go-on", help="A training stage goes on with other values from its newest checkpoint on, as a recorded change point (docs/stage2.md)."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
 
@@ -56,12 +62,24 @@ def _add_stage(name: str) -> None:
         chain: Chain = False,
         restarts: Restarts = 0,
         dry_run: DryRun = False,
+        go_on: GoOn = False,
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
         from train import launch
 
         launch.stage(
-            name, preset, overrides or [], on=on, nproc=nproc, dry_run=dry_run, worker=worker, stop=STOP, share=share, chain=chain, restarts=restarts
+            name,
+            preset,
+            overrides or [],
+            on=on,
+            nproc=nproc,
+            dry_run=dry_run,
+            worker=worker,
+            stop=STOP,
+            share=share,
+            chain=chain,
+            restarts=restarts,
+            go_on=go_on,
         )
 
     app.command(name, help=STAGES[name].help)(command)

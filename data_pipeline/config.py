@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Section
+from infra.config_keys import ANY_TIME
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded, everywhere: a small file can claim to be enormous."""
@@ -97,11 +98,11 @@ class DataConfig(Section):
     """Tries at an input shard before it is quarantined and the run goes on without it."""
     max_quarantined: int = Field(default=10, ge=0)
     """Quarantined input shards that are tolerated; more end the stage with exit code 65."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
     """Processes of each rank that read and prepare batches; 0: the rank does it itself, between its steps."""
-    prefetch: int = Field(default=2, gt=0)
+    prefetch: int = Field(default=2, gt=0, json_schema_extra=ANY_TIME)
     """Batches that each of these processes prepares ahead. They wait in shared memory (/dev/shm)."""
-    cache_bytes: int = Field(default=0, ge=0)
+    cache_bytes: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
     """Limit in bytes, on each node, of the local cache that a loader keeps of shards on S3; 0: none."""
     shuffle_block: int = Field(default=1 << 18, gt=0)
     """Samples among which a sample may move when an epoch is shuffled, at least. A node caches the shards of about two such blocks."""

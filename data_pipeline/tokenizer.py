@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.shards.shard_set import ShardSet
-from infra import storage
+from infra import schemas, storage
 from infra.digests import digest
 from infra.errors import ConfigError, DataError
 
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 PAD = 0
 UNKNOWN = 1
-SCHEMA = "tokenizer/1"
 MODEL = "tokenizer.model"
 MANIFEST = "manifest.json"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -291,7 +290,7 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
     model = train_tokenizer(captions(), config.vocab)
     tokenizer = Tokenizer(model, config.max_tokens)
     manifest: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": schemas.TOKENIZER,
         "sha256": hashlib.sha256(model).hexdigest(),
         "size": tokenizer.size,
         "captions": num_captions,
@@ -321,11 +320,13 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
 
     Raises:
         DataError: missing, damaged, or trained for another vocabulary.
+        ConfigError: of another schema.
     """
     place = storage.join(url, MANIFEST)
     if not storage.exists(place):
         raise DataError(f"{url}: no tokenizer here ({MANIFEST} is missing); run the stage 'tokenizer' first.")
     manifest: dict[str, Any] = storage.read_json(place)
+    schemas.require(manifest.get("schema"), schemas.TOKENIZER, place, "delete it and run the stage again: launcher.py tokenizer RUN_FOLDER")
     if manifest["settings"]["vocab"] != config.vocab:
         raise DataError(
             f"{url}: trained for tokenizer.vocab = {manifest['settings']['vocab']}, this run has {config.vocab}; "

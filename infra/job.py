@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from infra.config import Section
+from infra.config_keys import ANY_TIME
 from infra.errors import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -24,6 +25,8 @@ _NO_STEP = 0xFFFFFF00
 
 class ClusterConfig(Section):
     """What ``--on slurm`` and ``--on k8s`` ask for. Not part of a run's identity: a run goes on with other values. Site settings are in infra/slurm/site.env."""
+
+    model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     nodes: int = Field(default=1, gt=0)
     """Nodes of a training stage; each runs one launcher."""

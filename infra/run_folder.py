@@ -8,12 +8,12 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, shown, storage
+from infra import deferred_writes, schemas, shown, storage
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
 from infra.repository import REPOSITORY
@@ -21,6 +21,14 @@ from infra.repository import REPOSITORY
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
+
+
+Allowed = Callable[[str], bool]
+"""Whether a run goes on with another value of a key."""
+
+
+def _none(key: str) -> bool:
+    return False
 
 
 @cache
@@ -65,36 +73,76 @@ class RunFolder:
     def config_url(self) -> str:
         return self.at("config.json")
 
-    def claim(self, config: dict[str, Any], command: str, may_change: Collection[str] = ()) -> None:
-        """Write the resolved configuration, or check that the folder already holds the same one.
+    def stored(self) -> dict[str, Any] | None:
+        """The configuration that the folder holds, as it was written; None for a folder that holds no run.
+
+        Raises:
+            ConfigError: a version of this code wrote the folder that writes run folders in another way.
+        """
+        if not storage.exists(self.config_url):
+            return None
+        self.check_schema()
+        found: dict[str, Any] = storage.read_json(self.config_url)
+        return found
+
+    def check_schema(self) -> None:
+        """Refuse a folder of another schema: its markers and records could be misread.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        url = self.at("provenance.json")
+        found = storage.read_json(url) if storage.exists(url) else {}
+        schemas.require(found.get("schema", schemas.RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME")
+
+    def claim(
+        self, config: dict[str, Any], command: str, complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, allowed: Allowed = _none
+    ) -> None:
+        """Write the resolved configuration, or check that the folder already holds the same one; and note where the folder lies.
 
         Args:
             config: the resolved configuration.
             command: the command line that made the folder, for people.
-            may_change: sections and section.keys that a run may go on with other values of: these replace the folder's, and provenance.json keeps the change.
+            complete: a stored configuration -> the same with the keys that it lacks.
+            allowed: key -> whether the run goes on with another value of it: that replaces the folder's, and provenance.json keeps the change.
 
         Raises:
             ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
         """
         storage.check_writable(self.url)
-        if not storage.exists(self.config_url):
-            storage.write_json(self.at("provenance.json"), producer() | {"created": time.time(), "command": command})
+        place = storage.absolute(self.url)
+        stored = self.stored()
+        if stored is None:
+            facts = {"schema": schemas.RUN, "created": time.time(), "command": command, "places": [{"url": place, "time": time.time()}]}
+            storage.write_json(self.at("provenance.json"), producer() | facts)
             storage.write_json(self.config_url, config)
             return
-        changed = differences(storage.read_json(self.config_url), config)
-        fixed = [line for line in changed if not {(key := line.partition(": ")[0]), key.partition(".")[0]} & set(may_change)]
+        changed = differences(complete(stored), config)
+        fixed = [line for line in changed if not allowed(line.partition(": ")[0])]
         if fixed:
             raise ConfigError(
                 f"{self.url} holds a run with another configuration; use another run.name, or the values of the folder:\n  "
                 + "\n  ".join(fixed)
                 + "\n  (folder -> given)"
             )
+        self._note(place, changed)
         if changed:
-            provenance = storage.read_json(self.at("provenance.json"))
-            provenance["changes"] = [*provenance.get("changes", []), {"time": time.time(), "commit": commit(), "changed": changed}]
-            storage.write_json(self.at("provenance.json"), provenance)
             storage.write_json(self.config_url, config)
             print(f"{self.url} goes on with other values:\n  " + "\n  ".join(changed), flush=True)
+
+    def _note(self, place: str, changed: list[str]) -> None:
+        """Add to provenance.json where the folder lies now, if that is new, and what changed of its configuration."""
+        url = self.at("provenance.json")
+        provenance = storage.read_json(url) if storage.exists(url) else {}
+        places = provenance.get("places", [])
+        now = {"time": time.time()}
+        moved = not places or places[-1]["url"] != place
+        if moved:
+            provenance["places"] = [*places, {"url": place} | now]
+        if changed:
+            provenance["changes"] = [*provenance.get("changes", []), now | {"commit": commit(), "changed": changed}]
+        if moved or changed:
+            storage.write_json(url, provenance)
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None."""
@@ -196,3 +244,22 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"{self.url}: another launcher runs '{stage}' in this folder; wait for it, or use another run.name.") from error
             yield
+
+
+def place_of(config_url: str) -> dict[str, str]:
+    """``root`` and ``name`` of the run folder that a config.json lies in; nothing where it lies in none.
+
+    Raises:
+        ConfigError: the folder is a whole bucket or file system, or of another schema.
+    """
+    folder, _, name = config_url.rpartition("/")
+    folder = folder if config_url.startswith(("s3://", "file://")) else folder or "."
+    if name != "config.json" or not storage.exists(storage.join(folder, "provenance.json")):
+        return {}
+    if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
+        folder = str(storage.local_path(folder).resolve())
+    RunFolder(folder).check_schema()
+    root, _, name = folder.rstrip("/").rpartition("/")
+    if not name or root == "s3:/":
+        raise ConfigError(f"{config_url}: a run folder lies in a folder or below a bucket; move it there.")
+    return {"root": root or ("/" if folder.startswith("/") else "."), "name": name}

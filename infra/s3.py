@@ -273,6 +273,13 @@ def list_objects(url: str, start: str = "", *, shallow: bool = False) -> Iterato
             yield from ((name.removeprefix(prefix), size, etag) for name, size, etag in sorted(found))
 
 
+def is_folder(url: str) -> bool:
+    """Whether there are objects below a prefix."""
+    bucket, key = bucket_and_key(url)
+    with _errors(url):
+        return bool(_client().list_objects_v2(Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1).get("KeyCount"))
+
+
 def delete(url: str) -> None:
     """Delete an object; a missing one is fine."""
     bucket, key = bucket_and_key(url)

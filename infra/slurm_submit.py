@@ -28,7 +28,7 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
     words += [f"--gpus-per-node={cluster.gpus}"] if cluster.gpus else []
     words += [f"--time={cluster.hours}:00:00", f"--signal=USR2@{cluster.grace_s}"]
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []
-    words += [f"--output={logs(spec)}/%x-{'%A_%a' if spec.shape == 'array' else '%j'}.out"]
+    words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{'%A_%a' if spec.shape == 'array' else '%j'}.out"]
     words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     return [*words, str(REPOSITORY / "infra" / "slurm" / f"{spec.stage}.sbatch"), spec.run_url]
 
@@ -47,7 +47,7 @@ def shown(spec: JobSpec, after: Sequence[str] = ()) -> str:
     """The command as one would type it, and the script that it submits."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(spec).items())
     command = sbatch(spec, after)
-    return f"set -a; . {SITE}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
+    return f"set -a; . {shlex.quote(str(SITE))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
 
 
 def submit(spec: JobSpec, after: Sequence[str] = ()) -> tuple[str, bool]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from infra.globs import FileInfo
 
 __all__ = [
     "FileInfo",
+    "absolute",
     "check_writable",
     "create_once",
     "delete",
@@ -94,6 +96,11 @@ def join(url: str, *parts: str) -> str:
     """``url/part/part``, for paths and URLs alike. Parts are relative; empty ones are left out."""
     words = [word for word in (part.strip("/") for part in parts) if word]
     return "/".join([url.rstrip("/"), *words]) if words else url
+
+
+def absolute(url: str) -> str:
+    """The same place, whatever the working directory is."""
+    return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def read_bytes(url: str) -> bytes:
@@ -212,7 +219,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
         DataError: a folder cannot be read (while listing, too).
     """
     found = None
-    if not url.endswith("/") and not (is_remote(url) and globs.is_pattern(url)):
+    if not url.endswith("/"):
         try:
             found = stat(url)
         except MissingError:
@@ -222,10 +229,14 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
         return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
     level = _remote_level if is_remote(url) else _local_level
     deep = _remote_walk if is_remote(url) else partial(_local_walk, roots=roots)
-    if found is not None or not globs.is_pattern(url):
+    if found is not None or not globs.is_pattern(url) or _is_folder(url.rstrip("/")):
         return url.rstrip("/") or url, deep(url)
     base, parts = globs.split(url)
     return base or ".", globs.expand(base or ".", parts, level, deep)
+
+
+def _is_folder(url: str) -> bool:
+    return s3.is_folder(url) if is_remote(url) else local_path(url).is_dir()
 
 
 def _local_level(place: str, start: str) -> Iterator[FileInfo]:

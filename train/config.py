@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
+from infra.config_keys import ANY_TIME, GOING_ON, completed
 from infra.errors import ConfigError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
@@ -21,11 +22,12 @@ UnscaledPrecision = Literal["auto", "bf16", "fp32"]
 
 
 class RunSection(Section):
-    """Name, place and seed of a run."""
+    """Name, place and seed of a run. Name and root say where a new run is made; of a run folder that is named they follow from where it lies, and are not
+    stored in it: a folder that is renamed, moved or copied is the run that it is named by."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(default="run", pattern=r"^[^/\x00-\x1f]*[^./\x00-\x1f][^/\x00-\x1f]*$", exclude=True)
     """Name of the run: its folder under root."""
-    root: str = "runs"
+    root: str = Field(default="runs", exclude=True)
     """Folder or s3://bucket/prefix that holds run folders."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random; see docs/contracts.md, section 2."""
@@ -34,30 +36,33 @@ class RunSection(Section):
 class FitSection(Section):
     """What every training stage shares."""
 
-    steps: int = Field(default=1000, gt=0)
+    steps: int = Field(default=1000, gt=0, json_schema_extra=GOING_ON)
     """Optimizer updates."""
-    batch: int = Field(default=512, gt=0)
+    on_change: Literal["recomputed", "kept", "restarted"] = Field(default="recomputed", json_schema_extra=ANY_TIME)
+    """What becomes of the schedule of the step size where the run goes on with other values (--go-on): 'recomputed', as if the new values had held from the
+    start; 'kept', it ends where it would have ended, and stays there; 'restarted', it begins anew, warm-up included, over the updates that are left."""
+    batch: int = Field(default=512, gt=0, json_schema_extra=GOING_ON)
     """Samples per update, over all processes and micro-batches."""
-    accumulation: int = Field(default=1, gt=0)
+    accumulation: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
     """Micro-batches per update and process."""
     precision: Precision = "auto"
     """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32. 'fp16' scales the loss of the dVAE, and has
     gradient scales for the transformer's resblocks (section scales)."""
-    log_every: int = Field(default=10, gt=0)
+    log_every: int = Field(default=10, gt=0, json_schema_extra=ANY_TIME)
     """Updates between logged points."""
-    eval_every: int = Field(default=1000, gt=0)
+    eval_every: int = Field(default=1000, gt=0, json_schema_extra=ANY_TIME)
     """Updates between evaluations on the validation split; the last update always evaluates."""
     eval_samples: int = Field(default=1024, gt=0)
     """Validation samples of one evaluation (fewer if there are fewer)."""
-    save_every: int = Field(default=1000, gt=0)
+    save_every: int = Field(default=1000, gt=0, json_schema_extra=ANY_TIME)
     """Updates between checkpoints; the last update always saves."""
-    keep: int = Field(default=2, gt=0)
+    keep: int = Field(default=2, gt=0, json_schema_extra=ANY_TIME)
     """Checkpoints kept."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
     """The first checkpoint at or after each multiple of this many updates is kept for good; 0: none are."""
-    max_bad_steps: int = Field(default=3, gt=0)
+    max_bad_steps: int = Field(default=3, gt=0, json_schema_extra=ANY_TIME)
     """Updates with non-finite losses or gradients, without a good one between them, before the run ends with exit code 93."""
-    max_overflow_steps: int = Field(default=500, gt=0)
+    max_overflow_steps: int = Field(default=500, gt=0, json_schema_extra=ANY_TIME)
     """The same for updates whose scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
     so this must span several windows."""
 
@@ -65,21 +70,21 @@ class FitSection(Section):
 class DvaeFit(FitSection):
     """Training of the dVAE (paper A.2)."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(default=False, json_schema_extra=ANY_TIME)
     """Recompute activations inside residual blocks in the backward pass."""
     compile: bool = False
     """Hand the groups of residual blocks to torch.compile: a minute or more at the start (on a CPU it needs a C++ compiler)."""
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0, json_schema_extra=GOING_ON)
     """Initial step size."""
-    lr_final: float = Field(default=1.25e-6, ge=0)
+    lr_final: float = Field(default=1.25e-6, ge=0, json_schema_extra=GOING_ON)
     """Final step size, by half-cosine."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, json_schema_extra=GOING_ON)
     """Updates of linear warm-up on top of the schedule; the paper has none."""
-    clip_norm: float | None = Field(default=None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0, json_schema_extra=GOING_ON)
     """Clip gradients to this global norm; the paper does not."""
     min_ln_b: float | None = Field(default=None)
     """Floor of ln b in the likelihood; the paper has none. Drawings with exactly flat areas need one: their density is unbounded, and drowns the rest."""
-    lr_steps: int = Field(default=1_200_000, gt=0)
+    lr_steps: int = Field(default=1_200_000, gt=0, json_schema_extra=GOING_ON)
     """Updates of the step-size schedule; held afterwards."""
     beta: float = Field(default=6.6, ge=0)
     """KL weight, before the division by 3 * downsample**2."""
@@ -93,7 +98,7 @@ class DvaeFit(FitSection):
     """How the temperature falls; 'linear' typically diverged (paper 2.1)."""
     warn_perplexity: float = Field(default=0.05, ge=0, le=1)
     """Warn of a collapsing codebook where the perplexity of the codes is below this share of dvae.vocab."""
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0, json_schema_extra=GOING_ON)
     """AdamW's weight decay."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the parameters."""
@@ -127,31 +132,31 @@ class DalleFit(FitSection):
 
     init_from: str = ""
     """Start from the weights of this export (a folder or s3 prefix with model.safetensors); a checkpoint of the run goes before it."""
-    lr: float = Field(default=4.5e-4, gt=0)
+    lr: float = Field(default=4.5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
-    warmup_steps: int = Field(default=5_000, ge=0)
+    warmup_steps: int = Field(default=5_000, ge=0, json_schema_extra=GOING_ON)
     """Updates of linear warm-up."""
     schedule: Literal["cosine", "plateau"] = "cosine"
     """After the warm-up: half a cosine to lr_final, or halvings at plateaus of the training loss (paper B.2)."""
-    lr_final: float = Field(default=0.0, ge=0)
+    lr_final: float = Field(default=0.0, ge=0, json_schema_extra=GOING_ON)
     """'cosine': step size at the last update."""
-    halvings: int = Field(default=5, ge=0)
+    halvings: int = Field(default=5, ge=0, json_schema_extra=GOING_ON)
     """'plateau': largest number of halvings."""
-    halve_at: tuple[PositiveInt, ...] = ()
+    halve_at: tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=GOING_ON)
     """'plateau', by hand: halve after exactly these updates instead."""
-    plateau_window: int = Field(default=2_000, gt=0)
+    plateau_window: int = Field(default=2_000, gt=0, json_schema_extra=GOING_ON)
     """'plateau': updates whose mean loss is compared."""
-    plateau_patience: int = Field(default=3, gt=0)
+    plateau_patience: int = Field(default=3, gt=0, json_schema_extra=GOING_ON)
     """'plateau': windows without progress before a halving."""
-    plateau_threshold: float = Field(default=1e-3, ge=0)
+    plateau_threshold: float = Field(default=1e-3, ge=0, json_schema_extra=GOING_ON)
     """'plateau': smallest relative progress of a window over the best one."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay."""
     beta2: float = Field(default=0.96, ge=0, lt=1)
     """AdamW's second decay."""
-    weight_decay: float = Field(default=4.5e-2, ge=0)
+    weight_decay: float = Field(default=4.5e-2, ge=0, json_schema_extra=GOING_ON)
     """Decoupled weight decay, on matrices only."""
-    clip_norm: float = Field(default=4.0, gt=0)
+    clip_norm: float = Field(default=4.0, gt=0, json_schema_extra=GOING_ON)
     """Clip gradients to this global norm."""
     optimizer: Literal["paper", "apex"] = "paper"
     """AdamW with the paper's details, or NVIDIA apex's FusedAdam (a GPU, fp32 moments, no ceiling of the variance; an error where it cannot be
@@ -162,23 +167,25 @@ class DalleFit(FitSection):
     """Ceiling of Adam's variance estimate; nothing for none."""
     moments: Literal["fp32", "16-bit"] = "fp32"
     """Storage of Adam's moments of block matrices: '16-bit' is 1-6-9 for the mean and 0-6-10 for the variance (paper B.2)."""
-    numerics_every: int = Field(default=100, gt=0)
+    numerics_every: int = Field(default=100, gt=0, json_schema_extra=ANY_TIME)
     """Updates between points of the series of each resblock: scale, overflows, gradient norm, shares of zero and subnormal values of the reduced gradients."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the iterate average."""
     ema_every: int = Field(default=25, gt=0)
     """Updates between copies into the iterate average."""
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool = Field(default=True, json_schema_extra=ANY_TIME)
     """Recompute activations inside resblocks in the backward pass."""
-    checkpoint_every: int = Field(default=1, gt=0)
+    checkpoint_every: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
     """Resblocks recomputed together where activation_checkpointing is on: states are kept before every n-th one."""
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=GOING_ON)
     """Share of training samples that lose their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Drawn anew
     in each epoch and never stored."""
 
 
 class ZeroSection(Section):
     """DeepSpeed ZeRO; keys carry DeepSpeed's names where it has them."""
+
+    model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     stage: Literal[1, 2, 3] = 2
     """ZeRO stage."""
@@ -245,11 +252,11 @@ class ClipFit(FitSection):
 
     precision: UnscaledPrecision = "auto"
     """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, json_schema_extra=GOING_ON)
     """Updates of linear warm-up; half-cosine to zero afterwards."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, json_schema_extra=GOING_ON)
     """Decoupled weight decay, on matrices only."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the exponential moving average of the parameters."""
@@ -257,6 +264,8 @@ class ClipFit(FitSection):
 
 class GenerateSection(Section):
     """Drawing of pictures."""
+
+    model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     captions: tuple[str, ...] = ()
     """Captions to draw; empty: captions of the validation split."""
@@ -297,22 +306,6 @@ class EvaluateSection(Section):
     """Feature network of the Fréchet distance of reconstructions. Only the two Inception networks give an FID; 'efficientnet-lite0' is an offline stand-in under its own name."""
     frechet_weights: str = ""
     """File with that network's weights; 'efficientnet-lite0' finds those of its package."""
-
-
-_HOW = ("log_every", "eval_every", "save_every", "keep", "keep_every", "max_bad_steps", "max_overflow_steps")
-MAY_CHANGE = frozenset(
-    [
-        "zero",
-        "generate",
-        "dalle_fit.activation_checkpointing",
-        "dalle_fit.checkpoint_every",
-        "dalle_fit.numerics_every",
-        "dvae_fit.activation_checkpointing",
-    ]
-    + [f"{stage}_fit.{key}" for stage in ("dvae", "dalle", "clip") for key in _HOW]
-)
-"""Sections and keys that say how a run is computed and watched, not what it computes, and what is drawn with it: it goes on with other values
-(docs/contracts.md, section 10)."""
 
 
 class RunConfig(Section):
@@ -373,20 +366,26 @@ class RunConfig(Section):
 def read_preset(preset: str) -> tuple[dict[str, Any], str]:
     """The sections of a preset, and where they were read: a name under train/presets, a .toml file, or a run folder (its config.json).
 
+    Of a run folder, run.root and run.name are where it lies now. Keys that a stored configuration lacks have their value before they existed.
+
     Raises:
         ConfigError: there is no such preset; the known names are listed.
     """
     named = PRESETS / f"{preset}.toml"
-    if named.is_file():
+    if "/" not in preset and named.is_file():
         return parse(named.read_text(), f"preset {preset}"), f"preset {preset}"
     from infra import storage  # only needed for run folders and files, which may lie on s3
+    from infra.run_folder import place_of
 
     for candidate in (preset, storage.join(preset, "config.json")):
         if candidate.endswith((".toml", ".json")) and storage.exists(candidate):
             try:
-                return parse(storage.read_bytes(candidate).decode(), candidate), candidate
+                tree = parse(storage.read_bytes(candidate).decode(), candidate)
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{candidate}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+            tree = completed(RunConfig, tree) if candidate.endswith(".json") else tree
+            place = place_of(candidate)
+            return (tree | {"run": tree["run"] | place} if place else tree), candidate
     known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
     raise ConfigError(f"preset '{preset}': no such preset, .toml file or run folder; presets: {known}.")
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from infra import deferred_writes, ledger, signals
 from infra.agent import Placement, begin, run_ranks
+from infra.commands import launcher
 from infra.config import differences, to_json
-from infra.errors import ConfigError, ExitCode, ReportedError, StopRequested
+from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
 from infra.lost_peer import is_lost_peer, why_peer_ended
 from infra.progress import duration
@@ -28,9 +29,9 @@ from infra.signals import StopFlag
 from infra.world import Share, World
 from train.config import RunConfig, load_run, read_preset
 from train.ranks import watchdog
-from train.run import elastic, places
+from train.run import elastic, lineage, places
 from train.run.places import run_folder
-from train.run.stage_table import STAGES, Stage
+from train.run.stage_table import STAGES, TRAINED, Stage
 from train.verbs import doctor
 
 _EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
@@ -66,6 +67,7 @@ def stage(
     share: str = "",
     chain: bool = False,
     restarts: int = 0,
+    go_on: bool = False,
 ) -> None:
     """Run one stage, in this process or as agent of several; see ``launcher.py``.
 
@@ -87,8 +89,11 @@ def stage(
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
     _check_target(on)
     _check_restarts(restarts, on, chain=chain)
+    if go_on and not entry.trains:
+        raise ConfigError(f"--go-on: '{name}' does not train; a change point belongs to {', '.join(TRAINED)}.")
+    going_on = name if go_on else ""
     if on != "local" or chain:
-        _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run)
+        _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run, going_on=going_on)
         return
     if dry_run:
         print(describe(cfg, preset), end="", flush=True)
@@ -100,8 +105,8 @@ def stage(
     if os.environ.get("LAUNCHER_PID"):
         signals.die_with_parent()
     started = time.monotonic()
-    places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]))
-    if _is_finished(name, cfg, run) and not entry.repeats:
+    cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]), going_on)
+    if places.finished(cfg, run, name) and not entry.repeats and not _out_of_date(name, cfg, run):
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
     job = Job.from_env()
@@ -121,11 +126,20 @@ def stage(
     )
 
 
-def _is_finished(name: str, cfg: RunConfig, run: RunFolder) -> bool:
-    """Whether a stage has finished with the values that may change under a run (its marker names them, if it has any)."""
-    marker = run.done(name)
-    now = json.loads(to_json(cfg)).get(name)
-    return marker is not None and marker.get("settings", now) == now
+def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:
+    """Whether a finished stage was made from older weights than are there: it is made again.
+
+    Raises:
+        DataError: it trains, and what it has learnt from the older ones is not thrown away unasked.
+    """
+    old = lineage.out_of_date(cfg, run, name)
+    if old and STAGES[name].trains:
+        raise DataError(
+            f"{name} is out of date: {old}. It is not trained anew unasked: delete {run.at(name)} and run '{launcher(name, run.url)}', or go back to those."
+        )
+    if old:
+        print(f"{name}: out of date ({old}); made again", flush=True)
+    return bool(old)
 
 
 def _label(name: str, entry: Stage) -> str:
@@ -154,7 +168,7 @@ def _check_restarts(restarts: int, on: str, *, chain: bool) -> None:
         raise ConfigError(f"--restarts {restarts}: {f'job {job} is' if job else 'jobs are'} started again by the scheduler; set cluster.retries.")
 
 
-def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str, *, chain: bool, dry_run: bool) -> None:
+def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str, *, chain: bool, dry_run: bool, going_on: str = "") -> None:
     if on == "local":
         raise ConfigError("--chain: submits all stages to a scheduler; on this machine, 'launcher.py demo' runs them in turn.")
     from train.run import cluster
@@ -163,7 +177,7 @@ def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str
         print(describe(cfg, words[0]), end="", flush=True)
         print(cluster.show(name, cfg, run, on, chain=chain))
         return
-    cluster.submit(name, cfg, run, on, chain=chain, command=shlex.join(["python", "launcher.py", name, *words]))
+    cluster.submit(name, cfg, run, on, chain=chain, command=shlex.join(["python", "launcher.py", name, *words]), going_on=going_on)
 
 
 def verdict(name: str, preset: str, overrides: list[str]) -> None:
@@ -204,6 +218,8 @@ def describe(cfg: RunConfig, preset: str) -> str:
     tree, _ = read_preset(preset)
     base = json.loads(to_json(RunConfig.model_validate_json(json.dumps(tree))))
     ours = json.loads(to_json(cfg))
+    ours["run"] |= {"name": cfg.run.name, "root": cfg.run.root}  # which are not stored
+    base["run"] |= {"name": tree.get("run", {}).get("name", cfg.run.name), "root": tree.get("run", {}).get("root", "runs")}
     changed = {line.split(": ")[0]: line.split(": ", 1)[1] for line in differences(base, ours)}
     lines = []
     for section, values in ours.items():
@@ -285,7 +301,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
         print(describe(cfg, preset), end="")
         print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
         return
-    places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
+    cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.planning.demo_time import project
 
     projection = project(cfg, run, nproc or default_nproc(STAGES["dalle"]))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards.rows import ShardRows
 from data_pipeline.shards.schema import check_columns, read_part_index
 from infra import storage, strict_json
+from infra.commands import launcher
 from infra.errors import DataError
 
 INDEX = "index.json"
@@ -57,7 +58,7 @@ def sha256_of(part: Mapping[str, Any], name: str, url: str) -> str:
     """
     found = [str(file["sha256"]) for file in part["files"] if file["name"] == name]
     if not found:
-        raise DataError(f"{url}: part {part['name']} has no file {name}, which the set was written with; run 'launcher.py validate {url}'.")
+        raise DataError(f"{url}: part {part['name']} has no file {name}, which the set was written with; run '{launcher('validate', url)}'.")
     return found[0]
 
 

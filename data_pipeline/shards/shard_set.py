@@ -23,6 +23,7 @@ from data_pipeline.shards import schema as schemas
 from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_u64, sha256_of, unpack_captions
 from data_pipeline.shards.rows import row_decoder
 from infra import storage, text
+from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import DataError, MissingError
 
@@ -168,7 +169,7 @@ class ShardSet:
         names = [entry["raw_data"]["basename"] for entry in entries]
         strays = {name.partition("/")[0] for name in names} - sources.keys()
         if strays:
-            raise DataError(f"{url}: lists shards of {min(strays)}, which is no part in the manifest; run 'launcher.py validate {self.url}'.")
+            raise DataError(f"{url}: lists shards of {min(strays)}, which is no part in the manifest; run '{launcher('validate', self.url)}'.")
         for name, entry in zip(names, entries, strict=True):
             schemas.check_columns(str(self.manifest["schema"]), entry, f"{url}: {name}")
         return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
@@ -191,7 +192,7 @@ class ShardSet:
         url = storage.join(self.version_url, EXCLUDED)
         found = read_u64(url, facts["sha256"], facts["count"])
         if found[-1] >= self.stored or (found[1:] <= found[:-1]).any():
-            raise DataError(f"{url}: damaged, its positions do not rise, or leave 0 to {self.stored - 1}; run 'launcher.py validate {self.url}'.")
+            raise DataError(f"{url}: damaged, its positions do not rise, or leave 0 to {self.stored - 1}; run '{launcher('validate', self.url)}'.")
         return found.astype(np.int64)
 
     @cached_property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from tests.support.ranks import run_in_ranks
 from tests.support.root import ROOT
+from tests.support.stopped_run import StopAfter
 from train import launch
 from train.config import RunConfig, load_run
 from train.loop.metrics import read_metrics
@@ -35,20 +35,6 @@ PREPARED = ("prepare", "tokenizer", "dvae", "encode")
 def run_stage(name: str, root: str, overrides: list[str], stop: StopFlag | None = None) -> None:
     words = [f"run.root={root}", *BASE, *overrides]
     launch.stage(name, "tiny", words, on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop)
-
-
-class StopAfter(StopFlag):
-    """A signal that comes during the n-th update."""
-
-    def __init__(self, updates: int) -> None:
-        super().__init__()
-        self.left = updates
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        if self.left == -1:  # asked once before the start
-            self.received = signal.SIGUSR2
-        return self.received is not None
 
 
 def copy_of(prepared: Path, tmp_path: Path, *, without: str = "", changes: dict[str, Any] | None = None) -> Path:

@@ -62,6 +62,16 @@ class Plateau:
         log.info("step size halved after update %d (%d of %d): %s", step, len(self.halved), self.limit, why)
         return True
 
+    def restart(self, step: int) -> None:
+        """Begin anew after ``step`` updates, as at the start of a run; halvings by hand stay, they name updates."""
+        if self.at is None:
+            self.halved, self._best, self._idle, self._sum, self._count = [], None, 0, 0.0, 0
+        self.begin_at(step)
+
+    def begin_at(self, step: int) -> None:
+        """The warm-up begins after ``step`` updates."""
+        self.warmup += step
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able, exact."""
         return {"halved": self.halved, "best": self._best, "idle": self._idle, "sum": self._sum, "count": self._count}

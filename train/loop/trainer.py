@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from infra import storage
+from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import CheckpointError, DivergedError, StopRequested
 from infra.progress import Progress
@@ -25,6 +27,8 @@ from train.loop.plateau import Plateau
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
 from train.ranks.signal_vector import SignalVector
+from train.run import change_points
+from train.run.change_points import Curve
 from train.weights import checkpoint
 from train.weights.checkpointer import Checkpointer
 from train.weights.fragments import full_shape
@@ -71,6 +75,9 @@ class Task(Protocol):
     unit: str
     """What throughput counts: images or tokens."""
 
+    curve: Curve | None
+    """The updates that the schedule of the step size spans; None: all of the section's."""
+
     def schedule(self, step: int) -> dict[str, float]:
         """Values scheduled at an update; must hold 'lr'."""
         ...
@@ -108,6 +115,8 @@ class Outcome:
     """Time in training over all attempts, less what was lost with them."""
     units_per_s: float
     """Throughput of the last attempt, over its updates; 0 if it made none."""
+    updates: int
+    """Updates in all."""
 
 
 @dataclass
@@ -149,12 +158,16 @@ class Trainer:
         self._saver = Checkpointer(url, self.world, self.section.keep, self.section.keep_every)
         self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
+        self._changes: list[dict[str, Any]] = []
         with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
             step = self._restore()
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
+        for point in self._changes:
+            if point["step"] == step:
+                self._writer.text(step, "change point", change_points.described(point))
         self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
@@ -195,7 +208,7 @@ class Trainer:
             self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
         self._account(step)
         rate = self._units / self._update_s if self._update_s else 0.0
-        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate)
+        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
 
     def _account(self, step: int) -> None:
         """The last words of an attempt: where its time went."""
@@ -284,8 +297,8 @@ class Trainer:
         what = " or ".join(f"{kind} ({count})" if self._bad and self._overflows else kind for kind, count in kinds.items() if count)
         raise DivergedError(
             f"{self.stage}: {self._bad + self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
-            f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; with a smaller {self.stage}_fit.lr it is another run "
-            "(run.name)" + (", which can start from this one's weights (launcher.py export, dalle_fit.init_from)." if self.stage == "dalle" else ".")
+            f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; or go on from there with a smaller step size: "
+            + launcher(self.stage, self.run.url, f"{self.stage}_fit.lr={getattr(self.section, 'lr', 1e-4) / 2:.3g}", "--go-on")
         )
 
     def _restore(self) -> int:
@@ -306,10 +319,29 @@ class Trainer:
         if self.plateau is not None and meta.get("plateau"):
             self.plateau.restore(meta["plateau"], int(meta["step"]))
         self._counts |= meta.get("bad_updates", {})
+        self._go_on(meta)
         self.loader.restore(meta["loader"])
         self._elapsed = meta["elapsed_s"]
         log.info("%s: resumed after update %d", self.stage, meta["step"])
         return int(meta["step"])
+
+    def _go_on(self, meta: dict[str, Any]) -> None:
+        """Begin a change point where the run goes on with other values than its checkpoint was made with, and follow those that it went through."""
+        if "config" not in meta or "config" not in self.meta:
+            return
+        earlier = len(meta.get("changes", []))
+        self._changes = change_points.continued(meta, self.meta["config"], self.stage, self.section.on_change)
+        file = self.run.at(self.stage, change_points.FILE)
+        if self.world.is_main and (self._changes or storage.exists(file)):
+            storage.write_json(file, self._changes)
+        if not self._changes:
+            return
+        self.task.curve = change_points.curve(self._changes, self.section.steps)
+        if self.plateau is not None:
+            restarts = len(self._changes) > earlier and self._changes[-1]["schedule"] == "restarted"
+            (self.plateau.restart if restarts else self.plateau.begin_at)(self.task.curve.start)
+        for point in self._changes[earlier:]:
+            log.warning("%s: goes on %s", self.stage, change_points.described(point))
 
     def _adopt(self, parents: dict[str, str]) -> None:
         """Go on with the parents of a checkpoint: what it was trained on must be what is there; what it started from need not be there any more.
@@ -331,6 +363,8 @@ class Trainer:
     def _save(self, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
         facts["bad_updates"] = self._counts
+        if self._changes:
+            facts["changes"] = self._changes
         if self.engine.loss_scale is not None:
             facts["loss_scale"] = self.engine.loss_scale.state()
         if isinstance(self.engine, MeasuringEngine):

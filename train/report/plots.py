@@ -57,7 +57,14 @@ class Line:
 
 
 def lines(
-    key: str, title: str, series: Sequence[Line], *, log: bool = False, reference: tuple[float, str] | None = None, across: str = "updates"
+    key: str,
+    title: str,
+    series: Sequence[Line],
+    *,
+    log: bool = False,
+    reference: tuple[float, str] | None = None,
+    across: str = "updates",
+    marks: Sequence[float] = (),
 ) -> Html:
     """Curves over updates. A long, noisy curve is drawn faintly under its running mean.
 
@@ -68,6 +75,7 @@ def lines(
         log: logarithmic vertical axis, where all values are positive.
         reference: a value and its name, drawn as a dashed line.
         across: what the horizontal axis counts.
+        marks: places on the horizontal axis where something changed, each drawn as a dotted line.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
@@ -82,6 +90,8 @@ def lines(
         if reference:
             axes.axhline(reference[0], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
             axes.text(1, reference[0], reference[1], ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+        for mark in marks:
+            axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.8)
         if len(shown) > 1:
             axes.legend(loc="best", handlelength=1.2, fontsize=8)
         axes.set_xlabel(across)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from train.report.markup import Html, el, join, note
 from train.report.plots import Line, lines
 from train.report.view import RunView, Section
+from train.run import change_points
 from train.run.stage_table import TRAINED
 
 
@@ -90,6 +91,7 @@ def section(run: RunView) -> Section | None:
         if len(plots) > _OPEN:
             parts.append(el("details", el("summary", f"{len(plots) - _OPEN} more"), el("div", plots[_OPEN:], class_="plots")))
         parts.append(_warning(run, stage))
+        parts += [note(f"Dotted line: {change_points.described(point)}.") for point in run.changes(stage)]
     if silent:
         parts.append(note(f"No metrics yet: {', '.join(silent)}."))
     return Section("curves", "Training curves", join(parts))
@@ -102,7 +104,8 @@ def _plot(run: RunView, stage: str, number: int, panel: Panel) -> Html | None:
         return None
     value = run.evaluation.get(panel.reference) if panel.reference else None
     reference = (float(value), panel.reference_label) if value is not None else None
-    plot = lines(f"{stage}{number}", panel.title, found, log=panel.log, reference=reference)
+    marks = [point["step"] for point in run.changes(stage)]
+    plot = lines(f"{stage}{number}", panel.title, found, log=panel.log, reference=reference, marks=marks)
     return el("figure", el("figcaption", panel.title, _few(found)), plot, class_="plot")
 
 
@@ -124,7 +127,8 @@ def _against_time(run: RunView, stage: str) -> Html | None:
     if not any(math.isfinite(value) for line in found for _, value in line.points):
         return None
     title = f"{panel.title}, against time"
-    return el("figure", el("figcaption", title), lines(f"{stage}time", title, found, across="minutes of training"), class_="plot")
+    marks = [minutes[point["step"]] for point in run.changes(stage) if point["step"] in minutes]
+    return el("figure", el("figcaption", title), lines(f"{stage}time", title, found, across="minutes of training", marks=marks), class_="plot")
 
 
 def _minutes(points: list[tuple[int, float]]) -> dict[int, float]:

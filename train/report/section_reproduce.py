@@ -22,8 +22,8 @@ def _commands(run: RunView) -> list[str]:
             shlex.join(["python", "launcher.py", "demo", begun[0], *others, f"run.name={run.name}-again"]),
         ]
     return [
-        f"# save the configuration below as {run.name}.json; set run.name in it to a new name",
-        shlex.join(["python", "launcher.py", "demo", f"{run.name}.json"]),
+        f"# save the configuration below as {run.name}.json",
+        shlex.join(["python", "launcher.py", "demo", f"{run.name}.json", f"run.name={run.name}-again"]),
     ]
 
 

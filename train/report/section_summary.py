@@ -35,7 +35,8 @@ def section(run: RunView) -> Section | None:
     missing = (
         "The evaluate stage has not finished: these are the newest values of the training logs, on fewer samples." if not run.evaluation else None
     )
-    return Section("summary", "At a glance", join(el("div", [_render(tile) for tile in tiles], class_="tiles"), note(explanation, missing)))
+    old = [note(f"Out of date: {stage} was {why}; run it again.") for stage, why in run.out_of_date.items()]
+    return Section("summary", "At a glance", join(el("div", [_render(tile) for tile in tiles], class_="tiles"), note(explanation, missing), old))
 
 
 def _render(tile: Tile) -> Html:

@@ -8,8 +8,11 @@ from typing import Any
 
 from infra import storage
 from infra.errors import DataError
+from infra.run_folder import RunFolder
+from train.config import load_run
 from train.loop.metrics import Point, read_metrics
 from train.report.markup import Html
+from train.run import change_points, lineage
 from train.run.stage_table import STAGES, TRAINED
 
 
@@ -36,8 +39,8 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """Name of the run: the configuration's, or the folder's."""
-        return str(self.config.get("run", {}).get("name") or self.url.rstrip("/").rsplit("/", 1)[-1])
+        """Name of the run: that of its folder, wherever it lies now."""
+        return storage.absolute(self.url).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -94,6 +97,19 @@ class RunView:
         if stage not in self._series:
             self._series[stage] = read_metrics(self.url, stage)
         return self._series[stage]
+
+    def changes(self, stage: str) -> list[dict[str, Any]]:
+        """The change points of a training stage, oldest first."""
+        url = storage.join(self.url, stage, change_points.FILE)
+        return list(storage.read_json(url)) if storage.exists(url) else []
+
+    @cached_property
+    def out_of_date(self) -> dict[str, str]:
+        """Stages that older weights made than are there now, and which; none for what is no whole run folder."""
+        if not self.config or not self.provenance:
+            return {}
+        cfg, run = load_run(self.url, []), RunFolder(self.url)
+        return {stage: old for stage in STAGES if (old := lineage.out_of_date(cfg, run, stage))}
 
     def last(self, stage: str, name: str) -> float | None:
         """The newest value of a metric, or None."""

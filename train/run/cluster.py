@@ -5,24 +5,24 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from infra import k8s_submit, ledger, slurm_submit
+from infra import k8s_submit, ledger, slurm_submit, storage
 from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
 from train.config import RunConfig
-from train.run import places
+from train.run import lineage, places
 from train.run.stage_table import STAGES
 
 
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
     """The job of a stage."""
     shape: Shape = "gang" if STAGES[stage].trains else "array" if STAGES[stage].shared else "node"
-    return JobSpec(stage, cfg.run.name, run.url, shape, cfg.cluster)
+    return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster)  # the job starts in the repository
 
 
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:
     """What ``submit`` would send, and changes nothing."""
-    stages = _waiting(run) if chain else [stage]
+    stages = lineage.waiting(cfg, run) if chain else [stage]
     if on == "k8s":
         return "\n---\n".join(k8s_submit.shown(job_spec(name, cfg, run)) for name in stages)
     return "\n".join(
@@ -30,7 +30,7 @@ def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) ->
     )
 
 
-def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, command: str) -> None:
+def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, command: str, going_on: str = "") -> None:
     """Claim the run folder and submit a stage, or with ``chain`` all that are not finished. Twice does no harm: what is queued stays alone.
 
     Raises:
@@ -40,12 +40,12 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
         k8s_submit.overlay(job_spec(stage, cfg, run))  # refused before anything is written
-    places.claim(cfg, run, command)
-    if not chain and run.done(stage) is not None and not STAGES[stage].repeats:
+    cfg = places.claim(cfg, run, command, going_on)
+    if not chain and places.finished(cfg, run, stage) and not STAGES[stage].repeats and not lineage.out_of_date(cfg, run, stage):
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return
     ids: dict[str, str] = {}
-    for name in _waiting(run) if chain else [stage]:
+    for name in lineage.waiting(cfg, run) if chain else [stage]:
         spec = job_spec(name, cfg, run)
         if on == "k8s":
             print(k8s_submit.submit(spec), end="")
@@ -54,10 +54,6 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         print(f"{name}: job {ids[name]}{'' if new else ' is in the queue already'}", flush=True)
     if on == "slurm":
         print(f"squeue --me; output in {slurm_submit.logs(spec)}; progress: python launcher.py status {shlex.quote(run.url)}")
-
-
-def _waiting(run: RunFolder) -> list[str]:
-    return [name for name, entry in STAGES.items() if entry.repeats or run.done(name) is None]
 
 
 @dataclass(frozen=True)

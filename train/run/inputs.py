@@ -11,6 +11,7 @@ from torch import nn
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from infra.commands import launcher
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.world import World
@@ -88,7 +89,7 @@ def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: to
         if found != expected:
             raise DataError(
                 f"{run.at(stage, 'export')} was trained with {parent} {found[:12]}, this run has {parent} {expected[:12]}; "
-                f"delete {run.at(stage)} and run 'launcher.py {stage} {run.url}' again."
+                f"delete {run.at(stage)} and run '{launcher(stage, run.url)}' again."
             )
     return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 

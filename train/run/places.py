@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra import storage
+from infra import config_keys, ledger, storage
+from infra.commands import launcher
 from infra.config import to_json
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
-from train.config import MAY_CHANGE, RunConfig
+from train.config import RunConfig
+from train.run import change_points
+from train.run.stage_table import STAGES
 
 SPLITS = ("train", "validation")
 
@@ -34,13 +37,75 @@ def code_set(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> str:
     return storage.join(cfg.data.codes or run.at("codes"), f"crop-{crop}", split)
 
 
-def claim(cfg: RunConfig, run: RunFolder, command: str) -> None:
-    """Make the run folder this configuration's, or check that it is; see ``RunFolder.claim``.
+def claim(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "") -> RunConfig:
+    """Make the run folder this configuration's, or check that it is (see ``RunFolder.claim``), and return the configuration that the run goes on with:
+    keys that the folder's lacks, and that nobody has given a value, keep the behaviour before they existed.
+
+    Args:
+        going_on: the training stage that goes on with other values from its newest checkpoint on; empty: none does.
 
     Raises:
-        ConfigError: the folder is unwritable, or holds another configuration.
+        ConfigError: the folder is unwritable, or holds another configuration; what the run could go on with is named as a command, else that of a new run.
     """
-    run.claim(json.loads(to_json(cfg)), command, MAY_CHANGE)
+    stored = run.stored()
+    if stored is not None:
+        cfg = config_keys.adopted(cfg, stored)
+        changed = change_points.changed(stored, json.loads(to_json(cfg)))
+        fixed = {key: values for key, values in changed.items() if not change_points.may_change(key)}
+        if not going_on or any(change_points.stage_of(key) != going_on for key in fixed):
+            _refuse(run, fixed)
+        elif fixed:
+            _check_going_on(cfg, run, going_on)
+
+    run.claim(json.loads(to_json(cfg)), command, lambda stored: config_keys.completed(RunConfig, stored), lambda key: True)
+    return cfg
+
+
+def _refuse(run: RunFolder, fixed: dict[str, list[Any]]) -> None:
+    if not fixed:
+        return
+    words = [f"{key}={json.dumps(new)}" for key, (_, new) in fixed.items()]
+    lines = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
+    stages = {change_points.stage_of(key) for key in fixed}
+    if len(stages) == 1 and (stage := stages.pop()):
+        advice = f"To go on with these from the newest checkpoint on, as a recorded change point: {launcher(stage, run.url, *words, '--go-on')}"
+    else:
+        name = run.url.rpartition("/")[2]
+        advice = f"As a new run: {launcher('demo', run.url, f'run.name={name}-2', *words)}"
+    raise ConfigError(
+        f"{run.url} holds a run with another configuration; use another run.name, or the values of the folder:\n  {lines}\n  (folder -> given)\n{advice}"
+    )
+
+
+def updates(cfg: RunConfig, run: RunFolder, stage: str, marker: dict[str, Any]) -> int:
+    """Updates that a finished training stage has made; an imported dVAE counts as trained to the end."""
+    steps: int = getattr(cfg, f"{stage}_fit").steps
+    made = int(marker.get("updates", ledger.newest_checkpoint(run, stage)))
+    return made if made >= 0 else steps
+
+
+def finished(cfg: RunConfig, run: RunFolder, stage: str) -> bool:
+    """Whether a stage is done: its marker is there, and names as many updates as the configuration wants by now (of a stage that trains), or the values that
+    may change under a run (of one whose marker holds its settings)."""
+    marker = run.done(stage)
+    if marker is None:
+        return False
+    if "settings" in marker:
+        section = getattr(cfg, stage)
+        return bool(config_keys.completed(type(section), marker["settings"]) == json.loads(to_json(section)))
+    return not STAGES[stage].trains or updates(cfg, run, stage, marker) >= getattr(cfg, f"{stage}_fit").steps
+
+
+def _check_going_on(cfg: RunConfig, run: RunFolder, stage: str) -> None:
+    made, marker = ledger.newest_checkpoint(run, stage), run.done(stage)
+    steps = getattr(cfg, f"{stage}_fit").steps
+    if made < 0 and marker is not None:
+        raise ConfigError(f"{run.at(stage)} holds weights and no checkpoint (they were imported, or it was deleted): there is nothing to go on from.")
+    if made >= steps:
+        raise ConfigError(
+            f"{run.at(stage)} has made {made} updates, and {stage}_fit.steps = {steps}: nothing would be left to do with other values; set more "
+            f"{stage}_fit.steps too."
+        )
 
 
 def require(run: RunFolder, *stages: str) -> dict[str, Any]:
@@ -53,7 +118,7 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
     for stage in stages:
         marker = run.done(stage)
         if marker is None:
-            raise DataError(f"{run.at(stage, 'done.json')} is missing: run 'launcher.py {stage} {run.url}' first.")
+            raise DataError(f"{run.at(stage, 'done.json')} is missing: run '{launcher(stage, run.url)}' first.")
         found[stage] = marker
     return found
 

@@ -18,6 +18,7 @@ from train.engines.protocol import Engine
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup_cosine
 from train.loop.trainer import Batch, Loss
+from train.run.change_points import Curve
 
 
 class BothTowers(nn.Module):
@@ -66,6 +67,7 @@ class ClipTask:
 
     metrics: tuple[str, ...] = ("loss",)
     unit = "images"
+    curve: Curve | None = None
 
     def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Iterable[Batch]) -> None:
         self.cfg, self.world, self.device, self.validation = cfg, world, device, validation
@@ -73,7 +75,8 @@ class ClipTask:
     def schedule(self, step: int) -> dict[str, float]:
         """Linear warm-up, then half a cosine to zero."""
         fit = self.cfg.clip_fit
-        return {"lr": warmup_cosine(step, fit.lr, 0.0, fit.warmup_steps, fit.steps)}
+        curve = self.curve or Curve(0, fit.steps)
+        return {"lr": warmup_cosine(step - curve.start, fit.lr, 0.0, fit.warmup_steps, curve.updates)}
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
         """Every pair counts alike."""

@@ -17,6 +17,7 @@ from train.engines.replicated import global_counts
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup, warmup_cosine
 from train.loop.trainer import Batch, Loss
+from train.run.change_points import Curve
 
 Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -116,6 +117,7 @@ class DalleTask:
 
     metrics: tuple[str, ...] = ("loss", "loss_text", "loss_image")
     unit = "tokens"
+    curve: Curve | None = None
 
     def __init__(self, cfg: RunConfig, device: torch.device, model: Transformer, validation: Iterable[Batch]) -> None:
         self.cfg, self.device, self.model, self.validation = cfg, device, model, validation
@@ -125,9 +127,10 @@ class DalleTask:
     def schedule(self, step: int) -> dict[str, float]:
         """Linear warm-up, then half a cosine, or flat (``Trainer.plateau`` halves it)."""
         fit = self.cfg.dalle_fit
+        curve = self.curve or Curve(0, fit.steps)
         if fit.schedule == "plateau":
-            return {"lr": warmup(step, fit.lr, fit.warmup_steps)}
-        return {"lr": warmup_cosine(step, fit.lr, fit.lr_final, fit.warmup_steps, fit.steps)}
+            return {"lr": warmup(step - curve.start, fit.lr, fit.warmup_steps)}
+        return {"lr": warmup_cosine(step - curve.start, fit.lr, fit.lr_final, fit.warmup_steps, curve.updates)}
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
         """Global counts of text and image tokens: one integer reduction, because captions differ in length."""

@@ -25,6 +25,7 @@ from train.loop.metrics import MetricsWriter
 from train.loop.schedules import half_cosine, linear
 from train.loop.trainer import Batch, Loss
 from train.report.images import grid, grid_png, to_array
+from train.run.change_points import Curve
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class DvaeTask:
 
     metrics: tuple[str, ...] = ("loss", "nll", "kl")
     unit = "images"
+    curve: Curve | None = None
 
     def __init__(self, cfg: RunConfig, run: RunFolder, world: World, device: torch.device, validation: SequentialReader) -> None:
         self.cfg, self.run, self.world, self.device, self.validation = cfg, run, world, device, validation
@@ -46,8 +48,9 @@ class DvaeTask:
         """Half cosines for the step size, the temperature and beta (paper A.2)."""
         fit = self.cfg.dvae_fit
         fall = linear if fit.tau_schedule == "linear" else half_cosine
+        at = step - self.curve.start if self.curve else step
         return {
-            "lr": half_cosine(step, fit.lr, fit.lr_final, fit.lr_steps) * min(1.0, (step + 1) / max(1, fit.warmup_steps)),
+            "lr": half_cosine(at, fit.lr, fit.lr_final, fit.lr_steps) * min(1.0, (at + 1) / max(1, fit.warmup_steps)),
             "tau": fall(step, 1.0, fit.tau_final, fit.tau_steps),
             "beta": half_cosine(step, 0.0, fit.beta, fit.beta_steps),
         }

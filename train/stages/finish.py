@@ -53,6 +53,7 @@ def finish_training(
     run.finish(
         stage,
         seconds=outcome.seconds,
+        updates=outcome.updates,
         world_size=world.size,
         throughput={"value": outcome.units_per_s, "unit": unit},
         weights=weights,

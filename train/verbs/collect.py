@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.shards.deletion import Superseded, plan_superseded
-from infra import storage, unfinished_writes
+from infra import globs, storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from train.run import places
@@ -105,7 +105,7 @@ def look(run: Run, before: float, roots: list[str]) -> Findings:
 
 
 def _runs_below(root: str) -> set[str]:
-    base, found = storage.glob(storage.join(root, "*", "config.json"))
+    base, found = storage.glob(storage.join(globs.escape(root), "*", "config.json"))
     return {storage.join(base, info.name).removesuffix("/config.json") for info in found}
 
 

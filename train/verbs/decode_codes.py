@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.shards.shard_set import ShardSet
+from infra.commands import launcher
 from infra.errors import DataError
 from train.report.images import Pixels
 from train.run.inputs import open_dvae
@@ -36,7 +37,7 @@ def decode_codes(codes: Sequence[NDArray[np.uint16]], opened: ShardSet, run: Run
         if codes_BI.max() >= run.cfg.dvae.vocab or codes_BI.shape[1] != grid**2:
             raise DataError(
                 f"{opened.url}: a record holds {codes_BI.shape[1]} codes up to {codes_BI.max()}, the run's dVAE has {grid**2} codes below "
-                f"{run.cfg.dvae.vocab}; run 'launcher.py validate {opened.url} --run {run.folder.url}'."
+                f"{run.cfg.dvae.vocab}; run '{launcher('validate', opened.url, '--run', run.folder.url)}'."
             )
         pixels_B3YX = model.decode(torch.from_numpy(codes_BI).unflatten(1, (grid, grid)).to(device))
         out += list((pixels_B3YX * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())

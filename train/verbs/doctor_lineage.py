@@ -8,15 +8,15 @@ from data_pipeline.shards.shard_set import MANIFEST, version_url
 from infra import storage
 from infra.run_folder import RunFolder
 from train.config import RunConfig
-from train.run import places
-from train.run.stage_table import STAGES, TRAINED
+from train.run import lineage, places
+from train.run.stage_table import STAGES
 
 _NAMES = 5  # of what is wrong, in one finding
 
 
 def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
     """How many parents of finished stages were looked at, and what is wrong with them."""
-    there, looked, wrong = _there(cfg, run), 0, list(_missing_versions(cfg, run))
+    there, looked, wrong = lineage.there(cfg, run), 0, list(_missing_versions(cfg, run))
     for stage in STAGES:
         for kind, identity in sorted(((run.done(stage) or {}).get("parents") or {}).items()):
             if kind == "init_from":  # of another run, which may be gone
@@ -27,17 +27,6 @@ def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
                 found = ", ".join(sorted(each[:12] for each in now)) or "none"
                 wrong.append(f"{stage} was made from {kind} {str(identity)[:12]}, the run has {found}")
     return looked, wrong if len(wrong) <= _NAMES else [*wrong[:_NAMES], f"and {len(wrong) - _NAMES} more"]
-
-
-def _there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
-    """Kind -> content hashes that a stage may have been made from."""
-    found = {kind: set(((run.done(stage) or {}).get("versions") or {}).values()) for kind, stage in (("images", "prepare"), ("codes", "encode"))}
-    for name, url in [
-        ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
-        *((n, run.at(n, "export", "config.json")) for n in TRAINED),
-    ]:
-        found[name] = {str(storage.read_json(url)["content_hash"])} if storage.exists(url) else set()
-    return found
 
 
 def _missing_versions(cfg: RunConfig, run: RunFolder) -> Iterator[str]:

@@ -14,6 +14,7 @@ from data_pipeline.images.crops import decode
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from infra import progress, storage
+from infra.commands import launcher
 from infra.errors import ConfigError, DataError
 from train.report.contact_sheet import contact_sheet, thumbnail
 from train.report.images import Pixels, png_bytes
@@ -70,7 +71,7 @@ def main(url: str, options: Options) -> None:
     for place in target.sets:
         _inspect_set(place, options, run, tokenizer, _sheet_name(place.url, options.out, target))
     if target.kind == "run" and not target.sets and not target.tokenizers:
-        raise DataError(f"{url}: the run holds no data yet; run 'launcher.py prepare {url}' first.")
+        raise DataError(f"{url}: the run holds no data yet; run '{launcher('prepare', url)}' first.")
 
 
 def _show(rows: Sequence[Row], title: str = "") -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from infra import storage
+from infra.commands import launcher
 from infra.errors import DataError, ExitCode
 from infra.progress import table
 from infra.run_folder import RunFolder
+from train.config import FitSection, RunConfig, load_run
 from train.loop.metrics import read_metrics
-from train.run.stage_table import STAGES
+from train.run import change_points, lineage, places
+from train.run.stage_table import STAGES, TRAINED
 
 
 def main(url: str) -> None:
@@ -19,21 +24,46 @@ def main(url: str) -> None:
     run = RunFolder(url)
     if not storage.exists(run.config_url):
         raise DataError(f"{run.config_url} is missing: {url} is no run folder.")
-    config = storage.read_json(run.config_url)
-    table([_row(run, config, name) for name in STAGES], title=url)
+    cfg = load_run(run.url, [])
+    table([_row(cfg, run, name) for name in STAGES], title=url)
+    for name in TRAINED:
+        for point in _changes(run, name):
+            print(f"{name}: {change_points.described(point)}")
+    for name in STAGES:
+        if old := lineage.out_of_date(cfg, run, name):
+            print(f"{name}: out of date, {old}; {_remedy(run, name)}")
 
 
-def _row(run: RunFolder, config: dict[str, dict[str, object]], name: str) -> dict[str, object]:
+def _changes(run: RunFolder, name: str) -> list[dict[str, Any]]:
+    url = run.at(name, change_points.FILE)
+    return list(storage.read_json(url)) if storage.exists(url) else []
+
+
+def _remedy(run: RunFolder, name: str) -> str:
+    """What makes a stage as new as the weights that it uses."""
+    command = launcher(name, run.url)
+    return f"delete {run.at(name)} and run '{command}'" if STAGES[name].trains else f"run '{command}'"
+
+
+def _state(cfg: RunConfig, run: RunFolder, name: str, begun: bool) -> str:
+    if run.done(name) is None:
+        return "begun" if begun else "-"
+    if not places.finished(cfg, run, name):
+        return "goes on"
+    return "out of date" if lineage.out_of_date(cfg, run, name) else "done"
+
+
+def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
     done = run.done(name)
     attempts = sorted({int(file.split("/")[0].removeprefix("attempt-")) for file in storage.list_files(run.at("exits", name))})
-    section = config.get(f"{name}_fit")
+    section: FitSection | None = getattr(cfg, f"{name}_fit", None)
     steps = ""
     if section is not None:
         series = read_metrics(run.url, name).get("train/loss", [])
-        steps = f"{series[-1].step if series else 0}/{section['steps']}"
+        steps = f"{series[-1].step if series else 0}/{section.steps}"
     return {
         "stage": name,
-        "state": "done" if done else ("begun" if attempts else "-"),
+        "state": _state(cfg, run, name, bool(attempts)),
         "steps": steps,
         "minutes": f"{done['seconds'] / 60:.1f}" if done else "",
         "attempts": len(attempts) or "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from data_pipeline.shards.deletion import Purge, plan_purge
 from data_pipeline.shards.shard_set import read_takedown
 from infra import storage
+from infra.commands import launcher
 from infra.errors import ConfigError
 from train.config import load_run
 from train.run import places
@@ -36,7 +37,7 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
         storage.delete(run.at(stage, "done.json"))
     for purge in found:
         purge.carry_out()
-    print(f"deleted. Run 'launcher.py prepare {run.url}' and 'launcher.py encode {run.url}': they make these parts again, without the records.")
+    print(f"deleted. Run '{launcher('prepare', run.url)}' and '{launcher('encode', run.url)}': they make these parts again, without the records.")
 
 
 def _line(purge: Purge) -> str:

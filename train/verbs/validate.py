@@ -17,6 +17,7 @@ from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules,
 from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, read_takedown
 from infra import storage
+from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import ConfigError, DataError, StopRequested
 from infra.progress import Progress, table
@@ -240,4 +241,4 @@ def _remedy(problem: Problem, stage: str, run: Run | None) -> str:
     folder = run.folder.url if run else "RUN"
     # A finished stage is not run again, and what lies in its folder is gone with it.
     places = [*problem.delete, *(() if storage.join(folder, stage) in problem.delete else (storage.join(folder, stage, "done.json"),))]
-    return f"delete {' and '.join(places)}, then run 'launcher.py {stage} {folder}'"
+    return f"delete {' and '.join(places)}, then run '{launcher(stage, folder)}'"

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from infra import storage
+from infra import schemas, storage
 from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
@@ -71,7 +71,14 @@ def save(
     except CheckpointException as error:
         raise _first(error) from error
     if world.is_main:
-        facts = {"schema": "checkpoint/1", "step": step, "world_size": world.size, "commit": commit(), "versions": versions(), "index": writer.digest}
+        facts = {
+            "schema": schemas.CHECKPOINT,
+            "step": step,
+            "world_size": world.size,
+            "commit": commit(),
+            "versions": versions(),
+            "index": writer.digest,
+        }
         storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
         for old in superseded(complete(stage_url), step, keep, keep_every):
             if old > step:
@@ -113,6 +120,7 @@ def read_meta(url: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: they are damaged.
+        ConfigError: another version of this code wrote them in a way that this one does not read.
         DataError: there are none.
     """
     place = storage.join(url, META)
@@ -120,6 +128,8 @@ def read_meta(url: str) -> dict[str, Any]:
     named = meta.pop("sha256", None) if isinstance(meta, dict) else None
     if named is None or digest(meta) != named:
         raise CheckpointError(f"{place}: damaged: its content has another hash than it names.")
+    stage = url.rstrip("/").split("/")[-3:][0]
+    schemas.require(meta.get("schema"), schemas.CHECKPOINT, place, f"train in a new run folder: launcher.py {stage} PRESET run.name=NAME")
     return dict(meta)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra import files, storage
+from infra import files, schemas, storage
 from infra.errors import CheckpointError
 from train.weights.checkpoint import content_hash
 
@@ -32,7 +32,7 @@ def write(url: str, tensors: dict[str, Tensor], config: Any, **facts: Any) -> st
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
         storage.upload_file(path, storage.join(url, WEIGHTS))
     shape = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    storage.write_json(storage.join(url, DESCRIPTION), {"schema": "export/1", "model": shape, "content_hash": identity, **facts})
+    storage.write_json(storage.join(url, DESCRIPTION), {"schema": schemas.EXPORT, "model": shape, "content_hash": identity, **facts})
     return identity
 
 
@@ -41,8 +41,11 @@ def describe(url: str) -> dict[str, Any]:
 
     Raises:
         DataError: there are none.
+        ConfigError: they are of another schema.
     """
-    description: dict[str, Any] = storage.read_json(storage.join(url, DESCRIPTION))
+    place = storage.join(url, DESCRIPTION)
+    description: dict[str, Any] = storage.read_json(place)
+    schemas.require(description.get("schema"), schemas.EXPORT, place, "export the weights again: launcher.py export RUN_FOLDER --stage STAGE")
     return description
 
 

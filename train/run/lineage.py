@@ -1,0 +1,51 @@
+"""What the finished stages of a run were made from, against what is there now. Small JSON files only."""
+
+from __future__ import annotations
+
+from data_pipeline.shards.shard_set import MANIFEST
+from infra import storage
+from infra.run_folder import RunFolder
+from train.config import RunConfig
+from train.run import places
+from train.run.stage_table import STAGES, TRAINED
+
+_WEIGHTS = (*TRAINED, "tokenizer")
+
+
+def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
+    """Kind -> content hashes that a stage may have been made from."""
+    found = {kind: set(((run.done(stage) or {}).get("versions") or {}).values()) for kind, stage in (("images", "prepare"), ("codes", "encode"))}
+    for name, url in [
+        ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
+        *((n, run.at(n, "export", "config.json")) for n in TRAINED),
+    ]:
+        found[name] = {str(storage.read_json(url)["content_hash"])} if storage.exists(url) else set()
+    return found
+
+
+def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
+    """Of what older weights or tokenizer a finished stage was made, in words; empty where it is as new as they are, or not finished.
+
+    What is not there any more (an export that was deleted to save room) makes nothing old.
+    """
+    marker = run.done(stage)
+    parents = {kind: each for kind, each in ((marker or {}).get("parents") or {}).items() if kind in _WEIGHTS}
+    if not parents:
+        return ""
+    now = there(cfg, run)
+    old = [f"{kind} {each[:12]}, the run has {min(now[kind])[:12]}" for kind, each in sorted(parents.items()) if now[kind] and each not in now[kind]]
+    return f"made from {' and '.join(old)}" if old else ""
+
+
+def waiting(cfg: RunConfig, run: RunFolder) -> list[str]:
+    """Stages that have something to do: those that are not finished, or out of date, or will be once a training stage before them has gone on."""
+    found: list[str] = []
+    moved: set[str] = set()
+    for name, entry in STAGES.items():
+        old = bool(out_of_date(cfg, run, name)) or bool(moved & set(entry.needs))
+        due = not places.finished(cfg, run, name) or old
+        if due or entry.repeats:
+            found.append(name)
+        if due and (entry.trains or old):
+            moved.add(name)
+    return found

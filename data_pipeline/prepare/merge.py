@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.filters import duplicates
 from data_pipeline.prepare.drop_counts import Tally
+from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.parts import refuse_too_many
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries
@@ -81,8 +82,9 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
         either dropped or in one of the splits; what is listed is read, a picture beside a table, or not read.
 
     Raises:
-        DataError: a unit is not finished, too many are quarantined, or a split is empty.
+        DataError: a unit is not finished, too many are quarantined, a split is empty, or the set there was made by another rule of ids.
     """
+    check(plan, images_url)
     now = state(plan, images_url)
     if now.open:
         names = ", ".join(part_name(plan.inputs(unit)) for unit in now.open[:_SHOWN])

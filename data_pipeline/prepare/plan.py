@@ -10,21 +10,19 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.filters.judge import fingerprint
+from data_pipeline.prepare.identity import IDENTITY
 from data_pipeline.shards.shard_set import read_takedown
+from data_pipeline.shards.spellings import spellings
 from data_pipeline.shards.versions import Part
 from data_pipeline.sources.open_source import open_source
 from data_pipeline.sources.pairs import InputShard, Pair, Source
+from infra import storage
 from infra.digests import digest
 from infra.seeds import derive
 
 SPLITS = ("train", "validation")
 _VERSION = 2  # of what a part holds; a change does finished parts again
 _AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # these filters need all parts, and change none
-
-
-IDENTITY = "2: ids below their source; split by the group given, else by the bytes of the image"
-"""The rule by which records that bring no id and no group get them. A set has one rule; manifests name it, where a source other than the drawings is
-in the set (the drawings bring both)."""
 
 
 def split_of(group: str, seed: int, validation_share: float) -> str:
@@ -76,7 +74,12 @@ class Plan:
         Raises:
             DataError: data.takedown names no readable list.
         """
-        return read_takedown(self.data.takedown)
+        return spellings(read_takedown(self.data.takedown), self.bases)
+
+    @cached_property
+    def bases(self) -> dict[str, str]:
+        """Name of a source -> the folder to which its ids are relative."""
+        return {entry.name: storage.glob(entry.url)[0] for entry in self.entries if not entry.is_emoji}
 
     def wanted(self, group: str) -> bool:
         """Whether records of this group are used: the first ``data.share`` of groups by stable hash."""
@@ -106,7 +109,7 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What shaped the set; goes to the manifests."""
-        rule = {} if all(entry.is_emoji for entry in self.entries) else {"identity": IDENTITY}
+        rule = {} if all(entry.is_emoji for entry in self.entries) else {"identity": IDENTITY, "bases": self.bases}
         return {**rule, **self._shaping, "sources": [source.url for source in self.data.sources], "filters": self.filters.model_dump(mode="json")}
 
     @cached_property

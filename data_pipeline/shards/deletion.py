@@ -9,7 +9,9 @@ import numpy as np
 
 from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS, ShardSet
+from data_pipeline.shards.spellings import bases_of, spellings
 from infra import storage
+from infra.digests import id_hash
 
 _VERSION = re.compile(r"[0-9a-f]{16}")
 
@@ -78,6 +80,8 @@ class Purge:
     """Parts that hold them."""
     versions: list[str]
     """URLs of the versions that have such parts."""
+    matched: frozenset[str] = frozenset()
+    """Lines of the list that name a record which is stored."""
 
     def carry_out(self) -> None:
         """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
@@ -100,7 +104,7 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
     """
     names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
     affected: dict[str, int] = {}
-    versions = []
+    versions, matched = [], set[str]()
     for name in names:
         manifest = read_manifest(storage.join(set_url, VERSIONS, name))
         whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
@@ -109,6 +113,14 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
         parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
         hit = begun | {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
         if hit:
+            matched |= _matched(opened, ids)
             versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
             affected |= hit
-    return Purge(set_url, sum(affected.values()), sorted(affected), versions) if affected else None
+    return Purge(set_url, sum(affected.values()), sorted(affected), versions, frozenset(matched)) if affected else None
+
+
+def _matched(opened: ShardSet, ids: frozenset[str]) -> set[str]:
+    """The lines of a list that name a stored record, in one spelling or the other."""
+    stored = set(np.concatenate([np.empty(0, np.uint64), *opened.id_hashes()]).tolist())
+    bases = bases_of(opened.manifest.get("settings") or {})
+    return {line for line in ids if any(id_hash(identity) in stored for identity in spellings(frozenset({line}), bases))}

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards import schema as schemas
 from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_u64, sha256_of, unpack_captions
 from data_pipeline.shards.rows import row_decoder
+from data_pipeline.shards.spellings import bases_of, spellings
 from infra import storage, text
 from infra.commands import launcher
 from infra.digests import id_hash
@@ -130,7 +131,7 @@ class ShardSet:
     url: str
     manifest: dict[str, Any]
     taken_ids: frozenset[str] = frozenset()
-    """Ids on the take-down list."""
+    """Ids on the take-down list, relative to their source or absolute."""
 
     @property
     def stored(self) -> int:
@@ -200,7 +201,8 @@ class ShardSet:
         """Sorted positions of the records whose ids are on the take-down list."""
         if not self.taken_ids:
             return np.empty(0, np.int64)
-        wanted = np.array(sorted(id_hash(identity) for identity in self.taken_ids), U64)
+        listed = spellings(self.taken_ids, bases_of(self.manifest.get("settings") or {}))
+        wanted = np.array(sorted(id_hash(identity) for identity in listed), U64)
         found = [np.flatnonzero(np.isin(ids, wanted)) + self.starts[part] for part, ids in enumerate(self.id_hashes())]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 

@@ -146,7 +146,10 @@ def _merge(cfg: RunConfig, units: list[Unit], weights: str, dtype: torch.dtype) 
         parts = [unit.target() for unit in chosen]
         markers = collect(chosen[0].url, parts, "encode")
         parents = {"dvae": weights, "images": chosen[0].images.content_hash}
-        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, _settings(cfg, chosen[0].crop, dtype), parents, producer())
+        # Take-down lists name records in either spelling: codes know as much about it as their images.
+        bases = {key: value for key, value in chosen[0].images.manifest["settings"].items() if key == "bases"}
+        settings = _settings(cfg, chosen[0].crop, dtype) | bases
+        sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, settings, parents, producer())
     return sets
 
 

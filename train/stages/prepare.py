@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from data_pipeline.prepare import parts
+from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.merge import finish, state
 from data_pipeline.prepare.plan import Plan
 from infra.progress import Progress
@@ -32,6 +33,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         progress.update(done)
 
     where, plan = places.images(cfg, run), plan_of(cfg)
+    check(plan, where)
     parts.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
     progress.finish()
     stop_together(stop, device, "prepare")

@@ -10,6 +10,8 @@ from infra.errors import ConfigError
 from train.config import load_run
 from train.run import places
 
+_SHOWN = 5
+
 
 def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
     """Find, show, and unless ``dry_run`` delete the parts of this run's image and code sets that hold ids of ``data.takedown``.
@@ -28,6 +30,9 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
     found = [purge for purge in (plan_purge(url, ids) for url in sets) if purge is not None]
     for purge in found:
         print(_line(purge))
+    unmatched = sorted({line.strip() for line in ids} - {line.strip() for purge in found for line in purge.matched})
+    if found and unmatched:
+        print(f"{len(unmatched)} lines of {cfg.data.takedown} name no record that is stored here: {', '.join(map(ascii, unmatched[:_SHOWN]))}")
     if not found:
         print(f"none of the {len(ids)} ids is in the sets of {run.url}")
         return

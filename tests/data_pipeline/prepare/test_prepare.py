@@ -347,7 +347,7 @@ def test_an_unfinished_unit_and_an_empty_split_are_named(tmp_path: Path, plan_of
     large = plan_of(Shelf(boxes(12)), min_side=1000)
     run(large, str(tmp_path))
     with pytest.raises(
-        DataError, match=r"no record in the train split \(12 pairs read; dropped: image too small: 12\). Add data, lower data.min_side"
+        DataError, match=r"no record in the train split \(12 pairs read; dropped: image too small: 12\). Add larger images, or lower data.min_side"
     ):
         finish(large, str(tmp_path))
 

@@ -1,0 +1,36 @@
+"""The rule by which records get ids and splits. A set has one; ids of two rules are never mixed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_pipeline.shards.shard_set import MANIFEST
+from infra import storage
+from infra.errors import DataError
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.plan import Plan
+
+IDENTITY = "2: ids below their source; split by the group given, else by the bytes of the image"
+"""The rule for records that bring no id and no group. Manifests name it, where a source other than the drawings is in the set (they bring both)."""
+
+
+def check(plan: Plan, images_url: str) -> None:
+    """Refuse to grow a set that was made by another rule.
+
+    Raises:
+        DataError: there is such a set.
+    """
+    place = storage.join(images_url, "train", MANIFEST)
+    if not storage.exists(place):
+        return
+    manifest = storage.read_json(place)
+    settings = manifest.get("settings", {}) if isinstance(manifest, dict) else {}
+    made_by, sources = settings.get("identity", ""), settings.get("sources") or []
+    if made_by == IDENTITY or all(source == "emoji" for source in sources):
+        return
+    raise DataError(
+        f"{images_url}: this set was made by {f'rule {made_by!r}' if made_by else 'the rule by which ids are absolute paths'}, and this version makes sets by "
+        f"{IDENTITY!r}. It is read and trained on as it is, and not grown: the same records would be in it twice, under two ids. Make it anew in another "
+        f"place: launcher.py prepare PRESET run.name=NEW data.images=PLACE 'data.sources={[entry.url for entry in plan.entries]}'."
+    )

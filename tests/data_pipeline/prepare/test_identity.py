@@ -1,0 +1,103 @@
+"""One rule of ids and splits in a set; take-down lists in both spellings, on sets of either rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.prepare import parts
+from data_pipeline.prepare.identity import check
+from data_pipeline.prepare.merge import finish
+from data_pipeline.shards.deletion import plan_purge
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ImageRecord, open_set
+from data_pipeline.shards.spellings import bases_of, spellings
+from data_pipeline.shards.versions import write_set
+from infra.errors import DataError
+from infra.world import World
+from tests.data_pipeline.sources.test_accounting import picture, plan_of
+
+
+def source(place: Path, count: int = 24) -> Path:
+    place.mkdir(parents=True)
+    for number in range(count):
+        (place / f"{number:02d}.png").write_bytes(picture(number))
+        (place / f"{number:02d}.txt").write_text(f"a red cat number {number} on a table")
+    return place
+
+
+def made(place: Path, images: Path, **fields: Any) -> dict[str, Any]:
+    plan = plan_of(place, validation_share=0.3, **fields)
+    parts.run(plan, str(images), World.single())
+    return finish(plan, str(images))
+
+
+def test_what_is_seen_is_dropped_or_in_a_split_and_what_is_listed_is_read_or_not(tmp_path: Path) -> None:
+    place = source(tmp_path / "set")
+    (place / "broken.png").write_bytes(b"no image")
+    (place / "broken.txt").write_text("a caption of what cannot be decoded")
+    (place / "00-again.png").write_bytes(picture(0))
+    (place / "00-again.txt").write_text("a red cat number 0 on a table")
+    (place / "notes.doc").write_bytes(b"")
+    summary = made(place, tmp_path / "images")
+    dropped = sum(entry["count"] for entry in summary["dropped"].values())
+    assert summary["seen"] == 26 == dropped + sum(entry["count"] for entry in summary["splits"].values()) and dropped == 2
+    assert summary["files"] == {str(place): {"listed": 53, "read": 52, "pictures": 0, "not_read": {".doc": 1}}}
+
+
+def test_a_set_of_another_rule_is_read_and_not_grown(tmp_path: Path) -> None:
+    place = source(tmp_path / "set")
+    old = [ImageRecord(f"{place}/00.png", ["a red cat"], picture(0), 16, 16, "s", "unknown", "folder/00", "train")]
+    write_set(str(tmp_path / "images" / "train"), [old], IMAGE_SCHEMA, {"sources": [str(place)]})
+    assert open_set(str(tmp_path / "images" / "train"), IMAGE_SCHEMA).count == 1
+    plan = plan_of(place)
+    for refuse in (lambda: check(plan, str(tmp_path / "images")), lambda: made(place, tmp_path / "images")):
+        with pytest.raises(
+            DataError, match=r"made by the rule by which ids are absolute paths.* not grown.* launcher.py prepare PRESET .* data.images=PLACE"
+        ):
+            refuse()
+
+
+def test_a_set_of_drawings_may_grow_by_sources_of_the_present_rule(tmp_path: Path) -> None:
+    drawing = [ImageRecord("twemoji/1f34e", ["a red apple"], picture(0), 16, 16, "twemoji", "CC-BY-4.0", "emoji/apple", "train")]
+    write_set(str(tmp_path / "images" / "train"), [drawing], IMAGE_SCHEMA, {"sources": ["emoji"]})
+    check(plan_of(source(tmp_path / "set")), str(tmp_path / "images"))
+    made(tmp_path / "set", tmp_path / "new")
+    check(plan_of(tmp_path / "set"), str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("spelling", ["relative", "absolute"])
+@pytest.mark.parametrize("rule", ["old", "new"])
+def test_a_takedown_list_fits_sets_of_either_rule_in_either_spelling(rule: str, spelling: str, tmp_path: Path) -> None:
+    place, url = source(tmp_path / "set"), str(tmp_path / "images" / "train")
+    if rule == "new":
+        made(place, tmp_path / "images")
+        victim = open_set(url, IMAGE_SCHEMA).ids_at([0])[0]
+    else:
+        victim = "00.png"
+        old = [ImageRecord(f"{place}/{n:02d}.png", ["a cat"], picture(n), 16, 16, "s", "unknown", str(n), "train") for n in range(3)]
+        write_set(url, [old], IMAGE_SCHEMA, {"sources": [str(place)]})
+    (tmp_path / "list").write_text((victim if spelling == "relative" else f"{place}/{victim}") + "\nof-no-record\n")
+    whole, opened = open_set(url, IMAGE_SCHEMA), open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "list"))
+    assert opened.count == whole.count - 1
+    purge = plan_purge(url, opened.taken_ids)
+    assert purge is not None and purge.records == 1 and len(purge.matched) == 1 and "of-no-record" not in purge.matched
+    if rule == "new":
+        assert made(place, tmp_path / "anew", takedown=str(tmp_path / "list"))["dropped"]["taken down"]["count"] == 1
+
+
+def test_an_id_with_a_line_separator_in_it_is_one_line_of_a_list(tmp_path: Path) -> None:
+    place, url = source(tmp_path / "set"), str(tmp_path / "images" / "train")
+    identity = f"{place}/odd\u2028name\x0b.png"
+    write_set(url, [[ImageRecord(identity, ["a cat"], picture(0), 16, 16, "s", "unknown", "g", "train")]], IMAGE_SCHEMA, {"sources": []})
+    (tmp_path / "list").write_text(identity + "\n")
+    assert open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "list")).count == 0
+
+
+def test_spellings_know_the_names_of_sources_and_patterns() -> None:
+    bases = bases_of({"sources": ["/data/one", "emoji", "s3://b/two/*.tar"]})
+    assert bases == {"": "/data/one", "1": "s3://b/two"}
+    assert spellings(frozenset({"/data/one/a.png", "1:x.tar/k", "plain"}), bases) == {
+        *("/data/one/a.png", "a.png", "1:x.tar/k", "s3://b/two/x.tar/k", "/data/one/1:x.tar/k", "plain", "/data/one/plain")
+    }

@@ -108,18 +108,19 @@ def _refuse_other_scripts(words: Counter[str], runs: Mapping[str, int], letters:
     """Captions of another script would train on their bytes, six for a Russian word of three letters: better said before the long stages.
 
     Raises:
-        DataError: there is no letter, or most letters are none of tokenizer.letters.
+        DataError: there is no letter that tokenizer.letters calls one.
     """
-    if letters == "unicode":
-        if not runs:
-            raise DataError("captions hold no letter, so there is nothing to train a tokenizer on; check the captions of data.sources.")
-        return
-    own = sum(len(word) * count for word, count in runs.items())
     others = sum(count for word, count in words.items() if word not in runs and word.isalpha())
-    if others > own:
-        raise DataError(f'{others / (own + others):.0%} of the letters in captions are none from a to z: set tokenizer.letters = "unicode" for them.')
     if not runs:
-        raise DataError("captions hold no letter from a to z, so there is nothing to train a tokenizer on; check the captions of data.sources.")
+        advice = 'set tokenizer.letters = "unicode" for other scripts' if others else "check the captions of data.sources"
+        raise DataError(
+            f"captions hold no letter{' from a to z' if letters == 'a-z' else ''}, so there is nothing to train a tokenizer on; {advice}."
+        )
+    own = sum(len(word) * count for word, count in runs.items())
+    if others > own:
+        log.warning(
+            '%.0f %% of the letters in captions are none from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
+        )
 
 
 def _printable(character: str) -> bool:

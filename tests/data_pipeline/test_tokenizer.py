@@ -261,9 +261,12 @@ def test_more_letters_than_the_vocabulary_has_room_for_become_bytes() -> None:
     assert tokenizer.decode(ids[:length]) == captions[0] and tokenizer.size <= 700
 
 
-def test_captions_of_another_script_are_refused_by_the_papers_rule_before_anything_long_begins() -> None:
-    with pytest.raises(DataError, match=r'100% of the letters in captions are none from a to z: set tokenizer\.letters = "unicode"'):
+def test_captions_of_another_script_are_refused_by_the_papers_rule_before_anything_long_begins(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r'captions hold no letter from a to z, .*; set tokenizer\.letters = "unicode" for other scripts'):
         train_tokenizer([LANGUAGES["ru"]], 400)
     train_tokenizer([LANGUAGES["de"]], 400)
+    assert "none from a to z" not in caplog.text
+    train_tokenizer([LANGUAGES["de"], LANGUAGES["ru"] * 3], 400)
+    assert "% of the letters in captions are none from a to z" in caplog.text
     with pytest.raises(DataError, match="captions hold no letter, so there is nothing"):
         train_tokenizer(["12 34"], 400, "unicode")

@@ -38,10 +38,18 @@ def is_run(word: str, letters: Letters) -> bool:
     return word[0] in A_TO_Z if letters == "a-z" else unicodedata.category(word[0])[0] in "LM"
 
 
-def coverage(runs: Mapping[str, int], room: int) -> float:
-    """Share of letters, by occurrence, that the ``room`` commonest characters make: Chinese has thousands, and the rest become bytes."""
+def common_runs(runs: Mapping[str, int], room: int) -> Mapping[str, int]:
+    """Runs cut at all letters but the ``room`` commonest: Chinese has thousands, and the rest are spelled as bytes. Counts add up."""
     found: Counter[str] = Counter()
     for word, count in runs.items():
         for letter in word:
             found[letter] += count
-    return min(1.0, sum(count for _, count in found.most_common(max(1, room))) / found.total())
+    kept = set(sorted(found, key=lambda letter: (-found[letter], letter))[: max(1, room)])
+    if len(kept) == len(found):
+        return runs
+    cut: Counter[str] = Counter()
+    for word, count in runs.items():
+        for common, letters in groupby(word, key=kept.__contains__):
+            if common:
+                cut["".join(letters)] += count
+    return cut

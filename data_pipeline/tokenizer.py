@@ -25,7 +25,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.letters import A_TO_Z, Letters, coverage, is_run, split
+from data_pipeline.letters import A_TO_Z, Letters, common_runs, is_run, split
 from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
 from infra.digests import digest
@@ -77,6 +77,8 @@ def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z
     others = {word: count for word, count in words.items() if word not in runs and _printable(word)}
     room = min(vocab // _CHARACTER_SHARE, vocab - _NUM_FIXED - 1)
     characters = sorted(sorted(others, key=lambda character: (-others[character], character))[:room])
+    if letters == "unicode":
+        runs = dict(common_runs(runs, (vocab - _NUM_FIXED - len(characters)) // 2))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # Words with their counts: sentencepiece sees no spaces, and so learns no merge across one.
@@ -94,7 +96,7 @@ def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
-        character_coverage=coverage(runs, (vocab - _NUM_FIXED - len(characters)) // 2) if letters == "unicode" else 1.0,
+        character_coverage=1.0,
         required_chars=_LETTERS,
         user_defined_symbols=[_SPACE if character == " " else character for character in characters],
         max_sentence_length=1 << 24,

@@ -173,14 +173,20 @@ def plan(
     nodes: Annotated[int, typer.Option(min=0, help="Machines; 0: cluster.nodes.")] = 0,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
     memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
-    gpu: Annotated[str, typer.Option(help="Whose datasheet to plan with.")] = "H100-80GB",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="Whose datasheet to plan with (a wrong name lists them), or numbers: memory_gb=48,tflops_16bit=362,memory_gb_s=864,link_gb_s=32"
+        ),
+    ] = "H100-80GB",
+    price: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
     rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
 ) -> None:
     """Say what training the transformer takes: bytes on each GPU for every ZeRO stage and layout, bytes sent, time, days and energy; and what does not fit."""
     from train.verbs import plan as verb
 
-    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank)
+    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank, price=price)
 
 
 @app.command()

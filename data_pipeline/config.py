@@ -1,6 +1,6 @@
 """Sections of the data pipeline: sources, filters, splits, shards and the tokenizer. No torch."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ LATER = ("name", "roots")
 """Keys of a source that came after its first parts were written: at their defaults they leave the names of parts as they were."""
 
 ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+LanguageCode = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 ImageKind = Literal["animated", "cmyk", "16-bit", "palette", "greyscale", "transparent", "rotated"]
 
 
@@ -139,7 +140,9 @@ class FilterConfig(Section):
     broken_text: bool = True
     """Drop captions with control characters, U+FFFD, HTML tags or HTML entities. Lone surrogates are always dropped: they cannot be stored."""
     english: bool = True
-    """Drop captions that are identified as another language; those too short to judge are kept."""
+    """Drop captions that are identified as another language; those too short to judge are kept. 'languages' goes before it."""
+    languages: tuple[LanguageCode, ...] = ()
+    """Languages of captions that are kept, by ISO 639-1 codes such as "ru", "zh", "ar"; empty: English alone, or with english = false any."""
     boilerplate: bool = True
     """Drop captions that are mostly dates, file names, camera defaults and stock phrases such as 'photographed on'."""
     max_repetition: float = Field(default=0.6, gt=0, le=1)
@@ -181,6 +184,9 @@ class TokenizerConfig(Section):
 
     vocab: int = Field(default=16384, ge=300)
     """Size of the vocabulary: padding, unknown, 256 bytes, characters and merges."""
+    letters: Literal["a-z", "unicode"] = "a-z"
+    """What counts as a letter, of which runs are merged: a to z, as the paper's author describes it, or the letters and marks of all scripts; captions that
+    are not English need the latter. Other characters stand alone: as themselves where they are frequent, else as their bytes."""
     max_tokens: int = Field(default=256, gt=0)
     """Text positions; longer captions are truncated and counted."""
     dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -1,6 +1,7 @@
 """Byte-pair encoding of captions (paper B.2): training, encoding with BPE dropout, exact decoding. The one importer of sentencepiece.
 
-Text is split before the merges, as the paper's author describes: lower-case, then runs of the letters a to z, and every other character alone. Only
+Text is split before the merges, as the paper's author describes: lower-case, then runs of the letters a to z (tokenizer.letters = "unicode": of the
+letters and marks of all scripts), and every other character alone. Only
 runs of letters go through sentencepiece's merges, so no piece mixes letters with anything else. Any other character is one piece if it is frequent
 enough to be in the vocabulary, and its UTF-8 bytes if not: no caption is lost, and nothing in a caption can pass for a control symbol.
 
@@ -14,10 +15,9 @@ import heapq
 import io
 import logging
 import random
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.letters import A_TO_Z, Letters, common_runs, is_run, split
 from data_pipeline.shards.shard_set import ShardSet
 from infra import schemas, storage
 from infra.digests import digest
@@ -36,9 +37,7 @@ PAD = 0
 UNKNOWN = 1
 MODEL = "tokenizer.model"
 MANIFEST = "manifest.json"
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_LETTER_SET = frozenset(_LETTERS)
-_SPLIT = re.compile(r"[a-z]+|[^a-z]", re.DOTALL)
+_LETTERS = A_TO_Z
 _SPACE = "\u2581"  # how sentencepiece spells a space in a piece
 _CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
 _MEASURED = 50_000  # captions whose lengths are measured
@@ -58,8 +57,8 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
 
 
-def train_tokenizer(captions: Iterable[str], vocab: int) -> bytes:
-    """Train on captions; equal captions (in any order) and vocab give equal bytes.
+def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z") -> bytes:
+    """Train on captions; equal captions (in any order), vocab and letters give equal bytes.
 
     A corpus too small for ``vocab`` pieces gives fewer; ids stay below ``vocab`` all the same.
 
@@ -71,13 +70,14 @@ def train_tokenizer(captions: Iterable[str], vocab: int) -> bytes:
         raise ConfigError(f"tokenizer.vocab = {vocab}: padding, unknown, 256 bytes and 26 letters need more than {_NUM_FIXED}.")
     words: Counter[str] = Counter()
     for caption in captions:
-        words.update(_SPLIT.findall(normalise(caption)))
-    runs = {word: count for word, count in words.items() if word[0] in _LETTERS}
-    if not runs:
-        raise DataError("captions hold no letter from a to z, so there is nothing to train a tokenizer on; check the captions of data.sources.")
-    others = {word: count for word, count in words.items() if word[0] not in _LETTERS and _printable(word)}
+        words.update(split(letters).findall(normalise(caption)))
+    runs = {word: count for word, count in words.items() if is_run(word, letters)}
+    _refuse_other_scripts(words, runs, letters)
+    others = {word: count for word, count in words.items() if word not in runs and _printable(word)}
     room = min(vocab // _CHARACTER_SHARE, vocab - _NUM_FIXED - 1)
     characters = sorted(sorted(others, key=lambda character: (-others[character], character))[:room])
+    if letters == "unicode":
+        runs = dict(common_runs(runs, (vocab - _NUM_FIXED - len(characters)) // 2))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # Words with their counts: sentencepiece sees no spaces, and so learns no merge across one.
@@ -105,6 +105,25 @@ def train_tokenizer(captions: Iterable[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
+def _refuse_other_scripts(words: Counter[str], runs: Mapping[str, int], letters: Letters) -> None:
+    """Captions of another script would train on their bytes, six for a Russian word of three letters: better said before the long stages.
+
+    Raises:
+        DataError: there is no letter that tokenizer.letters calls one.
+    """
+    others = sum(count for word, count in words.items() if word not in runs and word.isalpha())
+    if not runs:
+        advice = 'set tokenizer.letters = "unicode" for other scripts' if others else "check the captions of data.sources"
+        raise DataError(
+            f"captions hold no letter{' from a to z' if letters == 'a-z' else ''}, so there is nothing to train a tokenizer on; {advice}."
+        )
+    own = sum(len(word) * count for word, count in runs.items())
+    if others > own:
+        log.warning(
+            '%.0f %% of the letters in captions are none from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
+        )
+
+
 def _printable(character: str) -> bool:
     # U+2581 is sentencepiece's space, so it stays with the byte pieces; so do spaces other than ' ' and control characters.
     return character == " " or (character != _SPACE and character.isprintable() and not character.isspace())
@@ -113,11 +132,12 @@ def _printable(character: str) -> bool:
 class Tokenizer:
     """Captions to ids and back."""
 
-    def __init__(self, model: bytes, max_tokens: int) -> None:
+    def __init__(self, model: bytes, max_tokens: int, letters: Letters = "a-z") -> None:
         """
         Args:
             model: what ``train_tokenizer`` returned.
             max_tokens: length of encoded captions; longer ones are cut and counted in ``truncated``.
+            letters: what the model was trained with.
 
         Raises:
             DataError: the bytes are no sentencepiece model.
@@ -126,7 +146,7 @@ class Tokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
             raise DataError(f"not a tokenizer model ({error}); delete the tokenizer folder and run the stage 'tokenizer' again.") from error
-        self.max_tokens = max_tokens
+        self.max_tokens, self.letters = max_tokens, letters
         self.encoded = 0
         """Captions encoded so far by this object."""
         self.truncated = 0
@@ -142,7 +162,11 @@ class Tokenizer:
             self._character_ids[" "] = space
             self._bytes[space] = b" "
         self._words: dict[str, list[int]] = {}
-        self._merges = {piece: (index, self._model.get_score(index)) for index, piece in enumerate(pieces) if set(piece) <= _LETTER_SET}
+        self._merges = {
+            piece: (index, self._model.get_score(index))
+            for index, piece in enumerate(pieces)
+            if split(letters).fullmatch(piece) and is_run(piece, letters)
+        }
         """Pieces of letters: id and score; the higher score merges first."""
 
     @property
@@ -168,10 +192,10 @@ class Tokenizer:
             raise ValueError(f"dropout = {dropout} needs a seed, for example infra.seeds.derive(run_seed, 'bpe', epoch, id)")
         draw = random.Random(seed).random
         ids: list[int] = []
-        for word in _SPLIT.findall(normalise(caption)):
+        for word in split(self.letters).findall(normalise(caption)):
             if len(ids) > self.max_tokens:
                 break
-            if word[0] in _LETTERS:
+            if is_run(word, self.letters):
                 ids += self._sampled(word, dropout, draw) if dropout else self._known(word)
             else:
                 character = self._character_ids.get(word)
@@ -185,12 +209,16 @@ class Tokenizer:
 
     def spelled_in_bytes(self, caption: str) -> list[str]:
         """Characters of a caption that are no piece of the vocabulary, each once, in order: encoded as their UTF-8 bytes."""
-        return list(dict.fromkeys(word for word in _SPLIT.findall(normalise(caption)) if word[0] not in _LETTERS and word not in self._character_ids))
+        words = split(self.letters).findall(normalise(caption))
+        units = (unit for word in words for unit in (word if is_run(word, self.letters) else (word,)))
+        return list(dict.fromkeys(unit for unit in units if unit not in self._merges and unit not in self._character_ids))
 
     def count(self, caption: str) -> int:
         """Tokens of a caption, were it not cut at ``max_tokens``."""
-        words = _SPLIT.findall(normalise(caption))
-        return sum(len(self._known(word)) if word[0] in _LETTERS else 1 if word in self._character_ids else len(word.encode()) for word in words)
+        words = split(self.letters).findall(normalise(caption))
+        return sum(
+            len(self._known(word)) if is_run(word, self.letters) else 1 if word in self._character_ids else len(word.encode()) for word in words
+        )
 
     def _sampled(self, word: str, dropout: float, draw: Callable[[], float]) -> list[int]:
         """BPE of a word, each applicable merge skipped with probability ``dropout`` (Provilkov et al. 2020).
@@ -224,8 +252,11 @@ class Tokenizer:
                 before[after[left]] = left
             offer(before[left])
             offer(left)
-        # A letter that no training caption held has no piece, and is its byte.
-        return [self._merges[part][0] if part in self._merges else self._byte_ids[ord(part)] for part in parts if part]
+        # A letter that no training caption held has no piece, and is its bytes.
+        ids: list[int] = []
+        for part in filter(None, parts):
+            ids += [self._merges[part][0]] if part in self._merges else [self._byte_ids[value] for value in part.encode()]
+        return ids
 
     def _known(self, word: str) -> list[int]:
         ids = self._words.get(word)
@@ -265,7 +296,10 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
         DataError: the captions hold no letter, or the images cannot be read.
     """
     place = storage.join(url, MANIFEST)
-    parents, settings = {"images": images.content_hash}, {"vocab": config.vocab, "algorithm": 1, "sentencepiece": sentencepiece.__version__}
+    parents: dict[str, Any] = {"images": images.content_hash}
+    settings: dict[str, Any] = {"vocab": config.vocab, "algorithm": 1, "sentencepiece": sentencepiece.__version__}
+    if config.letters != "a-z":
+        settings["letters"] = config.letters
     if storage.exists(place):
         former: dict[str, Any] = storage.read_json(place)
         if former.get("parents") == parents and former.get("settings") == settings:
@@ -287,8 +321,8 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
                     sample[place] = caption
                 yield caption
 
-    model = train_tokenizer(captions(), config.vocab)
-    tokenizer = Tokenizer(model, config.max_tokens)
+    model = train_tokenizer(captions(), config.vocab, config.letters)
+    tokenizer = Tokenizer(model, config.max_tokens, config.letters)
     manifest: dict[str, Any] = {
         "schema": schemas.TOKENIZER,
         "sha256": hashlib.sha256(model).hexdigest(),
@@ -332,7 +366,12 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
             f"{url}: trained for tokenizer.vocab = {manifest['settings']['vocab']}, this run has {config.vocab}; "
             "change tokenizer.vocab or run 'tokenizer' again."
         )
+    trained = manifest["settings"].get("letters", "a-z")
+    if trained != config.letters:
+        raise DataError(
+            f"{url}: trained for tokenizer.letters = '{trained}', this run has '{config.letters}'; change tokenizer.letters or run 'tokenizer' again."
+        )
     model = storage.read_bytes(storage.join(url, MODEL))
     if hashlib.sha256(model).hexdigest() != manifest["sha256"]:
         raise DataError(f"{storage.join(url, MODEL)}: damaged, its SHA-256 is not the manifest's; delete {url} and run the stage 'tokenizer' again.")
-    return Tokenizer(model, config.max_tokens), manifest
+    return Tokenizer(model, config.max_tokens, config.letters), manifest

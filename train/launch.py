@@ -28,6 +28,7 @@ from infra.run_folder import RunFolder, commit
 from infra.signals import StopFlag
 from infra.world import Share, World
 from train.config import RunConfig, load_run, read_preset
+from train.planning.out_of_memory import advice, is_out_of_memory
 from train.ranks import watchdog
 from train.run import elastic, lineage, places
 from train.run.places import run_folder
@@ -263,7 +264,9 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
         code, reason = error.exit_code, str(error)
     except Exception as error:
         code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-        if not is_lost_peer(error):
+        if is_out_of_memory(error):
+            reason = advice(name, cfg, world.size, error)
+        elif not is_lost_peer(error):
             traceback.print_exc()
         elif said := why_peer_ended(run, label, attempt, world.rank):
             reason = f"ended after {said}"

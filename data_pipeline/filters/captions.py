@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from data_pipeline.config import FilterConfig
 from data_pipeline.filters.boilerplate import is_boilerplate
-from data_pipeline.filters.language import is_english
+from data_pipeline.filters.language import SPACELESS, is_english, speaks
 from infra import storage, text
 from infra.errors import DataError, MissingError
 
@@ -51,10 +51,10 @@ def broken(caption: str, config: FilterConfig) -> str | None:
 
 
 def too_short(caption: str, config: FilterConfig) -> str | None:
-    """Fewer words than ``min_words``. A word is anything between spaces with a letter or a digit."""
+    """Fewer words than ``min_words``. A word is anything between spaces with a letter or a digit; where a script puts no spaces, two letters."""
     if config.min_words == 0:
         return None
-    words = sum(any(map(str.isalnum, word)) for word in caption.split())
+    words = sum(max(1, len(SPACELESS.findall(word)) // 2) for word in caption.split() if any(map(str.isalnum, word)))
     return "caption too short" if words < config.min_words else None
 
 
@@ -96,7 +96,9 @@ def blocked(caption: str, config: FilterConfig) -> str | None:
 
 
 def foreign(caption: str, config: FilterConfig) -> str | None:
-    """Identified as another language than English."""
+    """Identified as another language than those of ``languages``, or than English."""
+    if config.languages:
+        return None if speaks(caption, config.languages) else "another language"
     return "not English" if config.english and not is_english(caption) else None
 
 

@@ -81,7 +81,7 @@ def fingerprint(config: FilterConfig) -> str:
         DataError: the list of blocked words cannot be read.
     """
     words = sorted(map(sorted, blocked_words(config.blocked_words))) if config.blocked_words else []
-    parts = [_VERSION, config.model_dump_json(), words, identifier() if config.english else "", f"pillow {version('pillow')}"]
+    parts = [_VERSION, config.model_dump_json(), words, identifier() if config.english or config.languages else "", f"pillow {version('pillow')}"]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

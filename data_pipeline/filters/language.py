@@ -1,20 +1,71 @@
-"""Is a caption English? The home of the language identifier, CLD2 (pycld2: the model is in the wheel, nothing is fetched)."""
+"""In which language is a caption? The home of the language identifier, CLD2 (pycld2: the model is in the wheel, nothing is fetched)."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 
 import pycld2
+
+from infra.errors import ConfigError
 
 MIN_WORDS = 4
 """Captions with fewer words are too short to judge by their words; only their script counts."""
 
 _BEST_EFFORT_WORDS = 6  # from here on CLD2's guess is worth having where it is not sure
 _MAX_CHARACTERS = 2000  # enough to tell a language, and a bound on the time of any caption
-_ENGLISH = {"en", "sco", "un"}  # Scots is what CLD2 calls some plain English; 'un' is undecided
+_ENGLISH = ("en",)
+_ALIKE = {
+    "en": {"sco"},
+    "no": {"nb", "nn"},
+    "zh": {"zh-Hant"},
+    "he": {"iw"},
+    "iw": {"he"},
+    "id": {"ms"},
+    "ms": {"id"},
+    "hr": {"sr", "bs"},
+    "sr": {"hr", "bs"},
+    "bs": {"hr", "sr"},
+}
+"""What CLD2 also calls captions of a language: Scots is some plain English."""
+_SCRIPTS = {
+    "CYRILLIC": ("ru", "uk", "be", "bg", "mk", "sr", "kk", "ky", "mn", "tg", "tt", "uz", "ba"),
+    "ARABIC": ("ar", "fa", "ur", "ps", "sd", "ug", "ku"),
+    "DEVANAGARI": ("hi", "mr", "ne", "sa", "bh"),
+    "CJK": ("zh", "ja", "ko"),
+    "HIRAGANA": ("ja",),
+    "KATAKANA": ("ja",),
+    "KATAKANA-HIRAGANA": ("ja",),
+    "HANGUL": ("ko",),
+    "GREEK": ("el",),
+    "HEBREW": ("he", "iw", "yi"),
+    "THAI": ("th",),
+    "BENGALI": ("bn", "as"),
+    "TAMIL": ("ta",),
+    "TELUGU": ("te",),
+    "KANNADA": ("kn",),
+    "MALAYALAM": ("ml",),
+    "GUJARATI": ("gu",),
+    "GURMUKHI": ("pa",),
+    "SINHALA": ("si",),
+    "GEORGIAN": ("ka",),
+    "ARMENIAN": ("hy",),
+    "ETHIOPIC": ("am", "ti"),
+    "KHMER": ("km",),
+    "LAO": ("lo",),
+    "MYANMAR": ("my",),
+    "TIBETAN": ("bo", "dz"),
+}
+"""First words of the Unicode names of letters -> languages that are written in them; every other language is taken for Latin."""
+_OTHER_SCRIPTS = frozenset(language for languages in _SCRIPTS.values() for language in languages)
+_ALSO_LATIN = frozenset(("sr", "uz", "ku", "kk"))
 _LETTER = re.compile(r"[^\W\d_]")
 _LATIN = re.compile(r"[A-Za-z\u00AA-\u024F\u1E00-\u1EFF\uFF21-\uFF5A]")
+SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Letters of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese): two of them count as a word."""
 _NOT_WORD = re.compile(r"[^\w\s'’-]")
 
 
@@ -24,25 +75,63 @@ def identifier() -> str:
 
 
 def is_english(caption: str) -> bool:
-    """False where most letters are not Latin, or where CLD2 finds another language; captions that are too short to judge are kept.
+    """``speaks`` English."""
+    return speaks(caption, _ENGLISH)
+
+
+def speaks(caption: str, languages: tuple[str, ...]) -> bool:
+    """False where most letters are of other scripts than these languages', or where CLD2 finds another language; captions that are too short to judge by
+    their words are kept.
 
     Any string is accepted. The judgement is made on the first 2,000 characters.
+
+    Raises:
+        ConfigError: CLD2 does not know one of the languages.
     """
+    accepted = _accepted(languages)
     text = " ".join(_NOT_WORD.sub(" ", caption[:_MAX_CHARACTERS]).split())  # CLD2 refuses control characters, surrogates and non-characters
-    letters = len(_LETTER.findall(text))
-    if 2 * len(_LATIN.findall(text)) < letters:
+    letters = _LETTER.findall(text)
+    if 2 * sum(_script(letter) in accepted.scripts for letter in letters) < len(letters):
         return False
-    words = sum(_LETTER.search(word) is not None for word in text.split())
+    words = sum(max(1, len(SPACELESS.findall(word)) // 2) for word in text.split() if _LETTER.search(word) is not None)
     if words < MIN_WORDS:
         return True
-    found = _language(text, best_effort=False)
+    found = _language(text, accepted.codes, best_effort=False)
     if found == "un" and words >= _BEST_EFFORT_WORDS:
-        found = _language(text, best_effort=True)
-    return found in _ENGLISH
+        found = _language(text, accepted.codes, best_effort=True)
+    return found == "un" or found in accepted.codes
 
 
-def _language(text: str, best_effort: bool) -> str:
-    """ISO 639 code of the main language, 'un' if undecided, 'en' if English has any part in the text."""
+@dataclass(frozen=True)
+class _Accepted:
+    codes: frozenset[str]
+    """CLD2's names of the languages."""
+    scripts: frozenset[str]
+    """First words of the names of their letters."""
+
+
+@lru_cache(maxsize=8)
+def _accepted(languages: tuple[str, ...]) -> _Accepted:
+    known = {code for _, code in pycld2.LANGUAGES}
+    unknown = [code for code in languages if code not in known]
+    if unknown:
+        raise ConfigError(f"filters.languages names {', '.join(unknown)}, which the identifier does not know; it knows {', '.join(sorted(known))}.")
+    scripts = {script for script, used in _SCRIPTS.items() if set(used) & set(languages)}
+    if set(languages) - _OTHER_SCRIPTS or set(languages) & _ALSO_LATIN:
+        scripts.add("LATIN")
+    return _Accepted(frozenset(languages) | {alike for code in languages for alike in _ALIKE.get(code, ())}, frozenset(scripts))
+
+
+@lru_cache(maxsize=65536)
+def _script(letter: str) -> str:
+    """The first word of a letter's name: LATIN, CYRILLIC, CJK; its full-width form is the same letter."""
+    if _LATIN.match(letter):
+        return "LATIN"
+    return unicodedata.name(letter, "").partition(" ")[0]
+
+
+def _language(text: str, accepted: frozenset[str], best_effort: bool) -> str:
+    """ISO 639 code of the main language, 'un' if undecided, an accepted one if it has any part in the text."""
     _, _, details = pycld2.detect(text, isPlainText=True, bestEffort=best_effort)
     codes = [code for _, code, _, _ in details]
-    return "en" if "en" in codes else codes[0]
+    return next((code for code in codes if code in accepted), codes[0])

@@ -26,7 +26,8 @@ _FEW = 1000  # records of which validation may hold none by chance
 _SETTINGS = {
     "image too small": "Add larger images, or lower data.min_side",
     "beyond data.share": "Raise data.share",
-    "not English": "Set filters.english=false for captions of other languages",
+    "not English": 'Set filters.languages=["ru"], for example, or filters.english=false for any language; and tokenizer.letters=unicode',
+    "another language": "Add the language to filters.languages",
     "caption too short": "Lower filters.min_words",
     "caption too long": "Raise filters.max_characters",
     "image format": "Name the format in filters.formats",
@@ -210,11 +211,15 @@ def _split_summary(shard_set: ShardSet, markers: list[dict[str, Any]], groups: i
 
 def _credits(plan: Plan, now: State) -> list[str]:
     lines: dict[str, str] = {}
-    for entry, source in zip(plan.data.sources, plan.sources, strict=True):
-        if entry.is_emoji or entry.license:
-            lines |= source.credits()
+    for source in plan.sources:
+        lines |= source.credits()
     used = {name for markers in now.markers.values() for marker in markers for name in marker["extra"]["sources"]}
-    return [lines.get(name) or f"{name}: {_terms(name, now)}" for name in sorted(used)]
+    silent = {entry.url for entry in plan.data.sources if not (entry.is_emoji or entry.license)}
+    found = []
+    for name in sorted(used):
+        line = lines.get(name) or f"{name}: {_terms(name, now)}"
+        found.append(f"Images and captions from {name}: {_terms(name, now)}" if name in silent and name in lines else line)
+    return found
 
 
 def _terms(name: str, now: State) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,57 @@ print([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].to
     there = subprocess.run([sys.executable, "-c", program], input=MODEL, capture_output=True, check=True, cwd=ROOT).stdout.decode().strip()
     tokenizer = Tokenizer(MODEL, 64)
     assert there == str([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].tolist() for seed in range(20)])
+
+
+LANGUAGES = {
+    "ar": "قطة حمراء تجلس على الطاولة",
+    "de": "eine rote Katze sitzt auf dem Tisch über München",
+    "hi": "मेज पर एक लाल बिल्ली बैठी है",
+    "ja": "赤い猫がテーブルの上に座っている",
+    "ru": "красная кошка сидит на столе",
+    "zh": "一只红色的猫坐在桌子上",
+}
+ANY = Tokenizer(train_tokenizer([*LANGUAGES.values()] * 8, 700, "unicode"), 512, "unicode")
+
+
+@pytest.mark.parametrize("language", sorted(LANGUAGES))
+def test_with_letters_of_all_scripts_a_caption_of_any_language_takes_few_tokens_and_comes_back(language: str) -> None:
+    caption = LANGUAGES[language]
+    for dropout in (0.0, 0.5):
+        ids, length = ANY.encode(caption, dropout, 1)
+        assert ANY.decode(ids[:length]) == normalise(caption)
+    ids, length = ANY.encode(caption)
+    paper, paper_length = TOKENIZER.encode(caption)
+    assert TOKENIZER.decode(paper[:paper_length]) == normalise(caption), "not lost by the paper's rule either, but long"
+    assert length <= len(caption) / 2 < paper_length and not ANY.spelled_in_bytes(caption)
+
+
+@given(st.text(max_size=200))
+@example("x² ½ Ⅷ e\u0301 मे\u0947 \u0301a 猫ab12")
+def test_letters_of_all_scripts_lose_nothing(caption: str) -> None:
+    for dropout in (0.0, 0.5):
+        ids, length = ANY.encode(caption, dropout, 1)
+        assert ANY.decode(ids[:length]) == normalise(caption) or length == 512
+
+
+def test_no_piece_mixes_letters_of_any_script_with_anything_else() -> None:
+    pieces = [ANY.decode([index]) for index in range(2, ANY.size)]
+    assert all(len(piece) <= 1 or all(unicodedata.category(letter)[0] in "LM" for letter in piece) for piece in pieces if "\ufffd" not in piece)
+
+
+def test_more_letters_than_the_vocabulary_has_room_for_become_bytes() -> None:
+    captions = ["".join(chr(0x4E00 + (number * 7 + place) % 2000) for place in range(20)) for number in range(300)]
+    tokenizer = Tokenizer(train_tokenizer(captions, 700, "unicode"), 512, "unicode")
+    ids, length = tokenizer.encode(captions[0])
+    assert tokenizer.decode(ids[:length]) == captions[0] and tokenizer.size <= 700
+
+
+def test_captions_of_another_script_are_refused_by_the_papers_rule_before_anything_long_begins(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r'captions hold no letter from a to z, .*; set tokenizer\.letters = "unicode" for other scripts'):
+        train_tokenizer([LANGUAGES["ru"]], 400)
+    train_tokenizer([LANGUAGES["de"]], 400)
+    assert "none from a to z" not in caplog.text
+    train_tokenizer([LANGUAGES["de"], LANGUAGES["ru"] * 3], 400)
+    assert "% of the letters in captions are none from a to z" in caplog.text
+    with pytest.raises(DataError, match="captions hold no letter, so there is nothing"):
+        train_tokenizer(["12 34"], 400, "unicode")

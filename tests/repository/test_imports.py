@@ -71,7 +71,7 @@ ORDER = {
         ("filters", "loading", "audit"),
         ("images", "sources", "tokenizer"),
         ("shards",),
-        ("config",),
+        ("config", "letters"),
     ],
 }
 """The rooms of a package from top to bottom. Each may import those on lower floors, and none beside or above it."""

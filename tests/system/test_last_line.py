@@ -14,6 +14,7 @@ import launcher
 from infra.errors import ExitCode
 from infra.signals import StopFlag
 from tests.support.root import ROOT
+from train.launch import StageFailed, _run_child
 
 _UNKNOWN = "odd,strange\n1,2\n3,4\n"
 _NAMELESS = "image,caption\na.png,\nb.png,\n"
@@ -89,10 +90,17 @@ def test_a_stop_is_a_sentence_for_a_person_at_a_keyboard(capfd: pytest.CaptureFi
 
 def test_a_rank_whose_peer_left_with_a_reason_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text(_NAMELESS)
-    words = ["demo", "tiny", f"run.root={tmp_path}/runs", f'data.sources=["{tmp_path}/pairs.csv"]', "--nproc", "2"]
+    words = ["prepare", "tiny", f"run.root={tmp_path}/runs", f'data.sources=["{tmp_path}/pairs.csv"]', "--nproc", "2"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launcher.py"), *words], capture_output=True, text=True, env=os.environ, timeout=240, check=False
+        [sys.executable, str(ROOT / "launcher.py"), *words], capture_output=True, text=True, env=os.environ, timeout=600, check=False
     )
     assert done.returncode == ExitCode.DATA and "Traceback" not in done.stderr and "peer" not in done.stderr, done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("data error: prepare: rank 0: data.sources") and "Name the columns" in line, "the demo adds no line of its own"
+    assert line.startswith("data error: prepare: rank 0: data.sources") and "Name the columns" in line
+
+
+def test_a_demo_adds_no_line_to_that_of_its_stage(tmp_path: Path) -> None:
+    (tmp_path / "stage.py").write_text("import sys\nprint('data error: why', file=sys.stderr)\nsys.exit(65)\n")
+    with pytest.raises(StageFailed) as failed:
+        _run_child([sys.executable, str(tmp_path / "stage.py"), "prepare"], StopFlag())
+    assert failed.value.exit_code == ExitCode.DATA and str(failed.value) == ""

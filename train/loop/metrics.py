@@ -37,6 +37,21 @@ class Point(NamedTuple):
     """Seconds since 1970."""
 
 
+_GROUPS = {
+    "eval": "2 validation",
+    "train": "3 training",
+    "sched": "4 schedules",
+    "optim": "4 optimizer",
+    "perf": "5 speed",
+    "data": "5 data",
+    "mem": "5 memory",
+    "goodput": "6 goodput",
+    "numerics": "8 numerics",
+}
+"""First part of a metric's name -> its group in TensorBoard."""
+_DEBUG = ("data/samples",)
+
+
 class MetricsWriter:
     """Writer of one attempt at one stage. Only the main rank's is enabled; any other does nothing.
 
@@ -74,7 +89,7 @@ class MetricsWriter:
         self._lines.flush()
         events = self._open_events(step)
         for name, value in plain.items():
-            events.add_scalar(name, value, global_step=step, walltime=now)
+            events.add_scalar(shown_as(name), value, global_step=step, walltime=now)
 
     def images(self, step: int, name: str, array_HWC: NDArray[np.uint8]) -> None:
         """Log a picture (uint8, [H, W, 3]) to TensorBoard."""
@@ -122,6 +137,18 @@ class MetricsWriter:
             # From this step on, TensorBoard hides what an earlier attempt had written: the rule of read_metrics.
             self._events = SummaryWriter(str(self._events_path), purge_step=step)
         return self._events
+
+
+def shown_as(name: str) -> str:
+    """The tag of a metric in TensorBoard, which sorts groups by name: what is read first stands first, sums over hashed ids last."""
+    group, slash, rest = name.partition("/")
+    if not slash:
+        return name
+    if name in _DEBUG:
+        return f"9 debug/{rest}"
+    if rest.partition("_")[0] == "loss" and group in ("train", "eval"):
+        return f"1 loss/{group} {rest}"
+    return f"{_GROUPS.get(group, f'7 {group}')}/{rest}"
 
 
 def next_attempt(run_url: str, stage: str) -> int:

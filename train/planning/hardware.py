@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -21,6 +22,7 @@ class Gpu:
     source: str
 
 
+_ASSUMED = "100 Gbit/s for a machine of eight, assumed"
 GPUS = {
     "V100-16GB": Gpu(
         16, 125.0, 900, 150, 1.5625, 300, "NVIDIA V100 SXM2 datasheet; network: 100 Gbit/s for a machine of eight, assumed (the paper does not say)"
@@ -29,10 +31,48 @@ GPUS = {
     "H100-80GB": Gpu(80, 989.4, 3350, 450, 50, 700, "NVIDIA H100 SXM5 datasheet; network: DGX H100, 400 Gbit/s for each GPU"),
     "H200-141GB": Gpu(141, 989.4, 4800, 450, 50, 700, "NVIDIA H200 SXM datasheet; network: DGX H200, 400 Gbit/s for each GPU"),
     "B200-180GB": Gpu(180, 2250.0, 8000, 900, 50, 1000, "NVIDIA HGX B200 datasheet; network: DGX B200, 400 Gbit/s for each GPU"),
+    "A100-40GB": Gpu(40, 312.0, 1555, 300, 25, 400, "NVIDIA A100 SXM4 40 GB datasheet; network: DGX A100, 200 Gbit/s for each GPU"),
+    "A10-24GB": Gpu(24, 125.0, 600, 32, 1.5625, 150, f"NVIDIA A10 datasheet; PCIe 4.0 x16; network: {_ASSUMED}"),
+    "L4-24GB": Gpu(24, 121.0, 300, 32, 1.5625, 72, f"NVIDIA L4 datasheet; PCIe 4.0 x16; network: {_ASSUMED}"),
+    "L40S-48GB": Gpu(48, 362.0, 864, 32, 1.5625, 350, f"NVIDIA L40S datasheet; PCIe 4.0 x16; network: {_ASSUMED}"),
+    "RTX4090-24GB": Gpu(24, 165.2, 1008, 32, 1.5625, 450, f"NVIDIA Ada whitepaper (fp16 with fp32 accumulation); PCIe 4.0 x16; network: {_ASSUMED}"),
+    "RTX5090-32GB": Gpu(
+        32, 209.5, 1792, 64, 1.5625, 575, f"NVIDIA RTX Blackwell whitepaper (fp16 with fp32 accumulation); PCIe 5.0 x16; network: {_ASSUMED}"
+    ),
+    "B300-288GB": Gpu(
+        288, 2250.0, 8000, 900, 100, 1400, "NVIDIA HGX B300 datasheet; network: DGX B300, 800 Gbit/s for each GPU; power: the upper limit"
+    ),
 }
 """Datasheet figures by name."""
+_NUMBERS = ("memory_gb", "tflops_16bit", "memory_gb_s", "link_gb_s", "network_gb_s", "watts")
+_DEFAULTS = {"link_gb_s": 32.0, "network_gb_s": 1.5625, "watts": 400.0}
+"""Of numbers that are not given: PCIe 4.0, 100 Gbit/s for a machine of eight, and a usual power."""
+
+
+def parse_gpu(text: str) -> Gpu:
+    """A GPU by its numbers: 'memory_gb=48,tflops_16bit=362,memory_gb_s=864'.
+
+    Raises:
+        ValueError: a number is unknown, no positive number, or missing.
+    """
+    given: dict[str, float] = {}
+    for word in text.split(","):
+        key, _, value = word.partition("=")
+        try:
+            given[key.strip()] = float(value)
+        except ValueError:
+            given[key.strip()] = 0.0
+    wrong = [key for key, value in given.items() if key not in _NUMBERS or not 0 < value < float("inf")]
+    missing = [key for key in _NUMBERS if key not in given and key not in _DEFAULTS]
+    if wrong or missing:
+        raise ValueError(f"numbers above 0 such as memory_gb=48,tflops_16bit=362,memory_gb_s=864; also {', '.join(_DEFAULTS)}.")
+    return Gpu(**(_DEFAULTS | given), source="given by --gpu")
 
 
 def find_by_device_name(name: str) -> Gpu | None:
     """The GPU whose datasheet belongs to a device as CUDA names it ('NVIDIA H100 80GB HBM3'); None if it is not in the table."""
-    return next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name and "PCIe" not in name), None)
+    if "PCIe" in name:
+        return None
+    found = [key for key in GPUS if re.search(rf"\b{key.split('-')[0]}\b", name.replace("RTX ", "RTX"))]
+    exact = [key for key in found if re.search(rf"\b{key.split('-')[1]}\b", name)]
+    return GPUS[(exact or found)[0]] if found else None

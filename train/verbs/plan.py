@@ -6,17 +6,18 @@ from dataclasses import replace
 from typing import get_args
 
 from infra.errors import ConfigError, UsageError
-from train.config import RunConfig, load_run
+from train.config import load_run
 from train.planning import estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
-from train.planning.hardware import GPUS, Gpu
+from train.planning.hardware import GPUS, Gpu, parse_gpu
+from train.planning.out_of_memory import smaller
 from train.planning.states import Cluster, Layout
 
 _GB, _MB = 1e9, 1e6
 
 
-def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int) -> None:
+def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int, price: float = 0.0) -> None:
     """Print the plan.
 
     Args:
@@ -24,19 +25,28 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
         gpus: GPUs of each; 0: as cluster.gpus says, or one where that is 0.
         memory: GB of a GPU; 0: as its datasheet says.
         tokens: budget in states of the stream; 0: dalle_fit.steps updates.
+        gpu: name of a datasheet, or its numbers (``hardware.parse_gpu``).
+        price: of one GPU for an hour, in any currency; 0: no cost is shown.
         rank: total rank of gradient compression between machines; 0: that of the paper's Table 1 for its widths, otherwise none.
 
     Raises:
         UsageError: an unknown GPU.
         ConfigError: the preset's own stage does not fit into the memory, or its batch does not divide.
     """
-    if gpu not in GPUS:
-        raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}")
-    cfg, figures = load_run(preset, overrides), GPUS[gpu]
+    try:
+        figures = GPUS[gpu] if gpu in GPUS else parse_gpu(gpu)
+    except ValueError as error:
+        raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}; or {error}") from error
+    cfg = load_run(preset, overrides)
     own = Setting.configured(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1))
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
+    if price:
+        hours = estimate.bill(own, figures, tokens or None).gpu_hours
+        print(
+            f"cost                 {hours * price:,.0f} at {price:g} for each of {_short(hours)} GPU hours; the dVAE, storage and failed attempts come on top"
+        )
     needed = estimate.memory(own).total
     if needed > room:
         raise ConfigError(
@@ -127,17 +137,5 @@ def _short(value: float) -> str:
 
 def remedies(setting: Setting, room: float) -> str:
     """Changes that would make it fit, each by itself."""
-    fit, changed = setting.cfg.dalle_fit, []
-    for accumulation in (fit.accumulation * factor for factor in (2, 4, 8, 16, 32)):
-        if fit.batch % (setting.cluster.world * accumulation) == 0:
-            changed.append((f"dalle_fit.accumulation={accumulation}", _with_fit(setting, accumulation=accumulation)))
-    if not fit.activation_checkpointing:
-        changed.append(("dalle_fit.activation_checkpointing=true", _with_fit(setting, activation_checkpointing=True)))
-    changed += [(f"zero.stage={stage}", replace(setting, stage=stage)) for stage in (1, 2, 3) if stage > setting.stage]
-    fitting = [words for words, other in changed if estimate.memory(other).total <= room]
+    fitting = [words for words, other in smaller(setting) if estimate.memory(other).total <= room]
     return "any of these would fit: " + ", ".join(fitting) if fitting else "use more or larger GPUs, or a smaller model"
-
-
-def _with_fit(setting: Setting, **values: int) -> Setting:
-    cfg: RunConfig = setting.cfg.model_copy(update={"dalle_fit": setting.cfg.dalle_fit.model_copy(update=values)})
-    return replace(setting, cfg=cfg)

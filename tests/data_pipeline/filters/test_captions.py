@@ -10,6 +10,7 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.filters.boilerplate import is_boilerplate
 from data_pipeline.filters.captions import caption_reason
 from data_pipeline.filters.language import is_english
+from infra.errors import ConfigError
 
 CAPTION = "a brown dog runs across the field"
 OFF = FilterConfig(min_words=0, max_characters=0, broken_text=False, english=False, boilerplate=False, max_repetition=1.0)
@@ -136,3 +137,30 @@ def test_any_text_can_be_judged(caption: str) -> None:
         "not English",
         "repetitive caption",
     )
+
+
+LANGUAGES = {
+    "ar": "قطة حمراء تجلس على الطاولة",
+    "de": "eine rote Katze sitzt auf dem Tisch über München",
+    "hi": "मेज पर एक लाल बिल्ली बैठी है",
+    "ja": "赤い猫がテーブルの上に座っている",
+    "ru": "красная кошка сидит на столе",
+    "zh": "一只红色的猫坐在桌子上",
+}
+
+
+@pytest.mark.parametrize("language", sorted(LANGUAGES))
+def test_any_language_passes_where_none_is_asked_for_and_its_own_list_and_no_other(language: str) -> None:
+    caption = LANGUAGES[language]
+    assert caption_reason(caption, FilterConfig(english=False)) is None, "words are counted where no spaces stand between them, too"
+    assert caption_reason(caption, FilterConfig()) == "not English"
+    assert caption_reason(caption, FilterConfig(languages=(language,))) is None
+    other = "fr" if language == "de" else "de"
+    assert caption_reason(caption, FilterConfig(languages=(other,))) == "another language"
+    assert caption_reason(caption, FilterConfig(languages=(other, language))) is None
+    assert caption_reason("a red cat sits on the table over there", FilterConfig(languages=(language,))) == "another language"
+
+
+def test_an_unknown_language_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"filters\.languages names xx, which the identifier does not know; it knows"):
+        caption_reason("a red cat sits on the table", FilterConfig(languages=("en", "xx")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.filters.captions import blocked_words
 from data_pipeline.prepare import parts
 from data_pipeline.prepare import plan as planning
@@ -411,3 +412,26 @@ def test_a_list_that_is_missing_names_its_key(tmp_path: Path) -> None:
         blocked_words(str(tmp_path / "none.txt"))
     with pytest.raises(DataError, match=r"data\.takedown = .*none\.txt: does not exist; name a text file"):
         read_takedown(str(tmp_path / "none.txt"))
+
+
+def test_credits_name_licences_of_records_or_say_that_there_are_none(tmp_path: Path) -> None:
+    for name, license in (("told", "CC-BY-4.0"), ("untold", "")):
+        rows = [
+            json.dumps({"image": f"{number}.png", "caption": f"a {name} picture of {number} things"} | ({"license": license} if license else {}))
+            for number in range(24)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "all.jsonl").write_text("\n".join(rows))
+        for number in range(24):
+            Image.fromarray(np.random.default_rng([number, len(name)]).integers(0, 255, (32, 32, 3), np.uint8)).save(
+                tmp_path / name / f"{number}.png"
+            )
+    data = DataConfig(sources=tuple(SourceConfig(url=str(tmp_path / name)) for name in ("told", "untold")), validation_share=0.3)
+    plan = make_plan(data, FilterConfig(near_duplicate_bits=-1), 16, 0)
+    run(plan, str(tmp_path / "set"))
+    told, untold = finish(plan, str(tmp_path / "set"))["credits"]
+    assert (
+        told
+        == f"Images and captions from {tmp_path}/told: licences by its records: CC-BY-4.0 (24 records); the author stands with each record, if anywhere."
+    )
+    assert untold == f"Images and captions from {tmp_path}/untold: the source gave neither author nor licence."

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra import storage
-from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, throughput
+from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, shown_as, throughput
 
 
 def _write(run: Path, attempt: int, points: list[tuple[int, dict[str, float]]]) -> Path:
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back_and_stands_in_tensorboard(tmp_path: Path) 
     series = read_metrics(str(tmp_path), "dvae")
     assert [(p.step, p.value) for p in series["train/loss"]] == [(1, 2.5), (2, 1.5)]
     assert [(p.step, p.value) for p in series["eval/psnr"]] == [(2, 18.0)]
-    assert _events(tmp_path, "dvae") == {"train/loss": [(1, 2.5), (2, 1.5)], "eval/psnr": [(2, 18.0)]}
+    assert _events(tmp_path, "dvae") == {"1 loss/train loss": [(1, 2.5), (2, 1.5)], "2 validation/psnr": [(2, 18.0)]}
 
 
 def test_values_that_are_not_finite_stay_valid_json_and_come_back(tmp_path: Path) -> None:
@@ -155,3 +155,18 @@ def test_a_run_folder_on_s3_receives_lines_and_events_at_every_flush(s3: str) ->
     assert [p.value for p in read_metrics(run, "dvae")["loss"]] == [1.0, 2.0]
     assert folder is not None and not folder.exists()
     assert next_attempt(run, "dvae") == 1
+
+
+def test_groups_of_tensorboard_are_read_from_the_top() -> None:
+    names = ["data/samples", "numerics/scale/005-mlp", "perf/mfu", "optim/lr", "eval/psnr", "train/loss_image", "eval/loss", "train/nll", "new/thing"]
+    assert sorted(map(shown_as, names)) == [
+        "1 loss/eval loss",
+        "1 loss/train loss_image",
+        "2 validation/psnr",
+        "3 training/nll",
+        "4 optimizer/lr",
+        "5 speed/mfu",
+        "7 new/thing",
+        "8 numerics/scale/005-mlp",
+        "9 debug/samples",
+    ]

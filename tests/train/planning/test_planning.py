@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -11,15 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import launcher
 from infra.errors import ConfigError, ExitCode
+from infra.repository import DOCS
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer, parameter_tags
 from train.bench import memory
 from train.bench.memory import LiveBytes, build, train_peak
-from train.config import load_run
+from train.config import PRESETS, load_run
 from train.planning import activations, estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.flops import forward_flops, layer_pairs, train_flops
 from train.planning.hardware import GPUS, find_by_device_name
+from train.planning.out_of_memory import advice, is_out_of_memory
 from train.planning.states import Cluster
 from train.verbs import plan
 
@@ -276,3 +280,83 @@ def test_the_memory_benchmark_shows_what_checkpointing_saves(monkeypatch: pytest
     kept = [found.measured[f"kept by the forward pass, {name}"].value for name in ("no checkpointing", "checkpoint every 1", "checkpoint every 2")]
     assert kept[0] > 4 * kept[1] > 4 * kept[2]
     assert found.ratios["kept, every resblock over none"].value == kept[1] / kept[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "key"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A10", "A10-24GB"),
+        ("NVIDIA L4", "L4-24GB"),
+        ("NVIDIA L40S", "L40S-48GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090-24GB"),
+        ("NVIDIA GeForce RTX 5090", "RTX5090-32GB"),
+        ("NVIDIA B300", "B300-288GB"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-PCIE-40GB PCIe", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name_and_its_memory(device: str, key: str | None) -> None:
+    assert find_by_device_name(device) == (GPUS[key] if key else None)
+
+
+def test_a_gpu_can_be_given_by_its_numbers_and_a_price_shows_the_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        launcher.main(
+            [
+                "plan",
+                "120M",
+                "--gpus",
+                "8",
+                "--gpu",
+                "memory_gb=80,tflops_16bit=989.4,memory_gb_s=3350,link_gb_s=450,network_gb_s=50,watts=700",
+                "--price",
+                "2",
+            ]
+        )
+        == 0
+    )
+    given = capsys.readouterr().out
+    assert launcher.main(["plan", "120M", "--gpus", "8"]) == 0
+    named = capsys.readouterr().out
+    hours = float(re.findall(r"([\d.,]+) GPU hours", named)[0].replace(",", ""))
+    cost = float(re.findall(r"cost +([\d,]+) at 2 for each of", given)[0].replace(",", ""))
+    assert cost == pytest.approx(2 * hours, rel=0.02, abs=1) and "cost " not in named and "given by --gpu" in given
+    for wrong in ("memory_gb=80", "memory_gb=80,tflops_16bit=0,memory_gb_s=1", "memory_gb=80,tflops_16bit=1,memory_gb_s=1,speed=3"):
+        assert launcher.main(["plan", "120M", "--gpu", wrong]) == ExitCode.USAGE
+        assert "or numbers above 0 such as memory_gb=48" in capsys.readouterr().err
+
+
+def test_a_full_gpu_names_the_keys_that_take_less() -> None:
+    class OutOfMemoryError(RuntimeError):
+        __module__ = "torch"
+
+    error = OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("CUDA out of memory"))
+    cfg = load_run("1.2B", [])
+    said = advice("dalle", cfg, 8, error)
+    assert said.startswith("CUDA out of memory. Less memory: dalle_fit.accumulation=") and "zero.stage=3" in said and "plan" in said
+    more = 2 * cfg.dvae_fit.accumulation
+    assert f"dvae_fit.accumulation={more}, dvae_fit.activation_checkpointing=true" in advice("dvae", cfg, 8, error)
+    assert "encode.batch" in advice("encode", cfg, 8, error) and "nvidia-smi" in advice("generate", cfg, 8, error)
+
+
+_DOCUMENTED = sorted(
+    {
+        line.partition("launcher.py ")[2]
+        for page in DOCS.glob("*.md")
+        for line in page.read_text().splitlines()
+        if line.startswith("    python launcher.py plan ")
+    }
+)
+
+
+@pytest.mark.parametrize("line", _DOCUMENTED)
+def test_every_plan_that_a_page_names_fits_its_machine(line: str) -> None:
+    assert launcher.main(shlex.split(line, comments=True)) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*B.toml")] + ["120M", "300M"])
+def test_every_preset_fits_the_machines_that_it_is_made_for(preset: str) -> None:
+    assert launcher.main(["plan", preset]) == ExitCode.DONE

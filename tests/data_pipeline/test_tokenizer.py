@@ -215,3 +215,12 @@ print([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].to
     there = subprocess.run([sys.executable, "-c", program], input=MODEL, capture_output=True, check=True, cwd=ROOT).stdout.decode().strip()
     tokenizer = Tokenizer(MODEL, 64)
     assert there == str([tokenizer.encode("an outlined drawing of redder apples", 0.3, seed)[0].tolist() for seed in range(20)])
+
+
+@pytest.mark.parametrize("caption", ["", "a red fox", "ünlikely 狐狸!", "A RED\0fox  " * 9])
+def test_tokens_are_counted_beyond_the_cut_and_what_has_no_piece_is_named(caption: str) -> None:
+    model = train_tokenizer(["a red fox!", "two green trees"], 300)
+    short, long = Tokenizer(model, 4), Tokenizer(model, 1000)
+    assert short.count(caption) == long.count(caption) == long.encode(caption)[1]
+    spelled = short.spelled_in_bytes(caption)
+    assert spelled == [character for character in dict.fromkeys(normalise(caption)) if character in "ü狐狸\0"]

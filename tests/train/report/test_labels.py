@@ -6,11 +6,11 @@ import pytest
 from train.report.images import LABEL_SIZE, Pixels, font, grid, legible, wide_font
 
 
-def test_latin_keeps_the_usual_font() -> None:
-    assert legible("a red fox, naïve") == ("a red fox, naïve", font(LABEL_SIZE))
+def test_plain_english_keeps_the_usual_font() -> None:
+    assert legible("a red fox") == ("a red fox", font(LABEL_SIZE))
 
 
-@pytest.mark.parametrize("text", ["красная лиса", "αλεπού", "ثعلب أحمر", "שועל"])
+@pytest.mark.parametrize("text", ["naïve café", "красная лиса", "αλεπού", "ثعلب أحمر", "שועל"])
 def test_other_scripts_come_in_a_font_that_has_them(text: str) -> None:
     assert wide_font(LABEL_SIZE) is not None, "matplotlib brings it"
     assert legible(text) == (text, wide_font(LABEL_SIZE))

@@ -270,3 +270,12 @@ def test_captions_of_another_script_are_refused_by_the_papers_rule_before_anythi
     assert "% of the letters in captions are none from a to z" in caplog.text
     with pytest.raises(DataError, match="captions hold no letter, so there is nothing"):
         train_tokenizer(["12 34"], 400, "unicode")
+
+
+@pytest.mark.parametrize("caption", ["", "a red fox", "ünlikely 狐狸!", "A RED\0fox  " * 9])
+def test_tokens_are_counted_beyond_the_cut_and_what_has_no_piece_is_named(caption: str) -> None:
+    model = train_tokenizer(["a red fox!", "two green trees"], 300)
+    short, long = Tokenizer(model, 4), Tokenizer(model, 1000)
+    assert short.count(caption) == long.count(caption) == long.encode(caption)[1]
+    spelled = short.spelled_in_bytes(caption)
+    assert spelled == [character for character in dict.fromkeys(normalise(caption)) if character in "ü狐狸\0"]

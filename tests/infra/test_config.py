@@ -76,6 +76,9 @@ REFUSED = [
     ("dvae_fit.scale_min=2.0", r"scale_min = 2.0 is above"),
     ("data.render_size=8", r"data\.render_size = 8 is below dvae\.image_size = 16"),
     ("generate.show=9", r"generate\.show = 9 is above"),
+    ("generate.guidance=2.0", r"generate\.guidance = 2.0 needs a model trained with dalle_fit\.caption_dropout above 0"),
+    ("generate.top_k=33", r"generate\.top_k = 33 is above dvae\.vocab = 32"),
+    ("generate.window=5", r"generate\.window = 5 is above the grid of 4 codes"),
     ("dalle.layers", r"override 'dalle\.layers': expected section\.key=value"),
     ("dalle.layers.x=1", r"'layers' is a value, not a section"),
 ]

@@ -23,7 +23,7 @@ from train.report.images import to_array
 _CPU_BYTES, _CPU_PICTURES = 1 << 30, 64
 """On a CPU a batch takes at most this much, and so many pictures: beyond them nothing gets faster, and the first picture comes later."""
 _SHARE_OF_FREE = 0.5
-_CPU_ROWS, _GPU_ROWS, _GPU_WINDOW = 16, 1 << 12, 16
+_CPU_ROWS, _GPU_ROWS, _GPU_WINDOW = 8, 1 << 12, 16
 """States that a pass computes for about the price of one: that of reading the weights."""
 
 

@@ -61,7 +61,8 @@ class Holder:
     def described(self, sign_s: float) -> str:
         job = f" (job {self.job}, restart {self.restart})" if self.job else ""
         hours, minutes = divmod(max(0, round((time.time() - self.begun) / 60)), 60)
-        return f"process {self.pid} on {self.node}{job}, for {hours} h {minutes} min, its last sign {max(0.0, sign_s):.0f} s ago"
+        age = f"for {hours} h {minutes} min" if self.begun else "since a time that it has not said"
+        return f"process {self.pid} on {self.node}{job}, {age}, its last sign {max(0.0, sign_s):.0f} s ago"
 
 
 class Lease:
@@ -158,14 +159,14 @@ def hold(run_url: str, label: str, job: Job, stop: StopFlag | None = None) -> It
     if storage.is_remote(run_url) and s3.kept_apart():
         log.warning("%s: objects are created without a condition: the scheduler keeps launchers apart (cluster.kept_apart)", run_url)
     lease = _take(storage.join(run_url, "locks", label), f"{run_url}: another launcher runs '{label}' in this folder", job, stop)
-    before = os.environ.get(_VARIABLE)
+    before = environment.text(_VARIABLE)
     os.environ[_VARIABLE] = f"{lease.place}#{lease.number}"  # for ranks
     lease.start()
     try:
         yield lease
     finally:
-        os.environ.pop(_VARIABLE)
-        if before is not None:
+        del os.environ[_VARIABLE]
+        if before:
             os.environ[_VARIABLE] = before
         lease.close()
 
@@ -270,7 +271,7 @@ def _read(place: str, number: int) -> Holder:
     try:
         return Holder(**storage.read_json(_file(place, number)))
     except (DataError, TypeError):
-        return Holder("", "a node that has not said more", 0, "", "", 0, time.time(), _lease_s())
+        return Holder("", "a node that has not said more", 0, "", "", 0, 0.0, _lease_s())
 
 
 def _forget(place: str, number: int) -> None:

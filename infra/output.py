@@ -47,5 +47,7 @@ def _wrapped(number: int, stream: Any) -> io.TextIOWrapper:
     if stream is not None:
         stream.flush()
     encoding = stream.encoding if stream is not None else "utf-8"
-    raw = io.BufferedWriter(_Lasting(number, "w", closefd=False))
-    return io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=number == 2 or os.isatty(number))
+    raw: Any = _Lasting(number, "w", closefd=False)
+    at_once = stream is not None and stream.write_through  # python -u, PYTHONUNBUFFERED: images set it, so that logs are not late
+    lines = number == 2 or os.isatty(number)
+    return io.TextIOWrapper(raw if at_once else io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines, write_through=at_once)

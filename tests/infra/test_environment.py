@@ -217,6 +217,12 @@ def test_a_log_that_is_lost_ends_nothing(tmp_path: Path, lost: str) -> None:
     assert (code, (tmp_path / "kept").read_bytes()) == (0, b"alive")
 
 
+def test_what_is_printed_unbuffered_arrives_at_once() -> None:
+    text = "from infra import output; output.last(); import os; print('first'); os.write(1, b'second')"
+    assert program(text, env=os.environ | {"PYTHONUNBUFFERED": "1"}).stdout == "first\nsecond"
+    assert program(text, env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}).stdout == "secondfirst\n"
+
+
 @pytest.mark.parametrize(("ignored", "end"), [(False, "Signals.SIGHUP"), (True, "None")])
 def test_a_hang_up_stops_like_term_and_is_ignored_under_nohup(ignored: bool, end: str) -> None:
     text = (

@@ -179,6 +179,17 @@ def test_a_silent_launcher_of_another_machine_is_replaced_after_its_own_lease_an
     assert SupersededError.exit_code == 75
 
 
+def test_a_lease_without_content_is_given_up_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a launcher dies while it makes one, without hard links."""
+    monkeypatch.setenv("LAUNCHER_LEASE_S", str(SHORT_S))
+    (tmp_path / "locks" / "dvae").mkdir(parents=True)
+    (tmp_path / "locks" / "dvae" / "00000000.json").touch()
+    with pytest.raises(ConfigError, match="on a node that has not said more, since a time that it has not said"), hold(str(tmp_path), "dvae", Job()):
+        pass
+    with hold(str(tmp_path), "dvae", Job("77", 1)) as held:
+        assert held.number == 1
+
+
 def test_a_stop_signal_ends_the_wait(tmp_path: Path) -> None:
     place(str(tmp_path), somebody())
     stop = StopFlag()

@@ -6,13 +6,16 @@ import sys
 from typing import Annotated
 
 if __name__ == "__main__":
-    from infra import logs, signals
+    from infra import logs, output, signals
 
     STOP = signals.install()  # before anything slow: a signal that arrives during imports must set a flag, not kill
+    output.speak_utf8()
+    output.last()
     logs.show()
 
 import typer
 
+from infra import environment
 from infra.errors import ExitCode, ReportedError, UsageError
 from train.run.stage_table import STAGES
 
@@ -337,6 +340,7 @@ def last_line(error: ReportedError) -> str:
 def main(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
+        environment.check()
         code = app(arguments, standalone_mode=False)
     except ReportedError as error:
         if str(error):

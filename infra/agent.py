@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
+import time
 import uuid
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from infra import deferred_writes, ledger, signals
+from infra import deferred_writes, environment, ledger, scratch, signals
 from infra.errors import ExitCode, LostPeerError, StopRequested
 from infra.job import RETRIES, Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig
 
 _RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
+_LOOK_S = 5  # at a node 0 that may not be there yet
+_ATTEMPT = "attempt"  # the key of its number in the store
 _PEERS_S = 60  # nodes end within seconds of each other, or not at all
 _LOST_S = 10  # without node 0, whose ranks died with it
 
@@ -46,7 +52,7 @@ class Placement:
 
 
 def _threads(nproc: int) -> str:
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    return str(environment.threads(max(1, len(os.sched_getaffinity(0)) // nproc)))
 
 
 def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, str]:
@@ -59,17 +65,36 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         LostPeerError: the nodes of the job did not meet.
     """
     _import_quietly()
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.launcher.api import LaunchConfig
-
-    attempt = begin(placement, run, stage)
+    attempt, _store = _begin_together(placement, run, stage, stop)
     job, one_node = placement.job, placement.nodes == 1
     os.environ |= {"LAUNCHER_ATTEMPT": str(attempt), "LAUNCHER_PID": str(os.getpid()), "OMP_NUM_THREADS": _threads(placement.nproc)}
     if one_node:
         # The loopback needs no name service and crosses no network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with scratch.folder("ranks-") as logs, deferred_writes.taking_notes():
+        config = _launch_config(placement, logs)
+        _quiet_elastic()
+        signals.block_in_children()
+        lost = ""
+        try:
+            lost = _launch(config, arguments, job, stop)
+        except StopRequested as early:
+            for rank in range(placement.nproc):
+                run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
+        signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
+    if not one_node:
+        run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
+    code, reason = run.root_cause(stage, attempt, placement.size)
+    return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
+
+
+def _launch_config(placement: Placement, logs: str) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    job, one_node = placement.job, placement.nodes == 1
     host = job.rendezvous.rpartition(":")[0]
-    config = LaunchConfig(
+    return LaunchConfig(
         min_nodes=placement.nodes,
         max_nodes=placement.nodes,
         nproc_per_node=placement.nproc,
@@ -83,23 +108,9 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         monitor_interval=0.1,
         signals_to_handle=",".join(number.name for number in signals.STOP_SIGNALS),
         log_line_prefix_template="[rank ${rank}] ",
-        logs_specs=DefaultLogsSpecs(tee=Std.ALL if job.id else Std.NONE),
+        logs_specs=DefaultLogsSpecs(log_dir=logs, tee=Std.ALL if job.id else Std.NONE),
         **_shutdown_timeout(),
     )
-    _quiet_elastic()
-    signals.block_in_children()
-    with deferred_writes.taking_notes():
-        lost = ""
-        try:
-            lost = _launch(config, arguments, job, stop)
-        except StopRequested as early:
-            for rank in range(placement.nproc):
-                run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
-        signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
-    if not one_node:
-        run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
-    code, reason = run.root_cause(stage, attempt, placement.size)
-    return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
 
 
 def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag) -> str:
@@ -141,19 +152,66 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
 
 
 def begin(placement: Placement, run: RunFolder, stage: str) -> int:
-    """Number of the attempt that this node takes part in: node 0 begins it in the ledger, the others find it there.
+    """Number of a new attempt in the ledger, for node 0.
 
     Raises:
         DivergedError: this job has crashed too often in a row; see ``ledger.refuse_a_crash_loop``.
-        LostPeerError: node 0 did not begin.
     """
     job = placement.job
-    if job.node:
-        return run.join_attempt(stage, job.run_id, _RENDEZVOUS_S)
-    retries = int(os.environ.get("LAUNCHER_RETRIES", RETRIES)) if placement.retries is None else placement.retries
+    retries = environment.whole("LAUNCHER_RETRIES", RETRIES) if placement.retries is None else placement.retries
     ledger.refuse_a_crash_loop(run, stage, job.restart, retries)
     saved = ledger.newest_checkpoint(run, stage)
     return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved)
+
+
+def _begin_together(placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, TCPStore | None]:
+    """Number of the attempt that this node takes part in, and what keeps it open to the others.
+
+    Node 0 begins it, and its own process tells the others through the store of the rendezvous: what a scheduler calls a start may have been called so
+    before, as where a job is suspended and resumed, and what lies in the run folder may be of that one.
+
+    Raises:
+        LostPeerError: node 0 did not begin.
+        StopRequested: a stop signal came while this node waited.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+
+    job = placement.job
+    attempt = begin(placement, run, stage) if job.node == 0 else -1
+    if job.nodes == 1:
+        return attempt, None
+    host, _, port = job.rendezvous.rpartition(":")
+    if job.node:
+        _wait_for_node_0(job, stage, stop)
+    try:
+        # Elastic finds node 0's store in the process, and shares it.
+        store = TCPStore(host, int(port), is_master=job.node == 0, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=_PEERS_S))
+        if job.node == 0:
+            store.set(_ATTEMPT, str(attempt))
+        return int(store.get(_ATTEMPT)), store
+    except (DistNetworkError, DistStoreError) as error:
+        what = "is the port taken, or the name another node's?" if job.node == 0 else "see the log of node 0."
+        raise LostPeerError(
+            f"node {job.node} of job {job.run_id} cannot use {job.rendezvous}, where node 0 meets the others ({error}): {what}"
+        ) from error
+
+
+def _wait_for_node_0(job: Job, stage: str, stop: StopFlag) -> None:
+    """Until something listens there: torch's own waiting hears no stop signal, and shows frames for every attempt."""
+    host, _, port = job.rendezvous.rpartition(":")
+    deadline = time.monotonic() + _RENDEZVOUS_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S).close()
+            return
+        except OSError as error:  # not yet there, or its name is not
+            if stop.received:
+                raise StopRequested(f"{stop.received.name} before node 0 had begun; nothing was begun here.") from error
+            if time.monotonic() > deadline:
+                raise LostPeerError(
+                    f"node 0 of job {job.run_id} did not begin '{stage}' at {job.rendezvous} within {_RENDEZVOUS_S} s: see its log."
+                ) from error
+            time.sleep(1)
 
 
 def _shutdown_timeout() -> dict[str, int]:

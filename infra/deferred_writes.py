@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import scratch, storage
 from infra.errors import UnreachableError
 
 PATIENCE_S = 120.0
@@ -49,7 +48,7 @@ def taking_notes() -> Iterator[None]:
     Raises:
         UnreachableError: the storage does not answer within PATIENCE_S; what is lost is named.
     """
-    with tempfile.TemporaryDirectory(prefix="notes-") as folder:
+    with scratch.folder("notes-") as folder:
         os.environ[_VARIABLE] = folder
         try:
             yield

@@ -90,5 +90,11 @@ class StopRequested(ReportedError):
     exit_code = ExitCode.REQUEUE
 
 
+class SupersededError(ReportedError):
+    """Another launcher has the work: nothing more is written, and that is no crash."""
+
+    exit_code = ExitCode.REQUEUE
+
+
 class LostPeerError(ReportedError):
     """Another node or rank did not do its part: may be retried."""

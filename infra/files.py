@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from infra.errors import ConfigError, DataError, MissingError, NoRoomError
 
+log = logging.getLogger(__name__)
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+_CONTENT_S = 5.0  # for a few hundred bytes
 TEMPORARY = ".tmp-"
 """Prefix of the names of files that are being written; listings leave them out."""
 
@@ -96,10 +103,44 @@ def create_once(path: Path, data: bytes) -> bool:
             os.link(beside, path)  # unlike with O_EXCL, the file has its content from its first moment
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            log.warning(
+                "%s: the file system (%s) knows no hard links: files are created there as on S3", path.parent, kind_of_mount(str(path.parent))
+            )
+            return _create_exclusively(path, data)
         finally:
             beside.unlink(missing_ok=True)
         _sync_folder(path.parent)
     return True
+
+
+def _create_exclusively(path: Path, data: bytes) -> bool:
+    """``create_once`` without hard links: others may see the file before its content, and wait for that."""
+    try:
+        with path.open("xb", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+    except FileExistsError:
+        deadline = time.monotonic() + _CONTENT_S
+        while not path.stat().st_size and data and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return False
+    return True
+
+
+@cache
+def kind_of_mount(place: str) -> str:
+    """The type of the file system that a folder is on, such as nfs4, lustre or fuse.gcsfuse."""
+    best, kind = "", "unknown"
+    with suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, point, found, *_ = line.split(" ")
+            point = point.encode().decode("unicode_escape")
+            if Path(place).resolve().is_relative_to(point) and len(point) >= len(best):
+                best, kind = point, found
+    return kind
 
 
 def list_names(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from infra import environment
 from infra.config import Section
 from infra.config_keys import ANY_TIME
 from infra.errors import ConfigError
@@ -46,6 +47,8 @@ class ClusterConfig(Section):
     """Array tasks (SLURM) or pods (Kubernetes) of a stage whose work is divided."""
     retries: int = Field(default=RETRIES, ge=0)
     """Consecutive crashes without progress before a job is given up."""
+    kept_apart: bool = False
+    """The scheduler keeps launchers of one stage apart, so that S3 need not: for servers that create no objects on condition (If-None-Match)."""
     overlay: Literal["cpu", "gpu", "kueue"] = "cpu"
     """Folder below infra/k8s/overlays."""
     image: str = Field(default="", pattern=r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
@@ -81,9 +84,9 @@ class Job:
         Raises:
             ConfigError: half of a declaration, or several tasks on a node.
         """
-        if env.get("LAUNCHER_JOB"):
+        if environment.text("LAUNCHER_JOB", env=env):
             job = _declared(env)
-        elif _is_step(env.get("SLURM_STEP_ID", "")):
+        elif _is_step(environment.text("SLURM_STEP_ID", env=env)):
             job = _slurm_task(env)
         else:
             return cls()
@@ -99,25 +102,26 @@ def _is_step(step: str) -> bool:
 
 
 def _declared(env: Mapping[str, str]) -> Job:
-    numbers = [env.get(f"LAUNCHER_{name}") or default for name, default in (("RESTART", "0"), ("NODE", "0"), ("NODES", "1"))]
-    if not all(number.isdigit() for number in numbers):
-        raise ConfigError(f"LAUNCHER_RESTART, LAUNCHER_NODE, LAUNCHER_NODES = {', '.join(numbers)}: whole numbers are needed.")
-    restart, node, nodes = map(int, numbers)
-    return Job(env["LAUNCHER_JOB"], restart, node, nodes, env.get("LAUNCHER_RENDEZVOUS", ""), env.get("LAUNCHER_ADDRESS", ""))
+    restart, node = (environment.whole(f"LAUNCHER_{name}", 0, env=env) for name in ("RESTART", "NODE"))
+    nodes = environment.whole("LAUNCHER_NODES", 1, least=1, env=env)
+    job, rendezvous, address = (environment.text(f"LAUNCHER_{name}", env=env) for name in ("JOB", "RENDEZVOUS", "ADDRESS"))
+    return Job(job, restart, node, nodes, rendezvous, address)
 
 
 def _slurm_task(env: Mapping[str, str]) -> Job:
     try:
-        nodes, tasks, node = (int(env[name]) for name in ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID"))
-        job, hosts = env["SLURM_JOB_ID"], expand_hosts(env["SLURM_STEP_NODELIST"])
-        restart = int(env.get("SLURM_RESTART_COUNT") or 0)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"inside srun, but {error} is missing or no number: start launchers as infra/slurm/*.sbatch do.") from error
+        nodes, tasks, node, number = (
+            environment.whole(f"SLURM_{name}", env=env) for name in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID", "JOB_ID")
+        )
+        job, hosts = str(number), expand_hosts(environment.text("SLURM_STEP_NODELIST", env=env))
+        restart = environment.whole("SLURM_RESTART_COUNT", 0, env=env)
+    except ConfigError as error:
+        raise ConfigError(f"inside srun, but {error} Start launchers as infra/slurm/*.sbatch do.") from error
     if tasks != nodes:
         raise ConfigError(
             f"srun started {tasks} tasks on {nodes} nodes: one launcher for each node starts the ranks itself; use --ntasks-per-node=1."
         )
-    return Job(job, restart, node, nodes, f"{hosts[0]}:{port(job)}", env.get("SLURMD_NODENAME", ""))
+    return Job(job, restart, node, nodes, f"{hosts[0]}:{port(job)}", environment.text("SLURMD_NODENAME", env=env))
 
 
 def port(job: str) -> int:

@@ -7,12 +7,11 @@ import json
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import scratch, storage
 from infra.errors import ConfigError
 from infra.job import JobSpec
 from infra.repository import REPOSITORY
@@ -79,8 +78,8 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
 @contextlib.contextmanager
 def folder(spec: JobSpec) -> Iterator[Path]:
     """A temporary folder that kubectl's -k reads: our overlay, and beside it a link to the repository's (kustomize refuses absolute paths)."""
-    with tempfile.TemporaryDirectory(prefix="k8s-") as scratch:
-        place = Path(scratch, "overlay")
+    with scratch.folder("k8s-") as room:
+        place = Path(room, "overlay")
         place.mkdir()
         shutil.copy(NAMES, place)
         (place / "base").symlink_to(OVERLAYS, target_is_directory=True)

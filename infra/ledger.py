@@ -40,19 +40,38 @@ def newest_checkpoint(run: RunFolder, stage: str) -> int:
 
 def read(run: RunFolder, stage: str) -> list[Attempt]:
     """All attempts at a stage, oldest first; one that left no record of an end was killed. Ends are kept in end.json, so that each is found once."""
-    base = run.at("exits", stage)
-    names = storage.list_files(base)
-    found = []
-    for number in sorted({int(name.split("/")[0].removeprefix("attempt-")) for name in names}):
-        folder = f"attempt-{number}"
-        begin = storage.read_json(storage.join(base, folder, "begin.json")) if f"{folder}/begin.json" in names else {}
-        if f"{folder}/end.json" in names:
-            end = storage.read_json(storage.join(base, folder, "end.json"))
-            code, reason = int(end["code"]), str(end["reason"])
-        else:
-            code, reason = run.root_cause(stage, number, int(begin.get("size", 1)))
-        found.append(Attempt(number, str(begin.get("run_id", "")), int(begin.get("restart", 0)), code, reason, int(begin.get("saved", -1))))
-    return found
+    names = storage.list_files(run.at("exits", stage))
+    return [_read_one(run, stage, number, names) for number in _numbers(names)]
+
+
+def recent(run: RunFolder, stage: str) -> list[Attempt]:
+    """The newest attempts, oldest first, back to one that was no crash or that began a submission: what decides. For the holder of the lease, before it
+    begins: all launchers of earlier attempts have ended, or have lost, so what is read of their ranks here is written down, and not read again."""
+    names = storage.list_files(run.at("exits", stage))
+    known, found = set(names), []
+    for number in reversed(_numbers(names)):
+        attempt = _read_one(run, stage, number, names)
+        if f"attempt-{number}/end.json" not in known:
+            close(run, stage, attempt)
+        found.append(attempt)
+        if attempt.code != ExitCode.CRASH or attempt.restart == 0:
+            break
+    return found[::-1]
+
+
+def _numbers(names: list[str]) -> list[int]:
+    return sorted({int(name.split("/")[0].removeprefix("attempt-")) for name in names})
+
+
+def _read_one(run: RunFolder, stage: str, number: int, names: list[str]) -> Attempt:
+    base, folder = run.at("exits", stage), f"attempt-{number}"
+    begin = storage.read_json(storage.join(base, folder, "begin.json")) if f"{folder}/begin.json" in names else {}
+    if f"{folder}/end.json" in names:
+        end = storage.read_json(storage.join(base, folder, "end.json"))
+        code, reason = int(end["code"]), str(end["reason"])
+    else:
+        code, reason = run.root_cause(stage, number, int(begin.get("size", 1)))
+    return Attempt(number, str(begin.get("run_id", "")), int(begin.get("restart", 0)), code, reason, int(begin.get("saved", -1)))
 
 
 def close(run: RunFolder, stage: str, attempt: Attempt) -> None:
@@ -103,7 +122,7 @@ def refuse_a_crash_loop(run: RunFolder, stage: str, restart: int, retries: int) 
     """
     if not restart:
         return
-    attempts = read(run, stage)
+    attempts = recent(run, stage)
     if attempts:
         verdict = judge(attempts, newest_checkpoint(run, stage), retries)
         if verdict.code == ExitCode.DIVERGED and attempts[-1].code == ExitCode.CRASH:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 import warnings
 
-from infra import shown
+from infra import environment, shown
 
 _OURS = ("data_pipeline", "infra", "model", "train")
 
@@ -21,8 +21,9 @@ def show() -> None:
     """Print what our modules log, bare. For processes of the launcher: without it Python shows warnings alone."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # where one process reads a checkpoint, as for an export
     handler = _Lines()
+    main = "--worker" not in sys.argv or environment.text("RANK", "0") == "0"  # only our ranks have a number that counts
     for name in _OURS:
         logger = logging.getLogger(name)
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        logger.setLevel(logging.INFO if main else logging.WARNING)
         logger.propagate = False  # some libraries give the root a handler, which would say it again

@@ -7,15 +7,15 @@ import os
 import secrets
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra import storage
-from infra.errors import ReportedError
+from infra import environment, s3, storage
+from infra.errors import ConfigError, ReportedError
 
+SHM = "/dev/shm"
 SHM_FLOOR = 512 << 20
 """Bytes free in /dev/shm: loaders and NCCL share memory there."""
 DISK_FLOOR = 2 << 30
@@ -27,6 +27,7 @@ SKEW_FLOOR_S = 60.0
 TEMPERATURE_FLOOR_C = 85
 """Degrees at which an idle GPU is not cooled."""
 _SMI_S = 10
+_SHM_ADVICE = "raise cluster.shm_gib (pods), mount one (mount -t tmpfs -o size=2g tmpfs /dev/shm), or delete stale files in /dev/shm"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Finding:
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:
     """The scheduler's name of this node, else the host's."""
-    return env.get("SLURMD_NODENAME") or env.get("NODE_NAME") or os.uname().nodename
+    return environment.text("SLURMD_NODENAME", env=env) or environment.text("NODE_NAME", env=env) or os.uname().nodename
 
 
 def exclusion(node: str, env: Mapping[str, str] = os.environ) -> str:
@@ -59,11 +60,19 @@ def exclusion(node: str, env: Mapping[str, str] = os.environ) -> str:
 
 def memory_and_disk() -> list[Finding]:
     """Room in /dev/shm and in the temporary folder."""
-    shm, disk = shutil.disk_usage("/dev/shm").free, shutil.disk_usage(tempfile.gettempdir()).free
-    return [
-        Finding("shm", shm >= SHM_FLOOR, _gib(shm), _gib(SHM_FLOOR), "raise cluster.shm_gib (pods), or delete stale files in /dev/shm"),
-        Finding("disk", disk >= DISK_FLOOR, _gib(disk), _gib(DISK_FLOOR), f"make room in {tempfile.gettempdir()}, or set TMPDIR"),
-    ]
+    try:
+        scratch = str(environment.temporary())
+    except ConfigError as error:
+        return [_room("shm", SHM, SHM_FLOOR, _SHM_ADVICE), Finding("disk", False, str(error), _gib(DISK_FLOOR), "set TMPDIR to a folder with room")]
+    return [_room("shm", SHM, SHM_FLOOR, _SHM_ADVICE), _room("disk", scratch, DISK_FLOOR, f"make room in {scratch}, or set TMPDIR")]
+
+
+def _room(check: str, place: str, floor: int, advice: str) -> Finding:
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Finding(check, False, f"{place}: {error.strerror}", _gib(floor), f"there must be such a folder; then {advice}")
+    return Finding(check, free >= floor, _gib(free), _gib(floor), advice)
 
 
 def _gib(size: int) -> str:
@@ -78,6 +87,7 @@ def run_storage(url: str) -> list[Finding]:
             tries.append(_try_storage(url))
     except ReportedError as error:
         return [Finding("storage", False, str(error), "writable", "check the endpoint, the bucket, its rights and the credentials")]
+    once = _creates_once(url)
     equal, seconds, skew = min(tries)  # other bytes in any, else the faster
     good = equal and seconds <= LATENCY_FLOOR_S
     found = f"{seconds:.2f} s" if equal else "read other bytes than it wrote"
@@ -90,7 +100,23 @@ def run_storage(url: str) -> list[Finding]:
             f"{SKEW_FLOOR_S:.0f} s",
             "synchronise this node's clock (chronyc tracking)",
         ),
+        *once,
     ]
+
+
+def _creates_once(url: str) -> list[Finding]:
+    """Whether files can be created there by one of many, which keeps launchers apart; local ones can, with or without hard links."""
+    if not storage.is_remote(url):
+        return []
+    probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
+    try:
+        storage.create_once(probe, b"1")
+        s3.check_creation(probe)
+    except ReportedError as error:
+        return [Finding("exclusive", False, str(error), "If-None-Match", "see cluster.kept_apart in docs/configuration.md")]
+    finally:
+        storage.delete(probe)
+    return [Finding("exclusive", True, "declared (cluster.kept_apart)" if s3.kept_apart() else "objects are created once", "If-None-Match")]
 
 
 def _try_storage(url: str) -> tuple[bool, float, float]:
@@ -108,7 +134,7 @@ def _try_storage(url: str) -> tuple[bool, float, float]:
 
 def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:
     """Count, memory errors and temperature of this node's GPUs; nothing to say where there should be none."""
-    expected = int(env.get("SLURM_GPUS_ON_NODE") or 0)
+    expected = environment.whole("SLURM_GPUS_ON_NODE", 0, env=env)
     query = ["nvidia-smi", "--query-gpu=index,temperature.gpu,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_S, check=True).stdout

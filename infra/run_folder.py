@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, schemas, shown, storage
+from infra import deferred_writes, lease, schemas, shown, storage
 from infra.config import differences
-from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
+from infra.errors import ConfigError, ExitCode, UnreachableError
+from infra.job import Job
+from infra.lease import Lease
 from infra.repository import REPOSITORY
+from infra.signals import StopFlag
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
 _POLL_S = 0.5  # between looks at what other nodes have written
+_NO_JOB = Job()
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
 
@@ -150,7 +153,12 @@ class RunFolder:
         return storage.read_json(url) if storage.exists(url) else None
 
     def finish(self, stage: str, **facts: Any) -> None:
-        """Mark a stage finished. The stage's last write."""
+        """Mark a stage finished. The stage's last write.
+
+        Raises:
+            SupersededError: another launcher has the stage.
+        """
+        lease.check()
         storage.write_json(self.at(stage, "done.json"), {"stage": stage, "commit": commit(), "finished": time.time(), **facts})
 
     def begin_attempt(self, stage: str, **facts: Any) -> int:
@@ -158,22 +166,6 @@ class RunFolder:
         attempt = max(self._attempts(stage), default=-1) + 1
         storage.write_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"), {"time": time.time(), "pid": os.getpid(), **facts})
         return attempt
-
-    def join_attempt(self, stage: str, run_id: str, timeout_s: float) -> int:
-        """Number of the attempt that node 0 has begun under the same run id; waits for it.
-
-        Raises:
-            LostPeerError: it did not appear in time.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            for attempt in sorted(self._attempts(stage), reverse=True)[:1]:
-                begin = storage.read_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"))
-                if begin.get("run_id") == run_id:
-                    return attempt
-            if time.monotonic() > deadline:
-                raise LostPeerError(f"node 0 of job {run_id} did not begin '{stage}' in {self.url} within {timeout_s:.0f} s: see its log.")
-            time.sleep(_POLL_S)
 
     def wait_for_records(self, stage: str, attempt: int, size: int, timeout_s: float) -> None:
         """Wait until every rank of all nodes has recorded its end, or one a code of its own, or time is up: whoever leaves early may end the rest."""
@@ -226,24 +218,9 @@ class RunFolder:
                 return ExitCode.REQUEUE, record["reason"]
         return ExitCode.DONE, "finished"
 
-    @contextlib.contextmanager
-    def lock(self, stage: str) -> Iterator[None]:
-        """Hold the stage's lock. A run folder on s3 has none: there the scheduler keeps launchers apart.
-
-        Raises:
-            ConfigError: another launcher runs this stage in this folder.
-        """
-        if storage.is_remote(self.url):
-            yield
-            return
-        path = storage.local_path(self.at("locks", stage))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:  # the kernel drops the lock with the file, however the process ends
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(f"{self.url}: another launcher runs '{stage}' in this folder; wait for it, or use another run.name.") from error
-            yield
+    def lock(self, stage: str, job: Job = _NO_JOB, stop: StopFlag | None = None) -> contextlib.AbstractContextManager[Lease]:
+        """Hold the stage's lease; see ``lease.hold``."""
+        return lease.hold(self.url, stage, job, stop)
 
 
 def place_of(config_url: str) -> dict[str, str]:

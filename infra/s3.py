@@ -7,17 +7,17 @@ endpoint are wrong (ConfigError, with the variable to set).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infra import s3_client
-from infra.errors import ConfigError, DataError, MissingError, ReportedError, UnreachableError
+from infra import environment, s3_client, s3_errors
+from infra.errors import ConfigError, DataError, UnreachableError
 from infra.files import atomic
 
 MAX_ATTEMPTS = 6
@@ -25,16 +25,17 @@ MAX_ATTEMPTS = 6
 BACKOFF_S = 0.25
 """Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
 READ_TIMEOUT_S = 60.0
-"""Silence of a server in seconds after which a request counts as broken."""
+"""Silence of a server in seconds after which a request counts as broken; LAUNCHER_S3_SILENCE_S. A silent server is given up after MAX_ATTEMPTS of them (6 minutes),
+whatever was to be read; nothing takes longer than twice that without bringing any byte."""
 PART_BYTES = 16 << 20
 """Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB)."""
 DELETE_AT_ONCE = 1000
 """Objects that one delete request names: S3's limit."""
 
-_REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "AllAccessDisabled")
-_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
-_MISSING = ("404", "NoSuchKey", "NotFound")
-_PASSING = (408, 429)  # status: too slow, too often
+_LACK = (
+    "so of several launchers none can be sure to be alone; use a server that does (AWS, SeaweedFS, MinIO and Ceph of 2024 or later), or set "
+    "cluster.kept_apart=true where the scheduler keeps launchers apart."
+)
 
 T = TypeVar("T")
 
@@ -150,9 +151,9 @@ class ObjectStream(io.RawIOBase):
             try:
                 answer = _client().get_object(Bucket=bucket, Key=key, **options)
             except ClientError as error:
-                if _code(error) in ("PreconditionFailed", "412"):
+                if s3_errors.code(error) in ("PreconditionFailed", "412"):
                     raise DataError(f"{self._url}: has changed while it was being read; run again.") from error
-                if _code(error) not in ("InvalidRange", "416"):
+                if s3_errors.code(error) not in ("InvalidRange", "416"):
                     raise
                 self._body = io.BytesIO()  # the range begins at the end
                 return
@@ -216,19 +217,43 @@ def create_once(url: str, data: bytes) -> bool:
 
     bucket, key = bucket_and_key(url)
     writer = secrets.token_hex(16)
+    if kept_apart():
+        if head(url) is not None:
+            return False
+        write(url, data)
+        return True
     with _errors(url):
         for attempt in range(MAX_ATTEMPTS):
             try:
                 _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
                 return True
             except ClientError as error:
-                if _code(error) in ("PreconditionFailed", "412"):
+                if s3_errors.code(error) in ("PreconditionFailed", "412"):
                     break
+                if s3_errors.status(error) == 501 or s3_errors.code(error) == "NotImplemented":
+                    raise ConfigError(
+                        f"{url}: this server does not create objects on condition (If-None-Match: {s3_errors.code(error) or 501}), {_LACK}"
+                    ) from error
                 # A conflict means that a rival's put is under way: ask again how it ended.
-                if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
+                if s3_errors.code(error) not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
                     raise
     # A request that was sent twice may have met the object of its own first attempt: the token tells.
     return bool(((head(url) or {}).get("Metadata") or {}).get("writer") == writer)
+
+
+def kept_apart() -> bool:
+    """Whether it was declared that nobody else creates objects here at the same time; then looking first and writing after is no race."""
+    return bool(environment.whole("LAUNCHER_KEPT_APART", 0))
+
+
+def check_creation(url: str) -> None:
+    """Find out by an object of our own, which exists, whether the server keeps the condition of ``create_once``, and does not pass over it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not kept_apart() and create_once(url, read(url)):
+        raise ConfigError(f"{url}: this server passes over the condition to create an object only once (If-None-Match), {_LACK}")
 
 
 def head(url: str) -> dict[str, Any] | None:
@@ -240,7 +265,7 @@ def head(url: str) -> dict[str, Any] | None:
         try:
             found: dict[str, Any] = _client().head_object(Bucket=bucket, Key=key)
         except ClientError as error:
-            if _code(error) in _MISSING:
+            if s3_errors.code(error) in s3_errors.MISSING:
                 return None
             raise
     return found
@@ -334,12 +359,17 @@ def abort(upload: Upload) -> None:
         try:
             _client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload.upload_id)
         except ClientError as error:
-            if _code(error) not in ("NoSuchUpload", "404"):
+            if s3_errors.code(error) not in ("NoSuchUpload", "404"):
                 raise
 
 
 def _client() -> Any:
-    return s3_client.client(MAX_ATTEMPTS, READ_TIMEOUT_S)
+    return s3_client.client(MAX_ATTEMPTS, silence_s())
+
+
+def silence_s() -> float:
+    """READ_TIMEOUT_S, or what LAUNCHER_S3_SILENCE_S says."""
+    return environment.seconds("LAUNCHER_S3_SILENCE_S", READ_TIMEOUT_S)
 
 
 def _transfer() -> Any:
@@ -353,11 +383,14 @@ def _retry_body(url: str, action: Callable[[], T]) -> T:
     from botocore.exceptions import FlexibleChecksumError
 
     broken: tuple[type[Exception], ...] = (FlexibleChecksumError, *_broken_bodies())
+    deadline = time.monotonic() + MAX_ATTEMPTS * silence_s()
     with _errors(url):
         for attempt in range(MAX_ATTEMPTS - 1):
             try:
                 return action()
             except broken:
+                if time.monotonic() > deadline:  # each of these has waited for MAX_ATTEMPTS of its own
+                    raise
                 time.sleep(BACKOFF_S * 2**attempt)
         return action()
 
@@ -369,45 +402,5 @@ def _broken_bodies() -> tuple[type[Exception], ...]:
     return found.IncompleteReadError, found.ReadTimeoutError, found.ResponseStreamingError
 
 
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-@contextmanager
-def _errors(url: str) -> Iterator[None]:
-    from boto3.exceptions import Boto3Error
-    from botocore import exceptions as found
-    from s3transfer.exceptions import RetriesExceededError
-
-    try:
-        yield
-    except found.ClientError as error:
-        raise _explain(url, _code(error), str(error), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))) from error
-    except (found.NoCredentialsError, found.PartialCredentialsError, found.ProfileNotFound) as error:
-        raise ConfigError(f"{url}: no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
-    except found.ParamValidationError as error:
-        raise ConfigError(f"{url}: not a valid name ({error}); expected s3://bucket/prefix.") from error
-    except found.FlexibleChecksumError as error:
-        raise DataError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); the object is damaged, or the network is.") from error
-    except (found.BotoCoreError, Boto3Error, RetriesExceededError) as error:
-        raise UnreachableError(f"{url}: failed after {MAX_ATTEMPTS} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
-
-
-def _explain(url: str, code: str, detail: str, status: int) -> ReportedError:
-    if code == "NoSuchBucket":
-        return ConfigError(f"{url}: the bucket does not exist; create it, or name another one.")
-    if code == "InvalidBucketName":
-        return ConfigError(
-            f"{url}: not a valid bucket name; expected s3://bucket/prefix, the bucket in 3 to 63 lower-case letters, digits and dashes."
-        )
-    if code in _EXPIRED:  # fresh ones may lie there already when a scheduler starts the job again
-        return UnreachableError(
-            f"{url}: the credentials have expired ({code}); use what is renewed: a role, a web identity, or a file named by AWS_SHARED_CREDENTIALS_FILE, "
-            "which is read again when it changes."
-        )
-    if code in _REFUSED:
-        return ConfigError(f"{url}: refused ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of this key on the bucket.")
-    if code in _MISSING:
-        return MissingError(f"{url}: does not exist.")
-    kind = UnreachableError if status >= 500 or status in _PASSING else DataError
-    return kind(f"{url}: the server answered {code or 'an error'} after at most {MAX_ATTEMPTS} attempts ({detail}).")
+def _errors(url: str) -> contextlib.AbstractContextManager[None]:
+    return s3_errors.told(url, MAX_ATTEMPTS)

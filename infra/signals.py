@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 from types import FrameType
 
+from infra import environment
+
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
-STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT)
+_IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup leaves it, for children too
+STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT, *(() if _IGNORED else (signal.SIGHUP,)))
+"""SIGHUP, which a terminal sends as it closes, stops like SIGTERM, and nothing where it was ignored at the start."""
 SHUTDOWN_S = 600
 """Seconds that ranks get to finish a step and save before the agent kills them."""
 
@@ -33,13 +37,14 @@ class StopFlag:
 def install(flag: StopFlag | None = None) -> StopFlag:
     """Let stop signals set a flag (a new one if none is given), then deliver those that waited (see ``block_in_children``).
 
-    SLURM sends the preemption signal to every process of a step, helpers of libraries included, which it would kill: children get it blocked.
+    SLURM sends the preemption signal to every process of a step, a closing terminal SIGHUP to every one in its foreground, helpers of libraries included,
+    which they would kill: children get both blocked.
     """
     flag = StopFlag() if flag is None else flag  # one that is not set is false
     for number in STOP_SIGNALS:
         signal.signal(number, flag.handle)
-    _hear_for_children((PREEMPTION_SIGNAL,))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - {PREEMPTION_SIGNAL})
+    _hear_for_children((PREEMPTION_SIGNAL, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - {PREEMPTION_SIGNAL, signal.SIGHUP})
     return flag
 
 
@@ -82,6 +87,6 @@ def die_with_parent(parent: int | None = None) -> None:
         parent: its number, by which one that ended before this call is noticed; LAUNCHER_PID by default.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    expected = os.environ.get("LAUNCHER_PID") if parent is None else parent
-    if expected is not None and os.getppid() != int(expected):
+    expected = parent or environment.whole("LAUNCHER_PID", 0)
+    if expected and os.getppid() != expected:
         os.kill(os.getpid(), signal.SIGKILL)

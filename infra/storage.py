@@ -22,41 +22,9 @@ from urllib.parse import unquote
 
 from infra import files, globs, s3, shown, strict_json
 from infra.errors import ConfigError, DataError, MissingError
-from infra.files import TEMPORARY, sha256_file
-from infra.globs import FileInfo
-
-__all__ = [
-    "FileInfo",
-    "absolute",
-    "check_writable",
-    "create_once",
-    "delete",
-    "delete_prefix",
-    "download_file",
-    "download_folder",
-    "exists",
-    "glob",
-    "is_remote",
-    "join",
-    "list_files",
-    "local_path",
-    "modified",
-    "open_seekable",
-    "open_stream",
-    "read_at_most",
-    "read_bytes",
-    "read_json",
-    "read_range",
-    "read_text",
-    "sha256_file",
-    "size",
-    "stat",
-    "upload_file",
-    "upload_folder",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
+from infra.files import TEMPORARY as TEMPORARY
+from infra.files import sha256_file as sha256_file
+from infra.globs import FileInfo as FileInfo
 
 STREAM_BUFFER = 1 << 18
 """Bytes that an open stream reads at a time."""

@@ -1,8 +1,8 @@
 """Who this process is among its peers: the only reader of RANK and its relatives."""
 
-import os
 from dataclasses import dataclass
 
+from infra import environment
 from infra.errors import ConfigError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -34,11 +34,9 @@ class World:
             ConfigError: a variable is missing or is no integer.
         """
         try:
-            rank, size, local_rank, local_size = (int(os.environ[name]) for name in _NAMES)
-        except KeyError as error:
-            raise ConfigError(f"{error.args[0]} is not set: ranks are started by launcher.py or torchrun, which set {', '.join(_NAMES)}.") from error
-        except ValueError as error:
-            raise ConfigError(f"{', '.join(_NAMES)}: {error}; expected integers.") from error
+            rank, size, local_rank, local_size = (environment.whole(name) for name in _NAMES)
+        except ConfigError as error:
+            raise ConfigError(f"{error} Ranks are started by launcher.py or torchrun, which set {', '.join(_NAMES)}.") from error
         return cls(rank, size, local_rank, local_size)
 
 
@@ -58,32 +56,34 @@ class Share:
         """
         index, slash, count = text.partition("/")
         if not (slash and index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and int(index) < int(count)):
-            raise ConfigError(f"share '{text}': expected I/N with 0 <= I < N, for example 0/16 for the first of sixteen.")
+            raise ConfigError(
+                f"share '{text}': expected I/N with 0 <= I < N, for example 0/16 for the first of sixteen; of an array, one without gaps."
+            )
         return cls(int(index), int(count))
 
     @classmethod
     def from_env(cls) -> "Share":
-        """LAUNCHER_SHARE, or what an array task of SLURM or a pod of an Indexed Job has; all of the work where nothing is set.
+        """LAUNCHER_SHARE, as ``--share`` and our job scripts set it; all of the work where nothing is set.
 
         Raises:
-            ConfigError: a variable is missing or wrong: half a declaration must not do all of the work.
+            ConfigError: no share; or this is a task of an array or a pod of an Indexed Job, and nobody says whether it divides the work or sweeps over runs.
         """
-        given = os.environ.get("LAUNCHER_SHARE")
+        given = environment.text("LAUNCHER_SHARE")
         if given:
             return cls.parse(given)
-        if "SLURM_ARRAY_TASK_ID" in os.environ:
-            index, count, low = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT", "MIN"))
-            if not (index.isdigit() and count.isdigit() and low.isdigit()) or int(index) - int(low) >= int(count):
-                raise ConfigError(
-                    f"SLURM_ARRAY_TASK_ID = {index}, SLURM_ARRAY_TASK_MIN = {low}, SLURM_ARRAY_TASK_COUNT = {count}: an array without gaps is "
-                    "needed, for example --array=0-15."
-                )
-            return cls(int(index) - int(low), int(count))
-        if "JOB_COMPLETION_INDEX" in os.environ:
-            if "JOB_COMPLETIONS" not in os.environ:
-                raise ConfigError("JOB_COMPLETION_INDEX is set, JOB_COMPLETIONS is not: give the Job's number of completions in that variable.")
-            return cls.parse(f"{os.environ['JOB_COMPLETION_INDEX']}/{os.environ['JOB_COMPLETIONS']}")
-        return cls()
+        index, count, low = (environment.text(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN"))
+        what = f"task {index} of an array (SLURM_ARRAY_TASK_ID)"
+        if index:
+            divided = f"{int(index) - int(low or 0)}/{count}" if index.isdigit() and count.isdigit() and (low or "0").isdigit() else "I/N"
+        else:
+            index, count = environment.text("JOB_COMPLETION_INDEX"), environment.text("JOB_COMPLETIONS")
+            what, divided = f"pod {index} of an Indexed Job (JOB_COMPLETION_INDEX)", f"{index}/{count or 'N'}"
+        if not index:
+            return cls()
+        raise ConfigError(
+            f"this is {what}, and nothing says what that means for the work: give --share {divided} (LAUNCHER_SHARE) where the tasks divide one run, "
+            "or --share 0/1 where each does all of a run of its own."
+        )
 
     def of(self, world: World) -> World:
         """The process's place among the ranks of all launchers, for dividing work."""

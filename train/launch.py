@@ -15,7 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from infra import deferred_writes, ledger, signals
+from infra import deferred_writes, environment, ledger, scratch, signals
 from infra.agent import Placement, begin, run_ranks
 from infra.commands import launcher
 from infra.config import differences, to_json
@@ -50,8 +50,8 @@ def default_nproc(stage: Stage) -> int:
     """One process for each GPU; on a CPU two, or one on a single core."""
     if not stage.parallel:
         return 1
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len([d for d in visible.split(",") if d]) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = environment.visible_devices()
+    gpus = len(visible) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
     return gpus or min(2, len(os.sched_getaffinity(0)))
 
 
@@ -80,11 +80,11 @@ def stage(
     entry = STAGES[name]
     if worker:
         signals.die_with_parent()
-        _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, int(os.environ["LAUNCHER_ATTEMPT"])))
+        _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, environment.whole("LAUNCHER_ATTEMPT")))
         return
     if share:
         os.environ["LAUNCHER_SHARE"] = share  # ranks inherit it
-    label = _label(name, entry)
+    _label(name, entry)  # refused before anything is written
     nproc = nproc or default_nproc(entry)
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
@@ -103,10 +103,17 @@ def stage(
             print(f"# each of the ranks ({nproc})\n" + shlex.join([sys.executable, str(LAUNCHER), name, run.config_url, "--worker"]))
         print(entry.previewed(cfg), end="")
         return
-    if os.environ.get("LAUNCHER_PID"):
+    if environment.text("LAUNCHER_PID"):
         signals.die_with_parent()
-    started = time.monotonic()
-    cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]), going_on)
+    _run(name, cfg, run, shlex.join(["python", "launcher.py", name, preset, *overrides]), nproc, restarts, stop, going_on)
+
+
+def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, restarts: int, stop: StopFlag, going_on: str) -> None:
+    started, entry = time.monotonic(), STAGES[name]
+    scratch.sweep()
+    if cfg.cluster.kept_apart:
+        os.environ["LAUNCHER_KEPT_APART"] = "1"  # for ranks, too
+    cfg = places.claim(cfg, run, command, going_on)
     if places.finished(cfg, run, name) and not entry.repeats and not _out_of_date(name, cfg, run):
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
@@ -115,9 +122,11 @@ def stage(
         raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")
     if job.id:
         doctor.preflight(run)
-    with run.lock(label) if job.node == 0 else contextlib.nullcontext():  # on a shared file system all nodes meet in this folder
+    with run.lock(_label(name, entry), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
         _refuse_if_stopped(stop)
         code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
+    if held is not None and held.lost:  # whatever the ranks came to
+        code, reason = ExitCode.REQUEUE, held.lost
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     done, whole = run.done(name), duration(time.monotonic() - started)
@@ -149,7 +158,7 @@ def _label(name: str, entry: Stage) -> str:
     Raises:
         ConfigError: the work of this stage cannot be shared, or the share is no share.
     """
-    share = Share.from_env() if entry.shared or os.environ.get("LAUNCHER_SHARE") else Share()
+    share = Share.from_env() if entry.shared or environment.text("LAUNCHER_SHARE") else Share()
     if share.count > 1 and not entry.shared:
         shared = ", ".join(stage for stage, other in STAGES.items() if other.shared)
         raise ConfigError(f"--share {share.index}/{share.count}: '{name}' is not divided among launchers; {shared} are.")
@@ -192,9 +201,9 @@ def verdict(name: str, preset: str, overrides: list[str]) -> None:
     from train.run.cluster import verdict as judge
 
     run = run_folder(load_run(preset, overrides))
-    env = {key: os.environ.get(key, "") for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "LAUNCHER_CODE", "LAUNCHER_RETRIES")}
-    start = Start(env["SLURM_JOB_ID"], int(env["SLURM_RESTART_COUNT"] or 0), int(env["LAUNCHER_CODE"] or ExitCode.CRASH))
-    found = judge(_label(name, STAGES[name]), run, start, int(env["LAUNCHER_RETRIES"] or RETRIES))
+    restart, code = environment.whole("SLURM_RESTART_COUNT", 0), environment.whole("LAUNCHER_CODE", ExitCode.CRASH)
+    start = Start(environment.text("SLURM_JOB_ID"), restart, code)
+    found = judge(_label(name, STAGES[name]), run, start, environment.whole("LAUNCHER_RETRIES", RETRIES))
     if found.code != ExitCode.DONE:
         raise Judged(name, found)
     print(f"{name}: {found.reason}")
@@ -325,8 +334,8 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
 
 def _run_child(arguments: list[str], stop: StopFlag) -> None:
     """Run a stage's launcher, pass stop signals on to it, and end as it ends."""
-    environment = os.environ | {"LAUNCHER_PID": str(os.getpid())}
-    child = subprocess.Popen(arguments, env=environment, start_new_session=True)
+    variables = os.environ | {"LAUNCHER_PID": str(os.getpid())}
+    child = subprocess.Popen(arguments, env=variables, start_new_session=True)
     passed = False
     while True:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
 from data_pipeline.shards.rows import Row, ShardRows
 from data_pipeline.shards.schema import check_columns, read_marker_file, read_part_index
 from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, MANIFEST, PRINTS, part_name
-from infra import storage
+from infra import scratch, storage
 from infra.digests import id_hash
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
 from infra.seeds import derive
 
 _TOLD = 3  # record problems of one file that are told one by one
@@ -92,7 +91,11 @@ class _Columns:
 
 
 def check_part(job: PartJob) -> PartResult:
-    """Check one part: marker against manifest, files against hashes, index against shards, records against the rules, side files against records."""
+    """Check one part: marker against manifest, files against hashes, index against shards, records against the rules, side files against records.
+
+    Raises:
+        UnreachableError: the storage gives no answer, and would give none for the next file either.
+    """
     result = PartResult()
     result.problems += [Problem(storage.join(job.place, DONE), what, (job.place,)) for what in _marker_problems(job)]
     with _local(job, result) as (folder, sound):
@@ -165,6 +168,8 @@ def _marker_problems(job: PartJob) -> Iterator[str]:
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 yield f"has another hash of {name} than the manifest: the part was written again after the set was merged"
+    except UnreachableError:  # says nothing about the file, least of all that it should go
+        raise
     except DataError as error:
         yield _without_place(error, place)
 
@@ -173,8 +178,8 @@ def _marker_problems(job: PartJob) -> Iterator[str]:
 def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
     """The part's folder on this machine, and the names of its files whose size and hash are right; the others become problems."""
     remote = storage.is_remote(job.place)
-    with tempfile.TemporaryDirectory(prefix="validate-") as scratch:
-        folder = Path(scratch) if remote else storage.local_path(job.place)
+    with scratch.folder("validate-") as room:
+        folder = Path(room) if remote else storage.local_path(job.place)
         sound = set()
         for file in job.part["files"]:
             place, path = storage.join(job.place, file["name"]), folder / file["name"]
@@ -184,6 +189,8 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
                     storage.download_file(place, path)
                 size = path.stat().st_size if path.is_file() else -1
                 found = storage.sha256_file(path)
+            except UnreachableError:
+                raise
             except DataError as error:
                 result.problems.append(Problem(place, _without_place(error, place), (job.place,)))
                 continue

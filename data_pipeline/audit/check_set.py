@@ -16,7 +16,7 @@ from data_pipeline.shards.schema import read_index, read_manifest
 from data_pipeline.shards.shard_set import EXCLUDED, IDS, MANIFEST, version_url
 from infra import storage
 from infra.digests import digest
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
 
 
 @dataclass
@@ -59,6 +59,8 @@ def read_layout(url: str, version: str = "") -> Layout:
             layout.problems += _copies(layout)
         layout.excluded = _read_excluded(layout, storage.join(layout.version_url, EXCLUDED))
         layout.problems += _sums(layout, place, index)
+    except UnreachableError:
+        raise
     except DataError as error:
         name, _, what = str(error).partition(": ")
         layout.problems.append(Problem(name, what.rstrip(".")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards.rows import ShardRows
 from data_pipeline.shards.schema import check_columns, read_part_index
-from infra import storage, strict_json
+from infra import scratch, storage, strict_json
 from infra.commands import launcher
 from infra.errors import DataError
 
@@ -106,7 +105,7 @@ def read_records(set_url: str, part: Mapping[str, Any], schema: str) -> Iterator
     if not storage.is_remote(place):
         yield from _read_local(storage.local_path(place), part, place, schema)
         return
-    with tempfile.TemporaryDirectory(prefix="part-") as folder:
+    with scratch.folder("part-") as folder:
         for file in part["files"]:
             if file["name"].endswith((".mds", INDEX)):
                 storage.download_file(storage.join(place, file["name"]), Path(folder, file["name"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, PRINTS, ImageRecord, Record, part_name
-from infra import storage
+from infra import scratch, storage
 from infra.digests import id_hash
 from infra.files import write_errors
 
@@ -40,7 +39,7 @@ class PartWriter:
         """
         self.place = storage.join(set_url, part_name(inputs_hash))
         self._inputs, self._shard_bytes = inputs_hash, shard_bytes
-        self._folder = tempfile.TemporaryDirectory(prefix="part-")
+        self._folder = scratch.Folder("part-")
         self._mds: MDSWriter | None = None
         self._ids: list[int] = []
         self._prints: list[tuple[int, int, int]] = []
@@ -50,7 +49,7 @@ class PartWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._folder.cleanup()
+        self._folder.close()
 
     def add(self, record: Record) -> None:
         """Append a record; all records of a part are of one kind.

@@ -31,6 +31,13 @@ early_signals=(env "--block-signal=USR2,TERM,INT")
 # run_stage STAGE RUN_FOLDER_OR_PRESET [section.key=value...]
 run_stage() {
     choose_runtime
+    case $1 in # the tasks of an array divide the work of these; any other stage takes a task of a sweep for a job of its own
+        prepare | encode | generate)
+            if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -z "${LAUNCHER_SHARE:-}" ]; then
+                export LAUNCHER_SHARE=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))/${SLURM_ARRAY_TASK_COUNT:-0}
+            fi
+            ;;
+    esac
     echo "== $1: job $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRAY_TASK_ID)}, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
     trap '' TERM # scancel and requeues send it here too; the ranks have theirs, and the verdict waits for them
     local srun code=0
@@ -63,8 +70,15 @@ end() {
             ;;
     esac
     # What SLURM is ending already stays cancelled (scancel), or is requeued by SLURM (scontrol requeue, a lost node): a running job requeues itself.
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || scontrol requeue "$SLURM_JOB_ID"
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || superseded || scontrol requeue "$SLURM_JOB_ID"
     exit 75
+}
+
+# Whether SLURM, which has lost this node, has started the job again elsewhere: it would be the newer start that a requeue ends.
+superseded() {
+    local restarts
+    restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' | head -n 1)
+    [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ] && echo "== job $SLURM_JOB_ID runs elsewhere by now (restart $restarts): not requeued from here"
 }
 
 srun_verdict() {

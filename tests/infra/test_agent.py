@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from infra import agent as agent_module
 from infra import storage
 from infra.agent import _RENDEZVOUS_S, Placement
-from infra.errors import UnreachableError
+from infra.errors import LostPeerError, StopRequested, UnreachableError
+from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from tests.support.fault_proxy import Rule, fault_proxy
@@ -47,12 +50,12 @@ sys.exit(93)
 _AGENT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from infra import agent, late, s3
+from infra import agent, deferred_writes, s3
 from infra.errors import ReportedError
 from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
-agent._LOST_S, late.PATIENCE_S, s3.MAX_ATTEMPTS = 1, 0.0, 2
+agent._LOST_S, deferred_writes.PATIENCE_S, s3.MAX_ATTEMPTS = 1, 0.0, 2
 node, nodes, error = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if error:
     import torch.distributed.launcher.api as api
@@ -114,7 +117,29 @@ def test_the_node_that_is_left_says_that_the_rendezvous_went_away_and_ends_its_r
         f"ended: 1 node 0's rendezvous at 127.0.0.1:{port} went away (RendezvousConnectionError): its launcher was killed, or the network between "
         "the nodes is broken; rank 0 ended without a record: it was killed\n"
     )
-    assert RunFolder(str(tmp_path))._records("dvae", 0)[0]["code"] == 75, "its own rank was told to stop, and not left behind"
+    assert RunFolder(str(tmp_path)).records("dvae", 0)[0]["code"] == 75, "its own rank was told to stop, and not left behind"
+
+
+def test_a_job_that_is_resumed_under_its_old_id_joins_no_old_attempt(tmp_path: Path) -> None:
+    """As on Kubernetes, where neither the id nor the count of restarts changes."""
+    run = RunFolder(str(tmp_path))
+    assert run.begin_attempt("dvae", size=2, run_id="7.0", saved=-1) == 0
+    port = free_port()
+    late = agent(tmp_path, port, 1)
+    time.sleep(1)  # the other node comes first, and finds only what lies there
+    both = [agent(tmp_path, port, 0), late]
+    try:
+        deadline = time.monotonic() + 3 * _PATIENCE_S
+        while len(list(tmp_path.glob("rank-*-is-up"))) < 2:
+            assert time.monotonic() < deadline and all(each.poll() is None for each in both), "the ranks did not start"
+            time.sleep(0.1)
+        both[0].terminate()
+        assert [each.communicate(timeout=_PATIENCE_S)[0].split(" by ")[0].strip() for each in both] == ["ended: 75 stopped"] * 2
+    finally:
+        for each in both:
+            each.kill()
+            each.communicate()
+    assert [len(run.records("dvae", attempt)) for attempt in (0, 1)] == [0, 2]
 
 
 def test_a_stop_signal_reaches_the_ranks_and_the_callers_flag(tmp_path: Path) -> None:
@@ -190,3 +215,23 @@ def test_a_launcher_of_one_process_records_its_own_end_once_the_storage_answers(
     monkeypatch.setattr("train.stages.tokenizer.run", outage)
     ended = launch._execute("tokenizer", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(1), StopFlag())
     assert failed and ended == (1, "rank 0: storage unreachable: s3://b/x: failed after 6 attempts")
+
+
+def test_a_node_whose_node_0_does_not_come_says_so_and_hears_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, stop = Job("7", 0, 1, 2, f"127.0.0.1:{free_port()}", "127.0.0.1"), StopFlag()
+    monkeypatch.setattr(agent_module, "_RENDEZVOUS_S", 0)
+    with pytest.raises(LostPeerError, match=rf"node 0 of job 7\.0 did not begin 'dvae' at {job.rendezvous} within 0 s"):
+        agent_module._wait_for_node_0(job, "dvae", stop)
+    stop.handle(signal.SIGTERM, None)
+    with pytest.raises(StopRequested, match="SIGTERM before node 0 had begun; nothing was begun here"):
+        agent_module._wait_for_node_0(job, "dvae", stop)
+
+
+def test_a_port_that_is_taken_is_named_by_node_0(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = int(taken.getsockname()[1])
+        placement = agent_module.Placement(1, Job("7", 0, 0, 2, f"127.0.0.1:{port}", "127.0.0.1"))
+        with pytest.raises(LostPeerError, match=rf"node 0 of job 7\.0 cannot use 127\.0\.0\.1:{port}, .*is the port taken"):
+            agent_module._begin_together(placement, RunFolder(str(tmp_path)), "dvae", StopFlag())

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import ledger
-from infra.errors import ConfigError, DivergedError, LostPeerError
+from infra import ledger, storage
+from infra.errors import ConfigError, DivergedError
 from infra.job import FIRST_PORT, PORTS, ClusterConfig, Job, JobSpec, expand_hosts, port
 from infra.ledger import Attempt, crashes_in_a_row, judge
 from infra.run_folder import RunFolder
@@ -90,11 +90,11 @@ def test_helpers_of_a_launcher_survive_the_signal_that_slurm_sends_to_every_proc
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({k: v for k, v in TASK.items() if k != "SLURM_STEP_NODELIST"}, "'SLURM_STEP_NODELIST' is missing"),
-        (TASK | {"SLURM_NODEID": "x"}, "no number"),
+        ({k: v for k, v in TASK.items() if k != "SLURM_STEP_NODELIST"}, "'' names no host"),
+        (TASK | {"SLURM_NODEID": "x"}, "inside srun, but SLURM_NODEID = 'x'"),
         (TASK | {"SLURM_STEP_NUM_TASKS": "16"}, "16 tasks on 2 nodes: one launcher for each node"),
         (POD | {"LAUNCHER_NODE": "2"}, "node 2 of 2"),
-        (POD | {"LAUNCHER_NODE": "one"}, "whole numbers"),
+        (POD | {"LAUNCHER_NODE": "one"}, "LAUNCHER_NODE = 'one': one whole number"),
         (POD | {"LAUNCHER_RENDEZVOUS": ""}, "needs LAUNCHER_RENDEZVOUS"),
     ],
 )
@@ -173,6 +173,35 @@ def test_the_ledger_is_read_from_records_and_kept(tmp_path: Path) -> None:
     assert ledger.newest_checkpoint(run, "dvae") == 40 and ledger.newest_checkpoint(run, "clip") == -1
 
 
+def test_a_restart_reads_what_decides_and_each_rank_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read, ranks = RunFolder(str(tmp_path)), [0], 8
+    real = storage.read_json
+
+    def counted(url: str) -> object:
+        read[0] += 1
+        return real(url)
+
+    monkeypatch.setattr(storage, "read_json", counted)
+    counts = []
+    for restart in range(12):
+        number = run.begin_attempt("dvae", size=ranks, restart=restart, run_id=f"7.{restart}", saved=restart)
+        for rank in range(ranks):
+            run.record_exit("dvae", number, rank, 1 if restart % 4 else 75, f"reason {restart}")
+        read[0] = 0
+        ledger.refuse_a_crash_loop(run, "dvae", restart + 1, 100)
+        counts.append(read[0])
+    assert max(counts) <= ranks + 1 + 2 * 4, counts  # the last attempt's ranks, and two small files of each crash since the last good end
+    assert [attempt.code for attempt in ledger.read(run, "dvae")] == [1 if restart % 4 else 75 for restart in range(12)]
+
+
+def test_a_start_whose_work_was_taken_over_is_no_crash(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    for run_id in ("7.0", "7.1"):
+        run.begin_attempt("dvae", size=1, run_id=run_id, saved=-1)
+    found = verdict("dvae", run, Start("7", 0, 137), 0)
+    assert found.code == 75 and "attempt 1, by job 7.1, has begun since: this one has lost the work" in found.reason
+
+
 @pytest.mark.parametrize(("code", "restart", "expected"), [(78, 0, 78), (0, 0, 0), (75, 1, 75), (1, 0, 75), (137, 2, 75), (137, 3, 93)])
 def test_what_ends_before_an_attempt_is_judged_by_sruns_code(tmp_path: Path, code: int, restart: int, expected: int) -> None:
     assert verdict("dvae", RunFolder(str(tmp_path)), Start("7", restart, code), 3).code == expected
@@ -187,15 +216,6 @@ def test_a_scheduler_that_restarts_by_itself_is_stopped_by_code_93(tmp_path: Pat
     with pytest.raises(DivergedError, match=r"3 crashes in a row without progress, the last: rank 0: boom; not started again"):
         ledger.refuse_a_crash_loop(run, "dvae", 3, 2)
     ledger.refuse_a_crash_loop(run, "dvae", 0, 2)  # a new submission
-
-
-def test_other_nodes_join_the_attempt_that_node_0_began(tmp_path: Path) -> None:
-    run = RunFolder(str(tmp_path))
-    run.begin_attempt("dvae", run_id="7.0")
-    with pytest.raises(LostPeerError, match=r"node 0 of job 7\.1 did not begin 'dvae'"):
-        run.join_attempt("dvae", "7.1", timeout_s=0.1)
-    threading.Timer(0.3, run.begin_attempt, args=("dvae",), kwargs={"run_id": "7.1"}).start()
-    assert run.join_attempt("dvae", "7.1", timeout_s=10) == 1
 
 
 def test_launchers_wait_for_the_records_of_all_nodes_or_for_one_that_says_enough(tmp_path: Path) -> None:

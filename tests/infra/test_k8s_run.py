@@ -44,7 +44,14 @@ def sized(job: manifests.Manifest, count: int) -> manifests.Manifest:
 def settings(run: Path) -> dict[str, str]:
     """What the ConfigMap says; a local folder stands for s3. One rank in each pod."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"LAUNCHER_RUN": str(run), "LAUNCHER_RETRIES": "3", "PATH": path, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
+    return {
+        "LAUNCHER_RUN": str(run),
+        "LAUNCHER_RETRIES": "3",
+        "PATH": path,
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PYTHONPATH": str(ROOT),
+        "LAUNCHER_LEASE_S": "6",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,10 @@ def batch(folder: Path, *words: str, script: str = "dalle", **environment: str) 
     return subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def requeues(folder: Path) -> list[list[str]]:
+    return [call for call in stand_in.calls(folder, "scontrol") if call[0] != "show"]
+
+
 @pytest.mark.parametrize(
     ("end", "verdict", "restart", "code", "requeued"),
     [
@@ -155,7 +159,7 @@ def test_a_job_script_ends_as_the_verdict_says(tmp_path: Path, end: int, verdict
     process = batch(tmp_path / "slurm", "RUN", "dalle_fit.lr=1", END=str(end), VERDICT=str(verdict), **restarts)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert stand_in.calls(tmp_path / "slurm", "scontrol") == ([["requeue", "4242"]] if requeued else [])
+    assert requeues(tmp_path / "slurm") == ([["requeue", "4242"]] if requeued else [])
     said = (tmp_path / "slurm" / "python").read_text()
     assert "python launcher.py dalle RUN dalle_fit.lr=1" in said and "python launcher.py verdict dalle RUN dalle_fit.lr=1" in said
     assert f"code {end}" in said and f"restart {restart}" in output
@@ -164,10 +168,26 @@ def test_a_job_script_ends_as_the_verdict_says(tmp_path: Path, end: int, verdict
         assert blocked & 1 << (number - 1), f"{number!r} could kill a launcher that has no handler yet"
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "share"), [("encode", {}, "1/3"), ("encode", {"LAUNCHER_SHARE": "0/1"}, "0/1"), ("prepare", {}, "1/3"), ("dalle", {}, None)]
+)
+def test_the_tasks_of_an_array_divide_what_can_be_divided(tmp_path: Path, script: str, given: dict[str, str], share: str | None) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"}
+    process = batch(tmp_path / "slurm", "RUN", script=script, END="0", VERDICT="0", **array, **given)
+    assert process.wait(timeout=60) == 0
+    assert [env.get("LAUNCHER_SHARE") for env in stand_in.environments(tmp_path / "slurm", "srun")] == [share]
+
+
+def test_a_job_that_was_started_again_elsewhere_is_not_requeued_by_its_orphan(tmp_path: Path) -> None:
+    process = batch(tmp_path / "slurm", "RUN", END="75", VERDICT="75", SLURM_RESTART_COUNT="1", JOB_RESTARTS="2")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "runs elsewhere by now (restart 2)" in output and not requeues(tmp_path / "slurm")
+
+
 def test_a_job_that_slurm_is_ending_is_not_requeued(tmp_path: Path) -> None:
     process = batch(tmp_path / "slurm", "RUN", END="75", VERDICT="75", JOB_STATE="COMPLETING")
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "verdict 75" in output and not stand_in.calls(tmp_path / "slurm", "scontrol")
+    assert process.returncode == 75 and "verdict 75" in output and not requeues(tmp_path / "slurm")
 
 
 def until_ready(process: subprocess.Popen[str], folder: Path) -> None:
@@ -188,7 +208,7 @@ def test_a_batch_script_passes_usr2_on_and_survives_term(tmp_path: Path, number:
         process.send_signal(signal.SIGUSR2)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "srun ended with 75" in output
-    assert stand_in.calls(tmp_path / "slurm", "scontrol") == [["requeue", "4242"]]
+    assert requeues(tmp_path / "slurm") == [["requeue", "4242"]]
 
 
 def test_srun_may_end_while_usr2_is_passed_on(tmp_path: Path) -> None:
@@ -273,6 +293,6 @@ def test_configuration_and_data_errors_are_not_requeued(tmp_path: Path) -> None:
         return subprocess.run(script, env=os.environ | env | facts, capture_output=True, text=True, timeout=120)
 
     wrong = once(0, "tiny", f"run.root={tmp_path}", "tokenizer.vocba=1")
-    assert wrong.returncode == 78 and not stand_in.calls(tmp_path / "slurm", "scontrol"), wrong.stdout
+    assert wrong.returncode == 78 and not requeues(tmp_path / "slurm"), wrong.stdout
     early = once(0, "tiny", f"run.root={tmp_path}")
-    assert early.returncode == 65 and not stand_in.calls(tmp_path / "slurm", "scontrol"), early.stdout + early.stderr
+    assert early.returncode == 65 and not requeues(tmp_path / "slurm"), early.stdout + early.stderr

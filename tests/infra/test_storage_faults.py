@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from infra import s3, storage
+from data_pipeline.audit.check_parts import PartJob, Rules, check_part
+from data_pipeline.audit.check_set import read_layout
+from infra import node_checks, s3, storage
 from infra.errors import ConfigError, DataError, ExitCode, UnreachableError
 
 URL = "s3://bucket/folder/object.bin"
@@ -42,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
         script = self.server.script
         (script.pop(0) if len(script) > 1 else script[0])(self)
 
-    do_GET = do_PUT = do_HEAD = do_POST = _handle
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
 
     def log_message(self, *args: object) -> None:
         """Silence."""
@@ -240,3 +244,113 @@ def test_a_server_that_is_not_there_is_named(server: ScriptedServer, monkeypatch
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts .*127\.0\.0\.1:1.*check the network and S3_ENDPOINT_URL"):
         storage.read_bytes(URL)
+
+
+def deletions(handler: _Handler) -> None:
+    """As servers that want Content-MD5 delete."""
+    sent = base64.b64encode(hashlib.md5(handler.body).digest()).decode()
+    if handler.headers.get("Content-MD5") != sent:
+        error(400, "MissingContentMD5")(handler)
+    else:
+        handler.answer(200, b"<DeleteResult></DeleteResult>")
+
+
+def test_a_deletion_of_many_says_its_md5(server: ScriptedServer) -> None:
+    listing = b"<ListBucketResult><Contents><Key>folder/a</Key></Contents></ListBucketResult>"
+    server.script = [lambda handler: handler.answer(200, listing), deletions]
+    storage.delete_prefix("s3://bucket/folder")
+    assert server.requests[-1][0] == "POST"
+
+
+def test_a_server_without_conditions_is_refused_or_declared(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script = [error(501, "NotImplemented")]
+    with pytest.raises(ConfigError, match=r"does not create objects on condition \(If-None-Match: NotImplemented\), .*set cluster.kept_apart=true"):
+        storage.create_once(URL, b"mine")
+    assert [method for method, _ in server.requests] == ["PUT"], "nothing is looked up and then written in silence"
+    monkeypatch.setenv("LAUNCHER_KEPT_APART", "1")
+    server.script = [error(404, "NoSuchKey"), lambda handler: handler.answer(200)]
+    assert storage.create_once(URL, b"mine") and "if-none-match" not in server.requests[-1][1]
+    server.script = [lambda handler: handler.answer(200)]
+    assert not storage.create_once(URL, b"mine")
+
+
+def test_a_server_that_passes_over_the_condition_is_found_out(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script = [lambda handler: handler.answer(200, CONTENT if handler.command == "GET" else b"")]  # whatever is asked, it is done
+    with pytest.raises(ConfigError, match=r"passes over the condition to create an object only once \(If-None-Match\), so of several launchers"):
+        s3.check_creation(URL)
+    (lack,) = node_checks._creates_once("s3://bucket/run")
+    assert not lack.ok and "If-None-Match" in lack.found and "kept_apart" in lack.advice
+    monkeypatch.setenv("LAUNCHER_KEPT_APART", "1")
+    s3.check_creation(URL)
+    assert node_checks._creates_once("s3://bucket/run")[0].found == "declared (cluster.kept_apart)"
+
+
+def test_certificates_and_proxies_are_configuration(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = f"127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"https://{endpoint}")  # which speaks no TLS
+    with pytest.raises(ConfigError, match=r"no trusted connection .*set AWS_CA_BUNDLE to the file of the certificates"):
+        storage.read_bytes(URL)
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/file.pem")
+    with pytest.raises(ConfigError, match=r"AWS_CA_BUNDLE = /no/such/file\.pem: there is no such file"):
+        storage.read_bytes(URL)
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://endpoint.invalid")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"the proxy does not answer .*HTTPS_PROXY and HTTP_PROXY, or name the endpoint's host in NO_PROXY"):
+        storage.read_bytes(URL)
+
+
+@pytest.mark.parametrize(
+    ("sign", "kind"), [("certificate verify failed: CERTIFICATE_VERIFY_FAILED", ConfigError), ("EOF occurred", UnreachableError)]
+)
+def test_a_connection_that_breaks_as_it_is_made_is_no_configuration(sign: str, kind: type[Exception]) -> None:
+    from botocore.exceptions import SSLError
+
+    with pytest.raises(kind, match="AWS_CA_BUNDLE" if kind is ConfigError else "check the network"), s3._errors(URL):
+        raise SSLError(endpoint_url="https://x", error=sign)
+
+
+def silent(handler: _Handler) -> None:
+    """Half a body, and then nothing for as long as anybody listens."""
+    handler.answer(200, CONTENT[:5000], length=len(CONTENT) + 1)
+    handler.wfile.flush()
+    time.sleep(3)
+
+
+def mute(handler: _Handler) -> None:
+    time.sleep(3)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("fault", [silent, mute])
+def test_silence_ends_within_a_time_that_can_be_set(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, fault: Callable[[_Handler], None]
+) -> None:
+    monkeypatch.setenv("LAUNCHER_S3_SILENCE_S", "0.2")
+    server.script = [fault]
+    s3._client()  # which takes a while to make
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"object\.bin: failed after 3 attempts"):
+        storage.read_bytes(URL)
+    assert time.monotonic() - began < 2.5 and len(server.requests) <= 6, "attempts of requests and of bodies do not multiply"
+
+
+def test_a_network_that_corrupts_every_answer_ends(server: ScriptedServer) -> None:
+    server.script = [lambda handler: handler.answer(200, CONTENT, headers={"x-amz-checksum-crc32": "AAAAAA=="})]
+    with pytest.raises(DataError, match=r"failed after 3 attempts .*the object is damaged, or the network is"):
+        storage.read_bytes(URL)
+    server.script = [lambda handler: handler.answer(200, b"<ListBuck\x00\xff")]
+    with pytest.raises(UnreachableError, match=r"after (at most )?3 attempts"):
+        storage.list_files("s3://bucket/folder")
+
+
+def test_validation_stops_at_a_storage_that_gives_no_answer(server: ScriptedServer) -> None:
+    server.script = [error(503, "SlowDown")]
+    files = [{"name": name, "bytes": 1, "sha256": "0"} for name in ("a", "b", "c")]
+    with pytest.raises(UnreachableError, match=r"done\.json: the server answered SlowDown"):
+        check_part(PartJob("s3://bucket/set", {"name": "part-0", "count": 1, "files": files}, (), Rules("image/1", {}), "s3://bucket/set/versions/0"))
+    assert len(server.requests) == 3, "not file by file"
+    with pytest.raises(UnreachableError):
+        read_layout("s3://bucket/set")

@@ -16,6 +16,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from infra import s3, s3_client, storage
 from infra.errors import ConfigError, ExitCode, UnreachableError
@@ -139,8 +140,10 @@ def test_a_web_identity_is_renewed_with_the_token_that_is_mounted_then(no_keys: 
 
 
 def test_expired_credentials_are_retried_by_schedulers_and_say_what_is_renewed() -> None:
-    found = s3._explain("s3://bucket/x", "ExpiredToken", "words", 400)
-    assert isinstance(found, UnreachableError) and found.exit_code == ExitCode.CRASH
+    with pytest.raises(UnreachableError) as caught, s3._errors("s3://bucket/x"):
+        raise ClientError({"Error": {"Code": "ExpiredToken"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject")  # type: ignore[typeddict-item]
+    found = caught.value
+    assert found.exit_code == ExitCode.CRASH
     assert "the credentials have expired (ExpiredToken); use what is renewed" in str(found)
 
 

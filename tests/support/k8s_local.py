@@ -148,6 +148,7 @@ class Cluster:
     def _variables(self, container: dict[str, Any], index: int) -> dict[str, str]:
         labels = self.job["template"]["metadata"]["labels"] | {
             "batch.kubernetes.io/job-completion-index": str(index),
+            "batch.kubernetes.io/controller-uid": self.uid,
             "jobset.sigs.k8s.io/jobset-name": self.name,
             "jobset.sigs.k8s.io/jobset-uid": self.uid,
             "jobset.sigs.k8s.io/restart-attempt": str(self.restart),

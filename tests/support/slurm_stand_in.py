@@ -97,6 +97,8 @@ def main(name: str, arguments: list[str]) -> int:
     known = json.loads(queue.read_text()) if queue.exists() else {}
     if name == "srun":
         return _srun(arguments)
+    if name == "scontrol" and arguments[0] == "show":
+        print(f"JobId={arguments[2]} JobName=x\n   Requeue=1 Restarts={os.environ.get('JOB_RESTARTS', '0')} BatchFlag=1")
     if name == "squeue":
         wanted = next((word.removeprefix("--name=") for word in arguments if word.startswith("--name=")), "")
         print(known.get(wanted, "") if wanted else os.environ.get("JOB_STATE", "RUNNING"), end="")

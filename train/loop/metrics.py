@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import storage
+from infra import scratch, storage
 
 _PREFIX, _SUFFIX = "attempt-", ".jsonl"
 
@@ -66,14 +64,15 @@ class MetricsWriter:
         self.enabled = enabled
         self._lines: TextIO | None = None
         self._events: Any = None
-        self._temporary: Path | None = None
+        self._temporary: scratch.Folder | None = None
         if not enabled:
             return
         self._lines_url = storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}")
         self._events_url = storage.join(run_url, "tensorboard", stage)
         if storage.is_remote(run_url):
-            self._temporary = Path(tempfile.mkdtemp(prefix="metrics-"))
-            self._lines_path, self._events_path = self._temporary / f"{_PREFIX}{attempt}{_SUFFIX}", self._temporary / "events"
+            self._temporary = scratch.Folder("metrics-")
+            room = Path(self._temporary.name)
+            self._lines_path, self._events_path = room / f"{_PREFIX}{attempt}{_SUFFIX}", room / "events"
         else:
             self._lines_path, self._events_path = storage.local_path(self._lines_url), storage.local_path(self._events_url)
         self._lines_path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,7 @@ class MetricsWriter:
             self._lines.close()
             self._lines = None
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.close()
             self._temporary = None
         self.enabled = False
 

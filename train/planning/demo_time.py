@@ -11,10 +11,9 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 
-from infra import storage
+from infra import scratch, storage
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
 from train.config import DalleFit, DvaeFit, RunConfig
@@ -136,8 +135,8 @@ def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, f
     """Samples/s of trainings in ``nproc`` processes together, seconds from the start of a process to its first update, and the share of its cores that
     a process got, of what it got on a quiet machine; None if a process failed."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "train.planning.demo_time_probe", run.config_url, scratch, str(PROBE_S / len(trainings)), *trainings]
+    with scratch.folder("probe-") as room:
+        command = [sys.executable, "-m", "train.planning.demo_time_probe", run.config_url, room, str(PROBE_S / len(trainings)), *trainings]
         base = os.environ | {"OMP_NUM_THREADS": threads, "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GLOO_SOCKET_IFNAME": "lo"}
         processes = [
             subprocess.Popen(

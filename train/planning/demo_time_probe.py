@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from infra import environment
 from infra.world import World
 from model.dvae import DVAE, loss
 from model.relaxation import GumbelNoise
@@ -105,7 +106,7 @@ def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> No
     """Print samples per second of all processes for each stage, and the seconds that this one needed before its first update, as JSON."""
     keep_memory()
     cfg, world = load_run(config_url, []), World.from_env()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(environment.threads(1))
     store = dist.FileStore(str(Path(scratch, "store")), world.size)
     dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
     rates = probe(1.0)

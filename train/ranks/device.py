@@ -6,14 +6,13 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import resource
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from infra import storage
+from infra import environment, storage
 from infra.run_folder import RunFolder
 from infra.world import World
 from train.config import Precision
@@ -48,7 +47,7 @@ def set_up(world: World) -> torch.device:
     else:
         device = torch.device("cpu")
         keep_memory()
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+        torch.set_num_threads(environment.threads(torch.get_num_threads()))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world.size == 1 else None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra import environment
 from infra.errors import ExitCode
 from infra.repository import REPOSITORY
 
@@ -157,7 +158,7 @@ _current: list[Watchdog] = []
 def start(report: Callable[[int, str], None]) -> None:
     """Watch this rank from its first beat on. LAUNCHER_HANG_S replaces LIMIT_S."""
     faulthandler.register(STACK_SIGNAL)
-    _current[:] = [Watchdog(float(os.environ.get("LAUNCHER_HANG_S") or LIMIT_S), report)]
+    _current[:] = [Watchdog(environment.seconds("LAUNCHER_HANG_S", LIMIT_S), report)]
 
 
 def beat(patience: float = 1.0) -> None:

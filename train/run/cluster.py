@@ -75,6 +75,10 @@ def verdict(label: str, run: RunFolder, start: Start, retries: int) -> ledger.Ve
     if attempts and attempts[-1].run_id == f"{start.job}.{start.restart}":
         ledger.close(run, label, attempts[-1])
         return ledger.judge(attempts, ledger.newest_checkpoint(run, label), retries)
+    if f"{start.job}.{start.restart}" in {attempt.run_id for attempt in attempts}:
+        return ledger.Verdict(
+            ExitCode.REQUEUE, f"attempt {attempts[-1].number}, by job {attempts[-1].run_id}, has begun since: this one has lost the work"
+        )
     if start.code in set(ExitCode) - {ExitCode.CRASH}:
         return ledger.Verdict(start.code, "ended before an attempt was begun: see the log")
     if start.restart < retries:

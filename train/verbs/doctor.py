@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from infra import node_checks, storage
+from infra import environment, node_checks, storage
 from infra.config import differences
 from infra.errors import DataError, ReportedError
 from infra.job import Job
@@ -116,8 +115,7 @@ def _refuse(findings: list[Finding]) -> None:
 
 
 def _devices() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [d for d in visible.split(",") if d] if visible else []
+    return environment.visible_devices() or []
 
 
 def all_reduce() -> Finding:

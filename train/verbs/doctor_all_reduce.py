@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from infra import scratch
 
 _BYTES = {"nccl": 256 << 20, "gloo": 8 << 20}
 _REPEATS = 5
@@ -44,7 +45,7 @@ def main() -> None:
     backend, ranks = ("nccl", gpus) if gpus > 1 else ("gloo", 2)
     if backend == "gloo":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder("all-reduce-") as folder:
         # A fork spares the import of torch; CUDA does not survive one.
         method = "spawn" if backend == "nccl" else "fork"
         mp.start_processes(measure, args=(ranks, backend, folder), nprocs=ranks, start_method=method)

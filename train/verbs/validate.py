@@ -19,7 +19,7 @@ from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANI
 from infra import storage
 from infra.commands import launcher
 from infra.digests import id_hash
-from infra.errors import ConfigError, DataError, StopRequested
+from infra.errors import ConfigError, DataError, ReportedError, StopRequested, UnreachableError
 from infra.progress import Progress, table
 from infra.signals import StopFlag
 from train.verbs.lineage_checks import code_parents, export_parents, tokenizer_parents
@@ -65,6 +65,7 @@ def main(url: str, options: Options, stop: StopFlag) -> None:
         ConfigError: options that do not fit.
         DataError: there is nothing to validate, or something is wrong: the damaged files are named, with what to run.
         StopRequested: a signal asked to stop; nothing was changed.
+        UnreachableError: the storage gives no answer for one file after all attempts; the rest is not looked at.
     """
     target = resolve(url)
     if not target.sets and not target.tokenizers:
@@ -190,6 +191,8 @@ def _in_order_of_ending(jobs: Sequence[PartJob], workers: int, stop: StopFlag) -
                 if stop:
                     pool.shutdown(cancel_futures=True)
                 _refuse_if_stopped(stop)
+                if isinstance(future.exception(), ReportedError):
+                    pool.shutdown(cancel_futures=True)  # what was to come would wait as long, file by file
                 yield waiting.pop(future), future.result()
                 for index, job in following:
                     waiting[pool.submit(check_part, job)] = index
@@ -209,6 +212,8 @@ def _check_tokenizer(url: str, images: Sequence[str]) -> Checked:
         problems = list(tokenizer_parents(place, manifest, images))
         if hashlib.sha256(storage.read_bytes(model)).hexdigest() != manifest["sha256"]:
             problems.append(Problem(model, "damaged: its SHA-256 is not the manifest's", (url,)))
+    except UnreachableError:
+        raise
     except DataError as error:
         problems = [Problem(place, str(error), (url,))]
     return Checked(url, "2 files", problems, "tokenizer")

@@ -20,9 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from infra import schemas, storage
+from infra import lease, schemas, storage
 from infra.digests import digest
-from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
+from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.world import World
 from train.ranks.device import patient_group
@@ -59,8 +59,12 @@ def save(
         keep: newest checkpoints kept, up to this one.
         keep_every: the first checkpoint at or after each multiple of this many updates is kept for good; 0: none are.
         group: process group of the collectives; None is the default one.
+
+    Raises:
+        SupersededError: another launcher has the stage; nothing was written.
     """
     url = folder(stage_url, step)
+    _refuse_if_superseded(world, group)
     if world.is_main and storage.exists(storage.join(url, META)):
         storage.delete(storage.join(url, META))  # rewritten below: no marker while files change
     if dist.is_initialized():
@@ -79,6 +83,7 @@ def save(
             "versions": versions(),
             "index": writer.digest,
         }
+        lease.check()  # again: writing may have taken long
         storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
         for old in superseded(complete(stage_url), step, keep, keep_every):
             if old > step:
@@ -86,6 +91,20 @@ def save(
             storage.delete(storage.join(folder(stage_url, old), META))
             storage.delete_prefix(folder(stage_url, old))
     return url
+
+
+def _refuse_if_superseded(world: World, group: Any) -> None:
+    """Before anything is touched: another launcher may be writing the same checkpoint. The main rank looks, and all ranks hear what it found."""
+    found: list[BaseException | None] = [None]
+    if world.is_main:
+        try:
+            lease.check()
+        except ReportedError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, group=group)
+    if found[0] is not None:
+        raise found[0]
 
 
 def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future as Job
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import storage
+from infra import scratch, storage
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 
@@ -105,8 +104,8 @@ class Writer(StorageWriter):
         name, results, position = plan.storage_data, [], 0
         remote = storage.is_remote(self.url)
         target = storage.join(self.url, name)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, name) if remote else storage.local_path(target).with_suffix(".part")
+        with scratch.folder("checkpoint-") as room:
+            path = Path(room, name) if remote else storage.local_path(target).with_suffix(".part")
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 for item in plan.items:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra import files, schemas, storage
+from infra import files, schemas, scratch, storage
 from infra.errors import CheckpointError
 from train.weights.checkpoint import content_hash
 
@@ -27,8 +26,8 @@ def write(url: str, tensors: dict[str, Tensor], config: Any, **facts: Any) -> st
         facts: lineage and anything else worth keeping.
     """
     identity = content_hash(tensors)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, WEIGHTS)
+    with scratch.folder("export-") as room:
+        path = Path(room, WEIGHTS)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
         storage.upload_file(path, storage.join(url, WEIGHTS))
     shape = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
@@ -83,9 +82,9 @@ def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
     """
     description = describe(url)
     place = storage.join(url, WEIGHTS)
-    with tempfile.TemporaryDirectory() as scratch:  # a mapping outlives its file's name
+    with scratch.folder("export-") as room:  # a mapping outlives its file's name
         if storage.is_remote(place):
-            path = Path(scratch, WEIGHTS)
+            path = Path(room, WEIGHTS)
             storage.download_file(place, path)
         else:
             path = storage.local_path(place)

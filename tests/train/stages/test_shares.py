@@ -41,38 +41,6 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, Share(0, 1)),
-        ({"LAUNCHER_SHARE": "2/7"}, Share(2, 7)),
-        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"}, Share(1, 3)),
-        ({"JOB_COMPLETION_INDEX": "3", "JOB_COMPLETIONS": "8"}, Share(3, 8)),
-    ],
-)
-def test_a_share_comes_from_the_scheduler(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Share) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert Share.from_env() == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"LAUNCHER_SHARE": "7/7"}, r"share '7/7': expected I/N with 0 <= I < N"),
-        ({"LAUNCHER_SHARE": "one"}, r"share 'one': expected I/N"),
-        ({"SLURM_ARRAY_TASK_ID": "5"}, r"SLURM_ARRAY_TASK_ID = 5, SLURM_ARRAY_TASK_MIN = , .*an array without gaps"),
-        ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"}, r"an array without gaps"),
-        ({"JOB_COMPLETION_INDEX": "3"}, r"JOB_COMPLETIONS is not"),
-    ],
-)
-def test_half_a_declaration_does_not_do_all_of_the_work(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        Share.from_env()
-
-
 def test_ranks_of_all_shares_are_numbered_through() -> None:
     places = [Share(index, 3).of(World(rank, 2, rank, 2)) for index in range(3) for rank in range(2)]
     assert [(place.rank, place.size) for place in places] == [(number, 6) for number in range(6)]

@@ -212,8 +212,9 @@ def test_uploads_that_nobody_finished_are_aborted_on_s3(s3: str, capsys: pytest.
 
 def test_nothing_is_collected_where_a_stage_runs_or_neighbours_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_at(str(tmp_path))
-    with run.lock("encode"), pytest.raises(ConfigError, match="another launcher runs 'encode'"):
-        verb.main(run.url, verb.DAYS, [], delete=True)
+    for label in ("encode", "encode.1-of-4", "prepare"):
+        with run.lock(label), pytest.raises(ConfigError, match=f"another launcher runs '{label}'"):
+            verb.main(run.url, verb.DAYS, [], delete=True)
     with pytest.raises(ConfigError, match="no run folder"):
         verb.main(str(tmp_path), verb.DAYS, [], delete=True)
     glob: Any = storage.glob

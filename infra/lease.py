@@ -1,0 +1,311 @@
+"""One writer for each stage, or share of one, in a run folder on any storage: a lease that its launcher renews (docs/contracts.md, section 10).
+
+    <run>/locks/<stage>/00000003.json    the newest number holds; its launcher writes it anew at every beat, and last as released
+                        request-*.json   a later start of the holder's own job, which waits for it to save and end
+
+A number is created once and never used again, so of racing launchers one wins, and one that was asleep sees that it has lost. No clock is compared with another:
+a holder is given up when nothing of it has changed for as long as its lease, by the clock of the one that watches. Neither locks of the kernel nor hard links
+are needed, which not all shared file systems have and S3 has not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from infra import environment, node_checks, s3, storage
+from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested, SupersededError
+from infra.job import Job
+from infra.signals import StopFlag
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 60.0
+"""Seconds without a sign after which a launcher may be replaced; LAUNCHER_LEASE_S."""
+BEATS = 6
+"""Signs in that time: one lost request, or a slow one, is no loss."""
+PATIENCE_S = 540.0
+"""Seconds that a restarted job waits for its predecessor: less than the other nodes wait for node 0."""
+GRACE_S = 20.0
+"""Seconds in which a launcher that has lost must end."""
+_VARIABLE = "LAUNCHER_LEASE"
+_REQUEST = "request-"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease says of its launcher."""
+
+    token: str
+    node: str
+    pid: int
+    process: str
+    """Names the process among all that this machine has run since it was booted."""
+    job: str
+    restart: int
+    begun: float
+    """By the clock of its node: for people."""
+    lease_s: float
+    beat: int = 0
+    released: bool = False
+
+    def described(self, sign_s: float) -> str:
+        job = f" (job {self.job}, restart {self.restart})" if self.job else ""
+        hours, minutes = divmod(max(0, round((time.time() - self.begun) / 60)), 60)
+        age = f"for {hours} h {minutes} min" if self.begun else "since a time that it has not said"
+        return f"process {self.pid} on {self.node}{job}, {age}, its last sign {max(0.0, sign_s):.0f} s ago"
+
+
+class Lease:
+    """A stage's lease, as its holder has it; renewed by a thread until it is closed or lost."""
+
+    def __init__(self, place: str, number: int, holder: Holder) -> None:
+        self.place, self.number, self.holder = place, number, holder
+        self.lost = ""
+        """Why it is no longer ours."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._answered: set[str] = set()
+        self.end: Callable[[int], object] = os._exit
+
+    @property
+    def url(self) -> str:
+        return _file(self.place, self.number)
+
+    def start(self) -> None:
+        """Renew it from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the next one have it at once."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(self.holder.lease_s)
+        if self.lost:
+            return
+        try:
+            _look(self.place, self.number)
+            storage.write_json(self.url, asdict(replace(self.holder, released=True)))
+        except SupersededError as error:
+            self.lost = str(error)
+        except ReportedError as error:  # it runs out by itself
+            log.warning("%s: the lease was not given back: %s", self.place, error)
+
+    def beat(self) -> None:
+        """Show a sign of life.
+
+        Raises:
+            SupersededError: another launcher has the lease, or a later start of this job asks for it.
+        """
+        names = _look(self.place, self.number)
+        self.holder = replace(self.holder, beat=self.holder.beat + 1)
+        storage.write_json(self.url, asdict(self.holder))
+        for name in [name for name in names if name.startswith(_REQUEST) and name not in self._answered]:
+            with suppress(DataError):  # withdrawn meanwhile
+                request = storage.read_json(storage.join(self.place, name))
+                self._answered.add(name)
+                if request["job"] == self.holder.job and int(request["restart"]) > self.holder.restart:
+                    log.warning("job %s was started again (restart %s): this start of it saves and ends", request["job"], request["restart"])
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self.holder.lease_s / BEATS):
+            try:
+                self.beat()
+            except SupersededError as error:
+                self._lose(str(error))
+                return
+            except ReportedError as error:  # nor can another launcher take over what it cannot read
+                log.warning("%s: the lease was not renewed: %s", self.place, error)
+
+    def _lose(self, reason: str) -> None:
+        """Stop the ranks, which find the same before they write; what does not end by itself is ended."""
+        self.lost = reason
+        log.warning("%s", reason)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._ended.wait(GRACE_S):
+            self.end(ExitCode.REQUEUE)
+
+
+def check() -> None:
+    """Before a marker is written or anything is deleted: whether the launcher of this process still holds its lease; nothing where there is none.
+
+    Raises:
+        SupersededError: another launcher has it.
+    """
+    place, _, number = environment.text(_VARIABLE).rpartition("#")
+    if place:
+        _look(place, int(number))
+
+
+@contextmanager
+def hold(run_url: str, label: str, job: Job, stop: StopFlag | None = None) -> Iterator[Lease]:
+    """Hold the lease of a stage or share for the block.
+
+    Raises:
+        ConfigError: another launcher has it, and this is no restart, which would wait.
+        SupersededError: another launcher has it, and has not ended within PATIENCE_S.
+        StopRequested: a stop signal came while this one waited.
+    """
+    if storage.is_remote(run_url) and s3.kept_apart():
+        log.warning("%s: objects are created without a condition: the scheduler keeps launchers apart (cluster.kept_apart)", run_url)
+    lease = _take(storage.join(run_url, "locks", label), f"{run_url}: another launcher runs '{label}' in this folder", job, stop)
+    before = environment.text(_VARIABLE)
+    os.environ[_VARIABLE] = f"{lease.place}#{lease.number}"  # for ranks
+    lease.start()
+    try:
+        yield lease
+    finally:
+        del os.environ[_VARIABLE]
+        if before:
+            os.environ[_VARIABLE] = before
+        lease.close()
+
+
+def _take(place: str, what: str, job: Job, stop: StopFlag | None) -> Lease:
+    watch, request = _Watch(place), ""
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while True:
+            number, holder = watch.look()
+            if holder is None or holder.released or watch.abandoned or _is_gone(holder):
+                if holder is not None and not holder.released:
+                    log.warning("%s: taken over from %s", place, holder.described(watch.still_s))
+                lease = Lease(place, number + 1, _myself(job))
+                if storage.create_once(lease.url, (json.dumps(asdict(lease.holder), sort_keys=True) + "\n").encode()):
+                    if storage.is_remote(place):
+                        s3.check_creation(lease.url)
+                    _forget(place, number)
+                    return lease
+                continue
+            if stop:
+                raise StopRequested("a stop signal before the start; nothing was begun.")
+            waits = bool(job.id) and (job.restart > 0 or job.id == holder.job)
+            if not waits and (watch.moved or watch.sign_s() <= holder.lease_s):
+                raise ConfigError(f"{what}: {holder.described(watch.sign_s())}; wait for it, or use another run.name.")
+            if waits and time.monotonic() > deadline:
+                raise SupersededError(f"{what}: {holder.described(watch.sign_s())}; it did not end within {PATIENCE_S:.0f} s. Nothing was begun.")
+            if waits and not request:
+                request = storage.join(place, f"{_REQUEST}{secrets.token_hex(8)}.json")
+                storage.write_json(request, {"job": job.id, "restart": job.restart})
+                log.warning("%s: %s; waiting for it", what, holder.described(watch.sign_s()))
+            time.sleep(min(2.0, holder.lease_s / (2 * BEATS)))
+    finally:
+        if request:
+            storage.delete(request)
+
+
+class _Watch:
+    """Looks at the newest lease again and again, and measures by one clock for how long it has not changed."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._seen: tuple[int, Holder | None] | None = None
+        self._since = _now()
+        self.moved = False
+        """Whether it has changed since the first look."""
+
+    def look(self) -> tuple[int, Holder | None]:
+        number = max(_numbers(storage.list_files(self._place)), default=-1)
+        holder = _read(self._place, number) if number >= 0 else None
+        if (number, holder) != self._seen:
+            self.moved |= self._seen is not None
+            self._seen, self._since = (number, holder), _now()
+        return number, holder
+
+    @property
+    def still_s(self) -> float:
+        return _now() - self._since
+
+    @property
+    def abandoned(self) -> bool:
+        return self._seen is not None and self._seen[1] is not None and self.still_s > self._seen[1].lease_s
+
+    def sign_s(self) -> float:
+        """Age of the last sign by the clock of the storage: good enough to refuse by, not to take over by (some mounts keep the writer's time)."""
+        assert self._seen is not None
+        probe = storage.join(self._place, f"{storage.TEMPORARY}probe-{secrets.token_hex(8)}")
+        storage.write_bytes(probe, b"")
+        try:
+            return storage.modified(probe) - storage.modified(_file(self._place, self._seen[0]))
+        finally:
+            storage.delete(probe)
+
+
+def _look(place: str, number: int) -> list[str]:
+    """Names in the place, if this number still holds.
+
+    Raises:
+        SupersededError: another one does.
+    """
+    names = storage.list_files(place)
+    newest = max(_numbers(names), default=-1)
+    if newest == number:
+        return names
+    holder = _read(place, newest) if newest >= 0 else None
+    by = f"process {holder.pid} on {holder.node}" if holder is not None else "somebody who deleted it"
+    raise SupersededError(
+        f"{place}: this launcher was silent for longer than its lease, and the work was taken over by {by}; nothing more is written here."
+    )
+
+
+def _numbers(names: list[str]) -> list[int]:
+    return [int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()]
+
+
+def _file(place: str, number: int) -> str:
+    return storage.join(place, f"{number:08d}.json")
+
+
+def _read(place: str, number: int) -> Holder:
+    """A lease; where it is just being made on a file system that shows files before their content, one of nobody that is known."""
+    try:
+        return Holder(**storage.read_json(_file(place, number)))
+    except (DataError, TypeError):
+        return Holder("", "a node that has not said more", 0, "", "", 0, 0.0, _lease_s())
+
+
+def _forget(place: str, number: int) -> None:
+    """Drop what came before a lease that was just taken."""
+    for old in _numbers(storage.list_files(place)):
+        if old <= number:
+            storage.delete(_file(place, old))
+
+
+def _lease_s() -> float:
+    return environment.seconds("LAUNCHER_LEASE_S", LEASE_S)
+
+
+def _now() -> float:
+    """Seconds that also pass while this machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _myself(job: Job) -> Holder:
+    return Holder(secrets.token_hex(16), node_checks.node_name(), os.getpid(), _process(os.getpid()), job.id, job.restart, time.time(), _lease_s())
+
+
+def _process(pid: int) -> str:
+    """What no other process of any machine has: the boot, the space of process numbers, the number, and the tick of the start; empty where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return "" if status[0] in "ZX" else f"{boot} {space} {pid} {status[19]}"
+
+
+def _is_gone(holder: Holder) -> bool:
+    """Whether the holder ran on this machine, where its process can be looked for, and does no more."""
+    mine = _process(os.getpid())
+    same = holder.process.split()[:2] == mine.split()[:2] and bool(mine) and bool(holder.process)
+    return same and _process(holder.pid) != holder.process

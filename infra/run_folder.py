@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, schemas, shown, storage
+from infra import deferred_writes, run_records, schemas, shown, storage, stored
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, LostPeerError, UnreachableError
 from infra.repository import REPOSITORY
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
+_BEGUN = re.compile(r"attempt-([0-9]{1,9})/begin\.json")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
@@ -82,7 +84,7 @@ class RunFolder:
         if not storage.exists(self.config_url):
             return None
         self.check_schema()
-        found: dict[str, Any] = storage.read_json(self.config_url)
+        found = stored.read(self.config_url, run_records.Config)
         return found
 
     def check_schema(self) -> None:
@@ -92,7 +94,7 @@ class RunFolder:
             ConfigError: it is one.
         """
         url = self.at("provenance.json")
-        found = storage.read_json(url) if storage.exists(url) else {}
+        found = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
         schemas.require(found.get("schema", schemas.RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME")
 
     def claim(
@@ -133,7 +135,7 @@ class RunFolder:
     def _note(self, place: str, changed: list[str]) -> None:
         """Add to provenance.json where the folder lies now, if that is new, and what changed of its configuration."""
         url = self.at("provenance.json")
-        provenance = storage.read_json(url) if storage.exists(url) else {}
+        provenance = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
         places = provenance.get("places", [])
         now = {"time": time.time()}
         moved = not places or places[-1]["url"] != place
@@ -147,7 +149,7 @@ class RunFolder:
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None."""
         url = self.at(stage, "done.json")
-        return storage.read_json(url) if storage.exists(url) else None
+        return stored.read(url, run_records.Done) if storage.exists(url) else None
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage finished. The stage's last write."""
@@ -168,7 +170,7 @@ class RunFolder:
         deadline = time.monotonic() + timeout_s
         while True:
             for attempt in sorted(self._attempts(stage), reverse=True)[:1]:
-                begin = storage.read_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"))
+                begin = stored.read(self.at("exits", stage, f"attempt-{attempt}", "begin.json"), run_records.Begin)
                 if begin.get("run_id") == run_id:
                     return attempt
             if time.monotonic() > deadline:
@@ -186,13 +188,13 @@ class RunFolder:
 
     def _attempts(self, stage: str) -> set[int]:
         names = storage.list_files(self.at("exits", stage))
-        return {int(name.split("/")[0].removeprefix("attempt-")) for name in names if name.endswith("/begin.json")}
+        return {int(found[1]) for name in names if (found := _BEGUN.fullmatch(name))}
 
     def records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
         """How the ranks of an attempt ended, those that have, the earliest first."""
         base = self.at("exits", stage, f"attempt-{attempt}")
         names = [name for name in storage.list_files(base) if name.startswith("rank-")]
-        return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
+        return sorted((stored.read(storage.join(base, name), run_records.RankRecord) for name in names), key=lambda record: record["time"])
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
         """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/deferred_writes.py``).

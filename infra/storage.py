@@ -22,41 +22,9 @@ from urllib.parse import unquote
 
 from infra import files, globs, s3, shown, strict_json
 from infra.errors import ConfigError, DataError, MissingError
-from infra.files import TEMPORARY, sha256_file
-from infra.globs import FileInfo
-
-__all__ = [
-    "FileInfo",
-    "absolute",
-    "check_writable",
-    "create_once",
-    "delete",
-    "delete_prefix",
-    "download_file",
-    "download_folder",
-    "exists",
-    "glob",
-    "is_remote",
-    "join",
-    "list_files",
-    "local_path",
-    "modified",
-    "open_seekable",
-    "open_stream",
-    "read_at_most",
-    "read_bytes",
-    "read_json",
-    "read_range",
-    "read_text",
-    "sha256_file",
-    "size",
-    "stat",
-    "upload_file",
-    "upload_folder",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
+from infra.files import TEMPORARY
+from infra.files import sha256_file as sha256_file
+from infra.globs import FileInfo as FileInfo
 
 STREAM_BUFFER = 1 << 18
 """Bytes that an open stream reads at a time."""
@@ -116,11 +84,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_at_most(url: str, most: int) -> bytes:
-    """The whole file or object, of which nothing is read if it is larger than ``most`` bytes, or endless.
-
-    Raises:
-        DataError: as read_bytes, or it is larger, or no regular file.
-    """
+    """The whole file or object; a DataError, and nothing of it read, if it is larger than ``most`` bytes or no regular file."""
     if is_remote(url):
         return s3.read(url, most)
     with open_stream(url) as file:
@@ -437,15 +401,10 @@ def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
 
 
 def download_folder(url: str, local: Path) -> list[str]:
-    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file.
-
-    Raises:
-        DataError: the name of an object would lead out of the folder; nothing is copied.
-    """
+    """Copy all files below a folder or prefix to a local folder; returns their names. See download_file; an object's name may lead nowhere else."""
     names = list_files(url)
-    for name in names:
-        if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
-            raise DataError(f"{url}: the object {name!r} leads out of it; rename or delete it.")
+    if outside := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
+        raise DataError(f"{url}: the object {outside[0]!r} leads out of it; rename or delete it.")
     for name in names:
         download_file(join(url, name), local / name)
     return names

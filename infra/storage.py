@@ -142,11 +142,7 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Size of a file or object in bytes.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """Size of a file or object in bytes; a DataError if it is missing."""
     return stat(url).size
 
 
@@ -255,11 +251,7 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
 
 
 def modified(url: str) -> float:
-    """When a file or object was last written, by the clock of its storage: seconds since 1970.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """When a file or object was last written, by the clock of its storage: seconds since 1970. A DataError if it is missing."""
     if not is_remote(url):
         with files.read_errors(url):
             return local_path(url).stat().st_mtime
@@ -308,11 +300,7 @@ def create_once(url: str, data: bytes) -> bool:
 
 
 def check_writable(url: str) -> None:
-    """Write and delete a probe below a folder or prefix; a missing folder is made.
-
-    Raises:
-        ConfigError: the folder is not writable, the bucket is missing, or the credentials are refused.
-    """
+    """Write and delete a probe below a folder or prefix; a missing folder is made. A ConfigError says why that cannot be."""
     probe = join(url, f"{TEMPORARY}probe-{secrets.token_hex(8)}")
     write_bytes(probe, b"")
     delete(probe)

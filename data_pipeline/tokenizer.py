@@ -368,11 +368,7 @@ class _Manifest(Stored):
 
 
 def read_manifest(url: str) -> dict[str, Any]:
-    """The manifest of the tokenizer at a URL.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """The manifest of the tokenizer at a URL; a DataError if it is missing or damaged."""
     return stored.read(storage.join(url, MANIFEST), _Manifest, f"delete {url} and run the stage 'tokenizer' again")
 
 

@@ -18,18 +18,20 @@ import random
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+from pydantic import Field
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.letters import A_TO_Z, Letters, common_runs, is_run, split
 from data_pipeline.shards.shard_set import ShardSet
-from infra import schemas, storage
+from infra import schemas, storage, stored
 from infra.digests import digest
 from infra.errors import ConfigError, DataError
+from infra.stored import Count, Sha256, Stored
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +303,7 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
     if config.letters != "a-z":
         settings["letters"] = config.letters
     if storage.exists(place):
-        former: dict[str, Any] = storage.read_json(place)
+        former = read_manifest(url)
         if former.get("parents") == parents and former.get("settings") == settings:
             return former
         storage.delete(place)
@@ -349,6 +351,27 @@ def _lengths(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
     }
 
 
+class _Settings(Stored):
+    vocab: Annotated[int, Field(gt=0, lt=1 << 31)]
+
+
+class _Manifest(Stored):
+    schema_: str = Field(alias="schema")
+    sha256: Sha256
+    content_hash: Sha256
+    size: Count
+    captions: Count
+    records: Count
+    parents: dict[str, str]
+    settings: _Settings
+    producer: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_manifest(url: str) -> dict[str, Any]:
+    """The manifest of the tokenizer at a URL; a DataError if it is missing or damaged."""
+    return stored.read(storage.join(url, MANIFEST), _Manifest, f"delete {url} and run the stage 'tokenizer' again")
+
+
 def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer of a finished stage, and its manifest.
 
@@ -359,7 +382,7 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
     place = storage.join(url, MANIFEST)
     if not storage.exists(place):
         raise DataError(f"{url}: no tokenizer here ({MANIFEST} is missing); run the stage 'tokenizer' first.")
-    manifest: dict[str, Any] = storage.read_json(place)
+    manifest = read_manifest(url)
     schemas.require(manifest.get("schema"), schemas.TOKENIZER, place, "delete it and run the stage again: launcher.py tokenizer RUN_FOLDER")
     if manifest["settings"]["vocab"] != config.vocab:
         raise DataError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from infra import storage
+from infra import run_records, storage, stored
 from infra.errors import DivergedError, ExitCode
 from infra.run_folder import RunFolder
+
+_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
+_SAVED = re.compile(r"step-([0-9]{1,15})/meta\.json")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Verdict:
 def newest_checkpoint(run: RunFolder, stage: str) -> int:
     """Step of a stage's newest complete checkpoint, -1 where there is none."""
     names = storage.list_files(run.at(stage, "checkpoints"))
-    return max((int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith("/meta.json")), default=-1)
+    return max((int(found[1]) for name in names if (found := _SAVED.fullmatch(name))), default=-1)
 
 
 def read(run: RunFolder, stage: str) -> list[Attempt]:
@@ -60,14 +64,14 @@ def recent(run: RunFolder, stage: str) -> list[Attempt]:
 
 
 def _numbers(names: list[str]) -> list[int]:
-    return sorted({int(name.split("/")[0].removeprefix("attempt-")) for name in names})
+    return sorted({int(match[1]) for name in names if (match := _ATTEMPT.match(name))})
 
 
 def _read_one(run: RunFolder, stage: str, number: int, names: list[str]) -> Attempt:
     base, folder = run.at("exits", stage), f"attempt-{number}"
-    begin = storage.read_json(storage.join(base, folder, "begin.json")) if f"{folder}/begin.json" in names else {}
+    begin = stored.read(storage.join(base, folder, "begin.json"), run_records.Begin) if f"{folder}/begin.json" in names else {}
     if f"{folder}/end.json" in names:
-        end = storage.read_json(storage.join(base, folder, "end.json"))
+        end = stored.read(storage.join(base, folder, "end.json"), run_records.End)
         code, reason = int(end["code"]), str(end["reason"])
     else:
         code, reason = run.root_cause(stage, number, int(begin.get("size", 1)))

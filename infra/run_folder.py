@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, lease, schemas, shown, storage
+from infra import deferred_writes, lease, run_records, schemas, shown, storage, stored
 from infra.config import differences
 from infra.errors import ConfigError, ExitCode, UnreachableError
 from infra.job import Job
@@ -21,6 +22,7 @@ from infra.repository import REPOSITORY
 from infra.signals import StopFlag
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
+_BEGUN = re.compile(r"attempt-([0-9]{1,9})/begin\.json")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _NO_JOB = Job()
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
@@ -85,7 +87,7 @@ class RunFolder:
         if not storage.exists(self.config_url):
             return None
         self.check_schema()
-        found: dict[str, Any] = storage.read_json(self.config_url)
+        found = stored.read(self.config_url, run_records.Config)
         return found
 
     def check_schema(self) -> None:
@@ -95,7 +97,7 @@ class RunFolder:
             ConfigError: it is one.
         """
         url = self.at("provenance.json")
-        found = storage.read_json(url) if storage.exists(url) else {}
+        found = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
         schemas.require(found.get("schema", schemas.RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME")
 
     def claim(
@@ -136,7 +138,7 @@ class RunFolder:
     def _note(self, place: str, changed: list[str]) -> None:
         """Add to provenance.json where the folder lies now, if that is new, and what changed of its configuration."""
         url = self.at("provenance.json")
-        provenance = storage.read_json(url) if storage.exists(url) else {}
+        provenance = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
         places = provenance.get("places", [])
         now = {"time": time.time()}
         moved = not places or places[-1]["url"] != place
@@ -150,7 +152,7 @@ class RunFolder:
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None."""
         url = self.at(stage, "done.json")
-        return storage.read_json(url) if storage.exists(url) else None
+        return stored.read(url, run_records.Done) if storage.exists(url) else None
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage finished. The stage's last write.
@@ -178,13 +180,13 @@ class RunFolder:
 
     def _attempts(self, stage: str) -> set[int]:
         names = storage.list_files(self.at("exits", stage))
-        return {int(name.split("/")[0].removeprefix("attempt-")) for name in names if name.endswith("/begin.json")}
+        return {int(found[1]) for name in names if (found := _BEGUN.fullmatch(name))}
 
     def records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
         """How the ranks of an attempt ended, those that have, the earliest first."""
         base = self.at("exits", stage, f"attempt-{attempt}")
         names = [name for name in storage.list_files(base) if name.startswith("rank-")]
-        return sorted((storage.read_json(storage.join(base, name)) for name in names), key=lambda record: record["time"])
+        return sorted((stored.read(storage.join(base, name), run_records.RankRecord) for name in names), key=lambda record: record["time"])
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
         """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/deferred_writes.py``).

@@ -53,20 +53,14 @@ def bucket_and_key(url: str) -> tuple[str, str]:
 
 
 def read(url: str, most: int | None = None) -> bytes:
-    """The whole object; its checksum is verified where the server keeps one.
-
-    Raises:
-        DataError: it is larger than ``most`` bytes; nothing of it is read then.
-    """
+    """The whole object; its checksum is verified where the server keeps one. One of more than ``most`` bytes is a DataError, and not read."""
     bucket, key = bucket_and_key(url)
 
     def get() -> bytes:
         answer = _client().get_object(Bucket=bucket, Key=key)
         if most is not None and int(answer["ContentLength"]) > most:
-            answer["Body"].close()
             raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
-        body: bytes = answer["Body"].read()
-        return body
+        return bytes(answer["Body"].read())
 
     return _retry_body(url, get)
 

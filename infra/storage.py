@@ -84,11 +84,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_at_most(url: str, most: int) -> bytes:
-    """The whole file or object, of which nothing is read if it is larger than ``most`` bytes, or endless.
-
-    Raises:
-        DataError: as read_bytes, or it is larger, or no regular file.
-    """
+    """The whole file or object; a DataError, and nothing of it read, if it is larger than ``most`` bytes or no regular file."""
     if is_remote(url):
         return s3.read(url, most)
     with open_stream(url) as file:
@@ -146,11 +142,7 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Size of a file or object in bytes.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """Size of a file or object in bytes; a DataError if it is missing."""
     return stat(url).size
 
 
@@ -259,11 +251,7 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
 
 
 def modified(url: str) -> float:
-    """When a file or object was last written, by the clock of its storage: seconds since 1970.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """When a file or object was last written, by the clock of its storage: seconds since 1970. A DataError if it is missing."""
     if not is_remote(url):
         with files.read_errors(url):
             return local_path(url).stat().st_mtime
@@ -312,11 +300,7 @@ def create_once(url: str, data: bytes) -> bool:
 
 
 def check_writable(url: str) -> None:
-    """Write and delete a probe below a folder or prefix; a missing folder is made.
-
-    Raises:
-        ConfigError: the folder is not writable, the bucket is missing, or the credentials are refused.
-    """
+    """Write and delete a probe below a folder or prefix; a missing folder is made. A ConfigError says why that cannot be."""
     probe = join(url, f"{TEMPORARY}probe-{secrets.token_hex(8)}")
     write_bytes(probe, b"")
     delete(probe)
@@ -405,15 +389,10 @@ def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
 
 
 def download_folder(url: str, local: Path) -> list[str]:
-    """Copy all files below a folder or prefix to a local folder; returns their names. Nothing there is nothing to do; see download_file.
-
-    Raises:
-        DataError: the name of an object would lead out of the folder; nothing is copied.
-    """
+    """Copy all files below a folder or prefix to a local folder; returns their names. See download_file; an object's name may lead nowhere else."""
     names = list_files(url)
-    for name in names:
-        if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
-            raise DataError(f"{url}: the object {name!r} leads out of it; rename or delete it.")
+    if outside := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
+        raise DataError(f"{url}: the object {outside[0]!r} leads out of it; rename or delete it.")
     for name in names:
         download_file(join(url, name), local / name)
     return names

@@ -34,6 +34,22 @@ class Stored(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
+class Identified(Stored):
+    """A manifest or description of anything that has a content hash."""
+
+    content_hash: Annotated[str, Field(min_length=1, max_length=200)]
+    parents: dict[str, str] = Field(default_factory=dict)
+
+
+def content_hash(url: str) -> str:
+    """The content hash in a manifest or description; 'none' where there is no such file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return str(read(url, Identified)["content_hash"]) if storage.exists(url) else "none"
+
+
 def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
     """A stored file, checked.
 

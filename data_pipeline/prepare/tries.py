@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.shards.shard_set import part_name
-from infra import deferred_writes, shown, storage
+from infra import deferred_writes, shown, storage, stored
 from infra.errors import UnreachableError
 
 _FOLDER = "tries"
+
+
+class Try(stored.Stored):
+    """A record of a try."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Tries:
 
     def failed(self) -> list[dict[str, Any]]:
         """Records of tries that did not succeed, in order."""
-        return [storage.read_json(storage.join(self.url, name)) for name in storage.list_files(self.url)]
+        return [stored.read(storage.join(self.url, name), Try) for name in storage.list_files(self.url)]
 
     def spent(self, failed: list[dict[str, Any]], max_tries: int) -> bool:
         """Whether no try is left: there were enough, or the last one met what another try cannot change."""
@@ -53,7 +59,7 @@ class Tries:
 
 def record_failure(place: str, reason: str, *, unchanging: bool = False) -> None:
     """Say why the try that ``begin`` recorded failed, and whether another one would meet the same."""
-    storage.write_json(place, storage.read_json(place) | {"reason": shown.message(reason)} | ({"unchanging": True} if unchanging else {}))
+    storage.write_json(place, stored.read(place, Try) | {"reason": shown.message(reason)} | ({"unchanging": True} if unchanging else {}))
 
 
 def withdraw(place: str) -> None:

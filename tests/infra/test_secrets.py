@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from train.run.cluster import job_spec
 
 SECRET, KEY = "xyzzy-0123456789", "xyzzy-key"
 VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "LAUNCHER_TOKEN")
+COMMAND_LINES: set[str] = set()
+"""What the process list showed while launchers ran."""
 JOB = {"LAUNCHER_JOB": "77", "LAUNCHER_RESTART": "0"}
 _WHERE = (
     "config.json",
@@ -53,9 +58,22 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launch(*words: str) -> str:
     """What a launcher prints, as one of a scheduler's job: with the doctor's checks and a ledger."""
     command = [sys.executable, str(ROOT / "launcher.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | JOB, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    return done.stdout + done.stderr
+    with tempfile.TemporaryFile("w+") as said:
+        done = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=os.environ | JOB)
+        while done.poll() is None:  # until it ends by itself: the test has a limit of its own
+            COMMAND_LINES.update(command_lines())
+            time.sleep(0.05)
+        said.seek(0)
+        assert done.returncode in (0, 1), said.read()
+        said.seek(0)
+        return said.read()
+
+
+def command_lines() -> Iterator[str]:
+    """The command lines of all processes of this machine, which every user of it can read."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
 def contents(root: Path) -> Iterator[tuple[Path, bytes]]:
@@ -78,6 +96,7 @@ def test_what_stages_and_the_doctor_write_and_print_holds_no_secret(planted: Pat
     for part in _WHERE:
         assert any(part in str(path) for path in found), f"nothing to look at: {part}"
     assert [str(path) for path, data in found.items() if b"xyzzy" in data] == []
+    assert any("--worker" in line for line in COMMAND_LINES) and [line for line in COMMAND_LINES if "xyzzy" in line] == []
     assert json.loads((planted / "tiny" / "config.json").read_text())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from data_pipeline.tokenizer import MANIFEST, MODEL
+from data_pipeline.tokenizer import MANIFEST, MODEL, read_manifest
 from infra import storage
 from infra.config import to_json
 from infra.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ def write(url: str, out: str) -> list[str]:
         raise DataError(f"{place.dvae}: there is no dvae here; run 'launcher.py dvae {place.url}' first.")
     hashes = {
         "dvae": export.describe(place.dvae)["content_hash"],
-        "tokenizer": storage.read_json(storage.join(place.tokenizer, MANIFEST))["content_hash"],
+        "tokenizer": read_manifest(place.tokenizer)["content_hash"],
     }
     check_parents(place, "dalle", parents, hashes)
     parts = ["dvae", *(["clip"] if storage.exists(storage.join(place.clip, export.DESCRIPTION)) else [])]

@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from infra import storage
+from infra import storage, stored
 from infra.errors import ExitCode
+from infra.run_records import Begin, RankRecord
 from train.loop.metrics import newest_attempt_times
 
 NAMES = ("init", "data", "step", "evaluate", "save", "lost")
@@ -70,13 +71,13 @@ def lost_s(run_url: str, stage: str, step: int) -> float:
 def _crashed(run_url: str, stage: str, logged: float) -> float:
     """When the last rank of the newest attempt with records crashed; 0 if none did, or if it is not the attempt that logged until ``logged``."""
     base = storage.join(run_url, "exits", stage)
-    names = [name.split("/") for name in storage.list_files(base)]
-    ended = [int(folder.removeprefix("attempt-")) for folder, file in names if file.startswith("rank-")]
+    names = [(folder, file) for folder, _, file in (name.partition("/") for name in storage.list_files(base))]
+    ended = [int(number) for folder, file in names if file.startswith("rank-") and (number := folder.removeprefix("attempt-")).isdecimal()]
     if not ended:
         return 0.0
     newest = f"attempt-{max(ended)}"
     begin = storage.join(base, newest, "begin.json")
-    if not storage.exists(begin) or storage.read_json(begin)["time"] > logged:
+    if not storage.exists(begin) or stored.read(begin, Begin).get("time", 0.0) > logged:
         return 0.0
-    records = [storage.read_json(storage.join(base, newest, file)) for folder, file in names if folder == newest and file.startswith("rank-")]
+    records = [stored.read(storage.join(base, newest, file), RankRecord) for folder, file in names if folder == newest and file.startswith("rank-")]
     return max((float(record["time"]) for record in records if record["code"] == ExitCode.CRASH), default=0.0)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import scratch, storage
+from infra import scratch, storage, strict_json
 
 _PREFIX, _SUFFIX = "attempt-", ".jsonl"
 
@@ -160,8 +160,8 @@ def newest_attempt_times(run_url: str, stage: str) -> dict[int, float]:
     attempts = _attempts(run_url, stage)
     if not attempts:
         return {}
-    text = storage.read_text(storage.join(_folder(run_url, stage), f"{_PREFIX}{max(attempts)}{_SUFFIX}"))
-    return {step: when for step, when, _ in _read_lines(text)}
+    data = storage.read_bytes(storage.join(_folder(run_url, stage), f"{_PREFIX}{max(attempts)}{_SUFFIX}"))
+    return {step: when for step, when, _ in _read_lines(data)}
 
 
 def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
@@ -173,10 +173,10 @@ def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
     Raises:
         DataError: a file is there and cannot be read.
     """
-    kept: list[tuple[int, float, dict[str, Any]]] = []
+    kept: list[tuple[int, float, dict[str, float]]] = []
     limit: float = math.inf
     for attempt in sorted(_attempts(run_url, stage), reverse=True):
-        lines = list(_read_lines(storage.read_text(storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}"))))
+        lines = list(_read_lines(storage.read_bytes(storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}"))))
         kept = [line for line in lines if line[0] <= limit] + kept
         limit = min([limit, *(line[0] for line in lines)])
     series: dict[str, dict[int, Point]] = {}
@@ -201,13 +201,13 @@ def _attempts(run_url: str, stage: str) -> list[int]:
     return [int(number) for number in numbers if number.isdecimal()]
 
 
-def _read_lines(text: str) -> Iterator[tuple[int, float, dict[str, Any]]]:
-    for line in text.splitlines():
+def _read_lines(data: bytes) -> Iterator[tuple[int, float, dict[str, float]]]:
+    for line in data.splitlines():
         try:
-            found = json.loads(line)
-            yield int(found["step"]), float(found["time"]), found["values"]
-        except (ValueError, KeyError, TypeError):
-            # The line that a killed writer was writing. Each line stands alone: the others are good.
+            found = strict_json.loads_record(line.decode())
+            yield int(found["step"]), float(found["time"]), {str(name): float(value) for name, value in found["values"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            # The line that a killed writer was writing, or a damaged one. Each line stands alone: the others are good.
             continue
 
 

@@ -12,8 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from infra import environment, storage
+from infra import environment, storage, stored
 from infra.run_folder import RunFolder
+from infra.run_records import PrecisionChoice
 from infra.world import World
 from train.config import Precision
 from train.machine.rates import DTYPES, Options, matmul_rate, probe
@@ -106,7 +107,7 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
                 log.info(
                     "precision %s: matrix products run at %s GFLOP/s", found, ", ".join(f"{round(rate)} ({kind})" for kind, rate in rates.items())
                 )
-        choice = [storage.read_json(url)["precision"]]
+        choice = [stored.read(url, PrecisionChoice)["precision"]]
     if world.size > 1:
         dist.broadcast_object_list(choice, group=_patient)  # over gloo, which notices at once where the main rank has failed instead
     return DTYPES[choice[0]]

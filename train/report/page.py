@@ -47,7 +47,7 @@ def run_name(run: RunView) -> str:
 def _section(run: RunView, name: str) -> Section | None:
     try:
         return make(name)(run)
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:  # what reading a damaged file raises
         _log.warning("report: section '%s' cannot be shown: %s", name, error)
         return Section(name, name.capitalize(), el("p", f"This section cannot be shown: {error}", class_="error"))
 
@@ -55,7 +55,7 @@ def _section(run: RunView, name: str) -> Section | None:
 def _header(run: RunView) -> Html:
     try:
         facts = _facts(run)
-    except DataError as error:
+    except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:
         facts = note(str(error))
     return el("header", el("p", "Text to image, from data to pictures", class_="kicker"), el("h1", run_name(run)), facts)
 

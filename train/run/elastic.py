@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from infra import storage
+from infra import storage, stored
 from infra.run_folder import RunFolder
+from infra.run_records import Rows
 from infra.world import World
 from train.config import FitSection, RunConfig
 
@@ -30,7 +31,7 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
     if fit is None or (fit.batch % (world.size * fit.accumulation) and not storage.exists(run.at(stage, "rows.json"))):
         return cfg
     url = run.at(stage, "rows.json")
-    rows = storage.read_json(url)["rows"] if storage.exists(url) else fit.batch // (world.size * fit.accumulation)
+    rows = stored.read(url, Rows)["rows"] if storage.exists(url) else fit.batch // (world.size * fit.accumulation)
     if world.is_main and not storage.exists(url):
         storage.write_json(url, {"rows": rows, "ranks": world.size})
     count = accumulation(fit.batch, world.size, rows)

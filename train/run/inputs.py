@@ -31,14 +31,14 @@ def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
     Raises:
         DataError: prepare has not finished, or the version is gone.
     """
-    version = places.require(run, "prepare")["prepare"]["versions"][split]
+    version = places.version(run, "prepare", split)
     return open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA, version=version, takedown=cfg.data.takedown)
 
 
 def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
     """A code set in the version of this run's stage encode, refused if another dVAE than this run's export made it."""
     parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
-    version = places.require(run, "encode")["encode"]["versions"][f"{crop}/{split}"]
+    version = places.version(run, "encode", f"{crop}/{split}")
     return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents, version, cfg.data.takedown)
 
 
@@ -85,7 +85,7 @@ def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: to
     )
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     for stage, parent, expected in (("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash), ("clip", "tokenizer", tokenizer_hash)):
-        found = export.describe(run.at(stage, "export"))["parents"][parent]
+        found = export.describe(run.at(stage, "export")).get("parents", {}).get(parent, "none")
         if found != expected:
             raise DataError(
                 f"{run.at(stage, 'export')} was trained with {parent} {found[:12]}, this run has {parent} {expected[:12]}; "

@@ -126,3 +126,19 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
 def run_folder(cfg: RunConfig) -> RunFolder:
     """The folder of a run."""
     return RunFolder(storage.join(cfg.run.root, cfg.run.name))
+
+
+def version(run: RunFolder, stage: str, name: str) -> str:
+    """The version of a set that a finished stage made or found.
+
+    Args:
+        stage: prepare or encode.
+        name: of the set in the stage's marker: the split, or 'crop/split'.
+
+    Raises:
+        DataError: the stage has not finished, or its marker names no such set.
+    """
+    found = require(run, stage)[stage].get("versions", {}).get(name)
+    if not isinstance(found, str):
+        raise DataError(f"{run.at(stage, 'done.json')}: names no version of '{name}'; delete it and run 'launcher.py {stage} {run.url}' again.")
+    return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from data_pipeline.shards.shard_set import ShardSet
-from infra import storage
+from infra import storage, stored
 from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -27,6 +28,17 @@ from train.run.inputs import open_exports, open_images
 from train.stages import generate_drawing
 from train.stages.finish import stop_together
 from train.stages.generate_drawing import Prompt
+
+
+class _Picture(stored.Stored):
+    file: Annotated[str, Field(pattern=r"^generate/[A-Za-z0-9_-]{1,200}/[0-9]{1,9}\.png$")]
+
+
+class _Entry(stored.Stored):
+    """entry.json of a caption: its files lie in the stage's folder, and nowhere else."""
+
+    caption: str
+    pictures: list[_Picture]
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 def _merge(task: _Task) -> None:
     """Write the index and the grid; again writes the same bytes."""
     run, cfg = task.run, task.cfg
-    entries = [storage.read_json(task.entry_url(index)) for index in range(len(task.wanted))]
+    entries = [stored.read(task.entry_url(index), _Entry) for index in range(len(task.wanted))]
     storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
     checkpoint = task.models.lineage["dalle"]
     storage.write_json(

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.shards.deletion import Superseded, plan_superseded
+from data_pipeline.shards.schema import read_manifest
 from infra import globs, storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
@@ -130,10 +131,10 @@ def _with_parents(named: frozenset[str], sets: list[str]) -> frozenset[str]:
         places_of = [
             storage.join(url, "versions", name) for name in storage.list_files(storage.join(url, "versions")) if name.endswith("/manifest.json")
         ]
-        found = {str(manifest["content_hash"]): manifest for manifest in map(storage.read_json, places_of)}
+        found = {str(manifest["content_hash"]): manifest for manifest in map(read_manifest, places_of)}
         newest = storage.join(url, "manifest.json")
         manifests += [manifest for identity, manifest in found.items() if identity in named]
-        manifests += [storage.read_json(newest)] if storage.exists(newest) else []
+        manifests += [read_manifest(newest)] if storage.exists(newest) else []
     return named | {str(parent) for manifest in manifests for parent in manifest["parents"].values()}
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from infra import environment, node_checks, storage
+from infra import environment, node_checks, storage, stored
 from infra.config import differences
 from infra.errors import DataError, ReportedError
 from infra.job import Job
@@ -19,6 +19,7 @@ from infra.node_checks import Finding
 from infra.progress import table
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder, producer
+from infra.run_records import NodeVersions
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -167,7 +168,7 @@ def same_versions(run: RunFolder, job: Job) -> Finding:
     """
     place = run.at("preflight", job.run_id)
     storage.write_json(storage.join(place, f"node-{job.node}.json"), {"node": node_checks.node_name(), "producer": producer()})
-    nodes = [storage.read_json(storage.join(place, name)) for name in storage.list_files(place)]
+    nodes = [stored.read(storage.join(place, name), NodeVersions) for name in storage.list_files(place)]
     groups: dict[str, list[str]] = {}
     for entry in nodes:  # in the order of nodes' names of files: among groups of one size the first counts
         groups.setdefault(json.dumps(entry["producer"], sort_keys=True), []).append(str(entry["node"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import MANIFEST, version_url
 from infra import storage
 from infra.run_folder import RunFolder
@@ -38,11 +39,11 @@ def _missing_versions(cfg: RunConfig, run: RunFolder) -> Iterator[str]:
             yield f"{url} has no version {version[:16]} any more, which 'prepare' made"
     for name, version in codes.items():
         crop, _, split = name.partition("/")
-        url = places.code_set(cfg, run, int(crop), split)
+        url = places.code_set(cfg, run, int(crop) if crop.isdecimal() else -1, split)
         manifest = storage.join(version_url(url, version), MANIFEST)
         if not storage.exists(manifest):
             yield f"{url} has no version {version[:16]} any more, which 'encode' made"
             continue
-        parent = str(storage.read_json(manifest)["parents"].get("images", "none"))
+        parent = str(read_manifest(manifest)["parents"].get("images", "none"))
         if parent != images.get(split):
             yield f"{url} was made from images {parent[:12]}, the run has {str(images.get(split))[:12]}"

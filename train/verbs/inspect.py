@@ -12,7 +12,7 @@ from data_pipeline.audit.statistics import Row, printable
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.images.crops import decode
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_manifest
 from infra import progress, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError
@@ -162,13 +162,13 @@ class _Measure:
 def _open_tokenizer(url: str, run: Run | None) -> _Measure | None:
     if not url:
         return None
-    vocab = storage.read_json(storage.join(url, "manifest.json"))["settings"]["vocab"]
+    vocab = read_manifest(url)["settings"]["vocab"]
     limit = (run.cfg.tokenizer if run else TokenizerConfig()).max_tokens
     return _Measure(load_tokenizer(url, TokenizerConfig(vocab=vocab, max_tokens=_ALL_TOKENS))[0], limit)
 
 
 def _print_tokenizer(url: str) -> None:
-    manifest: dict[str, Any] = storage.read_json(storage.join(url, "manifest.json"))
+    manifest = read_manifest(url)
     rows: list[Row] = [{"tokenizer": key, "value": manifest[key]} for key in ("schema", "size", "captions", "records", "content_hash")]
     rows += [{"tokenizer": f"made from {kind}", "value": identity} for kind, identity in sorted(manifest["parents"].items())]
     rows += [{"tokenizer": f"setting {key}", "value": printable(str(value))} for key, value in sorted(manifest["settings"].items())]

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.audit.check_parts import Problem
 from data_pipeline.audit.check_set import Layout, read_layout
 from data_pipeline.shards.shard_set import MANIFEST, version_url
-from infra import storage
+from infra import storage, stored
 from train.run import places
 from train.verbs.targets import Run
 
@@ -43,7 +43,7 @@ def export_parents(run: Run) -> Iterator[Problem]:
         place = run.folder.at(stage, "export", "config.json")
         if not storage.exists(place):
             continue
-        found = str(storage.read_json(place).get("parents", {}).get(parent, "none"))
+        found = str(stored.read(place, stored.Identified).get("parents", {}).get(parent, "none"))
         there = _export_hash(run, "dvae") if parent == "dvae" else _tokenizer_hash(run)
         if found != there:
             yield Problem(place, f"trained with {parent} {found[:12]}, the run has {parent} {there[:12]}", (run.folder.at(stage),), stage)
@@ -55,9 +55,9 @@ def _owner(identity: str, images: Sequence[str]) -> str | None:
 
 def _export_hash(run: Run, stage: str) -> str:
     place = run.folder.at(stage, "export", "config.json")
-    return str(storage.read_json(place)["content_hash"]) if storage.exists(place) else "none"
+    return stored.content_hash(place)
 
 
 def _tokenizer_hash(run: Run) -> str:
     place = storage.join(places.tokenizer(run.cfg, run.folder), MANIFEST)
-    return str(storage.read_json(place)["content_hash"]) if storage.exists(place) else "none"
+    return stored.content_hash(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from infra import storage
@@ -13,6 +14,8 @@ from train.config import FitSection, RunConfig, load_run
 from train.loop.metrics import read_metrics
 from train.run import change_points, lineage, places
 from train.run.stage_table import STAGES, TRAINED
+
+_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 
 
 def main(url: str) -> None:
@@ -55,7 +58,7 @@ def _state(cfg: RunConfig, run: RunFolder, name: str, begun: bool) -> str:
 
 def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
     done = run.done(name)
-    attempts = sorted({int(file.split("/")[0].removeprefix("attempt-")) for file in storage.list_files(run.at("exits", name))})
+    attempts = sorted({int(found[1]) for file in storage.list_files(run.at("exits", name)) if (found := _ATTEMPT.match(file))})
     section: FitSection | None = getattr(cfg, f"{name}_fit", None)
     steps = ""
     if section is not None:
@@ -65,7 +68,7 @@ def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
         "stage": name,
         "state": _state(cfg, run, name, bool(attempts)),
         "steps": steps,
-        "minutes": f"{done['seconds'] / 60:.1f}" if done else "",
+        "minutes": f"{done.get('seconds', 0.0) / 60:.1f}" if done else "",
         "attempts": len(attempts) or "",
         "last end": _last_end(run, name, attempts[-1]) if attempts and not done else "",
     }

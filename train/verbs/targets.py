@@ -77,7 +77,7 @@ def _pinned(run: Run) -> dict[str, str]:
     found = {places.image_set(run.cfg, run.folder, split): version for split, version in images.items()}
     for name, version in codes.items():
         crop, _, split = name.partition("/")
-        found[places.code_set(run.cfg, run.folder, int(crop), split)] = version
+        found[places.code_set(run.cfg, run.folder, int(crop) if crop.isdecimal() else -1, split)] = version
     return found
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules, check_part
 from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, read_takedown
+from data_pipeline.tokenizer import read_manifest
 from infra import storage
 from infra.commands import launcher
 from infra.digests import id_hash
@@ -207,7 +208,7 @@ def _refuse_if_stopped(stop: StopFlag) -> None:
 def _check_tokenizer(url: str, images: Sequence[str]) -> Checked:
     place = storage.join(url, "manifest.json")
     try:
-        manifest = storage.read_json(place)
+        manifest = read_manifest(url)
         model = storage.join(url, "tokenizer.model")
         problems = list(tokenizer_parents(place, manifest, images))
         if hashlib.sha256(storage.read_bytes(model)).hexdigest() != manifest["sha256"]:

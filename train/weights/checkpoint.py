@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import re
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -24,6 +27,7 @@ from infra import lease, schemas, storage
 from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
 from infra.run_folder import commit, versions
+from infra.stored import Count, Sha256, Stored, check
 from infra.world import World
 from train.ranks.device import patient_group
 from train.weights.checkpoint_storage import Reader, Writer
@@ -32,8 +36,19 @@ from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, eve
 log = logging.getLogger(__name__)
 
 META = "meta.json"
+_COMPLETE = re.compile(r"step-([0-9]{1,15})/meta\.json")
 _DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 """What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
+
+
+class Meta(Stored):
+    """meta.json."""
+
+    step: Count
+    index: Sha256
+    shapes: dict[str, Annotated[list[Count], Field(max_length=16)]] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    parents: dict[str, str] = Field(default_factory=dict)
 
 
 def folder(stage_url: str, step: int) -> str:
@@ -118,7 +133,7 @@ def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[
 def complete(stage_url: str) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
     names = storage.list_files(storage.join(stage_url, "checkpoints"))
-    return sorted(int(name.split("/")[0].removeprefix("step-")) for name in names if name.endswith(f"/{META}"))
+    return sorted(int(found[1]) for name in names if (found := _COMPLETE.fullmatch(name)))
 
 
 def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
@@ -149,7 +164,15 @@ def read_meta(url: str) -> dict[str, Any]:
         raise CheckpointError(f"{place}: damaged: its content has another hash than it names.")
     stage = url.rstrip("/").split("/")[-3:][0]
     schemas.require(meta.get("schema"), schemas.CHECKPOINT, place, f"train in a new run folder: launcher.py {stage} PRESET run.name=NAME")
+    _check(meta, Meta, place)
     return dict(meta)
+
+
+def _check(found: Any, model: type[Stored], place: str) -> None:
+    try:
+        check(found, model, place)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: bool) -> None:
@@ -225,7 +248,7 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
         CheckpointError: the checkpoint is incomplete or damaged.
     """
     meta = read_meta(url)
-    shapes: dict[str, list[int]] = meta["shapes"]
+    shapes: dict[str, list[int]] = meta.get("shapes", {})
     reader = Reader(url, meta["index"])
     known = reader.read_metadata().state_dict_metadata
     out: dict[str, Tensor] = {}
@@ -233,6 +256,8 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
         entry = known.get(f"{prefix}/{name}")
         if entry is None:
             raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
+        if math.prod(shape) != math.prod(entry.size):  # type: ignore[union-attr]
+            raise CheckpointError(f"{url}: '{prefix}/{name}' holds {math.prod(entry.size)} elements, its shape {shape} has {math.prod(shape)}.")  # type: ignore[union-attr]
         out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
     fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
     _load(url, fragments, reader, no_dist=True)

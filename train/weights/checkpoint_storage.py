@@ -10,9 +10,10 @@ from concurrent.futures import Future as Job
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
@@ -21,6 +22,7 @@ from torch.futures import Future
 from infra import scratch, storage
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
+from infra.stored import Count, Sha256, Stored, check
 
 INDEX = "index.json"
 PIECE_BYTES = 4 << 20
@@ -62,6 +64,40 @@ def _done(value: Any) -> Future[Any]:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())
+
+
+class Chunk(Stored):
+    """Where a piece of a tensor lies: in one file of the checkpoint's folder, and nowhere else."""
+
+    file: Annotated[str, Field(pattern=r"^rank-[0-9]{1,9}\.bin$")]
+    start: Count
+    bytes: Annotated[int, Field(ge=0, le=PIECE_BYTES)]
+    sha256: Sha256
+    offset: Count
+    length: Count
+
+
+class StoredTensor(Stored):
+    """A tensor in the index."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "int16", "int32", "int64", "int8", "uint8", "bool"]
+    size: Count
+    chunks: list[Chunk]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if sum(chunk.length for chunk in self.chunks) != self.size:
+            raise ValueError(f"its pieces do not make up its {self.size} elements")
+        width = getattr(torch, self.dtype).itemsize
+        if any(chunk.bytes != chunk.length * width for chunk in self.chunks):
+            raise ValueError("a piece has other bytes than its elements take")
+        return self
+
+
+class Index(Stored):
+    """index.json."""
+
+    tensors: dict[str, StoredTensor]
 
 
 class Writer(StorageWriter):
@@ -166,6 +202,7 @@ class Reader(StorageReader):
         index = storage.read_json(storage.join(self.url, INDEX))
         if digest(index) != self.index_digest:
             raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
+        check(index, Index, storage.join(self.url, INDEX))
         entries = {}
         for name, entry in index["tensors"].items():
             chunks, dtype = [], getattr(torch, entry["dtype"])

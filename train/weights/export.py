@@ -11,11 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra import files, schemas, scratch, storage
+from infra import files, schemas, scratch, storage, stored
 from infra.errors import CheckpointError
 from train.weights.checkpoint import content_hash
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+
+
+class Description(stored.Identified):
+    """config.json beside exported weights."""
+
+    model: dict[str, Any]
 
 
 def write(url: str, tensors: dict[str, Tensor], config: Any, **facts: Any) -> str:
@@ -39,11 +45,11 @@ def describe(url: str) -> dict[str, Any]:
     """The description of exported weights.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or they are damaged.
         ConfigError: they are of another schema.
     """
     place = storage.join(url, DESCRIPTION)
-    description: dict[str, Any] = storage.read_json(place)
+    description = stored.read(place, Description)
     schemas.require(description.get("schema"), schemas.EXPORT, place, "export the weights again: launcher.py export RUN_FOLDER --stage STAGE")
     return description
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ RNG = np.random.default_rng(0)
 PHOTO = encode(picture(RNG), "JPEG")
 
 
-def pair(image: bytes = PHOTO, *captions: str, **fields: str) -> Pair:
+def pair(image: bytes = PHOTO, *captions: str, **fields: Any) -> Pair:
     return Pair(**({"id": "1", "source": "s", "license": "l", "group": "g"} | fields), captions=captions or (CAPTION,), image=image)
 
 

@@ -150,10 +150,11 @@ def test_a_run_folder_on_s3_receives_lines_and_events_at_every_flush(s3: str) ->
     assert [p.value for p in read_metrics(run, "dvae")["loss"]] == [1.0]
     assert len(storage.list_files(storage.join(run, "tensorboard", "dvae"))) == 1
     writer.scalars(2, {"loss": 2.0})
-    folder = writer._temporary
+    assert writer._temporary is not None
+    folder = Path(writer._temporary.name)
     writer.close()
     assert [p.value for p in read_metrics(run, "dvae")["loss"]] == [1.0, 2.0]
-    assert folder is not None and not folder.exists()
+    assert not folder.exists()
     assert next_attempt(run, "dvae") == 1
 
 

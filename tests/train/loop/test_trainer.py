@@ -61,7 +61,7 @@ class Counting:
 
     metrics: tuple[str, ...] = ("loss",)
     unit = "samples"
-    curve = None
+    curve: Any = None
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses

@@ -1,0 +1,80 @@
+"""What the JSON files of a run folder must be when they are read back; see ``infra/stored.py``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from infra.stored import Code, Count, Seconds, Stored
+
+_Text = Annotated[str, Field(max_length=1 << 20)]
+
+
+class Config(Stored):
+    """config.json: sections of keys. Their values are checked by the configuration itself where a run is started from it."""
+
+    __pydantic_extra__: dict[str, dict[str, Any]]
+
+
+class Provenance(Stored):
+    """provenance.json."""
+
+    created: Seconds = 0.0
+    commit: _Text = ""
+    command: _Text = ""
+    changes: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class Done(Stored):
+    """<stage>/done.json."""
+
+    seconds: Seconds = 0.0
+    world_size: Count | None = None
+    versions: dict[str, _Text] = Field(default_factory=dict)
+    parents: dict[str, Any] = Field(default_factory=dict)
+    summary: dict[str, Any] = Field(default_factory=dict)
+    throughput: dict[str, Any] = Field(default_factory=dict)
+
+
+class Begin(Stored):
+    """exits/<stage>/attempt-<k>/begin.json."""
+
+    time: Seconds = 0.0
+    size: Annotated[int, Field(ge=1, lt=1 << 24)] = 1
+    run_id: _Text = ""
+    restart: Count = 0
+    saved: Annotated[int, Field(ge=-1, lt=1 << 53)] = -1
+
+
+class End(Stored):
+    """exits/<stage>/attempt-<k>/end.json."""
+
+    code: Code
+    reason: _Text
+
+
+class RankRecord(End):
+    """exits/<stage>/attempt-<k>/rank-<r>.json."""
+
+    rank: Count
+    time: Seconds
+
+
+class Rows(Stored):
+    """<stage>/rows.json."""
+
+    rows: Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class PrecisionChoice(Stored):
+    """precision.json."""
+
+    precision: Literal["bf16", "fp16", "fp32"]
+
+
+class NodeVersions(Stored):
+    """preflight/<job>/node-<i>.json."""
+
+    node: _Text
+    producer: dict[str, Any]

@@ -1,0 +1,127 @@
+"""What messages show and what is stored: no password, no control character, no value of thousands of characters; JSON that is read back is strict."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from infra import logs, s3_client, shown, storage, strict_json
+from infra.config import differences
+from infra.errors import ConfigError, DataError, ReportedError
+from infra.run_folder import RunFolder
+from train.config import load_run
+
+PASSWORDS = [
+    ("s3://AKIA123:abc/def+ghi=@bucket/runs", "s3://***@bucket/runs"),
+    ("http://user:hunter22@host:9000", "http://***@host:9000"),
+    ("https://hunter22@host/x", "https://***@host/x"),
+    ("http://user:12345@host", "http://***@host"),
+    ("https://b.s3.amazonaws.com/k?X-Amz-Signature=hunter22&x=1", "https://b.s3.amazonaws.com/k?X-Amz-Signature=***&x=1"),
+]
+HARMLESS = [
+    "s3://bucket/a@b",
+    "http://host:9000/a@b",
+    "runs/user@host",
+    "file:///data/a:b@c",
+    "registry.example/launcher@sha256:0a",
+    "s3://bucket/a?b=c",
+]
+
+
+@pytest.mark.parametrize(("given", "masked"), PASSWORDS)
+def test_a_password_in_a_url_is_masked_in_messages_and_logs(given: str, masked: str) -> None:
+    assert str(DataError(f"{given}: does not exist.")) == f"{masked}: does not exist."
+    record = logging.LogRecord("infra", logging.INFO, "", 0, "reading %s", (given,), None)
+    assert logs._Lines(io.StringIO()).format(record) == f"reading {masked}"
+
+
+@pytest.mark.parametrize("given", HARMLESS)
+def test_a_url_without_a_password_is_shown_as_it_is(given: str) -> None:
+    assert shown.message(given) == given and not shown.holds_password(given)
+
+
+@pytest.mark.parametrize("key", ["run.root", "data.images", "data.takedown", "data.sources"])
+def test_a_password_in_a_configuration_is_refused_before_anything_is_stored(key: str) -> None:
+    value = '["s3://AKIA:hunter22@bucket/x"]' if key == "data.sources" else "s3://AKIA:hunter22@bucket/x"
+    with pytest.raises(ConfigError, match=r"s3://\*\*\*@bucket/x: a URL may not carry a user, a password or a signature") as caught:
+        load_run("tiny", [f"{key}={value}"])
+    assert key in str(caught.value) and "hunter22" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_a_password_in_an_endpoint_is_refused_where_a_run_is_configured_and_where_a_client_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "http://user:hunter22@host:9000")
+    for action in (lambda: load_run("tiny", []), lambda: s3_client.client(1, 1.0)):
+        with pytest.raises(ConfigError, match=rf"^{name} = http://\*\*\*@host:9000: a URL may not carry") as caught:
+            action()
+        assert "hunter22" not in str(caught.value)
+
+
+def test_storage_refuses_a_url_with_a_password() -> None:
+    with pytest.raises(ConfigError, match=r"^s3://\*\*\*@bucket/x: a URL may not carry"):
+        storage.exists("s3://AKIA:hunter22@bucket/x")
+
+
+def test_what_the_environment_holds_as_a_secret_is_in_no_message_and_in_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter22hunter22")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
+    assert str(ReportedError("refused hunter22hunter22 of /var/run/token")) == "refused *** of /var/run/token"
+    run = RunFolder(str(tmp_path))
+    run.record_exit("dvae", 0, 0, 1, "KeyError: 'hunter22hunter22'")
+    assert "hunter22" not in (tmp_path / "exits/dvae/attempt-0/rank-0.json").read_text()
+
+
+def test_messages_hold_no_control_characters_and_cut_values() -> None:
+    assert str(DataError("a\x1b[2J\u202eb\r\ud800\nc\td")) == "a\\x1b[2J\\u202eb\\r\\ud800\nc\td"
+    message = str(DataError(f"s3://bucket/{'x' * 5000}: does not exist."))
+    assert len(message) < 500 and "(5,013 characters)" in message and message.endswith(": does not exist.")
+    assert len(str(DataError("word " * 100_000))) <= shown.LONGEST_MESSAGE
+
+
+def test_an_error_keeps_its_message_through_a_process_border() -> None:
+    error = pickle.loads(pickle.dumps(DataError("a\x1b")))
+    assert type(error) is DataError and str(error) == "a\\x1b"
+
+
+def test_a_value_of_5000_characters_is_cut_in_complaints_and_differences() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run("tiny", [f"dalle.layers={'y ' * 2500}"])
+    assert len(str(caught.value)) < 1000
+    (line,) = differences({"a": "z " * 2500}, {"a": ""})
+    assert len(line) < 500 and line.endswith("-> ''")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 5000 + "]" * 5000, "more than 64 deep"),
+        ("[" * 100 + "]" * 100, "more than 64 deep"),
+        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ("-Infinity", "-Infinity is no number"),
+        ("1e999", "is not finite"),
+        ("9" * 5000, "an integer of 5000 digits"),
+        ('{"a":', "Expecting value"),
+    ],
+)
+def test_json_that_no_writer_of_ours_makes_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="not valid JSON") as caught:
+        storage.read_json(str(tmp_path / "a.json"))
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_too_large_or_no_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 100)
+    (tmp_path / "a.json").write_text(json.dumps("x" * 99))
+    with pytest.raises(DataError, match="larger than 100 bytes"):
+        storage.read_json(str(tmp_path / "a.json"))
+    with pytest.raises(DataError, match="not a regular file"):
+        storage.read_json("/dev/zero")

@@ -102,8 +102,14 @@ class Clip(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Factor of the cosines: the inverse temperature, at most 100; a scalar."""
-        return self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
+        """Factor of the cosines: the inverse temperature; a scalar."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Keep the scale at 100 or below: to be called after each update. A clamp inside ``scale`` would have no gradient beyond its limit, and a scale
+        that once passed it could never come back."""
+        self.log_scale.clamp_(max=_MAX_LOG_SCALE)
 
 
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor:

@@ -111,6 +111,18 @@ def test_ids_beyond_a_captions_length_have_no_effect() -> None:
         assert a.equal(b)
 
 
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_captions_last_token_is_seen_by_every_code_and_what_follows_it_is_padding(length: int) -> None:
+    model, (text_BT, _, codes_BI) = build(), batch()
+    lengths_B = torch.full((3,), length)
+    other_BT = text_BT.clone()
+    other_BT[:, length - 1] = (other_BT[:, length - 1] + 1) % SHAPE.text_vocab
+    assert (model.logits(text_BT, lengths_B, codes_BI)[1] != model.logits(other_BT, lengths_B, codes_BI)[1]).any(2).all()
+    padding_BTD = model.text_padding().expand(3, -1, -1)
+    states_BTD = model.embed_text(text_BT, lengths_B)
+    assert states_BTD[:, length + 1 :].equal(padding_BTD[:, length + 1 :]) and (states_BTD != padding_BTD).any(2)[:, : length + 1].all()
+
+
 def test_padding_vectors_matter_only_where_there_is_padding() -> None:
     model, inputs = build(), batch()
     before = model(*inputs)[1]

@@ -128,6 +128,22 @@ def test_it_resumes_in_the_middle_of_a_window_and_ignores_losses_that_are_not_fi
     assert found == expected and second.factor == whole.factor < 1
 
 
+@pytest.mark.parametrize("stop", range(6, 26))
+def test_a_window_that_a_restart_cuts_counts_whole(stop: int) -> None:
+    """High losses at a window's start and low ones at its end: either part alone would have another mean, and another verdict."""
+    losses = [{6: 9.0, 16: 8.9, 26: 8.8}.get(step, 1.0) for step in range(40)]
+    plateau = detector(patience=1, threshold=0.002, halvings=1)
+    for step in range(1, stop):
+        plateau.observe(step, losses[step])
+    again = detector(patience=1, threshold=0.002, halvings=1)
+    again.restore(json.loads(json.dumps(plateau.state())), stop - 1)
+    assert again.state() == plateau.state()
+    for step in range(stop, 36):
+        assert again.observe(step, losses[step]) == plateau.observe(step, losses[step])
+        assert again.state() == plateau.state()
+    assert again.state()["best"] == pytest.approx(1.78), "the third window's mean"
+
+
 def test_halvings_by_hand_overrule_the_detector(caplog: pytest.LogCaptureFixture) -> None:
     plateau = detector(at=(40, 20))
     with caplog.at_level("INFO"):

@@ -63,6 +63,7 @@ def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
         engine._publish_scales()
     loss = backward(engine, world, 0, case.accumulation)
     measured = engine.measure()
+    assert torch.equal(engine.measure(), measured), "a second look changes no gradient"
     dist.all_reduce(measured)
     shards = true_gradients(engine)
     expected_loss, expected = reference_gradients(0, half_weights=engine.storage == "fp16")

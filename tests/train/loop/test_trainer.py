@@ -168,6 +168,34 @@ def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copi
     assert events == ["copied", "settled"] * 3
 
 
+class Measured(Scripted):
+    """The same with a measure before each step, as ZeRO's engine has one."""
+
+    def measure(self) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
+    def step(self, lr: float, measured: Any = None) -> Update:
+        assert measured == [0.0]
+        return super().step(lr)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def averaged(self) -> Any: ...
+
+
+def test_an_engine_that_measures_waits_for_the_copy_before_its_step_too(tmp_path: Path) -> None:
+    fit = fit_of(tmp_path, [APPLIED] * 4, [1.0], keep=2)
+    fit.engine = engine = Measured([APPLIED] * 4)  # type: ignore[assignment]
+    engine.average.wait = lambda: time.sleep(0.2)  # type: ignore[method-assign]
+    fit.run_to_end()
+    for step in (2, 4):
+        weights = checkpoint.read_tensors(checkpoint.folder(str(tmp_path / "toy"), step), "model")
+        assert weights["weight"].flatten().tolist() == [float(step)] * 4, "a checkpoint of one update, not of two"
+
+
 def fragments_of(value: float) -> dict[str, Fragment]:
     return {"model/w": even_slice(torch.full((4,), float(value)), 0, 1)}
 

@@ -129,6 +129,7 @@ class ZeroEngine:
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
         self.updates = self.attempts = 0
+        self._is_summed = False  # whether this update's shards are sums over the nodes already
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
         self._constant = 2.0**rules.before_reduction if scaled else 1.0
@@ -150,15 +151,18 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients: the loss is this rank's share of the global mean, and is not divided again (paper D.3)."""
+        self._is_summed = False
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def measure(self) -> Tensor:
-        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. Collective between nodes."""
+        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call of an update is collective between
+        nodes, and sums their shards in place; later ones measure the same sums again."""
         found = self.gradients.read()
-        if self.nodes > 1:
+        if self.nodes > 1 and not self._is_summed:
             self._between_nodes(found.tensors, found.layout.compressible)
+            self._is_summed = True
         return measures.local(found, self.resblocks + 1, count=(self.attempts + 1) % self.fit.numerics_every == 0, device=self.device)
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:

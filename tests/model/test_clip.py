@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.clip import Clip, contrastive_loss
+from model.clip import Clip
 from model.config import ClipConfig
+from tests.support.contrastive import contrastive_loss
 
 CFG = ClipConfig(width=32, layers=2, heads=2, patch=4, embed=16)
 

@@ -124,13 +124,9 @@ class ReplicatedEngine:
                 }
 
 
-def global_sum(counts: dict[str, int], device: torch.device) -> dict[str, int]:
-    """Sum integer counts over ranks: the denominators of an update (docs/contracts.md, section 5)."""
-    return {name: int(count) for name, count in global_counts(counts, device).items()}
-
-
 def global_counts(counts: dict[str, int], device: torch.device) -> dict[str, Tensor]:
-    """The same as 0-dimensional tensors (int64) on the device: nobody waits for them."""
+    """Sum integer counts over ranks, the denominators of an update (docs/contracts.md, section 5), as 0-dimensional tensors (int64) on the device: nobody waits
+    for them."""
     vector = torch.tensor(list(counts.values()), dtype=torch.int64).to(device, non_blocking=True)
     if dist.is_initialized():
         dist.all_reduce(vector)

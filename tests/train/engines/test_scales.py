@@ -94,6 +94,15 @@ def test_one_global_scale_falls_with_any_resblock() -> None:
     assert each.values() == scales.values()
 
 
+def test_one_scale_that_takes_over_from_many_is_as_small_as_their_smallest_and_divided_when_the_last_was() -> None:
+    many, one = GradientScales(3, 1, RULES), GradientScales(3, 1, ScaleSection(scope="global"))
+    many.update(10, [True, False, False])
+    many.update(11, [False, True, False])
+    many.update(12, [True, False, False])  # within its window: divided no further
+    one.restore(many.state())
+    assert one.exponents == [min(many.exponents)] and one.divided == [max(many.divided)] == [11] and one.overflows == [2, 1, 0]
+
+
 def test_scale_exponents_must_be_in_order() -> None:
     with pytest.raises(ValueError, match=r"initial = 30.0 is not between lowest = 7 and highest = 24"):
         ScaleSection(initial=30.0)

@@ -135,6 +135,12 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     assert checkpoint.complete(str(tmp_path / "toy")) == [2]
 
 
+@pytest.mark.parametrize(("fate", "message"), [(OVERFLOW, "4 consecutive updates up to update 3"), (BROKEN, "2 consecutive updates up to update 1")])
+def test_a_streak_from_the_first_update_on_is_as_long_as_any_other(tmp_path: Path, fate: Update, message: str) -> None:
+    with pytest.raises(DivergedError, match=message):
+        fit_of(tmp_path, [fate] * 8, [1.0]).run_to_end()
+
+
 def test_a_restore_is_watched_and_what_is_compiled_after_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     for name in ("beat", "rest"):

@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check raises soak gpu bench-peers compat clean
+.PHONY: help demo test check raises mutants soak gpu bench-peers compat clean
 
 help:  ## List the targets
 	@echo "make demo    with PRESET=$(PRESET); ARGS=... are passed on; VENV=$(VENV) is made when needed."
@@ -31,6 +31,9 @@ check: $(STAMP)  ## Style, formatting, types and the direction of imports
 
 raises: $(STAMP)  ## The tests under coverage: every raise must be reached by one
 	@$(RUN) .ci/raises.py $(ARGS)
+
+mutants: $(STAMP)  ## Plant small faults and list those that no test sees (hours; goes on where it was; ARGS="--jobs 4 --only trainer")
+	@nice -n 5 $(RUN) .ci/mutants.py $(ARGS)
 
 soak: $(STAMP)  ## Long fault and training runs
 	@$(call selected,soak)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import StreamShape, TransformerConfig
 from model.masks import Kind, dense_mask, layer_kinds
-from model.offsets import offsets_of
+from model.offsets import MaskRules, lines_before, mask_kind
 
 # On CUDA the fallback of scaled_dot_product_attention would write all scores to memory: without a kernel that does not, it is an error.
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -60,12 +60,11 @@ class StructuredAttention(nn.Module):
         self.bias_text: Tensor
         self.register_buffer("bias_text", torch.full((shape.text_tokens, shape.text_tokens), float("-inf")).triu(1), persistent=False)
         for kind in sorted(set(layer_kinds(cfg.layers))):
-            furthest = offsets_of(kind, shape, cfg)[-1]
-            before = 0 if kind == "column" else min(-(-furthest // shape.grid), shape.grid - 1)
+            before = lines_before(kind, MaskRules.of(cfg, shape))
             mask_YXYX = (
                 dense_mask(kind, shape, cfg)[shape.text_tokens :, shape.text_tokens :].unflatten(1, (shape.grid, -1)).unflatten(0, (shape.grid, -1))
             )
-            if kind == "column":
+            if mask_kind(kind).is_transposed:
                 mask_YXYX = mask_YXYX.permute(1, 0, 3, 2)
             # Windows of keys, as _windows makes them: the first lines have windows that begin before the image.
             padded = F.pad(mask_YXYX, (0, 0, before, 0))
@@ -86,13 +85,13 @@ class StructuredAttention(nn.Module):
         # One softmax over text and image keys together (paper B.1, footnote 7).
         p_BHLXT, p_BHLXW = torch.cat([text_scores_BHLXT, line_scores_BHLXW], dim=-1).softmax(-1).split([text, line_scores_BHLXW.shape[-1]], dim=-1)
         out_BHLXK = p_BHLXW @ v_BHLWK + (p_BHLXT.flatten(2, 3) @ v_BHTK).unflatten(2, (self.grid, -1))
-        if kind == "column":
+        if mask_kind(kind).is_transposed:
             out_BHLXK = out_BHLXK.transpose(2, 3)
         return torch.cat([out_BHTK, out_BHLXK.flatten(2, 3)], dim=2)
 
     def _lines(self, x_BHIK: Tensor, kind: Kind) -> Tensor:
         x_BHYXK = x_BHIK.unflatten(2, (self.grid, -1))
-        return x_BHYXK.transpose(2, 3) if kind == "column" else x_BHYXK
+        return x_BHYXK.transpose(2, 3) if mask_kind(kind).is_transposed else x_BHYXK
 
     def _windows(self, x_BHLXK: Tensor, kind: Kind) -> Tensor:
         before = self.lines_before[kind]

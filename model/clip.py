@@ -102,18 +102,11 @@ class Clip(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Factor of the cosines: the inverse temperature, at most 100; a scalar."""
-        return self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
+        """Factor of the cosines: the inverse temperature; a scalar."""
+        return self.log_scale.exp()
 
-
-def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor:
-    """Symmetrical cross-entropy of finding each image's caption and each caption's image within the batch; a scalar in nats.
-
-    Args:
-        image_BE: unit vectors of images, fp32 [B, E].
-        text_BE: unit vectors of their captions, in the same order.
-        scale: factor of the cosines.
-    """
-    logits_BB = scale * image_BE @ text_BE.t()
-    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    return (F.cross_entropy(logits_BB, own_B) + F.cross_entropy(logits_BB.t(), own_B)) / 2
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Keep the scale at 100 or below: to be called after each update. A clamp inside ``scale`` would have no gradient beyond its limit, and a scale
+        that once passed it could never come back."""
+        self.log_scale.clamp_(max=_MAX_LOG_SCALE)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.config import StreamShape, TransformerConfig
 from model.draw_cache import PastCache, Window, cache_places
-from model.offsets import Kind, layer_kinds
+from model.offsets import Kind, layer_kinds, mask_kind
 from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -82,10 +82,6 @@ class DrawingWeights:
     @property
     def device(self) -> torch.device:
         return self.layers[0].qkv.device
-
-    def picture_bytes(self, window: int = 1) -> int:
-        """Bytes of keys and values of one picture, its text apart: the closed form of the masks."""
-        return cache_bytes(self.cfg, self.shape, self.dtype.itemsize, window)
 
     def run_layer(self, layer: _Layer, x_RD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """One layer on fp32 states [rows, D]; ``attend`` turns fused queries, keys and values [rows, 3 D] into [rows, D]."""
@@ -276,7 +272,7 @@ class Drawer:
         """Several states of every picture, from a position of its own each."""
         window = self._window
         assert window is not None
-        is_column = past.kind == "column"
+        is_column = mask_kind(past.kind).is_transposed
         keys = past.columns(past.keys_BHRK, window) if is_column else past.keys_BHRK
         past_BHQP = (q_BHQK[..., None, :] @ keys.transpose(-1, -2))[..., 0, :] if is_column else q_BHQK @ keys.transpose(-1, -2)
         past_BHQP = past_BHQP.masked_fill(~is_seen_BQP[:, None], float("-inf"))

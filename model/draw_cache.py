@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import StreamShape, TransformerConfig
-from model.offsets import Kind, offsets_of
+from model.offsets import Kind, mask_kind, offsets_of
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class PastCache:
         self.is_allowed_I[list(offsets)] = True
         back_RR = 1 + (torch.arange(self.places, device=device)[:, None] - 1 - torch.arange(self.places, device=device)) % max(1, self.places)
         ring_RR = self.is_allowed_I[back_RR.clamp(max=shape.image_tokens - 1)]
-        self.ring_RR = None if kind == "column" or bool(ring_RR.all()) else ring_RR
+        self.ring_RR = None if mask_kind(kind).is_transposed or bool(ring_RR.all()) else ring_RR
         """Whether a state at place r of the ring sees each place of the full ring; None where it sees all."""
 
     def place(self, states: Tensor) -> Tensor:
         """Where the keys of image states lie."""
-        return states % self.grid * self.grid + states // self.grid if self.kind == "column" else states % max(1, self.places)
+        return states % self.grid * self.grid + states // self.grid if mask_kind(self.kind).is_transposed else states % max(1, self.places)
 
     def one_state(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [B, H, P, K] that the one state ``first`` of every picture sees, and which of them (None: all). Views; nothing is copied."""
-        if self.kind == "column":
+        if mask_kind(self.kind).is_transposed:
             begin = first % self.grid * self.grid
             span, is_seen_P = slice(begin, begin + first // self.grid), None
         else:
@@ -67,7 +67,7 @@ class PastCache:
     def visible(self, window: Window) -> Tensor:
         """bool [B, Q, P]: which of the kept places (of a column layer: those of the state's column) each state of the window sees."""
         states_BQ = window.states_BQ
-        if self.kind == "column":
+        if mask_kind(self.kind).is_transposed:
             row_W = torch.arange(self.grid, device=states_BQ.device)
             held_BQP = row_W * self.grid + states_BQ[..., None] % self.grid
             return held_BQP < window.first_B[:, None, None]
@@ -86,7 +86,7 @@ class PastCache:
     def keep_one(self, first: int, k_BH1K: Tensor, v_BH1K: Tensor) -> None:
         """Keep the state ``first`` of every picture."""
         if self.places:
-            at = first % self.grid * self.grid + first // self.grid if self.kind == "column" else first % self.places
+            at = first % self.grid * self.grid + first // self.grid if mask_kind(self.kind).is_transposed else first % self.places
             self.keys_BHRK[:, :, at] = k_BH1K[:, :, 0]
             self.values_BHRK[:, :, at] = v_BH1K[:, :, 0]
 
@@ -102,4 +102,4 @@ class PastCache:
 
 def cache_places(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:
     """Past image states that a layer keeps for a picture; the states of the present pass come on top."""
-    return shape.image_tokens if kind == "column" else offsets_of(kind, shape, cfg)[-1]
+    return shape.image_tokens if mask_kind(kind).is_transposed else offsets_of(kind, shape, cfg)[-1]

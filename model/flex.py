@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.config import StreamShape, TransformerConfig
-from model.offsets import Kind, is_allowed, layer_kinds, transposed
+from model.offsets import Kind, MaskRules, is_allowed, layer_kinds, mask_kind, transposed
 
 BLOCK = 128
 """Queries and keys of a block. A row layer touches 0.62 of the causal blocks of 128 at 256 + 1024 states, and 0.50 of those of 64."""
@@ -20,14 +20,14 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def mask_mod(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> MaskMod:
-    """The mask as FlexAttention wants it: (batch, head, query, key) -> bool. Columns are laid out column by column (Figure 11c)."""
-    text, grid, conv_kernel, conv_offsets = shape.text_tokens, shape.grid, cfg.conv_kernel, cfg.conv_offsets
+    """The mask as FlexAttention wants it: (batch, head, query, key) -> bool, in the layout of its kind (``MaskKind.is_transposed``)."""
+    text, grid, rules, is_transposed = shape.text_tokens, shape.grid, MaskRules.of(cfg, shape), mask_kind(kind).is_transposed
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         q_image, k_image = query - text, key - text
-        if kind == "column":
+        if is_transposed:
             q_image, k_image = transposed(q_image, grid), transposed(k_image, grid)
-        sees_image = (query >= text) & (key >= text) & is_allowed(kind, q_image - k_image, grid, conv_kernel, conv_offsets)
+        sees_image = (query >= text) & (key >= text) & is_allowed(kind, q_image - k_image, rules)
         return cast(Tensor, sees_image | ((key < text) & (query >= key)))
 
     return allowed
@@ -42,7 +42,7 @@ def block_mask(kind: Kind, shape: StreamShape, cfg: TransformerConfig, device: t
 class FlexAttention(nn.Module):
     """FlexAttention, compiled; scores never reach global memory.
 
-    Column layers run on transposed image states, so that their blocks are dense. On a CPU it has no backward pass.
+    Kinds that are laid out transposed run on transposed image states, so that their blocks are dense. On a CPU it has no backward pass.
     """
 
     def __init__(self, cfg: TransformerConfig, shape: StreamShape, *, block: int = BLOCK, compiled: bool = True) -> None:
@@ -65,7 +65,7 @@ class FlexAttention(nn.Module):
         place = (kind, q_BHSK.device)
         if place not in self._masks:
             self._masks[place] = block_mask(kind, self.shape, self.cfg, q_BHSK.device, self.block)
-        if kind != "column":
+        if not mask_kind(kind).is_transposed:
             return cast(Tensor, self._flex(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place]))
         q_BHSK, k_BHSK, v_BHSK = (t.index_select(2, self.order_S) for t in (q_BHSK, k_BHSK, v_BHSK))
         # The order is its own inverse: grid rows and columns change places.

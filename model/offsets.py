@@ -1,10 +1,11 @@
-"""Which state may attend to which, as rules on raster distances (paper B.1, Figure 11). The one definition: dense masks, block masks, the plan of
-the cache, counts and the drawing in docs/ all derive from ``is_allowed``. No torch.
+"""Which state may attend to which, as rules on raster distances (paper B.1, Figure 11). The one definition: dense masks, block masks, what
+drawing keeps of the past, counts and the picture in docs/ all derive from ``is_allowed``. No torch.
 
 S states = T text states, then I = W x W image states in raster order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from model.config import StreamShape, TransformerConfig
@@ -14,23 +15,73 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ConvOffsets = Literal["figure", "causal"]
 
 
+@dataclass(frozen=True)
+class MaskRules:
+    """The numbers that masks are made of. A kind of mask reads those that it needs."""
+
+    grid: int
+    """Image states along each axis, W."""
+    conv_kernel: int = 1
+    """Side of the convolutional mask, odd."""
+    conv_offsets: ConvOffsets = "figure"
+    """'figure', the rule fitted to Figure 11(d), or 'causal', the textbook causal half of the kernel."""
+
+    @classmethod
+    def of(cls, cfg: TransformerConfig, shape: StreamShape) -> "MaskRules":
+        """Those of a model."""
+        return cls(shape.grid, cfg.conv_kernel, cfg.conv_offsets)
+
+
+def _row(distance: Any, rules: MaskRules) -> Any:
+    return distance <= rules.grid
+
+
+def _column(distance: Any, rules: MaskRules) -> Any:
+    return distance % rules.grid == 0
+
+
+def _conv(distance: Any, rules: MaskRules) -> Any:
+    grid, half = rules.grid, rules.conv_kernel // 2
+    up, left = distance // grid, distance % grid
+    if rules.conv_offsets == "figure":
+        return (up <= half) & ((left <= half) | (grid - left <= half))
+    return ((up <= half) & (left <= half)) | ((up < half) & (grid - left <= half))
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """One kind of mask between image states."""
+
+    allows: Callable[[Any, MaskRules], Any]
+    """Whether an image state attends to the one ``distance`` places before it in raster order; only asked for distances of at least 0. Built from operators
+    that integers and tensors share, so that it also serves inside a compiled kernel."""
+    is_transposed: bool = False
+    """Whether engines lay image states out column by column for this kind (Figure 11c), because what it allows then lies in dense blocks."""
+
+
+MASKS: dict[Kind, MaskKind] = {"row": MaskKind(_row), "column": MaskKind(_column, is_transposed=True), "conv": MaskKind(_conv)}
+"""Figure 11. Another kind is a name in ``Kind``, an entry here, and a place in ``layer_kinds``."""
+
+
+def mask_kind(kind: Kind) -> MaskKind:
+    """Raises: ValueError: an unknown kind."""
+    if kind not in MASKS:
+        raise ValueError(f"attention kind '{kind}': accepted are {', '.join(KINDS)}")
+    return MASKS[kind]
+
+
 def layer_kinds(layers: int) -> list[Kind]:
     """Mask of each self-attention layer, first to last (paper B.1): row, column, row, row, repeated; the last layer is convolutional."""
     kinds: list[Kind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers)]
     return [*kinds, "conv"]
 
 
-def is_allowed(kind: Kind, distance: Any, grid: int, conv_kernel: int, conv_offsets: ConvOffsets) -> Any:
+def is_allowed(kind: Kind, distance: Any, rules: MaskRules) -> Any:
     """Whether an image state attends to the image state ``distance`` places before it in raster order (Figure 11).
-
-    Built from operators that integers and tensors share, so that it also serves inside a compiled kernel.
 
     Args:
         kind: which mask.
         distance: query minus key; an int, or a tensor of integers. Below 0, nothing is allowed.
-        grid: image states along each axis, W.
-        conv_kernel: side of the convolutional mask, odd.
-        conv_offsets: 'figure', the rule fitted to Figure 11(d), or 'causal', the textbook causal half of the kernel.
 
     Returns:
         A bool, or a tensor of them.
@@ -38,20 +89,10 @@ def is_allowed(kind: Kind, distance: Any, grid: int, conv_kernel: int, conv_offs
     Raises:
         ValueError: an unknown kind.
     """
-    is_past, half = distance >= 0, conv_kernel // 2
-    up, left = distance // grid, distance % grid
-    if kind == "row":
-        return is_past & (distance <= grid)
-    if kind == "column":
-        return is_past & (left == 0)
-    if kind == "conv" and conv_offsets == "figure":
-        return is_past & (up <= half) & ((left <= half) | (grid - left <= half))
-    if kind == "conv":
-        return is_past & (((up <= half) & (left <= half)) | ((up < half) & (grid - left <= half)))
-    raise ValueError(f"attention kind '{kind}': accepted are {', '.join(KINDS)}")
+    return (distance >= 0) & mask_kind(kind).allows(distance, rules)
 
 
-def allowed_offsets(kind: Kind, grid: int, conv_kernel: int, conv_offsets: ConvOffsets) -> tuple[int, ...]:
+def allowed_offsets(kind: Kind, rules: MaskRules) -> tuple[int, ...]:
     """Raster distances ``d = query - key >= 0`` at which an image state attends to an image state, ascending; see ``is_allowed``.
 
     Keys before the first image state are absent: nothing wraps to the end of the image, but offsets do run across the ends of rows.
@@ -59,37 +100,32 @@ def allowed_offsets(kind: Kind, grid: int, conv_kernel: int, conv_offsets: ConvO
     Raises:
         ValueError: an unknown kind.
     """
-    return tuple(d for d in range(grid**2) if is_allowed(kind, d, grid, conv_kernel, conv_offsets))
+    return tuple(d for d in range(rules.grid**2) if is_allowed(kind, d, rules))
+
+
+def lines_before(kind: Kind, rules: MaskRules) -> int:
+    """Lines before its own that an image state reaches: rows, or columns where the kind is laid out transposed.
+
+    Raises:
+        ValueError: a transposed kind reaches beyond its column: in that layout some keys would lie after their query.
+    """
+    offsets = allowed_offsets(kind, rules)
+    if not mask_kind(kind).is_transposed:
+        return min(-(-offsets[-1] // rules.grid), rules.grid - 1)
+    if any(d % rules.grid for d in offsets):
+        raise ValueError(f"attention kind '{kind}' is laid out transposed, so it may allow multiples of {rules.grid} alone; it allows {offsets}")
+    return 0
 
 
 def offsets_of(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> tuple[int, ...]:
     """``allowed_offsets`` of a model."""
-    return allowed_offsets(kind, shape.grid, cfg.conv_kernel, cfg.conv_offsets)
+    return allowed_offsets(kind, MaskRules.of(cfg, shape))
 
 
 def allowed_pairs(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:
     """Pairs of query and key that a layer's mask allows: text with earlier text, images with all text, images with images by ``offsets_of``."""
     text = shape.text_tokens * (shape.text_tokens + 1) // 2
     return text + shape.image_tokens * shape.text_tokens + sum(shape.image_tokens - d for d in offsets_of(kind, shape, cfg))
-
-
-def touched_blocks(kind: Kind, shape: StreamShape, cfg: TransformerConfig, block: int) -> int:
-    """Blocks of ``block`` x ``block`` pairs that hold an allowed one: what a block-sparse kernel computes. Columns are laid out column by column."""
-    return len(set(_touched(kind, shape, cfg, block)))
-
-
-def _touched(kind: Kind, shape: StreamShape, cfg: TransformerConfig, block: int) -> Iterator[tuple[int, int]]:
-    text, last = shape.text_tokens, (shape.states - 1) // block
-    for query in range(text):
-        yield from ((query // block, key) for key in range(query // block + 1))
-    for query in range(text // block, last + 1):  # some image state, which sees all text
-        yield from ((query, key) for key in range((text - 1) // block + 1))
-    offsets = offsets_of(kind, shape, cfg)
-    for query in range(shape.image_tokens):
-        for d in offsets:
-            if d <= query:
-                places = [text + (transposed(i, shape.grid) if kind == "column" else i) for i in (query, query - d)]
-                yield places[0] // block, places[1] // block
 
 
 def transposed(image: Any, grid: int) -> Any:

@@ -244,12 +244,8 @@ class Transformer(nn.Module):
             x_BSD = block(x_BSD, self.attend)
         return x_BSD
 
-    def logits(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of every text and image position, fp32 [B, T, V] and [B, I, N]. Arguments and errors as in ``forward``."""
-        text_BTD, image_BID = self._predicting_states(text_BT, lengths_B, codes_BI)
-        return self.text_unembedding(text_BTD), self.image_unembedding(image_BID)
-
-    def _predicting_states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
+    def predicting_states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised states from which text and image tokens are predicted, fp32 [B, T, D] and [B, I, D]. Arguments and errors as in ``forward``."""
         self._check(text_BT, lengths_B, codes_BI)
         x_BSD = self.final_norm(self.states(text_BT, lengths_B, codes_BI))
         text_BTD, image_BID = x_BSD.split([self.shape.text_tokens, self.shape.image_tokens], dim=1)
@@ -268,7 +264,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: wrong shapes; ids or lengths out of range (looked for on CPU tensors only: elsewhere it would cost a wait).
         """
-        text_BTD, image_BID = self._predicting_states(text_BT, lengths_B, codes_BI)
+        text_BTD, image_BID = self.predicting_states(text_BT, lengths_B, codes_BI)
         keeps_logits = not self.checkpoint_every
         is_token_BT = torch.arange(self.shape.text_tokens, device=text_BT.device) < lengths_B[:, None]
         text_nll_BT = self.text_unembedding(text_BTD, text_BT.where(is_token_BT, 0), keeps_logits)
@@ -312,8 +308,8 @@ class ParameterTag:
     """Index of its resblock, 0 to 2 * layers - 1 (attention even, MLP odd); None outside of resblocks."""
     decays: bool
     """Whether weight decay applies: matrices and tables (rank above 1, as in openai/distribution_augmentation), not gains and biases."""
-    compressible: bool
-    """Whether 16-bit storage and gradient compression may apply: matrices of resblocks only (paper D.2)."""
+    is_block_matrix: bool
+    """Whether it is a matrix of a resblock: what 16-bit storage and moments, fp16 on the wire and gradient compression apply to (paper D.2)."""
 
 
 def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
@@ -324,5 +320,5 @@ def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
         owner = model.get_submodule(owner_name)
         is_matrix = leaf == "weight" and isinstance(owner, Projection | Unembedding | Table)
         resblock = int(name.split(".")[1]) if name.startswith("resblocks.") else None
-        tags[name] = ParameterTag(resblock=resblock, decays=is_matrix, compressible=is_matrix and resblock is not None)
+        tags[name] = ParameterTag(resblock=resblock, decays=is_matrix, is_block_matrix=is_matrix and resblock is not None)
     return tags

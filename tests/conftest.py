@@ -16,7 +16,7 @@ from tests.support import durations, manifests
 from tests.support.s3_server import S3Server, serve
 
 # Derandomised and without a database: a failure on one machine is a failure on every machine.
-settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=int(os.environ.get("TESTS_EXAMPLES") or 50))
 settings.load_profile("project")
 
 

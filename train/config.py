@@ -132,6 +132,8 @@ class DalleFit(FitSection):
 
     init_from: str = ""
     """Start from the weights of this export (a folder or s3 prefix with model.safetensors); a checkpoint of the run goes before it."""
+    attention_records: str = Field(default="", json_schema_extra=ANY_TIME)
+    """Folder with a site's own measurements ('launcher.py bench model --out FOLDER'), which dalle.attention = 'auto' reads beside those that come with the code; empty: none."""
     lr: float = Field(default=4.5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
     warmup_steps: int = Field(default=5_000, ge=0, json_schema_extra=GOING_ON)

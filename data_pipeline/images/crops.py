@@ -148,24 +148,6 @@ def center_crop(size: tuple[int, int], target: int) -> CropBox:
     return CropBox((left, top, left + side, top + side), target, (0, 0))
 
 
-def listing1(image: Pixels, target: int, scale_min: float, scale_max: float, rng: np.random.Generator) -> tuple[Pixels, CropBox]:
-    """``dvae_crop`` drawn and cut: the picture [target, target, 3] and its crop box."""
-    crop = dvae_crop((image.shape[1], image.shape[0]), target, scale_min, scale_max, rng)
-    return cut(image, crop, target), crop
-
-
-def listing2(image: Pixels, target: int, scale_max: float, rng: np.random.Generator) -> tuple[Pixels, CropBox]:
-    """``transformer_crop`` drawn and cut: the picture [target, target, 3] and its crop box."""
-    crop = transformer_crop((image.shape[1], image.shape[0]), target, scale_max, rng)
-    return cut(image, crop, target), crop
-
-
-def center(image: Pixels, target: int) -> tuple[Pixels, CropBox]:
-    """``center_crop`` cut: the picture [target, target, 3] and its crop box."""
-    crop = center_crop((image.shape[1], image.shape[0]), target)
-    return cut(image, crop, target), crop
-
-
 def _short_side(size: tuple[int, int], target: int) -> int:
     side = min(size)
     if side < target:

@@ -251,11 +251,6 @@ class ShardCache:
         self._round = 0  # of looking ahead; the thread of a former one ends
 
     @property
-    def segments(self) -> int:
-        """The number that begins the names of this loader's segments."""
-        return self._claim.number
-
-    @property
     def folder(self) -> Path:
         """Where the shard files are."""
         return self._folder

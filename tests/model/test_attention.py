@@ -20,15 +20,16 @@ from model.attention_engines import ENGINES, EngineName, make_engine, why_unavai
 from model.config import StreamShape, TransformerConfig
 from model.flex import FlexAttention
 from model.masks import KINDS, Kind, dense_mask
-from train.config import load_run
+from train.config import PRESETS, load_run
 from train.machine import attention_choice, attention_times
-from train.machine.attention_choice import RECORDS, choose, read_records
+from train.machine.attention_choice import choose, read_records
 from train.machine.attention_times import AttentionPoint
 from train.machine.rates import Figure, Options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CFG = TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3)
 SHAPE = StreamShape(text_tokens=5, text_vocab=9, grid=4, image_vocab=9)
+PATTERN = "2 row 1 column 1 conv"
 SIZES = [(5, 4, 3), (1, 2, 3), (9, 6, 7), (16, 8, 5), (3, 3, 11)]
 
 
@@ -140,7 +141,7 @@ def record(folder: Path, name: str, device: str, kind: str, figures: dict[str, f
 
 
 def point(engine: EngineName, dtype: str, text: int, grid: int) -> str:
-    return str(AttentionPoint(engine, dtype, text, grid, 16))
+    return str(AttentionPoint(engine, dtype, text, grid, 16, PATTERN))
 
 
 def test_auto_takes_the_fastest_of_the_nearest_measurement_and_says_why(
@@ -175,7 +176,7 @@ def test_auto_takes_the_reference_where_nothing_is_measured_and_says_how_to_meas
     record(tmp_path, "a", "x", "cpu", {point("structured", "fp32", 5, 4): 1.0})
     with caplog.at_level(logging.INFO, "train.machine.attention_choice"):
         assert choose(CFG, SHAPE, CUDA, torch.float32, tmp_path) == "dense"
-    assert "nothing is measured on new; 'launcher.py bench model --out train/machine/attention_records'" in caplog.text
+    assert "nothing is measured on new; 'launcher.py bench model --out FOLDER' with dalle_fit.attention_records=FOLDER" in caplog.text
 
 
 def test_an_engine_that_cannot_run_here_is_never_chosen_however_fast_it_was(tmp_path: Path) -> None:
@@ -183,18 +184,48 @@ def test_an_engine_that_cannot_run_here_is_never_chosen_however_fast_it_was(tmp_
     assert choose(CFG, SHAPE, CPU, torch.float32, tmp_path) == "dense"
 
 
-def test_the_committed_measurements_make_cpus_take_structured_attention_for_the_demo() -> None:
-    assert {found.point.engine for found in read_records("cpu")} == {"dense", "structured"}
-    demo = TransformerConfig(layers=4, width=128, heads=4, conv_kernel=5)
-    assert choose(demo, StreamShape(text_tokens=40, text_vocab=1000, grid=16, image_vocab=512), CPU, torch.bfloat16, RECORDS) == "structured"
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_committed_measurements_choose_for_every_preset_and_kind_of_device(
+    preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they did before records named a pattern of layers: nothing is measured on a GPU yet, and on CPUs only tiny is too small for lines to be worth it."""
+    monkeypatch.setattr(attention_choice, "describe_device", lambda kind: {"name": f"some {kind}"})
+    assert {found.point.engine for found in read_records("cpu")} == {"dense", "structured"} and not read_records("cuda")
+    cfg = load_run(preset, [])
+    found = [choose(cfg.dalle, cfg.stream_shape(), device, dtype) for device in (CPU, CUDA)]
+    assert found == ["dense" if preset == "tiny" else "structured", "dense"]
+
+
+def test_a_sites_own_records_go_before_those_of_the_code_and_a_folder_without_any_is_an_error(tmp_path: Path) -> None:
+    name = read_records("cpu")[0].device
+    cfg, shape = TransformerConfig(layers=8, width=512, heads=8), StreamShape(text_tokens=256, text_vocab=9, grid=32, image_vocab=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_choice, "describe_device", lambda kind: {"name": name})
+        assert choose(cfg, shape, CPU, torch.float32) == "structured"
+        with pytest.raises(ConfigError, match=r"dalle_fit\.attention_records = '.*': holds no model-\*\.json; 'launcher\.py bench model --out"):
+            choose(cfg, shape, CPU, torch.float32, tmp_path)
+        points = {engine: AttentionPoint.of(engine, "fp32", cfg, shape) for engine in ENGINES}
+        record(tmp_path, "site", name, "cpu", {str(points["dense"]): 1.0, str(points["structured"]): 2.0})
+        assert choose(cfg, shape, CPU, torch.float32, tmp_path) == "dense"
+
+
+def test_of_two_records_that_are_alike_the_one_of_the_models_own_pattern_of_layers_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "describe_device", lambda kind: {"name": "this one"})
+    rows = {engine: AttentionPoint(engine, "fp32", 5, 4, 16, "4 row") for engine in ENGINES}
+    figures = {str(rows["dense"]): 1.0, str(rows["structured"]): 2.0, point("dense", "fp32", 5, 4): 4.0, point("structured", "fp32", 5, 4): 3.0}
+    record(tmp_path, "a", "this one", "cpu", figures)
+    assert choose(CFG, SHAPE, CPU, torch.float32, tmp_path) == "structured"
 
 
 def test_a_figures_name_reads_back() -> None:
     for engine in ENGINES:
-        found = AttentionPoint(engine, "bf16", 256, 32, 64)
+        found = AttentionPoint(engine, "bf16", 256, 32, 64, "2 row 1 column 1 conv")
         assert attention_times.parse(str(found)) == found
     assert attention_times.parse("training step bf16") is None
-    assert attention_times.parse("attention fast bf16, 1+2x2 states, heads of 3") is None
+    assert attention_times.parse("attention dense bf16, 256+32x32 states, heads of 64") is None, "a time of unknown layers"
+    assert [attention_times.layer_pattern(layers) for layers in (1, 4, 8)] == ["1 conv", PATTERN, "5 row 2 column 1 conv"]
+    assert attention_times.parse("attention fast bf16, 1+2x2 states, heads of 3, layers 1 conv") is None
 
 
 def test_times_are_the_inverse_of_rates() -> None:
@@ -203,5 +234,5 @@ def test_times_are_the_inverse_of_rates() -> None:
 
 def test_every_engine_that_runs_here_is_timed() -> None:
     found = attention_times.times(CFG, SHAPE, 2, ("fp32",), Options(device="cpu", seconds=0.01, runs=1))
-    assert set(found) == {str(AttentionPoint(engine, "fp32", 5, 4, 16)) for engine in ("dense", "structured")}
+    assert set(found) == {str(AttentionPoint(engine, "fp32", 5, 4, 16, PATTERN)) for engine in ("dense", "structured")}
     assert all(figure.unit == "ms" and figure.value > 0 for figure in found.values())

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.clip import Clip, contrastive_loss
+from model.clip import Clip
 from model.config import ClipConfig
+from tests.support.contrastive import contrastive_loss
 
 CFG = ClipConfig(width=32, layers=2, heads=2, patch=4, embed=16)
 
@@ -69,7 +70,12 @@ def test_the_scale_is_learned_and_never_above_100() -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     with torch.no_grad():
         model.log_scale.fill_(9.0)
-    assert float(model.scale) == pytest.approx(100.0)
+    model.limit_scale()
+    assert float(model.scale.detach()) == pytest.approx(100.0)
+    model.log_scale.grad = None
+    e_BE = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(3)), dim=1)
+    contrastive_loss(e_BE, e_BE.roll(1, 0), model.scale).backward()
+    assert model.log_scale.grad is not None and model.log_scale.grad > 0, "pairs that do not match pull it down from its limit"
 
 
 def test_four_pairs_are_learned_by_heart() -> None:

@@ -12,6 +12,7 @@ from model.decoder import Drawer, DrawingWeights, Texts, cache_bytes, text_bytes
 from model.draw_cache import PastCache, Window
 from model.offsets import layer_kinds
 from model.transformer import Transformer
+from tests.support.logits import logits
 
 SHAPE = StreamShape(text_tokens=5, text_vocab=40, grid=4, image_vocab=24)
 TEXT = torch.arange(20).view(4, 5)
@@ -32,7 +33,7 @@ def build(engine: EngineName = "dense", shape: StreamShape = SHAPE, **options: A
 
 
 def wanted(model: Transformer) -> torch.Tensor:
-    return model.logits(TEXT, LENGTHS, CODES)[1]
+    return logits(model, TEXT, LENGTHS, CODES)[1]
 
 
 def one_by_one(drawer: Drawer, codes_BI: torch.Tensor) -> torch.Tensor:
@@ -106,8 +107,8 @@ def test_given_codes_are_taken_in_passes_of_a_row_and_drawing_goes_on_after_them
 def test_pictures_share_their_captions_and_groups_have_texts_of_their_own() -> None:
     model = build(layers=6)
     text_BT, lengths_B = TEXT[[0, 0, 2, 2]], LENGTHS[[0, 0, 2, 2]]
-    captions_BIN = model.logits(text_BT, lengths_B, CODES)[1]
-    empty_BIN = model.logits(torch.zeros_like(text_BT), torch.zeros_like(lengths_B), CODES)[1]
+    captions_BIN = logits(model, text_BT, lengths_B, CODES)[1]
+    empty_BIN = logits(model, torch.zeros_like(text_BT), torch.zeros_like(lengths_B), CODES)[1]
     groups = [Texts(TEXT[[0, 2]], LENGTHS[[0, 2]], 2), Texts(torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), 4)]
     got_BIN = one_by_one(Drawer(DrawingWeights(model), groups), CODES.repeat(2, 1))
     torch.testing.assert_close(got_BIN, torch.cat([captions_BIN, empty_BIN]), rtol=1e-5, atol=1e-5)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from model.config import StreamShape, TransformerConfig
 from model.flex import block_mask, mask_mod
-from model.masks import KINDS, Kind, allowed_offsets, cache_plan, dense_mask, layer_kinds
-from model.offsets import allowed_pairs, is_allowed, touched_blocks, transposed
+from model.masks import KINDS, Kind, allowed_offsets, dense_mask, layer_kinds
+from model.offsets import MASKS, MaskKind, MaskRules, allowed_pairs, is_allowed, lines_before, transposed
+from tests.support.mask_blocks import touched_blocks
 from tests.support.peers import peer_file
 from train.verbs import mask_picture
 
@@ -91,7 +92,7 @@ def test_counts_at_32_by_32_are_those_of_the_fact_sheet() -> None:
 
 
 def test_the_plain_causal_half_has_61_offsets_and_the_figure_adds_five() -> None:
-    figure, causal = set(allowed_offsets("conv", 32, 11, "figure")), set(allowed_offsets("conv", 32, 11, "causal"))
+    figure, causal = set(allowed_offsets("conv", MaskRules(32, 11))), set(allowed_offsets("conv", MaskRules(32, 11, "causal")))
     assert (len(figure), len(causal)) == (66, 61)
     assert figure - causal == {187, 188, 189, 190, 191}
     assert causal < figure
@@ -100,14 +101,14 @@ def test_the_plain_causal_half_has_61_offsets_and_the_figure_adds_five() -> None
 @pytest.mark.parametrize("kernel", [3, 5, 9])
 @pytest.mark.parametrize("rule", ["figure", "causal"])
 def test_every_state_sees_itself_and_nothing_later_even_where_the_kernel_exceeds_the_grid(kernel: int, rule: Literal["figure", "causal"]) -> None:
-    offsets = allowed_offsets("conv", 4, kernel, rule)
+    offsets = allowed_offsets("conv", MaskRules(4, kernel, rule))
     assert offsets[0] == 0
     assert all(0 <= d < 16 for d in offsets)
 
 
 def test_an_unknown_kind_is_refused_with_the_accepted_ones() -> None:
     with pytest.raises(ValueError, match="attention kind 'diagonal': accepted are row, column, conv"):
-        allowed_offsets(cast(Kind, "diagonal"), 4, 3, "figure")
+        allowed_offsets(cast(Kind, "diagonal"), MaskRules(4, 3))
 
 
 SHAPES = st.builds(lambda text, grid: StreamShape(text_tokens=text, text_vocab=9, grid=grid, image_vocab=9), st.integers(1, 9), st.integers(1, 7))
@@ -122,20 +123,30 @@ CONFIGS = st.builds(
 def test_the_causal_rule_is_the_upper_half_of_a_kernel_read_in_raster_order(shape: StreamShape, cfg: TransformerConfig) -> None:
     half = cfg.conv_kernel // 2
     kernel = {up * shape.grid + left for up in range(half + 1) for left in range(-half, half + 1)}
-    assert set(allowed_offsets("conv", shape.grid, cfg.conv_kernel, "causal")) == {d for d in kernel if 0 <= d < shape.image_tokens}
+    assert set(allowed_offsets("conv", MaskRules(shape.grid, cfg.conv_kernel, "causal"))) == {d for d in kernel if 0 <= d < shape.image_tokens}
 
 
 @given(SHAPES, CONFIGS, st.sampled_from(KINDS))
 def test_the_rule_is_the_same_on_tensors_as_on_numbers_and_allows_nothing_later(shape: StreamShape, cfg: TransformerConfig, kind: Kind) -> None:
     distance_R = torch.arange(-shape.image_tokens, shape.image_tokens)
-    allowed_R = is_allowed(kind, distance_R, shape.grid, cfg.conv_kernel, cfg.conv_offsets)
-    assert allowed_R.tolist() == [is_allowed(kind, d, shape.grid, cfg.conv_kernel, cfg.conv_offsets) for d in distance_R.tolist()]
+    allowed_R = is_allowed(kind, distance_R, MaskRules.of(cfg, shape))
+    assert allowed_R.tolist() == [is_allowed(kind, d, MaskRules.of(cfg, shape)) for d in distance_R.tolist()]
     assert not allowed_R[distance_R < 0].any()
 
 
 @given(SHAPES, CONFIGS, st.sampled_from(KINDS))
 def test_counted_pairs_are_those_of_the_dense_mask(shape: StreamShape, cfg: TransformerConfig, kind: Kind) -> None:
     assert allowed_pairs(kind, shape, cfg) == int(dense_mask(kind, shape, cfg).sum())
+
+
+def test_every_kind_of_mask_is_in_the_table_and_says_how_far_it_reaches_in_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(MASKS) == set(KINDS)
+    rules = MaskRules(8, 3)
+    assert [lines_before(kind, rules) for kind in KINDS] == [1, 0, 2]
+    assert [lines_before("conv", MaskRules(2, 11)), lines_before("row", MaskRules(8))] == [1, 1]
+    monkeypatch.setitem(MASKS, "column", MaskKind(MASKS["row"].allows, is_transposed=True))
+    with pytest.raises(ValueError, match=r"'column' is laid out transposed, so it may allow multiples of 8 alone; it allows \(0, 1, 2"):
+        lines_before("column", rules)
 
 
 def transposed_mask(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> Tensor:
@@ -175,24 +186,6 @@ def test_a_row_layer_touches_0_62_of_the_causal_blocks_of_128_and_half_of_those_
     share = {block: touched_blocks("row", shape, cfg, block) / (1280 // block * (1280 // block + 1) / 2) for block in (128, 64)}
     assert share[128] == pytest.approx(0.62, abs=0.005)
     assert share[64] == 0.5
-
-
-@given(SHAPES, CONFIGS, st.sampled_from(KINDS))
-def test_the_plan_of_the_cache_visits_exactly_the_keys_of_the_mask(shape: StreamShape, cfg: TransformerConfig, kind: Kind) -> None:
-    plan, mask_II = cache_plan(kind, shape, cfg), dense_mask(kind, shape, cfg)[shape.text_tokens :, shape.text_tokens :]
-    for position in range(shape.image_tokens):
-        visited, is_allowed_V = plan.visit(position)
-        keys = torch.arange(shape.image_tokens)[visited]
-        assert keys[-1] == position
-        if is_allowed_V is not None:
-            keys = keys[is_allowed_V]
-        assert keys.tolist() == mask_II[position].nonzero()[:, 0].tolist()
-
-
-def test_the_plan_of_the_cache_visits_no_more_than_it_must_at_full_size() -> None:
-    shape, cfg = StreamShape(text_tokens=256, text_vocab=9, grid=32, image_vocab=9), TransformerConfig()
-    plans = {kind: cache_plan(kind, shape, cfg) for kind in KINDS}
-    assert [(plans[k].furthest // plans[k].step + 1, plans[k].is_allowed_V is None) for k in KINDS] == [(33, True), (32, True), (192, False)]
 
 
 @pytest.mark.parametrize(("text_tokens", "grid"), [(6, 4), (256, 32)])

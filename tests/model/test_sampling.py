@@ -11,6 +11,7 @@ from model.gumbel import gumbel_noise
 from model.sampling import Drawn, NotFiniteError, Rule, sample
 from model.transformer import Transformer
 from tests.model.test_decoder import LENGTHS, TEXT, build
+from tests.support.logits import logits
 
 
 def wide(**options: Any) -> Transformer:
@@ -111,8 +112,8 @@ def chi_square(rule: Rule, window: int) -> tuple[float, int]:
     given_BP = torch.full((many, 15), 3)
     drawn_B = draw(range(many), rule, slice(0, 1), model, prefix_BP=given_BP, window=window).codes_BI[:, -1]
     stream = torch.full((1, 16), 3)
-    caption_N = model.logits(TEXT[:1], LENGTHS[:1], stream)[1][0, -1]
-    empty_N = model.logits(torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), stream)[1][0, -1]
+    caption_N = logits(model, TEXT[:1], LENGTHS[:1], stream)[1][0, -1]
+    empty_N = logits(model, torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), stream)[1][0, -1]
     logits_N = (empty_N + rule.guidance * (caption_N - empty_N)) / rule.temperature
     p_N = logits_N.softmax(0)
     order_N = p_N.argsort(descending=True)
@@ -152,7 +153,7 @@ def test_codes_are_drawn_in_proportion_to_their_probabilities(rule: Rule, window
 def test_top_k_of_one_is_the_likeliest_code_whatever_the_seed() -> None:
     greedy_BI = draw([1, 2, 3, 4], Rule(top_k=1)).codes_BI
     assert greedy_BI.equal(draw([9, 8, 7, 6], Rule(top_k=1)).codes_BI)
-    assert greedy_BI.equal(wide().logits(TEXT, LENGTHS, greedy_BI)[1].argmax(2))
+    assert greedy_BI.equal(logits(wide(), TEXT, LENGTHS, greedy_BI)[1].argmax(2))
 
 
 def test_guidance_of_one_computes_nothing_and_of_zero_forgets_the_caption() -> None:

@@ -12,6 +12,7 @@ from model.attention_engines import EngineName, make_engine
 from model.config import StreamShape, TransformerConfig
 from model.masks import KINDS, Kind, dense_mask, layer_kinds
 from model.transformer import Transformer, parameter_tags, quick_gelu
+from tests.support.logits import logits
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Change = Callable[[Tensor, Tensor, Tensor], Inputs]
@@ -85,8 +86,8 @@ def test_a_changed_code_changes_the_logits_of_later_codes_only() -> None:
     model, (text_BT, lengths_B, codes_BI) = build(), batch()
     other_BI = codes_BI.clone()
     other_BI[:, 6] = (other_BI[:, 6] + 1) % SHAPE.image_vocab
-    text_a, image_a = model.logits(text_BT, lengths_B, codes_BI)
-    text_b, image_b = model.logits(text_BT, lengths_B, other_BI)
+    text_a, image_a = logits(model, text_BT, lengths_B, codes_BI)
+    text_b, image_b = logits(model, text_BT, lengths_B, other_BI)
     assert text_a.equal(text_b)
     assert image_a[:, :7].equal(image_b[:, :7])
     assert not image_a[:, 7].equal(image_b[:, 7])
@@ -96,8 +97,8 @@ def test_a_changed_text_token_reaches_later_text_and_every_code() -> None:
     model, (text_BT, lengths_B, codes_BI) = build(), batch()
     other_BT = text_BT.clone()
     other_BT[2, 1] = (other_BT[2, 1] + 1) % SHAPE.text_vocab
-    text_a, image_a = model.logits(text_BT, lengths_B, codes_BI)
-    text_b, image_b = model.logits(other_BT, lengths_B, codes_BI)
+    text_a, image_a = logits(model, text_BT, lengths_B, codes_BI)
+    text_b, image_b = logits(model, other_BT, lengths_B, codes_BI)
     assert text_a[2, :2].equal(text_b[2, :2])
     assert (text_a[2, 2:] != text_b[2, 2:]).any(1).all()
     assert (image_a[2] != image_b[2]).any(1).all()
@@ -109,6 +110,18 @@ def test_ids_beyond_a_captions_length_have_no_effect() -> None:
     is_padding_BT = torch.arange(5) >= lengths_B[:, None]
     for a, b in zip(model(text_BT, lengths_B, codes_BI), model(text_BT.masked_fill(is_padding_BT, 11), lengths_B, codes_BI), strict=True):
         assert a.equal(b)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_captions_last_token_is_seen_by_every_code_and_what_follows_it_is_padding(length: int) -> None:
+    model, (text_BT, _, codes_BI) = build(), batch()
+    lengths_B = torch.full((3,), length)
+    other_BT = text_BT.clone()
+    other_BT[:, length - 1] = (other_BT[:, length - 1] + 1) % SHAPE.text_vocab
+    assert (logits(model, text_BT, lengths_B, codes_BI)[1] != logits(model, other_BT, lengths_B, codes_BI)[1]).any(2).all()
+    padding_BTD = model.text_padding().expand(3, -1, -1)
+    states_BTD = model.embed_text(text_BT, lengths_B)
+    assert states_BTD[:, length + 1 :].equal(padding_BTD[:, length + 1 :]) and (states_BTD != padding_BTD).any(2)[:, : length + 1].all()
 
 
 def test_padding_vectors_matter_only_where_there_is_padding() -> None:
@@ -164,14 +177,14 @@ def test_padding_counts_in_the_text_loss_only_if_asked() -> None:
     assert (counted_BT > 0).all()
     assert counting.text_counts(LENGTHS).tolist() == [5, 5, 5]
     assert counted_BT[text_nll_BT > 0].equal(text_nll_BT[text_nll_BT > 0])
-    log_p_BTV = counting.logits(*inputs)[0].log_softmax(2)
+    log_p_BTV = logits(counting, *inputs)[0].log_softmax(2)
     torch.testing.assert_close(counted_BT[1], -log_p_BTV[1, :, 0])
 
 
 def test_losses_are_the_cross_entropies_of_the_logits() -> None:
     model, (text_BT, lengths_B, codes_BI) = build(), batch()
     text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
-    text_BTV, image_BIN = (x.log_softmax(2) for x in model.logits(text_BT, lengths_B, codes_BI))
+    text_BTV, image_BIN = (x.log_softmax(2) for x in logits(model, text_BT, lengths_B, codes_BI))
     torch.testing.assert_close(text_nll_BT[2], -text_BTV[2].gather(1, text_BT[2][:, None])[:, 0])
     torch.testing.assert_close(image_nll_BI, -image_BIN.gather(2, codes_BI[..., None])[..., 0])
 
@@ -282,12 +295,12 @@ def test_tags_cover_every_parameter_once_and_follow_the_structure() -> None:
     assert list(tags) == [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():
         assert tags[name].decays == (parameter.ndim == 2), name
-        assert tags[name].compressible == (parameter.ndim == 2 and name.startswith("resblocks.")), name
+        assert tags[name].is_block_matrix == (parameter.ndim == 2 and name.startswith("resblocks.")), name
     assert {t.resblock for t in tags.values()} == {None, *range(8)}
     assert tags["resblocks.2.q.weight"].resblock == 2
     assert tags["resblocks.3.norm.weight"].resblock == 3
     assert tags["final_norm.weight"].resblock is None
-    assert [sum(t.compressible for t in tags.values() if t.resblock == i) for i in (0, 1)] == [4, 2]
+    assert [sum(t.is_block_matrix for t in tags.values() if t.resblock == i) for i in (0, 1)] == [4, 2]
 
 
 def test_mlp_2_is_stored_in_by_out_and_the_others_out_by_in() -> None:
@@ -327,7 +340,7 @@ def test_the_default_sizes_count_12_billion_matrix_parameters() -> None:
     with torch.device("meta"):
         model = Transformer(TransformerConfig(), shape, attend=lambda q, k, v, kind: q)
     tags = parameter_tags(model)
-    assert sum(p.numel() for name, p in model.named_parameters() if tags[name].compressible) == 12_092_178_432
+    assert sum(p.numel() for name, p in model.named_parameters() if tags[name].is_block_matrix) == 12_092_178_432
     assert sum(p.numel() for p in model.parameters()) == 12_292_816_384
 
 

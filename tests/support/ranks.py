@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ def run_in_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> li
 
     The function stands at the top level of a test module, which each process loads from its file.
     """
+    if os.environ.get("TESTS_FORK_RANKS"):
+        return _run_in_forks(function, size, arguments)
     source = inspect.getsourcefile(function)
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "arguments").write_bytes(pickle.dumps(arguments))
@@ -45,6 +49,28 @@ def run_in_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> li
         return [pickle.loads(Path(scratch, f"result-{rank}").read_bytes()) for rank in range(size)]
 
 
+def _run_in_forks(function: Callable[..., Any], size: int, arguments: tuple[Any, ...]) -> list[Any]:
+    """The same in children of this process, which need not import torch and DeepSpeed again; for .ci/mutants.py, whose process runs one thread."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = [context.Process(target=_in_fork, args=(function, rank, size, scratch, arguments)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+            time.sleep(0.01)
+        failures = [path.read_text() for path in sorted(Path(scratch).glob("error-*"))]
+        for process in processes:  # one that waits for another, which has failed
+            process.kill() if any(other.exitcode for other in processes) else process.join()
+        assert not any(process.exitcode for process in processes), "\n".join(failures)
+        return [pickle.loads(Path(scratch, f"result-{rank}").read_bytes()) for rank in range(size)]
+
+
+def _in_fork(function: Callable[..., Any], rank: int, size: int, scratch: str, arguments: tuple[Any, ...]) -> None:
+    numbers = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_SIZE": size}
+    os.environ |= {name: str(number) for name, number in numbers.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+    _as_rank(function, scratch, arguments)
+
+
 def _load(source: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
     assert spec is not None and spec.loader is not None
@@ -58,17 +84,21 @@ def _main(source: str, name: str, scratch: str) -> None:
     # Not from the environment's site-packages, where other people's tests lie.
     sys.modules["tests"] = type(sys)("tests")
     sys.modules["tests"].__path__ = [str(ROOT / "tests")]
+    faulthandler.dump_traceback_later(_HANGS_S)  # who waits for whom, before the test's timeout ends it
+    _as_rank(getattr(_load(source), name), scratch, pickle.loads(Path(scratch, "arguments").read_bytes()))
+
+
+def _as_rank(function: Callable[..., Any], scratch: str, arguments: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
 
     from infra.world import World
 
-    faulthandler.dump_traceback_later(_HANGS_S)  # who waits for whom, before the test's timeout ends it
     torch.set_num_threads(1)
     world = World.from_env()
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(scratch, "store")), world.size), rank=world.rank, world_size=world.size)
     try:
-        result = getattr(_load(source), name)(world, *pickle.loads(Path(scratch, "arguments").read_bytes()))
+        result = function(world, *arguments)
         Path(scratch, f"result-{world.rank}").write_bytes(pickle.dumps(result))
         if dist.is_initialized():  # a stage leaves the group itself
             dist.barrier()

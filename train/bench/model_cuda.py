@@ -52,7 +52,7 @@ def run_cuda(options: Options) -> Result:
 
 
 def _time_of(result: Result, engine: EngineName) -> float:
-    point = attention_times.AttentionPoint(engine, "bf16", _SHAPE.text_tokens, _SHAPE.grid, _CFG.width // _CFG.heads)
+    point = attention_times.AttentionPoint.of(engine, "bf16", _CFG, _SHAPE)
     figure = result.measured.get(str(point))
     return float("inf") if figure is None else figure.value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,7 +41,13 @@ class ReplicatedEngine:
         ema_every: int = 1,
         clip_norm: float = float("inf"),
         loss_scale: LossScale | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
+        """
+        Args:
+            after_step: called after each applied update, before the average sees it: brings parameters that have bounds back within them.
+        """
+        self.after_step = after_step
         self.module, self.world, self.clip_norm, self.loss_scale = module, world, clip_norm, loss_scale
         # A 1x1 convolution's gradient has other strides than DDP's bucket; the copy is of no weight, the warning on every rank is.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -78,6 +84,8 @@ class ReplicatedEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.after_step is not None:
+                self.after_step()
             self.updates += 1
             self.average.update(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,13 +124,9 @@ class ReplicatedEngine:
                 }
 
 
-def global_sum(counts: dict[str, int], device: torch.device) -> dict[str, int]:
-    """Sum integer counts over ranks: the denominators of an update (docs/contracts.md, section 5)."""
-    return {name: int(count) for name, count in global_counts(counts, device).items()}
-
-
 def global_counts(counts: dict[str, int], device: torch.device) -> dict[str, Tensor]:
-    """The same as 0-dimensional tensors (int64) on the device: nobody waits for them."""
+    """Sum integer counts over ranks, the denominators of an update (docs/contracts.md, section 5), as 0-dimensional tensors (int64) on the device: nobody waits
+    for them."""
     vector = torch.tensor(list(counts.values()), dtype=torch.int64).to(device, non_blocking=True)
     if dist.is_initialized():
         dist.all_reduce(vector)

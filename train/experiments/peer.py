@@ -34,7 +34,7 @@ from train.experiments.peer_training import run as train_peer
 from train.loop.metrics import read_metrics
 from train.machine.rates import threads
 from train.ranks.device import branch_dtype, keep_memory
-from train.run import places
+from train.run import attention_engine, places
 from train.run.inputs import build_dalle, open_codes, open_tokenizer
 from train.stages import dalle_batches
 from train.stages.dalle_task import cross_entropies
@@ -260,7 +260,8 @@ def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[st
     """Averaged and raw weights of the last checkpoint on validation samples, in one process as the peer is; and the number of parameters."""
     tokenizer, _ = open_tokenizer(cfg, run)
     reader = dalle_batches.validation(cfg, run, World.single(), tokenizer, cfg.evaluate.samples)
-    model: Transformer = build_dalle(cfg, _CPU, branch_dtype(cfg.dalle_fit.precision, _CPU, run, World.single()))
+    dtype = branch_dtype(cfg.dalle_fit.precision, _CPU, run, World.single())
+    model: Transformer = build_dalle(cfg, _CPU, dtype, attention_engine.of_run(cfg, run, World.single(), _CPU, dtype))
     url, found = run.at("dalle"), {}
     newest = checkpoint.folder(url, checkpoint.complete(url)[-1])
     for name, prefix in (("averaged", "average"), ("raw", "model")):

@@ -31,6 +31,7 @@ from train.engines.zero.scales import GradientScales
 from train.experiments import precision_page
 from train.loop.schedules import warmup
 from train.optimizer.adamw import PaperAdamW
+from train.optimizer.protocol import ShardGroup
 from train.report.plots import thin
 
 SHAPE = StreamShape(text_tokens=8, text_vocab=32, grid=4, image_vocab=32)
@@ -106,12 +107,12 @@ class Run:
             _install_floor(self.model, self.tags, floor)
         rules = ScaleSection(scope=arm.scope, growth_updates=options.growth_updates, window=options.window, highest=options.ceiling)  # type: ignore[arg-type]
         self.scales = GradientScales(len(self.model.resblocks), 1, rules) if arm.scope != "none" else None
-        self.groups = [
-            {"params": [p], "weight_decay": 0.045 if self.tags[name].decays else 0.0, "packed": arm.packed and self.tags[name].compressible}
+        groups: list[ShardGroup] = [
+            {"params": [p], "weight_decay": 0.045 if self.tags[name].decays else 0.0, "packed": arm.packed and self.tags[name].is_block_matrix}
             for name, p in self.model.named_parameters()
         ]
         recipe = DalleFit()
-        self.adam = PaperAdamW(self.groups, betas=(recipe.beta1, recipe.beta2), clip_variance=recipe.clip_variance)
+        self.adam = PaperAdamW(groups, betas=(recipe.beta1, recipe.beta2), clip_variance=recipe.clip_variance)
         self.clip = recipe.clip_norm
         self.skipped = 0
 
@@ -175,7 +176,7 @@ def _install_floor(model: nn.Module, tags: dict[str, Any], floor: int) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (_Floor.apply(inputs[0], floor),))
             module.register_forward_hook(lambda _, __, output: _Floor.apply(output, floor))
     for name, p in model.named_parameters():
-        if tags[name].compressible:
+        if tags[name].is_block_matrix:
             p.register_hook(lambda grad: raise_floor(grad, floor))
 
 
@@ -200,7 +201,7 @@ def lost_shares(run: Run, step: int) -> list[float]:
     lost, total = [0.0] * len(run.model.resblocks), [0.0] * len(run.model.resblocks)
     for (name, p), (_, q) in zip(run.model.named_parameters(), reference.model.named_parameters(), strict=True):
         tag = run.tags[name]
-        if tag.compressible and tag.resblock is not None and p.grad is not None and q.grad is not None:
+        if tag.is_block_matrix and tag.resblock is not None and p.grad is not None and q.grad is not None:
             present = q.grad != 0
             lost[tag.resblock] += float((present & (p.grad == 0)).sum())
             total[tag.resblock] += float(present.sum())

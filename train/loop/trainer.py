@@ -22,7 +22,7 @@ from infra.world import World
 from train.config import FitSection
 from train.engines.protocol import Engine, MeasuringEngine, Update
 from train.loop.goodput import Goodput, lost_s, process_age_s
-from train.loop.metrics import MetricsWriter, next_attempt
+from train.loop.metrics import MetricsWriter, next_attempt, throughput
 from train.loop.plateau import Plateau
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
@@ -207,7 +207,7 @@ class Trainer:
             evaluation = self.task.evaluate(self.engine, step, self._writer)
             self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
         self._account(step)
-        rate = self._units / self._update_s if self._update_s else 0.0
+        rate = throughput(self._units, self._update_s)
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
 
     def _account(self, step: int) -> None:

@@ -14,13 +14,13 @@ from infra.errors import ConfigError
 from model.attention_engines import EngineName, why_unavailable
 from model.config import StreamShape, TransformerConfig
 from train.machine import attention_times
-from train.machine.attention_times import AttentionPoint
-from train.machine.rates import DTYPES, describe_device
+from train.machine.attention_times import AttentionPoint, layer_pattern, pattern_shares
+from train.machine.rates import describe_device, name_of
 
 log = logging.getLogger(__name__)
 
 RECORDS = Path(__file__).with_name("attention_records")
-"""Files of ``launcher.py bench model``, of which only the times of attention are read."""
+"""Files of ``launcher.py bench model`` that come with the code, of which only the times of attention are read."""
 _UNMEASURED: EngineName = "dense"
 
 
@@ -34,10 +34,19 @@ class Record:
     file: str
 
 
-def read_records(kind: str, folder: Path = RECORDS) -> list[Record]:
-    """Every recorded time of an engine on devices of a kind ('cpu' or 'cuda')."""
+def read_records(kind: str, folder: Path | str = "") -> list[Record]:
+    """Every recorded time of an engine on devices of a kind ('cpu' or 'cuda'): those of a site's folder, if one is given, before those of the code.
+
+    Raises:
+        ConfigError: the folder holds no record.
+    """
+    own = sorted(Path(folder).glob("model-*.json")) if folder else []
+    if folder and not own:
+        raise ConfigError(
+            f"dalle_fit.attention_records = '{folder}': holds no model-*.json; 'launcher.py bench model --out {folder}' writes one, and '' means none."
+        )
     found = []
-    for path in sorted(folder.glob("model-*.json")):
+    for path in [*own, *sorted(RECORDS.glob("model-*.json"))]:
         result = json.loads(path.read_text())
         if result["device"]["kind"] == kind:
             # The best of the timed runs: a neighbour's load makes times longer, never shorter.
@@ -46,8 +55,11 @@ def read_records(kind: str, folder: Path = RECORDS) -> list[Record]:
     return found
 
 
-def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dtype: torch.dtype, folder: Path = RECORDS) -> EngineName:
+def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dtype: torch.dtype, folder: Path | str = "") -> EngineName:
     """The engine to run, said in the log with its reason.
+
+    Args:
+        folder: a site's own records (dalle_fit.attention_records).
 
     Raises:
         ConfigError: dalle.attention names an engine that cannot train on the device; the message says why.
@@ -59,10 +71,10 @@ def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dty
         return cfg.attention
     name = describe_device(device.type)["name"] if device.type in ("cpu", "cuda") else device.type
     records = [record for record in read_records(device.type, folder) if not why_unavailable(record.point.engine, device, cfg)]
-    rivals = _nearest(records, name, {kind: key for key, kind in DTYPES.items()}[dtype], cfg, shape)
+    rivals = _nearest(records, name, name_of(dtype), cfg, shape)
     if not rivals:
         log.info(
-            "attention %s: nothing is measured on %s; 'launcher.py bench model --out train/machine/attention_records' records what 'auto' needs",
+            "attention %s: nothing is measured on %s; 'launcher.py bench model --out FOLDER' with dalle_fit.attention_records=FOLDER records what 'auto' needs",
             _UNMEASURED,
             name,
         )
@@ -74,10 +86,13 @@ def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dty
 
 
 def _nearest(records: list[Record], device: str, dtype: str, cfg: TransformerConfig, shape: StreamShape) -> list[Record]:
-    """The records of one file, dtype and shape that are most like what will run; one for each engine."""
+    """The records of one file, dtype, shape and pattern of layers that are most like what will run; one for each engine."""
+
+    wanted = pattern_shares(layer_pattern(cfg.layers))
 
     def unlikeness(record: Record) -> tuple[float, ...]:
         point = record.point
+        shares = pattern_shares(point.pattern)
         # fp16 and bf16 move the same bytes; where one is not measured, the other stands for it.
         other_dtype = 0 if point.dtype == dtype else 1 if "fp32" not in (point.dtype, dtype) else 2
         states = point.text_tokens + point.grid**2
@@ -87,6 +102,7 @@ def _nearest(records: list[Record], device: str, dtype: str, cfg: TransformerCon
             abs(math.log(states / shape.states)),
             abs(math.log((1 + point.text_tokens) / (1 + shape.text_tokens))),
             abs(math.log(point.head * cfg.heads / cfg.width)),
+            sum(abs(shares.get(kind, 0.0) - wanted.get(kind, 0.0)) for kind in shares.keys() | wanted.keys()),
         )
 
     least = min((unlikeness(record) for record in records), default=None)

@@ -10,10 +10,23 @@ import torch
 
 from model.attention_engines import ENGINES, EngineName, make_engine, why_unavailable
 from model.config import StreamShape, TransformerConfig
-from model.offsets import layer_kinds
+from model.offsets import KINDS, layer_kinds
 from train.machine.rates import DTYPES, Figure, Options, measure
 
-_NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+)")
+_NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, heads of (\d+), layers ((?:\d+ \w+ ?)+)")
+
+
+def layer_pattern(layers: int) -> str:
+    """The masks of a model's layers, counted: '2 row 1 column 1 conv'. A time is a mean over such layers, and means nothing for another pattern."""
+    kinds = layer_kinds(layers)
+    return " ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+
+
+def pattern_shares(pattern: str) -> dict[str, float]:
+    """Share of each kind of mask among the layers of a pattern."""
+    words = pattern.split()
+    counts = {kind: int(count) for count, kind in zip(words[::2], words[1::2], strict=True)}
+    return {kind: count / sum(counts.values()) for kind, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -25,9 +38,17 @@ class AttentionPoint:
     text_tokens: int
     grid: int
     head: int
+    pattern: str
+    """Of the layers over which the time is a mean (``layer_pattern``)."""
+
+    @classmethod
+    def of(cls, engine: EngineName, dtype: str, cfg: TransformerConfig, shape: StreamShape) -> AttentionPoint:
+        """What is timed of a model."""
+        return cls(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads, layer_pattern(cfg.layers))
 
     def __str__(self) -> str:
-        return f"attention {self.engine} {self.dtype}, {self.text_tokens}+{self.grid}x{self.grid} states, heads of {self.head}"
+        states = f"{self.text_tokens}+{self.grid}x{self.grid} states"
+        return f"attention {self.engine} {self.dtype}, {states}, heads of {self.head}, layers {self.pattern}"
 
 
 def parse(figure: str) -> AttentionPoint | None:
@@ -35,7 +56,7 @@ def parse(figure: str) -> AttentionPoint | None:
     found = _NAME.fullmatch(figure)
     if found is None or found[1] not in ENGINES:
         return None
-    return AttentionPoint(found[1], found[2], int(found[3]), int(found[4]), int(found[5]))  # type: ignore[arg-type]
+    return AttentionPoint(found[1], found[2], int(found[3]), int(found[4]), int(found[5]), found[6])  # type: ignore[arg-type]
 
 
 def milliseconds(rate: Figure) -> Figure:
@@ -69,6 +90,6 @@ def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[
         module = make_engine(engine, cfg, shape, device).to(device)
         for dtype in dtypes:
             step, layers = mean_step(module, cfg, shape, batch, DTYPES[dtype], options.device)
-            point = AttentionPoint(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads)
+            point = AttentionPoint.of(engine, dtype, cfg, shape)
             found[str(point)] = milliseconds(measure(step, float(layers), "layers/s", options))
     return found

@@ -17,6 +17,11 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of one of DTYPES."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run a benchmark."""

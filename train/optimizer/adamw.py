@@ -1,19 +1,19 @@
 """AdamW as the paper runs it: variance clipped to 5, decoupled decay, moments in fp32 or in the 16-bit formats (paper B.2; docs/paper.md 3.7, 4).
 
-Under ZeRO each parameter here is the fp32 master of a flat shard. The engine sets three things before ``step``: ``count``, and in each group ``factor``
-(what turns its raw gradient into the true, clipped one) and ``skip``. So a gradient is read once, and never rewritten.
+Under ZeRO each parameter here is the fp32 master of a flat shard (train/optimizer/protocol.py). A gradient is multiplied by its group's ``factor`` where it is
+read, so it is read once, and never rewritten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
+from train.optimizer.protocol import ShardGroup
 
 CHUNK = 1 << 16
 """Elements handled at a time on a CPU: what fits into its second-level cache (two to four times as fast as whole tensors)."""
@@ -45,16 +45,19 @@ class Hyper:
 
 
 class PaperAdamW(torch.optim.Optimizer):
-    """See the module. Keys of a group: ``lr``, ``weight_decay``, ``packed`` (16-bit moments), ``factor``, ``skip``.
+    """See the module; speaks ``train.optimizer.protocol.OnePassOptimizer``.
 
     Moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or int16 codes of 1-6-9 and 0-6-10 where the group is packed.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float = 1e-8, clip_variance: float | None = 5.0) -> None:
+    state_names = ("exp_avg", "exp_avg_sq")
+    count: int
+
+    def __init__(self, groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float = 1e-8, clip_variance: float | None = 5.0) -> None:
         """Raises: ValueError: no groups."""
         self.betas, self.eps, self.clip_variance = betas, eps, float("inf") if clip_variance is None else clip_variance
         self.count = 1
-        super().__init__(list(groups), {"lr": 0.0, "weight_decay": 0.0, "packed": False, "factor": 1.0, "skip": False})
+        super().__init__([dict(group) for group in groups], {"lr": 0.0, "weight_decay": 0.0, "packed": False, "factor": 1.0, "skip": False})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -65,23 +68,14 @@ class PaperAdamW(torch.optim.Optimizer):
                     self.apply(group, p, [p.grad.view(-1)])
 
     @torch.no_grad()
-    def apply(self, group: dict[str, Any], p: Tensor, grads: Sequence[Tensor], copy: Tensor | None = None) -> None:
-        """Update one parameter of a group, unless the group is to be skipped, from gradients that need neither its dtype nor one tensor.
-
-        Args:
-            p: flat fp32.
-            grads: flat, of any floating dtype; one after the other they cover p.
-            copy: flat, as long as p, of any floating dtype: gets the new values, in the same pass.
-
-        Raises:
-            ValueError: the gradients are more or fewer than p's elements.
-        """
+    def apply(self, group: ShardGroup, p: Tensor, grads: Sequence[Tensor], copy: Tensor | None = None) -> None:
+        """See the protocol. Raises: ValueError: the gradients are more or fewer than p's elements."""
         if group["skip"]:
             return
         if (count := sum(grad.numel() for grad in grads)) != p.numel():
             raise ValueError(f"{count} gradients for {p.numel()} parameters.")
         hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
-        state, start = self.moments(p, group["packed"]), 0
+        state, start = self.moments(group, p), 0
         whole = [t.detach().view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
         for grad in grads:
             place = slice(start, start + grad.numel())
@@ -89,11 +83,11 @@ class PaperAdamW(torch.optim.Optimizer):
             update(master, grad, mean, variance, hyper, None if copy is None else copy[place])
             start = place.stop
 
-    def moments(self, p: Tensor, packed: bool) -> dict[str, Tensor]:
-        """The state of a parameter, made at first use (code 0 is zero)."""
+    def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:
+        """See the protocol. Code 0 of the 16-bit formats is zero."""
         state = self.state[p]
         if not state:
-            dtype = torch.int16 if packed else torch.float32
+            dtype = torch.int16 if group["packed"] else torch.float32
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype, requires_grad=False) for _ in range(2))
         return state
 

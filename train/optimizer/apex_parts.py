@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import ConfigError
+from train.optimizer.protocol import ShardGroup, ShardOptimizer
 
 _HOW = "build NVIDIA's apex from its sources with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (requirements.txt), or"
 
@@ -32,8 +33,8 @@ def layer_norm(key: str) -> Callable[[int], nn.Module]:
     return lambda width: FusedLayerNorm(width, eps=1e-5)
 
 
-def adam(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, key: str) -> Any:
-    """apex's FusedAdam behind the interface of ``train.optimizer.adamw.PaperAdamW``: fp32 moments, no ceiling of the variance.
+def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float, key: str) -> ShardOptimizer:
+    """apex's FusedAdam: fp32 moments, no ceiling of the variance. It has no ``apply``, so DeepSpeed's own step runs it.
 
     Raises:
         ConfigError: it cannot be constructed here; the reason, and the key that asked for it.
@@ -46,11 +47,12 @@ def adam(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: f
     class ApexAdamW(FusedAdam):
         """One group at a time, with its factor applied and its count set, as our engine expects."""
 
+        state_names = ("exp_avg", "exp_avg_sq")
         count = 1
-        param_groups: list[dict[str, Any]]
+        param_groups: list[Any]
 
-        def moments(self, p: Tensor, packed: bool) -> dict[str, Tensor]:
-            """The state of a parameter, made at first use."""
+        def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:
+            """See the protocol."""
             state: dict[str, Tensor] = self.state[p]
             if not state:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
@@ -66,13 +68,13 @@ def adam(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: f
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.mul_(group["factor"])
-                        self.moments(p, False)
+                        self.moments(group, p)
                 group["step"] = self.count - 1  # it adds one
                 self.param_groups = [group]
                 super().step()
             self.param_groups = groups
 
-    given = [{"factor": 1.0, "skip": False} | group for group in groups]
+    given = [{"factor": 1.0, "skip": False, **group} for group in groups]
     return ApexAdamW(given, lr=0.0, betas=betas, eps=eps, adam_w_mode=True)
 
 

@@ -48,12 +48,6 @@ class Average:
         if self._copier is not None:
             self._copier.wait()
 
-    def reset(self) -> None:
-        """Start again from the tensors as they are."""
-        self.wait()
-        for name, tensor in self._live.items():
-            self.values[name].copy_(tensor.detach())
-
 
 @torch.no_grad()
 def _mix(averages: list[Tensor], values: list[Tensor], weight: float) -> None:

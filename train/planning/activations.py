@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import StreamShape, TransformerConfig
-from model.offsets import Kind, layer_kinds, offsets_of
+from model.offsets import Kind, MaskRules, layer_kinds, lines_before, mask_kind
 
 _FP32, _INT64 = 4, 8
 
@@ -57,7 +57,7 @@ def _engine_keeps(run: Run, kind: Kind) -> int:
     if run.engine == "dense":  # the mask becomes one of numbers
         return 4 * size * run.positions + log_sums + size * shape.states**2
     if run.engine == "flex":  # transposed q, k, v, result; and the result in raster order
-        return (5 if kind == "column" else 4) * size * run.positions + log_sums
+        return (5 if mask_kind(kind).is_transposed else 4) * size * run.positions + log_sums
     text, image, lines = shape.text_tokens, shape.image_tokens, _window_lines(run, kind)
     head = cfg.width // cfg.heads
     scores = text**2 + image * (text + lines * shape.grid)
@@ -67,10 +67,7 @@ def _engine_keeps(run: Run, kind: Kind) -> int:
 
 def _window_lines(run: Run, kind: Kind) -> int:
     """Lines of keys that a line of queries meets in the structured engine."""
-    if kind == "column":
-        return 1
-    furthest = offsets_of(kind, run.shape, run.cfg)[-1]
-    return min(-(-furthest // run.shape.grid), run.shape.grid - 1) + 1
+    return lines_before(kind, MaskRules.of(run.cfg, run.shape)) + 1
 
 
 def kept_by_mlp(run: Run) -> int:

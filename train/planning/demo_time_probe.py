@@ -23,6 +23,7 @@ from train.config import RunConfig, load_run
 from train.engines.protocol import Engine
 from train.engines.replicated import ReplicatedEngine
 from train.loop.goodput import process_age_s
+from train.machine.attention_choice import choose
 from train.machine.rates import probe
 from train.ranks.device import BF16_WORTH_IT, keep_memory
 from train.ranks.signal_vector import SignalVector
@@ -61,7 +62,8 @@ def transformer(cfg: RunConfig, dtype: torch.dtype, world: World, device: torch.
     from train.engines.zero.engine import ZeroEngine  # DeepSpeed takes seconds to import
 
     shape, fit = cfg.stream_shape(), cfg.dalle_fit
-    model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
+    attention = choose(cfg.dalle, cfg.stream_shape(), device, dtype, fit.attention_records)
+    model = build_dalle(cfg, device, dtype, attention, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0)
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
     count = max(1, fit.batch // (world.size * fit.accumulation))
     text_BT = torch.randint(shape.text_vocab, (count, shape.text_tokens), device=device)

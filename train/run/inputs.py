@@ -15,13 +15,12 @@ from infra.commands import launcher
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.world import World
-from model.attention_engines import make_engine
+from model.attention_engines import EngineName, make_engine
 from model.clip import Clip
 from model.dvae import DVAE
 from model.transformer import Norm, Transformer
 from train.config import FitSection, RunConfig
-from train.machine.attention_choice import choose
-from train.run import places
+from train.run import attention_engine, places
 from train.weights import export
 
 
@@ -54,9 +53,9 @@ def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch
     return module, _load(module, run, "dvae", device)
 
 
-def open_dalle(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
-    """The exported transformer and its content hash."""
-    module = build_dalle(cfg, device, dtype)
+def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
+    """The exported transformer and its content hash. Collective."""
+    module = build_dalle(cfg, device, dtype, attention_engine.of_run(cfg, run, world, device, dtype))
     return module, _load(module, run, "dalle", device)
 
 
@@ -72,15 +71,15 @@ class Exports:
     """Kind -> content hash."""
 
 
-def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype) -> Exports:
-    """The run's exported models and its tokenizer.
+def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> Exports:
+    """The run's exported models and its tokenizer. Collective.
 
     Raises:
         DataError: the transformer was trained on codes of another dVAE, or it or the contrastive model with another tokenizer.
     """
     (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
         open_dvae(cfg, run, device),
-        open_dalle(cfg, run, device, dtype),
+        open_dalle(cfg, run, world, device, dtype),
         open_clip(cfg, run, device),
     )
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
@@ -94,14 +93,12 @@ def open_exports(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: to
     return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 
 
-def build_dalle(cfg: RunConfig, device: torch.device, dtype: torch.dtype, *, checkpoint_every: int = 0, norm: Norm | None = None) -> Transformer:
-    """The transformer with the attention engine that dalle.attention names, and torch's layer norm if no other is given.
-
-    Raises:
-        ConfigError: that engine cannot run on the device.
-    """
+def build_dalle(
+    cfg: RunConfig, device: torch.device, dtype: torch.dtype, engine: EngineName, *, checkpoint_every: int = 0, norm: Norm | None = None
+) -> Transformer:
+    """The transformer with an attention engine, and torch's layer norm if no other is given."""
     shape = cfg.stream_shape()
-    attend = make_engine(choose(cfg.dalle, shape, device, dtype), cfg.dalle, shape, device)
+    attend = make_engine(engine, cfg.dalle, shape, device)
     return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every).to(device)
 
 

@@ -14,7 +14,7 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from model.clip import Clip
-from train.config import RunConfig
+from train.config import ClipFit, RunConfig
 from train.engines.replicated import ReplicatedEngine
 from train.loop.trainer import Trainer
 from train.ranks.device import set_up, wait_for_all
@@ -33,8 +33,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     validation = open_images(cfg, run, "validation")
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
-    model = BothTowers(Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)).to(device)
-    engine = ReplicatedEngine(model, world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0)
+    clip = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab).to(device)
+    engine = clip_engine(clip, fit, world)
     view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode)
     loader = ShardLoader(
         [training],
@@ -55,3 +55,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     engine.average.values = {name.removeprefix("clip."): value for name, value in engine.average.values.items()}
     finish_training("clip", cfg.clip, engine, outcome, "images/s", lineage, run, world)
     wait_for_all()
+
+
+def clip_engine(clip: Clip, fit: ClipFit, world: World) -> ReplicatedEngine:
+    """The engine of the contrastive model, whose scale is kept within its limit after each update."""
+    return ReplicatedEngine(
+        BothTowers(clip), world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0, after_step=clip.limit_scale
+    )

@@ -23,7 +23,7 @@ from train.optimizer import apex_parts
 from train.planning.flops import train_flops
 from train.ranks import watchdog
 from train.ranks.device import branch_dtype, matrix_peak, patient_group, set_up, wait_for_all
-from train.run import places
+from train.run import attention_engine, places
 from train.run.inputs import build_dalle, micro_batch, open_tokenizer
 from train.stages import dalle_batches, dalle_init_from
 from train.stages.dalle_task import DalleTask
@@ -42,8 +42,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
     norm = apex_parts.layer_norm("dalle_fit.norm") if fit.norm == "apex" else None
+    attend = attention_engine.of_run(cfg, run, world, device, dtype)
     with sharded_construction(fit, cfg.zero, world):
-        model = build_dalle(cfg, device, dtype, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
+        model = build_dalle(cfg, device, dtype, attend, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)

@@ -28,7 +28,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
-    models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
+    models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     images = open_images(cfg, run, "validation")
     codes = open_codes(cfg, run, 0, "validation")
     samples, batch = cfg.evaluate.samples, cfg.evaluate.batch

@@ -71,7 +71,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export)
     device = set_up(world)
-    models = open_exports(cfg, run, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
+    models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     drawing = Models(run.url, cfg, models.dvae, DrawingWeights(models.dalle), models.tokenizer, models.clip, models.lineage, "exported weights")
     task = _Task(cfg, run, generate_drawing.prompts(cfg, training, validation), of_stage(cfg), drawing)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from model.offsets import Kind, is_allowed, transposed
+from model.offsets import Kind, MaskRules, is_allowed, transposed
 
 TEXT, GRID, KERNEL = 6, 4, 3
+RULES = MaskRules(GRID, KERNEL)
 """Figure 11's own sizes: 6 text states, a 4 x 4 picture, a 3 x 3 kernel."""
 _CELL, _GAP, _TOP = 9, 34, 24
 _PANELS: tuple[tuple[str, Kind, bool], ...] = (
@@ -25,7 +26,7 @@ def may_see(kind: Kind, query: int, key: int, *, column_by_column: bool) -> str:
     places = [state - TEXT for state in (query, key)]
     if column_by_column:
         places = [transposed(place, GRID) for place in places]
-    return "image" if is_allowed(kind, places[0] - places[1], GRID, KERNEL, "figure") else "none"
+    return "image" if is_allowed(kind, places[0] - places[1], RULES) else "none"
 
 
 def svg() -> str:

@@ -81,12 +81,6 @@ def join_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) ->
     return {f"{half}.{name}": tensor for half, tensors in zip(HALVES, (encoder, decoder), strict=True) for name, tensor in tensors.items()}
 
 
-def split_halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Ours -> what ``load_state_dict`` of the release's encoder and decoder take."""
-    encoder, decoder = ({name.removeprefix(f"{half}."): tensor for name, tensor in tensors.items() if name.startswith(f"{half}.")} for half in HALVES)
-    return encoder, decoder
-
-
 def shape_of(encoder: Module, decoder: Module, cfg: DVAEConfig) -> DVAEConfig:
     """The configuration of a pair of halves; what weights do not show (image size; pools and downsampling of bare tensors) is taken from ``cfg``.
 

@@ -19,6 +19,7 @@ from data_pipeline.images import area_resize
 from data_pipeline.images import crops as crops_module
 from data_pipeline.images.crops import CropBox
 from infra.errors import DataError
+from tests.support import crops as drawn
 
 _TOO_SMALL = r"40 x 15 pixels: crops of 16 .* raise data.min_side"
 
@@ -214,7 +215,7 @@ def test_listing_2_offsets_reach_both_ends_of_the_papers_examples(slack: int, lo
 def test_a_crop_is_made_again_from_its_json() -> None:
     image = noise(50, 37)
     for seed in range(20):
-        picture, crop = crops_module.listing1(image, 16, 9 / 8, 12 / 8, np.random.default_rng(seed))
+        picture, crop = drawn.listing1(image, 16, 9 / 8, 12 / 8, np.random.default_rng(seed))
         again = CropBox.from_json(crop.to_json())
         assert again == crop
         assert np.array_equal(crops_module.cut(image, again, 16), picture)
@@ -231,10 +232,10 @@ def test_a_flip_mirrors_left_and_right_only() -> None:
 def test_the_central_view_is_the_middle_and_needs_no_generator() -> None:
     image = np.zeros((16, 48, 3), np.uint8)
     image[:, 16:32] = 200
-    picture, crop = crops_module.center(image, 8)
+    picture, crop = drawn.center(image, 8)
     assert crop.box == (16, 0, 32, 16)
     assert (picture == 200).all()
-    picture2, _ = crops_module.listing2(image, 16, 1.0, np.random.default_rng(0))
+    picture2, _ = drawn.listing2(image, 16, 1.0, np.random.default_rng(0))
     assert picture2.shape == (16, 16, 3)
 
 
@@ -242,11 +243,11 @@ def test_an_image_smaller_than_the_crop_is_refused_by_all_three_views() -> None:
     rng = np.random.default_rng(0)
     small = noise(15, 40)
     with pytest.raises(DataError, match=_TOO_SMALL):
-        crops_module.center(small, 16)
+        drawn.center(small, 16)
     with pytest.raises(DataError, match=_TOO_SMALL):
-        crops_module.listing1(small, 16, 9 / 8, 12 / 8, rng)
+        drawn.listing1(small, 16, 9 / 8, 12 / 8, rng)
     with pytest.raises(DataError, match=_TOO_SMALL):
-        crops_module.listing2(small, 16, 9 / 8, rng)
+        drawn.listing2(small, 16, 9 / 8, rng)
 
 
 def test_transparency_is_laid_onto_white() -> None:

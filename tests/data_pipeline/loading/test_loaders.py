@@ -122,7 +122,7 @@ def on_two_nodes(world: World, folder: str) -> list[Any]:
     third = loader(sets, here, batch=12)  # with no process group: streaming makes one for the moment
     last = third.next()
     dist.init_process_group("gloo", f"file://{folder}/store", rank=world.rank, world_size=world.size)  # which run_in_ranks ends
-    names = [cache.segments for each in (plain, worked, third) for cache in each._caches]
+    names = [cache._claim.number for each in (plain, worked, third) for cache in each._caches]
     for each in (plain, worked, third):
         each.close()
     return [drawn + further, last, names, state]
@@ -172,7 +172,7 @@ def test_no_thread_of_a_loader_keeps_the_process_alive(tmp_path: Path, monkeypat
 def test_a_closed_loader_leaves_nothing_behind(tmp_path: Path) -> None:
     one = loader([code_set(str(tmp_path / "set"))], World.single(), workers=1)
     one.next()
-    number, (pid,) = one._caches[0].segments, one.worker_pids
+    number, (pid,) = one._caches[0]._claim.number, one.worker_pids
     assert len(list(Path("/dev/shm").glob(f"{number:06}_*"))) >= 5
     one.close()
     one.close()
@@ -182,7 +182,7 @@ def test_a_closed_loader_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_names_in_shared_memory_belong_to_one_loader(tmp_path: Path) -> None:
     sets = [code_set(str(tmp_path))]
-    a, b = (loader(sets, World.single())._caches[0].segments for _ in range(2))
+    a, b = (loader(sets, World.single())._caches[0]._claim.number for _ in range(2))
     assert a != b
     assert streaming_prefix._each_prefix_int().__next__() == 0, "other users of streaming in this process are left alone"
 

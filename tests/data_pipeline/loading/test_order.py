@@ -107,6 +107,7 @@ def test_ranks_share_any_stretch_of_the_endless_order(sets: list[list[int]], bat
     for rank in range(ranks):
         part = [(epoch, *place) for epoch, places in endless.every(*position, batch, rank, ranks) for place in places.T.tolist()]
         assert part == whole[rank::ranks]
+        assert all(places.shape[1] for _, places in endless.every(*position, batch, rank, ranks)), "no epoch without a sample"
     counted = [(epoch, *place) for epoch in range(position[0] + 40) for place in walk(endless.epoch(epoch))][: start + batch]
     assert len(counted) < start + batch or counted[start:] == whole
 
@@ -138,3 +139,12 @@ def test_what_has_no_order_is_refused() -> None:
     for orders in ([], [Order([3], 0, [0.0])], [Order([0, 2], 0, removed=np.arange(2))]):
         with pytest.raises(ValueError, match="an order without samples never ends"):
             Endless(orders)
+
+
+def test_copies_are_numbered_for_each_shard_and_one_record_is_an_order() -> None:
+    places = Order([2, 3, 1], 0, [2.0, 1.0, 3.0]).epoch(0).at(np.arange(2 * 2 + 3 + 3)).T.tolist()
+    assert sorted(places) == [
+        [shard, row, copy] for shard, rows, copies in ((0, 2, 2), (1, 3, 1), (2, 1, 3)) for row in range(rows) for copy in range(copies)
+    ]
+    assert not Order([1], 0).empty and Order([1], 0, [0.0]).empty and Order([1], 0, removed=np.array([0])).empty
+    assert not Order([1, 1], 0, [0.0, 1.0], removed=np.array([0])).empty

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.images.crops import center, decode
+from data_pipeline.images.crops import decode
 from data_pipeline.loading import loaders
 from data_pipeline.loading.loaders import SequentialReader, ShardLoader, code_collate, image_collate
 from data_pipeline.loading.transforms import code_transform, dvae_transform, pair_transform, view_transform
@@ -20,6 +20,7 @@ from data_pipeline.shards.versions import write_set
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from infra.world import World
 from tests.support.code_sets import COUNT, code_set
+from tests.support.crops import center
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # streaming leaves closing to the garbage collector
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,42 @@ def test_a_part_that_fails_midway_is_not_done_and_leaves_no_file(tmp_path: Path)
         write_part(url, "other inputs", failing())
     assert not part_done(url, "other inputs")
     assert tree(tmp_path) == files and open_set(url, IMAGE_SCHEMA) == before, "what was there stays readable"
+
+
+def test_a_version_is_whole_when_its_manifest_is_there_wherever_the_merge_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    hidden = np.array([1, 4])
+    whole = make_set(str(tmp_path / "whole"), (3, 2), excluded=hidden)
+    expected, plain = tree(tmp_path / "whole"), storage.write_bytes
+    for survived in range(20):
+        folder = tmp_path / str(survived)
+        left = [survived]
+
+        def write(url: str, data: bytes, left: list[int] = left) -> None:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            plain(url, data)
+
+        shutil.copytree(
+            tmp_path / "whole",
+            folder,
+            ignore=lambda place, names: [name for name in names if place == str(tmp_path / "whole") and not name.startswith("part-")],
+        )
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(storage, "write_bytes", write)
+            merge(str(folder), 2, {"k": 1}, excluded=hidden)
+        for version in (None, whole.content_hash):
+            with contextlib.suppress(DataError):  # there is none yet
+                assert ids(open_set(str(folder), IMAGE_SCHEMA, version=version)) == ids(whole) == ["id-0", "id-2", "id-3"]
+        finished = tree(folder) == expected
+        merge(str(folder), 2, {"k": 1}, excluded=hidden)
+        assert tree(folder) == expected
+        if finished:
+            break
+    assert survived == 5, "each of five files was the first that was not written"
 
 
 def test_merging_again_changes_nothing_and_the_producer_is_not_content(tmp_path: Path) -> None:

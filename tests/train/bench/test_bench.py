@@ -165,7 +165,7 @@ def test_the_model_benchmark_compares_with_the_floor_and_the_peer_of_its_own_run
     assert len(asked) == 4 + 2 and len({dtype for _, dtype, _ in asked[4:]}) == 1, "the slower dtype is not tried again"
     versus = found.ratios["ours over dalle-pytorch at its best, 8+64 states"]
     assert versus.goal == 3.0 and found.peers[versus.to].value == max(f.value for n, f in found.peers.items() if n.endswith("8+64 states"))
-    assert "attention structured fp32, 8+4x4 states, heads of 16" in found.measured
+    assert "attention structured fp32, 8+4x4 states, heads of 16, layers 1 row 1 conv" in found.measured
 
 
 def test_without_the_peer_the_model_benchmark_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

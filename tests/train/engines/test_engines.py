@@ -16,9 +16,10 @@ from infra.errors import CheckpointError, ConfigError
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
+from tests.support.counts import global_sum
 from tests.support.ranks import run_in_ranks
 from train.config import DalleFit, ZeroSection
-from train.engines.replicated import ReplicatedEngine, decay_groups, global_sum
+from train.engines.replicated import ReplicatedEngine, decay_groups
 from train.engines.zero import internals
 from train.engines.zero.engine import ZeroEngine
 from train.weights import checkpoint
@@ -120,6 +121,7 @@ def train_and_save(world: World, folder: str) -> dict[str, Any]:
         checkpoint.save(f"{folder}/{kind}-{world.size}", 3, engine.fragments(to_load=False), meta_of(engine), world, keep=2)
         rest = updates(engine, world, 3, 6)
         out[kind] = (first + rest, whole_state(engine), dict(engine.average.values))
+        out[f"around {kind}"] = around_a_skipped_update(kind, world)
         before = whole_state(engine)
         poisoned = updates(engine, world, 6, 7, poison=6)
         out[kind] += (poisoned[0][2], all(torch.equal(before[n], p) for n, p in whole_state(engine).items()))
@@ -127,6 +129,25 @@ def train_and_save(world: World, folder: str) -> dict[str, Any]:
     out["refusals"] = [refusal("SERIES", "0.1.", world), refusal("NEEDED", {2: ("no_such_attribute",)}, world)]
     out["refusals"].append(refusal("NEEDED_OF_MODULES", {internals.stage3: ("no_such_function",)}, world))
     return out
+
+
+def around_a_skipped_update(kind: str, world: World) -> bool:
+    """Whether updates after a skipped one are, bit for bit, those without it: it counts in no bias correction and no average."""
+    ends = []
+    for skips in (True, False):
+        engine = make_engine(kind, make_model(), world)
+        history = updates(engine, world, 0, 2)
+        if skips:
+            assert next(applied for *_, applied in updates(engine, world, 2, 4, poison=2)) is False
+        else:
+            updates(engine, world, 3, 4)
+        history += updates(engine, world, 4, 6)
+        engine.average.wait()
+        ends.append((history, engine.updates, whole_state(engine), dict(engine.average.values)))
+    (history, count, *tensors), (wanted, wanted_count, *others) = ends
+    return (
+        history == wanted and count == wanted_count and all(torch.equal(a[name], b[name]) for a, b in zip(tensors, others, strict=True) for name in b)
+    )
 
 
 def refusal(name: str, value: Any, world: World) -> str:
@@ -179,6 +200,12 @@ def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_training_goes_o
     for rank in trained[1][2]:
         *_, applied, unchanged, next_applied = rank[kind]
         assert not applied and unchanged and next_applied
+
+
+@pytest.mark.parametrize("kind", ["replicated", "zero1", "zero2"])
+def test_a_skipped_update_counts_in_no_bias_correction_and_no_average(trained: Any, kind: str) -> None:
+    for size in (1, 2):
+        assert all(rank[f"around {kind}"] for rank in trained[1][size])
 
 
 def test_another_deepspeed_is_refused_at_start(trained: Any) -> None:

@@ -94,6 +94,15 @@ def test_one_global_scale_falls_with_any_resblock() -> None:
     assert each.values() == scales.values()
 
 
+def test_one_scale_that_takes_over_from_many_is_as_small_as_their_smallest_and_divided_when_the_last_was() -> None:
+    many, one = GradientScales(3, 1, RULES), GradientScales(3, 1, ScaleSection(scope="global"))
+    many.update(10, [True, False, False])
+    many.update(11, [False, True, False])
+    many.update(12, [True, False, False])  # within its window: divided no further
+    one.restore(many.state())
+    assert one.exponents == [min(many.exponents)] and one.divided == [max(many.divided)] == [11] and one.overflows == [2, 1, 0]
+
+
 def test_scale_exponents_must_be_in_order() -> None:
     with pytest.raises(ValueError, match=r"initial = 30.0 is not between lowest = 7 and highest = 24"):
         ScaleSection(initial=30.0)
@@ -126,6 +135,22 @@ def test_it_resumes_in_the_middle_of_a_window_and_ignores_losses_that_are_not_fi
     second.restore(json.loads(json.dumps(first.state())), 57)
     found += [second.observe(step, losses[step]) for step in range(58, 200)]
     assert found == expected and second.factor == whole.factor < 1
+
+
+@pytest.mark.parametrize("stop", range(6, 26))
+def test_a_window_that_a_restart_cuts_counts_whole(stop: int) -> None:
+    """High losses at a window's start and low ones at its end: either part alone would have another mean, and another verdict."""
+    losses = [{6: 9.0, 16: 8.9, 26: 8.8}.get(step, 1.0) for step in range(40)]
+    plateau = detector(patience=1, threshold=0.002, halvings=1)
+    for step in range(1, stop):
+        plateau.observe(step, losses[step])
+    again = detector(patience=1, threshold=0.002, halvings=1)
+    again.restore(json.loads(json.dumps(plateau.state())), stop - 1)
+    assert again.state() == plateau.state()
+    for step in range(stop, 36):
+        assert again.observe(step, losses[step]) == plateau.observe(step, losses[step])
+        assert again.state() == plateau.state()
+    assert again.state()["best"] == pytest.approx(1.78), "the third window's mean"
 
 
 def test_halvings_by_hand_overrule_the_detector(caplog: pytest.LogCaptureFixture) -> None:

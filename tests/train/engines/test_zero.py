@@ -207,7 +207,7 @@ def test_a_checkpoint_restores_on_as_many_ranks_into_other_stages_and_on_three(t
 def test_block_matrices_travel_in_fp16_and_everything_else_in_fp32(two: Any) -> None:
     model = make_model()
     tags = parameter_tags(model)
-    matrices = sum(p.numel() for name, p in model.named_parameters() if tags[name].compressible)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if tags[name].is_block_matrix)
     others = sum(p.numel() for p in model.parameters()) - matrices
     for case in WIRED:
         sent = two[1][0]["wire"][str(case)]

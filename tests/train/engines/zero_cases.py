@@ -12,8 +12,8 @@ from torch import Tensor
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer, parameter_tags
+from tests.support.counts import global_sum
 from train.config import DalleFit, ScaleSection, ZeroSection
-from train.engines.replicated import global_sum
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
@@ -148,7 +148,7 @@ def reference_gradients(step: int, *, half_weights: bool = False) -> tuple[float
     if half_weights:
         tags = parameter_tags(model)
         for name, p in model.named_parameters():
-            if tags[name].compressible:
+            if tags[name].is_block_matrix:
                 p.data = p.data.half().float()
     batch = batch_of(step)
     loss = weighted(model(batch["text"], batch["lengths"], batch["codes"]), float(batch["lengths"].sum()), float(batch["codes"].numel()))

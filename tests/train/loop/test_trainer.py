@@ -135,6 +135,12 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     assert checkpoint.complete(str(tmp_path / "toy")) == [2]
 
 
+@pytest.mark.parametrize(("fate", "message"), [(OVERFLOW, "4 consecutive updates up to update 3"), (BROKEN, "2 consecutive updates up to update 1")])
+def test_a_streak_from_the_first_update_on_is_as_long_as_any_other(tmp_path: Path, fate: Update, message: str) -> None:
+    with pytest.raises(DivergedError, match=message):
+        fit_of(tmp_path, [fate] * 8, [1.0]).run_to_end()
+
+
 def test_a_restore_is_watched_and_what_is_compiled_after_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     for name in ("beat", "rest"):
@@ -166,6 +172,34 @@ def test_a_checkpoint_holds_the_weights_of_its_update_however_late_they_are_copi
     stalls = read_metrics(str(tmp_path), "toy")["perf/save_stall_s"]
     assert [point.step for point in stalls] == [2, 4, 6] and min(point.value for point in stalls) > 0
     assert events == ["copied", "settled"] * 3
+
+
+class Measured(Scripted):
+    """The same with a measure before each step, as ZeRO's engine has one."""
+
+    def measure(self) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
+    def step(self, lr: float, measured: Any = None) -> Update:
+        assert measured == [0.0]
+        return super().step(lr)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def averaged(self) -> Any: ...
+
+
+def test_an_engine_that_measures_waits_for_the_copy_before_its_step_too(tmp_path: Path) -> None:
+    fit = fit_of(tmp_path, [APPLIED] * 4, [1.0], keep=2)
+    fit.engine = engine = Measured([APPLIED] * 4)  # type: ignore[assignment]
+    engine.average.wait = lambda: time.sleep(0.2)  # type: ignore[method-assign]
+    fit.run_to_end()
+    for step in (2, 4):
+        weights = checkpoint.read_tensors(checkpoint.folder(str(tmp_path / "toy"), step), "model")
+        assert weights["weight"].flatten().tolist() == [float(step)] * 4, "a checkpoint of one update, not of two"
 
 
 def fragments_of(value: float) -> dict[str, Fragment]:

@@ -150,7 +150,7 @@ for scale in (1e-3, 1.0, 30.0):
                 else:
                     torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
 codes = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
-from train import adamw_kernel as k
+from train.optimizer import adamw_kernel as k
 import triton, triton.language as tl
 @triton.jit
 def again(a, b, m: tl.constexpr, signed: tl.constexpr, largest: tl.constexpr, smallest: tl.constexpr):

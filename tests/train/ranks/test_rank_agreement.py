@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from infra.run_folder import RunFolder
 from infra.seeds import derive, generator
 from infra.world import World
-from model.clip import contrastive_loss
+from tests.support.contrastive import contrastive_loss
 from tests.support.ranks import run_in_ranks
 from train.loop.schedules import half_cosine, warmup_cosine
 from train.ranks.signal_vector import SignalVector

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from model.dvae import DVAE, map_pixels, pictures, unmap_pixels
 from train import launch
 from train.verbs import import_dvae
 from train.weights.pickle_tree import read_tree
-from train.weights.released_dvae import join_halves, read_half, shape_of, split_halves
+from train.weights.released_dvae import HALVES, join_halves, read_half, shape_of
 
 dall_e = pytest.importorskip("dall_e")
 
@@ -35,6 +36,12 @@ PUT = [
     f"dvae.{key}={value}" for key, value in (("image_size", 16), ("downsample", 8), ("groups", 4), ("width", 64), ("init_width", 16), ("vocab", 512))
 ]
 PUT += [f"{stage}_fit.{word}" for stage in ("dalle", "clip") for word in ("steps=2", "precision=fp32")] + ["generate.num_captions=2"]
+
+
+def split_halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our tensors -> what ``load_state_dict`` of the release's encoder and decoder take."""
+    encoder, decoder = ({name.removeprefix(f"{half}."): tensor for name, tensor in tensors.items() if name.startswith(f"{half}.")} for half in HALVES)
+    return encoder, decoder
 
 
 def released(blocks: int = 1) -> tuple[nn.Module, nn.Module]:

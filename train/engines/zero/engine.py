@@ -29,11 +29,10 @@ from train.engines.zero.topology import node_topology
 from train.optimizer.adamw import PaperAdamW
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
+from train.optimizer.protocol import OnePassOptimizer, ShardGroup, ShardOptimizer
 from train.weights.fragments import Fragment
 
 log = logging.getLogger(__name__)
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int = 1) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int 
     }
 
 
-def make_adam(groups: list[dict[str, Any]], fit: DalleFit) -> PaperAdamW:
+def make_optimizer(groups: list[ShardGroup], fit: DalleFit) -> ShardOptimizer:
     """The optimizer that dalle_fit.optimizer names.
 
     Raises:
@@ -80,8 +79,7 @@ def make_adam(groups: list[dict[str, Any]], fit: DalleFit) -> PaperAdamW:
     if fit.optimizer == "apex":
         from train.optimizer import apex_parts  # what apex brings need not be loaded where it is not asked for
 
-        found: PaperAdamW = apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
-        return found
+        return apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
     return PaperAdamW(groups, betas=betas, eps=eps, clip_variance=fit.clip_variance)
 
 
@@ -108,16 +106,16 @@ class ZeroEngine:
         self.storage = weight_storage(fit, zero)
         store_weights(module, self.tags, self.storage)
         groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
-        self.adam = make_adam(groups, fit)
+        self.rule = make_optimizer(groups, fit)
         self.config = deepspeed_config(fit, zero, world, self.nodes)
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
-            model=module, optimizer=self.adam, config=self.config, mpu=topology, dist_init_required=False
+            model=module, optimizer=self.rule, config=self.config, mpu=topology, dist_init_required=False
         )
         internals.check(self._optimizer, zero.stage, module.named_parameters())
         internals.take_over(self._optimizer, zero.stage)
-        if isinstance(self.adam, PaperAdamW) and not zero.offload_optimizer:
+        if isinstance(self.rule, OnePassOptimizer) and not zero.offload_optimizer:
             if internals.is_followed():
-                one_pass.install(self._optimizer, zero.stage, self.adam)
+                one_pass.install(self._optimizer, zero.stage, self.rule)
             else:
                 log.warning(
                     "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/engines/zero/one_pass.py)",
@@ -129,6 +127,7 @@ class ZeroEngine:
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
         self.updates = self.attempts = 0
+        self._is_summed = False  # whether this update's shards are sums over the nodes already
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
         self._constant = 2.0**rules.before_reduction if scaled else 1.0
@@ -150,15 +149,18 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients: the loss is this rank's share of the global mean, and is not divided again (paper D.3)."""
+        self._is_summed = False
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def measure(self) -> Tensor:
-        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. Collective between nodes."""
+        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call of an update is collective between
+        nodes, and sums their shards in place; later ones measure the same sums again."""
         found = self.gradients.read()
-        if self.nodes > 1:
-            self._between_nodes(found.tensors, found.layout.compressible)
+        if self.nodes > 1 and not self._is_summed:
+            self._between_nodes(found.tensors, found.layout.is_block_matrix)
+            self._is_summed = True
         return measures.local(found, self.resblocks + 1, count=(self.attempts + 1) % self.fit.numerics_every == 0, device=self.device)
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
@@ -186,10 +188,12 @@ class ZeroEngine:
             self._publish_scales()
         applied = not outside and (not in_block or (self.rules.skip == "resblock" and self.scales is not None))
         clip = min(1.0, self.fit.clip_norm / (norm + 1e-6))
-        for group in self.adam.param_groups:
+        group: ShardGroup
+        for group in self.rule.param_groups:
             slot = self.resblocks if group["resblock"] is None else group["resblock"]
-            group |= {"lr": lr, "factor": factors[slot] * clip, "skip": not applied or (self.scales is not None and found.bad[slot])}
-        self.adam.count = self.updates + 1
+            group["lr"], group["factor"] = lr, factors[slot] * clip
+            group["skip"] = not applied or (self.scales is not None and found.bad[slot])
+        self.rule.count = self.updates + 1
         self.average.before_step()
         self._engine.step()
         if applied:
@@ -232,9 +236,9 @@ class ZeroEngine:
         masters = self._masters()
         for piece in self.pieces:
             flat = masters[piece.flat]
-            moments = self.adam.moments(flat, self._group_of(piece.flat)["packed"])  # zeros where no update has been applied yet
+            moments = self.rule.moments(self._group_of(piece.flat), flat)  # zeros where no update has been applied yet
             tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
-            tensors |= {f"optimizer/{moment}": moments[moment] for moment in _MOMENTS}
+            tensors |= {f"optimizer/{name}": moments[name] for name in self.rule.state_names}
             for kind, tensor in tensors.items():
                 found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found
@@ -267,21 +271,21 @@ class ZeroEngine:
     def _masters(self) -> list[Tensor]:
         return internals.masters(self._optimizer, self.zero.stage)
 
-    def _group_of(self, flat: int) -> dict[str, Any]:
+    def _group_of(self, flat: int) -> ShardGroup:
         index = self._optimizer.sub_group_to_group_id[flat] if self.zero.stage == 3 else flat
-        group: dict[str, Any] = self.adam.param_groups[index]
+        group: ShardGroup = self.rule.param_groups[index]
         return group
 
     def _publish_scales(self) -> None:
         if self.scales is not None:
             self._scale_tensor.copy_(torch.tensor(self.scales.values(), dtype=torch.float32), non_blocking=True)
 
-    def _between_nodes(self, tensors: list[Tensor], compressible: list[bool]) -> None:
+    def _between_nodes(self, tensors: list[Tensor], is_block_matrix: list[bool]) -> None:
         """Sum shards over the nodes, exactly: block matrices in fp16 where they are fp16 on the wire, the rest in fp32. PowerSGD's place."""
         assert self.topology is not None
         half = self.storage != "fp32"
         for matrices in (True, False):
-            chosen = [tensor for tensor, matrix in zip(tensors, compressible, strict=True) if matrix == matrices]
+            chosen = [tensor for tensor, matrix in zip(tensors, is_block_matrix, strict=True) if matrix == matrices]
             if not chosen:
                 continue
             wire = torch.cat([t.to(torch.float16) if half and matrices else t.float() for t in chosen])

@@ -9,6 +9,7 @@ from torch import nn
 
 from model.transformer import ParameterTag
 from train.config import DalleFit, ZeroSection
+from train.optimizer.protocol import ShardGroup
 
 Storage = Literal["fp32", "fp16", "cast"]
 
@@ -34,24 +35,24 @@ def weight_bytes(stage: int, storage: Storage, ranks: int) -> float:
 def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Storage) -> None:
     """Bring block matrices into their storage, before ZeRO takes the parameters over. Gains, biases, tables and unembeddings stay fp32 (paper D.2)."""
     for name, p in module.named_parameters():
-        if tags[name].compressible and storage == "fp16":
+        if tags[name].is_block_matrix and storage == "fp16":
             p.data = p.data.to(torch.float16)
             if hasattr(p, "ds_tensor"):  # sharded already: stage 3 keeps its shard apart
                 p.ds_tensor.data = p.ds_tensor.data.to(torch.float16)
-        elif tags[name].compressible and storage == "cast":
+        elif tags[name].is_block_matrix and storage == "cast":
             p.comm_dtype = torch.float16  # type: ignore[attr-defined]
 
 
-def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[ShardGroup]:
     """Groups that are alike in storage, decay and packing of moments, and in their resblock if gradients have scales.
 
     An fp32 group of what lies outside of resblocks comes first: ZeRO takes the dtype of its buckets from the first parameter.
     """
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], ShardGroup] = {}
     named = sorted(module.named_parameters(), key=lambda item: tags[item[0]].resblock is not None)
     for name, p in named:
         tag = tags[name]
-        packed = fit.moments == "16-bit" and tag.compressible
+        packed = fit.moments == "16-bit" and tag.is_block_matrix
         resblock = tag.resblock if by_resblock else None
         key = (-1 if resblock is None else resblock, p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype), tag.decays, packed)
         decay = fit.weight_decay if tag.decays else 0.0

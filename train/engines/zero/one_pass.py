@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 
 from train.engines.zero import internals
-from train.optimizer.adamw import PaperAdamW
+from train.optimizer.protocol import OnePassOptimizer
 
 
-def install(optimizer: Any, stage: int, adam: PaperAdamW) -> None:
-    """Take over the step of ZeRO's optimizer, which must not be offloaded."""
+def install(optimizer: Any, stage: int, rule: OnePassOptimizer) -> None:
+    """Take over the step of ZeRO's optimizer, which must not be offloaded: ``rule`` is the one that it wraps."""
     if stage < 3:
-        optimizer.step = partial(_step, optimizer, adam)
+        optimizer.step = partial(_step, optimizer, rule)
         return
 
     def update(index: int) -> None:
-        group = adam.param_groups[optimizer.sub_group_to_group_id[index]]
+        group = rule.param_groups[optimizer.sub_group_to_group_id[index]]
         flats = [grad.view(-1) for grad in optimizer.averaged_gradients[index]]
         optimizer.averaged_gradients[index] = None
-        adam.apply(group, optimizer.fp32_partitioned_groups_flat[index], flats, optimizer.fp16_partitioned_groups_flat[index].data)
+        rule.apply(group, optimizer.fp32_partitioned_groups_flat[index], flats, optimizer.fp16_partitioned_groups_flat[index].data)
 
     optimizer._prepare_fp32_grad_for_sub_group = lambda index: None  # which would join them in fp32
     optimizer._optimizer_step = update
@@ -35,17 +35,17 @@ def install(optimizer: Any, stage: int, adam: PaperAdamW) -> None:
 
 
 @torch.no_grad()
-def _step(optimizer: Any, adam: PaperAdamW, closure: None = None) -> None:
+def _step(optimizer: Any, rule: OnePassOptimizer, closure: None = None) -> None:
     """What DeepSpeedZeroOptimizer.step does on stages 1 and 2 without offload, norms and loss scales."""
     optimizer.micro_step_id = internals.stage_1_and_2.INITIAL_MICRO_STEP_ID
     optimizer.overflow, optimizer._global_grad_norm = False, None
-    for index, group in enumerate(adam.param_groups):
+    for index, group in enumerate(rule.param_groups):
         optimizer.free_grad_in_param_list(optimizer.params_not_in_partition[index])
         whole = optimizer._get_preflattened_grad_partition(index)
         flats = [grad.view(-1) for grad in optimizer.averaged_gradients[index]] if whole is None else [whole]
         rank = dist.get_rank(group=optimizer.real_dp_process_group[index])
         copy = optimizer.parallel_partitioned_bit16_groups[index][rank].data
-        adam.apply(group, optimizer.single_partition_of_fp32_groups[index], flats, copy)
+        rule.apply(group, optimizer.single_partition_of_fp32_groups[index], flats, copy)
         optimizer.free_grad_in_param_list(optimizer.params_in_partition[index])
         optimizer._release_preflattened_grad_buffers(index)
         optimizer.averaged_gradients[index] = optimizer.all_grad_tensors[index] = None

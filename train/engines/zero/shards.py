@@ -1,4 +1,14 @@
-"""Where in ZeRO's flat shards each parameter lies, in all three stages; and the reduced gradients by resblock."""
+"""Where in ZeRO's flat shards each parameter lies, in all three stages; and the reduced gradients by resblock.
+
+Four words that this folder keeps apart:
+
+- A **flat** is what DeepSpeed makes of a parameter group (stages 1 and 2) or of a sub-group of one (stage 3): its parameters, flattened and laid end to end.
+- A **shard** is this rank's even slice of a flat: an fp32 tensor, the master weights that the optimizer updates (``internals.masters``). A number called
+  ``flat`` in this folder counts these shards. Where a shard begins and ends says nothing of parameters.
+- A **piece** (``Piece``) is where one parameter meets one shard: from where to where, in both. A parameter may have no piece on a rank, and padding is none.
+- A **fragment** (``train.weights.fragments.Fragment``) is what a checkpoint sees of a piece: a view of the tensor and its offset in the whole parameter. It
+  knows neither flats nor ranks, so a checkpoint restores on any number of them.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +62,17 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
 class Layout:
     """What stays the same of a rank's gradients. It is put on their device once, so that reading them copies nothing there."""
 
-    def __init__(self, slots: list[int], count: int, lengths: list[int], compressible: list[bool], device: torch.device) -> None:
+    def __init__(self, slots: list[int], count: int, lengths: list[int], is_block_matrix: list[bool], device: torch.device) -> None:
         """
         Args:
             slots: of each piece: its resblock, or the last slot for what lies outside.
             count: number of slots.
             lengths: elements of each piece.
-            compressible: whether it is a block matrix.
+            is_block_matrix: of each piece: whether its parameter is a matrix of a resblock.
             device: of the gradients.
         """
-        matrices = [index for index, matrix in enumerate(compressible) if matrix]
-        self.compressible, self.matrices = compressible, matrices
+        matrices = [index for index, matrix in enumerate(is_block_matrix) if matrix]
+        self.is_block_matrix, self.matrices = is_block_matrix, matrices
         self._members = one_hot(torch.tensor(slots, dtype=torch.int64), count).T.double().to(device)
         self._matrix_members = self._members[:, matrices]
         self.matrix_lengths = torch.tensor([lengths[index] for index in matrices], dtype=torch.float64, device=device)
@@ -101,7 +111,9 @@ class GradientReader:
         found_in = [tags[name].resblock for name in self.names]
         slots = [outside if block is None else block for block in found_in]
         device = torch.device("cpu") if offload else next(module.parameters()).device
-        self._layout = Layout(slots, outside + 1, [length for *_, length in self._places], [tags[name].compressible for name in self.names], device)
+        self._layout = Layout(
+            slots, outside + 1, [length for *_, length in self._places], [tags[name].is_block_matrix for name in self.names], device
+        )
 
     def read(self) -> Gradients:
         """The gradients of this update; views, to be changed in place."""

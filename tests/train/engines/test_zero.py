@@ -14,6 +14,7 @@ from infra.world import World
 from model.transformer import parameter_tags
 from tests.support.ranks import run_in_ranks
 from tests.train.engines.zero_cases import BATCH, Case, backward, every_case, fit_of, make_engine, make_model, zero_of
+from tests.train.engines.zero_checkpoints import NODES, SAVED, load_all
 from tests.train.engines.zero_runs import (
     BETWEEN,
     CURVES,
@@ -21,15 +22,12 @@ from tests.train.engines.zero_runs import (
     FLAT,
     INFINITE,
     INFINITE_IN_NODES,
-    NODES,
     OFFLOADED,
     ONE_PASS,
     OTHERS,
-    SAVED,
     WIRED,
     compare,
     compare_all,
-    load_all,
     on_four,
     on_one,
     on_two,

@@ -10,7 +10,8 @@ import torch
 from infra.world import World
 from tests.support.ranks import run_in_ranks
 from tests.train.engines.zero_cases import Case, backward, make_engine, updates
-from tests.train.engines.zero_runs import compare, inject, save_and_go_on
+from tests.train.engines.zero_checkpoints import save_and_go_on
+from tests.train.engines.zero_runs import compare, inject
 
 TOLERANCE = {"fp32": 2e-6, "fp16": 4e-3}
 COMPARED = [

@@ -69,6 +69,7 @@ class Task:
 
     metrics: tuple[str, ...] = ("loss", "other")
     unit = "tokens"
+    curve: Any = None
 
     def __init__(self) -> None:
         self.asked: list[Any] = []

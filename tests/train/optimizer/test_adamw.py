@@ -208,7 +208,7 @@ def test_the_benchmark_measures_both_kinds_of_moments(monkeypatch: pytest.Monkey
 
 
 def test_apex_where_it_is_asked_for_and_absent_is_a_configuration_error() -> None:
-    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    groups: list[Any] = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     if apex_parts.report() != {"apex FusedAdam": "available", "apex FusedLayerNorm": "available"}:
         with pytest.raises(
             ConfigError, match=r"dalle_fit.optimizer = 'apex': it cannot be .*; build NVIDIA's apex .* set dalle_fit.optimizer = 'paper'"

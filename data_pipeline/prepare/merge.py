@@ -17,6 +17,7 @@ from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers
 from data_pipeline.shards.versions import merge
+from data_pipeline.sources.pairs import UNKNOWN
 from infra import storage
 from infra.errors import DataError
 
@@ -229,7 +230,7 @@ def _terms(name: str, now: State) -> str:
         for marker in markers:
             if name in marker["extra"]["sources"]:
                 licenses.update(marker["extra"]["licenses"])
-    known = [f"{text} ({count} records)" for text, count in licenses.most_common(_SHOWN) if text]
+    known = [f"{text} ({count} records)" for text, count in licenses.most_common(_SHOWN) if text not in ("", UNKNOWN)]
     return (
         f"licences by its records: {', '.join(known)}; the author stands with each record, if anywhere."
         if known

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources.columns import caption_values, find_captions
-from data_pipeline.sources.pairs import Pair
+from data_pipeline.sources.pairs import UNKNOWN, Pair
 from data_pipeline.sources.rows_to_pairs import BAD_PATH, MISSING_IMAGE, OUTSIDE, WEB_ADDRESS, BadRecord, clean, split_word, text_in
 from infra import globs, storage
 from infra.errors import DataError
@@ -114,7 +114,7 @@ class Origin:
             captions=captions,
             image=b"",
             source=source if source and len(source) <= _MAX_NAME and "://" not in source else self.config.url,
-            license=license[:_MAX_NAME] or self.config.license or "unknown",
+            license=license[:_MAX_NAME] or self.config.license or UNKNOWN,
             group=given or text_in(row, "sha256", "md5", "url") or group or ("" if own.isdigit() else own) or place,
             split=said,
             given=bool(given),

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from infra.globs import LINK_OUTSIDE
 
+UNKNOWN = "unknown"
+"""``Pair.license`` of records that name none."""
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -274,8 +274,9 @@ def test_captions_of_another_script_are_refused_by_the_papers_rule_before_anythi
 
 @pytest.mark.parametrize("caption", ["", "a red fox", "ünlikely 狐狸!", "A RED\0fox  " * 9])
 def test_tokens_are_counted_beyond_the_cut_and_what_has_no_piece_is_named(caption: str) -> None:
-    model = train_tokenizer(["a red fox!", "two green trees"], 300)
+    known = ["a red fox!", "two green trees"]
+    model = train_tokenizer(known, 300)
     short, long = Tokenizer(model, 4), Tokenizer(model, 1000)
     assert short.count(caption) == long.count(caption) == long.encode(caption)[1]
     spelled = short.spelled_in_bytes(caption)
-    assert spelled == [character for character in dict.fromkeys(normalise(caption)) if character in "ü狐狸\0"]
+    assert spelled == [character for character in dict.fromkeys(normalise(caption)) if character not in "".join(known)]

@@ -288,7 +288,7 @@ def test_goodput_adds_up_and_names_what_was_lost(tmp_path: Path) -> None:
         exits.mkdir(parents=True)
         (exits / "begin.json").write_text(json.dumps({"time": began}))
         assert lost_s(str(tmp_path), "dvae", 5) == 3.0, "without records"
-        (exits / "rank-0.json").write_text(json.dumps({"code": code, "time": ended}))
+        (exits / "rank-0.json").write_text(json.dumps({"rank": 0, "code": code, "reason": "", "time": ended}))
         assert lost_s(str(tmp_path), "dvae", 5) == (3.0 if code == 75 else 15.0)
     (exits / "begin.json").write_text(json.dumps({"time": 110.0}))
     assert lost_s(str(tmp_path), "dvae", 5) == 3.0

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.config import to_json
+from infra.run_folder import RunFolder
 from tests.support import k8s_local, manifests
 from tests.support.root import ROOT
 from tests.system.test_training import copy_of, run_stage
 from train.config import load_run
 from train.loop.metrics import read_metrics
+from train.run import places
 
 _PATIENCE_S = 900
 
@@ -129,8 +130,7 @@ def test_divided_work_loses_one_poisoned_share_and_no_other(
 ) -> None:
     monkeypatch.chdir(ROOT)
     run = tmp_path / "tiny"
-    run.mkdir()
-    (run / "config.json").write_text(to_json(load_run("tiny", [f"run.root={tmp_path}"])))
+    places.claim(load_run("tiny", [f"run.root={tmp_path}"]), RunFolder(str(run)), "launcher.py prepare tiny")
     job = sized(named(documents, "Job", "prepare"), 2)
     # Share 1 is poisoned: its pod ends with 65 whatever is tried.
     container = job["spec"]["template"]["spec"]["containers"][0]

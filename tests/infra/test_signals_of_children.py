@@ -37,7 +37,7 @@ def python(program: str, *words: str, **environment: str) -> subprocess.Popen[st
     return subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize(("how", "blocked"), [("plain", {PREEMPTION_SIGNAL}), ("block", set(STOP_SIGNALS))])
+@pytest.mark.parametrize(("how", "blocked"), [("plain", {PREEMPTION_SIGNAL, signal.SIGHUP} & set(STOP_SIGNALS)), ("block", set(STOP_SIGNALS))])
 def test_children_start_with_signals_blocked_that_their_parent_hears(how: str, blocked: set[signal.Signals]) -> None:
     output, error = python(_PARENT, how, _CHILD).communicate(timeout=120)
     mask, *heard = output.split()

@@ -23,8 +23,8 @@ from infra.errors import DataError
 TEXT = st.text(max_size=20)
 CODES = st.lists(st.integers(0, 65535), min_size=4, max_size=4).map(lambda codes: np.array(codes, np.uint16))
 INT64 = st.integers(-(2**63), 2**63 - 1)
-CODE = st.builds(CodeRecord, TEXT, st.lists(TEXT), CODES, st.dictionaries(TEXT, st.integers()), INT64, INT64)
-IMAGE = st.builds(ImageRecord, TEXT, st.lists(TEXT), st.binary(max_size=50), INT64, INT64, TEXT, TEXT, TEXT, TEXT)
+CODE = st.builds(CodeRecord, TEXT, st.lists(TEXT, min_size=1), CODES, st.dictionaries(TEXT, st.integers()), INT64, INT64)
+IMAGE = st.builds(ImageRecord, TEXT, st.lists(TEXT, min_size=1), st.binary(max_size=50), INT64, INT64, TEXT, TEXT, TEXT, TEXT)
 
 
 def write(folder: Path, records: Sequence[Record], shard_bytes: int = 1 << 26) -> list[dict[str, Any]]:

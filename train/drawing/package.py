@@ -15,7 +15,7 @@ from train.weights import export
 
 SCHEMA = "package/1"
 CARD = "README.md"
-_SECTIONS = {"run": ("name", "seed"), "dalle_fit": ("caption_dropout",)}
+_SECTIONS = {"run": ("seed",), "dalle_fit": ("caption_dropout",)}
 """Of these sections only so much is needed to draw; where the data lay, and how training went, stays at home."""
 _WHOLE = ("tokenizer", "dvae", "dalle", "clip")
 
@@ -66,7 +66,9 @@ def _copy(source: str, target: str, names: tuple[str, ...]) -> None:
 
 def _config(place: Place) -> dict[str, Any]:
     whole = json.loads(to_json(place.cfg))
-    return {name: whole[name] for name in _WHOLE} | {name: {key: whole[name][key] for key in keys} for name, keys in _SECTIONS.items()}
+    found = {name: whole[name] for name in _WHOLE} | {name: {key: whole[name][key] for key in keys} for name, keys in _SECTIONS.items()}
+    found["run"]["name"] = place.cfg.run.name  # a run's own configuration holds no name: the folder's is its
+    return found
 
 
 def _card(place: Place, description: str, identity: str, tensors: dict[str, Any]) -> str:

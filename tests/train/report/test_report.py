@@ -158,7 +158,7 @@ def test_losses_stand_against_minutes_of_training_without_the_pause_between_atte
     ],
 )
 def test_the_command_to_reproduce_runs_every_stage(tmp_path: Path, command: str, changes: list[Any], line: str) -> None:
-    run = fake_run(tmp_path)
+    run = fake_run(tmp_path / "demo")
     write_json(run / "provenance.json", {"commit": "4fe81a0c" * 5, "command": command, "changes": changes})
     shown = html.unescape(body_of("reproduce", run))
     assert line in shown and "launcher.py prepare" not in shown and "launcher.py dalle" not in shown
@@ -307,9 +307,10 @@ def test_equal_runs_give_equal_pages(tmp_path: Path, finished: tuple[Path, str])
 def test_a_report_can_be_built_in_a_run_folder_on_s3(s3: str, finished: tuple[Path, str]) -> None:
     from infra import storage
 
-    storage.upload_folder(finished[0], s3)
-    storage.delete(storage.join(s3, "report.html"))
-    assert storage.read_bytes(build(s3)).decode() == finished[1]
+    run = storage.join(s3, finished[0].name)  # a run is called as its folder is
+    storage.upload_folder(finished[0], run)
+    storage.delete(storage.join(run, "report.html"))
+    assert storage.read_bytes(build(run)).decode() == finished[1]
 
 
 def test_every_listed_section_has_a_module() -> None:

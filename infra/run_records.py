@@ -17,6 +17,13 @@ class Config(Stored):
     __pydantic_extra__: dict[str, dict[str, Any]]
 
 
+class _Place(Stored):
+    """Where the folder lay from a time on."""
+
+    url: _Text
+    time: Seconds = 0.0
+
+
 class Provenance(Stored):
     """provenance.json."""
 
@@ -24,6 +31,7 @@ class Provenance(Stored):
     commit: _Text = ""
     command: _Text = ""
     changes: list[dict[str, Any]] = Field(default_factory=list)
+    places: list[_Place] = Field(default_factory=list)
 
 
 class Done(Stored):

@@ -311,7 +311,9 @@ class SequentialReader(Generic[T, B]):
         Raises:
             DataError: a shard file is missing or damaged; it is named.
         """
-        ends = np.cumsum([shard.samples for shard in self._shards])
+        ends = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64)
+        if (named := int(ends[-1]) if len(ends) else 0) != self._set.stored:
+            raise DataError(f"{self._set.url}: its index names {named} records, its manifest {self._set.stored}; run 'launcher.py validate' on it.")
         removed = self._set.removed
         stored = np.array(self.indices, np.int64)
         stored += np.searchsorted(removed - np.arange(len(removed)), stored, side="right")

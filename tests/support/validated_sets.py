@@ -20,7 +20,7 @@ from train.config import load_run
 from train.verbs import validate
 from train.verbs.validate import Options
 
-DVAE = "d" * 64
+DVAE, TOKENIZER = "d" * 64, "7" * 64
 
 
 def numbers(*counts: int) -> list[range]:
@@ -52,9 +52,16 @@ def run_folder(place: Path, dvae: str = DVAE) -> Path:
         if split == "train":
             model = tokenizer.train_tokenizer([caption for some in made.captions() for caption in some], cfg.tokenizer.vocab)
             write(run / "tokenizer/tokenizer.model", model)
-            facts = {"schema": "tokenizer/1", "sha256": sha256_file(run / "tokenizer/tokenizer.model"), "content_hash": "t" * 64}
+            facts = {
+                "schema": "tokenizer/1",
+                "sha256": sha256_file(run / "tokenizer/tokenizer.model"),
+                "content_hash": TOKENIZER,
+                "size": 300,
+                "captions": 9,
+                "records": 9,
+            }
             write(run / "tokenizer/manifest.json", facts | {"parents": {"images": made.content_hash}, "settings": {"vocab": cfg.tokenizer.vocab}})
-    for stage, parents in (("dvae", {}), ("dalle", {"dvae": DVAE, "tokenizer": "t" * 64}), ("clip", {"tokenizer": "t" * 64})):
+    for stage, parents in (("dvae", {}), ("dalle", {"dvae": DVAE, "tokenizer": TOKENIZER}), ("clip", {"tokenizer": TOKENIZER})):
         write(run / stage / "export/config.json", {"content_hash": DVAE, "parents": parents})
     return run
 

@@ -165,7 +165,10 @@ def test_a_checkpoint_whose_hashes_are_made_to_fit(tmp_path: Path, name: str) ->
     sound = json.loads(facts.read_bytes())
 
     def seal(data: bytes) -> bytes:
-        tree = json.loads(data)
+        try:
+            tree = json.loads(data)
+        except RecursionError:  # nothing to seal: it is refused before a hash is looked at
+            return data
         if name == "index.json":
             meta = {key: value for key, value in sound.items() if key != "sha256"} | {"index": digest(tree)}
             facts.write_text(json.dumps(meta | {"sha256": digest(meta)}))

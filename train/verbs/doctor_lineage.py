@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import MANIFEST, version_url
-from infra import storage
+from infra import storage, stored
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import lineage, places
@@ -44,6 +43,6 @@ def _missing_versions(cfg: RunConfig, run: RunFolder) -> Iterator[str]:
         if not storage.exists(manifest):
             yield f"{url} has no version {version[:16]} any more, which 'encode' made"
             continue
-        parent = str(read_manifest(manifest)["parents"].get("images", "none"))
+        parent = str(stored.read(manifest, stored.Identified).get("parents", {}).get("images", "none"))
         if parent != images.get(split):
             yield f"{url} was made from images {parent[:12]}, the run has {str(images.get(split))[:12]}"

@@ -50,6 +50,8 @@ def export_parents(run: Run) -> Iterator[Problem]:
 
 
 def _owner(identity: str, images: Sequence[str]) -> str | None:
+    if identity == "none":  # the codes name no images
+        return None
     return next((url for url in images if storage.exists(storage.join(version_url(url, identity), MANIFEST))), None)
 
 

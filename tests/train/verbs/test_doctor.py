@@ -197,29 +197,35 @@ def test_the_limit_of_all_checks_is_half_a_minute() -> None:
     assert doctor.LIMIT_S <= 30 and doctor._ALL_REDUCE_S < doctor.LIMIT_S
 
 
+_IMAGES, _CODES = {"train": "a1", "validation": "b1"}, {"train": "a2", "validation": "b2"}
+_EXPORTS = {"dvae": "d1", "dalle": "d2", "clip": "c1"}
+"""Beginnings of content hashes."""
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> RunFolder:
     """The markers of a whole run."""
     run = RunFolder(str(tmp_path / "tiny"))
     for split in ("train", "validation"):
-        storage.write_json(run.at("images", split, "versions", f"{split[0]}i".ljust(16, "0"), "manifest.json"), {"parents": {}})
-        image = f"{split[0]}i".ljust(64, "0")
+        storage.write_json(run.at("images", split, "versions", _IMAGES[split].ljust(16, "0"), "manifest.json"), {"content_hash": "a", "parents": {}})
+        image = _IMAGES[split].ljust(64, "0")
         storage.write_json(
-            run.at("codes", "crop-0", split, "versions", f"{split[0]}c".ljust(16, "0"), "manifest.json"), {"parents": {"images": image}}
+            run.at("codes", "crop-0", split, "versions", _CODES[split].ljust(16, "0"), "manifest.json"),
+            {"content_hash": "a", "parents": {"images": image}},
         )
-    run.finish("prepare", versions={"train": "ti".ljust(64, "0"), "validation": "vi".ljust(64, "0")})
+    run.finish("prepare", versions={"train": "a1".ljust(64, "0"), "validation": "b1".ljust(64, "0")})
     for name in ("dvae", "dalle", "clip"):
-        storage.write_json(run.at(name, "export", "config.json"), {"content_hash": name.ljust(64, "0")})
-    storage.write_json(run.at("tokenizer", "manifest.json"), {"content_hash": "bpe".ljust(64, "0")})
-    exports = {name: name.ljust(64, "0") for name in ("dvae", "dalle", "clip")} | {"tokenizer": "bpe".ljust(64, "0")}
-    run.finish("tokenizer", parents={"images": "ti".ljust(64, "0")})
-    run.finish("dvae", parents={"images": "ti".ljust(64, "0")})
-    run.finish("encode", parents={"dvae": exports["dvae"]}, versions={"0/train": "tc".ljust(64, "0"), "0/validation": "vc".ljust(64, "0")})
-    codes, elsewhere = "tc".ljust(64, "0"), "of another run".ljust(64, "0")
+        storage.write_json(run.at(name, "export", "config.json"), {"content_hash": _EXPORTS[name].ljust(64, "0")})
+    storage.write_json(run.at("tokenizer", "manifest.json"), {"content_hash": "b9".ljust(64, "0")})
+    exports = {name: _EXPORTS[name].ljust(64, "0") for name in _EXPORTS} | {"tokenizer": "b9".ljust(64, "0")}
+    run.finish("tokenizer", parents={"images": "a1".ljust(64, "0")})
+    run.finish("dvae", parents={"images": "a1".ljust(64, "0")})
+    run.finish("encode", parents={"dvae": exports["dvae"]}, versions={"0/train": "a2".ljust(64, "0"), "0/validation": "b2".ljust(64, "0")})
+    codes, elsewhere = "a2".ljust(64, "0"), "of another run".ljust(64, "0")
     run.finish("dalle", parents={"codes": codes, "dvae": exports["dvae"], "tokenizer": exports["tokenizer"], "init_from": elsewhere})
-    run.finish("clip", parents={"images": "ti".ljust(64, "0"), "tokenizer": exports["tokenizer"]})
+    run.finish("clip", parents={"images": "a1".ljust(64, "0"), "tokenizer": exports["tokenizer"]})
     run.finish("generate", parents=exports)
-    run.finish("evaluate", parents=exports | {"images": "vi".ljust(64, "0"), "codes": "vc".ljust(64, "0")})
+    run.finish("evaluate", parents=exports | {"images": "b1".ljust(64, "0"), "codes": "b2".ljust(64, "0")})
     return run
 
 
@@ -246,11 +252,11 @@ def test_inputs_of_another_lineage_are_named_for_every_stage(finished: RunFolder
 def test_versions_that_are_gone_and_codes_of_other_images_are_named(finished: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.delete_prefix(finished.at("images", "validation", "versions"))
     storage.delete_prefix(finished.at("codes", "crop-0", "validation", "versions"))
-    place = finished.at("codes", "crop-0", "train", "versions", "tc".ljust(16, "0"), "manifest.json")
-    storage.write_json(place, {"parents": {"images": "e" * 64}})
+    place = finished.at("codes", "crop-0", "train", "versions", "a2".ljust(16, "0"), "manifest.json")
+    storage.write_json(place, {"content_hash": "a", "parents": {"images": "e" * 64}})
     found = lineage_of(finished)
     assert found is not None and not found.ok
-    for words in ("images/validation has no version vi00", "crop-0/validation has no version vc00", "train was made from images eeeeeeeeeeee"):
+    for words in ("images/validation has no version b100", "crop-0/validation has no version b200", "train was made from images eeeeeeeeeeee"):
         assert words in found.found, words
     monkeypatch.setattr(doctor, "machine", lambda: [])
     monkeypatch.setattr(doctor, "all_reduce", lambda: Finding("all-reduce", True, "fast"))

@@ -129,11 +129,9 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
         code, reason = ExitCode.REQUEUE, held.lost
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
-    done, whole = run.done(name), duration(time.monotonic() - started)
+    own, whole = (run.done(name) or {}).get("seconds"), duration(time.monotonic() - started)
     # The first figure is the report's.
-    print(
-        f"{name}: done in {duration(done['seconds'])} ({whole} with the start of its processes)" if done else f"{name}: done in {whole}", flush=True
-    )
+    print(f"{name}: done in {whole}" if own is None else f"{name}: done in {duration(own)} ({whole} with the start of its processes)", flush=True)
 
 
 def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:

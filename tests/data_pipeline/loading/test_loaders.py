@@ -18,7 +18,6 @@ import pytest
 from streaming.base.shared import prefix as streaming_prefix
 
 from data_pipeline.loading import loaders
-from data_pipeline.loading.loaders import ShardLoader
 from data_pipeline.shards.shard_set import CODES_SCHEMA, ShardSet
 from infra.errors import ConfigError, DataError
 from infra.world import World
@@ -26,22 +25,6 @@ from tests.support.code_sets import COUNT, code_set, draw, loader, without
 from tests.support.ranks import run_in_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # streaming leaves closing to the garbage collector
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes loaders of ranks that are each alone on their node, one after the other in this process: they share no memory and need no peer."""
-    monkeypatch.setattr("streaming.base.dataset.maybe_init_dist", lambda: False)
-
-    def make(sets: list[ShardSet], size: int, **options: Any) -> list[ShardLoader[str, list[str]]]:
-        made = []
-        for rank in range(size):
-            for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
-                monkeypatch.setenv(name, str(value))
-            made.append(loader(sets, World(rank, size, 0, 1), **options))
-        return made
-
-    return make
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order(tmp_path: Path) -> None:

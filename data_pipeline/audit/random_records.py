@@ -6,38 +6,19 @@ A row of a set costs two small reads, of its two offsets and of its bytes, so a 
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards.rows import row_decoder
-from data_pipeline.shards.shard_set import Shard, ShardSet
+from data_pipeline.shards.shard_set import ShardSet
 from data_pipeline.sources.pairs import Pair, Source, Unreadable
-from infra import storage
-from infra.errors import DataError
 from infra.seeds import generator
 
-READERS = 16
-"""Rows that are read at once: what S3 costs is waiting."""
 SOURCE_SHARDS = 8
 """Input shards of a source from which records are taken."""
 _SPREAD = 2  # a sample of n records of an input shard is drawn from its first 2 n
-
-
-def read_row(set_url: str, shard: Shard, row: int) -> dict[str, Any]:
-    """One row of one shard, read without the others.
-
-    Raises:
-        DataError: the file is missing, truncated or damaged at this row.
-    """
-    place = storage.join(set_url, shard.basename)
-    begin, end = (int(value) for value in np.frombuffer(storage.read_range(place, 4 * (1 + row), 8), "<u4"))
-    if not 0 < begin < end:
-        raise DataError(f"{place}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
-    return dict(row_decoder(shard.entry, place)(storage.read_range(place, begin, end - begin)))
 
 
 def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -46,13 +27,7 @@ def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[di
     Raises:
         DataError: a file is missing, truncated or damaged.
     """
-    shards = images_or_codes.shards
-    ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
-    positions = visible_positions(int(ends_S[-1]) if len(shards) else 0, images_or_codes.removed, count, seed)
-    owners = np.searchsorted(ends_S, positions, side="right")
-    rows = [(shards[owner], int(position - ends_S[owner] + shards[owner].samples)) for owner, position in zip(owners, positions, strict=True)]
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda item: read_row(images_or_codes.url, *item), rows))
+    return images_or_codes.rows_at(visible_positions(images_or_codes.stored, images_or_codes.removed, count, seed))
 
 
 def visible_positions(stored: int, removed: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:

@@ -190,7 +190,8 @@ def _advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
 
 def _examples(sets: dict[str, ShardSet], border: int, pairs: list[tuple[int, int]]) -> list[dict[str, str]]:
     def name(position: int) -> str:
-        return sets["validation"].ids_at([position])[0] if position < border else sets["train"].ids_at([position - border])[0]
+        split, row = ("validation", position) if position < border else ("train", position - border)
+        return str(sets[split].rows_at([row])[0]["id"])
 
     return [{"id": name(position), "why": f"repeats {name(other)}"} for position, other in pairs[:_SHOWN]]
 

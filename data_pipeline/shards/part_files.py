@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards.rows import ShardRows
+from data_pipeline.shards.rows import ShardRows, row_decoder
 from data_pipeline.shards.schema import check_columns, read_part_index
 from infra import scratch, storage, strict_json
 from infra.commands import launcher
@@ -88,6 +89,18 @@ def read_u64(url: str, sha256: str, count: int) -> NDArray[np.uint64]:
     if len(data) != 8 * count:
         raise DataError(f"{url}: {len(data)} bytes; the manifest counts {count} numbers of 8; run 'launcher.py validate' on the set.")
     return np.frombuffer(data, U64)
+
+
+def read_row(url: str, entry: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """One row of one shard file, read without the others.
+
+    Raises:
+        DataError: the file is missing, truncated or damaged at this row.
+    """
+    begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
+    if not 0 < begin < end <= entry["raw_data"]["bytes"]:
+        raise DataError(f"{url}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
+    return dict(row_decoder(entry, url)(storage.read_range(url, begin, end - begin)))
 
 
 def read_records(set_url: str, part: Mapping[str, Any], schema: str) -> Iterator[dict[str, Any]]:

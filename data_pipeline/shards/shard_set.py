@@ -9,8 +9,7 @@ docs/contracts.md, section 3, is the specification.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import schema as schemas
-from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_u64, sha256_of, unpack_captions
-from data_pipeline.shards.rows import row_decoder
+from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_row, read_u64, sha256_of, unpack_captions
 from data_pipeline.shards.spellings import bases_of, spellings
 from infra import storage, text
 from infra.commands import launcher
@@ -228,14 +226,28 @@ class ShardSet:
         """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
         return [values.reshape(-1, 3) for values in self._side_file(PRINTS, 3)]
 
+    def group_hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """Hash of the group of every stored image, part by part; of a large set a few parts are in memory at a time.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        for values in self._side_files(PRINTS, 3):
+            yield values.reshape(-1, 3)[:, 2]
+
     def _side_file(self, name: str, numbers: int) -> list[NDArray[np.uint64]]:
+        return list(self._side_files(name, numbers))
+
+    def _side_files(self, name: str, numbers: int) -> Iterator[NDArray[np.uint64]]:
         def read(part: dict[str, Any]) -> NDArray[np.uint64]:
             found = [file["sha256"] for file in part["files"] if file["name"] == name]
             place = storage.join(self.url, part["name"], name)
             return read_u64(place, found[0], numbers * part["count"]) if found else np.empty(0, U64)
 
+        parts = self.parts
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            return list(pool.map(read, self.parts))
+            for begin in range(0, len(parts), _PARALLEL):  # not all at once: the pool would read ahead of a slow consumer without bound
+                yield from pool.map(read, parts[begin : begin + _PARALLEL])
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All visible records, part by part, in order."""
@@ -270,24 +282,21 @@ class ShardSet:
                 if row not in hidden:
                     yield captions
 
-    def ids_at(self, positions: list[int]) -> list[str]:
-        """Ids of a few stored records; of each only its own bytes are read.
+    def rows_at(self, positions: Sequence[int] | NDArray[np.int64]) -> list[dict[str, Any]]:
+        """A few stored records, visible or not, in the order given; of each only its own bytes are read, two small reads a record.
 
         Raises:
-            DataError: a file is missing, or damaged there.
+            DataError: a file is missing, truncated, or damaged there.
         """
-        ends = np.cumsum([shard.samples for shard in self.shards])
-        found = []
-        for position in positions:
-            number = int(np.searchsorted(ends, position, side="right"))
-            shard = self.shards[number]
-            row = position - int(ends[number]) + shard.samples
-            url = storage.join(self.url, shard.basename)
-            begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
-            if not 0 < begin < end <= shard.entry["raw_data"]["bytes"]:
-                raise DataError(f"{url}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
-            found.append(str(row_decoder(shard.entry, url)(storage.read_range(url, begin, end - begin))["id"]))
-        return found
+        shards = self.shards
+        ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
+
+        def read(position: int) -> dict[str, Any]:
+            shard = shards[number := int(np.searchsorted(ends_S, position, side="right"))]
+            return read_row(storage.join(self.url, shard.basename), shard.entry, position - int(ends_S[number]) + shard.samples)
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(read, (int(position) for position in positions)))
 
 
 def version_url(set_url: str, content_hash: str) -> str:

@@ -73,7 +73,7 @@ def holds(file: Path, read: Callable[[], object], *, times: int = TIMES, as_json
 def _read_set(url: str, schema: str) -> None:
     made = open_set(url, schema)
     list(made.records())
-    made.ids_at([0])
+    made.rows_at([0])
     random_rows(made, 2)
     _ = made.excluded, made.id_hashes(), made.starts
     if schema == IMAGE_SCHEMA:

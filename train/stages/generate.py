@@ -18,16 +18,19 @@ from infra.signals import StopFlag
 from infra.world import Share, World
 from model.decoder import DrawingWeights
 from train.config import RunConfig
-from train.drawing.draw import Picture, draw, score
+from train.drawing.draw import draw, score
 from train.drawing.settings import Settings, key, of_stage
 from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.report.images import grid, png_bytes
 from train.run import places
 from train.run.inputs import open_exports, open_images
-from train.stages import generate_drawing
 from train.stages.finish import stop_together
-from train.stages.generate_drawing import Prompt
+from train.stages.generate_nearest import nearest, thumbs, view
+from train.stages.generate_prompts import Prompt, prompts
+
+_SEARCHED = 1 << 14
+"""Pictures whose nearest training images are searched in one pass over the set: 50 MB of coarse pictures, and as many image files of the set at most."""
 
 
 class _Picture(stored.Stored):
@@ -35,7 +38,7 @@ class _Picture(stored.Stored):
 
 
 class _Entry(stored.Stored):
-    """entry.json of a caption: its files lie in the stage's folder, and nowhere else."""
+    """drawn.json and entry.json of a caption: its files lie in the stage's folder, and nowhere else."""
 
     caption: str
     pictures: list[_Picture]
@@ -62,8 +65,17 @@ class _Task:
     def entry_url(self, index: int) -> str:
         return self.run.at(self.folder(index), "entry.json")
 
+    def drawn_url(self, index: int) -> str:
+        """The entry before the nearest training images are known, so that a stop in between draws nothing twice."""
+        return self.run.at(self.folder(index), "drawn.json")
+
     def is_finished(self, index: int) -> bool:
         return storage.exists(self.entry_url(index))
+
+    def put(self, index: int, name: str, data: bytes) -> str:
+        """Write a file of a caption; its name in the run."""
+        storage.write_bytes(self.run.at(self.folder(index), name), data)
+        return f"{self.folder(index)}/{name}"
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
@@ -74,18 +86,12 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     drawing = Models(run.url, cfg, models.dvae, DrawingWeights(models.dalle), models.tokenizer, models.clip, models.lineage, "exported weights")
-    task = _Task(cfg, run, generate_drawing.prompts(cfg, training, validation), of_stage(cfg), drawing)
+    task = _Task(cfg, run, prompts(cfg, training, validation), of_stage(cfg), drawing)
     share = Share.from_env()
     place = share.of(world)
     mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]
-    progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
-    for done, index in enumerate(mine, 1):
-        if stop:
-            break
-        pictures = [picture for some in draw(drawing, [task.wanted[index].caption], task.settings) for picture in some]
-        _write(task, index, pictures, training)
-        progress.update(done)
-    progress.finish()
+    _draw(task, mine, world, stop)
+    _search(task, mine, training, world, stop)
     stop_together(stop, device, "generate")
     if world.is_main:
         left = sum(not task.is_finished(index) for index in range(len(task.wanted))) if share.count > 1 else 0
@@ -108,53 +114,73 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 def _merge(task: _Task) -> None:
     """Write the index and the grid; again writes the same bytes."""
-    run, cfg = task.run, task.cfg
+    run = task.run
     entries = [stored.read(task.entry_url(index), _Entry) for index in range(len(task.wanted))]
-    storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(cfg, run, entries)))
+    storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(task, entries)))
     checkpoint = task.models.lineage["dalle"]
     storage.write_json(
         run.at("generate", "index.json"), {"captions": entries, "candidates": task.settings.n, "checkpoint": checkpoint} | task.settings.shape()
     )
 
 
-def _write(task: _Task, index: int, pictures: Sequence[Picture], training: ShardSet) -> None:
-    """Files of one caption, best picture first, its entry last."""
-    cfg, prompt, scores = task.cfg, task.wanted[index], score(task.models, pictures)
-    order = np.argsort(scores)[::-1]
-    arrays = np.stack([pictures[i].pixels_YXC for i in order])
-    close = generate_drawing.nearest(arrays, training.records(), cfg.dvae.image_size, cfg.generate.nearest_among)
-    entry: dict[str, Any] = {
-        "caption": prompt.caption,
-        "id": prompt.id,
-        "split": prompt.split,
-        "truth": None,
-        "pictures": [],
-        "key": task.key(index),
-    }
+def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:
+    """The pictures of this rank's captions, best first, each caption's drawn.json last."""
+    progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
+    for done, index in enumerate(mine, 1):
+        if stop:
+            break
+        if not storage.exists(task.drawn_url(index)):
+            _draw_one(task, index)
+        progress.update(done)
+    progress.finish()
 
-    def put(name: str, data: bytes) -> str:
-        storage.write_bytes(task.run.at(task.folder(index), name), data)
-        return f"{task.folder(index)}/{name}"
 
+def _draw_one(task: _Task, index: int) -> None:
+    prompt = task.wanted[index]
+    pictures = [picture for some in draw(task.models, [prompt.caption], task.settings) for picture in some]
+    scores = score(task.models, pictures)
+    entry: dict[str, Any] = {"caption": prompt.caption, "id": prompt.id, "split": prompt.split, "truth": None, "pictures": [], "key": task.key(index)}
     if prompt.truth is not None:
-        entry["truth"] = put("truth.png", png_bytes(generate_drawing.view(prompt.truth, cfg.dvae.image_size)))
-    for rank, i in enumerate(order):
-        found = close[rank]
-        near = {
-            "id": found.id,
-            "distance": found.distance,
-            "file": put(f"{rank:03d}-nearest.png", png_bytes(generate_drawing.view(found.image, cfg.dvae.image_size))),
-        }
-        picture = {"file": put(f"{rank:03d}.png", png_bytes(arrays[rank])), "score": scores[i], "seed": pictures[i].seed, "nearest": near}
-        entry["pictures"].append(picture)
-    storage.write_json(task.entry_url(index), entry)
+        entry["truth"] = task.put(index, "truth.png", png_bytes(view(prompt.truth, task.cfg.dvae.image_size)))
+    for place, i in enumerate(np.argsort(scores)[::-1]):
+        file = task.put(index, f"{place:03d}.png", png_bytes(pictures[i].pixels_YXC))
+        entry["pictures"].append({"file": file, "score": scores[i], "seed": pictures[i].seed})
+    storage.write_json(task.drawn_url(index), entry)
 
 
-def _sheet(cfg: RunConfig, run: RunFolder, entries: list[dict[str, Any]]) -> np.ndarray:
+def _search(task: _Task, mine: Sequence[int], training: ShardSet, world: World, stop: StopFlag) -> None:
+    """The nearest training images of this rank's pictures, many captions in one pass over the set; each caption's entry.json last."""
+    at_once = max(1, _SEARCHED // task.settings.n)
+    for begin in range(0, len(mine), at_once):
+        some = mine[begin : begin + at_once]
+        if stop:
+            return  # some of them may not be drawn
+        drawn = [stored.read(task.drawn_url(index), _Entry) for index in some]
+        thumbs_BF = np.concatenate([thumbs(np.stack([_pixels(task, picture["file"]) for picture in entry["pictures"]])) for entry in drawn])
+        progress = Progress(min(task.cfg.generate.nearest_among, training.count), "nearest images", unit="images", enabled=world.is_main)
+
+        def go_on(done: int, progress: Progress = progress) -> bool:
+            progress.update(done)
+            return not stop
+
+        found = nearest(thumbs_BF, training, task.cfg.dvae.image_size, task.cfg.generate.nearest_among, go_on)
+        if found is None:
+            return
+        progress.update(progress.total)
+        progress.finish()
+        images = iter(found)
+        for index, entry in zip(some, drawn, strict=True):
+            for place, (picture, image) in enumerate(zip(entry["pictures"], images, strict=False)):
+                file = task.put(index, f"{place:03d}-nearest.png", png_bytes(view(image.image, task.cfg.dvae.image_size)))
+                picture["nearest"] = {"id": image.id, "distance": image.distance, "file": file}
+            storage.write_json(task.entry_url(index), entry)
+
+
+def _pixels(task: _Task, file: str) -> np.ndarray:
+    return view(storage.read_bytes(task.run.at(file)), task.cfg.dvae.image_size)
+
+
+def _sheet(task: _Task, entries: list[dict[str, Any]]) -> np.ndarray:
     """One row a caption: the best pictures, best first."""
-
-    def pixels(file: str) -> np.ndarray:
-        return generate_drawing.view(storage.read_bytes(run.at(file)), cfg.dvae.image_size)
-
-    rows = [[pixels(picture["file"]) for picture in entry["pictures"][: cfg.generate.show]] for entry in entries]
+    rows = [[_pixels(task, picture["file"]) for picture in entry["pictures"][: task.cfg.generate.show]] for entry in entries]
     return grid(rows, labels=[entry["caption"] for entry in entries])

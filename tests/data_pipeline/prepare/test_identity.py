@@ -73,7 +73,7 @@ def test_a_takedown_list_fits_sets_of_either_rule_in_either_spelling(rule: str, 
     place, url = source(tmp_path / "set"), str(tmp_path / "images" / "train")
     if rule == "new":
         made(place, tmp_path / "images")
-        victim = open_set(url, IMAGE_SCHEMA).ids_at([0])[0]
+        victim = open_set(url, IMAGE_SCHEMA).rows_at([0])[0]["id"]
     else:
         victim = "00.png"
         old = [ImageRecord(f"{place}/{n:02d}.png", ["a cat"], picture(n), 16, 16, "s", "unknown", str(n), "train") for n in range(3)]

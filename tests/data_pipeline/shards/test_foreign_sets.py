@@ -33,7 +33,7 @@ def read_all(url: str, cache: str = "") -> None:
     made = open_set(url, IMAGE_SCHEMA)
     list(made.records())
     list(made.captions())
-    made.ids_at([0])
+    made.rows_at([0])
     random_rows(made, 3)
     list(SequentialReader(made, World.single(), 9, 2, lambda record, _: dict(record), lambda samples: samples, cache))
 
@@ -59,7 +59,7 @@ def test_a_pickled_column_is_refused_by_every_reader_and_runs_nothing(tmp_path: 
     opened = open_set(made.url, IMAGE_SCHEMA)
     readers: list[Callable[[], object]] = [
         lambda: list(opened.records()),
-        lambda: opened.ids_at([0]),
+        lambda: opened.rows_at([0]),
         lambda: random_rows(opened, 2),
         lambda: SequentialReader(opened, World.single(), 2, 2, lambda record, _: dict(record), list),
         lambda: ShardLoader([opened], tmp_path, World.single(), 2, 0, lambda record, _: dict(record), list),

@@ -63,7 +63,7 @@ def test_records_come_back_in_order_with_all_columns(tmp_path: Path) -> None:
     assert len(opened.shards) > 3, "the size limit cuts parts into shards"
     assert {shard.source for shard in opened.shards} == {"here"} and sum(shard.samples for shard in opened.shards) == 10
     assert all((tmp_path / shard.basename).is_file() for shard in opened.shards)
-    assert opened.ids_at([9, 0, 7]) == ["id-9", "id-0", "id-7"]
+    assert [row["id"] for row in opened.rows_at([9, 0, 7])] == ["id-9", "id-0", "id-7"]
 
 
 def test_code_records_keep_their_codes_exactly(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_set_on_s3_holds_the_same_bytes(s3: str, tmp_path: Path) -> None:
     assert remote.manifest == local.manifest
     assert list(remote.records()) == list(local.records()) and remote.count == 5
     assert list(remote.captions()) == list(local.captions())
-    assert remote.ids_at([6]) == ["id-6"]
+    assert remote.rows_at([6])[0]["id"] == "id-6"
     with pytest.raises(DataError, match="ends after"):
         storage.read_range(storage.join(s3, remote.shards[0].basename), 0, 1 << 20)
     with pytest.raises(DataError, match="ends after"):

@@ -1,0 +1,93 @@
+"""The nearest training image of each drawn picture: one pass over the set for all pictures of a rank, in blocks, and of the images that were found alone the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.images.crops import Pixels, center_crop, cut, decode
+from data_pipeline.shards.shard_set import ShardSet
+
+_THUMB = 16
+_BLOCK = 512
+"""Training images that are compared at once."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A picture's nearest training image."""
+
+    id: str
+    image: bytes
+    distance: float
+    """Root mean square difference of the coarse pictures, in [0, 1]."""
+
+
+def view(image: bytes, size: int) -> Pixels:
+    """The central view of a stored image, uint8 [size, size, 3]."""
+    pixels = decode(image)
+    return cut(pixels, center_crop((pixels.shape[1], pixels.shape[0]), size), size)
+
+
+def thumbs(pictures_BYXC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Coarse pictures [B, 768] in [0, 1]: means over a 16 x 16 grid, so that nearness is of layout and colour, not of noise."""
+    batch, size = pictures_BYXC.shape[:2]
+    side = min(_THUMB, size)
+    block = size // side
+    cropped = pictures_BYXC[:, : side * block, : side * block].reshape(batch, side, block, side, block, 3)
+    return (cropped.mean((2, 4), dtype=np.float32) / 255).reshape(batch, -1)
+
+
+def nearest(
+    thumbs_BF: NDArray[np.float32], training: ShardSet, size: int, among: int, go_on: Callable[[int], bool] = lambda done: True
+) -> list[Nearest] | None:
+    """The nearest of the first ``among`` visible training images for each picture.
+
+    The cost is that of reading and decoding each of those images once, however many pictures there are, and 2 · 768 FLOPs for each pair.
+
+    Args:
+        thumbs_BF: the coarse pictures (``thumbs``).
+        training: an image set.
+        size: side of the pictures, to which the images are cut.
+        among: images that are searched.
+        go_on: asked before each block, with the number of images that were searched; False ends the search.
+
+    Returns:
+        One for each picture, or None where the search was ended.
+    """
+    squared_B = np.full(len(thumbs_BF), np.inf, np.float32)
+    position_B = np.zeros(len(thumbs_BF), np.int64)
+    length_B = (thumbs_BF**2).sum(1)
+    images, done = islice(_visible(training), min(among, training.count)), 0
+    while block := list(islice(images, _BLOCK)):
+        if not go_on(done):
+            return None
+        theirs_KF = thumbs(np.stack([view(image, size) for _, image in block]))
+        found_BK = (length_B[:, None] + (theirs_KF**2).sum(1)[None] - 2 * thumbs_BF @ theirs_KF.T) / theirs_KF.shape[1]
+        best_B = found_BK.argmin(1)
+        least_B = np.maximum(0.0, found_BK[np.arange(len(best_B)), best_B])  # the difference of products can end below zero
+        closer_B = least_B < squared_B
+        squared_B[closer_B] = least_B[closer_B]
+        position_B[closer_B] = np.array([position for position, _ in block])[best_B[closer_B]]
+        done += len(block)
+    return _read(training, position_B, squared_B) if done else []
+
+
+def _visible(training: ShardSet) -> Iterator[tuple[int, bytes]]:
+    """Position and image file of each visible record, in order."""
+    for part in range(len(training.parts)):
+        shown = np.delete(np.arange(training.parts[part]["count"]), training.removed_rows(part)) + training.starts[part]
+        for position, record in zip(shown, training.read_part(part), strict=True):
+            yield int(position), record["image"]
+
+
+def _read(training: ShardSet, position_B: NDArray[np.int64], squared_B: NDArray[np.float32]) -> list[Nearest]:
+    """Several pictures can have the same image: each is read once."""
+    wanted, place_B = np.unique(position_B, return_inverse=True)
+    records = training.rows_at(wanted)
+    distance_B = np.sqrt(squared_B)
+    return [Nearest(records[place]["id"], records[place]["image"], float(distance)) for place, distance in zip(place_B, distance_B, strict=True)]

@@ -1,0 +1,117 @@
+"""Which captions the stage generate draws. Groups are counted by the hashes beside the shards, so no image is read to choose among millions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards.shard_set import ShardSet
+from infra.digests import id_hash
+from infra.seeds import derive
+from train.config import RunConfig
+
+_RANGE = 1 << 25
+"""Hashes that are sorted at once, about: 250 million records are counted in eight readings of their side files (6 GB each)."""
+_NAMED = 4096
+"""Groups whose names are read, each by two small reads. Among more, those with the smallest hashes are taken."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to draw."""
+
+    caption: str
+    id: str | None = None
+    """Record that the caption comes from."""
+    split: str | None = None
+    """That record's split."""
+    truth: bytes | None = None
+    """That record's image file."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of a set, in order of their hashes."""
+
+    hash_G: NDArray[np.uint64]
+    first_G: NDArray[np.int64]
+    """Position of each group's first visible record."""
+    count_G: NDArray[np.int64]
+    """Its visible records."""
+
+    def at(self, places: NDArray[Any]) -> Groups:
+        return Groups(self.hash_G[places], self.first_G[places], self.count_G[places])
+
+
+def prompts(cfg: RunConfig, training: ShardSet, validation: ShardSet) -> list[Prompt]:
+    """generate.captions, or captions of validation concepts (the first by stable hash) and of the most frequent training concepts."""
+    if cfg.generate.captions:
+        return [Prompt(caption) for caption in cfg.generate.captions]
+    chosen = _held_out(validation, cfg.generate.num_captions, cfg.run.seed)
+    if cfg.generate.num_known_captions:
+        chosen += _most_frequent(training, cfg.generate.num_known_captions)
+    return [Prompt(record["captions"][0], record["id"], record["split"], record["image"]) for record in chosen]
+
+
+def _held_out(images: ShardSet, count: int, seed: int) -> list[dict[str, Any]]:
+    """The first record of each of ``count`` groups, by a stable hash of the groups' names."""
+    named = max(_NAMED, count)
+    few = _merged((groups.at(np.arange(min(named, len(groups.hash_G)))) for groups in ranges(images)), named)
+    return _first_records(images, few, lambda record: derive(seed, "sample", record["group"]), count)
+
+
+def _most_frequent(images: ShardSet, count: int) -> list[dict[str, Any]]:
+    """The first record of each of the ``count`` largest groups; of equally large ones those that come first by name."""
+    named = max(_NAMED, count)
+    few = _merged((groups.at(np.argsort(-groups.count_G, kind="stable")[:named]) for groups in ranges(images)), named, by_size=True)
+    size = {int(value): int(number) for value, number in zip(few.hash_G, few.count_G, strict=True)}
+    # Names are read of whoever can be among the chosen: the groups as large as the last of them, or larger.
+    least = few.count_G[min(count, len(few.count_G)) - 1] if len(few.count_G) else 0
+    return _first_records(
+        images, few.at(np.flatnonzero(few.count_G >= least)), lambda record: (-size[id_hash(record["group"])], record["group"]), count
+    )
+
+
+def _first_records(images: ShardSet, groups: Groups, order: Callable[[dict[str, Any]], Any], count: int) -> list[dict[str, Any]]:
+    return sorted(images.rows_at(groups.first_G), key=order)[:count]
+
+
+def _merged(found: Iterable[Groups], most: int, by_size: bool = False) -> Groups:
+    """At most ``most`` of the groups of all ranges: by size, or in order of their hashes."""
+    kept = Groups(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+    for groups in found:
+        kept = Groups(*(np.concatenate(pair) for pair in zip(_columns(kept), _columns(groups), strict=True)))
+        kept = kept.at(np.argsort(-kept.count_G, kind="stable")[:most] if by_size else np.arange(min(most, len(kept.hash_G))))
+        if not by_size and len(kept.hash_G) == most:
+            break  # ranges come in order of the hashes
+    return kept
+
+
+def _columns(groups: Groups) -> tuple[NDArray[Any], ...]:
+    return groups.hash_G, groups.first_G, groups.count_G
+
+
+def ranges(images: ShardSet, most: int = _RANGE) -> Iterator[Groups]:
+    """All groups of the visible records, those of one range of hashes after another, in order.
+
+    Args:
+        images: an image set.
+        most: records of a range, about: what is in memory at once.
+    """
+    number = max(1, -(-images.count // most))
+    edges = [(index << 64) // number for index in range(number + 1)]
+    for low, high in pairwise(edges):
+        hashes, positions = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for part, values_N in enumerate(images.group_hashes()):
+            inside_N = (values_N >= np.uint64(low)) & (values_N <= np.uint64(high - 1))
+            inside_N[images.removed_rows(part)] = False
+            rows = np.flatnonzero(inside_N)
+            hashes.append(values_N[rows])
+            positions.append(rows + images.starts[part])
+        hash_G, first_G, count_G = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
+        yield Groups(hash_G, np.concatenate(positions)[first_G], count_G)

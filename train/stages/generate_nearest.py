@@ -74,7 +74,7 @@ def nearest(
         squared_B[closer_B] = least_B[closer_B]
         position_B[closer_B] = np.array([position for position, _ in block])[best_B[closer_B]]
         done += len(block)
-    return _read(training, position_B, squared_B) if done else []
+    return _read(thumbs_BF, training, position_B, size) if done else []
 
 
 def _visible(training: ShardSet) -> Iterator[tuple[int, bytes]]:
@@ -85,9 +85,15 @@ def _visible(training: ShardSet) -> Iterator[tuple[int, bytes]]:
             yield int(position), record["image"]
 
 
-def _read(training: ShardSet, position_B: NDArray[np.int64], squared_B: NDArray[np.float32]) -> list[Nearest]:
-    """Several pictures can have the same image: each is read once."""
+def _read(thumbs_BF: NDArray[np.float32], training: ShardSet, position_B: NDArray[np.int64], size: int) -> list[Nearest]:
+    """The images that were found; several pictures can have the same one, which is read once.
+
+    Their distances are taken again, pair by pair: those of the search are differences of products, whose last bits follow the sizes of the blocks.
+    """
     wanted, place_B = np.unique(position_B, return_inverse=True)
     records = training.rows_at(wanted)
-    distance_B = np.sqrt(squared_B)
-    return [Nearest(records[place]["id"], records[place]["image"], float(distance)) for place, distance in zip(place_B, distance_B, strict=True)]
+    theirs = [thumbs(view(record["image"], size)[None])[0] for record in records]
+    return [
+        Nearest(records[place]["id"], records[place]["image"], float(np.sqrt(((ours_F - theirs[place]) ** 2).mean())))
+        for ours_F, place in zip(thumbs_BF, place_B, strict=True)
+    ]

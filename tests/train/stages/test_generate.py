@@ -15,13 +15,14 @@ from infra import storage
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
+from model.config import DVAEConfig
 from tests.support.made_sets import image, make_images
-from train.config import RunConfig
+from train.config import GenerateSection, RunConfig
 from train.report.images import png_bytes
 from train.stages import generate
 from train.stages.generate_prompts import Prompt
 
-CFG = RunConfig.model_validate({"dvae": {"image_size": 16}, "generate": {"candidates": 2}})
+CFG = RunConfig(dvae=DVAEConfig(image_size=16), generate=GenerateSection(candidates=2, show=2))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from types import FrameType
 from infra import environment
 
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
-_IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup leaves it, for children too
+_IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup ignores SIGHUP before it starts us, and children inherit that
 STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT, *(() if _IGNORED else (signal.SIGHUP,)))
 """SIGHUP, which a terminal sends as it closes, stops like SIGTERM, and nothing where it was ignored at the start."""
 SHUTDOWN_S = 600

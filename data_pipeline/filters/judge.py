@@ -26,7 +26,7 @@ from infra.errors import DataError
 EXAMPLE_LENGTH = 200
 """Characters of ``Dropped.example``."""
 
-_VERSION = 1  # of what the filters accept; a change judges everything again
+_VERSION = 1  # version of the filters' behaviour: raising it makes every record be judged again
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""In which language is a caption? The home of the language identifier, CLD2 (pycld2: the model is in the wheel, nothing is fetched)."""
+"""Tells which language a caption is in. The only importer of the language identifier, CLD2 (pycld2: the model is in the wheel, nothing is fetched)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infra.errors import ConfigError
 MIN_WORDS = 4
 """Captions with fewer words are too short to judge by their words; only their script counts."""
 
-_BEST_EFFORT_WORDS = 6  # from here on CLD2's guess is worth having where it is not sure
+_BEST_EFFORT_WORDS = 6  # captions with at least this many words: CLD2's best guess is used even where it calls itself unsure
 _MAX_CHARACTERS = 2000  # enough to tell a language, and a bound on the time of any caption
 _ENGLISH = ("en",)
 _ALIKE = {
@@ -30,7 +30,7 @@ _ALIKE = {
     "sr": {"hr", "bs"},
     "bs": {"hr", "sr"},
 }
-"""What CLD2 also calls captions of a language: Scots is some plain English."""
+"""Other names that CLD2 gives to captions of a language: it takes some plain English for Scots."""
 _SCRIPTS = {
     "CYRILLIC": ("ru", "uk", "be", "bg", "mk", "sr", "kk", "ky", "mn", "tg", "tt", "uz", "ba"),
     "ARABIC": ("ar", "fa", "ur", "ps", "sd", "ug", "ku"),

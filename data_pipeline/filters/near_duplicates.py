@@ -20,7 +20,7 @@ MAX_BITS = 7
 _BANDS = (3, 4, 5)  # at most 22 bits a band: the table of its values stays small
 _ROWS = 1 << 20  # look-ups at a time
 _COMPARISONS = 1 << 21  # comparisons at a time
-_LOOK_UP_COST = 3.0  # of one look-up, in comparisons
+_LOOK_UP_COST = 3.0  # cost of one look-up, measured in comparisons
 
 
 def near_duplicates(hashes_N: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ JPEG_QUALITY = 95
 """Of images that were lossy before; the others stay lossless, as PNG."""
 
 _LOSSY = ("jpeg", "webp")
-_MARGIN = 0.95  # bytes do not fall quite with the area
+_MARGIN = 0.95  # the file shrinks a little less than its area does
 
 
 def shrink(data: bytes, size: tuple[int, int], form: str, config: FilterConfig, min_side: int) -> tuple[bytes, tuple[int, int]]:
@@ -43,7 +43,7 @@ def shrink(data: bytes, size: tuple[int, int], form: str, config: FilterConfig, 
         target = (max(1, round(scale * size[0])), max(1, round(scale * size[1])))
         encoded = _encode(image if target == size else image.resize(target, Image.Resampling.BICUBIC), form)
         if target == size and len(encoded) >= len(data) and scale == smallest:
-            return data, size  # it may not shrink, and encoding it again only made it larger
+            return data, size  # its sides may not shrink further, and encoding it again made the file larger
         if not 0 < config.max_image_bytes < len(encoded) or scale == smallest:
             return encoded, target
         scale *= _MARGIN * sqrt(config.max_image_bytes / len(encoded))

@@ -46,7 +46,7 @@ def taps(size_in: int, size_out: int) -> tuple[NDArray[np.int64], NDArray[np.flo
     lowest = starts // cell
     count = int(((starts + span + cell - 1) // cell - lowest).max())
     if count < min(_UNROLLED) <= size_in:
-        count = min(_UNROLLED)  # the rest weighs nothing
+        count = min(_UNROLLED)  # taps beyond the last one have weight zero
     cells = lowest + np.arange(count)
     overlap = np.minimum(starts + span, (cells + 1) * cell) - np.maximum(starts, cells * cell)
     shares = np.maximum(overlap, 0) / span

@@ -1,4 +1,4 @@
-"""JPEG files through libjpeg-turbo without a detour: half the time of Pillow, and the same pixels. What is not a common file is left to Pillow."""
+"""JPEG files through libjpeg-turbo directly: the same pixels as Pillow in half the time. Uncommon files are left to Pillow."""
 
 from __future__ import annotations
 

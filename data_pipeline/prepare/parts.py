@@ -86,7 +86,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                 except _Poisoned as error:
                     if isinstance(error.__cause__, UnchangingError):
                         record_failure(begun, str(error), unchanging=True)
-                        queue.appendleft((unit, inputs))  # to be quarantined at once
+                        queue.appendleft((unit, inputs))  # tried again right away, so that it is quarantined now rather than at the next start
                         continue
                     log.warning("%s: try %d of %d failed: %s", unit.shard.name, len(failed) + 1, plan.data.max_tries, error)
                     record_failure(begun, str(error))

@@ -21,7 +21,7 @@ from infra.digests import digest
 from infra.seeds import derive
 
 SPLITS = ("train", "validation")
-_VERSION = 2  # of what a part holds; a change does finished parts again
+_VERSION = 2  # version of a part's content: raising it makes finished parts be written again
 _AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # these filters need all parts, and change none
 
 

@@ -48,7 +48,7 @@ def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Supe
         DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
     """
     if not storage.exists(storage.join(set_url, MANIFEST)):
-        return None  # nothing is merged here, or a take-down is under way
+        return None  # nothing was merged here yet, or a take-down is under way
     newest = str(read_manifest(storage.join(set_url, MANIFEST))["content_hash"])
     needed, dropped, versions = _parts(storage.join(set_url, MANIFEST)), set[str](), []
     for name in storage.list_files(storage.join(set_url, VERSIONS)):

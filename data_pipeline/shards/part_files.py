@@ -1,4 +1,4 @@
-"""Files of a part, read for whoever reads whole parts: each is checked against the hash in the manifest first, and nothing unpacks without a bound."""
+"""Reading the files of whole parts: each is checked against its hash in the manifest first, and nothing unpacks without a bound."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from infra.errors import DataError
 
 INDEX = "index.json"
 U64 = np.dtype("<u8")
-_SMALLEST_LIMIT = 1 << 20  # below it a wrong hash is the better message
-_LONGEST_LINE = 16 << 20  # bytes of the captions of one record
+_SMALLEST_LIMIT = 1 << 20  # smaller files are read whole, so that damage is reported as a wrong hash and not as a wrong size
+_LONGEST_LINE = 16 << 20  # bytes: longest line, the captions of one record
 
 
 def unpack_captions(data: bytes, count: int, place: str) -> Iterator[list[str]]:
-    """The lines of a file of captions, one by one: what it would unpack to is not asked of memory.
+    """The lines of a file of captions, one by one, so that a file which unpacks to gigabytes does not fill the memory.
 
     Args:
         data: of the file.

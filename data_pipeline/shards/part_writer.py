@@ -19,7 +19,7 @@ from infra.digests import id_hash
 from infra.files import write_errors
 
 if TYPE_CHECKING:
-    from streaming import MDSWriter  # brings torch: imported where shards are really written
+    from streaming import MDSWriter  # imports torch, so it is imported only where shards are written
 
 _HASH = "xxh64"  # what StreamingDataset checks on download; manifests carry SHA-256
 

@@ -100,7 +100,7 @@ class Row(Mapping[str, Any]):
 
 
 def row_decoder(entry: Mapping[str, Any], name: str) -> Callable[[bytes], Row]:
-    """A function from the bytes of one row to the row, for who reads single rows from afar; it raises DataError for bytes that are no row.
+    """A function that decodes the bytes of one row, for callers that fetch single rows by range; it raises DataError where the bytes are no such row.
 
     Args:
         entry: the shard's entry in the index.
@@ -214,7 +214,7 @@ def _box(data: bytes) -> dict[str, Any]:
 
 
 _MEANINGS: dict[tuple[str, str], Decoder] = {("captions", "json"): _captions, ("crop", "json"): _box}
-"""Columns that stages use without looking: training does not come to what is no list of texts."""
+"""Columns that stages use unchecked, so they are checked here: anything but a list of texts is refused before training sees it."""
 _NUMBERS = tuple(f"{kind}{bits}" for kind in ("uint", "int", "float") for bits in (8, 16, 32, 64) if (kind, bits) != ("float", 8))
 _PLAIN: dict[str, tuple[Decoder, int]] = {
     "str": (lambda data: data.decode(), 0),

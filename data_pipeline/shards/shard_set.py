@@ -36,7 +36,7 @@ CAPTIONS = "captions.jsonl.gz"
 EXCLUDED = "excluded.u64"
 VERSIONS = "versions"
 _NAME_DIGITS = 16
-_PARALLEL = 16  # small files read at once, where they may lie on S3
+_PARALLEL = 16  # small files that are read in parallel, because each may be a request to S3
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,9 @@ class ShardSet:
 
         parts = self.parts
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            for begin in range(0, len(parts), _PARALLEL):  # not all at once: the pool would read ahead of a slow consumer without bound
+            for begin in range(
+                0, len(parts), _PARALLEL
+            ):  # in groups: given all parts at once, the pool would read ahead of a slow consumer without bound
                 yield from pool.map(read, parts[begin : begin + _PARALLEL])
 
     def records(self) -> Iterator[dict[str, Any]]:

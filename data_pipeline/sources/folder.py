@@ -31,7 +31,7 @@ from infra.storage import FileInfo
 
 _TEXTS = (".txt", ".json")
 _SPREAD = 4
-"""A run holds at least the aimed-at number of records divided by this, and at most the number times this."""
+"""A run holds between 1/4 and 4 times the number of records aimed at."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class FolderSource:
         if not last.lower().endswith(IMAGE_SUFFIXES):
             yield from _grouped(self.origin.files(), self.census)
             return
-        # A pattern of images leaves their captions out. What else lies there is none of its business.
+        # A pattern such as *.jpg leaves the caption files out; other files in the folder are not counted as unread.
         files = storage.glob(f"{self.name.rpartition('.')[0]}.*", self.origin.links)[1]
         for item in _grouped(files, Census()):
             if globs.matches([item.image.name.rpartition("/")[2]], [last]):

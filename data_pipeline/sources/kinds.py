@@ -36,7 +36,7 @@ class Kind:
 
 
 def _emoji(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.drawings import EmojiSource  # its packages are needed by this source only
+    from data_pipeline.sources.drawings import EmojiSource  # imported late: only this source needs its packages
 
     return EmojiSource(data.render_size, data.records_per_part, "" if config.split == "hash" else config.split)
 
@@ -48,7 +48,7 @@ def _parquet(config: SourceConfig, data: DataConfig) -> Source:
 
 
 def _arrow(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.arrow import ArrowSource  # as above
+    from data_pipeline.sources.arrow import ArrowSource  # imported late: pyarrow takes a second
 
     return ArrowSource(config)
 

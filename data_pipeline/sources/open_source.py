@@ -18,7 +18,7 @@ of file decides."""
 
 
 def open_source(config: SourceConfig, data: DataConfig) -> Source:
-    """The reader of one entry of ``data.sources``; what kind it is is found by names unless ``kind`` says it.
+    """The reader of one entry of ``data.sources``; its kind is told from file names unless ``kind`` gives it.
 
     Raises:
         DataError: there is nothing at its URL, or nothing that can be read.

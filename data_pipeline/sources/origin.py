@@ -19,8 +19,8 @@ from infra.storage import FileInfo
 
 log = logging.getLogger(__name__)
 
-_MAX_KEY_BYTES = 1024  # of an object's name on S3
-_MAX_NAME = 64  # of a source's name and a licence, which are counted and listed
+_MAX_KEY_BYTES = 1024  # S3's limit on the length of an object's name
+_MAX_NAME = 64  # longest name of a source or licence: they are counted and listed, so there must be few
 _FOLDERS = 4096  # whose real paths are remembered
 
 

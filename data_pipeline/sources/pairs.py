@@ -48,7 +48,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class NotRead:
-    """Members of a shard that belong to no record, by suffix. They are counted, so that nothing in a shard goes in silence."""
+    """Members of a shard that belong to no record, by suffix. They are counted, so that nothing in a shard vanishes silently."""
 
     suffix: str
     count: int = 1
@@ -73,7 +73,7 @@ def suffix_of(name: str) -> str:
 
 @dataclass
 class Census:
-    """What lies in a source: every file that is listed is read, a picture that rows may name, or not read. Whole when all shards are listed."""
+    """Counts every file of a source as read, as a picture that rows may name, or as not read. Complete once all shards are listed."""
 
     read: int = 0
     """Files whose content is read: images and their captions, tables, tars."""

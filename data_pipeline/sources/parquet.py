@@ -64,7 +64,7 @@ class ParquetSource:
                 has_paths = has_paths or paths
                 for span in spans:
                     yield InputShard(f"{info.name}@{span[0]}", info.version, span=span, splits=frozenset({split_of_name(info.name)}))
-        if census.pictures and not has_paths:  # all images are embedded: those beside are none of a row's
+        if census.pictures and not has_paths:  # every image is embedded, so no row refers to the image files beside the tables
             census.pictures = 0
             for info in self.origin.files():
                 if info.name.lower().endswith(IMAGE_SUFFIXES):
@@ -86,7 +86,7 @@ class ParquetSource:
 
     def _spans(self, info: FileInfo) -> tuple[list[tuple[int, int]], bool]:
         """Ranges of row groups, and whether rows name files."""
-        paths = True  # of a file that cannot be read, nothing is known
+        paths = True  # the file cannot be read, so assume that its rows may name image files
         try:
             url = self.origin.part(info.name)
             with _open(url) as file:

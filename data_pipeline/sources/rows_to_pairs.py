@@ -46,7 +46,7 @@ REASONS = (
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "validation"),  # never trained on
+    **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "validation"),  # a test split: never used for training
 }
 _LOST_FOR_GOOD = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL)
 
@@ -60,7 +60,7 @@ class BadRecord(Exception):
 
 
 def clean(text: str) -> str:
-    """Without spaces around it, and without lone surrogates, which JSON may spell and UTF-8 cannot."""
+    """Strips spaces, and removes lone surrogates, which JSON can express and UTF-8 cannot."""
     text = text.strip()
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 

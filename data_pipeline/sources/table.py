@@ -265,7 +265,7 @@ class Table:
         """Records from the first that starts at byte ``at`` or later; of CSV files, ``at`` is a start."""
         back = 1 if at and not self.is_csv else 0
         if self.has_columns:
-            _ = self.header  # by which rows that a stray quote swallowed are known
+            _ = self.header  # sets the shape of a row, by which rows that a stray quote swallowed are recognised
         with storage.open_stream(self.url, at - back) as stream:
             if not self.has_columns:
                 found = self._objects(stream, at - back)

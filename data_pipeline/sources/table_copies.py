@@ -29,7 +29,7 @@ from infra.files import write_errors
 if TYPE_CHECKING:
     from data_pipeline.sources.table import Table
 
-_VERSION = 1  # of how rows are sorted
+_VERSION = 1  # version of the sorted copies: raising it sorts every table again
 _CACHE_KIB = 64 << 10  # of SQLite
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from infra.errors import DataError
 
 BLOCK = 512
-_MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header
+_MAX_HEADER_BYTES = 1 << 20  # longest long-name or pax header that is read
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _SKIPPED_BYTES = 1 << 20

@@ -118,5 +118,4 @@ def alone(svg: str) -> str:
     """A plot that was made for a page, as a file of its own."""
     for index, colour in enumerate(_COLOURS):
         svg = svg.replace(f"var(--s{index})", colour)
-    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="560" font-family="sans-serif" color="#64748b" '
-    return svg.replace("<svg ", head, 1) + "\n"
+    return svg.replace("<svg ", '<svg width="560" font-family="sans-serif" color="#64748b" ', 1) + "\n"

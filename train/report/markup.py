@@ -1,20 +1,15 @@
-"""HTML that cannot be forgotten to be escaped: elements are built by ``el``, and only ``Html`` goes in as it is."""
+"""HTML whose escaping cannot be forgotten: elements are built by ``el``, and only ``Html`` (markupsafe's) goes in as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
-from typing import Union
 
-Child = Union["Html", str, int, float, None, Iterable["Child"]]
+from markupsafe import Markup as Html
+from markupsafe import escape
+
+Child = Html | str | int | float | None | Iterable["Child"]
 
 _VOID = frozenset({"img", "meta", "br", "hr", "wbr"})
-
-
-class Html(str):
-    """Text that is HTML already. Plain strings are escaped wherever they are put into an element."""
-
-    __slots__ = ()
 
 
 def el(tag: str, *children: Child, **attributes: str | int | bool | None) -> Html:
@@ -28,7 +23,7 @@ def el(tag: str, *children: Child, **attributes: str | int | bool | None) -> Htm
         if value is True:
             words.append(name)
         elif value is not None and value is not False:
-            words.append(f'{name}="{escape(str(value), quote=True)}"')
+            words.append(f'{name}="{escape(value)}"')
     start = f"<{' '.join(words)}>"
     return Html(start if tag in _VOID else f"{start}{join(*children)}</{tag}>")
 
@@ -62,10 +57,6 @@ def number(value: float, digits: int = 0) -> str:
 def _one(child: Child) -> str:
     if child is None:
         return ""
-    if isinstance(child, Html):
-        return str(child)
-    if isinstance(child, str):
-        return escape(child, quote=True)
-    if isinstance(child, int | float):
-        return str(child)
+    if isinstance(child, str | int | float):
+        return escape(child)
     return "".join(_one(inner) for inner in child)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from train.report.markup import Html
 
+_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+ElementTree.register_namespace("", _SVG[1:-1])
 _INCHES = (4.4, 2.6)
 _MAX_POINTS = 300
 _FAINT_FROM = 40
@@ -165,25 +167,37 @@ def _short(value: float, _: int | None = None) -> str:
 
 
 def _svg(figure: Figure, key: str, title: str) -> Html:
+    """The figure as an element of a page that holds several: no style of its own, and identifiers that begin with ``key``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{_attribute(title)}">', text, count=1)
-    # This style would hold for the whole page; style.css says the same for plots alone. The font is the page's.
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r" font-family: [^;\"]*;", "", text)
-    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
-    # Several plots share one page: their identifiers must not meet.
-    text = re.sub(r'\bid="', f'id="{key}-', text)
-    text = re.sub(r"url\(#", f"url(#{key}-", text)
-    text = re.sub(r'xlink:href="#', f'href="#{key}-', text)
-    text = text.replace(_INK, "currentColor")
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # Its style would hold for the whole page; style.css says the same for plots alone.
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.attrib.update({name: _of_page(name, value, key) for name, value in element.attrib.items()})
+        if _XLINK in element.attrib:
+            element.attrib["href"] = element.attrib.pop(_XLINK)
+        element.text, element.tail = (text if text and text.strip() else None for text in (element.text, element.tail))
+    view = root.attrib["viewBox"]
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": title})
+    return Html(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _of_page(name: str, value: str, key: str) -> str:
+    """An attribute of the figure as the page needs it: its own identifiers, the page's font and colours, and paths to a hundredth of a point."""
+    if name == "id":
+        return f"{key}-{value}"
+    if name == _XLINK:
+        return value.replace("#", f"#{key}-", 1)
+    if name == "d":
+        return " ".join(word if word.isalpha() else f"{float(word):.2f}".rstrip("0").rstrip(".") for word in value.split())
+    if name == "style":
+        value = "; ".join(words for words in value.split("; ") if not words.startswith("font-family"))
+    value = value.replace("url(#", f"url(#{key}-").replace(_INK, "currentColor")
     for index, colour in enumerate(_SERIES):
-        text = text.replace(colour, f"var(--s{index})")
-    return Html(re.sub(r"\n\s*", "\n", text).strip())
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace("\\", "/")
+        value = value.replace(colour, f"var(--s{index})")
+    return value

@@ -81,7 +81,7 @@ class _Task:
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Draw this rank's captions; each is finished on its own. Once all are there, of other launchers too, write the index and the grid."""
     started = time.monotonic()
-    places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export)
+    places.require(run, "dvae", "clip")  # the transformer's stage need not have finished: an export is enough (launcher.py export)
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)

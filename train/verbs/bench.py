@@ -20,7 +20,7 @@ def main(name: str, out: str, seconds: float) -> None:
     if name == "docs":
         docs.main()
         return
-    keep_memory()  # as every training stage does
+    keep_memory()  # every training stage does the same, so the figures are comparable
     several = [other for other in table.BENCHES if other.startswith(f"{name}-")]  # 'data' stands for data-codes and data-images
     for chosen in several or [name]:
         try:

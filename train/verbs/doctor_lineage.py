@@ -11,7 +11,7 @@ from train.config import RunConfig
 from train.run import lineage, places
 from train.run.stage_table import STAGES
 
-_NAMES = 5  # of what is wrong, in one finding
+_NAMES = 5  # faults that one finding lists
 
 
 def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:

@@ -15,7 +15,7 @@ from train.report.section_codebook import perplexity
 
 
 def test_markup_escapes_strings_and_attributes_and_keeps_html() -> None:
-    assert el("a", "<&>", Html("<b>x</b>"), 3, None, class_='q"', hidden=True, title=None) == '<a class="q&quot;" hidden>&lt;&amp;&gt;<b>x</b>3</a>'
+    assert el("a", "<&>", Html("<b>x</b>"), 3, None, class_='q"', hidden=True, title=None) == '<a class="q&#34;" hidden>&lt;&amp;&gt;<b>x</b>3</a>'
     assert el("img", src="x") == '<img src="x">'
     assert '<td class="n">1</td>' in table(["a", "b"], [["x", 1]], numbers=(1,))
 

@@ -32,11 +32,18 @@ class ClusterConfig(Section):
     nodes: int = Field(default=1, gt=0)
     """Nodes of a training stage; each runs one launcher."""
     gpus: int = Field(default=0, ge=0)
-    """GPUs of each node; 0 trains on CPUs."""
+    """GPUs of each node of a training stage; 0 trains on CPUs. With any, a share of encode or generate, and evaluate, ask for one; prepare, tokenizer and
+    report for none."""
     cpus: int = Field(default=8, gt=0)
-    """CPU cores of each node."""
+    """CPU cores of each node of a training stage."""
     memory_gib: int = Field(default=32, gt=0)
-    """Memory of each node."""
+    """Memory of each node of a training stage."""
+    share_cpus: int = Field(default=0, ge=0)
+    """CPU cores of the other stages, for each share; 0: a node's, divided by its GPUs."""
+    share_memory_gib: int = Field(default=0, ge=0)
+    """Memory of the other stages, for each share; 0: a node's, divided by its GPUs."""
+    disk_gib: int = Field(default=0, ge=0)
+    """Disk of a pod's own (/tmp: caches of shards, exports); a pod that takes more is evicted. 0: what the overlay says. docs/cluster.md has a formula."""
     shm_gib: int = Field(default=8, gt=0)
     """Size of /dev/shm in a pod; part of its memory."""
     hours: int = Field(default=24, gt=0)
@@ -49,8 +56,13 @@ class ClusterConfig(Section):
     """Consecutive crashes without progress before a job is given up."""
     kept_apart: bool = False
     """The scheduler keeps launchers of one stage apart, so that S3 need not: for servers that create no objects on condition (If-None-Match)."""
-    overlay: Literal["cpu", "gpu", "kueue"] = "cpu"
-    """Folder below infra/k8s/overlays."""
+    overlay: str = "cpu"
+    """What the job is built on: a name below infra/k8s/overlays (cpu, gpu, kueue, kueue-topology), or any folder with a kustomization.yaml on top of one of
+    them, such as infra/k8s/sites/aws."""
+    topology: str = Field(default="", pattern=r"^$|^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
+    """Label of nodes that a gang's nodes should share, where Kueue places it: a level of the Topology that the queue's flavor names. Empty: what the overlay says."""
+    tensorboard: bool = False
+    """Start TensorBoard beside a stage on Kubernetes, on the run's folder."""
     image: str = Field(default="", pattern=r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
     """Container image, pinned by digest: registry/name@sha256:...; Kubernetes needs one."""
     namespace: str = Field(default="default", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
@@ -160,6 +172,17 @@ def _expand(word: str, text: str) -> list[str]:
 
 
 Shape = Literal["gang", "array", "node"]
+Gpus = Literal["node", "one", "none"]
+"""What a stage asks for where there are GPUs: all of each node's, one for each share, or none."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What each launcher of a job asks a scheduler for."""
+
+    cpus: int
+    memory_gib: int
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -172,6 +195,22 @@ class JobSpec:
     shape: Shape
     """gang: one launcher on each of cluster.nodes, which fail and restart together; array: cluster.shares launchers, each for itself; node: one."""
     cluster: ClusterConfig
+    gpus: Gpus = "node"
+
+    @property
+    def count(self) -> int:
+        """Launchers of the job."""
+        return {"gang": self.cluster.nodes, "array": self.cluster.shares, "node": 1}[self.shape]
+
+    @property
+    def room(self) -> Room:
+        """What each of them asks for: a node of a gang all that a node has, anything else a part of one."""
+        whole = self.cluster
+        if self.shape == "gang":
+            return Room(whole.cpus, whole.memory_gib, whole.gpus)
+        parts = max(1, whole.gpus)
+        gpus = {"node": whole.gpus, "one": min(1, whole.gpus), "none": 0}[self.gpus]
+        return Room(whole.share_cpus or max(1, whole.cpus // parts), whole.share_memory_gib or max(1, whole.memory_gib // parts), gpus)
 
     @property
     def name(self) -> str:

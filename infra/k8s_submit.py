@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra import scratch, storage
+from infra import k8s_standing, kubectl, scratch, storage
 from infra.errors import ConfigError
 from infra.job import JobSpec
 from infra.repository import REPOSITORY
@@ -20,27 +21,46 @@ OVERLAYS = REPOSITORY / "infra" / "k8s" / "overlays"
 NAMES = REPOSITORY / "infra" / "k8s" / "base" / "kustomizeconfig.yaml"
 IMAGE = "text-to-image-launcher"
 """The image's name in the base."""
+TOPOLOGY = "kueue.x-k8s.io/podset-preferred-topology"
+"""Annotation of a gang's pods: the label of nodes that they should share. Kueue admits none whose level its queue's flavor does not know."""
 _CONTAINER = "/spec/template/spec/containers/0"
 _GANG = "/spec/replicatedJobs/0/template"
+_DIGEST = "digest-of-the-manifests"
+"""Stands in the annotation until the manifests are rendered."""
+
+
+def base(name: str) -> Path:
+    """The folder that a job is built on: one below OVERLAYS, or any other.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = OVERLAYS / name if "/" not in name and (OVERLAYS / name).is_dir() else Path(name).expanduser()
+    for found in (place, REPOSITORY / place):
+        if (found / "kustomization.yaml").is_file():
+            return found.resolve()
+    known = ", ".join(sorted(path.name for path in OVERLAYS.iterdir()))
+    raise ConfigError(f"cluster.overlay = {name}: neither one of {known} nor a folder with a kustomization.yaml.")
 
 
 def overlay(spec: JobSpec) -> dict[str, Any]:
     """A kustomization on top of the chosen overlay: names, image, namespace, run folder, size. JSON, which is YAML too.
 
     Raises:
-        ConfigError: no image, or a run folder that pods cannot reach.
+        ConfigError: no image, no such overlay, or a run folder that pods cannot reach.
     """
     cluster = spec.cluster
     if not cluster.image:
         raise ConfigError("--on k8s needs cluster.image=registry/name@sha256:...: pods must not change under a run.")
     if not storage.is_remote(spec.run_url):
         raise ConfigError(f"run folder {spec.run_url}: pods share no disk; set run.root=s3://bucket/runs.")
+    base(cluster.overlay)
     name, digest = cluster.image.split("@")
     prefix = spec.name.removesuffix(spec.stage)
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [f"base/{cluster.overlay}"],
+        "resources": ["base"],
         "namespace": cluster.namespace,
         "namePrefix": prefix,
         "labels": [{"pairs": {"run": prefix.strip("-")}, "includeSelectors": True}],
@@ -49,40 +69,62 @@ def overlay(spec: JobSpec) -> dict[str, Any]:
         "configMapGenerator": [
             {"name": "launcher", "behavior": "merge", "literals": [f"LAUNCHER_RUN={spec.run_url}", f"LAUNCHER_RETRIES={cluster.retries}"]}
         ],
-        "patches": [_patch(spec)],
+        "patches": [{"target": {"kind": "JobSet" if spec.shape == "gang" else "Job", "name": spec.stage}, "patch": json.dumps(_patch(spec))}],
     }
 
 
-def _patch(spec: JobSpec) -> dict[str, Any]:
-    """Size of the job: nodes or shares, and what each asks for (requests = limits: no neighbour can take it)."""
-    cluster = spec.cluster
+def _patch(spec: JobSpec) -> list[dict[str, Any]]:
+    """Size of the job: nodes or shares, and what each asks for (requests = limits: no neighbour can take it). What has no key stays as the overlay has it."""
+    cluster, count = spec.cluster, spec.count
     gang = spec.shape == "gang"
-    count = {"gang": cluster.nodes, "array": cluster.shares, "node": 1}[spec.shape]
-    base, variable = (_GANG, "LAUNCHER_NODES") if gang else ("", "JOB_COMPLETIONS")
-    room: dict[str, Any] = {"cpu": str(cluster.cpus), "memory": f"{cluster.memory_gib}Gi", "ephemeral-storage": "20Gi"}
-    room |= {"nvidia.com/gpu": str(cluster.gpus)} if cluster.gpus else {}
-    steps = [
-        {"op": "replace", "path": f"{base}/spec/completions", "value": count},
-        {"op": "replace", "path": f"{base}/spec/parallelism", "value": count},
-        {"op": "replace", "path": f"{base}{_CONTAINER}/resources", "value": {"requests": room, "limits": room}},
-        {"op": "replace", "path": f"{base}/spec/template/spec/terminationGracePeriodSeconds", "value": cluster.grace_s},
-        {"op": "replace", "path": f"{base}/spec/template/spec/volumes/0/emptyDir/sizeLimit", "value": f"{cluster.shm_gib}Gi"},
+    top, variable = (_GANG, "LAUNCHER_NODES") if gang else ("", "JOB_COMPLETIONS")
+    pod = f"{top}/spec/template"
+    asked = json.dumps(k8s_standing.asked(spec, _DIGEST), sort_keys=True)
+    steps: list[dict[str, Any]] = [
+        {"op": "add", "path": f"/metadata/annotations/{_escaped(k8s_standing.ASKED)}", "value": asked},
+        {"op": "replace", "path": f"{top}/spec/completions", "value": count},
+        {"op": "replace", "path": f"{top}/spec/parallelism", "value": count},
+        {"op": "replace", "path": f"{pod}/spec/terminationGracePeriodSeconds", "value": cluster.grace_s},
+        {"op": "replace", "path": f"{pod}/spec/volumes/0/emptyDir/sizeLimit", "value": f"{cluster.shm_gib}Gi"},
         # The first variable of the container, see infra/k8s/base/*/job*.yaml: the number of peers must be that of the pods.
-        {"op": "replace", "path": f"{base}{_CONTAINER}/env/0", "value": {"name": variable, "value": str(count)}},
+        {"op": "replace", "path": f"{top}{_CONTAINER}/env/0", "value": {"name": variable, "value": str(count)}},
+        *_room(spec, f"{top}{_CONTAINER}/resources"),
     ]
+    if cluster.disk_gib:
+        steps.append({"op": "replace", "path": f"{pod}/spec/volumes/1/emptyDir/sizeLimit", "value": f"{cluster.disk_gib}Gi"})
+    if gang and cluster.topology:
+        steps.append({"op": "add", "path": f"{pod}/metadata/annotations/{_escaped(TOPOLOGY)}", "value": cluster.topology})
     if not gang:  # one poisoned share does not stop the rest; where a quarter fail, it is not the share
         steps.append({"op": "replace", "path": "/spec/maxFailedIndexes", "value": max(1, count // 4)})
-    return {"target": {"kind": "JobSet" if gang else "Job", "name": spec.stage}, "patch": json.dumps(steps)}
+    return steps
+
+
+def _room(spec: JobSpec, resources: str) -> list[dict[str, Any]]:
+    """Requests and limits, beside those that a site adds (network cards, huge pages)."""
+    room = spec.room
+    steps: list[dict[str, Any]] = []
+    asked = {"cpu": str(room.cpus), "memory": f"{room.memory_gib}Gi", "nvidia.com/gpu": str(room.gpus)}
+    asked |= {"ephemeral-storage": f"{spec.cluster.disk_gib}Gi"} if spec.cluster.disk_gib else {}
+    for part in ("requests", "limits"):
+        steps += [{"op": "add", "path": f"{resources}/{part}/{_escaped(name)}", "value": value} for name, value in asked.items()]
+        if not room.gpus:  # now that it is there for certain
+            steps.append({"op": "remove", "path": f"{resources}/{part}/{_escaped('nvidia.com/gpu')}"})
+    return steps
+
+
+def _escaped(name: str) -> str:
+    """A key in a JSON pointer."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 @contextlib.contextmanager
 def folder(spec: JobSpec) -> Iterator[Path]:
-    """A temporary folder that kubectl's -k reads: our overlay, and beside it a link to the repository's (kustomize refuses absolute paths)."""
+    """A temporary folder that kubectl's -k reads: our overlay, and beside it a link to the chosen one (kustomize refuses absolute paths)."""
     with scratch.folder("k8s-") as room:
         place = Path(room, "overlay")
         place.mkdir()
         shutil.copy(NAMES, place)
-        (place / "base").symlink_to(OVERLAYS, target_is_directory=True)
+        (place / "base").symlink_to(base(spec.cluster.overlay), target_is_directory=True)
         (place / "kustomization.yaml").write_text(json.dumps(overlay(spec), indent=2) + "\n")
         yield place
 
@@ -94,34 +136,61 @@ def render(spec: JobSpec) -> str:
         ConfigError: kubectl is not here, or the overlay does not build.
     """
     with folder(spec) as place:
-        return _kubectl(["kustomize", "--load-restrictor=LoadRestrictionsNone", str(place)])
+        text = kubectl.run(["kustomize", "--load-restrictor=LoadRestrictionsNone", str(place)])
+    return text.replace(_DIGEST, digest(spec, text))
+
+
+def digest(spec: JobSpec, rendered: str) -> str:
+    """Of the manifests that a submission applies, less what they say of themselves: it tells whether their files have changed since."""
+    own = [document for document in rendered.split("\n---\n") if re.search(rf"^    stage: ({spec.stage}|shared)$", document, re.M)]
+    lines = [line for line in "\n".join(own).splitlines() if k8s_standing.ASKED not in line]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def selection(spec: JobSpec) -> str:
     """Label selector of what belongs to a stage's job: itself, its account and its settings."""
-    return f"stage in ({spec.stage},shared)"
+    return f"stage in ({spec.stage},shared{',tensorboard' if spec.cluster.tensorboard else ''})"
 
 
 def shown(spec: JobSpec) -> str:
-    """The overlay, what it renders to, and the command."""
+    """What would happen as things stand, the overlay, what it renders to, and the command."""
+    rendered = render(spec)
+    try:
+        intent = k8s_standing.plan(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
+    except ConfigError as error:
+        intent = f"the cluster was not asked what is there already: {error}"
+    said = "".join(f"# {line}\n" for line in intent.splitlines())
     command = shlex.join(["kubectl", "apply", "-f", "-", "-l", selection(spec)])
-    return f"# overlay\n{json.dumps(overlay(spec), indent=2)}\n# {command}\n{render(spec)}"
+    return f"{said}# overlay\n{json.dumps(overlay(spec), indent=2)}\n# {command}\n{rendered}"
 
 
 def submit(spec: JobSpec) -> str:
-    """Apply a stage's manifests; the same again changes nothing. Returns kubectl's words.
+    """Apply a stage's manifests. A job of the name that has ended is replaced; a live one is left alone, or this is refused where it differs. Returns words.
 
     Raises:
-        ConfigError: kubectl refuses.
+        ConfigError: kubectl refuses, or a live job has other values.
     """
-    return _kubectl(["apply", "-f", "-", "-l", selection(spec)], render(spec))
+    rendered = render(spec)
+    standing = k8s_standing.find(spec)
+    intent = k8s_standing.plan(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
+    if intent.startswith("refuse"):
+        raise ConfigError(intent.removeprefix("refuse: "))
+    if intent.startswith("leave"):
+        return f"{intent.removeprefix('leave: ')}: left alone\n"
+    _check_topology(spec)
+    if standing is not None:
+        k8s_standing.remove(spec, standing)
+    return kubectl.run(["apply", "-f", "-", "-l", selection(spec)], rendered)
 
 
-def _kubectl(arguments: list[str], given: str | None = None) -> str:
-    try:
-        done = subprocess.run(["kubectl", *arguments], input=given, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ConfigError("kubectl is not installed here: --on k8s renders and applies with it.") from error
-    if done.returncode:
-        raise ConfigError(f"kubectl {shlex.join(arguments)} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+def _check_topology(spec: JobSpec) -> None:
+    """A level that no Topology of the cluster has would wait in its queue for ever."""
+    if not spec.cluster.topology or spec.shape != "gang":
+        return
+    path = "jsonpath={.items[*].spec.levels[*].nodeLabel}"
+    levels = kubectl.run(["get", "topologies.kueue.x-k8s.io", f"--output={path}", kubectl.PATIENCE]).split()
+    if spec.cluster.topology not in levels:
+        raise ConfigError(
+            f"cluster.topology = {spec.cluster.topology}: no Topology of this cluster has such a level (it has: {', '.join(levels) or 'none'}), so Kueue would "
+            "never admit the job; name one of them, or leave it empty."
+        )

@@ -27,8 +27,8 @@ BACKOFF_S = 0.25
 READ_TIMEOUT_S = 60.0
 """Silence of a server in seconds after which a request counts as broken; LAUNCHER_S3_SILENCE_S. A silent server is given up after MAX_ATTEMPTS of them (6 minutes),
 whatever was to be read; nothing takes longer than twice that without bringing any byte."""
-PART_BYTES = 16 << 20
-"""Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB)."""
+PART_BYTES, MOST_PARTS = 16 << 20, 9_000
+"""Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB), or larger ones where these would be too many (S3 accepts 10,000)."""
 DELETE_AT_ONCE = 1000
 """Objects that one delete request names: S3's limit."""
 
@@ -198,11 +198,11 @@ def write(url: str, data: bytes) -> None:
         _client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
-def upload(source: IO[bytes], url: str) -> None:
-    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived."""
+def upload(source: IO[bytes], url: str, size: int = 0) -> None:
+    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived. One that cannot be sought needs its size."""
     bucket, key = bucket_and_key(url)
     with _errors(url):
-        _client().upload_fileobj(source, bucket, key, Config=_transfer())
+        _client().upload_fileobj(source, bucket, key, Config=_transfer(size))
 
 
 def create_once(url: str, data: bytes) -> bool:
@@ -366,10 +366,10 @@ def silence_s() -> float:
     return environment.seconds("LAUNCHER_S3_SILENCE_S", READ_TIMEOUT_S)
 
 
-def _transfer() -> Any:
+def _transfer(size: int = 0) -> Any:
     from boto3.s3.transfer import TransferConfig
 
-    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4)
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=max(PART_BYTES, -(-size // MOST_PARTS)), max_concurrency=4)
 
 
 def _retry_body(url: str, action: Callable[[], T]) -> T:

@@ -22,10 +22,10 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
     Args:
         after: ids of jobs that must end well before it starts.
     """
-    cluster = spec.cluster
+    cluster, room = spec.cluster, spec.room
     words = ["sbatch", "--parsable", f"--job-name={spec.name}", f"--chdir={REPOSITORY}"]
-    words += [f"--nodes={cluster.nodes if spec.shape == 'gang' else 1}", f"--cpus-per-task={cluster.cpus}", f"--mem={cluster.memory_gib}G"]
-    words += [f"--gpus-per-node={cluster.gpus}"] if cluster.gpus else []
+    words += [f"--nodes={cluster.nodes if spec.shape == 'gang' else 1}", f"--cpus-per-task={room.cpus}", f"--mem={room.memory_gib}G"]
+    words += [f"--gpus-per-node={room.gpus}"] if room.gpus else []
     words += [f"--time={cluster.hours}:00:00", f"--signal=USR2@{cluster.grace_s}"]
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []
     words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{'%A_%a' if spec.shape == 'array' else '%j'}.out"]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# install.sh VENV FOLDER: make an environment from the requirements.txt and constraints.txt in FOLDER. Needs Python 3.11 or 3.12 with venv.
+# install.sh VENV FOLDER: make an environment from the requirements.txt and constraints.txt in FOLDER, less what its unneeded.txt names. Needs Python 3.11 or
+# 3.12 with venv.
 # TORCH_INDEX: index that torch comes from, where it is not the usual one. PIP_CONFIG_FILE and its relatives work as ever.
 set -euo pipefail
 venv=$1 folder=$2
@@ -12,5 +13,7 @@ pip=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-chec
 [ -z "${TORCH_INDEX:-}" ] || PIP_INDEX_URL=$TORCH_INDEX "${pip[@]}" torch torchvision
 "${pip[@]}" -r "$folder/requirements.txt"
 "$venv/bin/python" -m pip check
+# After the check, which rightly misses them.
+sed 's/#.*//' "$folder/unneeded.txt" | xargs "$venv/bin/python" -m pip uninstall -q -y
 # Nothing compiles at run time on a read-only file system; byte code now.
 "$venv/bin/python" -m compileall -q "$venv/lib" > /dev/null || true

@@ -19,13 +19,16 @@ from tests.support import manifests
 from tests.support.root import ROOT
 from train.run.stage_table import STAGES
 
-OVERLAYS = ("cpu", "gpu", "kueue", "trainjob")
+OVERLAYS = ("cpu", "gpu", "kueue", "kueue-topology", "trainjob")
+SITES = ("aws", "gke", "bare-metal")
+K8S = ROOT / "infra" / "k8s"
 IMAGE = "registry.example/team/launcher@sha256:" + "0a" * 32
 
 
 @pytest.fixture(scope="module")
 def built(kubectl: Path) -> dict[str, list[manifests.Manifest]]:
-    return {name: manifests.build(kubectl, ROOT / "infra" / "k8s" / "overlays" / name) for name in OVERLAYS}
+    places = {name: K8S / "overlays" / name for name in OVERLAYS} | {name: K8S / "sites" / name for name in SITES}
+    return {name: manifests.build(kubectl, place) for name, place in places.items()}
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def find(documents: list[manifests.Manifest], kind: str, stage: str) -> manifest
     return found
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, *SITES])
 def test_an_overlay_passes_the_strict_schemas_and_our_own_checks(built: dict[str, list[manifests.Manifest]], name: str) -> None:
     findings = [text for document in built[name] for version in manifests.VERSIONS for text in manifests.schema_findings(document, version)]
     assert findings + manifests.own_findings(built[name]) == []
@@ -80,6 +83,12 @@ def test_crds_refuse_planted_errors(built: dict[str, list[manifests.Manifest]]) 
     found = " ".join(manifests.schema_findings(jobset, "1.33"))
     assert "Explode" in found and "replicatedJobz" in found
     assert "no CRD" in manifests.schema_findings({"apiVersion": "a.b/v1", "kind": "X", "metadata": {"name": "x"}}, "1.33")[0]
+    (gpu,) = [each for each in built["kueue-topology"] if each["kind"] == "ResourceFlavor" and each["metadata"]["name"] == "gpu-nodes"]
+    flavor = gpu | {"apiVersion": "kueue.x-k8s.io/v1beta1"}
+    assert manifests.schema_findings(flavor, "1.33") == ["kueue.x-k8s.io/v1beta1 ResourceFlavor: deprecated; current: v1beta2"]
+    bare = copy.deepcopy(gpu)
+    del bare["spec"]["nodeLabels"]
+    assert "at least one nodeLabel is required when topology is set" in " ".join(manifests.schema_findings(bare, "1.33")), "a rule, not a type"
 
 
 @pytest.mark.parametrize("overlay", ["cpu", "trainjob"])
@@ -117,7 +126,7 @@ def test_the_rules_of_divided_work(built: dict[str, list[manifests.Manifest]], c
     assert job["backoffLimitPerIndex"] == 3 and 1 <= job["maxFailedIndexes"] < job["completions"]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, *SITES])
 def test_pods_are_confined_sized_and_get_time_to_save(built: dict[str, list[manifests.Manifest]], overlay: str) -> None:
     from infra.signals import SHUTDOWN_S
 
@@ -127,13 +136,17 @@ def test_pods_are_confined_sized_and_get_time_to_save(built: dict[str, list[mani
             assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
             assert pod["automountServiceAccountToken"] is False
             (container,) = pod["containers"]
-            rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+            locks = {"add": ["IPC_LOCK"]} if overlay == "bare-metal" and document["kind"] == "JobSet" else {}
+            rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]} | locks}
             assert container["securityContext"] == rights
             if document["kind"] != "TrainingRuntime":  # there the TrainJob says it
                 assert container["resources"]["requests"] == container["resources"]["limits"]
-            assert {"secretRef": {"name": "launcher-s3"}} in container["envFrom"], "secrets by reference"
+            secret = "launcher-s3-read" if document["kind"] == "Deployment" else "launcher-s3"
+            assert {"secretRef": {"name": secret, "optional": True}} in container["envFrom"], (
+                "secrets by reference, or none where an account has a role"
+            )
             (mounted,) = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
-            assert mounted == {"secretName": "launcher-s3", "optional": True, "defaultMode": 0o440}, "rotated keys come as a file"
+            assert mounted == {"secretName": secret, "optional": True, "defaultMode": 0o440}, "rotated keys come as a file"
             assert {"name": "s3", "mountPath": "/var/run/launcher-s3", "readOnly": True} in container["volumeMounts"]
             place = {"name": "AWS_SHARED_CREDENTIALS_FILE", "value": "/var/run/launcher-s3/credentials"}
             assert place in (container.get("env") or find(built[overlay], "TrainJob", "dalle")["spec"]["trainer"]["env"])
@@ -164,7 +177,7 @@ def test_a_job_is_filled_in_and_nothing_else_changes(with_kubectl: None) -> None
 def test_kubectl_gets_exactly_what_was_shown(tmp_path: Path, with_kubectl: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = k8s_submit.shown(spec())
     (tmp_path / "kubectl").write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD/argv"\ncat > "$RECORD/bytes"\necho "jobset.jobset.x-k8s.io/x created"\n'
+        '#!/bin/sh\n[ "$1" != get ] || exit 0\nprintf "%s\\n" "$@" > "$RECORD/argv"\ncat > "$RECORD/bytes"\necho "jobset.jobset.x-k8s.io/x created"\n'
     )
     (tmp_path / "kubectl").chmod(0o755)
     rendered = k8s_submit.render(spec())
@@ -181,6 +194,8 @@ def test_what_kubernetes_cannot_run_is_refused(tmp_path: Path, monkeypatch: pyte
         k8s_submit.overlay(spec(image=""))
     with pytest.raises(ConfigError, match=r"pods share no disk; set run\.root=s3://"):
         k8s_submit.overlay(JobSpec("dalle", "r", "runs/r", "gang", ClusterConfig(image=IMAGE)))
+    with pytest.raises(ConfigError, match=r"cluster\.overlay = gpus: neither one of cpu, gpu, .* nor a folder with a kustomization\.yaml"):
+        k8s_submit.overlay(spec(overlay="gpus"))
     (tmp_path / "kubectl").write_text("#!/bin/sh\necho 'error: forbidden' >&2; exit 1\n")
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from tests.support.root import ROOT
+from tests.support.crd_findings import crd_findings
 
-BUILT_IN = ("v1", "apps/v1", "batch/v1")
+BUILT_IN = ("v1", "apps/v1", "batch/v1", "networking.k8s.io/v1")
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 Manifest = dict[str, Any]
 
@@ -57,52 +56,20 @@ def schema_findings(document: Manifest, version: str) -> list[str]:
         except kubernetes_validate.ValidationError as error:
             return [f"{document['kind']} {document['metadata']['name']} ({version}): {error.message}"]
         return []
-    return list(_crd_findings(document))
-
-
-def _crd_findings(document: Manifest) -> Iterator[str]:
-    import jsonschema
-
-    group, version = document["apiVersion"].split("/")
-    for path in (ROOT / "tests" / "crds").glob("*.json"):
-        crd = json.loads(path.read_text())
-        if (crd["group"], crd["kind"]) == (group, document["kind"]):
-            schema = _strict(crd["versions"][version])
-            schema["properties"]["metadata"] = {"type": "object"}
-            for error in jsonschema.Draft7Validator(schema).iter_errors(document):
-                yield f"{document['kind']} {'.'.join(map(str, error.path))}: {error.message[:160]}"
-            return
-    yield f"{document['apiVersion']} {document['kind']}: no CRD in tests/crds"
-
-
-def _strict(schema: Any) -> Any:
-    """Structural schema -> JSON schema that refuses unknown fields."""
-    if not isinstance(schema, dict):
-        return schema
-    schema = dict(schema)
-    if schema.pop("x-kubernetes-int-or-string", None):
-        schema.pop("type", None)
-        schema["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    if schema.pop("nullable", None) and "type" in schema:
-        schema["type"] = [schema["type"], "null"]
-    for key in ("items", "additionalProperties", "not"):
-        schema |= {key: _strict(schema[key])} if isinstance(schema.get(key), dict) else {}
-    if "properties" in schema:
-        schema["properties"] = {name: _strict(part) for name, part in schema["properties"].items()}
-        if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
-            schema["additionalProperties"] = False
-    return schema
+    return list(crd_findings(document))
 
 
 _QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
-_ENUMS = {
+_ENUMS: dict[str, set[Any]] = {
     "completionMode": {"Indexed"},
     "restartPolicy": {"Never", "Always"},
     "podReplacementPolicy": {"Failed"},
     "medium": {"Memory"},
     "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
     "clusterIP": {"None"},
+    "dnsPolicy": {"ClusterFirst", "ClusterFirstWithHostNet"},
+    "policyTypes": {("Ingress",)},
 }
 
 
@@ -114,10 +81,10 @@ def own_findings(documents: list[Manifest]) -> list[str]:
         if not _NAME.match(document["metadata"]["name"]):
             found.append(f"{where}: no DNS label")
         for path, key, value in _walk(document):
-            if key in _ENUMS and value not in _ENUMS[key]:
+            if key in _ENUMS and (tuple(value) if isinstance(value, list) else value) not in _ENUMS[key]:
                 found.append(f"{where}: {path} = {value}")
-            if key in ("cpu", "memory", "ephemeral-storage", "sizeLimit", "nvidia.com/gpu") and not _QUANTITY.match(str(value)):
-                found.append(f"{where}: {path} = {value} is no quantity")
+            quantities = value if key in ("requests", "limits") else {key: value} if key == "sizeLimit" else {}
+            found += [f"{where}: {path}.{name} = {each} is no quantity" for name, each in quantities.items() if not _QUANTITY.match(str(each))]
             if key in ("completions", "parallelism", "backoffLimit", "maxRestarts", "backoffLimitPerIndex", "maxFailedIndexes") and value < 0:
                 found.append(f"{where}: {path} = {value}")
             if key == "env":

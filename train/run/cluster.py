@@ -17,7 +17,7 @@ from train.run.stage_table import STAGES
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
     """The job of a stage."""
     shape: Shape = "gang" if STAGES[stage].trains else "array" if STAGES[stage].shared else "node"
-    return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster)  # the job starts in the repository
+    return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster, STAGES[stage].gpus)  # the job starts in the repository
 
 
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:

@@ -8,11 +8,20 @@ from train.run.stage_table import STAGES, Stage
 FOLDER = REPOSITORY / "infra" / "slurm"
 TEMPLATE = FOLDER / "stage.sbatch.in"
 
+_ROOM = {
+    "node": "--gpus-per-node=8, --cpus-per-task=64 and --mem=0 as your nodes are",
+    "one": "--gpus-per-node=1, --cpus-per-task=8 and --mem=64G, its part of a node",
+    "none": "--cpus-per-task=8 and --mem=64G; it uses no GPU",
+}
+"""What to ask for by hand; ``launcher.py --on slurm`` asks by the keys of [cluster]."""
+
 
 def scripts() -> dict[str, str]:
     """File name -> text, for each stage of the table."""
     template = TEMPLATE.read_text()
-    return {f"{name}.sbatch": template.format(stage=name, title=stage.title, **_shape(stage)) for name, stage in STAGES.items()}
+    return {
+        f"{name}.sbatch": template.format(stage=name, title=stage.title, room=_ROOM[stage.gpus], **_shape(stage)) for name, stage in STAGES.items()
+    }
 
 
 def _shape(stage: Stage) -> dict[str, str]:

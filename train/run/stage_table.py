@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infra.job import Gpus
+
 if TYPE_CHECKING:
     from infra.run_folder import RunFolder
     from infra.signals import StopFlag
@@ -39,6 +41,8 @@ class Stage:
     """Whether the stage runs again although it has finished: for what is cheap and shows the run as it is now."""
     shared: bool = False
     """Whether independent launchers may divide the work (infra/world.py: Share)."""
+    gpus: Gpus = "node"
+    """What it asks a scheduler for where nodes have GPUs."""
     preview: str = ""
     """Module with ``preview(cfg)``: text for ``--dry-run``, made without torch."""
 
@@ -61,6 +65,7 @@ STAGES: dict[str, Stage] = {
         "Each input shard is finished on its own: killed and run again, it goes on. In a SLURM array or a Kubernetes Indexed Job, or with --share I/N, "
         "independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
         shared=True,
+        gpus="none",
         preview="train.stages.prepare_preview",
         makes=("images",),
     ),
@@ -69,6 +74,7 @@ STAGES: dict[str, Stage] = {
         "The BPE tokenizer",
         "Train the sentencepiece BPE tokenizer on the captions of the training split.\n\nIn: images/train. Out: tokenizer/ (model and manifest).",
         parallel=False,
+        gpus="none",
         needs=("prepare",),
         makes=("tokenizer",),
     ),
@@ -87,6 +93,7 @@ STAGES: dict[str, Stage] = {
         "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
         "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
         shared=True,
+        gpus="one",
         needs=("dvae",),
         makes=("codes",),
     ),
@@ -113,6 +120,7 @@ STAGES: dict[str, Stage] = {
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
         "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
         shared=True,
+        gpus="one",
         needs=("dalle", "clip"),
         makes=("generate/index.json", "generate/grid.png"),
     ),
@@ -121,6 +129,7 @@ STAGES: dict[str, Stage] = {
         "Figures on the validation split",
         "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
         "In: exports, code and image shards. Out: evaluate/metrics.json.",
+        gpus="one",
         needs=("dalle", "clip"),
         makes=("evaluate/metrics.json",),
     ),
@@ -129,6 +138,7 @@ STAGES: dict[str, Stage] = {
         "report.html",
         "Write report.html: a self-contained page with curves, reconstructions, pictures, timings and credits of the run.",
         parallel=False,
+        gpus="none",
         repeats=True,
         needs=("generate", "evaluate"),
         makes=("report.html",),

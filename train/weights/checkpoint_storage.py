@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future as Job
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import scratch, storage
+from infra import storage, streamed_upload
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 from infra.stored import Count, Sha256, Stored, check
@@ -137,29 +136,35 @@ class Writer(StorageWriter):
         """Write this rank's pieces one after another, each with its SHA-256. A rank that has none, such as a replica on another node, writes no file."""
         if not plan.items:
             return _done([])
-        name, results, position = plan.storage_data, [], 0
-        remote = storage.is_remote(self.url)
-        target = storage.join(self.url, name)
-        with scratch.folder("checkpoint-") as room:
-            path = Path(room, name) if remote else storage.local_path(target).with_suffix(".part")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                for item in plan.items:
-                    tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None  # FragmentSaver refused anything else
-                    chunk = item.tensor_data.chunk
-                    data = _bytes_of(tensor.narrow(0, chunk.offsets[0] - self._offsets[item.index.fqn], chunk.sizes[0]))
-                    file.write(data)
-                    place = {"file": name, "start": position, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                    results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
-                    position += len(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if remote:
-                storage.upload_file(path, target)
-            else:
-                path.replace(storage.local_path(target))
+        results: list[WriteResult] = []
+        target = storage.join(self.url, plan.storage_data)
+        if storage.is_remote(self.url):
+            sizes = (item.tensor_data for item in plan.items)
+            size = sum(data.chunk.sizes[0] * data.properties.dtype.itemsize for data in sizes if data is not None)
+            streamed_upload.upload(self._pieces(plan, planner, results), size, target)
+            return _done(results)
+        path = storage.local_path(target).with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for data in self._pieces(plan, planner, results):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        path.replace(storage.local_path(target))
         return _done(results)
+
+    def _pieces(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> Iterator[memoryview]:
+        """The bytes of a plan's items in order; each notes its place and hash in ``results``."""
+        position = 0
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None  # FragmentSaver refused anything else
+            chunk = item.tensor_data.chunk
+            data = _bytes_of(tensor.narrow(0, chunk.offsets[0] - self._offsets[item.index.fqn], chunk.sizes[0]))
+            place = {"file": plan.storage_data, "start": position, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
+            position += len(data)
+            yield data
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index: for each tensor its dtype, size and chunks."""

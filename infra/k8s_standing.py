@@ -1,0 +1,109 @@
+"""What stands in a cluster under the name of a job that is to be submitted: nothing, a live job, or one that has ended. No torch.
+
+Names say which stage of which run folder (``JobSpec.name``), so a job of that name is this stage's, submitted before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from infra import kubectl
+from infra.errors import ConfigError
+from infra.job import JobSpec
+
+ASKED = "text-to-image/asked"
+"""Annotation of a job: what it was submitted with, as JSON. Kubernetes changes specs (defaults, webhooks, Kueue), so specs cannot be compared."""
+_ENDS = {"Complete": "finished", "Completed": "finished", "Failed": "failed"}
+"""Conditions of a Job and of a JobSet that are final."""
+WAIT_S = 900
+"""Seconds in which the pods of an ended job must be gone: longer than their grace."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A job of the same name."""
+
+    kind: str
+    name: str
+    state: Literal["live", "finished", "failed"]
+    asked: dict[str, str]
+
+
+def kind(spec: JobSpec) -> str:
+    """Of the job, as kubectl takes it."""
+    return "jobset" if spec.shape == "gang" else "job"
+
+
+def asked(spec: JobSpec, manifests: str) -> dict[str, str]:
+    """What a job is submitted with, by the keys that set it.
+
+    Args:
+        manifests: digest of all that is not a key of ours.
+    """
+    cluster, room = spec.cluster, spec.room
+    counts: dict[str, Any] = {"gang": {"nodes": spec.count}, "array": {"shares": spec.count}, "node": {}}[spec.shape]
+    sizes = {"gpus": room.gpus, "cpus": room.cpus, "memory_gib": room.memory_gib, "shm_gib": cluster.shm_gib, "disk_gib": cluster.disk_gib}
+    rest = {"overlay": cluster.overlay, "topology": cluster.topology, "image": cluster.image, "grace_s": cluster.grace_s, "retries": cluster.retries}
+    values = {f"cluster.{name}": str(value) for name, value in (counts | sizes | rest).items()}
+    return values | {"run folder": spec.run_url, "manifests": manifests}
+
+
+def find(spec: JobSpec) -> Standing | None:
+    """The job of the same name, if there is one.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    words = ["get", kind(spec), spec.name, f"--namespace={spec.cluster.namespace}", "--ignore-not-found", "--output=json", kubectl.PATIENCE]
+    text = kubectl.run(words)
+    if not text.strip():
+        return None
+    found = json.loads(text)
+    ends = [_ENDS[each["type"]] for each in found.get("status", {}).get("conditions", []) if each["status"] == "True" and each["type"] in _ENDS]
+    state: Any = ends[0] if ends else "live"
+    return Standing(kind(spec), spec.name, state, json.loads(found["metadata"].get("annotations", {}).get(ASKED, "{}")))
+
+
+def differences(standing: Standing, wanted: dict[str, str]) -> list[str]:
+    """What a job was submitted with and what is asked for now, where they differ."""
+    if not standing.asked:
+        return ["it was not submitted by launcher.py, so with what is unknown"]
+    lines = [
+        f"{key} = {standing.asked.get(key, 'unset')}, now {wanted.get(key, 'unset')}"
+        for key in sorted(standing.asked.keys() | wanted.keys())
+        if standing.asked.get(key) != wanted.get(key) and key != "manifests"
+    ]
+    if not lines and standing.asked["manifests"] != wanted["manifests"]:
+        lines = [f"the files of overlay {wanted['cluster.overlay']} (or of its base or site) have changed"]
+    return lines
+
+
+def plan(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> str:
+    """What a submission does, in words; begins with ``submit``, ``replace``, ``leave`` or ``refuse``."""
+    if standing is None:
+        return "submit: there is no job of this name"
+    where = f"{standing.kind} {standing.name} in namespace {spec.cluster.namespace}"
+    if standing.state != "live":
+        return f"replace: {where} has {standing.state}; it is deleted first, the run folder stays as it is"
+    different = differences(standing, wanted)
+    if different:
+        return (
+            f"refuse: {where} is there already, and not ended: {'; '.join(different)}. Give the values that it has, or delete it first (it saves): "
+            f"kubectl delete {standing.kind} {standing.name} -n {spec.cluster.namespace}"
+        )
+    return f"leave: {where} is there already with the same values, and not ended"
+
+
+def remove(spec: JobSpec, standing: Standing) -> None:
+    """Delete an ended job and wait until its pods are gone: a new job of the name would otherwise meet them.
+
+    Raises:
+        ConfigError: they stay, as on a node that is gone.
+    """
+    words = ["delete", standing.kind, standing.name, f"--namespace={spec.cluster.namespace}", "--ignore-not-found", "--cascade=foreground"]
+    try:
+        kubectl.run([*words, "--wait=true", f"--timeout={WAIT_S}s"])
+    except ConfigError as error:
+        raise ConfigError(f"{error} A pod that does not go is on a node that does not answer: docs/cluster.md, 'My node died'.") from error

@@ -63,8 +63,7 @@ def compile_stub(cache: Path) -> Path:
         ccflags=["-Wl,-z,lazy", f"-Wl,-rpath,{cache}"],
     )
     sys.setdlopenflags(os.RTLD_LAZY)  # the driver's functions are looked for when they are called, which needs a GPU
-    if not hasattr(build._load_module_from_path("cuda_utils", library), "launch"):
-        raise ImportError(f"{library}: Triton's launcher has no function 'launch'.")
+    assert build._load_module_from_path("cuda_utils", library).launch
     return Path(library)
 
 

@@ -45,7 +45,7 @@ HOMES = {
     "typer": ("launcher.py",),
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/weights/export.py", "train/evaluation/weight_files.py"),
-    "triton": ("train/optimizer/adamw_kernel.py",),
+    "triton": ("train/optimizer/adamw_kernel.py", "infra/docker/check_image.py"),
     "scipy": (),
     "torchvision": ("train/bench/data_images.py",),
     "dall_e": (),

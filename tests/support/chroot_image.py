@@ -138,7 +138,7 @@ class Build:
         script = " && ".join([*binds, f"exec {shlex.join(inside)}"])
         given = env | {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | {"DEBIAN_FRONTEND": "noninteractive"}
         given |= {"PIP_CERT": _CERTIFICATES} if (root / _CERTIFICATES.lstrip("/")).exists() else {}
-        given.setdefault("HOME", "/root" if user == "0:0" else "/home/launcher")
+        given.setdefault("HOME", "/root" if user == "0:0" else "/tmp")
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", script], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )

@@ -179,7 +179,7 @@ def plan(
     gpu: Annotated[
         str,
         typer.Option(
-            help="Whose datasheet to plan with (a wrong name lists them), or numbers: memory_gb=48,tflops_16bit=362,memory_gb_s=864,link_gb_s=32"
+            help="Whose datasheet to plan with, as L4 or A100-40 (a wrong name lists them), or numbers: memory_gb=48,tflops_16bit=362,memory_gb_s=864,link_gb_s=32"
         ),
     ] = "H100-80GB",
     price: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from infra import environment, node_checks, s3, storage
+from infra import environment, node_checks, objects, s3, storage
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested, SupersededError
 from infra.job import Job
 from infra.signals import StopFlag
@@ -183,7 +183,7 @@ def _take(place: str, what: str, job: Job, stop: StopFlag | None) -> Lease:
                 lease = Lease(place, number + 1, _myself(job))
                 if storage.create_once(lease.url, (json.dumps(asdict(lease.holder), sort_keys=True) + "\n").encode()):
                     if storage.is_remote(place):
-                        s3.check_creation(lease.url)
+                        objects.store(place).check_creation(lease.url)
                     _forget(place, number)
                     return lease
                 continue

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra import environment, s3, storage
+from infra import environment, objects, s3, storage
 from infra.errors import ConfigError, ReportedError
 
 SHM = "/dev/shm"
@@ -111,7 +111,7 @@ def _creates_once(url: str) -> list[Finding]:
     probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
     try:
         storage.create_once(probe, b"1")
-        s3.check_creation(probe)
+        objects.store(probe).check_creation(probe)
     except ReportedError as error:
         return [Finding("exclusive", False, str(error), "If-None-Match", "see cluster.kept_apart in docs/configuration.md")]
     finally:

@@ -232,13 +232,13 @@ def place_of(config_url: str) -> dict[str, str]:
         ConfigError: the folder is a whole bucket or file system, or of another schema.
     """
     folder, _, name = config_url.rpartition("/")
-    folder = folder if config_url.startswith(("s3://", "file://")) else folder or "."
+    folder = folder if "://" in config_url else folder or "."
     if name != "config.json" or not storage.exists(storage.join(folder, "provenance.json")):
         return {}
     if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
         folder = str(storage.local_path(folder).resolve())
     RunFolder(folder).check_schema()
     root, _, name = folder.rstrip("/").rpartition("/")
-    if not name or root == "s3:/":
+    if not name or root.endswith(":/"):
         raise ConfigError(f"{config_url}: a run folder lies in a folder or below a bucket; move it there.")
     return {"root": root or ("/" if folder.startswith("/") else "."), "name": name}

@@ -1,4 +1,4 @@
-"""Files and objects by URL: local paths (also ``file:///path``) and ``s3://bucket/key`` behind the same functions.
+"""Files and objects by URL: local paths (also ``file:///path``), ``s3://bucket/key``, ``gs://`` and ``az://`` behind the same functions.
 
 Whatever is written appears whole or not at all; readers never see a half-written file. Large files travel in parts, broken transfers are
 repeated. ``S3_ENDPOINT_URL`` names an S3 server other than AWS; credentials come by boto3's usual ways (``AWS_ACCESS_KEY_ID`` and
@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from infra import files, globs, s3, shown, strict_json
+from infra import files, globs, shown, strict_json
 from infra.errors import ConfigError, DataError, MissingError
 from infra.files import TEMPORARY as TEMPORARY
 from infra.files import sha256_file as sha256_file
 from infra.globs import FileInfo as FileInfo
+from infra.objects import SCHEMES, store
 
 STREAM_BUFFER = 1 << 18
 """Bytes that an open stream reads at a time."""
 
 
 def is_remote(url: str) -> bool:
-    """Whether ``url`` is an object of S3 (True) or a local path (False).
+    """Whether ``url`` is an object of a store (True) or a local path (False).
 
     Raises:
         ConfigError: another scheme, or a URL with a password in it.
@@ -39,16 +40,16 @@ def is_remote(url: str) -> bool:
     scheme, separator, _ = url.partition("://")
     if separator and shown.holds_password(url):
         raise ConfigError(f"{url}: {shown.NO_PASSWORDS}")
-    if separator and scheme not in ("s3", "file"):
-        raise ConfigError(f"{url}: storage '{scheme}://' is not known; accepted are local paths, file:///path and s3://bucket/prefix.")
-    return scheme == "s3" and bool(separator)
+    if separator and scheme not in (*SCHEMES, "file"):
+        raise ConfigError(f"{url}: storage '{scheme}://' is not known; accepted are local paths, file:///path, s3://bucket/prefix, gs:// and az://.")
+    return scheme in SCHEMES and bool(separator)
 
 
 def local_path(url: str) -> Path:
     """The local path of a path or ``file://`` URL.
 
     Raises:
-        ConfigError: an s3 URL, or a ``file://`` URL that names a host.
+        ConfigError: a remote URL, or a ``file://`` URL that names a host.
     """
     if is_remote(url):
         raise ConfigError(f"{url}: a local path is needed here.")
@@ -78,7 +79,7 @@ def read_bytes(url: str) -> bytes:
         DataError: it is missing or cannot be read, also after retries.
     """
     if is_remote(url):
-        return s3.read(url)
+        return store(url).read(url)
     with files.read_errors(url):
         return local_path(url).read_bytes()
 
@@ -86,7 +87,7 @@ def read_bytes(url: str) -> bytes:
 def read_at_most(url: str, most: int) -> bytes:
     """The whole file or object; a DataError, and nothing of it read, if it is larger than ``most`` bytes or no regular file."""
     if is_remote(url):
-        return s3.read(url, most)
+        return store(url).read(url, most)
     with open_stream(url) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -101,7 +102,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
         DataError: it is missing, cannot be read, or ends before.
     """
     if is_remote(url):
-        data = s3.read_range(url, start, size)
+        data = store(url).read_range(url, start, size)
     else:
         with files.read_errors(url), local_path(url).open("rb") as file:
             file.seek(start)
@@ -138,7 +139,7 @@ def read_json(url: str) -> Any:
 
 def exists(url: str) -> bool:
     """Whether a file or object (not a folder) exists."""
-    return s3.head(url) is not None if is_remote(url) else local_path(url).is_file()
+    return store(url).head(url) is not None if is_remote(url) else local_path(url).is_file()
 
 
 def size(url: str) -> int:
@@ -156,7 +157,7 @@ def stat(url: str) -> FileInfo:
     if not is_remote(url):
         with files.read_errors(url):
             return globs.local_info(url, local_path(url).stat())
-    found = s3.head(url)
+    found = store(url).head(url)
     if found is None:
         raise MissingError(f"{url}: does not exist.")
     return globs.remote_info(url, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
@@ -196,7 +197,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
 
 
 def _is_folder(url: str) -> bool:
-    return s3.is_folder(url) if is_remote(url) else local_path(url).is_dir()
+    return store(url).is_folder(url) if is_remote(url) else local_path(url).is_dir()
 
 
 def _local_level(place: str, start: str) -> Iterator[FileInfo]:
@@ -208,11 +209,11 @@ def _local_walk(place: str, roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
 
 
 def _remote_level(place: str, start: str) -> Iterator[FileInfo]:
-    return (globs.remote_info(*found) for found in s3.list_objects(place, start, shallow=True))
+    return (globs.remote_info(*found) for found in store(place).list_objects(place, start, shallow=True))
 
 
 def _remote_walk(place: str) -> Iterator[FileInfo]:
-    return (globs.remote_info(*found) for found in s3.list_objects(place) if not globs.is_hidden(found[0]))
+    return (globs.remote_info(*found) for found in store(place).list_objects(place) if not globs.is_hidden(found[0]))
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
         DataError: it is not a regular file, or cannot be read (while reading, too), also after retries.
     """
     if is_remote(url):
-        with io.BufferedReader(s3.ObjectStream(url, start), STREAM_BUFFER) as stream:
+        with io.BufferedReader(store(url).ObjectStream(url, start), STREAM_BUFFER) as stream:
             yield cast(BinaryIO, stream)
         return
     path = local_path(url)
@@ -244,7 +245,7 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
         MissingError, DataError: as open_stream.
     """
     if is_remote(url):
-        yield cast(BinaryIO, s3.ObjectFile(url, size(url)))
+        yield cast(BinaryIO, store(url).ObjectFile(url, size(url)))
         return
     with open_stream(url) as file:
         yield file
@@ -255,7 +256,7 @@ def modified(url: str) -> float:
     if not is_remote(url):
         with files.read_errors(url):
             return local_path(url).stat().st_mtime
-    found = s3.head(url)
+    found = store(url).head(url)
     if found is None:
         raise DataError(f"{url}: does not exist.")
     return float(found["LastModified"].timestamp())
@@ -263,7 +264,7 @@ def modified(url: str) -> float:
 
 def list_files(url: str) -> list[str]:
     """Names of all files below a folder or prefix, relative to it, sorted; temporary files are left out. A missing folder has none."""
-    names = s3.list_names(url) if is_remote(url) else files.list_names(local_path(url))
+    names = store(url).list_names(url) if is_remote(url) else files.list_names(local_path(url))
     return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(TEMPORARY))
 
 
@@ -274,7 +275,7 @@ def write_bytes(url: str, data: bytes) -> None:
         ConfigError: the place is not writable (folder, bucket or credentials).
     """
     if is_remote(url):
-        s3.write(url, data)
+        store(url).write(url, data)
         return
     with files.atomic(local_path(url)) as file:
         file.write(data)
@@ -296,7 +297,7 @@ def create_once(url: str, data: bytes) -> bool:
     Raises:
         ConfigError: the place is not writable.
     """
-    return s3.create_once(url, data) if is_remote(url) else files.create_once(local_path(url), data)
+    return store(url).create_once(url, data) if is_remote(url) else files.create_once(local_path(url), data)
 
 
 def check_writable(url: str) -> None:
@@ -313,7 +314,7 @@ def delete(url: str) -> None:
         ConfigError: it may not be deleted, or is a folder (see delete_prefix).
     """
     if is_remote(url):
-        s3.delete(url)
+        store(url).delete(url)
         return
     with files.write_errors(local_path(url)):
         local_path(url).unlink(missing_ok=True)
@@ -325,11 +326,11 @@ def delete_prefix(url: str) -> None:
     Raises:
         ConfigError: it may not be deleted, or is a whole bucket or file system.
     """
-    whole = not s3.bucket_and_key(url)[1] if is_remote(url) else local_path(url).resolve() == Path("/")
+    whole = not store(url).bucket_and_key(url)[1] if is_remote(url) else local_path(url).resolve() == Path("/")
     if whole:
         raise ConfigError(f"{url}: refusing to delete a whole bucket or file system; name a folder in it.")
     if is_remote(url):
-        s3.delete_all(url)
+        store(url).delete_all(url)
     else:
         files.delete_tree(local_path(url))
 
@@ -345,7 +346,7 @@ def upload_file(local: Path, url: str) -> None:
         source = local.open("rb")
     with source:
         if is_remote(url):
-            s3.upload(source, url)
+            store(url).upload(source, url)
             return
         with files.atomic(local_path(url)) as file:
             shutil.copyfileobj(source, file, 1 << 20)
@@ -364,7 +365,7 @@ def download_file(url: str, local: Path, sha256: str = "") -> None:
         ConfigError: ``local`` is not writable.
     """
     if is_remote(url):
-        s3.download(url, local, sha256)
+        store(url).download(url, local, sha256)
         return
     with files.read_errors(url):
         source = local_path(url).open("rb")

@@ -35,9 +35,10 @@ def find(url: str, before: float) -> list[Leftover]:
     Raises:
         DataError, ConfigError: the place cannot be read.
     """
-    if storage.is_remote(url):
+    found: list[Leftover] = []
+    if url.startswith("s3://"):
         found = [Leftover(upload.url, upload.begun, upload) for upload in s3.unfinished_uploads(url)]
-    else:
+    elif not storage.is_remote(url):  # what was begun on gs:// and az:// ends by itself, after a week
         names = [name for name in files.list_names(storage.local_path(url)) if name.rsplit("/", 1)[-1].startswith(files.TEMPORARY)]
         found = [Leftover(place, storage.modified(place)) for place in (storage.join(url, name) for name in names)]
     return sorted((each for each in found if each.begun < before), key=lambda each: each.url)

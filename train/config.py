@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
-from infra.config_keys import ANY_TIME, GOING_ON, completed
+from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, completed
 from infra.errors import ConfigError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
@@ -291,6 +291,8 @@ class GenerateSection(Section):
     """Codes of a picture computed in one pass: drafts, of which those are kept that come out as they went in. The pictures are the same; 0: by the device."""
     show: int = Field(default=4, gt=0)
     """Pictures per caption shown in the report, best first."""
+    checkpoints: int = Field(default=4, ge=0, json_schema_extra={BEFORE: 0})
+    """Of the transformer's checkpoints that are kept (dalle_fit.keep, keep_every), draw the first captions with at most so many, for the report and TensorBoard."""
     nearest_among: int = Field(default=20_000, gt=0)
     """Training images searched for each picture's nearest."""
 

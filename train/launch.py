@@ -129,9 +129,16 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
         code, reason = ExitCode.REQUEUE, held.lost
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
-    own, whole = (run.done(name) or {}).get("seconds"), duration(time.monotonic() - started)
-    # The first figure is the report's.
-    print(f"{name}: done in {whole}" if own is None else f"{name}: done in {duration(own)} ({whole} with the start of its processes)", flush=True)
+    print(f"{name}: done in {_times((run.done(name) or {}).get('seconds'), time.monotonic() - started)}", flush=True)
+
+
+def _times(own: float | None, elapsed: float) -> str:
+    """How long a stage took: first its own figure, which is the report's, over all attempts; then what a clock on the wall shows of this one."""
+    if own is None:
+        return duration(elapsed)
+    if own > elapsed:
+        return f"{duration(own)} in all attempts ({duration(elapsed)} in this one, with the start of its processes)"
+    return f"{duration(own)} ({duration(elapsed)} with the start of its processes)"
 
 
 def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:

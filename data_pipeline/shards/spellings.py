@@ -35,6 +35,6 @@ def spellings(lines: frozenset[str], bases: dict[str, str]) -> frozenset[str]:
                 found.add(before + line[len(base.rstrip("/")) + 1 :])
             elif before and line.startswith(before):
                 found.add(f"{base.rstrip('/')}/{line[len(before) :]}")
-            elif not before and not line.startswith(("/", "s3://")):
+            elif not before and not line.startswith("/") and "://" not in line:
                 found.add(f"{base.rstrip('/')}/{line}")
     return frozenset(found)

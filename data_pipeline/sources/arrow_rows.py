@@ -97,6 +97,7 @@ class Rows:
         self.split = split_of_name(name)
         self.folder = origin.url(name).rpartition("/")[0]
         self._wanted, self._asked = wanted, dict[int, bool]()
+        origin.took("column", columns.image, columns.captions)
 
     def found(self, batches: Iterable[Any], first: int, *, with_image: bool) -> Iterator[Draft | Pair | Unreadable]:
         """Wanted records of batches of rows, the first of which is number ``first`` of the file; without images for a look at their groups."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -30,6 +30,8 @@ class Origin:
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
         self._said: set[str] = set()
+        self.columns: dict[tuple[str, str, tuple[str, ...]], None] = {}
+        """What this process has taken for images and captions: 'column', 'key' or 'member', the image's, and the captions'."""
         self._real = lru_cache(_FOLDERS)(os.path.realpath)
 
     @cached_property
@@ -52,13 +54,18 @@ class Origin:
         """Local folders that links to folders may lead to."""
         return tuple(root for root in self.roots if not storage.is_remote(root))
 
+    def took(self, what: str, image: str, captions: Iterable[str]) -> None:
+        """Note where images and captions were found; the dry run says it."""
+        self.columns[what, image, tuple(captions)] = None
+
     def url(self, name: str) -> str:
         return storage.join(self.base, name)
 
     def real(self, url: str) -> str:
         """Where a URL leads: links and '..' are resolved."""
         if storage.is_remote(url):
-            return f"s3://{posixpath.normpath(url.removeprefix('s3://'))}"
+            scheme, _, place = url.partition("://")
+            return f"{scheme}://{posixpath.normpath(place)}"
         folder, name = os.path.split(storage.local_path(url))
         path = os.path.join(self._real(folder), name)
         return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path

@@ -123,6 +123,8 @@ class TableSource:
             DataError: its columns of images and captions cannot be told, or a file cannot be read for a reason that may pass.
         """
         table = self.table(shard.name.rpartition("@")[0], shard.version)
+        if table.has_columns and table.header.columns:
+            self.origin.took("column", table.header.image, table.header.captions)
         return with_images(found for found in table.drafts(*shard.span) if isinstance(found, Unreadable) or wanted(found.pair.group))
 
     def table(self, name: str, version: str) -> Table:
@@ -321,6 +323,8 @@ class Table:
             captions = distinct(caption for record in run for caption in self._captions(record.row))
         except BadRecord as bad:
             return Unreadable(self.origin.id(place), bad.reason, bad.why)
+        if not self.has_columns:
+            self.origin.took("key", find_image(first.row, self.origin.config), find_captions(first.row, self.origin.config))
         return Draft(self.origin.pair(place, first.row, captions, split_of_name(self.name), f"image/{path}"), url)
 
     def _captions(self, row: Row) -> list[str]:

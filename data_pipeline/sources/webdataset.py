@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import tar, tar_metadata
+from data_pipeline.sources.columns import find_captions
 from data_pipeline.sources.gzipped import unzipped
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, NotRead, Pair, Unreadable, suffix_of
@@ -242,6 +243,8 @@ class _Reader:
             raise BadRecord(MISSING_IMAGE)
         row = (parse_object(sample.metadata) if sample.metadata is not None else {}) | self._row(sample)
         captions = join_captions(self.origin.captions(row), sample.texts.values())
+        suffix = f".{_key(sample.image_name)[1].rpartition('.')[2]}"
+        self.origin.took("member", suffix, [*(f".{name}" for name in sample.texts), *find_captions(row, self.origin.config)])
         pair = self.origin.pair(f"{self.shard}/{clean(key)}", row, captions, self.split)
         return replace(pair, image=sample.image)
 

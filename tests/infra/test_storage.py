@@ -207,8 +207,8 @@ def test_a_file_url_is_the_path_it_names(tmp_path: Path) -> None:
 
 
 def test_urls_that_cannot_be_served_say_what_is_accepted() -> None:
-    with pytest.raises(ConfigError, match=r"'gs://' is not known; accepted are local paths, file:///path and s3://bucket/prefix"):
-        storage.read_bytes("gs://bucket/key")
+    with pytest.raises(ConfigError, match=r"'ftp://' is not known; accepted are local paths, file:///path, s3://bucket/prefix, gs:// and az://"):
+        storage.read_bytes("ftp://host/key")
     with pytest.raises(ConfigError, match=r"s3://b/k: a local path is needed"):
         storage.local_path("s3://b/k")
     with pytest.raises(ConfigError, match=r"file:// is followed by an absolute path"):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import launcher
 from infra.errors import ExitCode
+from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support import drawable_run
 from tests.support.root import ROOT
+from tests.support.stopped_run import FIXTURE
 from train.launch import StageFailed, _run_child
 
 _UNKNOWN = "odd,strange\n1,2\n3,4\n"
@@ -80,6 +85,59 @@ def test_prepare_names_the_cause_and_tries_once_what_cannot_change(
     assert code == ExitCode.DATA and line.startswith("data error: prepare: rank 0: ") and ending in line and "min_side" not in line
     assert "odd, strange" in line or table == _NAMELESS, "the header is shown"
     assert "try 1 of" not in caplog.text and "try 2" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "word", "ending"),
+    [
+        (
+            ', split="train"',
+            "data.min_side=1",
+            'data.sources says split = "train" of them: leave it out, or name a source with split = "validation".',
+        ),
+        (', split="hash"', "data.min_side=90", "lower data.min_side (for example train/metadata.csv/@16: 20 x 20 png)."),
+        (', split="hash"', 'filters.languages=["ru"]', "filters.languages"),
+    ],
+    ids=["all called train", "too small", "another language"],
+)
+def test_an_empty_split_names_its_own_cause(capfd: pytest.CaptureFixture[str], tmp_path: Path, source: str, word: str, ending: str) -> None:
+    place = tmp_path / "set" / "train"
+    place.mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (20, 20), (number * 20, 9, 99)).save(place / f"{number}.png")
+    words = "a picture of the red house at the sea"
+    (place / "metadata.csv").write_text("file_name,text\n" + "".join(f"{number}.png,{words} {number}\n" for number in range(12)))
+    sources = f'data.sources=[{{url="{tmp_path}/set"{source}}}]'
+    code, line = last_line(capfd, "prepare", "tiny", f"run.root={tmp_path}/runs", sources, "data.share=1", "data.min_side=1", word, "--nproc", "1")
+    assert code == ExitCode.DATA and "no record in the" in line and ending in line, line
+    assert ("min_side" in line) == ("min_side" in ending)
+
+
+def spoilt(run: Path, stage: str) -> str:
+    """Make the main rank's own work fail where the others wait for it in a collective; what its line must name."""
+    if stage == "dalle":
+        (run / "dalle" / "halve_at.json").write_text('"soon"')
+        return "halve_at.json holds 'soon'; expected a list of updates after which to halve the step size"
+    name = {"encode": "encode/done.json", "evaluate": "evaluate/metrics.json", "generate": "generate/grid.png"}[stage]
+    (run / name).unlink(missing_ok=True)
+    (run / name / "in-the-way").mkdir(parents=True)
+    return name
+
+
+@pytest.mark.parametrize(
+    "stage", ["dalle", "evaluate", pytest.param("encode", marks=pytest.mark.soak), pytest.param("generate", marks=pytest.mark.soak)]
+)
+def test_work_of_the_main_rank_that_fails_is_the_only_thing_said(tmp_path: Path, stage: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURE / "run", run)
+    if stage in ("evaluate", "generate"):
+        drawable_run.finish(RunFolder(str(run)))
+    named = spoilt(run, stage)
+    words = [sys.executable, str(ROOT / "launcher.py"), stage, str(run), "--nproc", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode in (ExitCode.CONFIG, ExitCode.DATA, ExitCode.CRASH) and "Traceback" not in done.stderr, done.stderr
+    assert "peer" not in done.stderr.lower() and f"{stage}: rank 0: " in line and named in line, done.stderr
 
 
 def test_a_stop_is_a_sentence_for_a_person_at_a_keyboard(capfd: pytest.CaptureFixture[str], tmp_path: Path, stop: StopFlag) -> None:

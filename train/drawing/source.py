@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,6 +122,12 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
         export.to_device(judge, where)
     weights = DrawingWeights(_build(cfg, tensors, where, dtype, place.dalle), dtype)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+
+
+def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
+    """The same, with other weights of the transformer."""
+    dtype = models.weights.dtype
+    return replace(models, weights=DrawingWeights(_build(models.cfg, tensors, models.device, dtype, models.url), dtype))
 
 
 def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]:

@@ -48,6 +48,8 @@ _GROUPS = {
 }
 """First part of a metric's name -> its group in TensorBoard."""
 _DEBUG = ("data/samples",)
+_JUDGED_BY = ("train/loss", "eval/loss", "perf/mfu")
+"""What TensorBoard's table of hyperparameters shows beside them, where a run has it."""
 
 
 class MetricsWriter:
@@ -58,15 +60,17 @@ class MetricsWriter:
         stage: name of the stage's folder.
         attempt: number of the attempt; see ``next_attempt``.
         enabled: False makes every call do nothing and touches no file.
+        lines: False for a stage that measures nothing, and has pictures and text alone.
     """
 
-    def __init__(self, run_url: str, stage: str, attempt: int, enabled: bool = True) -> None:
+    def __init__(self, run_url: str, stage: str, attempt: int, enabled: bool = True, *, lines: bool = True) -> None:
         self.enabled = enabled
         self._lines: TextIO | None = None
         self._events: Any = None
         self._temporary: scratch.Folder | None = None
         if not enabled:
             return
+        self._stage = stage
         self._lines_url = storage.join(_folder(run_url, stage), f"{_PREFIX}{attempt}{_SUFFIX}")
         self._events_url = storage.join(run_url, "tensorboard", stage)
         if storage.is_remote(run_url):
@@ -75,8 +79,9 @@ class MetricsWriter:
             self._lines_path, self._events_path = room / f"{_PREFIX}{attempt}{_SUFFIX}", room / "events"
         else:
             self._lines_path, self._events_path = storage.local_path(self._lines_url), storage.local_path(self._events_url)
-        self._lines_path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = self._lines_path.open("a", encoding="utf-8")
+        if lines:
+            self._lines_path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log values of a step. The line reaches the operating system before this returns."""
@@ -91,7 +96,7 @@ class MetricsWriter:
             events.add_scalar(shown_as(name), value, global_step=step, walltime=now)
 
     def images(self, step: int, name: str, array_HWC: NDArray[np.uint8]) -> None:
-        """Log a picture (uint8, [H, W, 3]) to TensorBoard."""
+        """Log a picture (uint8, [H, W, 3]) to TensorBoard, which shows it no larger than it is: see ``enlarged`` of train/report/images.py."""
         if self.enabled:
             self._open_events(step).add_image(name, array_HWC, global_step=step, dataformats="HWC")
 
@@ -99,6 +104,20 @@ class MetricsWriter:
         """Log text (Markdown) to TensorBoard."""
         if self.enabled:
             self._open_events(step).add_text(name, text, global_step=step)
+
+    def describe(self, step: int, config: Mapping[str, Any], parents: Mapping[str, str]) -> None:
+        """What is trained, from what: the configuration and the lineage as text, and the stage's own keys as TensorBoard's hyperparameters."""
+        if not self.enabled:
+            return
+        self.text(step, "configuration", _code(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)))
+        self.text(step, "lineage", _code("\n".join(f"{kind}: {digest}" for kind, digest in sorted(parents.items())) or "made from nothing else"))
+        from torch.utils.tensorboard.summary import hparams
+
+        # SummaryWriter.add_hparams would put them into a run of their own, with each metric a second time.
+        sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero")]
+        flat = {key: value for name in sections for key, value in _leaves(name, config[name])}
+        for part in hparams(flat, dict.fromkeys(map(shown_as, _JUDGED_BY))):
+            self._open_events(step).file_writer.add_summary(part, step)
 
     def flush(self) -> None:
         """Bring everything to disk, and to s3 where the run folder lies there."""
@@ -108,7 +127,8 @@ class MetricsWriter:
             self._events.flush()
         if self._temporary is None:
             return
-        storage.upload_file(self._lines_path, self._lines_url)
+        if self._lines_path.exists():
+            storage.upload_file(self._lines_path, self._lines_url)
         for path in sorted(self._events_path.glob("*")):
             storage.upload_file(path, storage.join(self._events_url, path.name))
 
@@ -148,6 +168,20 @@ def shown_as(name: str) -> str:
     if rest.partition("_")[0] == "loss" and group in ("train", "eval"):
         return f"1 loss/{group} {rest}"
     return f"{_GROUPS.get(group, f'7 {group}')}/{rest}"
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, bool | str | float | int]]:
+    """Keys of a section as TensorBoard takes them: plain values, lists as JSON."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, value if isinstance(value, bool | str | float | int) else json.dumps(value, ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """As Markdown shows it letter by letter."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def next_attempt(run_url: str, stage: str) -> int:

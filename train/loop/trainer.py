@@ -165,9 +165,11 @@ class Trainer:
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
-        for point in self._changes:
-            if point["step"] == step:
-                self._writer.text(step, "change point", change_points.described(point))
+        points = [point for point in self._changes if point["step"] == step]
+        if attempt == 0 or points:  # TensorBoard would show the same text once for each attempt
+            self._writer.describe(min(step + 1, self.section.steps), self.meta.get("config", {}), self.meta.get("parents", {}))
+        for point in points:
+            self._writer.text(step, "change point", change_points.described(point))
         self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
         self._units = self._update_s = 0.0
         begun = time.perf_counter()

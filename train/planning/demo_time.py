@@ -33,6 +33,8 @@ _QUIET_SHARE = 0.9
 _BUSY = 1.25
 """Loaded over quiet, from which on the projection is a range."""
 _TELLING_S = 20.0
+_MOST_OFF = 1.5
+"""How far, either way, the ends of a range lie from its middle at most."""
 _START_S = 5.0
 """Of a stage's launcher itself, before it starts ranks."""
 _CLIP_IMAGES_S, _PICTURES_S = 600.0, 3.3
@@ -51,7 +53,8 @@ class Projection:
 
     def __init__(self, quiet: Mapping[str, float], loaded: Mapping[str, float], words: str = "") -> None:
         self.quiet, self.loaded, self._words = dict(quiet), dict(loaded), words
-        self._factor: float | None = None
+        self._told: list[tuple[float, float]] = []
+        """(seconds taken, seconds projected) of each stage that says something of the machine."""
 
     def __str__(self) -> str:
         if self._words:
@@ -71,15 +74,31 @@ class Projection:
         """A stage has ended; short ones, mostly starts of processes, say little of the machine."""
         middle = self._middle(stage)
         if middle and seconds >= _TELLING_S:
-            self._factor = seconds / middle
+            self._told.append((seconds, middle))
         self.quiet.pop(stage, None)
         self.loaded.pop(stage, None)
 
+    def to_go_s(self) -> tuple[float, float] | None:
+        """Fewest and most seconds to go, or None before a stage has said something of the machine.
+
+        What all of them took over what was projected, so that a long stage counts more than the short one after it; a range as wide as they disagree.
+        """
+        if not self._told:
+            return None
+        pace = sum(taken for taken, _ in self._told) / sum(middle for _, middle in self._told)
+        paces = [taken / middle for taken, middle in self._told]
+        off = min(_MOST_OFF, max(max(paces) / pace, pace / min(paces)))
+        left = pace * sum(map(self._middle, self.loaded))
+        return left / off, left * off
+
     def to_go(self) -> str:
-        """', about 13 minutes to go', by the newest stage that says something of the machine; '' before one has ended."""
-        if self._factor is None:
+        """', about 13 minutes to go', or a range of minutes; '' before a stage has said something of the machine."""
+        found = self.to_go_s()
+        if found is None:
             return ""
-        return f", about {max(1, round(self._factor * sum(map(self._middle, self.loaded)) / 60))} minutes to go"
+        low, high = (max(1, round(seconds / 60)) for seconds in found)
+        minutes = f"{low} to {high}" if high > _BUSY * low else f"{round(math.sqrt(low * high))}"
+        return f", about {minutes} minutes to go"
 
     def _middle(self, stage: str) -> float:
         return math.sqrt(self.quiet.get(stage, 0.0) * self.loaded.get(stage, 0.0))

@@ -69,6 +69,23 @@ def parse_gpu(text: str) -> Gpu:
     return Gpu(**(_DEFAULTS | given), source="given by --gpu")
 
 
+def named(text: str) -> tuple[str, Gpu]:
+    """A GPU by its name, by the beginning of one alone ('L4', 'H100', 'rtx4090'), or by its numbers; with the name that it goes by.
+
+    Raises:
+        ValueError: none is meant, or several are, or a number is wrong.
+    """
+    if "=" in text:
+        return text, parse_gpu(text)
+    plain = text.upper().replace(" ", "")
+    begun = [name for name in GPUS if name.upper().startswith(plain)] if plain else []
+    found = [name for name in begun if plain in (name.upper(), name.upper().partition("-")[0])] or begun
+    if len(found) == 1:
+        return found[0], GPUS[found[0]]
+    meant = f"several begin so: {', '.join(found)}" if found else f"accepted are {', '.join(GPUS)} and beginnings of them"
+    raise ValueError(f"{meant}; or numbers above 0 such as memory_gb=48,tflops_16bit=362,memory_gb_s=864.")
+
+
 def find_by_device_name(name: str) -> Gpu | None:
     """The GPU whose datasheet belongs to a device as CUDA names it ('NVIDIA H100 80GB HBM3'); None if it is not in the table."""
     if "PCIe" in name:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train.report.images import INK, LABEL_SIZE, WHITE, Pixels, fit, font
+from train.report.images import INK, WHITE, Pixels
+from train.report.labels import LABEL_SIZE, Face, fit, font, legible
 
 TILE = 160
 """Side of the square in which a picture is shown, in pixels."""
@@ -42,8 +43,9 @@ def contact_sheet(pictures: Sequence[Pixels | None], captions: Sequence[str], co
         if picture is not None:
             small = thumbnail(picture)
             canvas.paste(Image.fromarray(small), (left + (TILE - small.shape[1]) // 2, top + (TILE - small.shape[0]) // 2))
-        for line, words in enumerate(wrap(caption, TILE, _LINES)):
-            draw.text((left, top + TILE + 3 + line * _LEADING), words, fill=INK, font=font(LABEL_SIZE - 1))
+        text, face = legible(" ".join(caption.split()), LABEL_SIZE - 1)
+        for line, words in enumerate(wrap(text, TILE, _LINES, face)):
+            draw.text((left, top + TILE + 3 + line * _LEADING), words, fill=INK, font=face)
     return np.asarray(canvas)
 
 
@@ -59,9 +61,9 @@ def thumbnail(picture_YXC: Pixels) -> Pixels:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3))
 
 
-def wrap(text: str, width: int, lines: int) -> list[str]:
+def wrap(text: str, width: int, lines: int, face: Face | None = None) -> list[str]:
     """Text in at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    face = font(LABEL_SIZE - 1)
+    face = face or font(LABEL_SIZE - 1)
     out: list[str] = []
     words = text.split()
     while words and len(out) < lines:
@@ -70,5 +72,5 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
             line += " " + words.pop(0)
         if words and len(out) == lines - 1:
             line += " " + " ".join(words)
-        out.append(fit(line, width, LABEL_SIZE - 1))
+        out.append(fit(line, width, face=face))
     return out

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from train.report.labels import LABEL_SIZE, fit, legible
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 
-LABEL_SIZE = 12
-"""Size of the letters of labels, in pixels."""
-_MOST_LETTERS = 2000
-"""Of a label, before it is cut to its width."""
 WHITE, INK = (255, 255, 255), (70, 74, 82)
 _LAYOUT = "dalle-grid"
 _INLINE_BYTES = 150_000
+_LARGE_ENOUGH = 128
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,12 @@ def read_png(data: bytes) -> Pixels:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{len(data)} bytes are no picture ({error})") from error
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert("RGB"))
+
+
+def enlarged(pictures: Sequence[Pixels], least: int = _LARGE_ENOUGH) -> list[Pixels]:
+    """Pictures whose sides are at least so many pixels, each pixel repeated: where nothing shows them larger than they are."""
+    times = [max(1, -(-least // min(picture.shape[:2]))) for picture in pictures]
+    return [picture.repeat(count, 0).repeat(count, 1) for picture, count in zip(pictures, times, strict=True)]
 
 
 def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> Pixels:
@@ -158,57 +160,6 @@ def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str])
         "width": pad + across * (width + pad),
         "height": tops[-1] + height + pad,
     }
-
-
-Face = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_NO_CHARACTER = "\U0010ffff"  # of no font: what it draws instead of what it lacks
-
-
-@lru_cache(maxsize=8)
-def font(size: int = LABEL_SIZE) -> Face:
-    """The font of labels."""
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=8)
-def wide_font(size: int = LABEL_SIZE) -> Face | None:
-    """A font of more scripts (Greek, Cyrillic, Arabic, Hebrew, ...), where matplotlib, which brings it, is installed."""
-    found = importlib.util.find_spec("matplotlib")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        path = Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
-        if path.is_file():
-            return ImageFont.truetype(str(path), size)
-    return None
-
-
-def legible(text: str, size: int = LABEL_SIZE) -> tuple[str, Face]:
-    """A text and a font that shows every character of it; what no font here has is escaped, as \\u4e2d."""
-    plain = "".join(character if character.isprintable() else _escaped(character) for character in text[:_MOST_LETTERS])
-    faces = [face for face in (font(size), wide_font(size)) if face is not None]
-    for face in faces:
-        if all(_has(face, character) for character in set(plain)):
-            return plain, face
-    return "".join(character if _has(faces[-1], character) else _escaped(character) for character in plain), faces[-1]
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
-
-
-def _has(face: Face, character: str) -> bool:
-    return character.isascii() or bytes(face.getmask(character)) != bytes(face.getmask(_NO_CHARACTER))
-
-
-def fit(text: str, width: int, size: int = LABEL_SIZE, face: Face | None = None) -> str:
-    """Text cut to ``width`` pixels; what was cut ends in an ellipsis."""
-    face = face or font(size)
-    if face.getlength(text) <= width:
-        return text
-    low, high = 0, len(text)  # the most characters that fit, by bisection: a caption may have a million
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if face.getlength(text[:middle] + "…") <= width else (low, middle - 1)
-    return text[:low] + "…"
 
 
 def to_array(picture_CYX: Tensor) -> NDArray[np.uint8]:

@@ -6,8 +6,11 @@ from typing import Any
 
 from train.report.images import data_uri
 from train.report.judgement import draws_emoji
-from train.report.markup import Html, el, join, note
+from train.report.markup import Child, Html, el, join, note, table
 from train.report.view import RunView, Section
+
+_ENOUGH = 3
+"""Checkpoints that show how something was learned."""
 
 
 def section(run: RunView) -> Section | None:
@@ -32,7 +35,25 @@ def section(run: RunView) -> Section | None:
         f" Weights {str(index['checkpoint'])[:12]}." if index.get("checkpoint") else None,
     ]
     cards = el("div", [_card(run, caption, shown) for caption in captions], class_="captions")
-    return Section("pictures", "Drawn pictures", join(note(words), cards, note(facts)))
+    return Section("pictures", "Drawn pictures", join(note(words), cards, note(facts), _learned(run, index.get("learned") or [])))
+
+
+def _learned(run: RunView, entries: list[dict[str, Any]]) -> Html | None:
+    """The same captions over the checkpoints that are kept: a row for each caption, a column for each checkpoint."""
+    if not entries:
+        return None
+    captions = [picture["caption"] for picture in entries[0]["pictures"]]
+    rows: list[list[Child]] = []
+    for number, caption in enumerate(captions):
+        drawn = [entry["pictures"][number : number + 1] for entry in entries]
+        cells = [
+            _image(run, some[0]["file"], f"{entry['step']} updates: {caption}") if some else None for some, entry in zip(drawn, entries, strict=True)
+        ]
+        rows.append([caption, *cells])
+    words = "One picture of each caption by the averaged weights of each checkpoint that is kept, always from the same seed."
+    few = " dalle_fit.keep_every keeps more." if len(entries) < _ENOUGH else ""
+    headings = ["", *(f"{entry['step']:,} updates" for entry in entries)]
+    return join(el("h3", "What was learned when"), note(words, few), table(headings, rows, class_="learned"))
 
 
 def _card(run: RunView, caption: dict[str, Any], shown: int) -> Html:

@@ -24,12 +24,14 @@ from train.evaluation.reconstruction import Judges, Reconstruction, noise_of, re
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import half_cosine, linear
 from train.loop.trainer import Batch, Loss
-from train.report.images import grid, grid_png, to_array
+from train.report.images import enlarged, grid, grid_png, to_array
 from train.run.change_points import Curve
 
 log = logging.getLogger(__name__)
 
 _LABELS = ("original", "from its codes", "relaxed")
+_LARGE = 6
+"""Pictures in a row for TensorBoard, which shrinks wide ones to its cards."""
 
 
 class DvaeTask:
@@ -107,5 +109,5 @@ def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter
     rows = [[to_array(picture) for picture in row] for row in found.shown]
     if rows:
         storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))
-        writer.images(step, ", ".join(_LABELS), grid(rows))
+        writer.images(step, ", ".join(_LABELS), grid([enlarged(row[:_LARGE]) for row in rows]))
     storage.write_json(run.at("dvae", "pictures", "codebook.json"), {"counts": found.counts_N.tolist(), "samples": found.samples})

@@ -25,6 +25,7 @@ from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.report.images import grid, png_bytes
 from train.run import places
 from train.run.inputs import open_exports, open_images
+from train.stages import generate_learned
 from train.stages.finish import stop_together
 from train.stages.generate_nearest import nearest, thumbs, view
 from train.stages.generate_prompts import Prompt, prompts
@@ -92,13 +93,19 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]
     _draw(task, mine, world, stop)
     _search(task, mine, training, world, stop)
+    learned = generate_learned.plan(run, [prompt.caption for prompt in task.wanted], task.settings, models.lineage, cfg.generate.checkpoints)
+    for step in learned.steps[place.rank :: place.size]:
+        if not stop:
+            learned.draw(drawing, step)
     stop_together(stop, device, "generate")
     if world.is_main:
         left = sum(not task.is_finished(index) for index in range(len(task.wanted))) if share.count > 1 else 0
         if left:
             print(f"generate: this share is done; {left} of {len(task.wanted)} captions are left to others, and the last of them merges.", flush=True)
         else:
-            _merge(task)
+            for step in learned.steps:
+                learned.draw(drawing, step)  # none, but for shares of others that have not got there yet
+            _merge(task, learned.entries())
             seconds = time.monotonic() - started
             run.finish(
                 "generate",
@@ -112,15 +119,16 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     wait_for_all()
 
 
-def _merge(task: _Task) -> None:
+def _merge(task: _Task, learned: list[dict[str, Any]]) -> None:
     """Write the index and the grid; again writes the same bytes."""
-    run = task.run
+    run, cfg = task.run, task.cfg
     entries = [stored.read(task.entry_url(index), _Entry) for index in range(len(task.wanted))]
     storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(task, entries)))
     checkpoint = task.models.lineage["dalle"]
-    storage.write_json(
-        run.at("generate", "index.json"), {"captions": entries, "candidates": task.settings.n, "checkpoint": checkpoint} | task.settings.shape()
-    )
+    facts = {"captions": entries, "learned": learned, "candidates": task.settings.n, "checkpoint": checkpoint}
+    storage.write_json(run.at("generate", "index.json"), facts | task.settings.shape())
+    done = run.done("dalle") or {}
+    generate_learned.to_tensorboard(run, entries, learned, cfg.generate.show, int(done.get("updates", cfg.dalle_fit.steps)))
 
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:

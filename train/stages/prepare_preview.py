@@ -31,7 +31,7 @@ def preview(cfg: RunConfig) -> str:
             splits[record.split] += 1
             if tally.seen - begun >= -(-SAMPLED // min(_SAMPLED_SHARDS, len(plan.units))):
                 break
-    lines = _files(plan)
+    lines = [*_files(plan), *_columns(plan)]
     if plan.carves:
         share = cfg.data.validation_share
         lines.append(
@@ -44,6 +44,8 @@ def preview(cfg: RunConfig) -> str:
         lines += [f"          {_printable(example['id'])}: {_printable(example['why'])}".rstrip(": ") for example in entry["examples"]]
     lines += [f"{count:6d}  captions left out: {reason}" for reason, count in tally.dropped_captions.most_common()]
     lines += [f"{count:6d}  members of tars that are not read: {suffix}" for suffix, count in tally.not_read.most_common()]
+    if cfg.data.share < 1:
+        lines.append(f"# data.share = {cfg.data.share:g} keeps {cfg.data.share:.0%} of the groups; data.share=1 keeps all")
     lines.append("# duplicates are searched for among all records, and not in a sample")
     return "\n".join(lines) + "\n"
 
@@ -57,6 +59,16 @@ def _files(plan: Plan) -> list[str]:
             f"# {_printable(url)}: {census['listed']:,} files, {census['read']:,} read{beside}, {sum(census['not_read'].values()):,} not read"
         )
         lines += [f"{count:6d}  files that are not read: {suffix}" for suffix, count in sorted(census["not_read"].items(), key=lambda item: -item[1])]
+    return lines
+
+
+def _columns(plan: Plan) -> list[str]:
+    """Where images and captions were found, of sources whose records say it."""
+    lines = []
+    for source in plan.sources:
+        for what, image, captions in getattr(getattr(source, "origin", None), "columns", ()):
+            named = ", ".join(f"'{_printable(caption)}'" for caption in captions)
+            lines.append(f"# {_printable(source.name)}: images in {what} '{_printable(image)}', captions in {named}")
     return lines
 
 

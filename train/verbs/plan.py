@@ -10,7 +10,7 @@ from train.config import load_run
 from train.planning import estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
-from train.planning.hardware import GPUS, Gpu, parse_gpu
+from train.planning.hardware import Gpu, named
 from train.planning.out_of_memory import smaller
 from train.planning.states import Cluster, Layout
 
@@ -25,7 +25,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
         gpus: GPUs of each; 0: as cluster.gpus says, or one where that is 0.
         memory: GB of a GPU; 0: as its datasheet says.
         tokens: budget in states of the stream; 0: dalle_fit.steps updates.
-        gpu: name of a datasheet, or its numbers (``hardware.parse_gpu``).
+        gpu: name of a datasheet, the beginning of one, or its numbers (``hardware.named``).
         price: of one GPU for an hour, in any currency; 0: no cost is shown.
         rank: total rank of gradient compression between machines; 0: that of the paper's Table 1 for its widths, otherwise none.
 
@@ -34,9 +34,9 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
         ConfigError: the preset's own stage does not fit into the memory, or its batch does not divide.
     """
     try:
-        figures = GPUS[gpu] if gpu in GPUS else parse_gpu(gpu)
+        gpu, figures = named(gpu)
     except ValueError as error:
-        raise UsageError(f"--gpu {gpu}: accepted are {', '.join(GPUS)}; or {error}") from error
+        raise UsageError(f"--gpu {gpu}: {error}") from error
     cfg = load_run(preset, overrides)
     own = Setting.configured(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1))
     room = estimate.room(memory or figures.memory_gb)

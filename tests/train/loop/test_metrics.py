@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from infra import storage
 from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, shown_as, throughput
+from train.report.section_curves import PANELS
 
 
 def _write(run: Path, attempt: int, points: list[tuple[int, dict[str, float]]]) -> Path:
@@ -21,8 +24,6 @@ def _write(run: Path, attempt: int, points: list[tuple[int, dict[str, float]]]) 
 
 
 def _events(run: Path, stage: str) -> "dict[str, list[tuple[int, float]]]":
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     found = EventAccumulator(str(run / "tensorboard" / stage))
     found.Reload()
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
@@ -171,3 +172,33 @@ def test_groups_of_tensorboard_are_read_from_the_top() -> None:
         "8 numerics/scale/005-mlp",
         "9 debug/samples",
     ]
+
+
+def test_tensorboard_has_the_configuration_the_lineage_and_hyperparameters(tmp_path: Path) -> None:
+    config = {"run": {"seed": 7}, "dalle_fit": {"lr": 0.001, "halve_at": [3, 4], "schedule": "cosine"}, "clip_fit": {"lr": 9.0}}
+    writer = MetricsWriter(str(tmp_path), "dalle", 0)
+    writer.describe(1, config, {"codes": "abc", "dvae": "def"})
+    writer.scalars(1, {"train/loss": 2.0, "eval/loss": 3.0})
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "dalle"))
+    found.Reload()
+    tags = found.Tags()
+    assert sorted(tags["scalars"]) == ["1 loss/eval loss", "1 loss/train loss"], "hyperparameters bring no series of their own"
+    said = {
+        tag: [event.tensor_proto.string_val[0].decode() for event in found.Tensors(f"{tag}/text_summary")] for tag in ("configuration", "lineage")
+    }
+    assert '"lr": 0.001' in said["configuration"][-1] and said["lineage"][-1].split() == ["codes:", "abc", "dvae:", "def"]
+    start = HParamsPluginData.FromString(found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info
+    values = {name: value.number_value or value.string_value for name, value in start.hparams.items()}
+    assert values == {"run.seed": 7.0, "dalle_fit.lr": 0.001, "dalle_fit.halve_at": "[3, 4]", "dalle_fit.schedule": "cosine"}
+    assert not [path for path in (tmp_path / "tensorboard" / "dalle").iterdir() if path.is_dir()], "no run beside the run"
+
+
+def test_no_two_metrics_share_a_tag() -> None:
+    names = {name for panels in PANELS.values() for panel in panels for name, _ in panel.curves}
+    names |= {
+        f"{group}/{name}"
+        for group in ("train", "eval", "sched", "optim", "perf", "data", "numerics", "goodput", "mem")
+        for name in ("loss", "loss_x", "x")
+    }
+    assert len({shown_as(name) for name in names}) == len(names)

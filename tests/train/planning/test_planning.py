@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import launcher
 from infra.errors import ConfigError, ExitCode
-from infra.repository import DOCS
+from infra.repository import DOCS, REPOSITORY
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer, parameter_tags
 from train.bench import memory
@@ -22,7 +22,7 @@ from train.config import PRESETS, load_run
 from train.planning import activations, estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.flops import forward_flops, layer_pairs, train_flops
-from train.planning.hardware import GPUS, find_by_device_name
+from train.planning.hardware import GPUS, find_by_device_name, named
 from train.planning.out_of_memory import advice, is_out_of_memory
 from train.planning.states import Cluster
 from train.verbs import plan
@@ -360,3 +360,27 @@ def test_every_plan_that_a_page_names_fits_its_machine(line: str) -> None:
 @pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*B.toml")] + ["120M", "300M"])
 def test_every_preset_fits_the_machines_that_it_is_made_for(preset: str) -> None:
     assert launcher.main(["plan", preset]) == ExitCode.DONE
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("L4", "L4-24GB"), ("L40", "L40S-48GB"), ("A100-40", "A100-40GB"), ("rtx 4090", "RTX4090-24GB"), ("B3", "B300-288GB")]
+)
+def test_the_beginning_of_one_gpus_name_means_it(word: str, name: str) -> None:
+    assert named(word) == (name, GPUS[name])
+
+
+@pytest.mark.parametrize("word", ["A100", "H", ""])
+def test_what_means_several_gpus_or_none_lists_them(word: str) -> None:
+    with pytest.raises(
+        ValueError, match="several begin so: A100-80GB, A100-40GB; or numbers" if word == "A100" else "several begin so|accepted are V100"
+    ):
+        named(word)
+
+
+def test_every_plan_that_a_page_shows_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md")), *sorted(PRESETS.glob("*.toml"))]
+    shown = {line for page in pages for line in re.findall(r"launcher\.py (plan \S+[^\n`#(']*)", page.read_text(encoding="utf-8"))}
+    shown = {line.strip() for line in shown if "runs/" not in line and "RUN" not in line and "PRESET" not in line}
+    assert len(shown) >= 8
+    for line in sorted(shown):
+        assert launcher.main(shlex.split(line)) == 0, line + capsys.readouterr().err

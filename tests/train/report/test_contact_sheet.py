@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.report.contact_sheet import TILE, contact_sheet, thumbnail, wrap
-from train.report.images import font
+from train.report.labels import font
 
 
 def test_a_contact_sheet_shows_each_picture_undistorted_above_its_caption() -> None:

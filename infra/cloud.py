@@ -1,0 +1,307 @@
+"""Objects of Google Cloud Storage (gs://bucket/key) and Azure Blob Storage (az://container/key), with the functions of ``infra/s3.py``.
+
+Both come through fsspec: gcsfs and adlfs, which are installed apart (``MISSING`` says how) and imported at first use. Credentials come by their usual ways:
+Google's application default credentials; AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with a key, a token or a managed identity.
+STORAGE_EMULATOR_HOST names a server other than Google's. Both libraries repeat requests that fail for a reason that may pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from infra import cloud_errors, environment
+from infra.errors import ConfigError, DataError
+from infra.files import atomic
+
+RANGE_BYTES = 8 << 20
+"""Objects are read in ranges of so many bytes."""
+AT_ONCE = 8
+"""Requests that are under way together, of one download or deletion."""
+MISSING = {
+    "gs": "pip install -c constraints.txt gcsfs google-auth-oauthlib",
+    "az": "pip install -c constraints.txt adlfs",
+}
+"""What brings the library of a scheme."""
+_VARIABLES = {
+    "gs": ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"),
+    "az": (
+        *("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
+        *("AZURE_STORAGE_CLIENT_ID", "AZURE_STORAGE_CLIENT_SECRET", "AZURE_STORAGE_TENANT_ID"),
+    ),
+}
+_lock = threading.Lock()
+_known: dict[tuple[Any, ...], Any] = {}
+
+
+def bucket_and_key(url: str) -> tuple[str, str]:
+    """Split ``gs://bucket/key``.
+
+    Raises:
+        ConfigError: there is no bucket.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise ConfigError(f"{url}: the bucket is missing; expected {scheme}://bucket/prefix.")
+    return bucket, key.strip("/")
+
+
+def read(url: str, most: int | None = None) -> bytes:
+    """The whole object. One of more than ``most`` bytes is a DataError, and not read."""
+    if most is not None:
+        found = _stat(url)
+        if int(found["size"]) > most:
+            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+    with cloud_errors.told(url):
+        return bytes(_files(url).cat_file(_path(url)))
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    """``size`` bytes of an object, from ``start`` on; fewer where it ends before."""
+    if size <= 0:
+        return b""
+    with cloud_errors.told(url):
+        try:
+            return bytes(_files(url).cat_file(_path(url), start=start, end=start + size))
+        except Exception as error:
+            if cloud_errors.is_beyond_end(error):
+                return b""
+            raise
+
+
+def download(url: str, local: Path, sha256: str) -> None:
+    """Copy an object to a local file, in parallel ranges. An object that changes meanwhile is a DataError."""
+    found = _stat(url)
+    with atomic(local, url, sha256) as file, ThreadPoolExecutor(AT_ONCE) as pool:
+        starts = range(0, int(found["size"]), RANGE_BYTES)
+        for window in (starts[first : first + AT_ONCE] for first in range(0, len(starts), AT_ONCE)):
+            for part in pool.map(lambda start: read_range(url, start, RANGE_BYTES), window):
+                file.write(part)
+        _refuse_changed(url, found)
+
+
+class ObjectStream(io.RawIOBase):
+    """An object read from ``start`` to its end, in ranges."""
+
+    def __init__(self, url: str, start: int = 0) -> None:
+        super().__init__()
+        self._url, self._position, self._found = url, start, _stat(url)
+        self._ahead = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of RawIOBase.
+
+        Raises:
+            DataError: the object has changed meanwhile.
+        """
+        if not self._ahead:
+            left = int(self._found["size"]) - self._position
+            if left <= 0:
+                _refuse_changed(self._url, self._found)
+                return 0
+            self._ahead = memoryview(read_range(self._url, self._position, min(left, RANGE_BYTES)))
+            self._position += len(self._ahead)
+            if not self._ahead:
+                raise DataError(f"{self._url}: has changed while it was being read; run again.")
+        count = min(len(buffer), len(self._ahead))
+        buffer[:count] = self._ahead[:count]
+        self._ahead = self._ahead[count:]
+        return count
+
+
+class ObjectFile(io.RawIOBase):
+    """An object read at any place, in the pieces that are asked for."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._url, self._size, self._position = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """As of RawIOBase."""
+        data = read_range(self._url, self._position, max(0, min(len(buffer), self._size - self._position)))
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def write(url: str, data: bytes) -> None:
+    """Put an object."""
+    with cloud_errors.told(url, writing=True):
+        _files(url).pipe_file(_path(url), data)
+
+
+def upload(source: IO[bytes], url: str) -> None:
+    """Put an object from an open local file, in parts if it is large; it appears when all parts have arrived."""
+    with cloud_errors.told(url, writing=True):
+        _files(url).put_file(source.name, _path(url))
+
+
+def create_once(url: str, data: bytes) -> bool:
+    """Put an object unless it exists: one of any number of racing callers gets True."""
+    writer = secrets.token_hex(16)
+    with cloud_errors.told(url, writing=True):
+        try:
+            _files(url).pipe_file(_path(url), data, mode="create", **_marked(url, writer))
+            return True
+        except FileExistsError:
+            pass
+    # A request that was sent twice may have met the object of its own first attempt: the token tells.
+    return ((head(url) or {}).get("Metadata") or {}).get("writer") == writer
+
+
+def check_creation(url: str) -> None:
+    """Find out by an object of our own, which exists, whether the server keeps the condition of ``create_once``.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if create_once(url, read(url)):
+        raise ConfigError(
+            f"{url}: this server passes over the condition to create an object only once, so of several launchers none can be sure to be alone."
+        )
+
+
+def head(url: str) -> dict[str, Any] | None:
+    """Size (ContentLength), ETag, LastModified and Metadata of an object, or None if there is no such object."""
+    with cloud_errors.told(url):
+        try:
+            found = _files(url).info(_path(url))
+        except FileNotFoundError:
+            return None
+    if found["type"] != "file":
+        return None
+    said = found.get("metadata") or {}
+    disposition = (found.get("content_settings") or {}).get("content_disposition") or ""
+    return {
+        "ContentLength": int(found["size"]),
+        "ETag": str(found.get("generation") or found.get("etag") or ""),
+        "LastModified": found.get("mtime") or found.get("last_modified"),
+        "Metadata": {"writer": said.get("writer") or disposition},
+    }
+
+
+def list_names(url: str) -> list[str]:
+    """Names of all objects below a prefix, relative to it."""
+    return [name for name, _, _ in list_objects(url)]
+
+
+def list_objects(url: str, start: str = "", *, shallow: bool = False) -> Iterator[tuple[str, int, str]]:
+    """(name relative to ``url``, size in bytes, what changes with the content) of the objects below a prefix, sorted; see ``s3.list_objects``.
+
+    fsspec gives a listing whole: one of a million objects takes about a gigabyte of memory.
+    """
+    bucket, key = bucket_and_key(url)
+    prefix = f"{bucket}/{key}/" if key else f"{bucket}/"
+    with cloud_errors.told(url):
+        listed = _listed(_files(url), prefix.rstrip("/"), shallow)
+        if not listed and not _files(url).exists(bucket):
+            raise ConfigError(f"{url}: the bucket does not exist; create it, or name another one.")
+    for path, found in sorted(listed.items()):
+        name, folder = path.removeprefix(prefix), found["type"] == "directory"
+        if path.startswith(prefix) and name and name.startswith(start) and not path.endswith("/"):
+            yield (f"{name}/", -1, "") if folder else (name, int(found["size"]), str(found.get("generation") or found.get("etag") or ""))
+
+
+def is_folder(url: str) -> bool:
+    """Whether there are objects below a prefix."""
+    return next(list_objects(url, shallow=True), None) is not None
+
+
+def delete(url: str) -> None:
+    """Delete an object; a missing one is fine."""
+    with cloud_errors.told(url, writing=True), contextlib.suppress(FileNotFoundError):
+        _files(url).rm_file(_path(url))
+
+
+def delete_all(url: str) -> None:
+    """Delete all objects below a prefix."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(lambda name: delete(f"{url.rstrip('/')}/{name}"), list_names(url)):
+            pass
+
+
+def _listed(files: Any, path: str, shallow: bool) -> dict[str, dict[str, Any]]:
+    """Path -> what is known of it; empty for a prefix of nothing."""
+    files.invalidate_cache()
+    try:
+        if shallow:
+            return {found["name"].rstrip("/"): found for found in files.ls(path, detail=True)}
+        return dict(files.find(path, detail=True, withdirs=False))
+    except FileNotFoundError:
+        return {}
+
+
+def _stat(url: str) -> dict[str, Any]:
+    """Size, and what changes with the content."""
+    found = head(url)
+    if found is None:
+        raise cloud_errors.missing(url)
+    return {"size": found["ContentLength"], "version": found["ETag"]}
+
+
+def _refuse_changed(url: str, found: dict[str, Any]) -> None:
+    if _stat(url) != found:
+        raise DataError(f"{url}: has changed while it was being read; run again.")
+
+
+def _path(url: str) -> str:
+    bucket, key = bucket_and_key(url)
+    return f"{bucket}/{key}"
+
+
+def _marked(url: str, writer: str) -> dict[str, Any]:
+    """How an object is given the token of its writer: adlfs leaves no room among an object's own metadata."""
+    return {"metadata": {"writer": writer}} if url.startswith("gs://") else {"content_settings": {"content_disposition": writer}}
+
+
+def _files(url: str) -> Any:
+    """The filesystem of this process and environment.
+
+    Raises:
+        ConfigError: its library is not installed.
+    """
+    scheme = url.partition("://")[0]
+    key = (scheme, os.getpid(), *(environment.text(name) for name in _VARIABLES[scheme]))
+    with _lock:
+        if key not in _known:
+            _known[key] = _connect(scheme)
+        return _known[key]
+
+
+def _connect(scheme: str) -> Any:
+    fresh = {"skip_instance_cache": True, "use_listings_cache": False}
+    try:
+        if scheme == "gs":
+            from gcsfs import GCSFileSystem
+
+            server = environment.text("STORAGE_EMULATOR_HOST")
+            return GCSFileSystem(**({"token": "anon", "endpoint_url": server} if server else {}), **fresh)
+        from adlfs import AzureBlobFileSystem
+
+        return AzureBlobFileSystem(**fresh)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a library that is not installed ({error}): {MISSING[scheme]}") from error

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig
 
+TRACKER_NOTES = "ignore:resource_tracker:UserWarning"
+"""What Python's own tracker says of segments of shared memory that a killed rank left, which our claims remove (data_pipeline/loading/shared_memory.py)."""
 _RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
 _LOOK_S = 5  # at a node 0 that may not be there yet
 _ATTEMPT = "attempt"  # the key of its number in the store
@@ -67,6 +69,9 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
     _import_quietly()
     attempt, _store = _begin_together(placement, run, stage, stop)
     job, one_node = placement.job, placement.nodes == 1
+    known = os.environ.get("PYTHONWARNINGS", "")
+    if TRACKER_NOTES not in known:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (known, TRACKER_NOTES)))
     os.environ |= {"LAUNCHER_ATTEMPT": str(attempt), "LAUNCHER_PID": str(os.getpid()), "OMP_NUM_THREADS": _threads(placement.nproc)}
     if one_node:
         # The loopback needs no name service and crosses no network.

@@ -138,7 +138,7 @@ def clean_stale() -> list[str]:
             finally:
                 os.close(descriptor)
     if removed:
-        log.info("removed the shared memory of %d loaders that were killed", len(removed))
+        log.debug("removed the shared memory of %d loaders that were killed", len(removed))
     return removed
 
 

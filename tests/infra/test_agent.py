@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -236,3 +237,14 @@ def test_a_port_that_is_taken_is_named_by_node_0(tmp_path: Path) -> None:
         placement = agent_module.Placement(1, Job("7", 0, 0, 2, f"127.0.0.1:{port}", "127.0.0.1"))
         with pytest.raises(LostPeerError, match=rf"node 0 of job 7\.0 cannot use 127\.0\.0\.1:{port}, .*is the port taken"):
             agent_module._begin_together(placement, RunFolder(str(tmp_path)), "dvae", StopFlag())
+
+
+def test_a_killed_rank_leaves_no_notes_of_pythons_tracker_on_the_terminal() -> None:
+    code = "import os; from multiprocessing.shared_memory import SharedMemory as Segment; Segment(create=True, size=16); os._exit(0)"
+    said = {
+        quiet: subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONWARNINGS": quiet}, capture_output=True, text=True, timeout=60, check=True
+        ).stderr
+        for quiet in ("", agent_module.TRACKER_NOTES)
+    }
+    assert "leaked shared_memory" in said[""] and said[agent_module.TRACKER_NOTES] == ""

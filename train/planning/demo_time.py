@@ -64,7 +64,7 @@ class Projection:
         parts = ", ".join(f"{name} {self.loaded[name] / 60:.1f}" for name in trainings)
         parts = f"({parts}, the rest {(high - sum(self.loaded[name] for name in trainings)) / 60:.1f})"
         if high <= _BUSY * low:
-            return f"projected time: {high / 60:.0f} minutes {parts}"
+            return f"projected time: {high / 60:.0f} minutes {parts}, while this machine stays as free as it is; measured again after each stage"
         return (
             f"projected time: {low / 60:.0f} to {high / 60:.0f} minutes {parts}: other programs take {100 * (1 - low / high):.0f} % of this machine now; "
             "measured again after each stage"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,8 @@ def _explain(url: str, error: Exception, writing: bool) -> ReportedError:
         return ConfigError(f"{url}: refused, or no usable credentials ({text or type(error).__name__}); {_CREDENTIALS[scheme]}.")
     if names & set(_LOST) or "ClientError" in names or number >= 500 or number in _PASSING or isinstance(error, ConnectionError):
         return UnreachableError(f"{url}: failed after repeated attempts ({text or type(error).__name__}); check the network and the endpoint.")
+    if isinstance(error, UnicodeError | json.JSONDecodeError):
+        return UnreachableError(f"{url}: an answer came damaged ({text}); check the network.")
     if isinstance(error, ValueError):
         return ConfigError(f"{url}: not a valid name or setting ({text}); {_CREDENTIALS[scheme]}.")
     if isinstance(error, OSError):

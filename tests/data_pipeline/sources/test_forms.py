@@ -81,6 +81,17 @@ def imagefolder(place: Path) -> None:
     (place / "train" / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": c}) + "\n" for n, _, c in SET))
 
 
+def imagefolder_csv(place: Path) -> None:
+    images(place / "train")
+    (place / "train" / "metadata.csv").write_text(lines("file_name,text", ",", rows()))
+
+
+def imagefolder_parquet(place: Path) -> None:
+    images(place / "train")
+    found = [{"file_name": name, "text": captions} for name, _, captions in SET]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), place / "train" / "metadata.parquet")
+
+
 def hub(place: Path) -> None:
     (place / "data").mkdir(parents=True)
     table = struct_table(pyarrow.array([captions for _, _, captions in SET]), "captions")
@@ -155,6 +166,8 @@ def tars(place: Path) -> None:
 FORMS: dict[str, Callable[[Path], None]] = {
     "folder": folder_form,
     "imagefolder": imagefolder,
+    "imagefolder-csv": imagefolder_csv,
+    "imagefolder-parquet": imagefolder_parquet,
     "hub": hub,
     "hub-structs": hub_structs,
     "save_to_disk": save_to_disk,
@@ -166,6 +179,10 @@ FORMS: dict[str, Callable[[Path], None]] = {
     "gzip-table": gzip_table,
     "tars": tars,
 }
+
+
+VARIANTS = {"hub-structs", "imagefolder-csv", "imagefolder-parquet"}
+"""Read by the block of another form."""
 
 
 def plan_of(url: object) -> Plan:
@@ -284,10 +301,10 @@ BLOCKS = dict(re.findall(r"<!-- form: ([\w-]+) -->\n\n    (.+)\n", PAGE))
 
 
 def test_the_page_has_a_block_for_every_form() -> None:
-    assert set(BLOCKS) == set(FORMS) - {"hub-structs"}
+    assert set(BLOCKS) == set(FORMS) - VARIANTS
 
 
-@pytest.mark.parametrize("form", sorted(set(FORMS) - {"hub-structs"}))
+@pytest.mark.parametrize("form", sorted(set(FORMS) - VARIANTS))
 def test_the_block_of_a_form_reads_it(form: str, tmp_path: Path) -> None:
     FORMS[form](tmp_path / "set")
     words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", BLOCKS[form])]

@@ -282,8 +282,9 @@ def _files(url: str) -> Any:
     """The filesystem of this process and environment.
 
     Raises:
-        ConfigError: its library is not installed.
+        ConfigError: there is no bucket, or its library is not installed.
     """
+    bucket_and_key(url)
     scheme = url.partition("://")[0]
     key = (scheme, os.getpid(), *(environment.text(name) for name in _VARIABLES[scheme]))
     with _lock:

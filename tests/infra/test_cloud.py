@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import threading
 from collections.abc import Iterator
@@ -27,17 +26,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield request.param, endpoint
 
 
-async def _briefly(self: object, duration: float) -> None:
-    await asyncio.sleep(min(duration, 0.05))
-
-
 @pytest.fixture
 def proxy(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """What stands before the server, and breaks requests by its rules."""
-    if server[0] == "az":  # its client waits 15 seconds before it tries again
-        from azure.core.pipeline.transport import AioHttpTransport
-
-        monkeypatch.setattr(AioHttpTransport, "sleep", _briefly, raising=False)
     with fault_proxy(server[1]) as running:
         for name, value in cloud_servers.variables(server[0], running.endpoint).items():
             monkeypatch.setenv(name, value)
@@ -103,9 +94,12 @@ def test_a_large_file_travels_whole_through_broken_requests(root: str, proxy: Fa
     (tmp_path / "big").write_bytes(content)
     storage.upload_file(tmp_path / "big", f"{root}/big")
     # Azure's own client notices a body that ends early and goes on; so does Google's where the length is known.
-    proxy.rules = [Rule(r"^GET .*big", "503"), Rule(r"^GET .*big", "reset"), Rule(r"^GET .*big", "truncate", after=1000)]
+    proxy.rules = [Rule(r"^GET .*big", "reset"), Rule(r"^GET .*big", "truncate", after=1000)]
+    if root.startswith("gs"):  # Azure's client waits 20 seconds after a 503, and goes on too
+        proxy.rules.append(Rule(r"^GET .*big", "503"))
+    faults = len(proxy.rules)
     storage.download_file(f"{root}/big", tmp_path / "copy", storage.sha256_file(tmp_path / "big"))
-    assert (tmp_path / "copy").read_bytes() == content and len(proxy.injected) == 3
+    assert (tmp_path / "copy").read_bytes() == content and len(proxy.injected) == faults
     proxy.rules = [Rule(r"^GET .*big", "reset")]
     with storage.open_stream(f"{root}/big", 100) as stream:
         assert stream.read() == content[100:]

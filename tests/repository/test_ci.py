@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_ci_installs_a_real_slurm_where_it_can_and_goes_on_where_it_cannot(tmp_p
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     (tmp_path / "bin").mkdir()
     programs = {"make": MAKE, "id": f"#!/bin/sh\necho {user}\n", "apt-get": f'#!/bin/sh\necho "$@" >> calls\n{apt_get}\n'}
+    programs["npm"] = '#!/bin/sh\necho "npm $*"\n'
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -44,4 +46,5 @@ def test_ci_installs_a_real_slurm_where_it_can_and_goes_on_where_it_cannot(tmp_p
     asked = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     assert len(asked) == calls and all("slurm-wlm munge" in line or "update" in line for line in asked)
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("make")] == ["check", "test", "demo"]
+    assert re.search(r"^npm install .*--prefix \S+/\.venv-ci-\w+/azurite azurite@", done.stdout, re.MULTILINE)
     assert not list((tmp_path / "runs").iterdir()) and not list(tmp_path.glob(".venv*")), "it cleans up after itself"

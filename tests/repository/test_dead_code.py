@@ -14,6 +14,7 @@ CALLED_BY_LIBRARIES = {
     "infra/storage.py": {"download_folder"},  # no library: the counterpart of upload_folder, for whoever fetches a set or a run by hand
     "infra/s3.py": {"readable", "readinto", "seekable", "tell"},  # io.RawIOBase
     "infra/streamed_upload.py": {"readable", "readinto"},
+    "infra/cloud.py": {"readable", "readinto", "seekable", "tell"},
     "data_pipeline/sources/gzipped.py": {"readable", "readinto"},
     "data_pipeline/loading/shard_cache.py": {"get_shards", "set_up_local", "get_index_size"},  # streaming.Stream
     "data_pipeline/loading/workers.py": {"is_set"},  # threading.Event, as DataLoader asks it

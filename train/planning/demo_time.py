@@ -97,6 +97,8 @@ class Projection:
         if found is None:
             return ""
         low, high = (max(1, round(seconds / 60)) for seconds in found)
+        if high <= 1:
+            return ", about a minute to go"
         minutes = f"{low} to {high}" if high > _BUSY * low else f"{round(math.sqrt(low * high))}"
         return f", about {minutes} minutes to go"
 

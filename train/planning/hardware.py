@@ -76,7 +76,10 @@ def named(text: str) -> tuple[str, Gpu]:
         ValueError: none is meant, or several are, or a number is wrong.
     """
     if "=" in text:
-        return text, parse_gpu(text)
+        try:
+            return text, parse_gpu(text)
+        except ValueError as error:
+            raise ValueError(f"accepted are {', '.join(GPUS)}, or {error}") from error
     plain = text.upper().replace(" ", "")
     begun = [name for name in GPUS if name.upper().startswith(plain)] if plain else []
     found = [name for name in begun if plain in (name.upper(), name.upper().partition("-")[0])] or begun

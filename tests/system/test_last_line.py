@@ -95,7 +95,7 @@ def test_prepare_names_the_cause_and_tries_once_what_cannot_change(
             "data.min_side=1",
             'data.sources says split = "train" of them: leave it out, or name a source with split = "validation".',
         ),
-        (', split="hash"', "data.min_side=90", "lower data.min_side (for example train/metadata.csv/@16: 20 x 20 png)."),
+        (', split="hash"', "data.min_side=90", "Add larger images, or lower data.min_side (for example train/metadata.csv/@"),
         (', split="hash"', 'filters.languages=["ru"]', "filters.languages"),
     ],
     ids=["all called train", "too small", "another language"],

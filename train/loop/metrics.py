@@ -165,6 +165,8 @@ def shown_as(name: str) -> str:
         return name
     if name in _DEBUG:
         return f"9 debug/{rest}"
+    if "_row_" in rest:  # a figure for each row of codes: many, and read after the mean
+        return f"2 validation rows/{rest}"
     if rest.partition("_")[0] == "loss" and group in ("train", "eval"):
         return f"1 loss/{group} {rest}"
     return f"{_GROUPS.get(group, f'7 {group}')}/{rest}"

@@ -194,6 +194,11 @@ def test_tensorboard_has_the_configuration_the_lineage_and_hyperparameters(tmp_p
     assert not [path for path in (tmp_path / "tensorboard" / "dalle").iterdir() if path.is_dir()], "no run beside the run"
 
 
+def test_losses_of_rows_stand_behind_the_mean() -> None:
+    tags = sorted(map(shown_as, ("eval/loss_image_row_00", "eval/loss_image", "eval/psnr", "train/loss")))
+    assert tags == ["1 loss/eval loss_image", "1 loss/train loss", "2 validation rows/loss_image_row_00", "2 validation/psnr"]
+
+
 def test_no_two_metrics_share_a_tag() -> None:
     names = {name for panels in PANELS.values() for panel in panels for name, _ in panel.curves}
     names |= {

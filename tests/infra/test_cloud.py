@@ -1,4 +1,4 @@
-"""gs:// and az:// through storage, on stand-ins for their servers: names, ranges, one creator of many, and requests that break. About 15 s."""
+"""gs:// and az:// through storage, on stand-ins for their servers: names, ranges, one creator of many, requests that break, and a run folder. About 25 s."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from infra import cloud, cloud_errors, storage
+from infra import cloud, cloud_errors, lease, storage
 from infra.errors import ConfigError, DataError, MissingError, UnreachableError
-from tests.support import cloud_servers
+from infra.job import Job
+from tests.support import cloud_servers, drawable_run, made_sets
 from tests.support.fault_proxy import FaultProxy, Rule, fault_proxy
+from tests.support.made_sets import image
+from train.drawing.source import open_models
 
 SCHEMES = ("gs", "az")
 
@@ -174,3 +177,17 @@ def test_a_library_that_is_not_installed_is_named_with_its_command(scheme: str, 
         storage.read_bytes(f"{scheme}://bucket/key")
     with pytest.raises(ConfigError, match=rf"{scheme}://: the bucket is missing; expected {scheme}://bucket/prefix"):
         storage.read_bytes(f"{scheme}://")
+
+
+def test_a_run_folder_with_its_sets_checkpoints_exports_and_leases_lies_there(root: str, tmp_path: Path) -> None:
+    here, there = drawable_run.make(str(tmp_path / "run"), live=True), drawable_run.make(f"{root}/run", live=True)
+    assert storage.list_files(there.url) == storage.list_files(here.url)
+    models = open_models(there.url)
+    assert models.lineage == open_models(here.url).lineage and "after update 10" in models.description
+    images = [image(number) for number in range(5)]
+    remote, local = made_sets.make_images(f"{root}/images", [images]), made_sets.make_images(str(tmp_path / "images"), [images])
+    assert remote.content_hash == local.content_hash
+    assert [record["image"] for record in remote.records()] == [record["image"] for record in local.records()]
+    second = lease.hold(there.url, "dalle", Job())
+    with lease.hold(there.url, "dalle", Job()), pytest.raises(ConfigError, match="another launcher runs 'dalle' in this folder"), second:
+        raise AssertionError("held twice")

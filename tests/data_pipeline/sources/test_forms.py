@@ -218,7 +218,9 @@ def test_every_form_of_a_set_gives_the_same_captions_pixels_groups_and_split(
     found, tally = records(plan)
     assert tally.seen == PICTURES and not tally.dropped
     assert found == expected
-    assert plan.carves == (form in ("imagefolder", "hub", "hub-structs", "save_to_disk", "coco", "open_clip"))
+    assert plan.carves == (
+        form in ("imagefolder", "imagefolder-csv", "imagefolder-parquet", "hub", "hub-structs", "save_to_disk", "coco", "open_clip")
+    )
 
 
 def test_a_set_that_moves_keeps_the_ids_of_its_records_and_the_names_of_its_parts(tmp_path: Path) -> None:

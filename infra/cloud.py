@@ -11,13 +11,14 @@ import contextlib
 import io
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from infra import cloud_errors, environment
+from infra import cloud_errors, environment, scratch
 from infra.errors import ConfigError, DataError
 from infra.files import atomic
 
@@ -154,10 +155,17 @@ def write(url: str, data: bytes) -> None:
         _files(url).pipe_file(_path(url), data)
 
 
-def upload(source: IO[bytes], url: str) -> None:
-    """Put an object from an open local file, in parts if it is large; it appears when all parts have arrived."""
-    with cloud_errors.told(url, writing=True):
-        _files(url).put_file(source.name, _path(url))
+def upload(source: IO[bytes], url: str, size: int = 0) -> None:
+    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived. What is no local file goes through a temporary one."""
+    if isinstance(name := getattr(source, "name", None), str):
+        with cloud_errors.told(url, writing=True):
+            _files(url).put_file(name, _path(url))
+        return
+    with scratch.folder("upload-") as room:
+        with Path(room, "object").open("wb") as file:
+            shutil.copyfileobj(source, file, RANGE_BYTES)
+        with cloud_errors.told(url, writing=True):
+            _files(url).put_file(str(Path(room, "object")), _path(url))
 
 
 def create_once(url: str, data: bytes) -> bool:

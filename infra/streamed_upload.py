@@ -1,4 +1,4 @@
-"""An object of S3 written from pieces that are made one after another: no copy on a disk, and in memory no more than the parts on their way."""
+"""An object written from pieces that are made one after another: on S3 no copy on a disk, and in memory no more than the parts on their way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from infra import s3
+from infra import objects, s3
 
 
 class Pieces(io.RawIOBase):
@@ -35,4 +35,4 @@ class Pieces(io.RawIOBase):
 def upload(pieces: Iterator[bytes | memoryview], size: int, url: str) -> None:
     """Put an object of ``size`` bytes; it appears when all of it has arrived. What the iterator raises ends the upload and comes out here."""
     with io.BufferedReader(Pieces(pieces), s3.PART_BYTES) as source:
-        s3.upload(source, url, size)
+        objects.store(url).upload(source, url, size)

@@ -26,7 +26,7 @@ def test_plots_take_their_colours_and_font_from_the_page_and_keep_words_as_text(
     assert ">validation</text>" in text and ">unigram</text>" in text and ">updates</text>" in text
     assert "currentColor" in text and "var(--s0)" in text and "var(--s1)" in text
     assert not re.search(r"#[0-9a-f]{6}\b|font-family|<style|<metadata|nan", text)
-    assert 'aria-label="loss &quot;a&quot; &lt;b>"' in text
+    assert 'aria-label="loss &quot;a&quot; &lt;b&gt;"' in text
     assert len(text) < 60_000
 
 

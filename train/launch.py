@@ -130,7 +130,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     own, whole = (run.done(name) or {}).get("seconds"), duration(time.monotonic() - started)
-    # The first figure is the report's.
+    # The stage's own seconds are what the report shows.
     print(f"{name}: done in {whole}" if own is None else f"{name}: done in {duration(own)} ({whole} with the start of its processes)", flush=True)
 
 
@@ -261,7 +261,7 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     """Run a stage's function as one rank, and record how it ended."""
     faulthandler.enable()
     if world.is_main:
-        commit()  # what is checked out now runs, whatever is when outputs name it
+        commit()  # asked now and kept: outputs name what runs, not what is checked out when they are written
     code, reason = ExitCode.DONE, "finished"
     label = _label(name, STAGES[name])
     watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))

@@ -1,4 +1,5 @@
-"""The transformer's arithmetic when it draws: states of new codes only, the text once for each caption, the past in masks' own caches.
+"""The transformer's arithmetic when it draws: states of new codes only, the text once for each caption, the past in a cache for each layer. The dVAE's
+decoder, which turns codes into pixels, is in model/dvae.py.
 
 B pictures, C captions, T text and I image positions, D width, H heads, K width of a head, Q states at once, P past states, N image codes.
 """
@@ -114,6 +115,7 @@ class Texts:
     text_CT: Tensor
     lengths_C: Tensor
     each: int
+    """Pictures of each caption."""
 
     @property
     def pictures(self) -> int:

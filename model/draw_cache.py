@@ -30,9 +30,9 @@ class Window:
 class PastCache:
     """Keys and values of past image states of one layer.
 
-    A row or convolution layer sees a bounded way back: a ring of so many places. A column layer sees its column: all states, column by column, so
-    that what one state reads lies together. States of the present pass are no part of it: they enter once their inputs are known to be right
-    (``keep``), so that nothing ever has to be taken back.
+    A kind that is laid out in raster order (row, convolution) keeps a ring of as many places as its furthest offset; what its mask leaves out between is
+    kept as well, and not seen. A transposed kind (column) keeps all states, column by column, so that what one state reads lies together. States of the
+    present pass are no part of it: they enter once their inputs are known to be right (``keep``), so that nothing ever has to be taken back.
     """
 
     def __init__(self, kind: Kind, shape: StreamShape, cfg: TransformerConfig, pictures: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -60,7 +60,7 @@ class MaskKind:
 
 
 MASKS: dict[Kind, MaskKind] = {"row": MaskKind(_row), "column": MaskKind(_column, is_transposed=True), "conv": MaskKind(_conv)}
-"""Figure 11. Another kind is a name in ``Kind``, an entry here, and a place in ``layer_kinds``."""
+"""Figure 11. Another kind is a name in ``Kind``, an entry here, and a place in ``layer_kinds`` (docs/architecture.md, "To add X")."""
 
 
 def mask_kind(kind: Kind) -> MaskKind:
@@ -71,7 +71,10 @@ def mask_kind(kind: Kind) -> MaskKind:
 
 
 def layer_kinds(layers: int) -> list[Kind]:
-    """Mask of each self-attention layer, first to last (paper B.1): row, column, row, row, repeated; the last layer is convolutional."""
+    """Mask of each self-attention layer, first to last (paper B.1): row, column, row, row, repeated; the last layer is convolutional.
+
+    The order is that of every model: no key of the configuration names it, so a run that has begun would not notice another one.
+    """
     kinds: list[Kind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers)]
     return [*kinds, "conv"]
 

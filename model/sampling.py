@@ -1,4 +1,7 @@
-"""Drawing image codes from a trained transformer: the rule by which a code is drawn, one position after the other or several drafts at once.
+"""Drawing image codes from a trained transformer: the rule by which a code is drawn, one position after the other or several at once.
+
+Several at once is speculative decoding without a second model: codes are guessed (drafts), one pass computes what would be drawn at each of their
+positions, and the drafts are kept up to the first that differs (docs/drawing.md).
 
 B pictures, C captions, T text and I image positions, P given codes, N image codes, Q positions of a window.
 """
@@ -141,12 +144,14 @@ class _Run:
     def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int) -> None:
         self.drawer, self.rule, self.seeds_B, self.window = drawer, rule, seeds_B, window
         shape, pictures = drawer.weights.shape, len(seeds_B)
+        # Copies: 2 with guidance, where each picture is computed with its caption and with the empty one.
         self.total, self.grid, self.copies = shape.image_tokens, shape.grid, drawer.pictures // pictures
         given = 0 if prefix_BP is None else prefix_BP.shape[1]
         self.codes_BI = torch.zeros(pictures, self.total, dtype=torch.int64, device=seeds_B.device)
         if prefix_BP is not None:
             self.codes_BI[:, :given] = prefix_BP
         self.known_B = torch.full((pictures,), given, device=seeds_B.device)
+        # Least: final codes of the picture that has the fewest.
         self.least, self.passes = given, 0
         self._drafted_B = self.known_B.clone()
         """Positions before it hold drafts already."""

@@ -133,7 +133,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
 
 
 def _times(own: float | None, elapsed: float) -> str:
-    """How long a stage took: first its own figure, which is the report's, over all attempts; then what a clock on the wall shows of this one."""
+    """How long a stage took: its own seconds over all attempts, which the report shows too, and then the wall-clock time of this attempt."""
     if own is None:
         return duration(elapsed)
     if own > elapsed:
@@ -268,7 +268,7 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     """Run a stage's function as one rank, and record how it ended."""
     faulthandler.enable()
     if world.is_main:
-        commit()  # what is checked out now runs, whatever is when outputs name it
+        commit()  # asked now and kept: outputs name what runs, not what is checked out when they are written
     code, reason = ExitCode.DONE, "finished"
     label = _label(name, STAGES[name])
     watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))

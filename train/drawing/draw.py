@@ -61,7 +61,7 @@ Listen = Callable[[Batch, Tensor, Tensor], None]
 
 
 def plan(captions: Sequence[str], candidates: Sequence[int], width: int) -> Iterator[Batch]:
-    """Batches of at most ``width`` pictures. Captions share a batch only whole, so that all of a batch have equally many pictures."""
+    """Batches of at most ``width`` pictures. Several captions share one only with all of their candidates, so that each caption of a batch has equally many."""
     several = max(1, width // len(candidates))
     for start in range(0, len(captions), several):
         some = tuple(captions[start : start + several])

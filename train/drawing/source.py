@@ -59,7 +59,7 @@ class Models:
     clip: Clip | None
     """None where nobody asked for it."""
     lineage: dict[str, str]
-    """Kind -> content hash."""
+    """Content hashes of dalle, dvae, tokenizer and, if it is there, clip."""
     description: str
     """Which weights these are, for people."""
 

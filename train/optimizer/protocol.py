@@ -19,10 +19,13 @@ class ShardGroup(TypedDict, total=False):
     """
 
     params: list[Tensor]
-    """The parameters; DeepSpeed puts its flat fp32 shards in their place."""
+    """In the optimizer's constructor the parameters themselves; afterwards DeepSpeed's flat fp32 shards. On stages 1 and 2 that is one shard: the parameters in
+    this order, laid end to end, padded and cut evenly over the ranks, so that it may begin and end inside a matrix. An optimizer that needs shapes notes
+    them in its constructor (stage 3: ``p.ds_shape``)."""
     weight_decay: float
     packed: bool
-    """Whether the state is kept in the 16-bit formats (paper B.2)."""
+    """Whether the state is kept in the 16-bit formats (paper B.2): that of block matrices alone. With fp32 moments these may share a
+    group with other parameters."""
     resblock: int | None
     """The resblock that the group lies in, where each has a gradient scale of its own; None: outside, or no such scales."""
     lr: float
@@ -37,7 +40,7 @@ class ShardOptimizer(Protocol):
     """An optimizer under DeepSpeed's own step: it joins the gradients of a group in fp32, sets ``grad`` of its flat shard and calls ``step``."""
 
     state_names: tuple[str, ...]
-    """Names of the tensors of ``moments``, as checkpoints have them: ``optimizer/<name>/<parameter>``."""
+    """Names of the tensors of ``moments``, as checkpoints have them: ``optimizer/<name>/<parameter>``. Every group has all of them."""
     count: int
     """Applied updates, the coming one included: for bias corrections. The engine sets it before each step."""
     param_groups: list[Any]

@@ -13,7 +13,8 @@ from model.config import StreamShape, TransformerConfig
 Layout = Literal["flat", "node"]
 """'flat': shards over all GPUs. 'node': shards over the GPUs of a machine, machines are replicas (paper 6.1)."""
 Storage = Literal["cast", "half"]
-"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are fp16 (zero.weights), with fp32 masters in the optimizer."""
+"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are fp16 (zero.weights), with fp32 masters in the optimizer.
+'half' is the 'fp16' of train/engines/zero/groups.py, 'cast' its 'cast' and its 'fp32': both keep fp32 parameters."""
 
 _FP32, _HALF = 4, 2
 

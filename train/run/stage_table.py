@@ -30,7 +30,7 @@ class Stage:
     """What it makes, in a few words."""
     help: str
     needs: tuple[str, ...] = ()
-    """Stages whose outputs it reads, less those that these need themselves: what a scheduler waits for."""
+    """What a scheduler waits for: stages whose outputs it reads, without those that another of them needs anyway."""
     makes: tuple[str, ...] = ()
     """What it leaves in the run folder for others, besides its marker ``<stage>/done.json``."""
     trains: bool = False

@@ -14,6 +14,7 @@ _PANELS: tuple[tuple[str, Kind, bool], ...] = (
     ("(c) column, transposed", "column", True),
     ("(d) convolution 3 x 3", "conv", False),
 )
+"""Title, kind, and whether the picture is read column by column."""
 _COLOURS = {"text": "#9db8d9", "image": "#2f6db3", "none": "#f1f1f1"}
 
 

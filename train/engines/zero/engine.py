@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; DEEPSPEED.md).
+"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; DEEPSPEED.md
+beside this file).
 
 An update: backward passes (DeepSpeed reduces into shards), ``measure`` (sums between nodes, overflow flags and norms of this rank's shards), the step's one
 small all-reduce and the one host synchronisation of ours (DeepSpeed has its own in backward passes: on stage 3, and on all stages with overlap_comm), ``step``
@@ -106,7 +107,7 @@ class ZeroEngine:
         self.storage = weight_storage(fit, zero)
         store_weights(module, self.tags, self.storage)
         groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
-        self.rule = make_optimizer(groups, fit)
+        self.rule = make_optimizer(groups, fit)  # ours; self._optimizer is the one of DeepSpeed that wraps it
         self.config = deepspeed_config(fit, zero, world, self.nodes)
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
             model=module, optimizer=self.rule, config=self.config, mpu=topology, dist_init_required=False

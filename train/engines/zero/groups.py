@@ -1,4 +1,7 @@
-"""Storage of block matrices, and the parameter groups of the optimizer (DEEPSPEED.md 3 and 4)."""
+"""Storage of block matrices, and the parameter groups of the optimizer (DEEPSPEED.md beside this file, 3 and 4).
+
+Block matrices have groups of their own where they are stored or sent in 16 bits, or their moments are. Otherwise they share a group with embeddings and unembeddings.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we know of DeepSpeed's internals (DEEPSPEED.md), checked at start, and most reaches into them. With engine.py the only importer of deepspeed."""
+"""What we know of DeepSpeed's internals (DEEPSPEED.md beside this file), checked at start, and most reaches into them. With engine.py the only importer of deepspeed."""
 
 from __future__ import annotations
 

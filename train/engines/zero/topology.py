@@ -1,4 +1,4 @@
-"""Who shards with whom: all processes, or those of a node, with replicas between nodes (paper 2.5; DEEPSPEED.md 5)."""
+"""Who shards with whom: all processes, or those of a node, with replicas between nodes (paper 2.5; DEEPSPEED.md beside this file, 5)."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ run = pytest.fixture(copied)
 
 
 def exits(run: Path, stage: str) -> list[dict[str, object]]:
-    return [json.loads(path.read_text()) for path in sorted((run / "exits" / stage).glob("attempt-*/rank-*.json"))]
+    folder = RunFolder(str(run))
+    return [record for attempt in folder.attempts(stage) for record in sorted(folder.records(stage, attempt), key=lambda record: int(record["rank"]))]
 
 
 def change(run: Path, **values: object) -> None:

@@ -30,7 +30,7 @@ from data_pipeline.letters import A_TO_Z, Letters, common_runs, is_run, split
 from data_pipeline.shards.shard_set import ShardSet
 from infra import schemas, storage, stored
 from infra.digests import digest
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, MissingError
 from infra.stored import Count, Sha256, Stored
 
 log = logging.getLogger(__name__)
@@ -376,13 +376,13 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
     """The tokenizer of a finished stage, and its manifest.
 
     Raises:
-        DataError: missing, damaged, or trained for another vocabulary.
-        ConfigError: of another schema.
+        DataError, ConfigError: missing, damaged, or trained for another vocabulary; of another schema.
     """
     place = storage.join(url, MANIFEST)
-    if not storage.exists(place):
-        raise DataError(f"{url}: no tokenizer here ({MANIFEST} is missing); run the stage 'tokenizer' first.")
-    manifest = read_manifest(url)
+    try:
+        manifest = read_manifest(url)
+    except MissingError:
+        raise DataError(f"{url}: no tokenizer here ({MANIFEST} is missing); run the stage 'tokenizer' first.") from None
     schemas.require(manifest.get("schema"), schemas.TOKENIZER, place, "delete it and run the stage again: launcher.py tokenizer RUN_FOLDER")
     if manifest["settings"]["vocab"] != config.vocab:
         raise DataError(

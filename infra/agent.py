@@ -7,30 +7,28 @@ import logging
 import os
 import socket
 import sys
-import time
 import uuid
 from dataclasses import dataclass, field
-from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from infra import deferred_writes, environment, ledger, scratch, signals
+from infra import deferred_writes, environment, exit_records, interfaces, ledger, meeting, node_folder, scratch, signals
 from infra.errors import ExitCode, LostPeerError, StopRequested
 from infra.job import RETRIES, Job
+from infra.meeting import RENDEZVOUS_S, Meeting
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig
+
+log = logging.getLogger(__name__)
 
 TRACKER_NOTES = "ignore:resource_tracker:UserWarning"
 """What Python's own tracker says of segments of shared memory that a killed rank left, which our claims remove (data_pipeline/loading/shared_memory.py)."""
-_RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
-_LOOK_S = 5  # at a node 0 that may not be there yet
-_ATTEMPT = "attempt"  # the key of its number in the store
 _PEERS_S = 60  # nodes end within seconds of each other, or not at all
 _LOST_S = 10  # without node 0, whose ranks died with it
+_FEW = 32  # records of ranks that each other node reads where node 0 does not tell how the attempt ended
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Placement:
     """This node's place in the scheduler's job."""
     retries: int | None = None
     """Crashes in a row that are retried; None: as LAUNCHER_RETRIES says, or RETRIES."""
+    trains: bool = False
+    """Whether the stage has checkpoints, by which starts that lead nowhere are known."""
 
     @property
     def nodes(self) -> int:
@@ -67,47 +67,78 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         LostPeerError: the nodes of the job did not meet.
     """
     _import_quietly()
-    attempt, _store = _begin_together(placement, run, stage, stop)
-    job, one_node = placement.job, placement.nodes == 1
+    job = placement.job
+    attempt, met = _begin_together(placement, run, stage, stop)
     known = os.environ.get("PYTHONWARNINGS", "")
     if TRACKER_NOTES not in known:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (known, TRACKER_NOTES)))
     os.environ |= {"LAUNCHER_ATTEMPT": str(attempt), "LAUNCHER_PID": str(os.getpid()), "OMP_NUM_THREADS": _threads(placement.nproc)}
-    if one_node:
-        # The loopback needs no name service and crosses no network.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with scratch.folder("ranks-") as logs, deferred_writes.taking_notes():
-        config = _launch_config(placement, logs)
+    _choose_interface(job)
+    with scratch.folder("ranks-") as logs, node_folder.shared() as left, deferred_writes.taking_notes():
+        config = _launch_config(placement, logs, met)
         _quiet_elastic()
         signals.block_in_children()
         lost = ""
         try:
-            lost = _launch(config, arguments, job, stop)
+            lost = _launch(config, arguments, job, stop, met)
         except StopRequested as early:
             for rank in range(placement.nproc):
                 run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
         signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
-    if not one_node:
-        run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S)
-    code, reason = run.root_cause(stage, attempt, placement.size)
+        # Carried out after what ranks could not write themselves: whoever reads it need not wait for more of this node.
+        summary = exit_records.summary(job.node, placement.nproc, node_folder.exits(left))
+        deferred_writes.note(f"how the ranks of node {job.node} ended", run.attempt_url(stage, attempt, f"node-{job.node}.json"), summary)
+    return _end_together(placement, run, stage, attempt, met, lost)
+
+
+def _end_together(placement: Placement, run: RunFolder, stage: str, attempt: int, met: Meeting | None, lost: str) -> tuple[int, str]:
+    """Code and reason of an attempt whose ranks on this node have ended. Node 0 reads it from the records and tells the others; they read themselves, and not
+    all, where it says nothing."""
+    if met is not None and met.job.node and not lost and (told := met.hear(2 * _PEERS_S)) is not None:
+        met.close()
+        return told
+    few = _FEW if placement.job.node else None
+    records, complete = run.wait_for_records(stage, attempt, placement.size, _LOST_S if lost else _PEERS_S if met else 0, few)
+    code, reason = exit_records.root_cause(records, placement.size)
+    if met is not None and code == ExitCode.CRASH and not placement.job.node and (silent := met.silent()):
+        reason = f"{silent}; {reason}"
+        if not complete:
+            ledger.note_lost(run, stage, attempt, silent)
+    if placement.job.node == 0 and (complete or met is None):
+        ledger.write_end(run, stage, attempt, ledger.ending(code, reason, records))
+    if met is not None:
+        if not placement.job.node:
+            met.tell(code, reason)
+        met.close()
     return code, f"{lost}; {reason}" if lost and code == ExitCode.CRASH else reason
 
 
-def _launch_config(placement: Placement, logs: str) -> LaunchConfig:
+def _choose_interface(job: Job) -> None:
+    """Tell gloo by which network it reaches the other nodes where it would not find out: it takes the one of the host's name."""
+    if job.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no name service and crosses no network
+        return
+    host, _ = interfaces.split(job.rendezvous)
+    if not environment.text("GLOO_SOCKET_IFNAME") and interfaces.is_loopback(socket.gethostname()) and (name := interfaces.towards(host)):
+        log.warning("%s is a name of the loopback: gloo takes %s, by which node 0 is reached (GLOO_SOCKET_IFNAME)", socket.gethostname(), name)
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _launch_config(placement: Placement, logs: str, met: Meeting | None) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     job, one_node = placement.job, placement.nodes == 1
-    host = job.rendezvous.rpartition(":")[0]
+    host = interfaces.split(job.rendezvous)[0] if met else ""
     return LaunchConfig(
         min_nodes=placement.nodes,
         max_nodes=placement.nodes,
         nproc_per_node=placement.nproc,
-        run_id=job.run_id or uuid.uuid4().hex,
+        run_id=met.start if met else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if one_node else job.rendezvous,
+        rdzv_endpoint=met.place if met else "127.0.0.1:0",
         # Said, not guessed: elastic compares names, and where nodes share one, nobody would host the store.
-        rdzv_configs={"is_host": job.node == 0, "timeout": _RENDEZVOUS_S},
+        rdzv_configs={"is_host": job.node == 0, "timeout": RENDEZVOUS_S},
         local_addr="127.0.0.1" if one_node else (host if job.node == 0 else job.address) or None,
         max_restarts=0,
         monitor_interval=0.1,
@@ -118,7 +149,7 @@ def _launch_config(placement: Placement, logs: str) -> LaunchConfig:
     )
 
 
-def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag) -> str:
+def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag, met: Meeting | None) -> str:
     """Start the ranks and wait until they have ended, or are ended because a peer is lost; returns what is known of that loss, which is mostly nothing.
 
     Raises:
@@ -145,78 +176,57 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
     except SignalException as error:
         stop.received = error.sigval
     except RendezvousTimeoutError as error:
+        who = ", ".join(f"node {node}" for node in met.missing()) if met and not job.node else ""
         raise LostPeerError(
-            f"the {job.nodes} nodes of job {job.run_id} did not meet at {config.rdzv_endpoint} within {_RENDEZVOUS_S} s: one did not start, or cannot reach it."
+            f"the {job.nodes} nodes of job {job.run_id} did not meet at {config.rdzv_endpoint} within {RENDEZVOUS_S} s: {who or 'one'} did not start, or "
+            "cannot reach it."
         ) from error
     except (RendezvousConnectionError, RendezvousClosedError, DistNetworkError, DistStoreError) as error:
         if job.nodes == 1:
             raise
-        what = f"node 0's rendezvous at {job.rendezvous} went away ({type(error).__name__})"
+        what = f"node 0's rendezvous at {config.rdzv_endpoint} went away ({type(error).__name__})"
         return f"{what}: its launcher was killed, or the network between the nodes is broken"
     return ""
 
 
-def begin(placement: Placement, run: RunFolder, stage: str) -> int:
+def begin(placement: Placement, run: RunFolder, stage: str, start: str = "", rendezvous: str = "") -> int:
     """Number of a new attempt in the ledger, for node 0.
 
+    Args:
+        start: id of this start, where there are several nodes.
+        rendezvous: where they meet.
+
     Raises:
-        DivergedError: this job has crashed too often in a row; see ``ledger.refuse_a_crash_loop``.
+        DivergedError: this job has crashed, or was stopped, too often in a row; see ``ledger.refuse_a_crash_loop``.
     """
     job = placement.job
     retries = environment.whole("LAUNCHER_RETRIES", RETRIES) if placement.retries is None else placement.retries
-    ledger.refuse_a_crash_loop(run, stage, job.restart, retries)
+    ledger.refuse_a_crash_loop(run, stage, job.restart, retries, ledger.STOPS if placement.trains else None)
+    facts = {"start": start, "rendezvous": rendezvous} if start else {}
     saved = ledger.newest_checkpoint(run, stage)
-    return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved)
+    return run.begin_attempt(stage, size=placement.size, job=job.id, restart=job.restart, run_id=job.run_id, saved=saved, **facts)
 
 
-def _begin_together(placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, TCPStore | None]:
-    """Number of the attempt that this node takes part in, and what keeps it open to the others.
-
-    Node 0 begins it, and its own process tells the others through the store of the rendezvous: what a scheduler calls a start may have been called so
-    before, as where a job is suspended and resumed, and what lies in the run folder may be of that one.
+def _begin_together(placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, Meeting | None]:
+    """Number of the attempt that this node takes part in, and where it meets the others: node 0 begins it and tells them.
 
     Raises:
         LostPeerError: node 0 did not begin.
         StopRequested: a stop signal came while this node waited.
     """
-    from torch.distributed import DistNetworkError, DistStoreError, TCPStore
-
     job = placement.job
-    attempt = begin(placement, run, stage) if job.node == 0 else -1
     if job.nodes == 1:
-        return attempt, None
-    host, _, port = job.rendezvous.rpartition(":")
+        return begin(placement, run, stage), None
+
+    def recorded() -> str:
+        newest = next(ledger.newest_first(run, stage), None)
+        return newest.rendezvous if newest is not None and newest.run_id == job.run_id and not newest.closed else ""
+
     if job.node:
-        _wait_for_node_0(job, stage, stop)
-    try:
-        # Elastic finds node 0's store in the process, and shares it.
-        store = TCPStore(host, int(port), is_master=job.node == 0, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=_PEERS_S))
-        if job.node == 0:
-            store.set(_ATTEMPT, str(attempt))
-        return int(store.get(_ATTEMPT)), store
-    except (DistNetworkError, DistStoreError) as error:
-        what = "is the port taken, or the name another node's?" if job.node == 0 else "see the log of node 0."
-        raise LostPeerError(
-            f"node {job.node} of job {job.run_id} cannot use {job.rendezvous}, where node 0 meets the others ({error}): {what}"
-        ) from error
-
-
-def _wait_for_node_0(job: Job, stage: str, stop: StopFlag) -> None:
-    """Until something listens there: torch's own waiting hears no stop signal, and shows frames for every attempt."""
-    host, _, port = job.rendezvous.rpartition(":")
-    deadline = time.monotonic() + _RENDEZVOUS_S
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S).close()
-            return
-        except OSError as error:  # not yet there, or its name is not
-            if stop.received:
-                raise StopRequested(f"{stop.received.name} before node 0 had begun; nothing was begun here.") from error
-            if time.monotonic() > deadline:
-                raise LostPeerError(
-                    f"node 0 of job {job.run_id} did not begin '{stage}' at {job.rendezvous} within {_RENDEZVOUS_S} s: see its log."
-                ) from error
-            time.sleep(1)
+        found = meeting.join(job, stage, stop, recorded)
+    else:
+        found = meeting.host(job, lambda start, place: begin(placement, run, stage, start, place))
+    return found.attempt, found
 
 
 def _shutdown_timeout() -> dict[str, int]:

@@ -85,9 +85,17 @@ class DivergedError(ReportedError):
 
 
 class StopRequested(ReportedError):
-    """A signal asked to stop, and the state is saved."""
+    """A signal asked to stop, and the state is saved.
+
+    Args:
+        at_once: this process ends by itself, where it had nothing to lose: its peers have not agreed on it.
+    """
 
     exit_code = ExitCode.REQUEUE
+
+    def __init__(self, message: str = "", *, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.at_once = at_once
 
 
 class SupersededError(ReportedError):

@@ -40,7 +40,7 @@ def read_errors(name: str) -> Iterator[None]:
     """Turn an OSError into a DataError that names the file; of one that is not there, a MissingError."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingError(f"{name}: does not exist.") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error

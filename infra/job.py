@@ -46,8 +46,8 @@ class ClusterConfig(Section):
     """Disk of a pod's own (/tmp: caches of shards, exports); a pod that takes more is evicted. 0: what the overlay says. docs/cluster.md has a formula."""
     shm_gib: int = Field(default=8, gt=0)
     """Size of /dev/shm in a pod; part of its memory."""
-    hours: int = Field(default=24, gt=0)
-    """Time limit of a SLURM job; it saves and requeues itself before."""
+    hours: float = Field(default=24, gt=0)
+    """Time limit of a SLURM job, also in fractions (0.5); it saves and requeues itself before. Longer than grace_s."""
     grace_s: int = Field(default=720, ge=660)
     """Seconds between the signal and the end: longer than a step and a save, and than the 600 that launchers give their ranks."""
     shares: int = Field(default=4, gt=0)
@@ -86,7 +86,8 @@ class Job:
 
     @property
     def run_id(self) -> str:
-        """Equal on all nodes of one start of the job, and never used before."""
+        """Equal on all nodes of one start of the job. A scheduler may use it again (suspend and resume): a start has an id of its own, see
+        ``infra/meeting.py``."""
         return f"{self.id}.{self.restart}" if self.id else ""
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 
 from infra import environment, shown
@@ -13,8 +14,14 @@ _OURS = ("data_pipeline", "infra", "model", "train")
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
     def format(self, record: logging.LogRecord) -> str:
-        """The message; on a terminal in place of the progress that is drawn there, which draws itself again."""
-        return ("\r\x1b[2K" if self.stream.isatty() else "") + shown.message(super().format(record))
+        """The message, in a job with its time (UTC); on a terminal in place of the progress that is drawn there, which draws itself again."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(record.created)) if in_job() else ""
+        return ("\r\x1b[2K" if self.stream.isatty() else "") + when + shown.message(super().format(record))
+
+
+def in_job() -> bool:
+    """Whether a scheduler runs this process: its log is read by others, and later."""
+    return bool(environment.text("LAUNCHER_JOB") or environment.text("SLURM_JOB_ID"))
 
 
 def show() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra import environment, objects, s3, storage
+from infra import environment, interfaces, objects, s3, storage
 from infra.errors import ConfigError, ReportedError
 
 SHM = "/dev/shm"
@@ -26,6 +27,8 @@ SKEW_FLOOR_S = 60.0
 """Seconds between this clock and the storage's: S3 refuses signatures at 900, and records of several nodes are ordered by time."""
 TEMPERATURE_FLOOR_C = 85
 """Degrees at which an idle GPU is not cooled."""
+STEP_S = 5.0
+"""Seconds of KillWait left for the update that comes before a save."""
 _SMI_S = 10
 _SHM_ADVICE = "raise cluster.shm_gib (pods), mount one (mount -t tmpfs -o size=2g tmpfs /dev/shm), or delete stale files in /dev/shm"
 
@@ -153,6 +156,41 @@ def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:
         Finding("temperature", not hot, f"hot: {', '.join(hot)}" if hot else "ok", f"below {TEMPERATURE_FLOOR_C} C", "check fans and airflow")
     )
     return found
+
+
+def host_name() -> list[Finding]:
+    """By which network gloo reaches other nodes, where this one's name does not say it; nothing to say where it does."""
+    name = os.uname().nodename
+    if not interfaces.is_loopback(name):
+        return []
+    given = environment.text("GLOO_SOCKET_IFNAME")
+    what = (
+        f"GLOO_SOCKET_IFNAME = {given} is used" if given else "a job takes the interface by which node 0 is reached (GLOO_SOCKET_IFNAME sets another)"
+    )
+    return [Finding("host name", True, f"{name} leads to the loopback or nowhere: {what}")]
+
+
+def kill_wait(saves: Mapping[str, float]) -> list[Finding]:
+    """Whether SLURM's KillWait is long enough for a save, where there is a SLURM: a warning, no fault of the node.
+
+    Args:
+        saves: stage -> seconds that its last checkpoint took.
+    """
+    try:
+        answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return []
+    found = re.search(r"^KillWait\s*=\s*(\d+)", answer, re.MULTILINE)
+    if found is None:
+        return []
+    seconds, slow = int(found[1]), {stage: took for stage, took in saves.items() if took > int(found[1]) - STEP_S}
+    if not slow:
+        return [Finding("KillWait", True, f"{seconds} s", "a save")]
+    words = ", ".join(f"'{stage}' took {took:.0f} s" for stage, took in slow.items())
+    advice = (
+        "scancel, scontrol requeue and a lost node would cut it short: raise KillWait in slurm.conf, or send USR2 first (scancel --signal=USR2 JOB)"
+    )
+    return [Finding("KillWait", True, f"WARNING: {seconds} s, and the last save of {words}; {advice}", "a save")]
 
 
 def apex() -> Finding:

@@ -13,19 +13,18 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, lease, run_records, schemas, shown, storage, stored
+from infra import deferred_writes, exit_records, lease, node_folder, run_records, schemas, shown, storage, stored, strict_json
 from infra.config import differences
-from infra.errors import ConfigError, ExitCode, UnreachableError
+from infra.errors import ConfigError, MissingError, UnreachableError
 from infra.job import Job
 from infra.lease import Lease
 from infra.repository import REPOSITORY
 from infra.signals import StopFlag
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
-_BEGUN = re.compile(r"attempt-([0-9]{1,9})/begin\.json")
+_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _NO_JOB = Job()
-_OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
 
 Allowed = Callable[[str], bool]
@@ -84,10 +83,9 @@ class RunFolder:
         Raises:
             ConfigError: a version of this code wrote the folder that writes run folders in another way.
         """
-        if not storage.exists(self.config_url):
-            return None
-        self.check_schema()
-        found = stored.read(self.config_url, run_records.Config)
+        found = stored.read_if_there(self.config_url, run_records.Config)
+        if found is not None:
+            self.check_schema()
         return found
 
     def check_schema(self) -> None:
@@ -96,9 +94,11 @@ class RunFolder:
         Raises:
             ConfigError: it is one.
         """
+        self._provenance()
+
+    def _provenance(self) -> dict[str, Any]:
         url = self.at("provenance.json")
-        found = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
-        schemas.require(found.get("schema", schemas.RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME")
+        return _of_known_schema(url, stored.read_if_there(url, run_records.Provenance) or {})
 
     def claim(
         self, config: dict[str, Any], command: str, complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, allowed: Allowed = _none
@@ -137,22 +137,22 @@ class RunFolder:
 
     def _note(self, place: str, changed: list[str]) -> None:
         """Add to provenance.json where the folder lies now, if that is new, and what changed of its configuration."""
-        url = self.at("provenance.json")
-        provenance = stored.read(url, run_records.Provenance) if storage.exists(url) else {}
+        provenance = self._provenance()
         places = provenance.get("places", [])
         now = {"time": time.time()}
         moved = not places or places[-1]["url"] != place
+        older = provenance.get("schema") != schemas.RUN  # what is written from here on is not what that one's readers know
+        provenance["schema"] = schemas.RUN
         if moved:
             provenance["places"] = [*places, {"url": place} | now]
         if changed:
             provenance["changes"] = [*provenance.get("changes", []), now | {"commit": commit(), "changed": changed}]
-        if moved or changed:
-            storage.write_json(url, provenance)
+        if moved or changed or older:
+            storage.write_json(self.at("provenance.json"), provenance)
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None."""
-        url = self.at(stage, "done.json")
-        return stored.read(url, run_records.Done) if storage.exists(url) else None
+        return stored.read_if_there(self.at(stage, "done.json"), run_records.Done)
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage finished. The stage's last write.
@@ -165,37 +165,54 @@ class RunFolder:
 
     def begin_attempt(self, stage: str, **facts: Any) -> int:
         """Number of a new attempt at a stage, counted by the exit records' folders; facts go into its begin.json."""
-        attempt = max(self._attempts(stage), default=-1) + 1
-        storage.write_json(self.at("exits", stage, f"attempt-{attempt}", "begin.json"), {"time": time.time(), "pid": os.getpid(), **facts})
+        attempt = max(self.attempts(stage), default=-1) + 1
+        storage.write_json(self.attempt_url(stage, attempt, "begin.json"), {"time": time.time(), "pid": os.getpid(), **facts})
         return attempt
 
-    def wait_for_records(self, stage: str, attempt: int, size: int, timeout_s: float) -> None:
-        """Wait until every rank of all nodes has recorded its end, or one a code of its own, or time is up: whoever leaves early may end the rest."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            records = self.records(stage, attempt)
-            if len(records) >= size or any(record["code"] in _OWN_CODES for record in records):
-                return
+    def attempts(self, stage: str) -> list[int]:
+        """Numbers of the attempts at a stage, oldest first."""
+        return sorted(int(found[1]) for name in storage.list_level(self.at("exits", stage)) if (found := _ATTEMPT.fullmatch(name)))
+
+    def attempt_url(self, stage: str, attempt: int, *parts: str) -> str:
+        """URL of an attempt's folder, or of a file in it."""
+        return self.at("exits", stage, f"attempt-{attempt}", *parts)
+
+    def wait_for_records(
+        self, stage: str, attempt: int, size: int, timeout_s: float, most: int | None = None
+    ) -> tuple[list[exit_records.Record], bool]:
+        """Wait until every node has recorded how its ranks ended, or a rank a code of its own, or time is up: whoever leaves early may end the rest.
+
+        Args:
+            most: ranks of which more than that they ended is read; None: all.
+
+        Returns:
+            The records, the earliest first, and whether all ranks have ended.
+        """
+        deadline, seen = time.monotonic() + timeout_s, exit_records.Records(self.attempt_url(stage, attempt), most)
+        while True:
+            records = seen.look()
+            if seen.complete(size) or exit_records.says_enough(records) or time.monotonic() > deadline:
+                return records, seen.complete(size)
             time.sleep(_POLL_S)
 
-    def _attempts(self, stage: str) -> set[int]:
-        names = storage.list_files(self.at("exits", stage))
-        return {int(found[1]) for name in names if (found := _BEGUN.fullmatch(name))}
-
-    def records(self, stage: str, attempt: int) -> list[dict[str, Any]]:
+    def records(self, stage: str, attempt: int) -> list[exit_records.Record]:
         """How the ranks of an attempt ended, those that have, the earliest first."""
-        base = self.at("exits", stage, f"attempt-{attempt}")
-        names = [name for name in storage.list_files(base) if name.startswith("rank-")]
-        return sorted((stored.read(storage.join(base, name), run_records.RankRecord) for name in names), key=lambda record: record["time"])
+        return exit_records.Records(self.attempt_url(stage, attempt)).look()
 
-    def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str) -> None:
-        """Record how a rank ended; the agent's exit code follows from these records. In an outage the launcher does it later (``infra/deferred_writes.py``).
+    def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str, *, alone: bool = False) -> None:
+        """Record how a rank ended; the agent's exit code follows from these records. What needs nobody's attention goes to the launcher, which sums it up.
+        In an outage the launcher does it later (``infra/deferred_writes.py``).
+
+        Args:
+            alone: others may not know, and look here for why this rank left them.
 
         Raises:
             UnreachableError: the storage gives no answer, and no launcher takes notes.
         """
-        url = self.at("exits", stage, f"attempt-{attempt}", f"rank-{rank}.json")
+        url = self.attempt_url(stage, attempt, f"rank-{rank}.json")
         record = {"rank": rank, "code": int(code), "reason": shown.message(reason), "time": time.time()}
+        if code in exit_records.ALIKE and not alone and node_folder.leave_exit(record):
+            return
         try:
             storage.write_json(url, record)
         except UnreachableError:
@@ -203,26 +220,19 @@ class RunFolder:
                 raise
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
-        """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75."""
-        records = self.records(stage, attempt)
-        for record in records:
-            if record["code"] in _OWN_CODES:
-                return record["code"], f"rank {record['rank']}: {record['reason']}"
-        if len(records) < size:
-            silent = sorted(set(range(size)) - {record["rank"] for record in records})
-            said = next((f"; rank {record['rank']}: {record['reason']}" for record in records if record["code"] == ExitCode.CRASH), "")
-            return ExitCode.CRASH, f"rank {silent[0]} ended without a record: it was killed{said}"
-        for record in records:
-            if record["code"] not in (ExitCode.DONE, ExitCode.REQUEUE):
-                return ExitCode.CRASH, f"rank {record['rank']}: {record['reason']}"
-        for record in records:
-            if record["code"] == ExitCode.REQUEUE:
-                return ExitCode.REQUEUE, record["reason"]
-        return ExitCode.DONE, "finished"
+        """Exit code and reason of an attempt, by its records; see ``exit_records.root_cause``."""
+        return exit_records.root_cause(self.records(stage, attempt), size)
 
     def lock(self, stage: str, job: Job = _NO_JOB, stop: StopFlag | None = None) -> contextlib.AbstractContextManager[Lease]:
         """Hold the stage's lease; see ``lease.hold``."""
         return lease.hold(self.url, stage, job, stop)
+
+
+def _of_known_schema(url: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    schemas.require(
+        provenance.get("schema", schemas.OLDER_RUN), schemas.RUN, url, "make the run anew: launcher.py demo PRESET run.name=NAME", schemas.OLDER_RUN
+    )
+    return provenance
 
 
 def place_of(config_url: str) -> dict[str, str]:
@@ -233,11 +243,17 @@ def place_of(config_url: str) -> dict[str, str]:
     """
     folder, _, name = config_url.rpartition("/")
     folder = folder if "://" in config_url else folder or "."
-    if name != "config.json" or not storage.exists(storage.join(folder, "provenance.json")):
+    if name != "config.json":
         return {}
+    url = storage.join(folder, "provenance.json")
+    try:
+        provenance = storage.parse_json(url, node_folder.read_once(url, strict_json.MAX_BYTES))
+    except MissingError:
+        return {}
+    stored.check(provenance, run_records.Provenance, url)
+    _of_known_schema(url, provenance)
     if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
         folder = str(storage.local_path(folder).resolve())
-    RunFolder(folder).check_schema()
     root, _, name = folder.rstrip("/").rpartition("/")
     if not name or root.endswith(":/"):
         raise ConfigError(f"{config_url}: a run folder lies in a folder or below a bucket; move it there.")

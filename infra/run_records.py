@@ -51,6 +51,8 @@ class Begin(Stored):
     time: Seconds = 0.0
     size: Annotated[int, Field(ge=1, lt=1 << 24)] = 1
     run_id: _Text = ""
+    start: _Text = ""
+    rendezvous: _Text = ""
     restart: Count = 0
     saved: Annotated[int, Field(ge=-1, lt=1 << 53)] = -1
 
@@ -60,6 +62,28 @@ class End(Stored):
 
     code: Code
     reason: _Text
+    ended: Seconds = 0.0
+    """When the last of its ranks did that crashed; 0 where none has said so."""
+
+
+class Lost(Stored):
+    """exits/<stage>/attempt-<k>/lost.json: nodes that gave no sign any more."""
+
+    reason: _Text
+
+
+class Alike(End):
+    """Ranks of a node that ended alike, each with the time when it did."""
+
+    ranks: list[Annotated[list[Seconds], Field(min_length=2, max_length=2)]]
+
+
+class NodeSummary(Stored):
+    """exits/<stage>/attempt-<k>/node-<n>.json."""
+
+    node: Count
+    ranks: Annotated[int, Field(ge=0, lt=1 << 24)]
+    alike: list[Alike]
 
 
 class RankRecord(End):
@@ -67,6 +91,15 @@ class RankRecord(End):
 
     rank: Count
     time: Seconds
+
+
+class Submitted(Stored):
+    """jobs/<stage>.json."""
+
+    scheduler: Literal["slurm", "k8s"]
+    job: _Text
+    submitted: Seconds
+    asked: list[_Text] = Field(default_factory=list)
 
 
 class Rows(Stored):

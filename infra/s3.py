@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infra import environment, s3_client, s3_errors
+from infra import environment, s3_client, s3_download, s3_errors
 from infra.errors import ConfigError, DataError, UnreachableError
 from infra.files import atomic
 
@@ -82,7 +82,7 @@ def download(url: str, local: Path, sha256: str) -> None:
 
     def get() -> None:
         with atomic(local, url, sha256) as file:
-            _client().download_fileobj(bucket, key, file, Config=_transfer())
+            s3_download.into(file, _client(), bucket, key, _transfer())
 
     _retry_body(url, get)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from infra.errors import ConfigError
 
-RUN = "run/1"
-"""Of a run folder: markers, exit records and the ledger, metrics. It stands in provenance.json; a folder without one is of schema 1."""
+RUN = "run/2"
+"""Of a run folder: markers, exit records and the ledger, metrics. It stands in provenance.json. Since 2 a node sums its ranks' exit records up."""
+OLDER_RUN = "run/1"
+"""Read as well, and no longer written: a folder that is gone on with gets the number above. A folder without a number is of this one."""
 CHECKPOINT = "checkpoint/1"
 EXPORT = "export/1"
 TOKENIZER = "tokenizer/1"
 
 
-def require(found: object, known: str, url: str, remedy: str) -> None:
+def require(found: object, known: str, url: str, remedy: str, *older: str) -> None:
     """Refuse another schema than the one that is known. A configuration error, not damage: nothing falls back to an older file, or replaces this one.
 
     Args:
@@ -19,11 +21,12 @@ def require(found: object, known: str, url: str, remedy: str) -> None:
         known: what this version reads.
         url: where it is stored.
         remedy: what makes it anew, as a command.
+        older: schemas that are read as well.
 
     Raises:
         ConfigError: they differ.
     """
-    if found != known:
+    if found not in (known, *older):
         raise ConfigError(
             f"{url}: schema {found!r}, and this version reads {known!r}: use the version that wrote it (its commit is stored there), or {remedy}."
         )

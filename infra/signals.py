@@ -4,11 +4,14 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
 from infra import environment
+from infra.errors import StopRequested
 
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
 _IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup ignores SIGHUP before it starts us, and children inherit that
@@ -17,21 +20,98 @@ STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT, *(() if _IGNOR
 SHUTDOWN_S = 600
 """Seconds that ranks get to finish a step and save before the agent kills them."""
 
+PATIENCE_S = 5.0
+"""Seconds that a process which has nothing to lose gets to hear a stop signal."""
 _PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
-    """Set by the first stop signal; read at step and part boundaries."""
+    """Set by the first stop signal; read at step and part boundaries. Where a process says that it has nothing to lose (``phase``), the signal ends it there."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.name = ""
+        """Of the phase that a signal ends at once; '' where work is under way that is saved first."""
+        self._since = 0.0
+        self._patient = False
 
     def __bool__(self) -> bool:
         return self.received is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: only sets the flag."""
+        """The signal handler: sets the flag.
+
+        Raises:
+            StopRequested: in a phase that has nothing to lose.
+        """
+        if self.received is None:
+            self._since = time.monotonic()
         self.received = signal.Signals(number)
+        self._end_if_idle()
+
+    def phase(self, name: str, *, patient: bool = False) -> None:
+        """From here on nothing is lost if this process ends: what it makes now is made again by the next start. To be called in the main thread.
+
+        Args:
+            patient: what is made may be saved within PATIENCE_S; only then does the signal end it.
+
+        Raises:
+            StopRequested: the signal has come already.
+        """
+        self.name, self._patient = name, patient
+        if self.received is not None:
+            self._end_if_idle()
+
+    def orderly(self) -> None:
+        """From here on work is under way that a stop must save, or leave at a boundary: the flag is only set."""
+        self.name = ""
+
+    @contextmanager
+    def watched(self, end: Callable[[str], object], patience_s: float = 2 * PATIENCE_S) -> Iterator[None]:
+        """For the block, end this process also where it hears no signal: a library that waits for a rank which has just ended so waits for minutes, and
+        Python's handlers run once it returns. To be called in the main thread.
+
+        Args:
+            end: called with the reason, in another thread; ends the process.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while number := os.read(reader, 1):
+                if number[0] in STOP_SIGNALS and not done.wait(patience_s) and (phase := self.name):
+                    end(f"stopped by {signal.Signals(number[0]).name} during {phase}; nothing was lost.")
+            os.close(reader)
+
+        done = threading.Event()
+        threading.Thread(target=watch, name="stops", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            signal.set_wakeup_fd(former)
+            os.close(writer)
+
+    def latency_s(self) -> float:
+        """Seconds since the first stop signal."""
+        return time.monotonic() - self._since
+
+    def _end_if_idle(self) -> None:
+        if not self.name or self.received is None:
+            return
+        if self._patient:
+            timer = threading.Timer(PATIENCE_S, self._insist, args=(self.name,))
+            timer.daemon = True
+            timer.start()
+        else:
+            phase, self.name = self.name, ""  # once: what cleans up must not be struck again
+            raise StopRequested(f"stopped by {self.received.name} during {phase}; nothing was lost.", at_once=True)
+
+    def _insist(self, name: str) -> None:
+        if self.name == name and self.received is not None:
+            self._patient = False
+            os.kill(os.getpid(), self.received)
 
 
 def install(flag: StopFlag | None = None) -> StopFlag:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra import storage
+from infra import run_records, storage, stored
 from infra.errors import ConfigError, LostPeerError
 from infra.job import JobSpec
 from infra.repository import REPOSITORY
 
 SITE = REPOSITORY / "infra" / "slurm" / "site.env"
+_EXPORTED = ("PATH", "HOME", "USER", "LANG", "TMPDIR")
+"""What a job needs of the shell that submits it, besides what is ours and the storage's."""
+_PASSED = ("LAUNCHER_", "S3_", "AWS_", "HTTP", "NO_PROXY", "http", "no_proxy")
+_TEST_S = 30.0
+_WAITS = ("--dependency=", "--kill-on-invalid-dep=")
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue."""
+
+    job: str
+    state: str
+    """As squeue says it: PENDING, RUNNING ..., and for one that waits the reason."""
 
 
 def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
@@ -21,12 +38,22 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
 
     Args:
         after: ids of jobs that must end well before it starts.
+
+    Raises:
+        ConfigError: the time limit leaves no time before the signal that ends the job.
     """
     cluster, room = spec.cluster, spec.room
+    seconds = round(cluster.hours * 3600)
+    if seconds <= cluster.grace_s:
+        raise ConfigError(
+            f"cluster.hours = {cluster.hours:g} ({seconds} s) is not longer than cluster.grace_s = {cluster.grace_s}: the job would be told to stop as it "
+            f"starts, and start again for ever. Set cluster.hours above {cluster.grace_s / 3600:.2g}, or a smaller cluster.grace_s (from 660 on)."
+        )
     words = ["sbatch", "--parsable", f"--job-name={spec.name}", f"--chdir={REPOSITORY}"]
     words += [f"--nodes={cluster.nodes if spec.shape == 'gang' else 1}", f"--cpus-per-task={room.cpus}", f"--mem={room.memory_gib}G"]
     words += [f"--gpus-per-node={room.gpus}"] if room.gpus else []
-    words += [f"--time={cluster.hours}:00:00", f"--signal=USR2@{cluster.grace_s}"]
+    minutes, hours = seconds // 60, seconds // 3600
+    words += [f"--time={hours}:{minutes % 60:02d}:{seconds % 60:02d}", f"--signal=USR2@{cluster.grace_s}"]
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []
     words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{'%A_%a' if spec.shape == 'array' else '%j'}.out"]
     words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
@@ -34,8 +61,8 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
 
 
 def logs(spec: JobSpec) -> Path:
-    """Folder of the jobs' output: in the run folder, or below the repository for a run on s3."""
-    return REPOSITORY / "logs" if storage.is_remote(spec.run_url) else storage.local_path(spec.run_url).resolve() / "logs"
+    """Folder of the jobs' output: in the run folder, by the same name; or below the repository for a run on s3."""
+    return REPOSITORY / "logs" if storage.is_remote(spec.run_url) else storage.local_path(spec.run_url) / "logs"
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
@@ -44,35 +71,99 @@ def environment(spec: JobSpec) -> dict[str, str]:
 
 
 def shown(spec: JobSpec, after: Sequence[str] = ()) -> str:
-    """The command as one would type it, and the script that it submits."""
+    """The command as one would type it, the script that it submits, and where there is a SLURM what it says to that (``sbatch --test-only``)."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(spec).items())
     command = sbatch(spec, after)
-    return f"set -a; . {shlex.quote(str(SITE))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
+    words = f"set -a; . {shlex.quote(str(SITE))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
+    return words + _tested(spec)
 
 
-def submit(spec: JobSpec, after: Sequence[str] = ()) -> tuple[str, bool]:
-    """Submit a job unless it is in the queue already.
+def _tested(spec: JobSpec) -> str:
+    if shutil.which("sbatch") is None:
+        return ""
+    command = sbatch(spec)  # what it waits for has no number yet
+    try:
+        done = _site(["sbatch", "--test-only", *_exports(), *command[1:]], spec, _TEST_S)
+    except subprocess.TimeoutExpired:
+        return f"# sbatch --test-only: no answer within {_TEST_S:.0f} s\n"
+    said = " ".join((done.stderr + done.stdout).split())
+    return f"# sbatch --test-only: {said}" + (f" (refused: {done.returncode})\n" if done.returncode else "\n")
 
-    Returns:
-        Its id, and whether it was submitted now.
+
+def queued(spec: JobSpec) -> Queued | None:
+    """The job of this stage and run folder that is in the queue, if there is one.
 
     Raises:
-        ConfigError: sbatch is not here or refuses.
+        ConfigError: SLURM's commands are not here.
         LostPeerError: the controller does not answer.
     """
-    queued = _run(["squeue", "--noheader", "--me", f"--name={spec.name}", "--format=%F"], spec, LostPeerError).split()
-    if queued:
-        return queued[0], False
+    lines = _run(["squeue", "--noheader", "--me", f"--name={spec.name}", "--format=%F %T %r"], spec, LostPeerError).splitlines()
+    words = next((line.split(maxsplit=2) for line in lines if line.strip()), None)
+    if words is None:
+        return None
+    job, state, reason = (*words, "", "")[:3]
+    return Queued(job, f"{state}: {reason}" if reason not in ("", "None", "(null)") else state)
+
+
+def submit(spec: JobSpec, record_url: str, after: Sequence[str] = ()) -> tuple[str, str]:
+    """Submit a job unless it is in the queue already, and note its id in the run folder.
+
+    Args:
+        record_url: where the id is kept, and what was asked for.
+
+    Returns:
+        Its id, and how it stands if it was in the queue; '' if it was submitted now.
+
+    Raises:
+        ConfigError: sbatch is not here or refuses, or the job in the queue asks for other things than this one would.
+        LostPeerError: the controller does not answer.
+    """
+    command = sbatch(spec, after)
+    asked = [word for word in command[1:] if not word.startswith(_WAITS)] + [f"{name}={value}" for name, value in environment(spec).items()]
+    there = queued(spec)
+    if there is not None:
+        _refuse_other_values(spec, there, record_url, asked)
+        return there.job, there.state or "queued"
     logs(spec).mkdir(parents=True, exist_ok=True)
-    answer = _run(sbatch(spec, after), spec, ConfigError)
-    return answer.strip().split(";")[0], True  # a federation adds ;cluster
+    answer = _run([command[0], *_exports(), *command[1:]], spec, ConfigError)
+    job = answer.strip().split(";")[0]  # a federation adds ;cluster
+    storage.write_json(record_url, {"scheduler": "slurm", "job": job, "name": spec.name, "submitted": time.time(), "asked": asked})
+    return job, ""
+
+
+def _refuse_other_values(spec: JobSpec, there: Queued, record_url: str, asked: list[str]) -> None:
+    known = stored.read_if_there(record_url, run_records.Submitted)
+    if known is None or known["job"] != there.job:
+        return  # submitted by hand: nobody knows with what
+    gone, new = ([word for word in one if word not in other] for one, other in ((known["asked"], asked), (asked, known["asked"])))
+    if gone or new:
+        raise ConfigError(
+            f"{spec.stage}: job {there.job} is in the queue ({there.state}) and asks for {' '.join(gone) or 'less'}, not for {' '.join(new) or 'that'}: "
+            f"cancel it first (scancel {there.job}; one that runs saves and ends), and submit again."
+        )
+
+
+def _exports() -> list[str]:
+    """Where a site keeps the environment of the login node from jobs (SBATCH_EXPORT), what jobs need of it all the same."""
+    asked = subprocess.run(
+        ["bash", "-c", f'set -a; . {shlex.quote(str(SITE))}; printf %s "$SBATCH_EXPORT"'], capture_output=True, text=True, check=False
+    ).stdout
+    if asked.strip() in ("", "ALL"):
+        return []
+    names = [name for name in sorted(os.environ) if name in _EXPORTED or name.startswith(_PASSED)]
+    wanted = [] if asked.strip() in ("NONE", "NIL") else asked.strip().split(",")
+    return [f"--export={','.join(dict.fromkeys([*wanted, *names, 'LAUNCHER_HOME', 'LAUNCHER_RETRIES']))}"]
 
 
 def _run(command: list[str], spec: JobSpec, error: type[ConfigError] | type[LostPeerError]) -> str:
-    site = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', str(SITE), *command]
-    done = subprocess.run(site, capture_output=True, text=True, env=os.environ | environment(spec), check=False)
+    done = _site(command, spec)
     if done.returncode == 127:
         raise ConfigError(f"{command[0]} is not installed here: --on slurm works on a login node; --dry-run shows what it would do.")
     if done.returncode:
         raise error(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
     return done.stdout
+
+
+def _site(command: list[str], spec: JobSpec, limit_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    site = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', str(SITE), *command]
+    return subprocess.run(site, capture_output=True, text=True, env=os.environ | environment(spec), timeout=limit_s, check=False)

@@ -130,7 +130,11 @@ def read_json(url: str) -> Any:
     Raises:
         DataError: as read_text, or it is not JSON.
     """
-    data = read_at_most(url, strict_json.MAX_BYTES)
+    return parse_json(url, read_at_most(url, strict_json.MAX_BYTES))
+
+
+def parse_json(url: str, data: bytes) -> Any:
+    """The same of what was read already."""
     try:
         return strict_json.loads(data.decode())
     except ValueError as error:
@@ -268,6 +272,11 @@ def list_files(url: str) -> list[str]:
     return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(TEMPORARY))
 
 
+def list_level(url: str) -> list[str]:
+    """Names in a folder, of folders with a slash, sorted; what lies deeper costs no request. Temporary files are left out; a missing folder has none."""
+    return sorted(found.name for found in (_remote_level if is_remote(url) else _local_level)(url, "") if not found.name.startswith(TEMPORARY))
+
+
 def write_bytes(url: str, data: bytes) -> None:
     """Write a file or object; it appears whole or not at all, and missing folders are made.
 
@@ -292,11 +301,7 @@ def write_json(url: str, value: Any) -> None:
 
 
 def create_once(url: str, data: bytes) -> bool:
-    """Create a file or object that must not exist yet: of any number of racing callers exactly one gets True, and its data stay.
-
-    Raises:
-        ConfigError: the place is not writable.
-    """
+    """Create a file or object that must not exist yet: of any number of racing callers exactly one gets True, and its data stay. See write_bytes."""
     return store(url).create_once(url, data) if is_remote(url) else files.create_once(local_path(url), data)
 
 
@@ -308,11 +313,7 @@ def check_writable(url: str) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete a file or object; a missing one is fine.
-
-    Raises:
-        ConfigError: it may not be deleted, or is a folder (see delete_prefix).
-    """
+    """Delete a file or object; a missing one is fine. A ConfigError: it may not be deleted, or is a folder (see delete_prefix)."""
     if is_remote(url):
         store(url).delete(url)
         return
@@ -339,8 +340,7 @@ def upload_file(local: Path, url: str) -> None:
     """Copy a local file to a URL; large ones travel in parts, and the object appears when all have arrived.
 
     Raises:
-        DataError: the local file is missing, or the server cannot be reached.
-        ConfigError: the place is not writable.
+        DataError, ConfigError: the local file is missing, or the server cannot be reached; the place is not writable.
     """
     with files.read_errors(str(local)):
         source = local.open("rb")
@@ -374,11 +374,7 @@ def download_file(url: str, local: Path, sha256: str = "") -> None:
 
 
 def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
-    """Copy all files below a local folder (temporary ones left out), those named in ``last`` after all others; returns the names.
-
-    Raises:
-        DataError: a name in ``last`` is not there; otherwise as upload_file.
-    """
+    """Copy all files below a local folder (temporary ones left out), those named in ``last``, which must be there, after all others; returns the names."""
     names = list_files(str(local))
     missing = sorted(set(last) - set(names))
     if missing:

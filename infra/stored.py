@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from infra import shown, storage
-from infra.errors import DataError, ExitCode
+from infra.errors import DataError, ExitCode, MissingError
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 """Of records, bytes or updates."""
@@ -47,7 +47,8 @@ def content_hash(url: str) -> str:
     Raises:
         DataError: it is damaged.
     """
-    return str(read(url, Identified)["content_hash"]) if storage.exists(url) else "none"
+    found = read_if_there(url, Identified)
+    return "none" if found is None else str(found["content_hash"])
 
 
 def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
@@ -64,6 +65,14 @@ def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
     found: dict[str, Any] = storage.read_json(url)
     check(found, model, url, remedy)
     return found
+
+
+def read_if_there(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any] | None:
+    """The same, or None where there is no such file: one request, and none that only asks whether it is there."""
+    try:
+        return read(url, model, remedy)
+    except MissingError:
+        return None
 
 
 def check(found: Any, model: type[Stored], place: str, remedy: str = "") -> None:

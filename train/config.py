@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
 from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, completed
-from infra.errors import ConfigError
+from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 
@@ -371,25 +371,27 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
     """The sections of a preset, and where they were read: a name under train/presets, a .toml file, or a run folder (its config.json).
 
     Of a run folder, run.root and run.name are where it lies now. Keys that a stored configuration lacks have their value before they existed.
-
-    Raises:
-        ConfigError: there is no such preset; the known names are listed.
+    A ConfigError lists the known names where there is no such preset.
     """
     named = PRESETS / f"{preset}.toml"
     if "/" not in preset and named.is_file():
         return parse(named.read_text(), f"preset {preset}"), f"preset {preset}"
-    from infra import storage  # only needed for run folders and files, which may lie on s3
+    from infra import storage, strict_json  # only needed for run folders and files, which may lie on s3
+    from infra.node_folder import read_once
     from infra.run_folder import place_of
 
     for candidate in (preset, storage.join(preset, "config.json")):
-        if candidate.endswith((".toml", ".json")) and storage.exists(candidate):
-            try:
-                tree = parse(storage.read_bytes(candidate).decode(), candidate)
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{candidate}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
-            tree = completed(RunConfig, tree) if candidate.endswith(".json") else tree
-            place = place_of(candidate)
-            return (tree | {"run": tree["run"] | place} if place else tree), candidate
+        if not candidate.endswith((".toml", ".json")):
+            continue
+        try:
+            tree = parse(read_once(candidate, strict_json.MAX_BYTES).decode(), candidate)
+        except MissingError:
+            continue
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{candidate}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+        tree = completed(RunConfig, tree) if candidate.endswith(".json") else tree
+        place = place_of(candidate)
+        return (tree | {"run": tree["run"] | place} if place else tree), candidate
     known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
     raise ConfigError(f"preset '{preset}': no such preset, .toml file or run folder; presets: {known}.")
 

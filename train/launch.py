@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -15,13 +16,13 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from infra import deferred_writes, environment, ledger, scratch, signals
+from infra import deferred_writes, environment, exit_records, ledger, scratch, signals
 from infra.agent import Placement, begin, run_ranks
 from infra.commands import launcher
 from infra.config import differences, to_json
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
-from infra.lost_peer import is_lost_peer, why_peer_ended
+from infra.lost_peer import AFTER, NOBODY_KNOWS, STOPPED, is_lost_peer, why_peer_ended
 from infra.progress import duration
 from infra.repository import LAUNCHER
 from infra.run_folder import RunFolder, commit
@@ -34,6 +35,8 @@ from train.run import elastic, lineage, places
 from train.run.places import run_folder
 from train.run.stage_table import STAGES, TRAINED, Stage
 from train.verbs import doctor
+
+log = logging.getLogger(__name__)
 
 _EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
 
@@ -124,7 +127,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
         doctor.preflight(run)
     with run.lock(_label(name, entry), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
         _refuse_if_stopped(stop)
-        code, reason = _execute(name, cfg, run, Placement(nproc, job), stop, restarts)
+        code, reason = _execute(name, cfg, run, Placement(nproc, job, trains=entry.trains), stop, restarts)
     if held is not None and held.lost:  # whatever the ranks came to
         code, reason = ExitCode.REQUEUE, held.lost
     if code != ExitCode.DONE:
@@ -250,14 +253,17 @@ def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, st
     if placement.size == 1 and not restarts:
         attempt = begin(placement, run, label)
         with deferred_writes.taking_notes():
-            code = _guarded(name, cfg, run, World.single(), stop, attempt)
-        return run.root_cause(label, attempt, 1) if code else (ExitCode.DONE, "")
+            _guarded(name, cfg, run, World.single(), stop, attempt)
+        records = run.records(label, attempt)
+        code, reason = exit_records.root_cause(records, 1)
+        ledger.write_end(run, label, attempt, ledger.ending(code, reason, records))
+        return code, reason if code else ""
     placement = replace(placement, retries=restarts or None)
     while True:
         code, reason = run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label, stop)
         if code != ExitCode.CRASH or not restarts or stop:
             return code, reason
-        found = ledger.judge(ledger.read(run, label), ledger.newest_checkpoint(run, label), restarts)
+        found = ledger.judge(ledger.decisive(run, label, saved := ledger.newest_checkpoint(run, label)), saved, restarts)
         if found.code != ExitCode.REQUEUE:
             return found.code, found.reason
         print(f"{name}: {found.reason}; starting the ranks again", flush=True)
@@ -272,22 +278,49 @@ def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: Stop
     code, reason = ExitCode.DONE, "finished"
     label = _label(name, STAGES[name])
     watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
+    alone = False
+
+    def end(reason: str) -> None:
+        run.record_exit(label, attempt, world.rank, ExitCode.REQUEUE, reason, alone=world.size > 1)
+        os._exit(ExitCode.REQUEUE)
+
     try:
-        STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
+        with stop.watched(end) if world.size > 1 else contextlib.nullcontext():
+            stop.phase("the start")
+            STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
+            stop.orderly()
     except ReportedError as error:
+        alone = isinstance(error, StopRequested) and error.at_once
+        stop.orderly()
         code, reason = error.exit_code, str(error)
     except Exception as error:
-        code, reason = ExitCode.CRASH, f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            reason = advice(name, cfg, world.size, error)
-        elif not is_lost_peer(error):
-            traceback.print_exc()
-        elif said := why_peer_ended(run, label, attempt, world.rank):
-            reason = f"ended after {said}"
-        else:
-            reason = f"another rank is gone ({reason.splitlines()[0]})"
-    run.record_exit(label, attempt, world.rank, code, reason)
+        idle = bool(stop.name)
+        stop.orderly()
+        code, reason, alone = *_explained(name, cfg, run, world, attempt, error, stopped=bool(stop) and idle), bool(stop)
+    if code == ExitCode.REQUEUE and stop.received and world.is_main:
+        log.info("%s: ended %.1f s after %s", name, stop.latency_s(), stop.received.name)
+    run.record_exit(label, attempt, world.rank, code, reason, alone=alone and world.size > 1)
     return code
+
+
+def _explained(name: str, cfg: RunConfig, run: RunFolder, world: World, attempt: int, error: Exception, *, stopped: bool) -> tuple[ExitCode, str]:
+    """Code and reason of a rank whose stage ended with an error that has none.
+
+    Args:
+        stopped: this rank was asked to stop where it had nothing to lose; its peers were as well, and may have gone first.
+    """
+    reason = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return ExitCode.CRASH, advice(name, cfg, world.size, error)
+    if not is_lost_peer(error):
+        traceback.print_exc()
+        return ExitCode.CRASH, reason
+    if stopped:
+        return ExitCode.REQUEUE, "stopped by a signal, as the ranks that it waited for; nothing was lost."
+    said = why_peer_ended(run, _label(name, STAGES[name]), attempt, world.rank)
+    if said.startswith(STOPPED):
+        return ExitCode.REQUEUE, f"ended after {said}"
+    return ExitCode.CRASH, f"{AFTER}{said}" if said else f"{NOBODY_KNOWS} ({reason.splitlines()[0]})"
 
 
 def _exit_soon(code: int) -> None:

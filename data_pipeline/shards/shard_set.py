@@ -95,7 +95,10 @@ def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:
         DataError: it is damaged.
     """
     url = storage.join(set_url, part_name(inputs_hash), DONE)
-    return schemas.read_marker_file(url) if storage.exists(url) else None
+    try:
+        return schemas.read_marker_file(url)
+    except MissingError:
+        return None
 
 
 def read_markers(set_url: str, inputs_hashes: list[str]) -> list[dict[str, Any] | None]:
@@ -325,10 +328,13 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
     """
     stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
     place = storage.join(version_url(url, version) if version else url, MANIFEST)
-    if not storage.exists(place):
+    try:
+        manifest = schemas.read_manifest(place)
+    except MissingError:
         what = f"no version {version[:_NAME_DIGITS]} of a shard set" if version else "no shard set"
-        raise DataError(f"{url}: {what} here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted.")
-    manifest = schemas.read_manifest(place)
+        raise DataError(
+            f"{url}: {what} here ({MANIFEST} is missing); run the stage '{stage}' first, or run it again if it was interrupted."
+        ) from None
     if manifest["schema"] != schema:
         raise DataError(
             f"{url}: holds schema '{manifest['schema']}', this stage reads '{schema}'; "

@@ -31,6 +31,11 @@ early_signals=(env "--block-signal=USR2,TERM,INT")
 # run_stage STAGE RUN_FOLDER_OR_PRESET [section.key=value...]
 run_stage() {
     choose_runtime
+    case ${2:-} in # a run folder by hand, as it was named where it was submitted
+        '' | /* | *://*) ;;
+        *) [ ! -e "$SLURM_SUBMIT_DIR/$2" ] || set -- "$1" "$SLURM_SUBMIT_DIR/$2" "${@:3}" ;;
+    esac
+    export SLURM_EXPORT_ENV=ALL # sites with SBATCH_EXPORT=NONE: what was read above is for the tasks, too
     case $1 in # the tasks of an array divide the work of these; any other stage takes a task of a sweep for a job of its own
         prepare | encode | generate)
             if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -z "${LAUNCHER_SHARE:-}" ]; then

@@ -11,6 +11,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from infra import storage
 from infra.digests import digest
 from infra.errors import ConfigError
+from infra.run_folder import RunFolder
 from tests.support.stopped_run import FIXTURE, STOPPED
 from train.config import load_run
 from train.verbs import status
@@ -61,8 +62,11 @@ def test_a_tokenizer_of_another_schema_is_refused_with_the_command_that_makes_it
 
 
 def test_a_run_folder_of_another_schema_is_refused_by_whatever_opens_it(run: str) -> None:
-    load_run(run, [])  # one without a number is of schema 1
-    write(f"{run}/provenance.json", schema="run/2")
+    load_run(run, [])  # one without a number is of schema 1, which is read
+    RunFolder(run).claim(storage.read_json(f"{run}/config.json"), "")
+    assert storage.read_json(f"{run}/provenance.json")["schema"] == "run/2", "gone on with, it holds what readers of 1 would misread"
+    load_run(run, [])
+    write(f"{run}/provenance.json", schema="run/3")
     for opens in (lambda: load_run(run, []), lambda: status.main(run)):
-        with pytest.raises(ConfigError, match=r"schema 'run/2', and this version reads 'run/1'.*launcher\.py demo PRESET run\.name=NAME"):
+        with pytest.raises(ConfigError, match=r"schema 'run/3', and this version reads 'run/2'.*launcher\.py demo PRESET run\.name=NAME"):
             opens()

@@ -34,7 +34,7 @@ _WHERE = (
     "manifest.json",
     "done.json",
     "begin.json",
-    "rank-1.json",
+    "node-0.json",
     "meta.json",
     "rank-0.bin",
     ".jsonl",

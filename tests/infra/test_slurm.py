@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from infra import slurm_submit
+from infra.errors import ConfigError
+from infra.job import ClusterConfig, JobSpec
 from tests.support import slurm_stand_in as stand_in
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import missing
@@ -62,10 +65,13 @@ def test_the_chain_is_submitted_once_each_stage_after_those_it_needs(tmp_path: P
     shown = launch(*words, "--dry-run", **env)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("sbatch --parsable") == 9 and "--dependency=afterok:JOB_tokenizer:JOB_encode" in shown.stdout
-    assert "run_stage dalle" in shown.stdout and not (tmp_path / "tiny").exists() and not stand_in.calls(tmp_path / "slurm", "sbatch")
+    assert "run_stage dalle" in shown.stdout and not (tmp_path / "tiny").exists()
+    tested = stand_in.calls(tmp_path / "slurm", "sbatch")
+    assert len(tested) == 9 and all("--test-only" in arguments and option(arguments, "dependency") is None for arguments in tested)
+    assert shown.stdout.count("# sbatch --test-only: sbatch: Job 7 to start at 2026-11-29T12:00:00") == 9
     first = launch(*words, **env)
     assert first.returncode == 0, first.stderr
-    sent = stand_in.calls(tmp_path / "slurm", "sbatch")
+    sent = stand_in.calls(tmp_path / "slurm", "sbatch")[len(tested) :]
     assert [Path(arguments[-2]).stem for arguments in sent] == list(STAGES)
     ids = {stage: str(1000 + index) for index, stage in enumerate(STAGES)}
     assert [option(arguments, "dependency") for arguments in sent] == [
@@ -87,9 +93,14 @@ def test_the_chain_is_submitted_once_each_stage_after_those_it_needs(tmp_path: P
     }
     assert (option(encode, "nodes"), option(encode, "array")) == ("1", "0-4") and "--kill-on-invalid-dep=yes" in encode
     again = launch(*words, **env)
-    assert again.stdout.count("is in the queue already") == 9 and len(stand_in.calls(tmp_path / "slurm", "sbatch")) == 9
-    other = launch("dvae", str(tmp_path / "tiny"), "cluster.nodes=1", "--on", "slurm", **env)
-    assert other.returncode == 0, "another size is no other run"
+    assert again.stdout.count("is in the queue already (PENDING: Resources)") == 9 and len(stand_in.calls(tmp_path / "slurm", "sbatch")) == 18
+    words = ["dvae", str(tmp_path / "tiny"), "cluster.nodes=3", "cluster.gpus=8", "cluster.shares=5", "--on", "slurm"]
+    assert "dvae: job 1002 is in the queue already" in launch(*words, **env).stdout, "another size is no other run"
+    other = launch(*words, "cluster.nodes=1", **env)
+    assert other.returncode == 78, "what was asked for is not dropped in silence"
+    assert "job 1002 is in the queue (PENDING: Resources) and asks for --nodes=3, not for --nodes=1: cancel it first (scancel 1002" in other.stderr
+    record = json.loads((tmp_path / "tiny" / "jobs" / "dvae.json").read_text())
+    assert (record["scheduler"], record["job"]) == ("slurm", "1002") and "--nodes=3" in record["asked"]
 
 
 def test_the_site_file_reaches_sbatch_and_refusals_reach_the_user(tmp_path: Path) -> None:
@@ -111,6 +122,40 @@ def test_the_site_file_reaches_sbatch_and_refusals_reach_the_user(tmp_path: Path
     finished.parent.mkdir()
     finished.write_text("{}")
     assert "finished already" in launch("dvae", "tiny", f"run.root={tmp_path}", "--on", "slurm", **env).stdout
+
+
+def test_a_stage_waits_for_what_makes_its_inputs_and_is_refused_where_nothing_does(tmp_path: Path) -> None:
+    env = stand_in.install(tmp_path / "slurm")
+    words = ("tiny", f"run.root={tmp_path}", "--on", "slurm")
+    alone = launch("tokenizer", *words, **env)
+    assert alone.returncode == 65 and "tokenizer needs what 'prepare' makes, which has not finished and is in no queue" in alone.stderr
+    assert "--chain submits what is missing too" in alone.stderr and not stand_in.calls(tmp_path / "slurm", "sbatch")
+    for stage in ("prepare", "tokenizer"):
+        assert launch(stage, *words, **env).returncode == 0
+    assert option(stand_in.calls(tmp_path / "slurm", "sbatch")[1], "dependency") == "afterok:1000"
+
+
+def test_a_time_limit_within_the_grace_is_refused_and_one_of_half_an_hour_is_not(tmp_path: Path) -> None:
+    def asked(hours: float) -> list[str]:
+        return slurm_submit.sbatch(JobSpec("dvae", "tiny", str(tmp_path), "gang", ClusterConfig(hours=hours)))
+
+    for hours in (0.2, 0.1):
+        with pytest.raises(ConfigError, match=rf"cluster\.hours = {hours} .*is not longer than cluster\.grace_s = 720: .* above 0\.2, or a smaller"):
+            asked(hours)
+    assert [option(asked(hours), "time") for hours in (0.5, 1.0125, 24)] == ["0:30:00", "1:00:45", "24:00:00"]
+
+
+@pytest.mark.parametrize(("export", "given"), [("", None), ("ALL", None), ("NONE", ""), ("MODULES,ALL_OF_IT", "MODULES,ALL_OF_IT,")])
+def test_what_jobs_need_reaches_them_where_a_site_exports_nothing(monkeypatch: pytest.MonkeyPatch, export: str, given: str | None) -> None:
+    monkeypatch.setenv("SBATCH_EXPORT", export)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://s3")
+    words = slurm_submit._exports()
+    if given is None:
+        assert words == []
+        return
+    names = words[0].removeprefix("--export=").split(",")
+    assert words[0].startswith(f"--export={given}") and {"PATH", "S3_ENDPOINT_URL", "LAUNCHER_HOME", "LAUNCHER_RETRIES"} <= set(names)
+    assert "export SLURM_EXPORT_ENV=ALL" in (ROOT / "infra/slurm/job.sh").read_text(), "srun would keep them from its tasks"
 
 
 # What python does in the next tests: as the launcher, it writes what it was given and ends with $END; as the verdict, with $VERDICT.
@@ -166,6 +211,16 @@ def test_a_job_script_ends_as_the_verdict_says(tmp_path: Path, end: int, verdict
     blocked = int(next(line for line in said.splitlines() if "SigBlk" in line).split()[1], 16)
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         assert blocked & 1 << (number - 1), f"{number!r} could kill a launcher that has no handler yet"
+
+
+def test_a_run_folder_is_meant_where_it_was_named(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for number, (given, meant) in enumerate((("runs/mine", f"{tmp_path}/runs/mine"), ("tiny", "tiny"), ("s3://b/runs/mine", "s3://b/runs/mine"))):
+        folder = tmp_path / f"slurm-{number}"
+        process = batch(folder, given, "dalle_fit.lr=1", END="0", VERDICT="0", LAUNCHER_HOME=str(ROOT), SLURM_SUBMIT_DIR=str(tmp_path))
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+        assert f"python launcher.py dalle {meant} dalle_fit.lr=1" in (folder / "python").read_text()
 
 
 @pytest.mark.parametrize(

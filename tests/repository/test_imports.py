@@ -26,9 +26,9 @@ MAY_IMPORT = {
 HOMES = {
     "deepspeed": ("train/engines/zero/",),
     "apex": ("train/optimizer/apex_parts.py",),
-    "boto3": ("infra/s3_client.py", "infra/s3.py", "infra/s3_errors.py"),
+    "boto3": ("infra/s3_client.py", "infra/s3.py", "infra/s3_errors.py", "infra/s3_download.py"),
     "botocore": ("infra/s3_client.py", "infra/s3.py", "infra/s3_errors.py"),
-    "s3transfer": ("infra/s3.py", "infra/s3_errors.py"),
+    "s3transfer": ("infra/s3.py", "infra/s3_errors.py", "infra/s3_download.py"),
     "gcsfs": ("infra/cloud.py",),
     "adlfs": ("infra/cloud.py",),
     "streaming": ("data_pipeline/shards/shard_set.py", "data_pipeline/shards/part_writer.py", "data_pipeline/loading/shard_cache.py"),

@@ -101,11 +101,14 @@ def main(name: str, arguments: list[str]) -> int:
         print(f"JobId={arguments[2]} JobName=x\n   Requeue=1 Restarts={os.environ.get('JOB_RESTARTS', '0')} BatchFlag=1")
     if name == "squeue":
         wanted = next((word.removeprefix("--name=") for word in arguments if word.startswith("--name=")), "")
-        print(known.get(wanted, "") if wanted else os.environ.get("JOB_STATE", "RUNNING"), end="")
+        print(f"{known[wanted]} PENDING Resources" if wanted in known else "" if wanted else os.environ.get("JOB_STATE", "RUNNING"), end="")
     if name == "sbatch":
         if (folder / "refuse").exists():
             print("sbatch: error: invalid partition specified: gpu", file=sys.stderr)
             return 1
+        if "--test-only" in arguments:
+            print("sbatch: Job 7 to start at 2026-11-29T12:00:00 using 8 processors on nodes n1 in partition gpu", file=sys.stderr)
+            return 0
         job = next(word.removeprefix("--job-name=") for word in arguments if word.startswith("--job-name="))
         known[job] = str(1000 + len(known))
         queue.write_text(json.dumps(known))

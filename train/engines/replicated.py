@@ -27,6 +27,15 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
     ]
 
 
+WRITERS = 8
+"""Replicas that write a part of a checkpoint each: every one reads all parts as it restores, so that more would cost requests by the square of the ranks."""
+
+
+def writers_cut(world: World) -> tuple[int, int]:
+    """The part of each tensor that a rank writes, and into how many they are cut; the part after the last, which is empty, for ranks that write nothing."""
+    return min(world.rank, WRITERS), min(world.size, WRITERS)
+
+
 class ReplicatedEngine:
     """torch DDP with AdamW: every rank holds the whole model."""
 
@@ -104,7 +113,7 @@ class ReplicatedEngine:
             found[f"average/{name}"] = self.average.values[name]
             for moment in ("exp_avg", "exp_avg_sq"):
                 found[f"optimizer/{moment}/{name}"] = self.optimizer.state[parameter][moment]
-        cut = (0, 1) if to_load else (self.world.rank, self.world.size)
+        cut = (0, 1) if to_load else writers_cut(self.world)
         return {name: even_slice(tensor, *cut) for name, tensor in found.items()}
 
     def loaded(self, updates: int) -> None:

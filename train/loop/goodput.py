@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from infra import storage, stored
+from infra import ledger, stored
 from infra.errors import ExitCode
-from infra.run_records import Begin, RankRecord
+from infra.run_folder import RunFolder
+from infra.run_records import Begin, End
 from train.loop.metrics import newest_attempt_times
 
 NAMES = ("init", "data", "step", "evaluate", "save", "lost")
@@ -70,14 +71,16 @@ def lost_s(run_url: str, stage: str, step: int) -> float:
 
 def _crashed(run_url: str, stage: str, logged: float) -> float:
     """When the last rank of the newest attempt with records crashed; 0 if none did, or if it is not the attempt that logged until ``logged``."""
-    base = storage.join(run_url, "exits", stage)
-    names = [(folder, file) for folder, _, file in (name.partition("/") for name in storage.list_files(base))]
-    ended = [int(number) for folder, file in names if file.startswith("rank-") and (number := folder.removeprefix("attempt-")).isdecimal()]
-    if not ended:
-        return 0.0
-    newest = f"attempt-{max(ended)}"
-    begin = storage.join(base, newest, "begin.json")
-    if not storage.exists(begin) or stored.read(begin, Begin).get("time", 0.0) > logged:
-        return 0.0
-    records = [stored.read(storage.join(base, newest, file), RankRecord) for folder, file in names if folder == newest and file.startswith("rank-")]
-    return max((float(record["time"]) for record in records if record["code"] == ExitCode.CRASH), default=0.0)
+    run = RunFolder(run_url)
+    for number in reversed(run.attempts(stage)):
+        end = stored.read_if_there(run.attempt_url(stage, number, "end.json"), End)
+        if end is None:
+            records = run.records(stage, number)
+            end = ledger.ending(ExitCode.CRASH, "", records) | {"code": records[0]["code"]} if records else None
+        if end is None or (end["code"] == ExitCode.CRASH and not end.get("ended")):
+            continue  # it goes on, or its ranks were killed
+        begin = stored.read_if_there(run.attempt_url(stage, number, "begin.json"), Begin)
+        if begin is None or begin.get("time", 0.0) > logged:
+            return 0.0
+        return float(end.get("ended", 0.0))
+    return 0.0

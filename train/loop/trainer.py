@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,85 +23,23 @@ from train.engines.protocol import Engine, MeasuringEngine, Update
 from train.loop.goodput import Goodput, lost_s, process_age_s
 from train.loop.metrics import MetricsWriter, next_attempt, throughput
 from train.loop.plateau import Plateau
+from train.loop.task import Batch as Batch
+from train.loop.task import Loader as Loader
+from train.loop.task import Loss as Loss
+from train.loop.task import Task as Task
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
 from train.ranks.signal_vector import SignalVector
 from train.run import change_points
-from train.run.change_points import Curve
 from train.weights import checkpoint
 from train.weights.checkpointer import Checkpointer
 from train.weights.fragments import full_shape
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
 _PATIENCE = 6.0  # an evaluation or a save may take that many times as long as the watchdog's limit for a step
 RESTORE_PATIENCE = 20.0
 """So may reading a checkpoint or an export (three hours), and all that is tried before one is whole."""
-
-
-class Loader(Protocol):
-    """An endless stream of this rank's micro-batches, with a position that can be saved."""
-
-    def next(self) -> Batch:
-        """The next micro-batch: tensors by name, and the samples' ids under "ids"."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """The position in the stream, as JSON values: the same on all ranks, and valid on any number of them."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a position that ``state`` returned."""
-        ...
-
-
-@dataclass
-class Loss:
-    """One micro-batch's contribution."""
-
-    total: Tensor
-    """This rank's share of the global mean: shares sum to it over ranks and micro-batches."""
-    sums: dict[str, Tensor]
-    """Shares of the logged means, likewise."""
-
-
-class Task(Protocol):
-    """What differs between the models."""
-
-    metrics: tuple[str, ...]
-    """Names of the shares that ``loss`` returns."""
-    unit: str
-    """What throughput counts: images or tokens."""
-
-    curve: Curve | None
-    """The updates that the schedule of the step size spans; None: all of the section's."""
-
-    def schedule(self, step: int) -> dict[str, float]:
-        """Values scheduled at an update; must hold 'lr'."""
-        ...
-
-    def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
-        """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
-        ...
-
-    def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:
-        """This rank's share of one micro-batch's loss.
-
-        Args:
-            step: number of the update.
-            at: the values of ``schedule`` at that update.
-            denominators: what ``denominators`` returned for all micro-batches of the update.
-        """
-        ...
-
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
-        """Metrics on the validation split, equal on all ranks. Collective."""
-        ...
-
-    def units(self, batch: Batch) -> int:
-        """Units of one local micro-batch, for throughput."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +96,8 @@ class Trainer:
         self._bad, self._overflows, self._stall_s = 0, 0, 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
         self._changes: list[dict[str, Any]] = []
+        self._evaluation_owed = False
+        self.stop.phase("the restoring of a checkpoint")
         with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
             step = self._restore()
         lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
@@ -176,41 +115,64 @@ class Trainer:
         evaluation: dict[str, float] = {}
         owed = False
         progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
+        self.stop.phase("the first update, which compiles", patient=True)
+        if self._evaluation_owed and step < self.section.steps:
+            self._evaluate(step)
         while step < self.section.steps:
             started = time.perf_counter()
             agreed, logged = self._update(step, started)
+            self._has_begun(started)
             watchdog.beat(_PATIENCE)
             step += 1
             last = step == self.section.steps
             progress.update(step, loss=logged["train/loss"])
             if step % self.section.log_every == 0 or last:
                 self._writer.scalars(step, logged)
-            if step % self.section.eval_every == 0 or last:
-                with self._goodput.timing("evaluate"):
-                    evaluation = self.task.evaluate(self.engine, step, self._writer)
-                self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
             stopping = agreed["stop"] > 0
+            self._evaluation_owed = stopping and not last and step % self.section.eval_every == 0  # the next start makes it
+            if last or (step % self.section.eval_every == 0 and not stopping):
+                evaluation = self._evaluate(step)
             owed |= step % self.section.save_every == 0
             # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
             if (owed and not self._bad and not self._overflows) or last or stopping:
                 owed = False
-                with self._goodput.timing("save"):
-                    self._save(step, self._elapsed + time.perf_counter() - begun)
-                    if last or stopping:
-                        self._settle(step)
-                        self._saver.wait()
+                self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
             watchdog.beat()
             if stopping and not last:
                 self._account(step)
                 wait_for_all()  # no launcher may see a rank end while another still writes
                 raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
         progress.finish()
+        self.stop.phase("the end, after the last checkpoint")
         if not evaluation:  # killed between the last checkpoint and the stage's marker
-            evaluation = self.task.evaluate(self.engine, step, self._writer)
-            self._writer.scalars(step, {f"eval/{name}": value for name, value in evaluation.items()})
+            evaluation = self._evaluate(step)
         self._account(step)
         rate = throughput(self._units, self._update_s)
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
+
+    def _has_begun(self, started: float) -> None:
+        """After the first update there is something to save: a stop is heard at the end of an update from here on."""
+        if self.stop.name:
+            self.stop.orderly()
+            if self.world.is_main:
+                log.info("%s: the first update took %.1f s, compilation included", self.stage, time.perf_counter() - started)
+
+    def _save_now(self, step: int, elapsed_s: float, *, waits: bool) -> None:
+        with self._goodput.timing("save"):
+            self._save(step, elapsed_s)
+            if not waits:
+                return
+            self._settle(step)
+            self._saver.wait()
+        self._writer.scalars(step, {"perf/save_s": self._saver.seconds})
+        if self.world.is_main and self.stop:
+            log.info("%s: the checkpoint after update %d took %.1f s", self.stage, step, self._saver.seconds)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        with self._goodput.timing("evaluate"):
+            found = self.task.evaluate(self.engine, step, self._writer)
+        self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
+        return found
 
     def _account(self, step: int) -> None:
         """The last words of an attempt: where its time went."""
@@ -324,6 +286,7 @@ class Trainer:
         self._go_on(meta)
         self.loader.restore(meta["loader"])
         self._elapsed = meta["elapsed_s"]
+        self._evaluation_owed = bool(meta.get("evaluation_owed"))
         log.info("%s: resumed after update %d", self.stage, meta["step"])
         return int(meta["step"])
 
@@ -365,6 +328,8 @@ class Trainer:
     def _save(self, step: int, elapsed_s: float) -> None:
         facts = {"elapsed_s": elapsed_s, "shapes": self._shapes(), "updates": self.engine.updates, "loader": self.loader.state(), **self.meta}
         facts["bad_updates"] = self._counts
+        if self._evaluation_owed:
+            facts["evaluation_owed"] = True
         if self._changes:
             facts["changes"] = self._changes
         if self.engine.loss_scale is not None:
@@ -376,6 +341,8 @@ class Trainer:
         began = time.perf_counter()
         self._saver.save(step, self.engine.fragments(to_load=False), facts, ready=self.engine.average.wait)
         self._stall_s = time.perf_counter() - began
+        if self._saver.seconds:  # of the one before, which is written by now
+            self._writer.scalars(step, {"perf/save_s": self._saver.seconds})
         self._writer.flush()
 
     def _settle(self, step: int) -> float:

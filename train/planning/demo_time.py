@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from infra import scratch, storage
+from infra import ledger, scratch
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
 from train.config import DalleFit, DvaeFit, RunConfig
@@ -179,5 +179,4 @@ def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, f
 
 def _steps_done(run: RunFolder, name: str) -> int:
     """Updates of the newest complete checkpoint."""
-    files = storage.list_files(run.at(name, "checkpoints"))
-    return max((int(file.split("/")[0].removeprefix("step-")) for file in files if file.endswith("/meta.json")), default=0)
+    return max(0, ledger.newest_checkpoint(run, name))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import dataclass
 
 from infra import k8s_submit, ledger, slurm_submit, storage
-from infra.errors import ConfigError, ExitCode, ReportedError
+from infra.commands import launcher
+from infra.errors import ConfigError, DataError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import lineage, places
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, TRAINED
 
 
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
@@ -44,16 +46,37 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     if not chain and places.finished(cfg, run, stage) and not STAGES[stage].repeats and not lineage.out_of_date(cfg, run, stage):
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return
-    ids: dict[str, str] = {}
+    ids = _queued_inputs(stage, cfg, run) if on == "slurm" and not chain else {}
     for name in lineage.waiting(cfg, run) if chain else [stage]:
-        spec = job_spec(name, cfg, run)
+        spec, record = job_spec(name, cfg, run), run.at("jobs", f"{name}.json")
         if on == "k8s":
             print(k8s_submit.submit(spec), end="")
+            storage.write_json(record, {"scheduler": "k8s", "job": spec.name, "submitted": time.time()})
             continue
-        ids[name], new = slurm_submit.submit(spec, [ids[need] for need in STAGES[name].needs if need in ids])
-        print(f"{name}: job {ids[name]}{'' if new else ' is in the queue already'}", flush=True)
+        ids[name], state = slurm_submit.submit(spec, record, [ids[need] for need in STAGES[name].needs if need in ids])
+        print(f"{name}: job {ids[name]}{f' is in the queue already ({state})' if state else ''}", flush=True)
     if on == "slurm":
         print(f"squeue --me; output in {slurm_submit.logs(spec)}; progress: python launcher.py status {shlex.quote(run.url)}")
+
+
+def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]:
+    """Jobs in SLURM's queue that make what a stage needs and what is not there yet.
+
+    Raises:
+        DataError: something is missing, and nothing makes it.
+    """
+    found = {}
+    for need in STAGES[stage].needs:
+        if places.finished(cfg, run, need):
+            continue
+        there = slurm_submit.queued(job_spec(need, cfg, run))
+        if there is None:
+            raise DataError(
+                f"{stage} needs what '{need}' makes, which has not finished and is in no queue: run '{launcher(need, run.url)}' first; --chain submits what "
+                "is missing too."
+            )
+        found[need] = there.job
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,19 +94,42 @@ def verdict(label: str, run: RunFolder, start: Start, retries: int) -> ledger.Ve
 
     Where the ledger has no attempt of this start (a wrong configuration, a node that fails its checks), srun's code decides.
     """
-    attempts = ledger.read(run, label)
-    if attempts and attempts[-1].run_id == f"{start.job}.{start.restart}":
-        ledger.close(run, label, attempts[-1])
-        return ledger.judge(attempts, ledger.newest_checkpoint(run, label), retries)
-    if f"{start.job}.{start.restart}" in {attempt.run_id for attempt in attempts}:
+    mine, trains = f"{start.job}.{start.restart}", label in TRAINED
+    saved = ledger.newest_checkpoint(run, label)
+    attempts = ledger.decisive(run, label, saved) if next((each.run_id for each in ledger.newest_first(run, label)), "") == mine else []
+    if attempts:
+        return ledger.judge(attempts, saved, retries, ledger.STOPS if trains else None)
+    newer = _begun_since(label, run, start)
+    if newer is not None:
+        return ledger.Verdict(ExitCode.REQUEUE, f"attempt {newer.number}, by job {newer.run_id}, has begun since: this one has lost the work")
+    if start.code == ExitCode.REQUEUE and trains and (idle := _starts_without_attempt(label, run, start)) > ledger.STOPS:
         return ledger.Verdict(
-            ExitCode.REQUEUE, f"attempt {attempts[-1].number}, by job {attempts[-1].run_id}, has begun since: this one has lost the work"
+            ExitCode.DIVERGED,
+            f"stopped {idle} times in a row before an attempt was begun: the time limit is not longer than the signal before it, or the machine is taken away",
         )
     if start.code in set(ExitCode) - {ExitCode.CRASH}:
         return ledger.Verdict(start.code, "ended before an attempt was begun: see the log")
     if start.restart < retries:
         return ledger.Verdict(ExitCode.REQUEUE, f"crashed before an attempt was begun (restart {start.restart}; {retries} are made)")
     return ledger.Verdict(ExitCode.DIVERGED, f"crashed before an attempt was begun, {start.restart} restarts in a row")
+
+
+def _starts_without_attempt(label: str, run: RunFolder, start: Start) -> int:
+    """Starts of a job up to this one, none of which has begun an attempt."""
+    newest = next((each for each in ledger.newest_first(run, label) if each.run_id.startswith(f"{start.job}.")), None)
+    return start.restart - (newest.restart if newest is not None else -1)
+
+
+def _begun_since(label: str, run: RunFolder, start: Start) -> ledger.Attempt | None:
+    """The newest attempt, if this start had begun one before it. Starts of a job follow one another: one looks no further back than to an older one."""
+    newest = None
+    for attempt in ledger.newest_first(run, label):
+        if attempt.run_id == f"{start.job}.{start.restart}":
+            return newest
+        if attempt.run_id.startswith(f"{start.job}.") and attempt.restart < start.restart:
+            return None
+        newest = newest or attempt
+    return None
 
 
 class Judged(ReportedError):

@@ -28,11 +28,14 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
     """
     key = f"{stage}_fit"
     fit: FitSection | None = getattr(cfg, key, None)
-    if fit is None or (fit.batch % (world.size * fit.accumulation) and not storage.exists(run.at(stage, "rows.json"))):
+    if fit is None:
         return cfg
     url = run.at(stage, "rows.json")
-    rows = stored.read(url, Rows)["rows"] if storage.exists(url) else fit.batch // (world.size * fit.accumulation)
-    if world.is_main and not storage.exists(url):
+    found = stored.read_if_there(url, Rows)
+    if found is None and fit.batch % (world.size * fit.accumulation):
+        return cfg
+    rows = fit.batch // (world.size * fit.accumulation) if found is None else int(found["rows"])
+    if world.is_main and found is None:
         storage.write_json(url, {"rows": rows, "ranks": world.size})
     count = accumulation(fit.batch, world.size, rows)
     if count is None or count == fit.accumulation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.shards.shard_set import MANIFEST
-from infra import storage
+from infra import storage, stored
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import places
@@ -19,7 +19,8 @@ def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
         ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
         *((n, run.at(n, "export", "config.json")) for n in TRAINED),
     ]:
-        found[name] = {str(storage.read_json(url)["content_hash"])} if storage.exists(url) else set()
+        marker = stored.read_if_there(url, stored.Identified)
+        found[name] = set() if marker is None else {str(marker["content_hash"])}
     return found
 
 

@@ -60,8 +60,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     model, weights = open_dvae(cfg, run, device, dtype)
     units = _units(cfg, run, weights, dtype)
     place = share.of(world)
+    stop.orderly()
     images = _write(cfg, model, units[place.rank :: place.size], device, stop, world)
     stop_together(stop, device, "encode")
+    stop.phase("the merging of the parts")  # which a next start does again
     if world.is_main:
         left = sum(not part_done(unit.url, unit.inputs) for unit in units) if share.count > 1 else 0
         if left:
@@ -94,7 +96,8 @@ def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device,
                 break
             if not part_done(unit.url, unit.inputs):
                 writer = PartWriter(unit.url, unit.inputs, cfg.data.shard_bytes)
-                _fill(writer, maker.codes(unit.images.read_part(unit.part), unit.crop), upload)
+                if not _fill(writer, maker.codes(unit.images.read_part(unit.part), unit.crop), upload, stop):
+                    break
                 upload = uploader.submit(_finish, writer)
                 images += unit.images.parts[unit.part]["count"]
             progress.update(done)
@@ -108,15 +111,18 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
 
-def _fill(writer: PartWriter, records: Iterable[CodeRecord], before: Future[None] | None) -> None:
-    """Add the records, and wait for the upload before: at most one part waits on the local disk."""
+def _fill(writer: PartWriter, records: Iterable[CodeRecord], before: Future[None] | None, stop: StopFlag) -> bool:
+    """Add the records, and wait for the upload before: at most one part waits on the local disk. False where a stop came: the part is begun anew later."""
     with ExitStack() as on_error:
         on_error.enter_context(writer)
         for record in records:
+            if stop:
+                return False
             writer.add(record)
         if before is not None:
             before.result()
         on_error.pop_all()
+    return True
 
 
 def _finish(writer: PartWriter) -> None:

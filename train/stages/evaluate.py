@@ -26,6 +26,7 @@ from train.stages.dalle_task import cross_entropies
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Measure, and let the main rank write the figures."""
     started = time.monotonic()
+    stop.phase("the evaluation")
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))

@@ -91,6 +91,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     share = Share.from_env()
     place = share.of(world)
     mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]
+    stop.orderly()
     _draw(task, mine, world, stop)
     _search(task, mine, training, world, stop)
     learned = generate_learned.plan(run, [prompt.caption for prompt in task.wanted], task.settings, models.lineage, cfg.generate.checkpoints)
@@ -98,6 +99,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         if not stop:
             learned.draw(drawing, step)
     stop_together(stop, device, "generate")
+    stop.phase("the merging of the pictures")  # which a next start does again
     if world.is_main:
         left = sum(not task.is_finished(index) for index in range(len(task.wanted))) if share.count > 1 else 0
         if left:
@@ -138,7 +140,9 @@ def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> Non
         if stop:
             break
         if not storage.exists(task.drawn_url(index)):
+            stop.phase("the drawing of a caption")  # finished ones are kept
             _draw_one(task, index)
+            stop.orderly()
         progress.update(done)
     progress.finish()
 

@@ -34,9 +34,11 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
     where, plan = places.images(cfg, run), plan_of(cfg)
     check(plan, where)
+    stop.orderly()
     parts.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
     progress.finish()
     stop_together(stop, device, "prepare")
+    stop.phase("the merging of the parts")  # which a next start does again
     if world.is_main:
         left = len(state(plan, where).open) if share.count > 1 else 0
         if left:

@@ -14,5 +14,6 @@ from train.report.page import build
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Write report.html and mark the stage done."""
     started = time.monotonic()
+    stop.phase("the writing of the report")
     url = build(run.url)
     run.finish("report", seconds=time.monotonic() - started, world_size=1, summary={"report": url})

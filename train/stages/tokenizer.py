@@ -16,6 +16,7 @@ from train.run.inputs import open_images
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Train the tokenizer unless it is there for the same captions, and mark the stage done."""
     started = time.monotonic()
+    stop.phase("the tokenizer's training")
     places.require(run, "prepare")
     training = open_images(cfg, run, "train")
     summary = tokenizer.run(cfg.tokenizer, training, places.tokenizer(cfg, run), producer())

@@ -44,7 +44,12 @@ def main(preset: str, overrides: list[str]) -> None:
         UnfitNode: a floor was missed; the node to exclude is named.
         DataError: the node is fit, but inputs of the run do not belong together.
     """
-    checks: dict[str, Check] = {"machine": machine, "all-reduce": lambda: [all_reduce()], "apex": lambda: [apex()]}
+    checks: dict[str, Check] = {
+        "machine": machine,
+        "all-reduce": lambda: [all_reduce()],
+        "apex": lambda: [apex()],
+        "host name": node_checks.host_name,
+    }
     url = ""
     if preset:
         from train.config import load_run
@@ -53,6 +58,7 @@ def main(preset: str, overrides: list[str]) -> None:
         run = RunFolder(storage.join(cfg.run.root, cfg.run.name))
         url = run.url
         checks |= {"storage": lambda: node_checks.run_storage(run.url), "lineage": lambda: lineage(cfg, run)}
+        checks["KillWait"] = lambda: node_checks.kill_wait(_saves(run))
         if job.nodes > 1:
             checks["versions"] = lambda: [same_versions(run, job)]
     findings = gathered(checks)
@@ -150,6 +156,15 @@ def apex() -> Finding:
     return Finding("apex", True, "; ".join(f"{name}: {found}" for name, found in parts.items()))
 
 
+def _saves(run: RunFolder) -> dict[str, float]:
+    """Stage -> seconds that its last checkpoint took."""
+    from train.loop.metrics import read_metrics
+    from train.run.stage_table import TRAINED
+
+    found = {stage: read_metrics(run.url, stage).get("perf/save_s", []) for stage in TRAINED}
+    return {stage: points[-1].value for stage, points in found.items() if points}
+
+
 def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:
     """Whether what every finished stage was made from is what the run has now; nothing to say where nothing is finished."""
     from train.verbs.doctor_lineage import checked
@@ -164,19 +179,27 @@ def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:
 def same_versions(run: RunFolder, job: Job) -> Finding:
     """Whether the nodes that have come so far run the same code and libraries, this one among them. Nobody waits: of two that differ, the later one sees it.
 
-    Every node writes what it has below ``preflight/`` in the run folder. Those that differ from most are the ones to leave out.
+    Every node writes what it has below ``preflight/`` in the run folder, in a folder named by its digest: where all have the same, the names of the files say so,
+    and none is read. Those that differ from most are the ones to leave out.
     """
-    place = run.at("preflight", job.run_id)
-    storage.write_json(storage.join(place, f"node-{job.node}.json"), {"node": node_checks.node_name(), "producer": producer()})
-    nodes = [stored.read(storage.join(place, name), NodeVersions) for name in storage.list_files(place)]
+    place, mine = run.at("preflight", job.run_id), json.dumps(producer(), sort_keys=True)
+    own = f"{hashlib.sha256(mine.encode()).hexdigest()[:12]}/node-{job.node:05d}.json"
+    storage.write_json(storage.join(place, own), {"node": node_checks.node_name(), "producer": producer()})
     groups: dict[str, list[str]] = {}
-    for entry in nodes:  # in the order of nodes' names of files: among groups of one size the first counts
-        groups.setdefault(json.dumps(entry["producer"], sort_keys=True), []).append(str(entry["node"]))
-    usual = max(groups, key=lambda producer: len(groups[producer]))
-    odd = [(name, json.loads(producer)) for producer, names in groups.items() if producer != usual for name in names]
+    names = sorted(storage.list_files(place), key=lambda name: name.rpartition("/")[2])  # among groups of one size the first node's counts
+    for name in names:
+        groups.setdefault(name.partition("/")[0], []).append(name)
+    usual = max(groups, key=lambda group: len(groups[group]))
+    odd = [stored.read(storage.join(place, name), NodeVersions) for group in groups if group != usual for name in groups[group]]
     if not odd:
-        return Finding("versions", True, f"{hashlib.sha256(usual.encode()).hexdigest()[:12]} on {len(nodes)} of {job.nodes} nodes so far", "equal")
-    words = "; ".join(f"{name}: {', '.join(differences(json.loads(usual), producer))}" for name, producer in odd)
+        return Finding("versions", True, f"{usual} on {len(names)} of {job.nodes} nodes so far", "equal")
+    like = stored.read(storage.join(place, groups[usual][0]), NodeVersions)["producer"]
+    words = "; ".join(f"{each['node']}: {', '.join(differences(like, each['producer']))}" for each in odd)
     return Finding(
-        "versions", False, f"other than on most nodes: {words}", "equal", "install the same environment on all nodes", tuple(name for name, _ in odd)
+        "versions",
+        False,
+        f"other than on most nodes: {words}",
+        "equal",
+        "install the same environment on all nodes",
+        tuple(str(each["node"]) for each in odd),
     )

@@ -7,7 +7,7 @@ from typing import get_args
 
 from infra.errors import ConfigError, UsageError
 from train.config import load_run
-from train.planning import estimate, network, states
+from train.planning import estimate, network, requests, states
 from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
 from train.planning.hardware import Gpu, named
@@ -42,6 +42,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
+    print("\n".join(requests.lines(own.cluster.nodes, own.cluster.gpus, cfg.dalle_fit.keep)))
     if price:
         hours = estimate.bill(own, figures, tokens or None).gpu_hours
         print(

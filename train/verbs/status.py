@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from infra import storage
+from infra import exit_records, storage, stored
 from infra.commands import launcher
 from infra.errors import DataError, ExitCode
 from infra.progress import table
 from infra.run_folder import RunFolder
+from infra.run_records import End
 from train.config import FitSection, RunConfig, load_run
 from train.loop.metrics import read_metrics
 from train.run import change_points, lineage, places
 from train.run.stage_table import STAGES, TRAINED
-
-_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 
 
 def main(url: str) -> None:
@@ -58,7 +56,7 @@ def _state(cfg: RunConfig, run: RunFolder, name: str, begun: bool) -> str:
 
 def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
     done = run.done(name)
-    attempts = sorted({int(found[1]) for file in storage.list_files(run.at("exits", name)) if (found := _ATTEMPT.match(file))})
+    attempts = run.attempts(name)
     section: FitSection | None = getattr(cfg, f"{name}_fit", None)
     steps = ""
     if section is not None:
@@ -75,7 +73,9 @@ def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
 
 
 def _last_end(run: RunFolder, name: str, attempt: int) -> str:
-    base = run.at("exits", name, f"attempt-{attempt}")
-    ranks = len([file for file in storage.list_files(base) if file.startswith("rank-")])
-    code, reason = run.root_cause(name, attempt, ranks)
-    return f"{ExitCode(code).name}: {reason}"[:100] if ranks else "running, or killed"
+    end = stored.read_if_there(run.attempt_url(name, attempt, "end.json"), End)
+    records = [] if end is not None else run.records(name, attempt)
+    if end is None and not records:
+        return "running, or killed"
+    code, reason = exit_records.root_cause(records, len(records)) if end is None else (end["code"], end["reason"])
+    return f"{ExitCode(code).name}: {reason}"[:100]

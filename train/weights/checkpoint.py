@@ -36,7 +36,7 @@ from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, eve
 log = logging.getLogger(__name__)
 
 META = "meta.json"
-_COMPLETE = re.compile(r"step-([0-9]{1,15})/meta\.json")
+_STEP = re.compile(r"step-([0-9]{1,15})/")
 _DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 """What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
 
@@ -132,8 +132,8 @@ def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[
 
 def complete(stage_url: str) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    names = storage.list_files(storage.join(stage_url, "checkpoints"))
-    return sorted(int(found[1]) for name in names if (found := _COMPLETE.fullmatch(name)))
+    steps = [int(found[1]) for name in storage.list_level(storage.join(stage_url, "checkpoints")) if (found := _STEP.fullmatch(name))]
+    return sorted(step for step in steps if storage.exists(storage.join(folder(stage_url, step), META)))
 
 
 def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
@@ -183,14 +183,21 @@ def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: 
 
 
 def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
-    """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective."""
-    meta: dict[str, Any] = {}
-    reader, error = Reader(url, ""), None
+    """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective. One rank reads the facts."""
+    known: list[Any] = [{}, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            known[0] = read_meta(url)
+        except Exception as failure:  # whatever it is, all ranks must hear of it
+            known[1] = _judged(url, failure)
+    if dist.is_initialized():
+        dist.broadcast_object_list(known, group=patient_group())
+    if known[1] is not None:
+        raise known[1]
+    reader, error = Reader(url, known[0].get("index", "")), None
     try:
-        meta = read_meta(url)
-        reader = Reader(url, meta["index"])
         reader.read_metadata()
-    except Exception as failure:  # whatever it is, all ranks must hear of it
+    except Exception as failure:
         error = _judged(url, failure)
     errors = [error]
     if dist.is_initialized():
@@ -199,7 +206,7 @@ def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
     for first in errors:
         if first is not None:
             raise first
-    return meta, reader
+    return known[0], reader
 
 
 def _judged(url: str, error: BaseException) -> BaseException:

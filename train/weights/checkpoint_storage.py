@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import storage, streamed_upload
+from infra import node_folder, storage, streamed_upload, strict_json
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 from infra.stored import Count, Sha256, Stored, check
@@ -204,7 +204,8 @@ class Reader(StorageReader):
         """Torch's metadata from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
         if self._metadata is not None:
             return self._metadata
-        index = storage.read_json(storage.join(self.url, INDEX))
+        place = storage.join(self.url, INDEX)
+        index = storage.parse_json(place, node_folder.read_once(place, strict_json.MAX_BYTES))
         if digest(index) != self.index_digest:
             raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
         check(index, Index, storage.join(self.url, INDEX))

@@ -41,6 +41,8 @@ class Checkpointer:
         self._staged: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
+        self.seconds = 0.0
+        """How long the last write took, from its copies to its marker."""
 
     def save(self, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], *, ready: Callable[[], None] | None = None) -> float:
         """Start to copy and write a checkpoint, and return the seconds for which the caller had to wait: for the rest of the previous write, if it is not done.
@@ -107,10 +109,12 @@ class Checkpointer:
             self._copied.record(self._stream)
 
     def _write(self, staging: Future[None], step: int, fragments: dict[str, Fragment], meta: dict[str, Any]) -> None:
+        began = time.perf_counter()
         staging.result()
         if self._copied is not None:
             self._copied.synchronize()
         checkpoint.save(self.stage_url, step, fragments, meta, self.world, self.keep, self.keep_every, group=self._group)
+        self.seconds = time.perf_counter() - began
 
 
 def _stage(pairs: list[tuple[Tensor, Tensor]], ready: Callable[[], None] | None) -> None:

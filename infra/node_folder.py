@@ -1,0 +1,88 @@
+"""A folder on this node, from a launcher to its ranks, as long as an attempt lasts: what they would otherwise all send to, or all fetch from, the storage.
+
+Ranks leave there how they ended, where that needs nobody's attention, and their launcher writes one summary of them; of files of the run that do not change
+while an attempt lasts, the first rank that asks fetches, and the others wait for its copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from infra import environment, errors, scratch, storage
+from infra.errors import ReportedError
+
+_VARIABLE = "LAUNCHER_NODE_FOLDER"
+_EXIT = "exit-"
+
+
+@contextmanager
+def shared() -> Iterator[Path]:
+    """Make such a folder for this process and its children."""
+    with scratch.folder("node-") as folder:
+        os.environ[_VARIABLE] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ[_VARIABLE]
+
+
+def leave_exit(record: dict[str, Any]) -> bool:
+    """Leave a rank's record for its launcher to sum up; whether there is a launcher that does."""
+    folder = environment.text(_VARIABLE)
+    if not folder:
+        return False
+    try:
+        storage.write_json(storage.join(folder, f"{_EXIT}{record['rank']}.json"), record)
+    except ReportedError:  # no room on this node
+        return False
+    return True
+
+
+def exits(folder: Path) -> list[dict[str, Any]]:
+    """Records that were left, by rank."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{_EXIT}*.json")]
+    return sorted(found, key=lambda record: int(record["rank"]))
+
+
+def read_once(url: str, most: int) -> bytes:
+    """A file of at most ``most`` bytes, fetched once for all ranks of this node if it lies on S3. It must not change while the attempt lasts.
+
+    Raises:
+        ReportedError: what the first rank met who asked; the others meet the same, and do not ask again.
+    """
+    if not storage.is_remote(url):
+        return storage.read_at_most(url, most)
+    found = once(f"read-{url}", lambda: _fetched(url, most))
+    if found[:1] == b"E":
+        name, message = json.loads(found[1:])
+        raise getattr(errors, name)(message)
+    return found[1:]
+
+
+def once(name: str, produce: Callable[[], bytes]) -> bytes:
+    """What the first process of this node that asks produces, for all of them; the others wait for it. Where nobody shares a folder, each produces it."""
+    folder = environment.text(_VARIABLE)
+    if not folder:
+        return produce()
+    with Path(folder, f"once-{hashlib.sha256(name.encode()).hexdigest()}").open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        found = file.read()
+        if not found:
+            found = b"+" + produce()
+            file.write(found)
+    return found[1:]
+
+
+def _fetched(url: str, most: int) -> bytes:
+    try:
+        return b"D" + storage.read_at_most(url, most)
+    except ReportedError as error:
+        return b"E" + json.dumps([type(error).__name__, str(error)]).encode()

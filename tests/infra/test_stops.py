@@ -1,0 +1,167 @@
+"""A stop signal where a process has nothing to lose, and what others make of it. A few seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from infra import logs, lost_peer, node_checks, signals
+from infra.errors import ExitCode, StopRequested
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from tests.support.root import ROOT
+from train import launch
+from train.config import load_run
+from train.run.stage_table import STAGES, Stage
+
+
+def test_a_stop_ends_what_has_nothing_to_lose_at_once_and_sets_a_flag_where_work_is_under_way() -> None:
+    stop = StopFlag()
+    stop.handle(signal.SIGTERM, None)
+    assert stop and stop.received == signal.SIGTERM
+    with pytest.raises(StopRequested, match="stopped by SIGTERM during the evaluation; nothing was lost"):
+        stop.phase("the evaluation")
+    stop.handle(signal.SIGUSR2, None)  # once: what cleans up is not struck again
+    stop = StopFlag()
+    stop.phase("the restoring of a checkpoint")
+    with pytest.raises(StopRequested, match="stopped by SIGUSR2 during the restoring of a checkpoint") as caught:
+        stop.handle(signal.SIGUSR2, None)
+    assert caught.value.at_once and caught.value.exit_code == ExitCode.REQUEUE and 0 <= stop.latency_s() < 60
+    stop = StopFlag()
+    stop.phase("the start")
+    stop.orderly()
+    stop.handle(signal.SIGUSR2, None)
+    assert stop.received == signal.SIGUSR2
+
+
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[StopFlag], None], world: World, stop: StopFlag) -> tuple[int, str]:
+    """How a rank ends whose stage does this."""
+
+    class Made(Stage):
+        def function(self) -> Callable[..., None]:  # type: ignore[override]
+            return lambda cfg, run, world, stop: work(stop)
+
+    monkeypatch.setitem(STAGES, "dvae", Made("", "", "", trains=True))
+    run = RunFolder(str(tmp_path))
+    attempt = run.begin_attempt("dvae", size=world.size)
+    code = launch._guarded("dvae", load_run("tiny", []), run, world, stop, attempt)
+    (record,) = [each for each in run.records("dvae", attempt) if each["rank"] == world.rank]
+    assert record["code"] == code
+    return code, str(record["reason"])
+
+
+def test_a_rank_that_is_stopped_in_a_phase_ends_with_75_and_says_in_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = signals.install()
+
+    def work(stop: StopFlag) -> None:
+        stop.phase("the restoring of a checkpoint")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    caplog.set_level(logging.INFO)
+    found = ended(tmp_path, monkeypatch, work, World.single(), stop)
+    assert found == (75, "stopped by SIGTERM during the restoring of a checkpoint; nothing was lost.")
+    assert "dvae: ended 0.0 s after SIGTERM" in caplog.text
+
+
+@pytest.mark.parametrize(("stopped", "peers", "expected"), [(True, None, 75), (False, 75, 75), (False, None, 1), (False, 65, 1)])
+def test_who_loses_a_peer_that_was_stopped_has_not_crashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool, peers: int | None, expected: int
+) -> None:
+    """Its own signal comes a moment later, or only one node is told to go."""
+    monkeypatch.setattr(launch, "why_peer_ended", partial(lost_peer.why_peer_ended, wait_s=0.1))
+    stop = StopFlag()
+
+    def work(stop: StopFlag) -> None:
+        stop.phase("the start")
+        if stopped:
+            stop.received = signal.SIGTERM
+        if peers is not None:
+            RunFolder(str(tmp_path)).record_exit("dvae", 0, 1, peers, "said why", alone=True)
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+    code, reason = ended(tmp_path, monkeypatch, work, World(0, 2, 0, 2), stop)
+    assert code == expected, reason
+    words = {
+        (True, None): "as the ranks that it waited for",
+        (False, 75): "ended after a stop of rank 1: said why",
+        (False, 65): "ended after rank 1: said why",
+    }
+    assert words.get((stopped, peers), "another rank is gone (RuntimeError: Connection closed by peer") in reason
+
+
+_DEAF = """
+import os, sys, threading
+sys.path.insert(0, {root!r})
+from datetime import timedelta
+from infra import signals
+stop = signals.install()
+def end(reason):
+    print(reason, flush=True)
+    os._exit(75)
+from torch.distributed import TCPStore
+with stop.watched(end, 0.2):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    {phase}
+    threading.Timer(0.5, lambda: print("up", flush=True)).start()  # once the main thread is in there
+    store.wait(["what a rank that has ended would have said"], timedelta(seconds=4))
+"""
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_rank_that_waits_in_a_library_for_one_that_was_stopped_is_ended_if_it_has_nothing_to_lose(idle: bool) -> None:
+    words = _DEAF.format(root=str(ROOT), phase='stop.phase("the start")' if idle else "stop.orderly()")
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    if idle:
+        assert (process.returncode, output) == (75, "stopped by SIGTERM during the start; nothing was lost.\n")
+    else:
+        assert (process.returncode, output) == (1, ""), "work under way is not left; the store's own time-out came"
+
+
+def test_lines_of_a_job_have_their_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("infra", logging.WARNING, "", 0, "a line", None, None)
+    record.created = 1_790_000_000.0
+    for name in ("LAUNCHER_JOB", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert logs._Lines().format(record) == "a line"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert logs._Lines().format(record) == "2026-09-21T14:13:20Z a line"
+
+
+@pytest.mark.parametrize(
+    ("saves", "found"),
+    [({}, "30 s"), ({"dvae": 20.0}, "30 s"), ({"dvae": 2.0, "dalle": 41.0}, "WARNING: 30 s, and the last save of 'dalle' took 41 s")],
+)
+def test_the_doctor_warns_where_killwait_is_shorter_than_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: dict[str, float], found: str
+) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'KillOnBadExit = 0'\necho 'KillWait                = 30 sec'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (said,) = node_checks.kill_wait(saves)
+    assert said.ok and said.found.startswith(found) and ("scancel --signal=USR2" in said.found) == found.startswith("WARNING")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert node_checks.kill_wait(saves) == []
+
+
+def test_the_doctor_says_where_a_hosts_name_leads_to_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(node_checks.interfaces, "is_loopback", lambda name: True)
+    (said,) = node_checks.host_name()
+    assert said.ok and "leads to the loopback or nowhere: a job takes the interface by which node 0 is reached" in said.found
+    monkeypatch.setattr(node_checks.interfaces, "is_loopback", lambda name: False)
+    assert node_checks.host_name() == []

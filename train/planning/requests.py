@@ -1,0 +1,83 @@
+"""Requests that a training job sends to S3, by the numbers of its nodes and ranks: what tests/infra/test_requests.py counts at a proxy, for any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of one moment, over all nodes."""
+
+    get: int = 0
+    put: int = 0
+    list: int = 0
+    head: int = 0
+    delete: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.get + self.put + self.list + self.head + self.delete
+
+
+_PAGE = 1000
+"""Names that one answer to LIST holds."""
+
+
+def pages(names: int) -> int:
+    """Answers that a listing takes."""
+    return max(1, -(-names // _PAGE))
+
+
+def begin(nodes: int) -> Requests:
+    """The ledger at a start, by node 0: the attempts, the checkpoint that was there, begin.json; and each node's versions, written and listed."""
+    several = nodes if nodes > 1 else 0
+    return Requests(put=1 + several, list=2 + several * pages(nodes), head=1)
+
+
+def end(nodes: int, faults: int = 0) -> Requests:
+    """The ledger at an end: a summary of each node, a record of each rank that ended by fault, all read by node 0, which writes what follows."""
+    return Requests(get=nodes + faults, put=nodes + faults + 1, list=pages(nodes + faults + 2))
+
+
+def restart(nodes: int, faults: int = 1) -> Requests:
+    """What a scheduler's restart looks at of an attempt that nobody closed, before ``begin``."""
+    return Requests(get=nodes + faults + 2, put=1, list=1 + pages(nodes + faults + 1))
+
+
+def save(nodes: int, ranks: int, kept: int) -> Requests:
+    """A checkpoint: a file of each rank that writes (all that share a model; of replicas WRITERS), index and marker; whether the lease still holds, twice, where
+    there is one; those kept, of which one goes.
+
+    Args:
+        ranks: of each node, that write.
+        kept: complete checkpoints that stay.
+    """
+    files = nodes * ranks + 2
+    return Requests(put=files, list=3 + pages(files), head=kept + 2, delete=1 + pages(files))
+
+
+def restore(nodes: int, ranks: int, kept: int, files: int = 1) -> Requests:
+    """The newest checkpoint: its marker once, its index once a node, and for each rank at least one range of each file that it reads from.
+
+    Args:
+        ranks: of each node.
+        files: one where each rank reads what it wrote; of replicas, which read all, as many as write.
+    """
+    return Requests(get=1 + nodes + nodes * ranks * files, list=1, head=kept)
+
+
+def lines(nodes: int, ranks: int, keep: int) -> list[str]:
+    """What a plan says of it."""
+    moments = {
+        "start": begin(nodes),
+        "restart": restart(nodes),
+        "restore": restore(nodes, ranks, keep),
+        "save": save(nodes, ranks, keep),
+        "end": end(nodes),
+    }
+    words = "; ".join(f"{name} {found.total:,}" for name, found in moments.items())
+    polled = pages(nodes + 2)
+    return [
+        f"requests to S3       {words}; none in an update, 0.2 a second of the lease, {2 * polled} a second of node 0 while it waits for the others' ends"
+    ]

@@ -11,14 +11,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import sdpa
 from model.config import StreamShape, TransformerConfig
 from model.masks import Kind, dense_mask, layer_kinds
 from model.offsets import MaskRules, lines_before, mask_kind
-
-# On CUDA the fallback of scaled_dot_product_attention would write all scores to memory: without a kernel that does not, it is an error.
-_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class Attend(Protocol):
@@ -38,11 +35,7 @@ class DenseAttention(nn.Module):
             self.register_buffer(f"mask_{kind}", dense_mask(kind, shape, cfg), persistent=False)
 
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
-        mask_SS = getattr(self, f"mask_{kind}")
-        if q_BHSK.is_cuda:
-            with sdpa_kernel(_FUSED):
-                return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
-        return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
+        return sdpa.attention(q_BHSK, k_BHSK, v_BHSK, mask=getattr(self, f"mask_{kind}"), fused=True)
 
 
 class StructuredAttention(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import sdpa
 from model.config import ClipConfig
 
 _MAX_LOG_SCALE = math.log(100.0)
@@ -36,7 +37,7 @@ class Block(nn.Module):
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None = None) -> Tensor:
         """States [B, S, D] to states [B, S, D]."""
         q_BHSK, k_BHSK, v_BHSK = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm_1(x_BSD)).chunk(3, dim=2))
-        out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_B11S)
+        out_BHSK = sdpa.attention(q_BHSK, k_BHSK, v_BHSK, mask=mask_B11S)
         x_BSD = x_BSD + self.post(out_BHSK.transpose(1, 2).flatten(2))
         y_BSD: Tensor = self.mlp_2(F.gelu(self.mlp_1(self.norm_2(x_BSD))))
         return x_BSD + y_BSD

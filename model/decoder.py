@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import sdpa
 from model.config import StreamShape, TransformerConfig
 from model.draw_cache import PastCache, Window, cache_places
 from model.offsets import Kind, layer_kinds, mask_kind
@@ -160,7 +161,7 @@ class Drawer:
             def attend(qkv_RE: Tensor, kept: list[tuple[Tensor, Tensor]] = kept) -> Tensor:
                 q_CHTK, k_CHTK, v_CHTK = self._heads(qkv_RE, text)
                 kept.append((k_CHTK.contiguous(), v_CHTK.contiguous()))
-                return F.scaled_dot_product_attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True).transpose(1, 2).reshape(len(qkv_RE), -1)
+                return sdpa.attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True).transpose(1, 2).reshape(len(qkv_RE), -1)
 
             for layer in weights.layers:
                 x_RD = weights.run_layer(layer, x_RD, attend)

@@ -42,12 +42,14 @@ class PastCache:
         width = cfg.width // cfg.heads
         self.keys_BHRK = torch.zeros(pictures, cfg.heads, self.places, width, dtype=dtype, device=device)
         self.values_BHRK = torch.zeros_like(self.keys_BHRK)
-        self.is_allowed_I = torch.zeros(shape.image_tokens, dtype=torch.bool, device=device)
+        # Made on the CPU: on a GPU, the host would wait for all that was asked of it before.
+        allowed_I = torch.zeros(shape.image_tokens, dtype=torch.bool)
+        allowed_I[list(offsets)] = True
+        self.is_allowed_I = allowed_I.to(device, non_blocking=True)
         """By distance."""
-        self.is_allowed_I[list(offsets)] = True
-        back_RR = 1 + (torch.arange(self.places, device=device)[:, None] - 1 - torch.arange(self.places, device=device)) % max(1, self.places)
-        ring_RR = self.is_allowed_I[back_RR.clamp(max=shape.image_tokens - 1)]
-        self.ring_RR = None if mask_kind(kind).is_transposed or bool(ring_RR.all()) else ring_RR
+        back_RR = 1 + (torch.arange(self.places)[:, None] - 1 - torch.arange(self.places)) % max(1, self.places)
+        ring_RR = allowed_I[back_RR.clamp(max=shape.image_tokens - 1)]
+        self.ring_RR = None if mask_kind(kind).is_transposed or bool(ring_RR.all()) else ring_RR.to(device, non_blocking=True)
         """Whether a state at place r of the ring sees each place of the full ring; None where it sees all."""
 
     def place(self, states: Tensor) -> Tensor:
@@ -92,12 +94,16 @@ class PastCache:
 
     def keep(self, window: Window, counts_B: Tensor, k_BHQK: Tensor, v_BHQK: Tensor) -> None:
         """Keep the first ``counts_B`` states of a window; of those that share a place of a ring, the last."""
-        step_Q = torch.arange(window.length, device=counts_B.device)
-        is_kept_BQ = (step_Q < counts_B[:, None]) & (step_Q >= counts_B[:, None] - self.places)
-        picture, step = is_kept_BQ.nonzero(as_tuple=True)
-        at = self.place(window.first_B[picture] + step)
-        self.keys_BHRK[picture, :, at] = k_BHQK[picture, :, step]
-        self.values_BHRK[picture, :, at] = v_BHQK[picture, :, step]
+        if not self.places:
+            return
+        # A state that is not kept repeats one that is: to leave it out, the host would have to wait for how many there are. A picture that is finished keeps
+        # what it never reads.
+        last_B1 = (counts_B[:, None] - 1).clamp(min=0)
+        step_BQ = torch.arange(window.length, device=counts_B.device).maximum(last_B1 - self.places + 1).minimum(last_B1)
+        at_BQ = self.place(window.first_B[:, None] + step_BQ).clamp(max=self.places - 1)
+        picture_B1 = torch.arange(len(at_BQ), device=at_BQ.device)[:, None]
+        for kept_BHRK, new_BHQK in ((self.keys_BHRK, k_BHQK), (self.values_BHRK, v_BHQK)):
+            kept_BHRK[picture_B1, :, at_BQ] = new_BHQK[picture_B1, :, step_BQ]
 
 
 def cache_places(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:

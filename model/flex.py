@@ -45,15 +45,18 @@ class FlexAttention(nn.Module):
     Kinds that are laid out transposed run on transposed image states, so that their blocks are dense. On a CPU it has no backward pass.
     """
 
-    def __init__(self, cfg: TransformerConfig, shape: StreamShape, *, block: int = BLOCK, compiled: bool = True) -> None:
+    def __init__(
+        self, cfg: TransformerConfig, shape: StreamShape, *, block: int = BLOCK, compiled: bool = True, kernel: Callable[..., Any] = flex_attention
+    ) -> None:
         """
         Args:
             compiled: False runs FlexAttention's own unfused reference, which writes all scores to memory: for tests on a CPU.
+            kernel: called as ``flex_attention``, of which it takes the place: for tests without a GPU, whose driver that one asks.
         """
         super().__init__()
         self.cfg, self.shape, self.block = cfg, shape, block
         # fullgraph: beyond its limit of recompilations torch would otherwise go on uncompiled, without a word.
-        self._flex: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True) if compiled else flex_attention
+        self._flex: Callable[..., Any] = torch.compile(kernel, fullgraph=True) if compiled else kernel
         self._masks: dict[tuple[Kind, torch.device], BlockMask] = {}
         self.order_S: Tensor
         image_I = torch.arange(shape.image_tokens)

@@ -115,7 +115,7 @@ def sample(
     if rule.guidance != 1:
         texts.append(Texts(torch.zeros_like(text_CT[:1]), torch.zeros_like(lengths_C[:1]), pictures))
     drawer = Drawer(weights, texts)
-    run = _Run(drawer, rule, torch.tensor(seeds, dtype=torch.int64, device=device), prefix_BP, window)
+    run = _Run(drawer, rule, torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True), prefix_BP, window)
     while not run.is_done:
         run.step()
         if after_pass is not None:
@@ -201,9 +201,9 @@ class _Run:
         is_same_BQ = (self.codes_BI.gather(1, at_BQ) == drawn_BQ) & (states_BQ < self.total)
         right_B = is_same_BQ[:, :-1].long().cumprod(1).sum(1)
         count_B = (right_B + 1).minimum(self.total - window.first_B)
-        is_inside_BQ = states_BQ < self.total
-        rows_B, steps = is_inside_BQ.nonzero(as_tuple=True)
-        self.codes_BI[rows_B, states_BQ[rows_B, steps]] = drawn_BQ[rows_B, steps]
+        step_BI = torch.arange(self.total, device=at_BQ.device) - window.first_B[:, None]
+        is_new_BI = (step_BI >= 0) & (step_BI < self.window)
+        self.codes_BI = torch.where(is_new_BI, drawn_BQ.gather(1, step_BI.clamp(0, self.window - 1)), self.codes_BI)
         self.drawer.keep(self._repeated(count_B))
         self._drafted_B = (window.first_B + self.window).clamp(max=self.total)
         self.known_B = self.known_B + count_B

@@ -66,7 +66,8 @@ class Engine(Protocol):
 
 @runtime_checkable
 class MeasuringEngine(Protocol):
-    """An engine whose ranks must know of each other's gradients before a step, and that has a state of its own."""
+    """An engine whose ranks must know of each other's gradients before a step. What they must know travels with the step's one message, which is then the
+    only thing that the host waits for."""
 
     def measure(self) -> Tensor:
         """This rank's part of a float64 vector that is summed over ranks, after the last backward pass of an update."""
@@ -75,6 +76,11 @@ class MeasuringEngine(Protocol):
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
         """As ``Engine.step``; ``measured`` is the sum of ``measure`` over ranks, formed here where the caller has not done it."""
         ...
+
+
+@runtime_checkable
+class StatefulEngine(MeasuringEngine, Protocol):
+    """One that also has a state of its own, and forward passes with averaged weights."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the engine besides tensors: JSON values, alike on all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class ReplicatedEngine:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
         self.average = Average(module.named_parameters(), ema, ema_every)
         self.updates = 0
+        self._norm: Tensor | None = None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._replica(*inputs, **named)
@@ -82,11 +83,28 @@ class ReplicatedEngine:
         """Accumulate gradients. DDP averages over ranks, and shares of a global mean must sum."""
         (loss * (self.world.size * self._scale)).backward()
 
-    def step(self, lr: float) -> Update:
-        """Apply the update, unless a gradient is not finite (every rank sees the same reduced gradients)."""
-        if self.loss_scale is not None:
-            torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / self._scale)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm).item()
+    def measure(self) -> Tensor:
+        """The global norm of the gradients, float64 [1]. It is alike on all ranks, so their sum is a multiple of it, which float64 holds exactly. After the
+        first call of an update the gradients are without the loss scale."""
+        if self._norm is None:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            if self.loss_scale is not None:
+                torch._foreach_mul_(gradients, 1 / self._scale)
+            self._norm = nn.utils.get_total_norm(gradients)
+        return self._norm.double().reshape(1)
+
+    def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
+        """Apply the update, unless a gradient is not finite (every rank sees the same reduced gradients).
+
+        Args:
+            lr: step size.
+            measured: the sum of ``measure`` over all ranks; without it, this rank waits for its own.
+        """
+        own = self.measure()
+        norm = own.item() if measured is None else measured[0] / self.world.size
+        assert self._norm is not None
+        nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip_norm, self._norm)
+        self._norm = None
         applied = norm < float("inf")  # False for NaN too
         overflow = self.loss_scale is not None and self.loss_scale.update(finite=applied)
         if applied:

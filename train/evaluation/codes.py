@@ -15,6 +15,7 @@ _BLOCKS = 8
 
 def code_statistics(counts_N: Tensor) -> dict[str, float]:
     """Share of codes in use, number of dead ones, perplexity, and the entropy in nats of a code drawn by its frequency."""
+    counts_N = counts_N.cpu()  # once, instead of two numbers one after the other
     shares_N = counts_N.double() / counts_N.sum().clamp_min(1)
     entropy = -(shares_N * shares_N.clamp_min(1e-30).log()).sum().item()
     used = int((counts_N > 0).sum())

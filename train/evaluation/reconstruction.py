@@ -84,7 +84,7 @@ def reconstruct(
     features = [FeatureSums(judges.net.width, device) for _ in range(2)] if judges.net is not None else []
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
-        pixels_B3YX = batch["pixels"].to(device, memory_format=torch.channels_last)
+        pixels_B3YX = batch["pixels"].to(device, non_blocking=True, memory_format=torch.channels_last)
         true = forward(pixels_B3YX, None, tau)
         relaxed = forward(pixels_B3YX, noise_of(seed, "evaluate", batch["ids"], device), tau)
         drawn_B3YX, soft_B3YX = pictures(true.stats_B6YX), pictures(relaxed.stats_B6YX)
@@ -92,7 +92,8 @@ def reconstruct(
         rows += [ssim(drawn_B3YX, pixels_B3YX)] if "ssim" in names else []
         rows += [judges.lpips(drawn_B3YX, pixels_B3YX)] if judges.lpips is not None else []
         sums += torch.stack([row.double().sum() for row in rows])
-        counts_N += torch.bincount(true.codes_BYX.flatten(), minlength=cfg.vocab)
+        flat = true.codes_BYX.flatten()
+        counts_N.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU in every batch
         for total, some_B3YX in zip(features, (pixels_B3YX, drawn_B3YX), strict=False):
             assert judges.net is not None
             total.add(judges.net.features(some_B3YX))
@@ -101,8 +102,9 @@ def reconstruct(
     for part in (sums, counts_N):
         if dist.is_initialized():
             dist.all_reduce(part)
-    values = dict(zip(names, (sums / sums[0].clamp_min(1)).tolist(), strict=True))
-    samples = int(sums[0].item())
+    totals = sums.tolist()
+    values = {name: total / max(totals[0], 1.0) for name, total in zip(names, totals, strict=True)}
+    samples = int(totals[0])
     del values["images"]
     values |= _elbos(values, cfg.downsample) | code_statistics(counts_N)
     if judges.net is not None:

@@ -19,7 +19,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import FitSection
-from train.engines.protocol import Engine, MeasuringEngine, Update
+from train.engines.protocol import Engine, MeasuringEngine, StatefulEngine, Update
 from train.loop.goodput import Goodput, lost_s, process_age_s
 from train.loop.metrics import MetricsWriter, next_attempt, throughput
 from train.loop.plateau import Plateau
@@ -278,7 +278,7 @@ class Trainer:
         self.engine.loaded(meta["updates"])
         if self.engine.loss_scale is not None and meta.get("loss_scale"):
             self.engine.loss_scale.restore(meta["loss_scale"])
-        if isinstance(self.engine, MeasuringEngine) and "engine" in meta:
+        if isinstance(self.engine, StatefulEngine) and "engine" in meta:
             self.engine.restore(meta["engine"])
         if self.plateau is not None and meta.get("plateau"):
             self.plateau.restore(meta["plateau"], int(meta["step"]))
@@ -334,7 +334,7 @@ class Trainer:
             facts["changes"] = self._changes
         if self.engine.loss_scale is not None:
             facts["loss_scale"] = self.engine.loss_scale.state()
-        if isinstance(self.engine, MeasuringEngine):
+        if isinstance(self.engine, StatefulEngine):
             facts["engine"] = self.engine.state()
         if self.plateau is not None:
             facts["plateau"] = self.plateau.state()

@@ -96,7 +96,8 @@ class ClipTask:
         return Loss(total, {"loss": total})
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return batch["pixels"].to(self.device), batch["text"].to(self.device), batch["lengths"].to(self.device)
+        pixels_B3YX, text_BT, lengths_B = (batch[key].to(self.device, non_blocking=True) for key in ("pixels", "text", "lengths"))
+        return pixels_B3YX, text_BT, lengths_B
 
     @torch.no_grad()
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
@@ -104,7 +105,9 @@ class ClipTask:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in self.validation:
             image_BE, text_BE, _ = functional_call(engine.module, engine.average.values, self._inputs(batch))
-            sums += torch.stack([recall_at_1(image_BE, text_BE).double(), torch.tensor(float(len(text_BE))), torch.tensor(1.0)]).to(sums)
+            sums[0] += recall_at_1(image_BE, text_BE)
+            sums[1] += len(text_BE)
+            sums[2] += 1
         if dist.is_initialized():
             dist.all_reduce(sums)
         found, pairs, batches = sums.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from infra.digests import id_hash
 from model.transformer import Transformer
 from train.config import RunConfig
-from train.engines.protocol import Engine, MeasuringEngine
+from train.engines.protocol import Engine, StatefulEngine
 from train.engines.replicated import global_counts
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup, warmup_cosine
@@ -44,14 +44,14 @@ def cross_entropies(
     sums = torch.zeros(5 + rows, dtype=torch.float64, device=device)
     for batch, counts in _equally_often(_with_other_captions(list(batches), device), device):
         text_BT, lengths_B, codes_BI, other_BT, other_lengths_B = (
-            batch[key].to(device) for key in ("text", "lengths", "codes", "other_text", "other_lengths")
+            batch[key].to(device, non_blocking=True) for key in ("text", "lengths", "codes", "other_text", "other_lengths")
         )
         text_nll_BT, image_nll_BI = losses(text_BT, lengths_B, codes_BI)
         _, shuffled_nll_BI = losses(other_BT, other_lengths_B, codes_BI)
         if not counts:
             continue
         totals = [text_nll_BT.double().sum(), text_counts(lengths_B).sum().double(), image_nll_BI.double().sum(), shuffled_nll_BI.double().sum()]
-        totals.append(torch.tensor(float(image_nll_BI.numel()), dtype=torch.float64, device=device))
+        totals.append(torch.full((), float(image_nll_BI.numel()), dtype=torch.float64, device=device))  # a tensor of a number would wait for the GPU
         if rows:
             totals += image_nll_BI.double().unflatten(1, (rows, -1)).sum((0, 2)).unbind()
         sums += torch.stack(totals)
@@ -156,7 +156,7 @@ class DalleTask:
 
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
         """Averaged weights on validation codes."""
-        assert isinstance(engine, MeasuringEngine)
+        assert isinstance(engine, StatefulEngine)
         batches = list(self.validation)  # what cannot be read ends this rank here, and not between collectives
         with engine.averaged():
             weight = self.cfg.dalle.text_loss_weight

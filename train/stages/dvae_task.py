@@ -68,7 +68,7 @@ class DvaeTask:
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
         """The ELB's two terms on this rank's images."""
         noise = noise_of(self.cfg.run.seed, "gumbel", batch["ids"], self.device, step)
-        terms: DVAETerms = engine(batch["pixels"].to(self.device, memory_format=torch.channels_last), noise, at["tau"])
+        terms: DVAETerms = engine(batch["pixels"].to(self.device, non_blocking=True, memory_format=torch.channels_last), noise, at["tau"])
         self.window.add(terms.codes_BYX)
         count = denominators["images"]
         nll, kl = terms.nll_B.sum() / count, terms.kl_B.sum() / count

@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 from train.optimizer.protocol import ShardGroup
-
-CHUNK = 1 << 16
-"""Elements handled at a time on a CPU: what fits into its second-level cache (two to four times as fast as whole tensors)."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +92,7 @@ def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper
     """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, moments fp32 or both int16; the new p goes to
     ``copy`` as well."""
     if p.is_cuda:
-        from train.optimizer.adamw_kernel import update as fused  # triton is only there with a CUDA build of torch
-
-        fused(p, grad, mean, variance, hyper, copy)
-        return
-    given = (p, grad, mean, variance) if copy is None else (p, grad, mean, variance, copy)
-    for chunks in zip(*(t.detach().view(-1).split(CHUNK) for t in given), strict=True):
-        _chunk(chunks[0], chunks[1], chunks[2], chunks[3], hyper)
-        if copy is not None:
-            chunks[4].copy_(chunks[0])
-
-
-def _chunk(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper) -> None:
-    packed = mean.dtype == torch.int16
-    g = grad.float() * hyper.factor
-    m = SIGNED_169.decode(mean) if packed else mean
-    v = UNSIGNED_0610.decode(variance) if packed else variance
-    m.lerp_(g, 1 - hyper.beta1)
-    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2).clamp_(max=hyper.clip_variance)
-    denominator = v.sqrt().mul_(hyper.correction2**-0.5).add_(hyper.eps)
-    p.mul_(1 - hyper.lr * hyper.weight_decay).addcdiv_(m, denominator, value=-hyper.lr / hyper.correction1)
-    if packed:
-        mean.copy_(SIGNED_169.encode(m))
-        variance.copy_(UNSIGNED_0610.encode(v))
+        from train.optimizer import adamw_kernel as compiled  # triton is only there with a CUDA build of torch
+    else:
+        from train.optimizer import adamw_cpu as compiled  # type: ignore[no-redef]  # numba takes a moment to import
+    compiled.update(p, grad, mean, variance, hyper, copy)

@@ -15,7 +15,7 @@ from model.config import StreamShape, TransformerConfig
 from tests.support.ranks import run_in_ranks
 from train.bench.memory import LiveBytes, build
 from train.config import RunConfig, load_run
-from train.optimizer.adamw import CHUNK
+from train.optimizer.adamw_cpu import CHUNK
 from train.planning import activations, states
 from train.planning.estimate import Memory, Setting
 from train.planning.states import Cluster
@@ -118,7 +118,7 @@ def expected(case: Case, cluster: Cluster) -> tuple[float, float, float]:
         resting += stored / shards + found.gradients + found.buckets / 2
     else:
         resting += found.parameters
-    chunks = (10 if case.moments == "16-bit" else 3) * 4 * CHUNK  # what the update computes with, on a CPU alone
+    chunks = 3 * 4 * CHUNK  # what the update computes with, on a CPU alone
     widest = max(Memory(found, 0, activations.peak(run), 0.0).total + average, resting + (case.stage < 3) * found.gradients + chunks)
     return resting, widest, average
 

@@ -1,0 +1,42 @@
+"""The fused kernel of AdamW on a GPU (``make gpu``); on the rehearsal's stand-in, the one that is compiled there. Not yet seen on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.gpu import DEVICE, NEEDS_GPU
+from train.bench import plain_adamw
+from train.optimizer.adamw import Hyper, update
+from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
+
+pytestmark = NEEDS_GPU
+HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.25, count=3)
+
+
+def tensors(n: int, seed: int, scale: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p, g, m, v = (torch.randn(n, generator=generator) for _ in range(4))
+    return [p, g * scale, m * scale / 8, v.square() * scale**2 / 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool, dtype: torch.dtype) -> None:
+    a = tensors(1_000_003, 7, 1.0)
+    a[1] = a[1].to(dtype)
+    if packed:
+        a[2], a[3] = SIGNED_169.encode(a[2]), UNSIGNED_0610.encode(a[3])
+    b: list[Any] = [t.to(DEVICE) for t in a]
+    copy = torch.zeros(len(a[0]), dtype=dtype, device=DEVICE)
+    plain_adamw.update(a[0], a[1], a[2], a[3], HYPER)
+    update(b[0], b[1], b[2], b[3], HYPER, copy)
+    assert torch.equal(copy, b[0].to(dtype))
+    torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-5, atol=1e-6)
+    for found, wanted, packing in zip(b[2:], a[2:], (SIGNED_169, UNSIGNED_0610), strict=True):
+        if packed:  # at most a step apart where rounding fell on the other side; a mean that all but cancels differs by the arithmetic's own error
+            torch.testing.assert_close(packing.decode(found.cpu()), packing.decode(wanted), rtol=2**-8, atol=1e-6)
+        else:
+            torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610, Format
 
 _BLOCK = 1024
+OPTIONS = {"enable_fp_fusion": True}
+"""Products are fused with sums, as torch's operations on a CPU do it; said here, because Triton's default changes with its versions."""
 
 
 @triton.jit
@@ -61,7 +62,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         m = _decode(m, 9, True)
         v = _decode(v, 10, False)
     m = m + (g - m) * (1.0 - beta1)
-    v = tl.minimum(v * beta2 + g * g * (1.0 - beta2), clip)
+    v = v * beta2 + g * g * (1.0 - beta2)
+    v = tl.where(v > clip, clip, v)  # a minimum would make the ceiling of what is no number
     p = p * decay - step * m / (tl.sqrt(v) * inverse_correction + eps)
     tl.store(p_ptr + at, p, mask=inside)
     if copies:
@@ -79,11 +81,10 @@ def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any, 
     n = p.numel()
     if not n:
         return
-    clip = hyper.clip_variance if math.isfinite(hyper.clip_variance) else torch.finfo(torch.float32).max
     step, inverse = hyper.lr / hyper.correction1, hyper.correction2**-0.5
     _kernel[(triton.cdiv(n, _BLOCK),)](
-        p, grad, mean, variance, p if copy is None else copy, n, hyper.factor, 1 - hyper.lr * hyper.weight_decay, step, inverse, hyper.beta1, hyper.beta2, hyper.eps, clip,
-        *_limits(SIGNED_169), *_limits(UNSIGNED_0610), packed=mean.dtype == torch.int16, copies=copy is not None, block=_BLOCK,
+        p, grad, mean, variance, p if copy is None else copy, n, hyper.factor, 1 - hyper.lr * hyper.weight_decay, step, inverse, hyper.beta1, hyper.beta2, hyper.eps, hyper.clip_variance,
+        *_limits(SIGNED_169), *_limits(UNSIGNED_0610), packed=mean.dtype == torch.int16, copies=copy is not None, block=_BLOCK, **OPTIONS,
     )  # fmt: skip
 
 

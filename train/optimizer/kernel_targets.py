@@ -1,0 +1,103 @@
+"""Our Triton kernels compiled for real GPUs, without one: registers, spills and shared memory as NVIDIA's assembler counts them. ``python -m train.optimizer.kernel_targets``"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from train.optimizer import adamw_kernel
+from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
+
+TARGETS = (80, 90, 100)
+"""Compute capabilities: A100, H100 and H200, B200."""
+GRADIENTS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched."""
+
+    moments: str
+    """'fp32' or '16-bit'."""
+    gradient: str
+    """Of GRADIENTS; a copy of the master has its dtype."""
+    copies: bool
+    """Whether a copy of the master is written."""
+
+    def __str__(self) -> str:
+        return f"AdamW, {self.moments} moments, {self.gradient} gradients{', with a copy' if self.copies else ''}"
+
+    def source(self) -> ASTSource:
+        """What Triton compiles: types of the arguments, and what is constant."""
+        packed = self.moments == "16-bit"
+        codes, dtype = "*i16" if packed else "*fp32", GRADIENTS[self.gradient]
+        pointers = {"p_ptr": "*fp32", "grad_ptr": dtype, "mean_ptr": codes, "variance_ptr": codes, "copy_ptr": dtype if self.copies else "*fp32"}
+        numbers = ("factor", "decay", "step", "inverse_correction", "beta1", "beta2", "eps", "clip")
+        constants: dict[str, Any] = dict(zip(("m_largest", "m_smallest"), (SIGNED_169.largest, SIGNED_169.smallest), strict=True))
+        constants |= dict(zip(("v_largest", "v_smallest"), (UNSIGNED_0610.largest, UNSIGNED_0610.smallest), strict=True))
+        constants |= {"packed": packed, "copies": self.copies, "block": adamw_kernel._BLOCK}
+        signature = {**pointers, "n": "i32", **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(constants, "constexpr")}
+        aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}  # as torch allocates
+        return ASTSource(adamw_kernel._kernel, signature, constexprs=constants, attrs=aligned)
+
+
+VARIANTS = tuple(Variant(moments, gradient, copies) for moments in ("fp32", "16-bit") for gradient in GRADIENTS for copies in (False, True))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel takes of a GPU."""
+
+    registers: int
+    """Of a thread."""
+    spills: int
+    """Bytes of a thread that do not fit into registers: stores and loads."""
+    shared: int
+    """Bytes of shared memory of a block."""
+    cubin: int
+    """Bytes of the machine code."""
+
+
+def compiled(variant: Variant, capability: int) -> Usage:
+    """Compile a kernel for a compute capability, down to machine code. No GPU is asked."""
+    kernel = triton.compile(variant.source(), target=GPUTarget("cuda", capability, _WARP), options=adamw_kernel.OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        architecture = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
+        assert architecture is not None
+        words = [_assembler(), "-v", f"--gpu-name={architecture[1]}", str(ptx), "-o", str(Path(folder, "kernel.cubin"))]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers is not None, said
+    return Usage(int(registers[1]), spills, int(kernel.metadata.shared), len(kernel.asm["cubin"]))
+
+
+def _assembler() -> str:
+    """ptxas, as Triton's wheel brings it."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return str(next(path for name in ("ptxas-blackwell", "ptxas") if (path := folder / name).exists()))
+
+
+def table() -> str:
+    """All kernels for all targets, as Markdown."""
+    lines = ["| kernel | target | registers | spills, bytes | shared memory, bytes | machine code, bytes |", "|---|---|---:|---:|---:|---:|"]
+    for variant in VARIANTS:
+        for capability in TARGETS:
+            found = compiled(variant, capability)
+            lines.append(f"| {variant} | sm_{capability} | {found.registers} | {found.spills} | {found.shared} | {found.cubin:,} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

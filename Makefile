@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check raises mutants soak gpu bench-peers compat clean
+.PHONY: help demo test check raises mutants soak gpu gpu-wheels bench-peers compat clean
 
 help:  ## List the targets
 	@echo "make demo    with PRESET=$(PRESET); ARGS=... are passed on; VENV=$(VENV) is made when needed."
@@ -38,8 +38,11 @@ mutants: $(STAMP)  ## Plant small faults and list those that no test sees (hours
 soak: $(STAMP)  ## Long fault and training runs
 	@$(call selected,soak)
 
-gpu: $(STAMP)  ## Tests that need a GPU
-	@$(call selected,gpu)
+gpu:  ## What only a GPU can show: one script for a machine that may be bare and offline, under nine minutes (ARGS="--device cpu" rehearses it)
+	@"$$([ -x "$(RUN)" ] && echo "$(RUN)" || echo python3)" .ci/gpu.py $(ARGS)
+
+gpu-wheels:  ## Fill the folder wheels/, from which `make gpu` takes what a machine without a network lacks
+	@"$(RUN)" -m pip download --quiet --disable-pip-version-check --no-deps -c constraints.txt --dest wheels pytest pluggy iniconfig packaging pygments
 
 bench-peers: $(STAMP)  ## Benchmarks that compare with other projects, which are installed beside the environment
 	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-peers -r requirements-peers.txt

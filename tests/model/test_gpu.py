@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from model.config import DVAEConfig, StreamShape, TransformerConfig
 from model.dvae import DVAE
 from model.relaxation import GumbelNoise
 from model.transformer import Transformer
+from tests.support.gpu import DEVICE, NEEDS_GPU
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = NEEDS_GPU
 
 
 def test_the_transformer_gives_the_same_losses_and_gradients() -> None:
@@ -19,7 +19,7 @@ def test_the_transformer_gives_the_same_losses_and_gradients() -> None:
     model = Transformer(TransformerConfig(layers=4, width=64, heads=4, conv_kernel=3), shape)
     inputs = torch.randint(50, (3, 8)), torch.tensor([0, 5, 8]), torch.randint(30, (3, 16))
     losses, gradients = [], []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         model = model.to(device)
         model.zero_grad()
         text_nll_BT, image_nll_BI = model(*(tensor.to(device) for tensor in inputs))
@@ -38,7 +38,7 @@ def test_the_dvae_gives_the_same_terms() -> None:
     noise = GumbelNoise([0, 1])  # drawn on the CPU and moved: a GPU's own generator gives other numbers
     ours = model(pixels_B3YX, noise, 0.5)
     moved = GumbelNoise([0, 1])
-    moved.blocks = lambda *arguments: (block.to("cuda") for block in noise.blocks(*arguments))  # type: ignore[method-assign]
-    theirs = model.to("cuda")(pixels_B3YX.to("cuda"), moved, 0.5)
+    moved.blocks = lambda *arguments: (block.to(DEVICE) for block in noise.blocks(*arguments))  # type: ignore[method-assign]
+    theirs = model.to(DEVICE)(pixels_B3YX.to(DEVICE), moved, 0.5)
     torch.testing.assert_close(theirs.nll_B.cpu(), ours.nll_B, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(theirs.kl_B.cpu(), ours.kl_B, rtol=1e-3, atol=1e-3)

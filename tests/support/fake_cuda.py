@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from model import sdpa
 from tests.support import walked_autograd
@@ -219,11 +219,6 @@ def flex(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, block_mask: Any) -> 
 def is_cuda(tensors: Any) -> bool:
     """Whether every tensor in a nest lies on CUDA."""
     return all(leaf.is_cuda for leaf in tree_iter(tensors) if isinstance(leaf, Tensor))
-
-
-def on_cuda(nest: Any) -> Any:
-    """A nest with its tensors on CUDA."""
-    return tree_map_only(Tensor, lambda t: t.to("cuda", non_blocking=True), nest)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from model import sdpa
+from model.attention import DenseAttention
 from model.attention_engines import ENGINES, EngineName, why_unavailable
 from model.config import StreamShape, TransformerConfig
 from model.flex import FlexAttention
@@ -90,6 +92,8 @@ def _attention(result: Result, options: Options) -> None:
             result.peers[name] = attention_times.milliseconds(measure(step, float(layers), "layers/s", replace(options, runs=3)))
         except RuntimeError as error:
             result.notes.append(f"{name}: {str(error).splitlines()[0]}")
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        _dense_by(result, backend, batch, options)
     if why_unavailable("flex", torch.device("cuda"), _CFG):
         return
     ours = {}
@@ -104,6 +108,22 @@ def _attention(result: Result, options: Options) -> None:
             fastest = min(rivals, key=lambda name: result.peers[name].value)
             # Milliseconds: theirs over ours is how many times as fast we are.
             result.ratio(f"{words}, over ours", fastest, best, goal=goal)
+
+
+def _dense_by(result: Result, backend: SDPBackend, batch: int, options: Options) -> None:
+    """The dense engine by one of the two kernels among which torch chooses."""
+
+    def kernel(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=is_causal)
+
+    name = f"attention dense by {backend.name.lower().replace('_', ' ')}, bf16"
+    try:
+        with sdpa.with_kernel(kernel):
+            step, layers = attention_times.mean_step(DenseAttention(_CFG, _SHAPE).cuda(), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")
+            result.measured[name] = attention_times.milliseconds(measure(step, float(layers), "layers/s", replace(options, runs=3)))
+    except RuntimeError as error:
+        result.notes.append(f"{name}: {str(error).splitlines()[0]}")
 
 
 def _causal_kernels() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -3,7 +3,6 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -105,6 +104,3 @@ def step(p, mean, root, inverse_correction, eps, decay, rate):
     """New master weights."""
     for i in range(p.shape[0]):
         p[i] = p[i] * decay + (rate * mean[i]) / (root[i] * inverse_correction + eps)
-
-
-LOOPS: tuple[Callable[..., None], ...] = (plain_moments, packed_moments, step)

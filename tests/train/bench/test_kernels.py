@@ -13,19 +13,35 @@ from tests.support.root import ROOT
 
 pytest.importorskip("triton")
 
-from train.optimizer.kernel_targets import TARGETS, VARIANTS, compiled
+import triton
 
-MOST_REGISTERS = 64
-"""Of a thread: with 128 threads a block, 8 blocks are then at home on a multiprocessor of 65,536 registers, which hides the latency of memory."""
+from train.bench.kernels import TARGETS, VARIANTS, Usage, compiled
+
+MOST_REGISTERS = 72
+"""Of a thread: with 128 threads a block, 7 blocks are then at home on a multiprocessor of 65,536 registers, which hides the latency of memory."""
 MOST_SHARED = 8192
+PAGE = (ROOT / "docs" / "kernels.md").read_text()
+
+
+def in_the_table(variant: object, capability: int) -> Usage:
+    """What docs/kernels.md says of a kernel."""
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {variant} | sm_{capability} |"))
+    return Usage(*(int(cell.replace(",", "")) for cell in line.strip("| ").split(" | ")[2:]))
+
+
+def test_the_table_is_within_the_bounds_for_every_kernel_and_target() -> None:
+    found = [in_the_table(variant, capability) for variant in VARIANTS for capability in TARGETS]
+    assert max(f.spills for f in found) == 0 and max(f.registers for f in found) <= MOST_REGISTERS and max(f.shared for f in found) <= MOST_SHARED
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-3]], ids=str)
+@pytest.mark.parametrize("variant", [VARIANTS[1], VARIANTS[-1]], ids=str)
 def test_machine_code_takes_no_more_than_lets_a_multiprocessor_hide_its_memory(variant: object, capability: int) -> None:
     found = compiled(variant, capability)  # type: ignore[arg-type]
     assert found.spills == 0, found
     assert found.registers <= MOST_REGISTERS and found.shared <= MOST_SHARED and found.cubin > 4096, found
+    if f"Triton {triton.__version__}." in PAGE:  # another one allots registers otherwise
+        assert found == in_the_table(variant, capability), "python -m train.bench.kernels makes the table anew"
 
 
 _NUMBERS = """
@@ -49,7 +65,7 @@ for n, packed, dtype, clip in (
         where = (n, packed, dtype, clip)
         if x.dtype == torch.int16:
             far = ((x.int() & 0x7FFF) - (y.int() & 0x7FFF)).abs()
-            assert int(far.max()) <= 1, (where, int(far.max()))
+            assert int(far.max()) <= 1 and float((far > 0).float().mean()) < 0.02, (where, int(far.max()), float((far > 0).float().mean()))
         else:
             odd += int((~x.isfinite()).sum())
             near = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}[x.dtype]

@@ -1,4 +1,4 @@
-"""Our Triton kernels compiled for real GPUs, without one: registers, spills and shared memory as NVIDIA's assembler counts them. ``python -m train.optimizer.kernel_targets``"""
+"""Our Triton kernels compiled for real GPUs, without one: registers, spills and shared memory as NVIDIA's assembler counts them. ``python -m train.bench.kernels``"""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from infra.repository import DOCS
 from train.optimizer import adamw_kernel
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100 and H200, B200."""
-GRADIENTS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+GRADIENTS = {"fp32": "*fp32", "fp16": "*fp16"}
+"""As the reduction leaves them; with bf16 products they are fp32."""
 _WARP = 32
 
 
@@ -89,15 +91,33 @@ def _assembler() -> str:
     return str(next(path for name in ("ptxas-blackwell", "ptxas") if (path := folder / name).exists()))
 
 
-def table() -> str:
-    """All kernels for all targets, as Markdown."""
-    lines = ["| kernel | target | registers | spills, bytes | shared memory, bytes | machine code, bytes |", "|---|---|---:|---:|---:|---:|"]
+_HEAD = f"""# Kernels
+
+Made by `python -m train.bench.kernels`, which compiles every Triton kernel of ours for {", ".join(f"sm_{target}" for target in TARGETS)} (A100; H100 and H200; B200) without a GPU,
+and reads what NVIDIA's assembler says of it. Do not edit. A block is {adamw_kernel._BLOCK} elements in 4 warps. Bounds: tests/train/bench/test_kernels.py.
+
+"""
+
+
+def row(variant: Variant, capability: int) -> str:
+    """A line of the table."""
+    found = compiled(variant, capability)
+    return f"| {variant} | sm_{capability} | {found.registers} | {found.spills} | {found.shared} | {found.cubin:,} |"
+
+
+def page() -> str:
+    """All kernels for all targets, as docs/kernels.md shows them."""
+    lines = [
+        f"Triton {triton.__version__}.",
+        "",
+        "| kernel | target | registers | spills, bytes | shared memory, bytes | machine code, bytes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for variant in VARIANTS:
         for capability in TARGETS:
-            found = compiled(variant, capability)
-            lines.append(f"| {variant} | sm_{capability} | {found.registers} | {found.spills} | {found.shared} | {found.cubin:,} |")
-    return "\n".join(lines) + "\n"
+            lines.append(row(variant, capability))
+    return _HEAD + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    (DOCS / "kernels.md").write_text(page())

@@ -7,7 +7,6 @@ import json
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tests.support.root import ROOT
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, on a machine that has a GPU."""
     spec = importlib.util.spec_from_file_location("gpu_script", ROOT / ".ci" / "gpu.py")
     assert spec is not None and spec.loader is not None
@@ -27,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_every_file_with_a_test_that_needs_a_gpu_belongs_to_a_step_and_every_step_to_a_file(gpu: ModuleType) -> None:
+def test_every_file_with_a_test_that_needs_a_gpu_belongs_to_a_step_and_every_step_to_a_file(gpu: Any) -> None:
     named = {word for step in gpu.STEPS for word in step.command if word.startswith("tests/")}
     marked = {
         str(path.relative_to(ROOT))
@@ -39,24 +38,22 @@ def test_every_file_with_a_test_that_needs_a_gpu_belongs_to_a_step_and_every_ste
     assert all((ROOT / (name.replace(".", "/") + ".py")).exists() for name in modules)
 
 
-def test_all_steps_together_may_take_longer_but_the_most_valuable_half_fits(gpu: ModuleType) -> None:
+def test_all_steps_together_may_take_longer_but_the_most_valuable_half_fits(gpu: Any) -> None:
     seconds = [step.seconds for step in gpu.STEPS if not step.name.startswith("bench ") and step.name != "memory"]
     assert sum(seconds) < 60 * gpu.MINUTES < 540
 
 
-def step(gpu: ModuleType, name: str, script: str, seconds: int = 20, needs: tuple[str, ...] = ()) -> Any:
+def step(gpu: Any, name: str, script: str, seconds: int = 20, needs: tuple[str, ...] = ()) -> Any:
     return gpu.Step(name, seconds, ("-c", script), needs)
 
 
-def told(gpu: ModuleType, folder: Path, *steps: Any, arguments: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
+def told(gpu: Any, folder: Path, *steps: Any, arguments: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
     gpu.STEPS = steps
     code = gpu.main(["--out", str(folder / "out"), "--wheels", str(folder / "wheels"), *arguments])
     return code, json.loads((folder / "out" / "gpu.json").read_text())
 
 
-def test_the_report_is_on_disk_after_every_step_and_says_what_was_not_done(
-    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_is_on_disk_after_every_step_and_says_what_was_not_done(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "out" / "gpu.json"
     looks = f"import json; print([s['name'] + ' ' + s['status'] for s in json.load(open({str(report)!r}))['steps']])"
     code, found = told(
@@ -82,7 +79,7 @@ def test_the_report_is_on_disk_after_every_step_and_says_what_was_not_done(
     assert "not done: hangs (ran past its 1 s); lacks (missing: no_such_module)" in said and "fails: exit code 3" in said
 
 
-def test_no_step_begins_that_the_clock_does_not_allow(gpu: ModuleType, tmp_path: Path) -> None:
+def test_no_step_begins_that_the_clock_does_not_allow(gpu: Any, tmp_path: Path) -> None:
     gpu._WORTH_STARTING_S = 3.0
     steps = [step(gpu, str(number), "import time; time.sleep(30)") for number in range(3)]
     code, found = told(gpu, tmp_path, *steps, arguments=("--minutes", "0.07"))
@@ -90,7 +87,7 @@ def test_no_step_begins_that_the_clock_does_not_allow(gpu: ModuleType, tmp_path:
     assert found["steps"][1]["why"] == "no time left of 0.07 minutes"
 
 
-def test_a_missing_package_comes_from_the_folder_of_wheels_without_a_network(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_missing_package_comes_from_the_folder_of_wheels_without_a_network(gpu: Any, tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "brought_along-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("brought_along.py", "WORD = 'here'\n")
@@ -104,7 +101,7 @@ def test_a_missing_package_comes_from_the_folder_of_wheels_without_a_network(gpu
     assert told(gpu, tmp_path / "bare", needing)[1]["steps"][0]["why"] == "missing: brought_along"
 
 
-def test_a_rehearsal_names_its_device_and_only_what_is_asked_for_runs(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_names_its_device_and_only_what_is_asked_for_runs(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shows = gpu.Step("shows", 20, ("-c", "import os, sys; print(os.environ.get('GPU_STAND_IN'), sys.argv[1])", "{device}"))
     code, found = told(gpu, tmp_path, shows, step(gpu, "other", ""), arguments=("--device", "cpu", "--only", "shows"))
     assert code == 0 and found["steps"][0]["tail"].split() == ["cpu", "cpu"] and found["steps"][1]["why"] == "not asked for"
@@ -113,9 +110,7 @@ def test_a_rehearsal_names_its_device_and_only_what_is_asked_for_runs(gpu: Modul
     assert "no step shown; there are shows, other" in capsys.readouterr().err
 
 
-def test_where_nothing_can_run_every_step_is_skipped_and_the_exit_code_says_so(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_nothing_can_run_every_step_is_skipped_and_the_exit_code_says_so(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = "torch sees no GPU: nothing can run. --device cpu rehearses."
     monkeypatch.setattr(gpu, "machine", lambda device: ({"torch": "2.15.0", "gpu": None}, [note]))
     code, found = told(gpu, tmp_path, step(gpu, "any", ""))

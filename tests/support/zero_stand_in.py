@@ -18,7 +18,8 @@ class _Optimizer:
     """What train/engines/zero/ reads of stage 3's optimizer."""
 
     def __init__(self, rule: Any) -> None:
-        self.optimizer, self.overflow, self.ipg_buckets = rule, False, {}
+        self.optimizer, self.overflow = rule, False
+        self.ipg_buckets: dict[Any, Any] = {}
         self.fp16_groups: list[list[Any]] = [list(group["params"]) for group in rule.param_groups]
         self.sub_group_to_group_id = {index: index for index in range(len(self.fp16_groups))}
         self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat = [], []

@@ -48,8 +48,8 @@ def differing(n: int, packed: bool, dtype: torch.dtype, hyper: Hyper, copies: bo
     ours, theirs = tensors(n, packed, dtype), tensors(n, packed, dtype)
     copy = [torch.zeros(n, dtype=dtype) if copies else None for _ in "ab"]
     for count in (hyper.count, hyper.count + 1):
-        update(*ours, replace(hyper, count=count), copy[0])
-        plain_adamw.update(*theirs, replace(hyper, count=count), copy[1])
+        update(ours[0], ours[1], ours[2], ours[3], replace(hyper, count=count), copy[0])
+        plain_adamw.update(theirs[0], theirs[1], theirs[2], theirs[3], replace(hyper, count=count), copy[1])
     pairs = [*zip(ours, theirs, strict=True), *([(copy[0], copy[1])] if copies else [])]
     return [int((bits(a) != bits(b)).sum()) for a, b in pairs]  # type: ignore[arg-type]
 
@@ -83,7 +83,7 @@ def test_threads_change_no_bit() -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             given = tensors(n, True, torch.float32)
-            update(*given, HYPER)
+            update(given[0], given[1], given[2], given[3], HYPER)
             found.append(given)
     finally:
         torch.set_num_threads(before)

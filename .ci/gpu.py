@@ -204,6 +204,15 @@ def run(device: str, out: Path, wheels: Path, minutes: float, only: Sequence[str
     return report
 
 
+def table(folder: Path) -> str:
+    """The steps of a report as Markdown."""
+    report = json.loads((folder / "gpu.json").read_text())
+    facts = ", ".join(f"{name} {value}" for name, value in sorted(report["machine"].items()) if value is not None)
+    lines = [f"Device {report['device']}; {facts}; {report['seconds']:.0f} s in all.", "", "| step | what became of it | seconds |", "|---|---|---:|"]
+    lines += [f"| {s['name']} | {s['status']}{': ' + s['why'] if s['why'] else ''} | {s['seconds']:.1f} |" for s in report["steps"]]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every step that ran has passed, and at least one did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -212,7 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels for packages that are missing")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time in all")
     parser.add_argument("--only", default="", help="names of steps, with commas between")
+    parser.add_argument("--table", action="store_true", help="print the report in --out as Markdown, and run nothing")
     given = parser.parse_args(arguments)
+    if given.table:
+        print(table(given.out), end="")
+        return 0
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     unknown = sorted(set(only) - {step.name for step in STEPS})
     if unknown:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import sdpa
 from model.config import StreamShape, TransformerConfig
 from model.draw_cache import PastCache, Window, cache_places
+from model.gumbel import gumbel_noise
 from model.offsets import Kind, layer_kinds, mask_kind
 from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
 
@@ -103,6 +104,11 @@ class DrawingWeights:
     def logits(self, x_RD: Tensor) -> Tensor:
         """Logits of the next code, fp32 [rows, N]."""
         return self.linear(self.model.final_norm(x_RD), self.head, None)
+
+    def choose(self, scores_BQN: Tensor, seeds_B: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of scores plus the noise of (seed, position, code), and its code, [B, Q] each; the scores are written over."""
+        best = scores_BQN.add_(gumbel_noise(seeds_B, positions_BQ, scores_BQN.shape[-1])).max(dim=-1)
+        return best.values, best.indices
 
     def drawer(self, texts: Sequence[Texts]) -> Drawer:
         """What draws with these weights; see ``Drawer``."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from model.config import StreamShape
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
-from model.gumbel import gumbel_noise
 
 
 @dataclass(frozen=True)
@@ -190,15 +189,14 @@ class Sampling:
         if self.copies == 2:
             caption_BQN, empty_BQN = logits_BQN.chunk(2)
             logits_BQN = empty_BQN + self.rule.guidance * (caption_BQN - empty_BQN)
-        scores_BQN = self.rule.filtered(logits_BQN).add_(gumbel_noise(self.seeds_B, window.states_BQ, logits_BQN.shape[-1]))
-        best = scores_BQN.max(dim=-1)
-        self._refuse_no_numbers(best.values, window)
+        values_BQ, drawn_BQ = self.drawer.weights.choose(self.rule.filtered(logits_BQN), self.seeds_B, window.states_BQ)
+        self._refuse_no_numbers(values_BQ, window)
         if self.window == 1:
-            self.codes_BI[:, self.least] = best.indices[:, 0]
+            self.codes_BI[:, self.least] = drawn_BQ[:, 0]
             self.known_B += 1
             self.least += 1
         else:
-            self._accept(best.indices, window)
+            self._accept(drawn_BQ, window)
 
     def _draft(self, window: Window) -> None:
         """Where there is no draft from an earlier pass yet: the code above."""

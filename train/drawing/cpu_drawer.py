@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
+from model.gumbel import mixed
 from model.offsets import mask_kind, offsets_of
 from model.transformer import Transformer
 from train.drawing import cpu_kernels
@@ -23,6 +24,8 @@ FEW = 16
 """Rows of a pass up to which the kernels are as fast as torch's products (docs/benchmarks.md, drawing)."""
 _LARGE_LAYER, _LARGE_PASS = 1 << 19, 1 << 21
 """Weights of a layer, or multiplications with them in a pass, from which on it pays to wake other threads, and to wait for them on a busy machine."""
+_LARGE_CHOICE = 1 << 16
+"""The same, of scores among which codes are chosen."""
 _EIGHT_BITS = 127
 _MATRICES = ("qkv", "post", "mlp_1", "mlp_2")
 
@@ -62,6 +65,15 @@ class CpuWeights(DrawingWeights):
         scale_E = weight_ED.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / _EIGHT_BITS
         whole_ED = (weight_ED / scale_E[:, None]).round().to(torch.int8)
         return (_array(whole_ED), _array(scale_E), _array(bias_E)), whole_ED * scale_E[:, None]
+
+    def choose(self, scores_BQN: Tensor, seeds_B: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, states, codes = scores_BQN.shape
+        scores_RN = _array(scores_BQN).reshape(-1, codes)
+        best_R, code_R = np.empty(len(scores_RN), np.float32), np.empty(len(scores_RN), np.int64)
+        cpu_kernels.use_threads(1 if scores_RN.size < _LARGE_CHOICE else torch.get_num_threads())
+        keys_R = _array(mixed(seeds_B.clone())).view(np.uint64).repeat(states)
+        cpu_kernels.choose(scores_RN, keys_R, _array(positions_BQ).reshape(-1), best_R, code_R)
+        return torch.from_numpy(best_R).view(pictures, states), torch.from_numpy(code_R).view(pictures, states)
 
     def drawer(self, texts: Sequence[Texts]) -> Drawer:
         return CpuDrawer(self, texts)

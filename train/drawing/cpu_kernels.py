@@ -15,6 +15,8 @@ import numba
 import numpy as np
 from numba import prange
 
+from model import gumbel
+
 PLAIN, ADDED, GELU = 0, 1, 2
 """What becomes of a product: it replaces what stood there, is added to it, or goes through quick GELU first."""
 
@@ -25,6 +27,25 @@ _LOG2_E = np.float32(1.44269504)
 # 2^r for r in [-0.5, 0.5], to 2e-7 of itself (Cephes, exp2f).
 _POWERS = tuple(np.float32(x) for x in (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1))
 _LN_2, _ONE, _HALF = np.float32(6.931472028550421e-1), np.float32(1), np.float32(0.5)
+# log(1 + z) for 1 + z in [sqrt(1/2), sqrt(2)], to 1e-7 of itself (Cephes, logf); and log(2) in two parts, of which the first has few bits.
+_LOGS = tuple(
+    np.float32(x)
+    for x in (
+        7.0376836292e-2,
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    )
+)
+_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SQRT_HALF_BITS, _NEAR = np.int32(0x3F3504F3), np.float32(0.25)
+_WEYL, _MIX_1, _MIX_2 = (np.uint64(x % 2**64) for x in (gumbel.WEYL, gumbel.MIX_1, gumbel.MIX_2))
+_CODE_BITS, _UNIT, _LARGEST = np.uint64(gumbel.CODE_BITS), np.float32(gumbel.UNIT), np.float32(gumbel.LARGEST)
 _LARGEST_POWER, _BIAS, _MANTISSA_BITS = np.float32(126), np.int32(127), np.int32(23)
 
 
@@ -240,3 +261,62 @@ def head(x_RD: Any, norm: Any, eps: float, matrix: Any, normed_RD: Any, out_RN: 
     """Logits of the next codes."""
     _norm(x_RD, norm[0], norm[1], eps, normed_RD)
     _product(normed_RD, matrix[0], matrix[1], matrix[2], out_RN, PLAIN)
+
+
+@_compiled()
+def _log_near_one(z: Any) -> Any:
+    p = _LOGS[0]
+    p = p * z + _LOGS[1]
+    p = p * z + _LOGS[2]
+    p = p * z + _LOGS[3]
+    p = p * z + _LOGS[4]
+    p = p * z + _LOGS[5]
+    p = p * z + _LOGS[6]
+    p = p * z + _LOGS[7]
+    p = p * z + _LOGS[8]
+    return z + (p * z * z * z - _HALF * z * z)
+
+
+@_compiled()
+def _log(x: Any) -> Any:
+    """Of a positive, normal number, without a call of the C library."""
+    above = np.int32(np.float32(x).view(np.int32) - _SQRT_HALF_BITS)
+    power = np.int32(above >> _MANTISSA_BITS)
+    z = np.int32(np.float32(x).view(np.int32) - np.int32(power << _MANTISSA_BITS)).view(np.float32) - _ONE
+    whole = np.float32(power)
+    return _log_near_one(z) + whole * _LN_2_LOW + whole * _LN_2_HIGH
+
+
+@_compiled()
+def _uniform(key: Any, counter: Any) -> Any:
+    """As in ``gumbel_noise``, of a mixed seed and a counter."""
+    x = counter * _WEYL + key
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    x = x ^ (x >> np.uint64(31))
+    return (np.float32(np.int64(x >> np.uint64(11))) + _HALF) * _UNIT
+
+
+@_compiled()
+def _gumbel(uniform: Any) -> Any:
+    # Neither min() nor a choice between two calls: both keep the loop around them from becoming one of vectors.
+    u = uniform if uniform < _LARGEST else _LARGEST
+    is_near = np.float32(u < _NEAR)
+    return -_log(-(_log_near_one(-u) * is_near + _log(_ONE - u) * (_ONE - is_near)))
+
+
+@_compiled(parallel=True)
+def choose(scores_RN: Any, keys_R: Any, positions_R: Any, best_R: Any, code_R: Any) -> None:
+    """The largest of scores plus noise and its code; NaN where a score is none."""
+    for r in prange(scores_RN.shape[0]):
+        scores, base = scores_RN[r], np.uint64(positions_R[r]) << _CODE_BITS
+        uniform = np.empty(scores.shape[0], np.float32)
+        for n in range(scores.shape[0]):  # in two loops, each of which becomes one of vectors
+            uniform[n] = _uniform(keys_R[r], base + np.uint64(n + 1))
+        for n in range(scores.shape[0]):
+            scores[n] += _gumbel(uniform[n])
+        best, code = scores[0], 0
+        for n in range(scores.shape[0]):
+            if scores[n] > best or scores[n] != scores[n]:
+                best, code = scores[n], n
+        best_R[r], code_R[r] = best, code

@@ -9,6 +9,7 @@ import torch
 
 from model.decoder import DrawingWeights, Texts, cache_bytes, text_bytes
 from model.draw_cache import Window
+from model.gumbel import gumbel_noise
 from model.sampling import NotFiniteError, Rule, sample
 from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, build, one_by_one, wanted
 from tests.support.logits import logits
@@ -115,3 +116,19 @@ def test_nor_are_those_of_the_mlp_swallowed(name: str) -> None:
     torch.nn.Module.get_parameter(model.resblocks[3], name).view(-1)[0] = float("nan")
     with pytest.raises(NotFiniteError, match="the logits of image position 0"):
         sample(CpuWeights(model), TEXT[:1], LENGTHS[:1], [1])
+
+
+def test_codes_are_chosen_by_the_noise_that_torch_makes() -> None:
+    weights, draw = CpuWeights(build(layers=1)), torch.Generator().manual_seed(2)
+    seeds_B, positions_BQ = torch.tensor([3, 2**62 + 1, 0]), torch.tensor([[0, 1, 1023], [5, 6, 7], [2**20, 3, 4]])
+    scores_BQN = torch.randn(3, 3, 5000, generator=draw)
+    scores_BQN[..., 100:200] = float("-inf")
+    wanted_BQ, code_BQ = DrawingWeights.choose(weights, scores_BQN.clone(), seeds_B, positions_BQ)
+    got_BQN = scores_BQN.clone()
+    best_BQ, found_BQ = weights.choose(got_BQN, seeds_B, positions_BQ)
+    assert found_BQ.equal(code_BQ) and found_BQ.unique().numel() == 9
+    torch.testing.assert_close(best_BQ, wanted_BQ, rtol=1e-6, atol=2e-6)
+    noise_BQN = gumbel_noise(seeds_B, positions_BQ, 5000)
+    torch.testing.assert_close(got_BQN, scores_BQN + noise_BQN, rtol=1e-6, atol=2e-6)
+    scores_BQN[1, 2, 77] = float("nan")
+    assert weights.choose(scores_BQN, seeds_B, positions_BQ)[0].isnan().nonzero().tolist() == [[1, 2]]

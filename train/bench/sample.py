@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from model.sampling import begin
 from model.transformer import Transformer
 from train.bench import peer_dalle
 from train.bench.harness import Result, main, start
-from train.drawing.cpu_drawer import ready
 from train.machine.rates import DTYPES, Figure, Options, matmul_rate, measure, threads
 
 GOAL_OF_FLOOR = 0.6
@@ -50,7 +50,7 @@ def compare(cfg: TransformerConfig, shape: StreamShape, batches: tuple[int, ...]
     torch.manual_seed(0)
     with torch.device(options.device):
         model = Transformer(cfg, shape, branch_dtype=dtype).requires_grad_(False)
-    weights = ready(model, dtype)
+    weights = _ready(model, dtype) if options.device == "cpu" else DrawingWeights(model, dtype)
     with threads(count), torch.no_grad():
         result.floor["reading"] = read_rate(options)
         result.floor["products"] = matmul_rate(dtype, options)
@@ -82,9 +82,15 @@ def _one(result: Result, weights: DrawingWeights, label: str, pictures: int, cap
     result.ratio(f"{label}, share of the floor", label, label + ", floor", goal)
 
 
+def _ready(model: Transformer, dtype: torch.dtype, *, eight_bits: bool = False) -> DrawingWeights:
+    """As pictures are drawn on a CPU. Imported here: its kernels need numba, and a machine with a GPU is measured with torch alone."""
+    weights: DrawingWeights = import_module("train.drawing.cpu_drawer").ready(model, dtype, eight_bits=eight_bits)
+    return weights
+
+
 def _more_on_a_cpu(result: Result, model: Transformer, options: Options) -> None:
     """Weights of eight bits, torch's own products, and the peer."""
-    result.measured["batch 1, int8"] = measure(drawing_step(ready(model, torch.float32, eight_bits=True), 1, 1, "cpu"), 1, "codes/s", options)
+    result.measured["batch 1, int8"] = measure(drawing_step(_ready(model, torch.float32, eight_bits=True), 1, 1, "cpu"), 1, "codes/s", options)
     result.ratio("int8 over fp32", "batch 1, int8", "batch 1")
     result.measured["batch 1, torch's products"] = measure(drawing_step(DrawingWeights(model), 1, 1, "cpu"), 1, "codes/s", options)
     result.ratio("kernels over torch's products", "batch 1", "batch 1, torch's products")

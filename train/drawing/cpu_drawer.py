@@ -22,8 +22,9 @@ from train.drawing import cpu_kernels
 
 FEW = 16
 """Rows of a pass up to which the kernels are as fast as torch's products (docs/benchmarks.md, drawing)."""
-_LARGE_LAYER, _LARGE_PASS = 1 << 19, 1 << 21
-"""Weights of a layer, or multiplications with them in a pass, from which on it pays to wake other threads, and to wait for them on a busy machine."""
+_LARGE_LAYER, _LARGE_PASS = 1 << 21, 1 << 24
+"""Weights of a layer, or multiplications with them in a pass, from which on other threads help. Below, waiting for them costs more than they save where
+the machine is busy: a picture of the demo's model took 1 to 40 seconds then."""
 _LARGE_CHOICE = 1 << 16
 """The same, of scores among which codes are chosen."""
 _EIGHT_BITS = 127

@@ -45,6 +45,9 @@ class CpuWeights(DrawingWeights):
             deterministic: compute each picture by sums that do not depend on what is drawn beside it, however many these are: slower in large batches.
         """
         super().__init__(model, torch.float32)
+        count = torch.get_num_threads()
+        cpu_kernels.use_threads(count)
+        torch.set_num_threads(count)  # numba's start sets it to all cores where both use one OpenMP library
         self.eight_bits, self.deterministic = eight_bits, deterministic
         rows: dict[str, list[Matrix]] = {name: [] for name in _MATRICES}
         for place, layer in enumerate(self.layers):

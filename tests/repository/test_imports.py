@@ -41,7 +41,12 @@ HOMES = {
     "matplotlib": ("train/report/plots.py", "train/report/labels.py"),
     "pyarrow": ("data_pipeline/sources/",),
     "simplejpeg": ("data_pipeline/images/jpeg.py", "train/bench/data_images.py"),
-    "numba": ("data_pipeline/images/area_resize.py", "train/drawing/cpu_kernels.py", "train/optimizer/adamw_cpu.py", "train/optimizer/adamw_loops.py"),
+    "numba": (
+        "data_pipeline/images/area_resize.py",
+        "train/drawing/cpu_kernels.py",
+        "train/optimizer/adamw_cpu.py",
+        "train/optimizer/adamw_loops.py",
+    ),
     "llvmlite": ("train/optimizer/adamw_loops.py",),
     "resvg_py": ("data_pipeline/sources/drawings.py",),
     "emoji": ("data_pipeline/sources/drawings.py",),

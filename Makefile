@@ -48,6 +48,7 @@ bench-peers: $(STAMP)  ## Benchmarks that compare with other projects, which are
 	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-peers -r requirements-peers.txt
 	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench data-images $(ARGS)
 	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench model $(ARGS)
+	@PYTHONPATH=.venv-peers "$(RUN)" launcher.py bench sample $(ARGS)
 
 compat: $(STAMP)  ## The tests with the lowest and the highest supported versions (two environments, about 20 minutes)
 	@$(RUN) .ci/compat.py $(ARGS)

@@ -128,7 +128,8 @@ def draw(
     batch: Annotated[int, typer.Option(min=0, help="Pictures drawn at once; 0: as many as memory allows.")] = 0,
     window: Annotated[int, typer.Option(min=0, help="Codes tried in one pass; the picture is the same; 0: by the device.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU.")] = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="On a CPU: the same bits at any --batch and --window.")] = False,
     again: Annotated[str, typer.Option(help="Draw one recorded picture again: a line of a samples.jsonl, or FILE:NUMBER.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each picture, and all else to standard error.")] = False,
 ) -> None:
@@ -140,8 +141,23 @@ def draw(
     from train.verbs import draw as verb
 
     settings = Settings(n, seed, temperature, top_k or None, top_p if top_p != 1 else None, guidance, keep_rows or None, fit, batch, window)  # type: ignore[arg-type]
-    options = verb.Options(settings, file, image, rerank, out, format, grid, device, precision, as_json, again)
+    options = verb.Options(settings, file, image, rerank, out, format, grid, device, precision, as_json, again, deterministic)
     verb.main(run, captions or [], options, STOP)
+
+
+@app.command()
+def play(
+    run: Annotated[str, typer.Argument(help="Run folder, finished or under way, or what 'export --package' wrote; local or s3://.")],
+    host: Annotated[str, typer.Option(help="Address to serve; others than this machine see the page at 0.0.0.0, without a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 7860,
+    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip, or a folder with an exported contrastive model.")] = "none",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
+    precision: Annotated[str, typer.Option(help="As of draw.")] = "auto",
+) -> None:
+    """Serve a page to type captions into: candidates appear row by row as they are drawn."""
+    from train.verbs import play as verb
+
+    verb.main(run, host, port, rerank, device, precision, STOP)
 
 
 @app.command()
@@ -320,14 +336,17 @@ def bench(
 
 
 @app.command()
-def docs(demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its pictures from this finished run.")] = "") -> None:
+def docs(
+    demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its pictures from this finished run.")] = "",
+    note: Annotated[str, typer.Option(help="With --demo: a sentence below its minutes, such as what else the machine did.")] = "",
+) -> None:
     """Regenerate what is generated in docs/: the configuration reference and its JSON Schema."""
     from train.verbs import demo_page
     from train.verbs import docs as verb
 
     verb.main()
     if demo:
-        demo_page.main(demo)
+        demo_page.main(demo, note)
 
 
 def last_line(error: ReportedError) -> str:

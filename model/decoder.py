@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import sdpa
 from model.config import StreamShape, TransformerConfig
 from model.draw_cache import PastCache, Window, cache_places
+from model.gumbel import gumbel_noise
 from model.offsets import Kind, layer_kinds, mask_kind
 from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
 
@@ -27,7 +28,7 @@ _PREFILL_STATES = 1 << 14
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Weights of one layer in the dtype of its products; queries, keys and values in one matrix."""
 
     kind: Kind
@@ -56,18 +57,24 @@ class DrawingWeights:
         self.model, self.linear = model, linear
         self.cfg: TransformerConfig = model.cfg
         self.shape: StreamShape = model.shape
-        self.dtype = dtype or next(block.branch_dtype for block in model.resblocks if isinstance(block, AttentionResblock))
+        self.dtype = dtype or self.dtype_of(model)
+        self.head: Tensor = model.image_unembedding.weight
         self.layers = [
             self._layer(kind, *model.resblocks[2 * i : 2 * i + 2])  # type: ignore[arg-type]
             for i, kind in enumerate(layer_kinds(model.cfg.layers))
         ]
 
-    def _layer(self, kind: Kind, attention: AttentionResblock, mlp: MLPResblock) -> _Layer:
+    @staticmethod
+    def dtype_of(model: Transformer) -> torch.dtype:
+        """Of the products that a model was built for."""
+        return next(block.branch_dtype for block in model.resblocks if isinstance(block, AttentionResblock))
+
+    def _layer(self, kind: Kind, attention: AttentionResblock, mlp: MLPResblock) -> Layer:
         def cast(*tensors: Tensor) -> Tensor:
             return torch.cat(tensors).detach().to(self.dtype)
 
         q, k, v, post, mlp_1, mlp_2 = attention.q, attention.k, attention.v, attention.post, mlp.mlp_1, mlp.mlp_2
-        return _Layer(
+        return Layer(
             kind,
             attention.norm,
             cast(q.weight, k.weight, v.weight),
@@ -85,7 +92,7 @@ class DrawingWeights:
     def device(self) -> torch.device:
         return self.layers[0].qkv.device
 
-    def run_layer(self, layer: _Layer, x_RD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def run_layer(self, layer: Layer, x_RD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """One layer on fp32 states [rows, D]; ``attend`` turns fused queries, keys and values [rows, 3 D] into [rows, D]."""
         h_RD = layer.attention_norm(x_RD).to(self.dtype)
         h_RD = self.linear(attend(self.linear(h_RD, layer.qkv, layer.qkv_bias)), layer.post, layer.post_bias)
@@ -96,7 +103,16 @@ class DrawingWeights:
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Logits of the next code, fp32 [rows, N]."""
-        return self.linear(self.model.final_norm(x_RD), self.model.image_unembedding.weight, None)
+        return self.linear(self.model.final_norm(x_RD), self.head, None)
+
+    def choose(self, scores_BQN: Tensor, seeds_B: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of scores plus the noise of (seed, position, code), and its code, [B, Q] each; the scores are written over."""
+        best = scores_BQN.add_(gumbel_noise(seeds_B, positions_BQ, scores_BQN.shape[-1])).max(dim=-1)
+        return best.values, best.indices
+
+    def drawer(self, texts: Sequence[Texts]) -> Drawer:
+        """What draws with these weights; see ``Drawer``."""
+        return Drawer(self, texts)
 
 
 def cache_bytes(cfg: TransformerConfig, shape: StreamShape, itemsize: int, window: int = 1) -> int:
@@ -126,6 +142,8 @@ class Texts:
 class Drawer:
     """The logits of next codes of a batch of pictures, pass by pass: equal to ``Transformer.logits`` up to rounding, at a fraction of its cost."""
 
+    prefill_states = _PREFILL_STATES
+
     def __init__(self, weights: DrawingWeights, texts: Sequence[Texts]) -> None:
         """Read the texts in one pass.
 
@@ -136,22 +154,22 @@ class Drawer:
         """
         self.weights, self.pictures = weights, sum(group.pictures for group in texts)
         shape, cfg = weights.shape, weights.cfg
-        self._groups = list(texts)
-        self._text = list(zip(*(self._read(group) for group in texts), strict=True))
+        self.groups = list(texts)
+        self.text = list(zip(*(self._read(group) for group in texts), strict=True))
         """For each layer, for each group: keys and values [C, H, T, K]."""
-        self._past = [PastCache(layer.kind, shape, cfg, self.pictures, weights.dtype, weights.device) for layer in weights.layers]
+        self.past = [PastCache(layer.kind, shape, cfg, self.pictures, weights.dtype, weights.device) for layer in weights.layers]
         self._new: list[tuple[Tensor, Tensor]] = []
         self._window: Window | None = None
 
     def storages(self) -> list[Tensor]:
         """Every tensor of keys and values that is held between passes."""
-        text = [tensor for layer in self._text for pair in layer for tensor in pair]
-        return [*text, *(t for past in self._past for t in (past.keys_BHRK, past.values_BHRK)), *(t for pair in self._new for t in pair)]
+        text = [tensor for layer in self.text for pair in layer for tensor in pair]
+        return [*text, *(t for past in self.past for t in (past.keys_BHRK, past.values_BHRK)), *(t for pair in self._new for t in pair)]
 
     def _read(self, group: Texts) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [C, H, T, K] of the captions, by layer."""
         weights, text = self.weights, self.weights.shape.text_tokens
-        several = max(1, _PREFILL_STATES // text)
+        several = max(1, self.prefill_states // text)
         parts = []
         for start in range(0, len(group.text_CT), several):
             some = slice(start, start + several)
@@ -198,7 +216,7 @@ class Drawer:
         """
         assert self._window is not None
         if self._new:
-            for past, (k_BHQK, v_BHQK) in zip(self._past, self._new, strict=True):
+            for past, (k_BHQK, v_BHQK) in zip(self.past, self._new, strict=True):
                 past.keep(self._window, counts_B, k_BHQK, v_BHQK)
         self._new, self._window = [], None
 
@@ -209,7 +227,7 @@ class Drawer:
         seen: dict[Kind, Tensor] = {}
         is_before_QQ = self._before(window)
         for index, layer in enumerate(self.weights.layers):
-            past = self._past[index]
+            past = self.past[index]
             if one is None and layer.kind not in seen:
                 seen[layer.kind] = past.visible(window)
 
@@ -238,24 +256,24 @@ class Drawer:
         """Which state of a window sees which other of it, bool [Q, Q] for each mask."""
         step_Q = torch.arange(window.length, device=window.first_B.device)
         back_QQ = step_Q[:, None] - step_Q
-        return {past.kind: (back_QQ >= 0) & past.is_allowed_I[back_QQ.clamp(min=0)] for past in self._past}
+        return {past.kind: (back_QQ >= 0) & past.is_allowed_I[back_QQ.clamp(min=0)] for past in self.past}
 
     def _text_scores(self, index: int, q_BHQK: Tensor) -> Tensor:
         """Scores [B, H, Q, T] of every state with its caption: the pictures of a caption are rows of one product."""
         parts = []
-        for q_bHQK, group, (keys_CHTK, _) in zip(self._split(q_BHQK), self._groups, self._text[index], strict=True):
+        for q_bHQK, group, (keys_CHTK, _) in zip(self._split(q_BHQK), self.groups, self.text[index], strict=True):
             rows_CHEK = _by_caption(q_bHQK, group.each)
             parts.append(_by_picture(rows_CHEK @ keys_CHTK.transpose(-1, -2), group.each, q_BHQK.shape[2]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _text_values(self, index: int, p_BHQT: Tensor) -> Tensor:
         parts = []
-        for p_bHQT, group, (_, values_CHTK) in zip(self._split(p_BHQT), self._groups, self._text[index], strict=True):
+        for p_bHQT, group, (_, values_CHTK) in zip(self._split(p_BHQT), self.groups, self.text[index], strict=True):
             parts.append(_by_picture(_by_caption(p_bHQT, group.each) @ values_CHTK, group.each, p_BHQT.shape[2]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _split(self, x_B: Tensor) -> Sequence[Tensor]:
-        return [x_B] if len(self._groups) == 1 else x_B.split([group.pictures for group in self._groups])
+        return [x_B] if len(self.groups) == 1 else x_B.split([group.pictures for group in self.groups])
 
     def _attend_one(self, index: int, past: PastCache, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor, first: int) -> Tensor:
         """One state of every picture, all at the same position: the past is a slice of the cache, and nothing is gathered."""

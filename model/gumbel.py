@@ -6,11 +6,12 @@ B pictures, Q positions, N image codes.
 import torch
 from torch import Tensor
 
-_WEYL = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-_CODE_BITS = 32  # of a counter; the bits above them are the position's
-_UNIT = 2.0**-53
-_LARGEST = 1 - 2.0**-24  # of fp32 below 1, so that the noise is finite
+# Another implementation (train/drawing/cpu_kernels.py) takes these too.
+WEYL = 0x9E3779B97F4A7C15 - 2**64
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+CODE_BITS = 32  # of a counter; the bits above them are the position's
+UNIT = 2.0**-53
+LARGEST = 1 - 2.0**-24  # of fp32 below 1, so that the noise is finite
 
 
 def gumbel_noise(seeds_B: Tensor, positions_BQ: Tensor, codes: int) -> Tensor:
@@ -25,17 +26,17 @@ def gumbel_noise(seeds_B: Tensor, positions_BQ: Tensor, codes: int) -> Tensor:
         codes: N.
     """
     code_N = torch.arange(codes, device=seeds_B.device)
-    counter_BQN = (positions_BQ[..., None] << _CODE_BITS) + code_N + 1
-    bits_BQN = _mixed(counter_BQN.mul_(_WEYL).add_(_mixed(seeds_B.clone())[:, None, None]))
+    counter_BQN = (positions_BQ[..., None] << CODE_BITS) + code_N + 1
+    bits_BQN = mixed(counter_BQN.mul_(WEYL).add_(mixed(seeds_B.clone())[:, None, None]))
     # 53 bits near 0, where fp32 resolves them: the largest noises, which decide, come from the smallest numbers.
-    uniform_BQN = _shifted(bits_BQN, 11).float().add_(0.5).mul_(_UNIT).clamp_(max=_LARGEST)
+    uniform_BQN = _shifted(bits_BQN, 11).float().add_(0.5).mul_(UNIT).clamp_(max=LARGEST)
     return uniform_BQN.neg_().log1p_().neg_().log_().neg_()
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """splitmix64's finaliser, in place; products of int64 wrap as those of unsigned numbers do."""
-    x.bitwise_xor_(_shifted(x, 30)).mul_(_MIX_1)
-    x.bitwise_xor_(_shifted(x, 27)).mul_(_MIX_2)
+    x.bitwise_xor_(_shifted(x, 30)).mul_(MIX_1)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(MIX_2)
     return x.bitwise_xor_(_shifted(x, 31))
 
 

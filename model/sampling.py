@@ -17,7 +17,6 @@ from torch import Tensor
 from model.config import StreamShape
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
-from model.gumbel import gumbel_noise
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,26 @@ def sample(
         ValueError: seeds, lengths or given codes that do not fit the captions; a rule or window that cannot be drawn with.
         NotFiniteError: logits that are no numbers; the position is named.
     """
+    run = begin(weights, text_CT, lengths_C, seeds, rule, prefix_BP=prefix_BP, window=window)
+    while not run.is_done:
+        run.step()
+        if after_pass is not None:
+            after_pass(run.codes_BI, run.known_B)
+    return Drawn(run.codes_BI, run.passes)
+
+
+@torch.no_grad()
+def begin(
+    weights: DrawingWeights,
+    text_CT: Tensor,
+    lengths_C: Tensor,
+    seeds: Sequence[int],
+    rule: Rule = Rule(),
+    *,
+    prefix_BP: Tensor | None = None,
+    window: int = 1,
+) -> Sampling:
+    """Read the captions and the given codes; arguments and errors as those of ``sample``."""
     shape = weights.shape
     _check(shape, text_CT, lengths_C, seeds, prefix_BP, window)
     rule.check(shape)
@@ -114,13 +133,7 @@ def sample(
     texts = [Texts(text_CT, lengths_C, pictures // len(text_CT))]
     if rule.guidance != 1:
         texts.append(Texts(torch.zeros_like(text_CT[:1]), torch.zeros_like(lengths_C[:1]), pictures))
-    drawer = Drawer(weights, texts)
-    run = _Run(drawer, rule, torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True), prefix_BP, window)
-    while not run.is_done:
-        run.step()
-        if after_pass is not None:
-            after_pass(run.codes_BI, run.known_B)
-    return Drawn(run.codes_BI, run.passes)
+    return Sampling(weights.drawer(texts), rule, torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True), prefix_BP, window)
 
 
 def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequence[int], prefix_BP: Tensor | None, window: int) -> None:
@@ -138,7 +151,7 @@ def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequen
         raise ValueError(f"prefix codes reach from {int(prefix_BP.min())} to {int(prefix_BP.max())}: accepted are 0 to {shape.image_vocab - 1}")
 
 
-class _Run:
+class Sampling:
     """The codes of a batch on their way. Of picture b the first ``known_B[b]`` codes are final, those after them drafts."""
 
     def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int) -> None:
@@ -176,15 +189,14 @@ class _Run:
         if self.copies == 2:
             caption_BQN, empty_BQN = logits_BQN.chunk(2)
             logits_BQN = empty_BQN + self.rule.guidance * (caption_BQN - empty_BQN)
-        scores_BQN = self.rule.filtered(logits_BQN).add_(gumbel_noise(self.seeds_B, window.states_BQ, logits_BQN.shape[-1]))
-        best = scores_BQN.max(dim=-1)
-        self._refuse_no_numbers(best.values, window)
+        values_BQ, drawn_BQ = self.drawer.weights.choose(self.rule.filtered(logits_BQN), self.seeds_B, window.states_BQ)
+        self._refuse_no_numbers(values_BQ, window)
         if self.window == 1:
-            self.codes_BI[:, self.least] = best.indices[:, 0]
+            self.codes_BI[:, self.least] = drawn_BQ[:, 0]
             self.known_B += 1
             self.least += 1
         else:
-            self._accept(best.indices, window)
+            self._accept(drawn_BQ, window)
 
     def _draft(self, window: Window) -> None:
         """Where there is no draft from an earlier pass yet: the code above."""

@@ -340,6 +340,8 @@ def test_the_whole_pipeline_runs_on_s3(s3: str) -> None:
     run = RunFolder(storage.join(s3, "tiny"))
     figures = storage.read_json(run.at("evaluate", "metrics.json"))
     assert figures["samples"] > 0 and figures["image_ce_nats"] > 0
+    rows = [value for name, value in figures.items() if name.startswith("image_ce_row_")]
+    assert sum(rows) / len(rows) == pytest.approx(figures["image_ce_nats"])
     page = storage.read_bytes(run.at("report.html"))
     assert page.count(b"data:image/png;base64") >= 4
     assert [name for name in storage.list_files(run.at("tensorboard", "dalle")) if "tfevents" in name]

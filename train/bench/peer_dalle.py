@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
@@ -123,3 +124,32 @@ def training_step(
         optimizer.zero_grad()
 
     return step
+
+
+def drawing_step(cfg: TransformerConfig, shape: StreamShape) -> Callable[[], object]:
+    """A function that computes the logits of one code with its cache, in the middle of a picture, in fp32; again and again at the same place.
+
+    Its own ``generate_images`` hands the cache on only where it is guided.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    torch.manual_seed(0)
+    text_ids = shape.text_vocab - shape.text_tokens
+    model = build(cfg, shape, attention_pattern(cfg.layers), text_ids=text_ids).eval()
+    text_1T = torch.randint(1, text_ids, (1, shape.text_tokens))
+    codes_1P = torch.randint(shape.image_vocab, (1, shape.image_tokens // 2 + shape.grid // 2))
+    cache: dict[object, object] = {}
+    with torch.no_grad():
+        model(text_1T, codes_1P[:, :-1], cache=cache)
+
+    def step() -> object:
+        with torch.no_grad():
+            return model(text_1T, codes_1P, cache=_copied(cache))[:, -1]
+
+    return step
+
+
+def _copied(cache: dict[object, object]) -> dict[object, object]:
+    """Its queues of shifted tokens change in place; its keys and values are replaced."""
+    return {key: copy.copy(value) for key, value in cache.items()}

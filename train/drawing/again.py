@@ -15,7 +15,7 @@ from train.machine.rates import threads
 
 def again(models: Models, line: Line) -> tuple[Picture, bytes]:
     """The picture of a line, and its file. Its batch is as large as it was, filled with this caption, and it stands in its old place: sums of
-    matrix products depend on how many rows are computed at once, and on nothing else of the other rows.
+    matrix products depend on how many rows are computed at once, and on nothing else of the other rows. What was drawn deterministically is drawn alone.
 
     Raises:
         DataError: the line names other weights.
@@ -27,6 +27,8 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
                 "name the run or the package that holds it."
             )
     shaped, shape = line["shaped_by"], dict(line["settings"])
+    if models.is_deterministic:
+        shaped = shaped | {"captions": 1, "each": 1, "place": 0}
     prefix = shape.pop("prefix", [])
     settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
     # Repeats of the wanted candidate: its seed is what counts, and the others' pictures are thrown away.

@@ -151,7 +151,13 @@ def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequenc
         raise CheckpointError(
             f"{models.url}: {error}: the weights ({models.description}) are broken; draw with those of another checkpoint."
         ) from error
-    arithmetic = {"precision": models.precision, "device": models.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    arithmetic = {
+        "precision": models.precision,
+        "deterministic": models.is_deterministic,
+        "device": models.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     arrays = decode(models, drawn.codes_BI)
     out = []
     for place, (caption, candidate) in enumerate((caption, candidate) for caption in batch.captions for candidate in batch.candidates):

@@ -39,7 +39,9 @@ class Gallery:
         """Where a caption's drawing lies: another value of anything that shapes it is another folder."""
         judge = self.models.lineage.get("clip", "none")
         lineage = {kind: found for kind, found in self.models.lineage.items() if kind != "clip"}
-        return samples.folder(self.out, caption, key(caption, self.settings, lineage, list(self.prefix), judge, format=self.format))
+        return samples.folder(
+            self.out, caption, key(caption, self.settings, lineage, list(self.prefix), judge, format=self.format, precision=self.models.precision)
+        )
 
     def draw(self, captions: Sequence[str], stop: StopFlag, drawn: Callable[[str, list[Line]], None]) -> int:
         """Draw what is missing of each caption; returns how many pictures that were.

@@ -60,16 +60,17 @@ class Artist:
         return [shown for caption in wanted for shown in found[caption]]
 
 
-def load(url: str, *, device: str = "", precision: str = "auto", rerank: str = "none") -> Artist:
+def load(url: str, *, device: str = "", precision: str = "auto", rerank: str = "none", deterministic: bool = False) -> Artist:
     """Open a model to draw with: a run folder, finished or under way, or what ``launcher.py export RUN --package`` wrote; local or s3://.
 
     Args:
         url: where it lies.
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
-        precision: 'auto', 'fp32', 'bf16' or 'fp16'.
+        precision: 'auto', 'fp32', 'bf16', 'fp16', or 'int8' on a CPU.
         rerank: 'none', 'clip', or a folder with an exported contrastive model.
+        deterministic: a picture's bits do not depend on batches and windows; on a CPU.
 
     Raises:
         ConfigError, DataError: there is nothing to draw with; the message says what is missing.
     """
-    return Artist(open_models(url, device, precision, rerank))
+    return Artist(open_models(url, device, precision, rerank, deterministic=deterministic))

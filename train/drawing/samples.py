@@ -17,7 +17,7 @@ from infra.errors import DataError, MissingError
 from train.drawing.draw import Picture
 from train.report.images import png_bytes
 
-SCHEMA = "sample/1"
+SCHEMA = "sample/2"
 SAMPLES = "samples.jsonl"
 FORMATS = ("png", "webp")
 _KEY_LETTERS, _NAME_LETTERS = 12, 40
@@ -107,7 +107,10 @@ def parse_line(text: str, where: str) -> Line:
     except ValueError as error:
         raise DataError(f"{where}: no line of a {SAMPLES} ({error}).") from error
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
-        raise DataError(f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'.")
+        raise DataError(
+            f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
+            "draw the picture anew, into another --out."
+        )
     return line
 
 

@@ -21,7 +21,8 @@ from model.decoder import DrawingWeights
 from model.dvae import DVAE
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
-from train.machine.rates import DTYPES
+from train.drawing.cpu_drawer import CpuWeights, ready
+from train.machine.rates import DTYPES, name_of
 from train.run import places
 from train.weights import checkpoint, export
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = "package.json"
 """Marks a folder that ``export --package`` wrote."""
+EIGHT_BITS = "int8"
 _LOST_CHECKPOINTS = 5
 """Checkpoints that may go while they are read: a live run drops old ones."""
 
@@ -69,7 +71,12 @@ class Models:
 
     @property
     def precision(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.weights.dtype)
+        return EIGHT_BITS if isinstance(self.weights, CpuWeights) and self.weights.eight_bits else name_of(self.weights.dtype)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a picture's bits do not depend on what is drawn beside it."""
+        return isinstance(self.weights, CpuWeights) and self.weights.deterministic
 
 
 def locate(url: str) -> Place:
@@ -92,23 +99,22 @@ def locate(url: str) -> Place:
     raise ConfigError(f"{url}: no run folder and no package (config.json is missing); name one, for example runs/demo.")
 
 
-def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none") -> Models:
+def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False) -> Models:
     """Open what draws; see ``Models``. Nothing else is asked for: no images, no codes, and the contrastive model only if it is to rank.
 
     Args:
         url: run folder (of a live run the newest averaged checkpoint is taken), its dalle/export, or a package; local or s3://.
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
-        precision: of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU.
+        precision: of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU. 'int8': weights of eight bits, on a CPU.
         rerank: what ranks candidates: 'none', 'clip' (the run's own contrastive model), or a folder with the export of another.
+        deterministic: a picture's bits do not depend on batches and windows; on a CPU, in fp32 or int8.
 
     Raises:
         ConfigError: there is no such run, device or precision.
         DataError: it has no weights yet, or they do not belong together.
     """
     place, where = locate(url), _device(device)
-    if precision not in ("auto", *DTYPES):
-        raise ConfigError(f"precision '{precision}': accepted are auto, {', '.join(DTYPES)}.")
-    dtype = (torch.bfloat16 if where.type == "cuda" else torch.float32) if precision == "auto" else DTYPES[precision]
+    dtype = _dtype(precision, where, deterministic)
     cfg = place.cfg
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
@@ -120,14 +126,32 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
     if rerank != "none":
         judge, found["clip"] = _judge(place, rerank, found)
         export.to_device(judge, where)
-    weights = DrawingWeights(_build(cfg, tensors, where, dtype, place.dalle), dtype)
+    weights = ready(_build(cfg, tensors, where, dtype, place.dalle), dtype, eight_bits=precision == EIGHT_BITS, deterministic=deterministic)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
 
 
 def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
     """The same, with other weights of the transformer."""
-    dtype = models.weights.dtype
-    return replace(models, weights=DrawingWeights(_build(models.cfg, tensors, models.device, dtype, models.url), dtype))
+    dtype, old = models.weights.dtype, models.weights
+    eight_bits = isinstance(old, CpuWeights) and old.eight_bits
+    model = _build(models.cfg, tensors, models.device, dtype, models.url)
+    return replace(models, weights=ready(model, dtype, eight_bits=eight_bits, deterministic=models.is_deterministic))
+
+
+def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.dtype:
+    """Of states and, but for int8, of weights.
+
+    Raises:
+        ConfigError: there is no such precision, or not here.
+    """
+    if precision not in ("auto", *DTYPES, EIGHT_BITS):
+        raise ConfigError(f"precision '{precision}': accepted are auto, {', '.join(DTYPES)}, and {EIGHT_BITS} on a CPU.")
+    if precision == EIGHT_BITS and device.type != "cpu":
+        raise ConfigError(f"precision '{precision}' on a GPU: accepted there are auto, {', '.join(DTYPES)}.")
+    dtype = (torch.bfloat16 if device.type == "cuda" else torch.float32) if precision == "auto" else DTYPES.get(precision, torch.float32)
+    if deterministic and (device.type != "cpu" or dtype != torch.float32):
+        raise ConfigError(f"--deterministic with device {device.type} and precision {precision}: it needs --device cpu and --precision fp32 or int8.")
+    return dtype
 
 
 def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]:

@@ -46,7 +46,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     )
     figures = _on_images(cfg, models, pairs, device) | _unigram(cfg, tokens, device)
     with torch.no_grad():
-        ce = cross_entropies(models.dalle, tokens, device, models.dalle.text_counts)
+        ce = cross_entropies(models.dalle, tokens, device, models.dalle.text_counts, rows=cfg.dvae.grid)
     unigram = figures["unigram_entropy_nats"]
     figures |= {
         "image_ce_nats": ce["loss_image"],
@@ -57,7 +57,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     }
     if world.is_main:
         lineage = models.lineage | {"images": images.content_hash, "codes": codes.content_hash}
-        storage.write_json(run.at("evaluate", "metrics.json"), figures | {"parents": lineage})
+        by_row = {f"image_ce_row_{row:02d}_nats": ce[f"loss_image_row_{row:02d}"] for row in range(cfg.dvae.grid)}
+        storage.write_json(run.at("evaluate", "metrics.json"), figures | by_row | {"parents": lineage})
         seconds = time.monotonic() - started
         run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures, parents=lineage)
     wait_for_all()

@@ -18,6 +18,7 @@ from infra.signals import StopFlag
 from infra.world import Share, World
 from model.decoder import DrawingWeights
 from train.config import RunConfig
+from train.drawing.cpu_drawer import ready
 from train.drawing.draw import draw, score
 from train.drawing.settings import Settings, key, of_stage
 from train.drawing.source import Models
@@ -86,7 +87,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
-    drawing = Models(run.url, cfg, models.dvae, DrawingWeights(models.dalle), models.tokenizer, models.clip, models.lineage, "exported weights")
+    weights = ready(models.dalle, DrawingWeights.dtype_of(models.dalle))
+    drawing = Models(run.url, cfg, models.dvae, weights, models.tokenizer, models.clip, models.lineage, "exported weights")
     task = _Task(cfg, run, prompts(cfg, training, validation), of_stage(cfg), drawing)
     share = Share.from_env()
     place = share.of(world)

@@ -14,8 +14,12 @@ from infra.run_folder import RunFolder
 from train.run.stage_table import STAGES
 
 
-def main(url: str) -> None:
+def main(url: str, note: str = "") -> None:
     """Write the page and copy the pictures.
+
+    Args:
+        url: the run.
+        note: what its records do not say and a reader of the minutes should know, such as what else the machine did.
 
     Raises:
         DataError: the run is not finished.
@@ -28,12 +32,12 @@ def main(url: str) -> None:
     (DOCS / "pictures").mkdir(exist_ok=True)
     for source, name in ((("generate", "grid.png"), "demo-grid.png"), (("dvae", "pictures", "reconstructions.png"), "demo-reconstructions.png")):
         (DOCS / "pictures" / name).write_bytes(storage.read_bytes(run.at(*source)))
-    (DOCS / "demo.md").write_text(render(run, {name: marker for name, marker in done.items() if marker is not None}))
+    (DOCS / "demo.md").write_text(render(run, {name: marker for name, marker in done.items() if marker is not None}, note))
     print("docs/demo.md")
 
 
-def render(run: RunFolder, done: dict[str, dict[str, Any]]) -> str:
-    """The page as Markdown."""
+def render(run: RunFolder, done: dict[str, dict[str, Any]], note: str = "") -> str:
+    """The page as Markdown; arguments as in ``main``."""
     figures = storage.read_json(run.at("evaluate", "metrics.json"))
     provenance = storage.read_json(run.at("provenance.json"))
     day = datetime.datetime.fromtimestamp(done["report"]["finished"], datetime.UTC).date()
@@ -53,6 +57,7 @@ def render(run: RunFolder, done: dict[str, dict[str, Any]]) -> str:
     lines += [
         f"| all | {total:.1f} | and about a minute for starting processes |",
         "",
+        *([note, ""] if note else []),
         "On validation (held-out concepts):",
         "",
         "| what | goal | reached |",
@@ -78,8 +83,17 @@ def render(run: RunFolder, done: dict[str, dict[str, Any]]) -> str:
         "![Drawn pictures](pictures/demo-grid.png)",
         "",
     ]
+    guidance, dropout = _guidance(run)
+    if guidance != 1:
+        lines += [f"Drawn with guidance {guidance:g}; {dropout:.0%} of captions were dropped in training.", ""]
     lines += ["Credits:", "", *(f"- {line}" for line in done["prepare"]["summary"]["credits"])]
     return "\n".join(lines) + "\n"
+
+
+def _guidance(run: RunFolder) -> tuple[float, float]:
+    """How far the run's pictures were guided, and how many captions it trained without."""
+    cfg = storage.read_json(run.at("config.json"))
+    return cfg["generate"]["guidance"], cfg["dalle_fit"]["caption_dropout"]
 
 
 def _processor() -> str:

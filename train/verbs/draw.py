@@ -34,6 +34,7 @@ class Options:
     precision: str = "auto"
     json: bool = False
     again: str = ""
+    deterministic: bool = False
 
 
 def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) -> None:
@@ -77,7 +78,7 @@ def _default_out(url: str) -> str:
 
 def _open(url: str, options: Options) -> tuple[Models, Settings]:
     began = time.monotonic()
-    models = open_models(url, options.device, options.precision, options.rerank)
+    models = open_models(url, options.device, options.precision, options.rerank, deterministic=options.deterministic)
     options.settings.check(models.cfg)
     what = f"{models.description} ({models.lineage['dalle'][:12]}), {models.device.type}, {models.precision}"
     _say(options, f"{models.url}: {what}; loaded in {time.monotonic() - began:.1f} s")
@@ -123,9 +124,10 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
     if captions or options.file:
         raise UsageError("--again draws one recorded picture; captions and --file are for new ones.")
     line = samples.find_line(options.again)
-    options = replace(options, precision=again.precision_of(line, options.precision), settings=Settings())
-    models, _ = _open(url or line["source"], options)
     try:
+        precision, deterministic = again.precision_of(line, options.precision), bool(line["shaped_by"]["deterministic"])
+        options = replace(options, precision=precision, settings=Settings(), deterministic=deterministic)
+        models, _ = _open(url or line["source"], options)
         picture, data = again.again(models, line)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--again: the line lacks something ({error}); give one as it stands in {samples.SAMPLES}.") from error

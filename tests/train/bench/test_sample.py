@@ -21,6 +21,7 @@ def test_bytes_and_operations_of_a_step_are_those_of_weights_text_and_masks() ->
     offsets = 5 + 4 + 6  # row: a row and itself; column: four rows; convolution 3 x 3 of the figure
     assert sample.step_bytes(weights, 1) == 4 * (matrices + 24 * 32) + 2 * 4 * 32 * (3 * 5 + 4 + 4 + 6)
     assert sample.step_bytes(weights, 9) - sample.step_bytes(weights, 8) == 2 * 4 * 32 * (4 + 4 + 6)
+    assert sample.step_bytes(weights, 9, 9) - sample.step_bytes(weights, 9) == 8 * 2 * 4 * 32 * 3 * 5
     assert sample.step_flops(weights, 2) == 2 * 2 * (matrices + 24 * 32 + 2 * 32 * (3 * 5 + offsets))
 
 

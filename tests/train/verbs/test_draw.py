@@ -66,7 +66,7 @@ def test_pictures_lie_by_caption_and_say_what_shaped_them(draw: Draw, run: RunFo
             assert picture.size == (16, 16)
         assert set(line["weights"]) == {"dalle", "dvae", "tokenizer", "clip"} and -1 <= line["score"] <= 1
         assert line["shaped_by"] | {"place": 0} == {
-            "precision": "fp32", "device": "cpu", "threads": 1, "torch": line["shaped_by"]["torch"], "captions": 2, "each": 2, "place": 0, "window": 2,
+            "precision": "fp32", "deterministic": False, "device": "cpu", "threads": 1, "torch": line["shaped_by"]["torch"], "captions": 2, "each": 2, "place": 0, "window": 2,
         }  # fmt: skip
         assert line["settings"] == {"n": 2, "seed": 0, "temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
     assert len({line["seed"] for line in found}) == 4
@@ -131,7 +131,7 @@ def test_a_picture_that_comes_out_otherwise_is_said_to(draw: Draw, tmp_path: Pat
     ("given", "message"),
     [
         ("{", r"--again: no line of a samples.jsonl"),
-        ('{"schema": "other"}', "its schema is 'other', not 'sample/1'"),
+        ('{"schema": "other"}', "its schema is 'other', not 'sample/2'"),
         ("nowhere.jsonl:2", r"--again nowhere.jsonl:2: neither a line of a samples.jsonl nor a file"),
         ("{out}/samples.jsonl:9", r"has 2 lines; name one as .*:NUMBER, 1 to 2"),
         ("{out}/samples.jsonl", r"has 2 lines; name one as"),
@@ -157,6 +157,33 @@ def test_again_needs_the_same_weights_precision_and_nothing_else(draw: Draw, tmp
     with pytest.raises(ConfigError, match=r"--again: the line lacks something \('window'\)"):
         del line["shaped_by"]["window"]
         draw(again=json.dumps(line))
+    with pytest.raises(ConfigError, match=r"--again: the line lacks something \('shaped_by'\)"):
+        draw(again=json.dumps({name: value for name, value in line.items() if name != "shaped_by"}))
+
+
+def test_what_is_drawn_deterministically_is_drawn_again_without_its_batch(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a red fox", n=5, batch=3, window=2, deterministic=True)
+    drawn = lines(tmp_path / "out")
+    assert all(line["shaped_by"]["deterministic"] for line in drawn)
+    draw("a red fox", n=5, batch=5, window=1, deterministic=True, out=str(tmp_path / "other"))
+    assert [line["sha256"] for line in lines(tmp_path / "other")] == [line["sha256"] for line in drawn]
+    draw(url="", again=json.dumps(drawn[4]))
+    assert "the same codes and the same file" in capsys.readouterr().out
+    for given in ({"precision": "bf16"}, {"precision": "fp16"}):
+        with pytest.raises(
+            ConfigError, match=r"--deterministic with device cpu and precision .*: it needs --device cpu and --precision fp32 or int8"
+        ):
+            draw("a red fox", deterministic=True, **given)
+
+
+def test_weights_of_eight_bits_are_recorded_and_drawn_again(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a red fox", n=1, precision="int8")
+    (line,) = lines(tmp_path / "out")
+    assert line["shaped_by"]["precision"] == "int8"
+    draw(url="", again=json.dumps(line))
+    assert "cpu, int8" in capsys.readouterr().out
+    draw("a red fox", n=1)
+    assert "drew 1 pictures" in capsys.readouterr().out, "rounded weights are other weights"
 
 
 def test_a_signal_keeps_what_is_drawn_and_the_same_command_draws_the_rest(

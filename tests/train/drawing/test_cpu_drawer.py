@@ -1,0 +1,134 @@
+"""Drawing on a CPU through compiled kernels: the model's logits, the same bits whatever is drawn beside. Seconds: about 6, and 30 where nothing is compiled yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.decoder import DrawingWeights, Texts, cache_bytes, text_bytes
+from model.draw_cache import Window
+from model.gumbel import gumbel_noise
+from model.sampling import NotFiniteError, Rule, sample
+from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, build, one_by_one, wanted
+from tests.support.logits import logits
+from train.drawing.cpu_drawer import CpuDrawer, CpuWeights
+
+MASKS = [{"layers": 6}, {"layers": 3, "conv_offsets": "causal"}, {"layers": 2, "conv_kernel": 1}, {"layers": 1, "conv_kernel": 7}]
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_logits_one_at_a_time_are_those_of_the_whole_stream(masks: dict[str, Any]) -> None:
+    model = build(**masks)
+    drawer = CpuWeights(model).drawer([Texts(TEXT, LENGTHS, 1)])
+    assert isinstance(drawer, CpuDrawer)
+    torch.testing.assert_close(one_by_one(drawer, CODES), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_windows_at_places_of_their_own_give_bits_of_states_drawn_one_by_one(masks: dict[str, Any]) -> None:
+    """Pictures go on by numbers of their own; what was not kept leaves no trace."""
+    weights = CpuWeights(build(**masks), deterministic=True)
+    alone_BIN = one_by_one(weights.drawer([Texts(TEXT, LENGTHS, 1)]), CODES)
+    drawer, known_B, draw = weights.drawer([Texts(TEXT, LENGTHS, 1)]), torch.zeros(4, dtype=torch.int64), torch.Generator().manual_seed(3)
+    compared = 0
+    while int(known_B.min()) < 16:
+        # Drafts beyond the first are wrong as often as not; those that are kept are not.
+        counts_B = torch.randint(1, 5, (4,), generator=draw).minimum(16 - known_B)
+        drafts_BI = CODES.where(torch.arange(16) < (known_B + counts_B - 1)[:, None], (CODES + 5) % 24)
+        got_BQN = drawer.logits(drafts_BI, Window(known_B, 4))
+        for picture, count in enumerate(counts_B.tolist()):
+            first = int(known_B[picture])
+            assert got_BQN[picture, :count].equal(alone_BIN[picture, first : first + count])
+            compared += count
+        drawer.keep(counts_B)
+        known_B = known_B + counts_B
+    assert compared == 64
+
+
+def test_given_codes_and_groups_of_texts_are_read_as_torch_reads_them() -> None:
+    model = build(layers=6)
+    text_BT, lengths_B = TEXT[[0, 0, 2, 2]], LENGTHS[[0, 0, 2, 2]]
+    captions_BIN = logits(model, text_BT, lengths_B, CODES)[1]
+    empty_BIN = logits(model, torch.zeros_like(text_BT), torch.zeros_like(lengths_B), CODES)[1]
+    groups = [Texts(TEXT[[0, 2]], LENGTHS[[0, 2]], 2), Texts(torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), 4)]
+    for given in (1, 4, 7, 15):
+        drawer = CpuWeights(model).drawer(groups)  # 8 rows: kernels for one state, torch for the given ones
+        drawer.fill(CODES.repeat(2, 1), given)
+        got_BQN = drawer.logits(CODES.repeat(2, 1), Window(torch.full((8,), given), 1, given))
+        torch.testing.assert_close(got_BQN[:, 0], torch.cat([captions_BIN, empty_BIN])[:, given], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(guidance=3.0), Rule(temperature=0.7, top_k=5)])
+def test_codes_are_those_that_torch_draws_at_any_window(rule: Rule) -> None:
+    model, seeds = build(layers=3), list(range(4))
+    torchs_BI = sample(DrawingWeights(model), TEXT, LENGTHS, seeds, rule).codes_BI
+    for window in (1, 4):
+        assert sample(CpuWeights(model, deterministic=True), TEXT, LENGTHS, seeds, rule, window=window).codes_BI.equal(torchs_BI)
+        assert sample(CpuWeights(model), TEXT, LENGTHS, seeds, rule, window=window).codes_BI.equal(torchs_BI)
+
+
+def test_alone_means_the_same_bits_at_any_split_of_a_batch() -> None:
+    weights = CpuWeights(build(layers=6), deterministic=True)
+    whole_BIN = one_by_one(weights.drawer([Texts(TEXT[[0, 2]], LENGTHS[[0, 2]], 5)]), CODES[[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]])
+    for picture in range(10):
+        caption = [[0, 2][picture // 5]]
+        alone_1IN = one_by_one(weights.drawer([Texts(TEXT[caption], LENGTHS[caption], 1)]), CODES[[picture % 4]])
+        assert alone_1IN[0].equal(whole_BIN[picture])
+
+
+def test_what_is_held_is_the_closed_form_of_the_masks() -> None:
+    weights = CpuWeights(build(layers=6))
+    for groups in ([Texts(TEXT[:2], LENGTHS[:2], 3)], [Texts(TEXT[:2], LENGTHS[:2], 2), Texts(TEXT[2:3], LENGTHS[2:3], 4)]):
+        drawer = weights.drawer(groups)
+        pictures, captions = drawer.pictures, sum(len(group.text_CT) for group in groups)
+        drawer.logits(CODES[[0] * pictures], Window(torch.zeros(pictures, dtype=torch.int64), 1, 0))
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in drawer.storages()}
+        # Of the present state, which one layer after the other writes over, queries lie beside keys and values.
+        present = pictures * 3 * 32 * 4
+        assert sum(held.values()) == captions * text_bytes(weights.cfg, SHAPE, 4) + pictures * cache_bytes(weights.cfg, SHAPE, 4, 0) + present
+
+
+def test_eight_bits_are_near_and_both_ways_of_computing_see_the_same_values() -> None:
+    model = build(layers=3)
+    rounded = CpuWeights(model, eight_bits=True)
+    kernels_BIN = one_by_one(rounded.drawer([Texts(TEXT, LENGTHS, 1)]), CODES)
+    torchs_BIN = one_by_one(DrawingWeights.drawer(rounded, [Texts(TEXT, LENGTHS, 1)]), CODES)
+    torch.testing.assert_close(kernels_BIN, torchs_BIN, rtol=1e-5, atol=1e-5)
+    difference = float((kernels_BIN - wanted(model)).abs().max() / wanted(model).std())
+    assert 0.001 < difference < 0.1
+    assert {matrix[0].dtype.name for layer in rounded.matrices for matrix in layer} == {"int8"}
+
+
+@pytest.mark.parametrize("name", ["q.weight", "k.bias", "v.weight", "post.weight"])
+def test_logits_that_are_no_numbers_come_out_of_the_kernels(name: str) -> None:
+    model = build(layers=2)
+    torch.nn.Module.get_parameter(model.resblocks[0], name).fill_(float("nan"))
+    for window in (1, 3):
+        with pytest.raises(NotFiniteError, match="the logits of image position"):
+            sample(CpuWeights(model), TEXT[:1], LENGTHS[:1], [1], window=window)
+
+
+@pytest.mark.parametrize("name", ["mlp_1.weight", "mlp_2.weight", "norm.weight"])
+def test_nor_are_those_of_the_mlp_swallowed(name: str) -> None:
+    model = build(layers=2)
+    torch.nn.Module.get_parameter(model.resblocks[3], name).view(-1)[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the logits of image position 0"):
+        sample(CpuWeights(model), TEXT[:1], LENGTHS[:1], [1])
+
+
+def test_codes_are_chosen_by_the_noise_that_torch_makes() -> None:
+    weights, draw = CpuWeights(build(layers=1)), torch.Generator().manual_seed(2)
+    seeds_B, positions_BQ = torch.tensor([3, 2**62 + 1, 0]), torch.tensor([[0, 1, 1023], [5, 6, 7], [2**20, 3, 4]])
+    scores_BQN = torch.randn(3, 3, 5000, generator=draw)
+    scores_BQN[..., 100:200] = float("-inf")
+    wanted_BQ, code_BQ = DrawingWeights.choose(weights, scores_BQN.clone(), seeds_B, positions_BQ)
+    got_BQN = scores_BQN.clone()
+    best_BQ, found_BQ = weights.choose(got_BQN, seeds_B, positions_BQ)
+    assert found_BQ.equal(code_BQ) and found_BQ.unique().numel() == 9
+    torch.testing.assert_close(best_BQ, wanted_BQ, rtol=1e-6, atol=2e-6)
+    noise_BQN = gumbel_noise(seeds_B, positions_BQ, 5000)
+    torch.testing.assert_close(got_BQN, scores_BQN + noise_BQN, rtol=1e-6, atol=2e-6)
+    scores_BQN[1, 2, 77] = float("nan")
+    assert weights.choose(scores_BQN, seeds_B, positions_BQ)[0].isnan().nonzero().tolist() == [[1, 2]]

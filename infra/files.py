@@ -40,9 +40,10 @@ def read_errors(name: str) -> Iterator[None]:
     """Turn an OSError into a DataError that names the file; of one that is not there, a MissingError."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingError(f"{name}: does not exist.") from error
     except OSError as error:
+        # Below a file there is nothing; but a file itself, asked for as a folder, is there.
+        if isinstance(error, FileNotFoundError) or (isinstance(error, NotADirectoryError) and not os.path.lexists(name)):
+            raise MissingError(f"{name}: does not exist.") from error
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
 
 

@@ -49,7 +49,7 @@ def broken(name: str, error: Exception, inner: Any) -> Any:
 @pytest.mark.parametrize("error", [UnreachableError("x: failed after 6 attempts"), ConfigError("x: refused (AccessDenied)"), NoRoomError("x: full")])
 @pytest.mark.parametrize("name", ["meta.json", "index.json"])
 def test_a_silent_storage_is_not_taken_for_a_damaged_checkpoint(stage: str, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str) -> None:
-    monkeypatch.setattr(storage, "read_json", broken(f"step-00000010/{name}", error, storage.read_json))
+    monkeypatch.setattr(storage, "read_at_most", broken(f"step-00000010/{name}", error, storage.read_at_most))
     with pytest.raises(type(error)) as caught:
         checkpoint.load_newest(stage, fragments(0.0), World.single())
     assert caught.value is error or str(caught.value) == str(error), "and not five updates lost for it"

@@ -1,7 +1,7 @@
 """Step times with exact sums and with compression between two machines of two processes, at several bandwidths: ``python -m train.experiments.compression_network``.
 
 The machines are network namespaces of this one, joined by a virtual cable whose rate a token bucket bounds (root, ``ip`` and ``tc``). Each configuration trains the real
-engine for some updates at each rate, and the cable's own counter says what went over it. Figures go to docs/experiments/compression-network.json.
+engine for some updates at each rate, and the cable's own counter says what went over it. Figures go to compression-network.json in docs/experiments.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, completed
 from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
-from train.config_compression import CompressionSection, problem
+from train.config_compression import CompressionSection, check_sharding
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -341,8 +341,7 @@ class RunConfig(Section):
             raise ValueError("dalle_fit.optimizer = 'apex' keeps fp32 moments; set dalle_fit.moments = 'fp32', or the optimizer to 'paper'")
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
-        if odd := problem(self.compression, self.zero.sharding):
-            raise ValueError(odd)
+        check_sharding(self.compression, self.zero.sharding)
         size = self.dvae.image_size
         if size % self.clip.patch:
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
@@ -352,10 +351,8 @@ class RunConfig(Section):
             raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
         if self.dvae.vocab > 65536:
             raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")
-        if (guidance := self.generate.guidance) != 1 and not self.dalle_fit.caption_dropout:
-            raise ValueError(
-                f"generate.guidance = {guidance} needs a model trained with dalle_fit.caption_dropout above 0; set that, or guidance = 1"
-            )
+        if (s := self.generate.guidance) != 1 and not self.dalle_fit.caption_dropout:
+            raise ValueError(f"generate.guidance = {s} needs a model trained with dalle_fit.caption_dropout above 0; set that, or guidance = 1")
         if self.generate.top_k > self.dvae.vocab:
             raise ValueError(f"generate.top_k = {self.generate.top_k} is above dvae.vocab = {self.dvae.vocab}")
         if (window := self.generate.window) > (grid := self.dvae.grid):

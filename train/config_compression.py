@@ -39,8 +39,10 @@ class CompressionSection(Section):
         return self
 
 
-def problem(section: CompressionSection, sharding: str) -> str | None:
-    """What forbids compression in a configuration; None if nothing does."""
+def check_sharding(section: CompressionSection, sharding: str) -> None:
+    """Raises: ValueError: gradients shall be compressed between machines, but there are no replicas."""
     if section.method == "powersgd" and sharding != "node":
-        return f"compression.method = 'powersgd' compresses between machines that hold replicas, but zero.sharding = '{sharding}'; set it to 'node', or the method to 'exact'"
-    return None
+        raise ValueError(
+            f"compression.method = 'powersgd' compresses between machines that hold replicas, but zero.sharding = '{sharding}'; set it to 'node', or the "
+            "method to 'exact'"
+        )

@@ -342,8 +342,7 @@ class RunConfig(Section):
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
         check_sharding(self.compression, self.zero.sharding)
-        size = self.dvae.image_size
-        if size % self.clip.patch:
+        if (size := self.dvae.image_size) % self.clip.patch:
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
         if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
             raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")

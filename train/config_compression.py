@@ -11,7 +11,7 @@ from infra.config_keys import ANY_TIME
 
 
 class CompressionSection(Section):
-    """Gradients of block matrices between machines (paper 2.5, E; docs/scale.md): with zero.sharding = "node", on more than one machine."""
+    """Gradients of block matrices between machines (paper 2.5, E; docs/compression.md): with zero.sharding = "node", on more than one machine."""
 
     model_config = ConfigDict(json_schema_extra=ANY_TIME)
 

@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: 12B on 128 machines of 8 GPUs, with and without compression between them: ``python -m train.experiments.compression_scale``. By the formulas of
+"""The table of docs/compression.md: 12B on 128 machines of 8 GPUs, with and without compression between them: ``python -m train.experiments.compression_scale``. By the formulas of
 ``plan``; no torch."""
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
     return [
         *lines,
         "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks are those of "
-        "gradient compression between machines ([compression], docs/scale.md).",
+        "gradient compression between machines ([compression], docs/compression.md).",
     ]
 
 

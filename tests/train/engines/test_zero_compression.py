@@ -116,7 +116,7 @@ def test_a_run_that_is_switched_off_or_cut_otherwise_pays_its_errors_once(four: 
 
 
 def test_deepspeed_shows_no_reduced_gradient_before_a_backward_pass_has_ended(four: Any) -> None:
-    """So that nothing between machines can begin before (docs/scale.md, "Overlap"). Should this fail, it can."""
+    """So that nothing between machines can begin before (docs/compression.md, "Overlap"). Should this fail, it can."""
     for found in four[0]["early"]:
         assert found["hooks"] > 5 and found["early"] == 0 < found["after"], found
 

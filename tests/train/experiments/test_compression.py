@@ -1,4 +1,4 @@
-"""The experiments on compression: arms at the smallest size, what simulated machines apply, the page, the table of docs/scale.md."""
+"""The experiments on compression: arms at the smallest size, what simulated machines apply, the page, the table of docs/compression.md."""
 
 from __future__ import annotations
 
@@ -91,4 +91,4 @@ def test_the_page_says_which_rank_is_as_good_as_exact(tmp_path: Path) -> None:
 
 
 def test_the_table_of_many_machines_is_what_its_command_prints() -> None:
-    assert compression_scale.table() in (DOCS / "scale.md").read_text()
+    assert compression_scale.table() in (DOCS / "compression.md").read_text()

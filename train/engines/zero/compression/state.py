@@ -1,4 +1,4 @@
-"""Error buffers across checkpoints, and what becomes of them where a run goes on in another way (docs/scale.md).
+"""Error buffers across checkpoints, and what becomes of them where a run goes on in another way (docs/compression.md).
 
 As many machines with their own buffers go on with the same bits. Others divide the sum of all. What no longer lies in a compressed part, which is everything where
 compression is off or there is one machine, is added to the gradient of the next update: ``pending``.

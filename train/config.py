@@ -13,6 +13,7 @@ from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, completed
 from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
+from train.config_compression import CompressionSection, check_sharding
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -326,6 +327,7 @@ class RunConfig(Section):
     dalle_fit: DalleFit = DalleFit()
     zero: ZeroSection = ZeroSection()
     scales: ScaleSection = ScaleSection()
+    compression: CompressionSection = CompressionSection()
     clip: ClipConfig = ClipConfig()
     clip_fit: ClipFit = ClipFit()
     generate: GenerateSection = GenerateSection()
@@ -339,8 +341,8 @@ class RunConfig(Section):
             raise ValueError("dalle_fit.optimizer = 'apex' keeps fp32 moments; set dalle_fit.moments = 'fp32', or the optimizer to 'paper'")
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
-        size = self.dvae.image_size
-        if size % self.clip.patch:
+        check_sharding(self.compression, self.zero.sharding)
+        if (size := self.dvae.image_size) % self.clip.patch:
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
         if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
             raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")
@@ -348,16 +350,12 @@ class RunConfig(Section):
             raise ValueError(f"data.render_size = {self.data.render_size} is below dvae.image_size = {size}")
         if self.dvae.vocab > 65536:
             raise ValueError(f"dvae.vocab = {self.dvae.vocab}: code shards hold uint16, so at most 65536")
-        if self.generate.guidance != 1 and not self.dalle_fit.caption_dropout:
-            raise ValueError(
-                f"generate.guidance = {self.generate.guidance} needs a model trained with dalle_fit.caption_dropout above 0; set that, or guidance = 1"
-            )
+        if (s := self.generate.guidance) != 1 and not self.dalle_fit.caption_dropout:
+            raise ValueError(f"generate.guidance = {s} needs a model trained with dalle_fit.caption_dropout above 0; set that, or guidance = 1")
         if self.generate.top_k > self.dvae.vocab:
             raise ValueError(f"generate.top_k = {self.generate.top_k} is above dvae.vocab = {self.dvae.vocab}")
-        if self.generate.window > self.dvae.grid:
-            raise ValueError(
-                f"generate.window = {self.generate.window} is above the grid of {self.dvae.grid} codes (dvae.image_size / dvae.downsample)"
-            )
+        if (window := self.generate.window) > (grid := self.dvae.grid):
+            raise ValueError(f"generate.window = {window} is above the grid of {grid} codes (dvae.image_size / dvae.downsample)")
         if self.generate.show > self.generate.candidates:
             raise ValueError(f"generate.show = {self.generate.show} is above generate.candidates = {self.generate.candidates}")
         return self

@@ -74,6 +74,7 @@ ORDER = {
         ("evaluation", "ranks"),
         ("optimizer", "machine"),
         ("config",),
+        ("config_compression",),
     ],
     "data_pipeline": [
         ("prepare",),
@@ -87,6 +88,8 @@ ORDER = {
 
 NO_TORCH = (
     "model/config.py",
+    "train/config_compression.py",
+    "train/engines/zero/compression/fragments.py",
     "model/offsets.py",
     "data_pipeline/config.py",
     "train/config.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -84,6 +84,10 @@ class StatefulEngine(MeasuringEngine, Protocol):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the engine besides tensors: JSON values, alike on all ranks."""
+        ...
+
+    def more_to_load(self, state: dict[str, Any]) -> Iterator[dict[str, Fragment]]:
+        """Fragments that depend on what the checkpoint holds, by its ``state``, in lots: each is filled before the next is asked for. As many lots on every rank."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -266,7 +266,9 @@ class Trainer:
         )
 
     def _restore(self) -> int:
-        meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world)
+        engine = self.engine if isinstance(self.engine, StatefulEngine) else None
+        more = None if engine is None else lambda meta: engine.more_to_load(meta.get("engine", {}))
+        meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world, more)
         self._elapsed = 0.0
         if meta is None:
             return 0
@@ -278,8 +280,8 @@ class Trainer:
         self.engine.loaded(meta["updates"])
         if self.engine.loss_scale is not None and meta.get("loss_scale"):
             self.engine.loss_scale.restore(meta["loss_scale"])
-        if isinstance(self.engine, StatefulEngine) and "engine" in meta:
-            self.engine.restore(meta["engine"])
+        if engine is not None and "engine" in meta:
+            engine.restore(meta["engine"])
         if self.plateau is not None and meta.get("plateau"):
             self.plateau.restore(meta["plateau"], int(meta["step"]))
         self._counts |= meta.get("bad_updates", {})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
 from train.config import RunConfig
-from train.planning import activations, network, states
+from train.planning import activations, network, states, wire
 from train.planning.flops import forward_flops, head_products, train_flops
 from train.planning.hardware import Gpu
 from train.planning.states import Cluster, Layout, Storage
@@ -22,6 +22,8 @@ RESERVE = 0.08
 
 
 _FP32 = 4
+_FP32_RATE = 1 / 8
+"""Of fp32 products without TF32 over 16-bit ones: compression's are such."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Setting:
     """Gradients of matrices travel in 16 bits: with fp16 arithmetic, however matrices are stored."""
     rank: int | None = None
     """Total rank of gradient compression between machines."""
+    wire: str = "1-6-9"
+    """Format of its factors."""
+    rest: str = "1-6-9"
+    """Format of its error buffers."""
 
     @classmethod
     def configured(cls, cfg: RunConfig, cluster: Cluster) -> Setting:
@@ -45,7 +51,10 @@ class Setting:
         fit, zero = cfg.dalle_fit, cfg.zero
         is_half = fit.precision == "fp16"
         storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"
-        return cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, is_half)
+        found = cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, is_half)
+        if cfg.compression.method == "exact" or cluster.nodes == 1:
+            return found
+        return replace(found, rank=cfg.compression.rank, wire=cfg.compression.wire, rest=cfg.compression.rest)
 
     @property
     def micro_batch(self) -> int:
@@ -113,7 +122,7 @@ def memory(setting: Setting) -> Memory:
         half_gradients=setting.half_gradients,
         bucket_elements=zero.reduce_bucket_size * (2 if zero.overlap_comm and setting.stage < 3 else 1),
         live_elements=states.gathered(run.cfg.width, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters),
-        error_shards=setting.cluster.gpus if setting.rank is not None else 0,
+        error_bytes=error_bytes(setting),
         micro_batches=setting.cfg.dalle_fit.accumulation,
     )
     kept = activations.kept_by_forward(run)
@@ -124,6 +133,27 @@ def memory(setting: Setting) -> Memory:
     return Memory(found, kept, activations.peak(run) - kept, host)
 
 
+def compression(setting: Setting) -> list[wire.Sent]:
+    """What each GPU of a machine sends to others, where gradients are compressed between machines; empty otherwise."""
+    if setting.rank is None or setting.cluster.nodes == 1:
+        return []
+    cfg, is_scaled = setting.cfg, setting.half_gradients and setting.cfg.scales.scope != "none"
+    found = list(wire.parameters(cfg.dalle, cfg.stream_shape()))
+    held = wire.fragments(
+        found, setting.stage, setting.cluster.gpus, by_resblock=is_scaled, half=setting.half_gradients, packed=setting.moment_bytes == 4
+    )
+    return [wire.sent(one, setting.rank, setting.wire, setting.cluster.nodes, cfg.compression.refresh_every) for one in held]
+
+
+def error_bytes(setting: Setting) -> float:
+    """Bytes of error buffers and of the fixed projections, on one GPU."""
+    sent = compression(setting)
+    if not sent:
+        return 0.0
+    matrices = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).matrices
+    return (_FP32 if setting.rest == "fp32" else 2) * matrices / setting.cluster.gpus + _FP32 * max(one.basis for one in sent)
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of an update."""
@@ -132,16 +162,28 @@ class Times:
     optimizer: float
     inside: float
     outside: float
+    compressing: float = 0.0
+    """Products and factorisations of compression."""
+    is_exposed: bool = False
+    """What goes between machines begins when the backward pass has ended: shards of a machine are summed over machines only when they are whole, and ZeRO says of none
+    before the end that it is (train/engines/zero/DEEPSPEED.md)."""
 
     @property
     def expected(self) -> float:
         """Communication hidden behind computation as far as it goes."""
+        if self.is_exposed:
+            return max(self.compute, self.inside) + self.outside + self.compressing + self.optimizer
         return max(self.compute, self.inside, self.outside) + self.optimizer
 
     @property
     def unhidden(self) -> float:
         """Nothing hidden."""
-        return self.compute + self.inside + self.outside + self.optimizer
+        return self.compute + self.inside + self.outside + self.compressing + self.optimizer
+
+    @property
+    def overlapped(self) -> float:
+        """If what goes between machines were hidden as well, as in the paper."""
+        return max(self.compute + self.compressing, self.inside, self.outside) + self.optimizer
 
 
 def times(setting: Setting, gpu: Gpu) -> Times:
@@ -162,13 +204,15 @@ def times(setting: Setting, gpu: Gpu) -> Times:
         optimizer=touched / (gpu.memory_gb_s * 1e9 * LINK_EFFICIENCY),
         inside=sent.inside / (gpu.link_gb_s * 1e9 * LINK_EFFICIENCY),
         outside=sent.outside / (gpu.network_gb_s * 1e9 * LINK_EFFICIENCY),
+        compressing=max((one.operations for one in compression(setting)), default=0.0) / (gpu.tflops_16bit * 1e12 * EFFICIENCY * _FP32_RATE),
+        is_exposed=setting.layout == "node" and setting.cluster.nodes > 1,
     )
 
 
 def traffic(setting: Setting) -> network.Traffic:
     """Bytes that one GPU sends in an update."""
     cfg = setting.cfg
-    return network.traffic(
+    found = network.traffic(
         cfg.dalle,
         states.count(cfg.dalle, cfg.stream_shape()),
         setting.cluster,
@@ -178,8 +222,9 @@ def traffic(setting: Setting) -> network.Traffic:
         half_gradients=setting.half_gradients,
         all_reduces=cfg.zero.use_multi_rank_bucket_allreduce,
         micro_batches=cfg.dalle_fit.accumulation,
-        rank=setting.rank,
     )
+    sent = compression(setting)
+    return replace(found, outside=max(one.total for one in sent)) if sent else found
 
 
 @dataclass(frozen=True)

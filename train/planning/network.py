@@ -30,6 +30,11 @@ def factor_elements(width: int, rank: int, gpus: int) -> tuple[int, int]:
     return (5 * each * gpus + 4 * each) // gpus**2, (each * gpus + 8 * each) // gpus**2
 
 
+def sent_share(width: int, rank: int, gpus: int) -> float:
+    """Factors over gradients, r (m + 2) / (2 d m), where matrices are cut into whole rows (paper E.1)."""
+    return sum(factor_elements(width, rank, gpus)) / (12 * width**2 / gpus)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes sent by one GPU in one update."""
@@ -51,18 +56,16 @@ def traffic(
     half_gradients: bool = False,
     all_reduces: bool = True,
     micro_batches: int = 1,
-    rank: int | None = None,
 ) -> Traffic:
     """What an update sends.
 
     Stages 0 to 2 reduce gradients, stage 2 in each micro-batch; 1 and 2 gather the parameters after the update. Stage 3 gathers parameters for each
-    forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout 'node' reduces each GPU's own share: whole, or
-    the factors P and Q of 16-bit elements for the matrices (paper 6.5).
+    forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout 'node' reduces each GPU's own share (compressed:
+    train/planning/wire.py).
 
     Args:
         half_gradients: gradients of matrices travel in 16 bits.
         all_reduces: stages 1 and 2 all-reduce gradients, also where a reduction to each owner would do (zero.use_multi_rank_bucket_allreduce).
-        rank: total rank of gradient compression; None sends gradients whole. Layout 'node' only.
     """
     stored = (_HALF if storage == "half" else _FP32) * parameters.matrices + _FP32 * parameters.rest
     matrix_gradient = _HALF if half_gradients else _FP32
@@ -81,7 +84,4 @@ def traffic(
         return Traffic(sent, 0.0)
     between = 2 * (cluster.nodes - 1) / cluster.nodes
     own_matrices, own_rest = parameters.matrices / cluster.gpus, parameters.rest / cluster.gpus
-    if rank is None:
-        return Traffic(sent, between * (matrix_gradient * own_matrices + _FP32 * own_rest))
-    factors = cfg.layers * sum(factor_elements(cfg.width, rank, cluster.gpus))
-    return Traffic(sent, between * (_HALF * factors + _FP32 * own_rest))
+    return Traffic(sent, between * (matrix_gradient * own_matrices + _FP32 * own_rest))

@@ -1,6 +1,6 @@
 """Parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. No torch.
 
-The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/train/planning/test_planning.py); error buffers are a formula only.
+The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/train/planning/test_planning_zero.py).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def states(
     half_gradients: bool = False,
     bucket_elements: int = 0,
     live_elements: int = 0,
-    error_shards: int = 0,
+    error_bytes: float = 0.0,
     micro_batches: int = 1,
 ) -> States:
     """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ sets it up.
@@ -114,7 +114,7 @@ def states(
         half_gradients: gradients of matrices travel in 16 bits (fp16 arithmetic), so that there is a bucket for them beside that for the rest.
         bucket_elements: elements of a gradient reduction (zero.reduce_bucket_size).
         live_elements: parameters that stage 3 holds gathered at most (``gathered``).
-        error_shards: GPUs of a machine that share the error buffers (1-6-9) of gradient compression; 0 without compression.
+        error_bytes: of gradient compression (``train.planning.estimate.error_bytes``).
         micro_batches: of an update.
 
     Raises:
@@ -125,9 +125,8 @@ def states(
     matrix = _HALF if storage == "half" else _FP32
     stored = matrix * parameters.matrices + _FP32 * parameters.rest
     moments = moment_bytes * parameters.matrices + 2 * _FP32 * parameters.rest
-    errors = _HALF * parameters.matrices / error_shards if error_shards else 0.0
     if stage == 0:
-        return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, errors)
+        return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, error_bytes)
     # A bucket is never larger than what there is to reduce; stage 3 reduces it into another one.
     if half_gradients:
         bucket = _HALF * min(bucket_elements, parameters.matrices) + _FP32 * min(bucket_elements, parameters.rest)
@@ -141,7 +140,7 @@ def states(
         moments=moments / shards,
         gradients=_gradients(stage, micro_batches, stored, share),
         buckets=2 * bucket if stage == 3 else bucket,
-        error_buffers=errors,
+        error_buffers=error_bytes,
         update=2 * share,  # gradients, and the same laid end to end
     )
 

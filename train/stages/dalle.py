@@ -47,7 +47,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         model = build_dalle(cfg, device, dtype, attend, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
-    engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales)
+    engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)
     with watchdog.expecting(RESTORE_PATIENCE):
         # Once there is a checkpoint, it holds the weights, and names what they started from.
         if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):

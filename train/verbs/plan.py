@@ -40,7 +40,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
     cfg = load_run(preset, overrides)
     own = Setting.configured(cfg, Cluster(nodes or cfg.cluster.nodes, gpus or cfg.cluster.gpus or 1))
     room = estimate.room(memory or figures.memory_gb)
-    print("\n".join([*describe(preset, own), "", *table(own, room, rank or network.smallest_rank(cfg.dalle.width)), ""]))
+    print("\n".join([*describe(preset, own), "", *table(own, room, rank or own.rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
     print("\n".join(requests.lines(own.cluster.nodes, own.cluster.gpus, cfg.dalle_fit.keep)))
     if price:
@@ -77,15 +77,16 @@ def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
     layouts: tuple[Layout, ...] = get_args(Layout) if setting.cluster.nodes > 1 else ("flat",)
     if len(layouts) == 1:
         setting = replace(setting, layout="flat")  # one machine: both are the same
-    plain = replace(setting, storage="cast", moment_bytes=8, half_gradients=False)
-    half = replace(setting, storage="half", moment_bytes=4, half_gradients=True)
+    plain = replace(setting, storage="cast", moment_bytes=8, half_gradients=False, rank=None)
+    half = replace(setting, storage="half", moment_bytes=4, half_gradients=True, rank=None)
     found = [("DDP, fp32", replace(plain, stage=0, layout="flat"))]
     for layout in layouts:
         found += [(f"ZeRO {stage}, {layout}, fp32", replace(plain, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     layout = layouts[-1]
     found += [(f"ZeRO {stage}, {layout}, 16-bit", replace(half, stage=stage, layout=layout)) for stage in (1, 2, 3)]
     if rank is not None and setting.cluster.nodes > 1 and rank % setting.cluster.gpus == 0:
-        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(half, stage=3, layout="node", rank=rank)))
+        rest = setting.rest if setting.rank is not None else "1-6-9"
+        found.append((f"ZeRO 3, node, 16-bit, rank {rank}", replace(half, stage=3, layout="node", rank=rank, rest=rest)))
     if all(variant != setting for _, variant in found):
         found.append(("as configured", setting))
     return [(f"* {name}" if variant == setting else f"  {name}", variant) for name, variant in found]
@@ -109,8 +110,8 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
         lines.append(f"{name:32}{row}" + (f"  does not fit: {over / unit:,.1f} {word} too much" if over > 0 else ""))
     return [
         *lines,
-        "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks of gradient "
-        "compression are not trained yet.",
+        "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks are those of "
+        "gradient compression between machines ([compression], docs/compression.md).",
     ]
 
 
@@ -119,9 +120,11 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
     cfg, times, whole = setting.cfg, estimate.times(setting, figures), estimate.bill(setting, figures, tokens)
     states_per_s = cfg.dalle_fit.batch * cfg.stream_shape().states / times.expected
     useful = states_per_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states / setting.cluster.world
+    exposed = f"; of it {_short(times.outside + times.compressing)} between machines after the backward pass, {_short(times.overlapped)} s in all if that were hidden"
     return [
+        *compressing(setting),
         f"time of an update    {_short(times.expected)} s expected (compute {_short(times.compute)}, inside {_short(times.inside)}, outside {_short(times.outside)}, "
-        f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden)",
+        f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
         f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
         f"{useful / figures.tflops_16bit / 1e12:.0%} of the datasheet",
         f"the whole run        {whole.updates:,.0f} updates: {_short(whole.days)} days, {_short(whole.gpu_hours)} GPU hours, {_short(whole.megawatt_hours)} MWh at the wall",
@@ -129,6 +132,26 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
         f"{figures.network_gb_s:g} GB/s network, {figures.watts:g} W ({figures.source})",
         f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory at {estimate.LINK_EFFICIENCY:.0%}, "
         f"{estimate.POWER_OVERHEAD:g} times the GPUs' power at the wall, {estimate.RESERVE:.0%} of memory in reserve. Nothing here has been seen on a GPU.",
+    ]
+
+
+def compressing(setting: Setting) -> list[str]:
+    """What compression between machines sends, keeps and stores, if it is configured."""
+    sent = estimate.compression(setting)
+    if not sent or setting.rank is None:
+        return []
+    most, exact = max(sent, key=lambda one: one.total), estimate.traffic(replace(setting, rank=None)).outside
+    gpus, nodes, kept = setting.cluster.gpus, setting.cluster.nodes, setting.cfg.compression.error_buffers
+    matrices = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).matrices
+    stored = matrices * (nodes * (4 if setting.rest == "fp32" else 2) if kept == "own" else 4)
+    elements = (most.basis + most.short) / most.compressed if most.compressed else 1.0
+    closed = network.sent_share(setting.cfg.dalle.width, setting.rank, gpus)
+    return [
+        f"compression          rank {setting.rank}, {setting.rank // gpus} a GPU; {most.factors / _MB:,.1f} MB of factors in {setting.wire}, {most.exact / _MB:,.1f} MB exact"
+        f"{f', {most.refresh / _MB:,.1f} MB of new projections' if most.refresh else ''}: {most.total / exact:.1%} of the bytes of exact sums; "
+        f"factors have {elements:.2%} of the elements that they stand for (even shards: {closed:.2%})",
+        f"error buffers        {estimate.error_bytes(setting) / _MB:,.1f} MB a GPU with the projections, in {setting.rest}; {stored / _MB:,.1f} MB in a checkpoint "
+        f"(compression.error_buffers = '{kept}')",
     ]
 
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import re
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -136,7 +137,11 @@ def complete(stage_url: str) -> list[int]:
     return sorted(step for step in steps if storage.exists(storage.join(folder(stage_url, step), META)))
 
 
-def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str, Any]:
+More = Callable[[dict[str, Any]], Iterable[dict[str, Fragment]]]
+"""From a checkpoint's facts, lots of fragments that are read after all others: each is filled before the next is asked for. As many on every rank."""
+
+
+def load(stage_url: str, step: int, fragments: dict[str, Fragment], more: More | None = None) -> dict[str, Any]:
     """Restore fragments in place from the checkpoint of ``step``. Collective.
 
     Raises:
@@ -146,6 +151,8 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment]) -> dict[str,
     url = folder(stage_url, step)
     meta, reader = _read_alike(url)
     _load(url, fragments, reader, no_dist=not dist.is_initialized())
+    for lot in more(meta) if more is not None else ():
+        _load(url, lot, reader, no_dist=not dist.is_initialized())
     return meta
 
 
@@ -221,12 +228,12 @@ def _first(error: CheckpointException) -> BaseException:
     return error.failures[min(error.failures)][0]
 
 
-def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World) -> dict[str, Any] | None:
+def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World, more: More | None = None) -> dict[str, Any] | None:
     """Restore from the newest checkpoint that is whole, falling back over damaged ones with a loud message; None if there is none. Collective."""
     failure: CheckpointError | None = None
     for step in reversed(_complete_alike(stage_url, world)):
         try:
-            return load(stage_url, step, fragments)
+            return load(stage_url, step, fragments, more)
         except CheckpointError as error:
             log.error("CHECKPOINT NOT USABLE: %s; falling back to the checkpoint before it", error)
             failure = error

@@ -15,6 +15,7 @@ from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer, parameter_tags
 from tests.support.counts import global_sum
 from train.config import DalleFit, ScaleSection, ZeroSection
+from train.config_compression import CompressionSection
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
@@ -76,16 +77,27 @@ def make_model(precision: str = "fp32", *, checkpointing: bool = False, seed: in
     return Transformer(config, SHAPE, branch_dtype=DTYPES[precision], checkpoint_every=int(checkpointing))
 
 
-def make_engine(case: Case, world: World, *, seed: int = 0, config: TransformerConfig = CONFIG, device: str = "cpu", **changes: Any) -> Any:
-    """The engine of a case; with node-local sharding a node is two processes."""
+def make_engine(
+    case: Case,
+    world: World,
+    *,
+    seed: int = 0,
+    config: TransformerConfig = CONFIG,
+    device: str = "cpu",
+    compression: CompressionSection | None = None,
+    node: int = 2,
+    **changes: Any,
+) -> Any:
+    """The engine of a case; with node-local sharding a node is two processes, or as many as ``node`` says."""
     from train.engines.zero.construction import sharded_construction
     from train.engines.zero.engine import ZeroEngine
 
     if case.sharding == "node":
-        world = World(world.rank, world.size, world.rank % 2, min(2, world.size))
+        node = min(node, world.size)
+        world = World(world.rank, world.size, world.rank % node, node)
     with sharded_construction(fit_of(case, **changes), zero_of(case), world):
         model = make_model(case.precision, checkpointing=case.checkpointing, seed=seed, config=config).to(device)
-    return ZeroEngine(model, fit_of(case, **changes), zero_of(case), world, scales_of(case))
+    return ZeroEngine(model, fit_of(case, **changes), zero_of(case), world, scales_of(case), compression)
 
 
 def batch_of(step: int) -> dict[str, Tensor]:

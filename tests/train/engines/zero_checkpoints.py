@@ -145,7 +145,7 @@ def gathered(engine: Any, kinds: tuple[str, ...] = KINDS) -> dict[str, torch.Ten
 
 
 def restore(engine: Any, url: str, world: World) -> None:
-    meta = checkpoint.load_newest(url, engine.fragments(to_load=True), world)
+    meta = checkpoint.load_newest(url, engine.fragments(to_load=True), world, lambda meta: engine.more_to_load(meta["engine"]))
     assert meta is not None
     engine.loaded(meta["updates"])
     engine.restore(meta["engine"])

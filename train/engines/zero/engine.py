@@ -21,8 +21,11 @@ from torch import Tensor
 from infra.world import World
 from model.transformer import Transformer, parameter_tags
 from train.config import DalleFit, ScaleSection, ZeroSection
+from train.config_compression import CompressionSection
 from train.engines.protocol import Update
 from train.engines.zero import internals, measures, one_pass
+from train.engines.zero.compression.construction import build
+from train.engines.zero.compression.state import Compression
 from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import GradientScales
 from train.engines.zero.shards import GradientReader, pieces
@@ -31,7 +34,7 @@ from train.optimizer.adamw import PaperAdamW
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
 from train.optimizer.protocol import OnePassOptimizer, ShardGroup, ShardOptimizer
-from train.weights.fragments import Fragment
+from train.weights.fragments import Fragment, full_shape
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +90,23 @@ def make_optimizer(groups: list[ShardGroup], fit: DalleFit) -> ShardOptimizer:
 class ZeroEngine:
     """A transformer whose gradients and optimizer state (and, on stage 3, parameters) are sharded over ranks."""
 
-    def __init__(self, module: Transformer, fit: DalleFit, zero: ZeroSection, world: World, scales: ScaleSection | None = None) -> None:
+    def __init__(
+        self,
+        module: Transformer,
+        fit: DalleFit,
+        zero: ZeroSection,
+        world: World,
+        scales: ScaleSection | None = None,
+        compression: CompressionSection | None = None,
+        seed: int = 0,
+    ) -> None:
         """Collective.
 
+        Args:
+            seed: of the run; compression draws from it.
+
         Raises:
-            ConfigError: DeepSpeed is not as we know it; the nodes are unequal.
+            ConfigError: DeepSpeed is not as we know it; the nodes are unequal; compression has a rank that does not divide.
         """
         topology = node_topology(world) if zero.sharding == "node" else None
         internals.prepare(topology)
@@ -112,34 +127,47 @@ class ZeroEngine:
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
             model=module, optimizer=self.rule, config=self.config, mpu=topology, dist_init_required=False
         )
-        internals.check(self._optimizer, zero.stage, module.named_parameters())
-        internals.take_over(self._optimizer, zero.stage)
+        self._take_over()
+        self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
+        self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
+        self.device = next(module.parameters()).device
+        self._compression_section, self._seed = compression or CompressionSection(), seed
+        found = self._build_compression()
+        self.compression = found if found.is_active else None
+        shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
+        self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
+        self.updates = self.attempts = 0
+        self._is_summed = False  # whether this update's shards are sums over the nodes already
+        self._squares: Tensor | None = None  # what compression says of their norms
+        self.loss_scale: LossScale | None = None
+        self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
+        self._constant = 2.0**rules.before_reduction if scaled else 1.0
+        if scaled:
+            self._scale_resblocks()
+
+    def _take_over(self) -> None:
+        """Leave to DeepSpeed what it shall do; the step is ours where it can be."""
+        optimizer, zero = self._optimizer, self.zero
+        internals.check(optimizer, zero.stage, self.module.named_parameters())
+        internals.take_over(optimizer, zero.stage)
         if isinstance(self.rule, OnePassOptimizer) and not zero.offload_optimizer:
             if internals.is_followed():
-                one_pass.install(self._optimizer, zero.stage, self.rule)
+                one_pass.install(optimizer, zero.stage, self.rule)
             else:
                 log.warning(
                     "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/engines/zero/one_pass.py)",
                     internals.FOLLOWED,
                 )
-        self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
-        self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
-        self.device = next(module.parameters()).device
-        shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
-        self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
-        self.updates = self.attempts = 0
-        self._is_summed = False  # whether this update's shards are sums over the nodes already
-        self.loss_scale: LossScale | None = None
-        self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
-        self._constant = 2.0**rules.before_reduction if scaled else 1.0
-        if scaled:
-            for index, block in enumerate(module.resblocks):
-                block.gradient_scale = self._scale_tensor[index]  # type: ignore[union-attr, assignment]
-                block.filter_gradients = rules.filter  # type: ignore[union-attr, assignment]
-                if rules.before_reduction:
-                    for p in block.parameters():
-                        p.register_hook(lambda gradient: gradient * self._constant)
-            self._publish_scales()
+
+    def _scale_resblocks(self) -> None:
+        """Give each resblock its scale, and the constant before reductions."""
+        for index, block in enumerate(self.module.resblocks):
+            block.gradient_scale = self._scale_tensor[index]  # type: ignore[union-attr, assignment]
+            block.filter_gradients = self.rules.filter  # type: ignore[union-attr, assignment]
+            if self.rules.before_reduction:
+                for p in block.parameters():
+                    p.register_hook(lambda gradient: gradient * self._constant)
+        self._publish_scales()
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self._engine(*inputs, **named)
@@ -159,10 +187,17 @@ class ZeroEngine:
         """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call of an update is collective between
         nodes, and sums their shards in place; later ones measure the same sums again."""
         found = self.gradients.read()
-        if self.nodes > 1 and not self._is_summed:
-            self._between_nodes(found.tensors, found.layout.is_block_matrix)
+        if not self._is_summed:
+            self._squares = None
+            if self.compression is not None:
+                self.compression.pay(found.tensors, self.factors())
+            if self.compression is not None and self.compression.is_active:
+                self._squares = self.compression.update.exchange(found.tensors, self.factors(), self.attempts)
+            elif self.nodes > 1:
+                self._between_nodes(found.tensors, found.layout.is_block_matrix)
             self._is_summed = True
-        return measures.local(found, self.resblocks + 1, count=(self.attempts + 1) % self.fit.numerics_every == 0, device=self.device)
+        count = (self.attempts + 1) % self.fit.numerics_every == 0
+        return measures.local(found, self.resblocks + 1, count=count, device=self.device, squares=self._squares)
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
         """Apply the update, or skip it on every rank alike.
@@ -194,6 +229,9 @@ class ZeroEngine:
             slot = self.resblocks if group["resblock"] is None else group["resblock"]
             group["lr"], group["factor"] = lr, factors[slot] * clip
             group["skip"] = not applied or (self.scales is not None and found.bad[slot])
+        if self.compression is not None:
+            self.compression.settle([applied and not (self.scales is not None and bad) for bad in found.bad])
+            self.compression = None if self.compression.is_done else self.compression
         self.rule.count = self.updates + 1
         self.average.before_step()
         self._engine.step()
@@ -215,7 +253,8 @@ class ZeroEngine:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's meta.json keeps of the engine."""
-        return {"attempts": self.attempts, "scales": None if self.scales is None else self.scales.state()}
+        compression = None if self.compression is None else self.compression.state()
+        return {"attempts": self.attempts, "scales": None if self.scales is None else self.scales.state(), "compression": compression}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state: scales are rescaled by the change of the number of shares."""
@@ -224,16 +263,32 @@ class ZeroEngine:
             self.scales.restore(state["scales"])
             self._publish_scales()
 
+    def more_to_load(self, state: dict[str, Any]) -> Iterator[dict[str, Fragment]]:
+        """The error buffers of compression, where a checkpoint with this ``state`` holds some or this run needs some: lots of fragments to be filled."""
+        stored = state.get("compression")
+        if self.compression is None and stored is not None:
+            self.compression = self._build_compression()
+        if self.compression is not None:
+            yield from self.compression.restored(stored)
+            self.compression = None if self.compression.is_done else self.compression
+
+    def _build_compression(self) -> Compression:
+        shapes = {name: full_shape(p) for name, p in self.module.named_parameters()}
+        widths = {name: shape[-1] for name, shape in shapes.items()}
+        devices = (torch.device("cpu") if self.zero.offload_optimizer else self.device, self.device)
+        return build(self._compression_section, self.gradients.names, self.pieces, widths, self.tags, self.topology, devices, self._seed)
+
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
-        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load.
+        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load; of compression each has
+        buffers of its own to save, and loads them by ``more_to_load``.
 
         Averages in CPU memory are up to date after ``average.wait``; to load, it is waited for here.
         """
         if to_load:
             self.average.wait()
+        found: dict[str, Fragment] = {} if to_load or self.compression is None else self.compression.fragments()
         if not to_load and self.topology is not None and self.topology.node:
-            return {}
-        found: dict[str, Fragment] = {}
+            return found
         masters = self._masters()
         for piece in self.pieces:
             flat = masters[piece.flat]
@@ -282,7 +337,7 @@ class ZeroEngine:
             self._scale_tensor.copy_(torch.tensor(self.scales.values(), dtype=torch.float32), non_blocking=True)
 
     def _between_nodes(self, tensors: list[Tensor], is_block_matrix: list[bool]) -> None:
-        """Sum shards over the nodes, exactly: block matrices in fp16 where they are fp16 on the wire, the rest in fp32. PowerSGD's place."""
+        """Sum shards over the nodes, exactly: block matrices in fp16 where they are fp16 on the wire, the rest in fp32."""
         assert self.topology is not None
         half = self.storage != "fp32"
         for matrices in (True, False):

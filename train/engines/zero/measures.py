@@ -35,16 +35,18 @@ def length(slots: int) -> int:
 
 
 @torch.no_grad()
-def local(found: Gradients, slots: int, *, count: bool, device: torch.device) -> Tensor:
+def local(found: Gradients, slots: int, *, count: bool, device: torch.device, squares: Tensor | None = None) -> Tensor:
     """This rank's share, float64 [5 * slots]; nothing waits for the device.
 
     Args:
         count: also count zeros and subnormal values: two more passes over the gradients of matrices.
+        squares: of each gradient, float64 and not finite where it is not, where they are known in another way: compressed ones are not there yet.
     """
     layout = found.layout
     sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.matrix_lengths.device)
     if found.tensors:
-        squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in found.tensors]).double().square()
+        if squares is None:
+            squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in found.tensors]).double().square()
         finite = squares.isfinite()
         sums[0] = layout.by_slot((~finite).double())
         sums[1] = layout.by_slot(torch.where(finite, squares, 0.0))

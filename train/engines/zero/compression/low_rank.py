@@ -1,0 +1,47 @@
+"""The algorithm on tensors: batches of error matrices [n, rows, cols] with rows <= cols, each with a fixed Gaussian Q0 [n, cols, rank] (paper E.2).
+
+    P = E Q0, summed over machines; P <- its orthonormal columns; Q = E^T P, summed over machines; D = P Q^T; E <- E - D / machines
+
+With the sum for Q (and whatever is a multiple of it for P) D is the projection of the sum of all E, and sum(E) loses exactly D. All in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Multiple of the identity that is added to P, in units of P's largest element. The paper has multiplied P by a constant that it does not give."""
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def gaussian(cols: int, rank: int, seed: int) -> Tensor:
+    """Q0 of one matrix, [cols, rank], on the CPU: the same on every machine."""
+    return torch.randn(cols, rank, generator=torch.Generator().manual_seed(seed))
+
+
+def left(errors: Tensor, q0: Tensor) -> Tensor:
+    """P of one machine, [n, rows, rank]."""
+    return torch.bmm(errors, q0)
+
+
+def orthonormal(p: Tensor) -> Tensor:
+    """Orthonormal columns that span those of P, by Householder's reflections; of a P of zeros, the first columns of the identity."""
+    scaled = p / p.abs().amax((-2, -1), keepdim=True).clamp(min=_TINY)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(EPSILON)
+    return torch.linalg.qr(scaled).Q
+
+
+def right(errors: Tensor, p: Tensor) -> Tensor:
+    """Q of one machine, [n, cols, rank]."""
+    return torch.bmm(errors.mT, p)
+
+
+def product(p: Tensor, q: Tensor) -> Tensor:
+    """D, [n, rows, cols]."""
+    return torch.bmm(p, q.mT)
+
+
+def refreshed(errors: Tensor, rank: int) -> Tensor:
+    """Q0 from the sum of all machines' errors: their largest right singular vectors, [n, cols, rank] (PowerSGD+, arXiv 2509.11254)."""
+    return torch.linalg.svd(errors, full_matrices=False).Vh[:, :rank].mT.contiguous()

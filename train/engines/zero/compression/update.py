@@ -1,0 +1,185 @@
+"""What compression does in an update: ``exchange`` before the ranks' flags and norms are known, ``settle`` when it is known which resblocks are updated.
+
+All is done on the device, in true units of the gradient: nothing waits. Machines that compute alike stay bit-equal, because what they do with P and Q starts from the
+same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from train.engines.zero.compression import low_rank
+from train.engines.zero.compression.buffers import ErrorBuffers
+from train.engines.zero.compression.exchange import Exchange
+from train.engines.zero.compression.fragments import Block
+
+
+@dataclass(frozen=True)
+class Member:
+    """A piece of a parameter, as the gradients list it."""
+
+    name: str
+    slot: int
+    """Its resblock, or the last slot for what lies outside."""
+    block: Block | None
+    """What is compressed of it."""
+    seed: int = 0
+    """Of its Q0."""
+
+
+@dataclass
+class _Batch:
+    """Blocks of one resblock and shape, computed together; their places in the list of members."""
+
+    places: list[int]
+    index: Tensor
+    """The same on the device."""
+    q0: Tensor
+    p: Tensor = field(default_factory=lambda: torch.empty(0))
+    q: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class CompressedUpdate:
+    """Error buffers, Q0 and the two halves of an update."""
+
+    def __init__(self, members: Sequence[Member], buffers: ErrorBuffers, exchange: Exchange, refresh_every: int) -> None:
+        """
+        Args:
+            refresh_every: updates, counting skipped ones, between refreshments of Q0 from the errors' sum over machines; 0: it stays as it is.
+        """
+        self.members, self.buffers, self.wire, self.refresh_every = list(members), buffers, exchange, refresh_every
+        self._tensors: list[Tensor] = []
+        self._factors: list[float] = []
+        self._contaminated = torch.zeros(len(self.members), dtype=torch.bool, device=buffers.device)
+        places: dict[tuple[int, tuple[int, int, int]], list[int]] = {}
+        for place, member in enumerate(self.members):
+            if member.block is not None:
+                places.setdefault((member.slot, member.block.shape), []).append(place)
+        self.batches = [self._batch(found, shape) for (_, shape), found in places.items()]
+
+    def _batch(self, places: list[int], shape: tuple[int, int, int]) -> _Batch:
+        _, longer, rank = shape
+        q0 = torch.stack([low_rank.gaussian(longer, rank, self.members[place].seed) for place in places])
+        return _Batch(places, torch.tensor(places, device=self.buffers.device), q0.to(self.buffers.device))
+
+    def bases(self) -> dict[str, Tensor]:
+        """Q0 of each block, by name: views."""
+        return {self.members[place].name: q0 for batch in self.batches for place, q0 in zip(batch.places, batch.q0, strict=True)}
+
+    @torch.no_grad()
+    def exchange(self, tensors: list[Tensor], factors: Sequence[float], update: int) -> Tensor:
+        """Take the gradients into the errors, and sum factors over machines; what is not compressed is summed exactly, in place.
+
+        Args:
+            tensors: this rank's gradients in the order of the members, as this machine has reduced them. Compressed parts stay as they are until ``settle``.
+            factors: of each slot: what makes true gradients of them.
+            update: its number, counting skipped ones.
+
+        Returns:
+            float64, for each member: the sum of squares of the summed gradient, in the units of ``tensors``; infinite where a gradient or an error is not finite.
+        """
+        self.wire.payload = 0
+        self._tensors, self._factors = tensors, [factors[member.slot] for member in self.members]
+        finite = torch.ones(len(tensors), dtype=torch.bool, device=self.buffers.device)
+        for place, member in enumerate(self.members):
+            if member.block is not None:
+                finite[place] = torch.linalg.vector_norm(tensors[place], dtype=torch.float32).isfinite()
+                self._accumulate(place, member.block, finite[place])
+        if self.refresh_every and update % self.refresh_every == 0:
+            for batch in self.batches:
+                (total,) = self.wire.sum([self._errors(batch)], wire="fp32")
+                batch.q0.copy_(low_rank.refreshed(total.nan_to_num_(), batch.q0.shape[-1]))
+        squares = self._exchange_factors().to(self.buffers.device)
+        of_slot = torch.tensor(self._factors, dtype=torch.float64).to(squares.device, non_blocking=True)
+        exact = [self._exact(place) for place in range(len(tensors))]
+        parts = [part for pair in exact for part in pair if part.numel()]
+        for part, total in zip(parts, self.wire.sum(parts, wire="fp32"), strict=True):
+            part.copy_(total)
+        for end in range(2):
+            squares += torch.stack([torch.linalg.vector_norm(pair[end], dtype=torch.float32) for pair in exact]).double().square() * of_slot.square()
+        squares.masked_fill_(~finite | self._contaminated, float("inf"))
+        return squares / of_slot.square()
+
+    def _accumulate(self, place: int, block: Block, finite: Tensor) -> None:
+        """Add a gradient to its error, unless it is not finite."""
+        name, start = self.members[place].name, block.start
+        gradient = self._tensors[place].narrow(0, start, block.elements).float() * self._factors[place]
+        self.buffers.write(name, start, self.buffers.read(name, start, block.elements) + torch.where(finite, gradient, 0.0))
+
+    def _errors(self, batch: _Batch) -> Tensor:
+        """The errors of a batch as matrices that lie down."""
+        found = []
+        for place in batch.places:
+            name, block = self.members[place].name, self.members[place].block
+            assert block is not None
+            matrix = self.buffers.read(name, block.start, block.elements).view(block.rows, block.width)
+            found.append(matrix.mT if block.is_upright else matrix)
+        return torch.stack(found)
+
+    def _exchange_factors(self) -> Tensor:
+        """P, then Q: one message each. The squared norms of the projections, in true units: P is orthonormal, so Q's tell them (paper E.2)."""
+        squares = torch.zeros(len(self.members), dtype=torch.float64, device=self.buffers.device)
+        mine = []
+        for batch in self.batches:
+            errors = self._errors(batch)
+            self._contaminated[batch.index] = ~errors.abs().amax((1, 2)).isfinite()
+            mine.append(low_rank.left(errors, batch.q0))
+        for batch, p in zip(self.batches, self.wire.factors(mine), strict=True):
+            batch.p = p
+        self._make_orthonormal()
+        mine = [low_rank.right(self._errors(batch), batch.p) for batch in self.batches]
+        for batch, q in zip(self.batches, self.wire.factors(mine), strict=True):
+            batch.q = q
+            squares[batch.index] = q.double().square().sum((1, 2))
+        return squares
+
+    def _make_orthonormal(self) -> None:
+        """All P of a shape at once: many small factorisations."""
+        alike: dict[torch.Size, list[_Batch]] = {}
+        for batch in self.batches:
+            alike.setdefault(batch.p.shape[1:], []).append(batch)
+        for batches in alike.values():
+            whole = low_rank.orthonormal(torch.cat([batch.p for batch in batches]))
+            for batch, p in zip(batches, whole.split([len(batch.places) for batch in batches]), strict=True):
+                batch.p = p
+
+    def _exact(self, place: int) -> tuple[Tensor, Tensor]:
+        """What lies before and after the block of a gradient: views; without a block, all of it."""
+        tensor, block = self._tensors[place], self.members[place].block
+        if block is None:
+            return tensor, tensor[:0]
+        return tensor[: block.start], tensor[block.start + block.elements :]
+
+    @torch.no_grad()
+    def settle(self, applied: Sequence[bool]) -> None:
+        """Put the projections in the place of gradients and take them off the errors, in slots that are updated. In others errors stay as they are, and so does the
+        gradient in them, which is sent later; an error that is itself not finite becomes zero.
+
+        Args:
+            applied: of each slot.
+        """
+        for batch in self.batches:
+            if not applied[self.members[batch.places[0]].slot]:
+                self._keep(batch)
+                continue
+            for place, found in zip(batch.places, low_rank.product(batch.p, batch.q), strict=True):
+                name, block = self.members[place].name, self.members[place].block
+                assert block is not None
+                projection = (found.mT if block.is_upright else found).reshape(-1)
+                error = self.buffers.read(name, block.start, block.elements)
+                self.buffers.write(name, block.start, error - projection / self.wire.nodes)
+                self._tensors[place].narrow(0, block.start, block.elements).copy_(projection / self._factors[place])
+            batch.p = batch.q = torch.empty(0)
+        self._tensors = []
+
+    def _keep(self, batch: _Batch) -> None:
+        for place in batch.places:
+            name, block = self.members[place].name, self.members[place].block
+            assert block is not None
+            error = self.buffers.read(name, block.start, block.elements)
+            self.buffers.write(name, block.start, torch.where(self._contaminated[place], 0.0, error))
+        batch.p = batch.q = torch.empty(0)

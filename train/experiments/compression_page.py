@@ -1,0 +1,112 @@
+"""The part of docs/experiments.md on compression between machines, from what train/experiments/compression.py wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+GOAL = 0.01
+"""Nats over exact, at the end and at every tenth, within which the paper's claim of no loss counts as seen."""
+_ABOUT = """Made by `python -m train.experiments.compression RUN`: {machines} machines simulated in one process on real codes, each with m GPUs that hold one shard of every matrix, and error
+buffers of its own; factors in fp32. **sent** is what travels of the matrices' gradients, by the formula r(m + 2)/(2dm) and as the real shards have it; **loss** the mean training loss of the last tenth of
+the updates, **over exact** what it has more than the exact arm of the same seed, and **worst tenth** the most that any tenth has. ± is the standard error over the seeds.
+"""
+
+
+def section(found: dict[str, Any]) -> str:
+    """One file as Markdown."""
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(found["settings"].items()) if key != "machines")
+    about = _ABOUT.format(machines=found["settings"]["machines"])
+    runs = found["runs"]
+    head = f"\n## Compression between machines: {found['name']}\n\n{about}\nSettings: {settings}. Commit {found['producer']['commit'][:10]}.\n\n"
+    return head + table(runs, found["settings"]["width"]) + f"\n{verdict(runs)}\n"
+
+
+def table(runs: Sequence[dict[str, Any]], width: int = 0) -> str:
+    """Arms as a Markdown table."""
+    lines = [
+        "| arm | rank | sent, formula | sent | loss | over exact | worst tenth | summing and compressing, of the time | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        of_arm = [run for run in runs if run["arm"] == arm]
+        first, gaps = of_arm[0], [gap for run in of_arm if (gap := over_exact(run, runs)) is not None]
+        formula = first["rank"] * (first["gpus"] + 2) / (2 * width * first["gpus"]) if width and first["rank"] else 1.0
+        spent = mean(run["compressing_s"] / run["seconds"] for run in of_arm)
+        ends = [gap[-1] for gap in gaps]
+        error = f" ± {stdev(ends) / len(ends) ** 0.5:.4f}" if len(ends) > 1 and first["rank"] else ""
+        mean_tenths = [mean(tenth) for tenth in zip(*gaps, strict=True)]
+        cells = [
+            str(first["rank"] or "–"), f"{formula:.3f}", f"{first['sent_share']:.3f}", f"{mean(run['tenths'][-1] for run in of_arm):.4f}",
+            f"{mean(ends):+.4f}{error}" if ends else "–", f"{max(mean_tenths):+.4f}" if mean_tenths else "–", f"{spent:.1%}", str(len(of_arm)),
+        ]  # fmt: skip
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def over_exact(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[float] | None:
+    """By tenth, what a training has more than the exact one of its seed; None if that is missing."""
+    exact = [one for one in runs if one["arm"] == "exact" and one["seed"] == run["seed"]]
+    return [mine - base for mine, base in zip(run["tenths"], exact[0]["tenths"], strict=True)] if exact else None
+
+
+def network_section(found: dict[str, Any]) -> str:
+    """Times of updates at several bandwidths, as Markdown."""
+    settings, rows = found["settings"], found["rows"]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    shown = ", ".join(f"{key} {value}" for key, value in sorted(settings.items()))
+    lines = ["| Mbit/s | " + " | ".join(f"{way}: update, s | exchange, s" for way in ways) + " |", "|---:|" + "---:|---:|" * len(ways)]
+    for rate in dict.fromkeys(row["mbit_s"] for row in rows):
+        of_rate = {row["way"]: row for row in rows if row["mbit_s"] == rate}
+        cells = [f"{of_rate[way]['update_s']:.3f} | {of_rate[way]['exchange_s']:.3f}" for way in ways]
+        lines.append(f"| {rate or 'unbounded'} | " + " | ".join(cells) + " |")
+    sent = "; ".join(f"{way}: {_bytes(next(row for row in rows if row['way'] == way))}" for way in ways)
+    return (
+        "\n## Compression between two machines in network namespaces\n\nMade by `python -m train.experiments.compression_network`: two machines of two processes on one computer, ZeRO 3 and gloo, joined by a "
+        "virtual cable that a token bucket bounds in each direction. **exchange** is what comes after the backward pass and before the step, and is in **update**.\n\n"
+        f"Settings: {shown}. Commit {found['producer']['commit'][:10]}.\n\n"
+        + "\n".join(lines)
+        + f"\n\nMB that a machine sends in an update over the cable, headers included: {sent}.\n\n{crossover(rows)}\n"
+    )
+
+
+def _bytes(row: dict[str, Any]) -> str:
+    counted = f" ({row['counted_bytes'] / 1e6:.2f} counted at the collectives)" if row["counted_bytes"] else ""
+    return f"{row['cable_bytes'] / 1e6:.2f}{counted}"
+
+
+def crossover(rows: Sequence[dict[str, Any]]) -> str:
+    """Between which rates compression stops paying."""
+    times = {(row["way"], row["mbit_s"] or float("inf")): row["update_s"] for row in rows}
+    words = []
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "exact"):
+        faster = sorted(rate for name, rate in times if name == way and times[way, rate] < times["exact", rate])
+        slower = sorted(rate for name, rate in times if name == way and times[way, rate] >= times["exact", rate])
+        upper = f"from {slower[0]:g} Mbit/s on" if slower and slower[0] < float("inf") else "without a bound"
+        most = "at any rate" if faster and not slower else f"up to {faster[-1]:g} Mbit/s" if faster else ""
+        words.append(
+            f"{way} is faster than exact {most}" + (f", and slower {upper}" if slower else "") if faster else f"{way} is never faster than exact"
+        )
+    return "; ".join(words) + "."
+
+
+def verdict(runs: Sequence[dict[str, Any]]) -> str:
+    """The smallest rank without a gap, for each number of GPUs, among arms of the paper's algorithm."""
+    words = []
+    for gpus in sorted({run["gpus"] for run in runs if run["rank"]}):
+        plain = [run for run in runs if run["gpus"] == gpus and run["rank"] and run["arm"].count(",") == 1]
+        good = []
+        for rank in sorted({run["rank"] for run in plain}):
+            gaps = [gap for run in plain if run["rank"] == rank and (gap := over_exact(run, runs)) is not None]
+            if gaps and max(mean(tenth) for tenth in zip(*gaps, strict=True)) <= GOAL:
+                good.append(rank)
+        words.append(
+            f"m = {gpus}: "
+            + (
+                f"the smallest rank within {GOAL} nats of exact in every tenth is {good[0]}"
+                if good
+                else f"no rank stays within {GOAL} nats of exact in every tenth"
+            )
+        )
+    return "; ".join(words) + "." if words else "No compressed arm is here yet."

@@ -1,0 +1,141 @@
+"""The fragments that ZeRO leaves on each GPU of a machine, and the bytes that compression sends for them: what the engine counts at its collectives. No torch.
+
+Stage 3 cuts every parameter evenly. Stages 1 and 2 lay the parameters of a group end to end, fill up to a multiple of twice the GPUs, and cut that evenly (DeepSpeed
+0.19.8); the groups are those of train/engines/zero/groups.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from model.config import StreamShape, TransformerConfig
+from train.engines.zero.compression.fragments import Block, block_of, payload_bytes, sent_bytes
+
+_ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the transformer."""
+
+    name: str
+    elements: int
+    width: int
+    """Columns of a matrix; 1 of a vector."""
+    resblock: int | None
+    is_block_matrix: bool
+    decays: bool
+
+
+def parameters(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter]:
+    """All parameters, in the order of the model."""
+    d = cfg.width
+
+    def table(name: str, rows: int) -> Parameter:
+        return Parameter(f"{name}.weight", rows * d, d, None, False, True)
+
+    def norm(name: str, block: int | None) -> Iterator[Parameter]:
+        for leaf in ("weight", "bias"):
+            yield Parameter(f"{name}.{leaf}", d, 1, block, False, False)
+
+    yield from (table("text_tokens", shape.text_vocab), table("text_positions", shape.text_tokens), table("text_padding", shape.text_tokens))
+    yield from (table("text_start", 1), table("image_tokens", shape.image_vocab), table("image_rows", shape.grid), table("image_columns", shape.grid))
+    yield table("image_start", 1)
+    for block in range(2 * cfg.layers):
+        yield from norm(f"resblocks.{block}.norm", block)
+        matrices = [("mlp_1", d, 4 * d), ("mlp_2", d, d)] if block % 2 else [(name, d, d) for name in ("q", "k", "v", "post")]
+        for name, width, outputs in matrices:
+            elements = 4 * d * d if block % 2 else d * d
+            yield Parameter(f"resblocks.{block}.{name}.weight", elements, width, block, True, True)
+            yield Parameter(f"resblocks.{block}.{name}.bias", outputs, 1, block, False, False)
+    yield from norm("final_norm", None)
+    yield from (table("text_unembedding", shape.text_vocab), table("image_unembedding", shape.image_vocab))
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A GPU's part of a parameter."""
+
+    parameter: Parameter
+    offset: int
+    length: int
+
+    def block(self, rank: int) -> Block | None:
+        """What is compressed of it."""
+        p = self.parameter
+        return block_of(self.offset, self.length, p.elements, p.width, rank) if p.is_block_matrix else None
+
+
+def fragments(found: list[Parameter], stage: int, gpus: int, *, by_resblock: bool, half: bool, packed: bool) -> list[list[Fragment]]:
+    """For each GPU of a machine, its fragments.
+
+    Args:
+        by_resblock: groups are those of a resblock: with gradient scales.
+        half: block matrices travel in 16 bits, and so have groups of their own.
+        packed: so they have with 16-bit moments.
+    """
+    if stage == 3:
+        each = {p.name: -(-p.elements // gpus) for p in found}
+        return [[f for p in found if (f := _cut(p, gpu * each[p.name], (gpu + 1) * each[p.name])).length > 0] for gpu in range(gpus)]
+    groups: dict[tuple[object, ...], list[Parameter]] = {}
+    for p in sorted(found, key=lambda p: p.resblock is not None):
+        groups.setdefault((p.resblock if by_resblock else None, (half or packed) and p.is_block_matrix, p.decays), []).append(p)
+    out: list[list[Fragment]] = [[] for _ in range(gpus)]
+    for members in groups.values():
+        total = sum(p.elements for p in members)
+        share = -(-total // (_ALIGNMENT * gpus)) * _ALIGNMENT
+        start = 0
+        for p in members:
+            for gpu in range(start // share, min((start + p.elements - 1) // share + 1, gpus)):
+                out[gpu].append(_cut(p, gpu * share - start, (gpu + 1) * share - start))
+            start += p.elements
+    return out
+
+
+def _cut(p: Parameter, start: int, stop: int) -> Fragment:
+    start, stop = max(start, 0), min(stop, p.elements)
+    return Fragment(p, start, stop - start)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one GPU sends between machines in an update."""
+
+    factors: float
+    """Bytes of P and Q."""
+    exact: float
+    """Bytes of what is not compressed."""
+    refresh: float
+    """Bytes of a new projection, on average over updates."""
+    compressed: int
+    """Elements that the factors stand for."""
+    short: int
+    """Elements of P."""
+    basis: int
+    """Elements of Q, and of the fixed projection Q0."""
+    operations: float
+    """Of the products P, Q and D, and of making P orthonormal."""
+
+    @property
+    def total(self) -> float:
+        return self.factors + self.exact + self.refresh
+
+
+def sent(held: list[Fragment], rank: int, wire: str, nodes: int, refresh_every: int = 0) -> Sent:
+    """Of a GPU with these fragments."""
+    blocks = [block for fragment in held if (block := fragment.block(rank)) is not None]
+    compressed = sum(block.elements for block in blocks)
+    sides = [(min(block.rows, block.width), max(block.rows, block.width), block.rank) for block in blocks]
+    p, q = sum(short * r for short, _, r in sides), sum(long * r for _, long, r in sides)
+    exact = 4 * (sum(fragment.length for fragment in held) - compressed)
+    return Sent(
+        factors=sent_bytes(payload_bytes(p, wire, nodes) + payload_bytes(q, wire, nodes), nodes),
+        exact=sent_bytes(exact, nodes),
+        refresh=sent_bytes(4 * compressed, nodes) / refresh_every if refresh_every else 0.0,
+        compressed=compressed,
+        short=p,
+        basis=q,
+        # Three products of 2 r for each element; Householder's reflections and Q of them, 4 r^2 for each row.
+        operations=float(6 * sum(short * long * r for short, long, r in sides) + 4 * sum(short * r * r for short, _, r in sides)),
+    )

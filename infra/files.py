@@ -53,6 +53,8 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the file system's: a time-out of the connection that feeds the file is an OSError too
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError(
                 f"{path}: cannot be written ({error.strerror}); make room there, or choose another place with run.root or TMPDIR."

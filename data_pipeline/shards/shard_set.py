@@ -356,11 +356,20 @@ def read_takedown(url: str) -> frozenset[str]:
     Raises:
         DataError: the list is missing or is not UTF-8.
     """
+    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
+    return frozenset(each for line in takedown_lines(url) for each in (line, line.strip()))
+
+
+def takedown_lines(url: str) -> list[str]:
+    """The lines of a take-down list that are not blank, each once, in order. An empty URL is no list.
+
+    Raises:
+        DataError: as read_takedown.
+    """
     if not url:
-        return frozenset()
+        return []
     try:
         found = storage.read_text(url)
     except MissingError as error:
         raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
-    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
-    return frozenset(each for line in text.lines(found) if line.strip() for each in (line, line.strip()))
+    return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))

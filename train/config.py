@@ -397,5 +397,4 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
 def load_run(preset: str, overrides: list[str]) -> RunConfig:
     """The run configuration of a preset and overrides; see ``read_preset`` and ``infra.config.load``."""
     tree, origin = read_preset(preset)
-    cfg = load(RunConfig, tree, origin, overrides)
-    return anchored(cfg, load(RunConfig, tree, origin, []) if origin.endswith("/config.json") else None)
+    return anchored(load(RunConfig, tree, origin, overrides), load(RunConfig, tree, origin, []) if origin.endswith("/config.json") else None)

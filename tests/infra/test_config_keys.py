@@ -126,7 +126,7 @@ def test_a_relative_place_needs_a_working_directory(tmp_path: Path, monkeypatch:
 
 def test_every_key_that_names_files_is_known_as_a_place() -> None:
     """Keys whose description speaks of a URL, a file or a folder; those that do and are no place of the site stand here with their reason."""
-    others = {"k8s_overlay", "root", "name", "source", "url"}  # a name below infra/; where the run lies, which is not stored
+    others = {"overlay", "root", "name", "source", "url"}  # a name or a folder, found beside the code too; where the run lies, which is not stored
     seen = set()
 
     def walk(model: Any) -> None:

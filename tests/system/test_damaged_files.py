@@ -27,7 +27,7 @@ from data_pipeline.tokenizer import run as make_tokenizer
 from infra import lease, ledger, storage, stored
 from infra.config import to_json
 from infra.digests import digest
-from infra.errors import ExitCode, ReportedError
+from infra.errors import CheckpointError, ExitCode, ReportedError
 from infra.run_folder import RunFolder
 from infra.run_records import AttentionEngine, Evaluation, Summary
 from infra.world import World
@@ -221,6 +221,14 @@ def _go_on_from(meta: dict[str, Any], stage: str) -> None:
         scales = GradientScales(2, 1, ScaleSection())
         scales.restore(meta["engine"]["scales"])
         scales.values()
+
+
+@pytest.mark.parametrize("name", ["shapes", "updates", "elapsed_s", "loader"])
+def test_a_stage_goes_on_from_no_checkpoint_that_lacks_what_it_needs(name: str) -> None:
+    facts: dict[str, Any] = {"step": 5, "shapes": {}, "updates": 5, "elapsed_s": 1.5, "loader": {}}
+    checkpoint.check_resumable(facts, "stage")
+    with pytest.raises(CheckpointError, match=rf"stage/checkpoints/step-00000005/meta\.json: damaged.*: {name}: field required"):
+        checkpoint.check_resumable({key: value for key, value in facts.items() if key != name}, "stage")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -167,16 +167,17 @@ def _scheduler(on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def test_another_batch_on_two_processes_goes_on_as_on_one(run: RunFolder, tmp_path: Path) -> None:
-    words = ("clip_fit.steps=11", "clip_fit.batch=6", "clip_fit.keep=5", "clip_fit.save_every=1")
+    """Of the transformer: a contrastive loss is taken over what one micro-batch holds, which is less where one process takes two of them."""
+    words = ("dalle_fit.steps=11", "dalle_fit.batch=6", "dalle_fit.keep=5", "dalle_fit.save_every=1")
     alone = RunFolder(str(tmp_path / "alone"))
     shutil.copytree(run.url, alone.url)
-    go_on(alone, "clip", *words)
-    command = [sys.executable, str(ROOT / "launcher.py"), "clip", run.url, *words, "--go-on", "--nproc", "2"]
+    go_on(alone, "dalle", *words)
+    command = [sys.executable, str(ROOT / "launcher.py"), "dalle", run.url, *words, "--go-on", "--nproc", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = losses(alone.url, "clip"), losses(run.url, "clip")
+    one, two = losses(alone.url, "dalle"), losses(run.url, "dalle")
     assert max(one) == 11 and [two[step] for step in sorted(two)] == pytest.approx([one[step] for step in sorted(one)], rel=1e-4)
-    ends = [storage.read_json(each.at("clip", "checkpoints", "step-00000011", "meta.json")) for each in (alone, run)]
+    ends = [storage.read_json(each.at("dalle", "checkpoints", "step-00000011", "meta.json")) for each in (alone, run)]
     assert ends[0]["loader"] == ends[1]["loader"] and [len(end["changes"]) for end in ends] == [1, 1]
 
 

@@ -297,7 +297,12 @@ class ShardSet:
         ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
 
         def read(position: int) -> dict[str, Any]:
-            shard = shards[number := int(np.searchsorted(ends_S, position, side="right"))]
+            number = int(np.searchsorted(ends_S, position, side="right"))
+            if number == len(shards):
+                raise DataError(
+                    f"{self.version_url}: its index has {len(ends_S) and ends_S[-1]} records, the manifest {self.stored}: damaged; run 'launcher.py validate' on the set."
+                )
+            shard = shards[number]
             return read_row(storage.join(self.url, shard.basename), shard.entry, position - int(ends_S[number]) + shard.samples)
 
         with ThreadPoolExecutor(_PARALLEL) as pool:

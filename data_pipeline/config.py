@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Section
-from infra.config_keys import ANY_TIME
+from infra.config_keys import ANY_TIME, PLACE
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded, everywhere: a small file can claim to be enormous."""
@@ -21,14 +21,14 @@ ImageKind = Literal["animated", "cmyk", "16-bit", "palette", "greyscale", "trans
 class SourceConfig(Section):
     """One source of captioned images. Where a source is expected, a plain string stands for its url."""
 
-    url: str
+    url: str = Field(json_schema_extra=PLACE)
     """'emoji' (drawings embedded in packages), or the path or s3:// URL of a folder, a file, or a pattern (*, ?, [...]; ** for any depth)."""
     kind: Literal["", "emoji", "folder", "table", "parquet", "arrow", "coco", "webdataset"] = ""
     """How it is read; empty: found by looking at the names of its files."""
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
     """Comes before the ids of its records. Empty: nothing for the first source without a name, a number for each further one; give names to sources
     that are to be removed or put in another order later."""
-    roots: tuple[str, ...] = ()
+    roots: tuple[str, ...] = Field(default=(), json_schema_extra=PLACE)
     """Further folders or s3:// prefixes that links and paths of images may lead to; others are 'outside the source', and are not read."""
     weight: float = Field(default=1.0, gt=0)
     """Samples of an epoch per record; 0.5: half of the records in each epoch, in turn."""
@@ -75,11 +75,11 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = (SourceConfig(url="emoji"),)
     """Places of captioned images: URLs, or tables with the keys of a source (url, kind, name, roots, weight, split, image, captions, license); one alone
     needs no brackets."""
-    images: str = ""
+    images: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """URL of the image shard sets; empty: images/ in the run folder."""
-    tokenizer: str = ""
+    tokenizer: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """URL of the tokenizer; empty: tokenizer/ in the run folder."""
-    codes: str = ""
+    codes: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """URL of the code shard sets; empty: codes/ in the run folder."""
     render_size: int = Field(default=384, gt=0)
     """Side in pixels at which vector drawings are rendered. The paper's augmentation wants 12/8 of dvae.image_size."""
@@ -89,7 +89,7 @@ class DataConfig(Section):
     """Share of groups (concepts) held out for validation, by a stable hash of the group key."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of groups that is used, the first by stable hash."""
-    takedown: str = ""
+    takedown: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """URL of a take-down list: ids of records that nothing may show or train on any more, one a line; empty: none."""
     records_per_part: int = Field(default=1024, gt=0)
     """Records of one input shard, the unit of work, where the source has no files of its own to go by (folders, drawings)."""
@@ -149,7 +149,7 @@ class FilterConfig(Section):
     """Captions in which more than this share of the words repeats an earlier word are dropped; 1: off."""
     max_capitals: float = Field(default=1.0, gt=0, le=1)
     """Captions with more than this share of capitalised words are dropped (Sharma et al.); 1: off."""
-    blocked_words: str = ""
+    blocked_words: str = Field(default="", json_schema_extra=PLACE)
     """URL of a text file with words and phrases, one a line, '#' before comments: captions that contain one are dropped; empty: off."""
     formats: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp")
     """Image formats that are accepted; "tiff" may be added, ["jpeg"] is what Sharma et al. take."""

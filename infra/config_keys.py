@@ -5,11 +5,13 @@ a dataclass field:
 
     may_change   whether a run goes on with another value of it: ANY_TIME, GOING_ON, or nothing: another value is another run
     before       its value in runs that are older than it, where that is not its default
+    place        it names files: a relative one is meant from the working directory of whoever gives it, and is stored absolute
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
@@ -17,11 +19,16 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.config import JsonDict
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from infra.errors import ConfigError
+
 MAY_CHANGE, BEFORE = "may_change", "before"
 ANY_TIME: JsonDict = {MAY_CHANGE: "any time"}
 """Says how a run is computed and watched, not what it computes."""
 GOING_ON: JsonDict = {MAY_CHANGE: "with --go-on"}
 """Changes what a training stage computes from its newest checkpoint on: a recorded change point (docs/stage2.md)."""
+
+PLACE: JsonDict = {"place": True}
+"""Names a file or folder."""
 
 M = TypeVar("M")
 
@@ -108,6 +115,42 @@ def adopted(config: M, stored: Mapping[str, Any]) -> M:
     if isinstance(config, BaseModel):
         return config.model_copy(update=changes)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def anchored(config: M, stored: M | None = None) -> M:
+    """A configuration whose relative places are absolute ones, from the working directory: what is stored means the same wherever it is read.
+
+    Args:
+        config: as it was given.
+        stored: a run's own configuration, of which nothing moves: what is equal there stays as it is.
+
+    Raises:
+        ConfigError: there is a relative one, and the working directory is gone.
+    """
+    changes: dict[str, Any] = {}
+    for key in keys(type(config)):
+        value = getattr(config, key.name)
+        inner, many = _inner(key.annotation)
+        known = getattr(stored, key.name, None)
+        if stored is not None and value == known:
+            continue
+        if inner is not None:
+            changes[key.name] = tuple(anchored(item) for item in value) if many else anchored(value, known)
+        elif key.declared.get("place"):
+            changes[key.name] = _absolute(value) if isinstance(value, str) else tuple(map(_absolute, value))
+    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+    return config.model_copy(update=changes) if changes and isinstance(config, BaseModel) else config
+
+
+def _absolute(place: str) -> str:
+    if not place or place == "emoji" or place.startswith("/") or "://" in place:
+        return place
+    try:
+        return os.path.join(os.getcwd(), place.removeprefix("./"))
+    except OSError as error:
+        raise ConfigError(
+            f"{place}: a relative place, and the working directory is gone ({error.strerror}); go to another one, or name it from / on."
+        ) from error
 
 
 def _given(config: Any, key: Key) -> bool:

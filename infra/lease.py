@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from infra import environment, node_checks, objects, s3, storage
+from infra import environment, node_checks, objects, s3, storage, stored
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested, SupersededError
 from infra.job import Job
+from infra.run_records import Lease as LeaseRecord
+from infra.run_records import Request
 from infra.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -110,8 +112,8 @@ class Lease:
         self.holder = replace(self.holder, beat=self.holder.beat + 1)
         storage.write_json(self.url, asdict(self.holder))
         for name in [name for name in names if name.startswith(_REQUEST) and name not in self._answered]:
-            with suppress(DataError):  # withdrawn meanwhile
-                request = storage.read_json(storage.join(self.place, name))
+            with suppress(DataError):  # withdrawn meanwhile, or no request
+                request = stored.read(storage.join(self.place, name), Request)
                 self._answered.add(name)
                 if request["job"] == self.holder.job and int(request["restart"]) > self.holder.restart:
                     log.warning("job %s was started again (restart %s): this start of it saves and ends", request["job"], request["restart"])
@@ -269,8 +271,9 @@ def _file(place: str, number: int) -> str:
 def _read(place: str, number: int) -> Holder:
     """A lease; where it is just being made on a file system that shows files before their content, one of nobody that is known."""
     try:
-        return Holder(**storage.read_json(_file(place, number)))
-    except (DataError, TypeError):
+        found = stored.read(_file(place, number), LeaseRecord)
+        return Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
+    except DataError:
         return Holder("", "a node that has not said more", 0, "", "", 0, 0.0, _lease_s())
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from infra.stored import Code, Count, Seconds, Stored
+from infra.stored import Code, Count, Number, Seconds, Stored
 
 _Text = Annotated[str, Field(max_length=1 << 20)]
 
@@ -119,3 +119,66 @@ class NodeVersions(Stored):
 
     node: _Text
     producer: dict[str, Any]
+
+
+class ChangePoint(Stored):
+    """A line of <stage>/changes.json, and of a checkpoint's list."""
+
+    step: Count
+    changed: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    schedule: Literal["recomputed", "kept", "restarted"]
+    curve: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    time: Seconds = 0.0
+    commit: _Text = ""
+
+
+class AttentionEngine(Stored):
+    """attention/<device>-<dtype>.json."""
+
+    engine: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
+
+
+class Evaluation(Stored):
+    """evaluate/metrics.json, whose figures the demo's page quotes."""
+
+    psnr_db: Number
+    code_use: Number
+    ce_below_unigram_percent: Number
+    image_ce_nats: Number
+    unigram_entropy_nats: Number
+    caption_gain_nats: Number
+    clip_chance: Number
+    clip_recall_at_1: Number
+
+
+class _Split(Stored):
+    count: Count
+    licenses: dict[str, Count]
+
+
+class Summary(Stored):
+    """images/summary.json."""
+
+    splits: dict[str, _Split]
+
+
+class Request(Stored):
+    """locks/<stage>/request-*.json."""
+
+    job: _Text
+    restart: Count
+
+
+class Lease(Stored):
+    """locks/<stage>/<n>.json."""
+
+    token: _Text
+    node: _Text
+    pid: Annotated[int, Field(ge=0, lt=1 << 31)]
+    process: _Text
+    job: _Text
+    restart: Count
+    begun: Seconds
+    lease_s: Annotated[float, Field(gt=0, le=1e6)]
+    beat: Count = 0
+    released: bool = False

@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
 """A time or a duration."""
+Number = Annotated[float, Field(allow_inf_nan=False)]
+"""A figure."""
 
 
 def _exit_code(code: int) -> int:
@@ -73,6 +75,24 @@ def read_if_there(url: str, model: type[Stored], remedy: str = "") -> dict[str, 
         return read(url, model, remedy)
     except MissingError:
         return None
+
+
+def read_list(url: str, model: type[Stored], remedy: str = "") -> list[dict[str, Any]]:
+    """A stored list, each of whose entries is checked; see ``read``."""
+    found = storage.read_json(url)
+    check_list(found, model, url, remedy)
+    return list(found)
+
+
+def check_list(found: Any, model: type[Stored], place: str, remedy: str = "") -> None:
+    """Check a list that was read already; see ``check``."""
+    if not isinstance(found, list):
+        raise DataError(
+            f"{place}: damaged, or not written by this project: expected a list, found {type(found).__name__}; "
+            f"{remedy or 'delete it and run the stage that wrote it again'}."
+        )
+    for number, entry in enumerate(found):
+        check(entry, model, f"{place}, entry {number}", remedy)
 
 
 def check(found: Any, model: type[Stored], place: str, remedy: str = "") -> None:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra.config import Section, load, parse
-from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, completed
+from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, PLACE, anchored, completed
 from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
@@ -131,9 +131,9 @@ class EncodeSection(Section):
 class DalleFit(FitSection):
     """Training of the transformer (paper B.2)."""
 
-    init_from: str = ""
+    init_from: str = Field(default="", json_schema_extra=PLACE)
     """Start from the weights of this export (a folder or s3 prefix with model.safetensors); a checkpoint of the run goes before it."""
-    attention_records: str = Field(default="", json_schema_extra=ANY_TIME)
+    attention_records: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """Folder with a site's own measurements ('launcher.py bench model --out FOLDER'), which dalle.attention = 'auto' reads beside those that come with the code; empty: none."""
     lr: float = Field(default=4.5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
@@ -305,11 +305,11 @@ class EvaluateSection(Section):
     """Samples for reconstruction, cross-entropies and retrieval."""
     batch: int = Field(default=64, gt=0)
     """Samples per forward pass."""
-    lpips_weights: tuple[str, ...] = ()
+    lpips_weights: tuple[str, ...] = Field(default=(), json_schema_extra=PLACE)
     """Files with the weights of LPIPS, for reconstructions of the dVAE: torchvision's AlexNet or VGG-16 and the linear heads (.safetensors or .pth). Empty: not measured."""
     frechet_net: Literal["none", "inception-cleanfid", "inception-torch-fidelity", "efficientnet-lite0"] = "none"
     """Feature network of the Fréchet distance of reconstructions. Only the two Inception networks give an FID; 'efficientnet-lite0' is an offline stand-in under its own name."""
-    frechet_weights: str = ""
+    frechet_weights: str = Field(default="", json_schema_extra=PLACE)
     """File with that network's weights; 'efficientnet-lite0' finds those of its package."""
 
 
@@ -397,4 +397,4 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
 def load_run(preset: str, overrides: list[str]) -> RunConfig:
     """The run configuration of a preset and overrides; see ``read_preset`` and ``infra.config.load``."""
     tree, origin = read_preset(preset)
-    return load(RunConfig, tree, origin, overrides)
+    return anchored(load(RunConfig, tree, origin, overrides), load(RunConfig, tree, origin, []) if origin.endswith("/config.json") else None)

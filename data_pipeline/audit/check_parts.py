@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.images.crops import CropBox, decode
+from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
 from data_pipeline.shards.rows import Row, ShardRows
 from data_pipeline.shards.schema import check_columns, read_marker_file, read_part_index
@@ -185,6 +186,7 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
             place, path = storage.join(job.place, file["name"]), folder / file["name"]
             result.files += 1
             try:
+                links.check(place)
                 if remote:
                     storage.download_file(place, path)
                 size = path.stat().st_size if path.is_file() else -1

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.audit.check_parts import PartJob, Problem, Rules
+from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.schema import read_index, read_manifest
 from data_pipeline.shards.shard_set import EXCLUDED, IDS, MANIFEST, version_url
@@ -82,6 +83,7 @@ def _copies(layout: Layout) -> list[Problem]:
 
 def _read_excluded(layout: Layout, place: str) -> NDArray[np.int64]:
     said, stored = layout.manifest["excluded"], int(layout.manifest["stored"])
+    links.check(place)
     data = storage.read_bytes(place)
     complaints = []
     if hashlib.sha256(data).hexdigest() != said["sha256"]:

@@ -168,10 +168,10 @@ class ShardLoader(Generic[T, B]):
             raise DataError(
                 f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage anew."
             )
-        epoch, index = int(state["epoch"]), int(state["index"])
         try:
+            epoch, index = int(state["epoch"]), int(state["index"])
             drawn = self._endless.epoch(epoch).drawn(index)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise DataError(f"the loader's state is damaged ({error}); resume from an earlier checkpoint.") from error
         self._stop_workers()
         self._position = (epoch, drawn)

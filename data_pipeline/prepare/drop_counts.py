@@ -19,6 +19,8 @@ class Tally:
     """Reason -> count and examples (id, why)."""
     dropped_captions: Counter[str] = field(default_factory=Counter)
     """Reason -> captions left out of records."""
+    taken_down: set[int] = field(default_factory=set)
+    """``id_hash`` of records that were left out because they are on the take-down list."""
     not_read: Counter[str] = field(default_factory=Counter)
     """Suffix -> members of tars that belong to no record. They are none of ``seen``."""
 

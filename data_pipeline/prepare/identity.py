@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import MANIFEST
 from infra import storage
 from infra.errors import DataError
@@ -19,13 +20,12 @@ def check(plan: Plan, images_url: str) -> None:
     """Refuse to grow a set that was made by another rule.
 
     Raises:
-        DataError: there is such a set.
+        DataError: there is such a set, or its manifest is damaged.
     """
     place = storage.join(images_url, "train", MANIFEST)
     if not storage.exists(place):
         return
-    manifest = storage.read_json(place)
-    settings = manifest.get("settings", {}) if isinstance(manifest, dict) else {}
+    settings = read_manifest(place)["settings"]
     made_by, sources = settings.get("identity", ""), settings.get("sources") or []
     if made_by == IDENTITY or all(source == "emoji" for source in sources):
         return

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.filters import duplicates
+from data_pipeline.prepare.contents import Contents
 from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.parts import refuse_too_many
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries
-from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers, takedown_lines
+from data_pipeline.shards.spellings import without_match
 from data_pipeline.shards.versions import merge
 from data_pipeline.sources.pairs import UNKNOWN
 from infra import storage
@@ -45,24 +47,26 @@ _SETTINGS = {
 class State:
     """Where the units stand."""
 
-    done: list[Unit]
+    done: list[tuple[Unit, str]]
+    """Each with the digest that names its part."""
     markers: dict[str, list[dict[str, Any]]]
     """Split -> markers of the units that are done."""
     quarantined: list[dict[str, Any]]
     """Shard, reason and number of tries of each unit that was given up."""
-    open: list[Unit]
+    open: list[tuple[Unit, str]]
     """Neither done nor given up."""
 
 
 def state(plan: Plan, images_url: str) -> State:
     """Look up every unit."""
-    inputs = [plan.inputs(unit) for unit in plan.units]
+    contents = Contents(plan, images_url)
+    inputs = [contents.inputs(unit) for unit in plan.units]
     found = {split: read_markers(storage.join(images_url, split), inputs) for split in SPLITS}
     result = State([], {split: [] for split in SPLITS}, [], [])
     for position, unit in enumerate(plan.units):
         markers = [found[split][position] for split in SPLITS]
         if all(markers):
-            result.done.append(unit)
+            result.done.append((unit, inputs[position]))
             for split, marker in zip(SPLITS, markers, strict=True):
                 result.markers[split].append(marker or {})
             continue
@@ -71,7 +75,7 @@ def state(plan: Plan, images_url: str) -> State:
         if tries.spent(failed, plan.data.max_tries):
             result.quarantined.append({"shard": unit.shard.name, "reason": failed[-1]["reason"], "tries": len(failed)})
         else:
-            result.open.append(unit)
+            result.open.append((unit, inputs[position]))
     return result
 
 
@@ -80,7 +84,8 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
 
     Returns:
         The summary: seen, splits (count, groups, sources, licenses, version), dropped (reason -> count, examples), dropped_captions, quarantined,
-        groups_in_both, credits, files (source -> listed, read, pictures, not_read by suffix), not_read (members of tars by suffix). What is seen is
+        groups_in_both, credits, files (source -> listed, read, pictures, not_read by suffix), not_read (members of tars by suffix), and with
+        data.takedown takedown (lines of the list, how many of them name no record, examples of such lines). What is seen is
         either dropped or in one of the splits; what is listed is read, a picture beside a table, or not read.
 
     Raises:
@@ -89,14 +94,14 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
     check(plan, images_url)
     now = state(plan, images_url)
     if now.open:
-        names = ", ".join(part_name(plan.inputs(unit)) for unit in now.open[:_SHOWN])
+        names = ", ".join(part_name(inputs) for _, inputs in now.open[:_SHOWN])
         raise DataError(
             f"{images_url}: {len(now.open)} of {len(plan.units)} parts are not finished ({names}); "
             "run the stage 'prepare' again, it skips finished parts."
         )
     if now.quarantined:
         refuse_too_many(plan, len(now.quarantined), f"{now.quarantined[-1]['shard']}: {now.quarantined[-1]['reason']}")
-    draft = {split: _draft(plan, images_url, split, now) for split in SPLITS}
+    draft = {split: _draft(images_url, split, now) for split in SPLITS}
     validation, train = draft["validation"], draft["train"]
     prints = (_joined(validation.prints(), (0, 3)), _joined(train.prints(), (0, 3)))
     found = duplicates.find((_joined(validation.id_hashes()), _joined(train.id_hashes())), prints, plan.filters)
@@ -105,7 +110,7 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
     for marker in now.markers["train"]:
         tally.include(marker["extra"]["tally"])
     _refuse_empty(plan, draft, hidden, tally, now)
-    parts = [plan.part(unit) for unit in now.done]
+    parts = [plan.part(unit, inputs) for unit, inputs in now.done]
     sets = {
         split: merge(
             storage.join(images_url, split),
@@ -129,6 +134,8 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
         "credits": _credits(plan, now),
         "files": files(plan),
     }
+    if plan.data.takedown:
+        summary["takedown"] = _takedown(plan, [*validation.id_hashes(), *train.id_hashes()], now)
     storage.write_json(storage.join(images_url, SUMMARY), summary)
     return summary
 
@@ -139,14 +146,22 @@ def files(plan: Plan) -> dict[str, Any]:
     return {entry.url: source.census.to_json() for entry, source in pairs if source.census.listed}
 
 
-def _draft(plan: Plan, images_url: str, split: str, now: State) -> ShardSet:
+def _draft(images_url: str, split: str, now: State) -> ShardSet:
     """The set before its duplicates are known."""
     markers = now.markers[split]
     parts = [
-        {"name": part_name(plan.inputs(unit)), "source": "", "count": marker["count"], "files": marker["files"]}
-        for unit, marker in zip(now.done, markers, strict=True)
+        {"name": part_name(inputs), "source": "", "count": marker["count"], "files": marker["files"]}
+        for (_, inputs), marker in zip(now.done, markers, strict=True)
     ]
     return ShardSet(storage.join(images_url, split), {"parts": parts, "stored": sum(marker["count"] for marker in markers)})
+
+
+def _takedown(plan: Plan, stored: list[NDArray[np.uint64]], now: State) -> dict[str, Any]:
+    """What became of the lines of the take-down list: each names a record that is stored and hidden, or that was left out, or none at all."""
+    gone = [hashed for marker in now.markers["train"] for hashed in marker["extra"].get("taken_down", ())]
+    lines = takedown_lines(plan.data.takedown)
+    missed = without_match(lines, plan.bases, [*stored, np.array(gone, np.uint64)])
+    return {"lines": len(lines), "without_match": len(missed), "examples": missed[:_SHOWN]}
 
 
 def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> NDArray[np.uint64]:

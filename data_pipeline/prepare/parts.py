@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.filters.judge import Dropped, judge
+from data_pipeline.prepare.contents import Contents, Stopped
 from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries, record_failure, withdraw
 from data_pipeline.shards.part_writer import PartWriter
-from data_pipeline.shards.shard_set import ImageRecord, part_done
+from data_pipeline.shards.shard_set import ImageRecord
 from data_pipeline.sources.pairs import Found, NotRead, Unreadable
 from infra import storage
+from infra.digests import id_hash
 from infra.errors import DataError, NoRoomError, ReportedError, UnchangingError, UnreachableError
 from infra.world import World
 
@@ -34,10 +36,6 @@ class _Poisoned(Exception):
     """An input shard could not be read."""
 
 
-class _Stopped(Exception):
-    """The stop signal came in the middle of a shard."""
-
-
 @dataclass
 class Share:
     """What one process did."""
@@ -47,6 +45,8 @@ class Share:
     written: int = 0
     skipped: int = 0
     """Finished already."""
+    recognised: int = 0
+    """Of those, units of whose inputs the time or the ETag alone had changed."""
     quarantined: int = 0
     """Given up after data.max_tries."""
 
@@ -68,10 +68,14 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
     asked = stop or (lambda: False)
     mine = plan.units[world.rank :: world.size]
     share, through = Share(len(plan.units)), 0
-    queue = deque((unit, plan.inputs(unit)) for unit in mine)
+    contents, queue = Contents(plan, images_url, asked), deque(mine)
     while queue and not asked():
-        unit, inputs = queue.popleft()
-        if all(part_done(storage.join(images_url, split), inputs) for split in SPLITS):
+        unit = queue.popleft()
+        try:
+            inputs, there = contents.find(unit)
+        except Stopped:
+            break
+        if there:
             share.skipped += 1
         else:
             tries = Tries(images_url, inputs)
@@ -80,17 +84,17 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                 begun = tries.begin(len(failed))
                 try:
                     _write(plan, unit, inputs, images_url, asked)
-                except _Stopped:
+                except Stopped:
                     withdraw(begun)
                     break
                 except _Poisoned as error:
                     if isinstance(error.__cause__, UnchangingError):
                         record_failure(begun, str(error), unchanging=True)
-                        queue.appendleft((unit, inputs))  # tried again right away, so that it is quarantined now rather than at the next start
+                        queue.appendleft(unit)  # tried again right away, so that it is quarantined now rather than at the next start
                         continue
                     log.warning("%s: try %d of %d failed: %s", unit.shard.name, len(failed) + 1, plan.data.max_tries, error)
                     record_failure(begun, str(error))
-                    queue.append((unit, inputs))  # after everything else: what broke it may pass
+                    queue.append(unit)  # after everything else: what broke it may pass
                     continue
                 except ReportedError:  # an outage, a full disk, a place that refuses: none of the shard's doing
                     withdraw(begun)
@@ -105,7 +109,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
         through += 1
         if progress is not None:
             progress(through, len(mine))
-    return share
+    return replace(share, recognised=contents.recognised)
 
 
 def refuse_too_many(plan: Plan, quarantined: int, reason: str) -> None:
@@ -128,11 +132,12 @@ def _write(plan: Plan, unit: Unit, inputs: str, images_url: str, stop: Stop) -> 
         writers = dict(zip(SPLITS, (train, validation), strict=True))
         for record in accepted(plan, unit, tally):
             if stop():
-                raise _Stopped
+                raise Stopped
             writers[record.split].add(record)
             counts[record.split].add(record)
         validation.finish(counts["validation"].to_json())
-        train.finish(counts["train"].to_json() | {"tally": tally.to_json(), "shard": unit.shard.name})  # carries the tally of both
+        about = {"tally": tally.to_json(), "shard": unit.shard.name} | ({"taken_down": sorted(tally.taken_down)} if tally.taken_down else {})
+        train.finish(counts["train"].to_json() | about)  # carries the tally of both
 
 
 class _Counts:
@@ -162,6 +167,7 @@ def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
             continue
         if pair.id in plan.taken_down:
             tally.drop("taken down", pair.id)
+            tally.taken_down.add(id_hash(pair.id))
             continue
         try:
             verdict = judge(pair, plan.filters, plan.min_side)

@@ -22,6 +22,11 @@ from infra.seeds import derive
 
 SPLITS = ("train", "validation")
 _VERSION = 2  # version of a part's content: raising it makes finished parts be written again
+_KEYS = {
+    "filters": "filters",
+    "seed": "run.seed",
+    **{key: f"data.{key}" for key in ("render_size", "min_side", "validation_share", "share", "shard_bytes")},
+}
 _AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # these filters need all parts, and change none
 
 
@@ -98,14 +103,36 @@ class Plan:
 
     def inputs(self, unit: Unit) -> str:
         """Digest of everything that the unit's records depend on; it names the part. Where a source lies is not among it."""
+        return self._digest(unit, unit.shard.version)
+
+    def shape(self, unit: Unit) -> str:
+        """The same with names and sizes of files in place of their times and ETags: of two inputs with one shape a look at their bytes tells whether they
+        are one. Empty: there is nothing to look at, or a share of the data is used, of which a look would read all."""
+        return self._digest(unit, f"sizes {unit.shard.sizes}") if unit.shard.sizes and self.data.share >= 1 else ""
+
+    def _digest(self, unit: Unit, version: str) -> str:
+        shard = [unit.shard.name, version, unit.shard.keys, unit.shard.span]
+        return digest([_VERSION, self._source(unit), self.sources[unit.source].version(), shard, self._shaping])
+
+    def _source(self, unit: Unit) -> dict[str, Any]:
         entry = self.entries[unit.source]
         unnamed = {"weight"} | entry.at_default() | (set() if entry.is_emoji else {"url"})
-        source = entry.model_dump(mode="json", exclude=unnamed)
-        shard = [unit.shard.name, unit.shard.version, unit.shard.keys, unit.shard.span]
-        return digest([_VERSION, source, self.sources[unit.source].version(), shard, self._shaping])
+        return entry.model_dump(mode="json", exclude=unnamed)
 
-    def part(self, unit: Unit) -> Part:
-        return Part(self.inputs(unit), self.data.sources[unit.source].url)
+    def facts(self, unit: Unit) -> dict[str, Any]:
+        """What the unit's part depends on besides the bytes of its input, in words: by it a later plan says why it makes the part again."""
+        source = {f"data.sources: {key}": value for key, value in self._source(unit).items()}
+        keys = {_KEYS.get(key, key): value for key, value in self._shaping.items()}
+        return {"the reader": [_VERSION, self.sources[unit.source].version().partition(" {")[0]], **source, **keys}
+
+    def part(self, unit: Unit, inputs: str) -> Part:
+        """The part of a unit.
+
+        Args:
+            unit: of this plan.
+            inputs: what the part is made from: ``inputs(unit)``, or what has the same content (``data_pipeline/prepare/contents.py``).
+        """
+        return Part(inputs, self.data.sources[unit.source].url)
 
     def settings(self) -> dict[str, Any]:
         """What shaped the set; goes to the manifests."""

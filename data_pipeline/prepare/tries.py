@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.shards import links
 from data_pipeline.shards.shard_set import part_name
 from infra import deferred_writes, shown, storage, stored
 from infra.errors import UnreachableError
@@ -49,6 +50,7 @@ class Tries:
             URL of the record.
         """
         place = storage.join(self.url, f"{number:03d}.json")
+        links.check(place)
         storage.write_json(place, {"reason": "the process that read it was killed", "host": platform.node(), "pid": os.getpid(), "time": time.time()})
         return place
 

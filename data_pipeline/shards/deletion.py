@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.shards import links
 from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import DONE, MANIFEST, VERSIONS, ShardSet
-from data_pipeline.shards.spellings import bases_of, spellings
+from data_pipeline.shards.spellings import bases_of, without_match
 from infra import storage
-from infra.digests import id_hash
 
 _VERSION = re.compile(r"[0-9a-f]{16}")
 
@@ -29,9 +29,11 @@ class Superseded:
     def carry_out(self) -> None:
         """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
         for part in self.parts:
+            links.check(storage.join(self.set_url, part, DONE))
             storage.delete(storage.join(self.set_url, part, DONE))
             storage.delete_prefix(storage.join(self.set_url, part))
         for version in self.versions:
+            links.check(storage.join(self.set_url, VERSIONS, version, MANIFEST))
             storage.delete(storage.join(self.set_url, VERSIONS, version, MANIFEST))
             storage.delete_prefix(storage.join(self.set_url, VERSIONS, version))
 
@@ -80,16 +82,16 @@ class Purge:
     """Parts that hold them."""
     versions: list[str]
     """URLs of the versions that have such parts."""
-    matched: frozenset[str] = frozenset()
-    """Lines of the list that name a record which is stored."""
 
     def carry_out(self) -> None:
         """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
         storage.delete(storage.join(self.set_url, MANIFEST))
         for part in self.parts:
+            links.check(storage.join(self.set_url, part, DONE))
             storage.delete(storage.join(self.set_url, part, DONE))
             storage.delete_prefix(storage.join(self.set_url, part))
         for url in self.versions:
+            links.check(storage.join(url, MANIFEST))
             storage.delete(storage.join(url, MANIFEST))
             storage.delete_prefix(url)
 
@@ -104,7 +106,7 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
     """
     names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
     affected: dict[str, int] = {}
-    versions, matched = [], set[str]()
+    versions = []
     for name in names:
         manifest = read_manifest(storage.join(set_url, VERSIONS, name))
         whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
@@ -113,14 +115,23 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
         parts = np.searchsorted(opened.starts, opened.taken_down, side="right") - 1
         hit = begun | {opened.parts[part]["name"]: int(count) for part, count in zip(*np.unique(parts, return_counts=True), strict=True)}
         if hit:
-            matched |= _matched(opened, ids)
             versions.append(storage.join(set_url, VERSIONS, name.removesuffix(f"/{MANIFEST}")))
             affected |= hit
-    return Purge(set_url, sum(affected.values()), sorted(affected), versions, frozenset(matched)) if affected else None
+    return Purge(set_url, sum(affected.values()), sorted(affected), versions) if affected else None
 
 
-def _matched(opened: ShardSet, ids: frozenset[str]) -> set[str]:
-    """The lines of a list that name a stored record, in one spelling or the other."""
-    stored = set(np.concatenate([np.empty(0, np.uint64), *opened.id_hashes()]).tolist())
-    bases = bases_of(opened.manifest.get("settings") or {})
-    return {line for line in ids if any(id_hash(identity) in stored for identity in spellings(frozenset({line}), bases))}
+def unmatched(set_urls: list[str], lines: list[str]) -> list[str]:
+    """Lines of a take-down list that name no record of any version of some sets.
+
+    Raises:
+        DataError: a manifest or a file of ids cannot be read.
+    """
+    left = lines
+    for set_url in set_urls:
+        for name in storage.list_files(storage.join(set_url, VERSIONS)):
+            if left and name.endswith(f"/{MANIFEST}"):
+                manifest = read_manifest(storage.join(set_url, VERSIONS, name))
+                whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
+                opened = ShardSet(set_url, manifest | {"parts": whole})
+                left = without_match(left, bases_of(manifest["settings"]), opened.id_hashes())
+    return left

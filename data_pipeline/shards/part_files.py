@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.shards import links
 from data_pipeline.shards.rows import ShardRows, row_decoder
 from data_pipeline.shards.schema import check_columns, read_part_index
 from infra import scratch, storage, strict_json
@@ -68,6 +69,7 @@ def read_checked(url: str, sha256: str, most: int) -> bytes:
     Raises:
         DataError: it is missing or larger, or its hash is another.
     """
+    links.check(url)
     data = storage.read_at_most(url, most)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise _damaged(url)
@@ -97,6 +99,7 @@ def read_row(url: str, entry: Mapping[str, Any], row: int) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, truncated or damaged at this row.
     """
+    links.check(url)
     begin, end = struct.unpack("<II", storage.read_range(url, 4 + 4 * row, 8))
     if not 0 < begin < end <= entry["raw_data"]["bytes"]:
         raise DataError(f"{url}: row {row} has the offsets {begin} and {end}: damaged; run 'launcher.py validate' on the set.")
@@ -127,6 +130,7 @@ def read_records(set_url: str, part: Mapping[str, Any], schema: str) -> Iterator
 
 def _read_local(folder: Path, part: Mapping[str, Any], place: str, schema: str) -> Iterator[dict[str, Any]]:
     for file in part["files"]:
+        links.check(str(folder / file["name"]))
         if file["name"].endswith((".mds", INDEX)) and storage.sha256_file(folder / file["name"]) != file["sha256"]:
             raise _damaged(storage.join(place, file["name"]))
     hashed = {file["name"] for file in part["files"]}

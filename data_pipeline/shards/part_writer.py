@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, PRINTS, ImageRecord, Record, part_name
 from infra import scratch, storage
@@ -81,8 +82,10 @@ class PartWriter:
 
         Raises:
             NoRoomError: the temporary folder is full.
+            DataError: the part's place is a link that leads out of the set.
         """
         folder = Path(self._folder.name)
+        links.check(storage.join(self.place, DONE))
         with write_errors(folder):
             marker = self._close(folder, dict(extra or {}))
         storage.upload_folder(folder, self.place, last=[DONE])

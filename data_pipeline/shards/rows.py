@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_pipeline.shards import links
 from infra import shown, strict_json
 from infra.errors import DataError
 
@@ -129,6 +130,7 @@ class ShardRows:
         """
         self._name, self._samples = name, int(entry["samples"])
         self._layout = _layout(entry, name)
+        links.check(str(path))
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             head = os.pread(self._file, 4 * (self._samples + 2), 0)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, FailFast, Field, model_validator
 
+from data_pipeline.shards import links
 from infra.errors import DataError
 from infra.stored import Count, Sha256, Stored, read
 
@@ -171,7 +172,7 @@ def read_manifest(url: str) -> dict[str, Any]:
     Raises:
         DataError: it is missing or damaged, or names a part or a file that lies elsewhere. Nothing may be read, written or deleted by it then.
     """
-    return read(url, Manifest, _WRITTEN_AGAIN)
+    return _read(url, Manifest)
 
 
 def read_index(url: str) -> list[dict[str, Any]]:
@@ -180,12 +181,12 @@ def read_index(url: str) -> list[dict[str, Any]]:
     Raises:
         DataError: it is missing or damaged, names a file that lies elsewhere, or has columns whose reading would run code.
     """
-    return list(read(url, Index, _WRITTEN_AGAIN)["shards"])
+    return list(_read(url, Index)["shards"])
 
 
 def read_part_index(url: str) -> list[dict[str, Any]]:
     """The shards in the index of a part; see ``read_index``."""
-    return list(read(url, PartIndex, _WRITTEN_AGAIN)["shards"])
+    return list(_read(url, PartIndex)["shards"])
 
 
 def read_marker_file(url: str) -> dict[str, Any]:
@@ -194,7 +195,12 @@ def read_marker_file(url: str) -> dict[str, Any]:
     Raises:
         DataError: it is damaged.
     """
-    return read(url, Marker, f"delete the folder {url.rpartition('/')[0]} and run the stage that wrote it again")
+    return _read(url, Marker, f"delete the folder {url.rpartition('/')[0]} and run the stage that wrote it again")
+
+
+def _read(url: str, model: type[Stored], remedy: str = _WRITTEN_AGAIN) -> dict[str, Any]:
+    links.check(url)
+    return read(url, model, remedy)
 
 
 def version_folder(content_hash: str, digits: int) -> str:

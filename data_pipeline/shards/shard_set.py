@@ -297,7 +297,12 @@ class ShardSet:
         ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
 
         def read(position: int) -> dict[str, Any]:
-            shard = shards[number := int(np.searchsorted(ends_S, position, side="right"))]
+            number = int(np.searchsorted(ends_S, position, side="right"))
+            if number == len(shards):
+                raise DataError(
+                    f"{self.version_url}: its index has {len(ends_S) and ends_S[-1]} records, the manifest {self.stored}: damaged; run 'launcher.py validate' on the set."
+                )
+            shard = shards[number]
             return read_row(storage.join(self.url, shard.basename), shard.entry, position - int(ends_S[number]) + shard.samples)
 
         with ThreadPoolExecutor(_PARALLEL) as pool:
@@ -356,11 +361,20 @@ def read_takedown(url: str) -> frozenset[str]:
     Raises:
         DataError: the list is missing or is not UTF-8.
     """
+    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
+    return frozenset(each for line in takedown_lines(url) for each in (line, line.strip()))
+
+
+def takedown_lines(url: str) -> list[str]:
+    """The lines of a take-down list that are not blank, each once, in order. An empty URL is no list.
+
+    Raises:
+        DataError: as read_takedown.
+    """
     if not url:
-        return frozenset()
+        return []
     try:
         found = storage.read_text(url)
     except MissingError as error:
         raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
-    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
-    return frozenset(each for line in text.lines(found) if line.strip() for each in (line, line.strip()))
+    return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from infra import globs
+from infra.digests import id_hash
 
 
 def bases_of(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -38,3 +42,17 @@ def spellings(lines: frozenset[str], bases: dict[str, str]) -> frozenset[str]:
             elif not before and not line.startswith("/") and "://" not in line:
                 found.add(f"{base.rstrip('/')}/{line}")
     return frozenset(found)
+
+
+def without_match(lines: list[str], bases: dict[str, str], ids: list[NDArray[np.uint64]]) -> list[str]:
+    """Lines of a take-down list that name no record, in neither spelling.
+
+    Args:
+        lines: of the list, as they stand there.
+        bases: as of ``spellings``.
+        ids: ``id_hash`` of all records.
+    """
+    named = [[id_hash(each) for each in spellings(frozenset({line, line.strip()}), bases)] for line in lines]
+    wanted = np.unique(np.array([hashed for each in named for hashed in each], np.uint64))
+    found = {int(hashed) for some in ids for hashed in wanted[np.isin(wanted, some)]}
+    return [line for line, each in zip(lines, named, strict=True) if not found.intersection(each)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.schema import read_manifest
@@ -84,6 +85,7 @@ def merge(
         entry["name"] = part_name(part.inputs)  # where a part lies says nothing of what it holds, so it is not in the hash
     place = version_url(set_url, str(manifest["content_hash"]))
     index = {"version": 2, "shards": _all_shards(parts, markers)}
+    links.check(storage.join(place, MANIFEST))
     if storage.exists(storage.join(place, MANIFEST)):
         manifest = read_manifest(storage.join(place, MANIFEST))  # keeps its first producer
     else:

@@ -56,7 +56,8 @@ class ArrowSource:
                 f"{self.name}: no .arrow file there; data.sources accepts a folder that save_to_disk wrote, or a pattern such as data/*.arrow."
             )
         for info in sorted(files, key=lambda info: info.name):
-            yield InputShard(info.name, info.version, splits=frozenset({split_of_name(info.name)}))
+            splits = frozenset({split_of_name(info.name)})
+            yield InputShard(info.name, info.version, splits=splits, files=(info.name,), sizes=str(info.size), bytes=info.size)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The rows of a file.
@@ -68,6 +69,9 @@ class ArrowSource:
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
+
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
 
     def version(self) -> str:
         return self.origin.version(f"arrow/1 pyarrow {pyarrow.__version__}")

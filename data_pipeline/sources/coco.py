@@ -78,7 +78,8 @@ class CocoSource:
             splits = frozenset({_split(folder, info.name)})
             for start in range(0, max(1, len(found.images)), self.records):
                 end = min(start + self.records, len(found.images))
-                yield InputShard(f"{info.name}@{start}", info.version, keys=(folder,), span=(start, end), splits=splits)
+                name, read = f"{info.name}@{start}", info.size if start == 0 else 0
+                yield InputShard(name, info.version, (folder,), (start, end), splits, (info.name,), str(info.size), read)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The images of a run, each with all of its captions.
@@ -95,6 +96,9 @@ class CocoSource:
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
+
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
 
     def version(self) -> str:
         return self.origin.version("coco/1")

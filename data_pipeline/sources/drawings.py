@@ -302,6 +302,10 @@ class EmojiSource:
     def group(self, key: str) -> str:
         return f"emoji/{concept(codes_of(key.partition('/')[2]))}"
 
+    def url(self, name: str) -> str:
+        """A drawing is no file of its own to whoever asks: its package stands for it (see version())."""
+        return name
+
     def version(self) -> str:
         packages = ("emoji", "resvg_py", *(style.package for style in STYLES.values()))
         return f"emoji/1 {self.render_size} px {self.split} " + " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -92,6 +92,9 @@ class FolderSource:
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
+
     def version(self) -> str:
         return self.origin.version("folder/3")
 
@@ -131,11 +134,17 @@ class FolderSource:
 
 def _shard(run: list[Item]) -> InputShard:
     files = [file for item in run for file in item.files]
-    digest = hashlib.blake2b(repr([(file.name, file.version) for file in files]).encode(), digest_size=16).hexdigest()
-    names = run[0].image.name, run[-1].image.name
-    label = names[0] if len(run) == 1 else "..".join(names)
+    names = tuple(file.name for file in files)
+    version, sizes = _digest([(file.name, file.version) for file in files]), _digest([(file.name, file.size) for file in files])
+    ends = run[0].image.name, run[-1].image.name
+    label = ends[0] if len(run) == 1 else "..".join(ends)
     splits = frozenset(_split(item.image.name) for item in run)
-    return InputShard(clean(label), digest, keys=tuple(file.name for file in files), splits=splits)
+    read = sum(file.size for file in files)
+    return InputShard(clean(label), version, keys=names, splits=splits, files=names, sizes=sizes, bytes=read)
+
+
+def _digest(facts: list[tuple[str, str]] | list[tuple[str, int]]) -> str:
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
 def _split(name: str) -> str:

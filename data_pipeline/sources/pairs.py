@@ -109,6 +109,12 @@ class InputShard:
     """Bytes, or row groups: from the first up to, not including, the last."""
     splits: frozenset[str] = frozenset({""})
     """The splits that its names say, '' where they say none. What its records say themselves is not known before they are read."""
+    files: tuple[str, ...] = ()
+    """Files in which its records lie, relative to the source's base; none where they lie in no files."""
+    sizes: str = ""
+    """What ``version`` is without times and ETags: changes with the names and the sizes of its files. Empty: its version alone tells contents apart."""
+    bytes: int = 0
+    """About how many bytes of these files are read for it; images that rows name are not counted."""
 
 
 class Source(Protocol):
@@ -118,6 +124,10 @@ class Source(Protocol):
     """``Pair.source`` of records that bring none."""
     census: Census
     """Of the listing that ``shards()`` made last."""
+
+    def url(self, name: str) -> str:
+        """Where one of the files of a shard lies."""
+        ...
 
     def shards(self) -> Iterator[InputShard]:
         """The shards in a stable order. Files are listed, records are not read.

@@ -62,8 +62,11 @@ class ParquetSource:
         with ThreadPoolExecutor(FETCHES if storage.is_remote(self.origin.base) else 1) as pool:
             for info, (spans, paths) in zip(files, pool.map(self._spans, files), strict=True):
                 has_paths = has_paths or paths
+                splits = frozenset({split_of_name(info.name)})
                 for span in spans:
-                    yield InputShard(f"{info.name}@{span[0]}", info.version, span=span, splits=frozenset({split_of_name(info.name)}))
+                    read = info.size * (span[1] - span[0]) // max(1, spans[-1][1])
+                    name = f"{info.name}@{span[0]}"
+                    yield InputShard(name, info.version, span=span, splits=splits, files=(info.name,), sizes=str(info.size), bytes=read)
         if census.pictures and not has_paths:  # every image is embedded, so no row refers to the image files beside the tables
             census.pictures = 0
             for info in self.origin.files():
@@ -80,6 +83,9 @@ class ParquetSource:
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
+
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
 
     def version(self) -> str:
         return self.origin.version(f"parquet/2 pyarrow {pyarrow.__version__}")

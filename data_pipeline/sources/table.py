@@ -114,7 +114,8 @@ class TableSource:
             size = storage.size(table.url) if table.is_copy else info.size
             bounds = table.boundaries(self.step) if table.is_csv and size > self.step else list(range(0, size, self.step))
             for start, end in zip(bounds, [*bounds[1:], size], strict=False):
-                yield InputShard(f"{info.name}@{start}", info.version, span=(start, end), splits=splits)
+                name = f"{info.name}@{start}"
+                yield InputShard(name, info.version, (), (start, end), splits, (info.name,), str(info.size), end - start)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The runs of rows that begin in a byte range; a run is one record.
@@ -139,6 +140,9 @@ class TableSource:
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
+
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
 
     def version(self) -> str:
         return self.origin.version("table/2")

@@ -87,8 +87,9 @@ class WebDatasetSource:
             raise DataError(f"{self.name}: no .tar file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.tar.")
         for info in sorted(tars, key=lambda info: info.name):
             place = self._place(info.name)
-            version = f"{info.version} {place.digest.hexdigest()}" if place else info.version
-            yield InputShard(info.name, version, splits=frozenset({split_of_name(info.name)}))
+            said = f" {place.digest.hexdigest()}" if place else ""
+            splits = frozenset({split_of_name(info.name)})
+            yield InputShard(info.name, info.version + said, splits=splits, files=(info.name,), sizes=f"{info.size}{said}", bytes=info.size)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """Records in the order in which they are complete.
@@ -104,6 +105,9 @@ class WebDatasetSource:
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
+
+    def url(self, name: str) -> str:
+        return self.origin.part(name)
 
     def version(self) -> str:
         return self.origin.version("webdataset/2")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ConfigDict, Field
 
+from data_pipeline.config import SourceConfig
 from infra.config import Section, to_json
-from infra.config_keys import ANY_TIME, GOING_ON, adopted, completed, declared, keys
-from train.config import RunConfig
+from infra.config_keys import ANY_TIME, GOING_ON, PLACE, adopted, completed, declared, keys
+from infra.errors import ConfigError
+from train.config import RunConfig, load_run
 from train.verbs import docs
 
 
@@ -90,3 +94,52 @@ def test_the_reference_and_the_schema_show_which_keys_may_change() -> None:
     assert {row.split("|")[4].strip() for row in rows if "`lr`" in row} == {"with --go-on"}
     assert [row.split("|")[4].strip() for row in rows if "`stage`" in row] == ["any time"]
     assert {row.split("|")[4].strip() for row in rows if "`layers`" in row} == {""}
+
+
+def test_relative_places_are_meant_from_the_working_directory_and_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ["data.images=shared/", "data.takedown=../list", 'data.sources=["photos/*.png", "emoji", "s3://b/x", "/data"]', "filters.blocked_words=w"]
+    words += ['evaluate.lpips_weights=["./a.pth"]', "dalle_fit.init_from=export", "run.root=runs"]
+    cfg = load_run("tiny", words)
+    here = f"{tmp_path}/here"
+    assert (cfg.data.images, cfg.data.takedown, cfg.filters.blocked_words) == (f"{here}/shared/", f"{here}/../list", f"{here}/w")
+    assert [source.url for source in cfg.data.sources] == [f"{here}/photos/*.png", "emoji", "s3://b/x", "/data"]
+    assert (cfg.evaluate.lpips_weights, cfg.dalle_fit.init_from, cfg.run.root, cfg.data.codes) == ((f"{here}/a.pth",), f"{here}/export", "runs", "")
+    (tmp_path / "config.json").write_text(to_json(cfg))
+    monkeypatch.chdir("/")
+    assert load_run(f"{tmp_path}/config.json", []).data == cfg.data
+    older = (tmp_path / "config.json").read_text().replace(f"{here}/shared/", "shared")
+    (tmp_path / "config.json").write_text(older)
+    again = load_run(f"{tmp_path}/config.json", ["data.codes=codes"])
+    assert (again.data.images, again.data.codes, again.data.sources) == ("shared", "/codes", cfg.data.sources), "what a run has stays as it is"
+
+
+def test_a_relative_place_needs_a_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="shared: a relative place, and the working directory is gone"):
+        load_run("tiny", ["data.images=shared"])
+    assert load_run("tiny", ["data.images=/shared"]).data.images == "/shared"
+
+
+def test_every_key_that_names_files_is_known_as_a_place() -> None:
+    """Keys whose description speaks of a URL, a file or a folder; those that do and are no place of the site stand here with their reason."""
+    others = {"overlay", "root", "name", "source", "url"}  # a name or a folder, found beside the code too; where the run lies, which is not stored
+    seen = set()
+
+    def walk(model: Any) -> None:
+        for name, info in getattr(model, "model_fields", {}).items():
+            inner = info.annotation
+            if hasattr(inner, "model_fields"):
+                walk(inner)
+            said = (info.description or "").split(".")[0].split(";")[0].lower()
+            text = "str" in str(inner) and "Literal" not in str(inner)
+            if text and any(word in said.split() for word in ("url", "file", "files", "folder", "weights")) and name not in others:
+                assert (info.json_schema_extra or {}).get("place"), f"{model.__name__}.{name}: {said}"
+                seen.add(name)
+
+    walk(RunConfig)
+    assert {"images", "tokenizer", "codes", "takedown", "blocked_words", "init_from", "attention_records", "lpips_weights", "frechet_weights"} <= seen
+    assert SourceConfig.model_fields["url"].json_schema_extra == PLACE == SourceConfig.model_fields["roots"].json_schema_extra

@@ -19,6 +19,7 @@ from data_pipeline.shards.versions import write_set
 from infra import s3, storage
 from infra.errors import DataError, ReportedError
 from infra.world import World
+from tests.support import odd_inputs
 from tests.support.fault_proxy import FaultProxy, Rule, fault_proxy
 from tests.support.root import ROOT
 
@@ -177,7 +178,8 @@ and {s3.READ_TIMEOUT_S:.0f} s (`infra/s3.py`).
 |---|---|
 """
         + "\n".join(lines)
-        + "\n"
+        + "\n\n"
+        + odd_inputs.section()
     )
 
 

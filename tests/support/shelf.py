@@ -59,6 +59,9 @@ class Shelf:
         if error is not None:
             raise DataError(error) if isinstance(error, str) else error
 
+    def url(self, name: str) -> str:
+        return name
+
     def version(self) -> str:
         return "shelf/1"
 

@@ -6,7 +6,9 @@ import json
 import random
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,22 +24,26 @@ from data_pipeline.shards.deletion import plan_purge, plan_superseded
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, open_set, read_marker
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.tokenizer import run as make_tokenizer
-from infra import ledger, storage
+from infra import lease, ledger, storage, stored
 from infra.config import to_json
 from infra.digests import digest
-from infra.errors import ExitCode, ReportedError
+from infra.errors import CheckpointError, ExitCode, ReportedError
 from infra.run_folder import RunFolder
+from infra.run_records import AttentionEngine, Evaluation, Summary
 from infra.world import World
 from tests.support.damage import damaged
 from tests.support.made_sets import code, image, make_codes, make_images
-from train.config import load_run
+from train.config import ScaleSection, load_run
+from train.engines.zero.scales import EngineState, GradientScales
 from train.loop.goodput import lost_s
 from train.loop.metrics import read_metrics
+from train.loop.plateau import Plateau
+from train.optimizer.loss_scale import LossScale
 from train.report.page import render
 from train.report.view import RunView
-from train.run import elastic, places
+from train.run import change_points, elastic, places
 from train.stages.dalle import make_plateau
-from train.verbs import doctor_lineage, status, targets
+from train.verbs import demo_page, doctor_lineage, status, targets
 from train.weights import checkpoint, export
 from train.weights.fragments import even_slice
 
@@ -140,7 +146,16 @@ def test_a_tokenizer(tmp_path: Path) -> None:
 def _save(stage: Path) -> dict[str, torch.Tensor]:
     tensors = {"w": torch.arange(24.0).reshape(4, 6), "b": torch.arange(6.0).half()}
     fragments = {f"model/{name}": even_slice(tensor, 0, 1) for name, tensor in tensors.items()}
-    meta = {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}, "loader": {"epoch": 0}, "config": {"dalle": {}}, "parents": {}}
+    points = [{"step": 1, "changed": {"dalle_fit.lr": [1e-3, 5e-4]}, "schedule": "kept", "curve": [0, 4], "time": 0.0, "commit": "c"}]
+    meta: dict[str, Any] = {
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "loader": {"epoch": 0, "index": 3},
+        "config": {"dalle": {}},
+        **{"parents": {}, "updates": 5, "elapsed_s": 1.5, "bad_updates": {"gradient_overflow": 1}, "changes": points},
+        "plateau": {"halved": [3], "best": 1.5, "idle": 0, "sum": 2.5, "count": 1},
+        "loss_scale": {"value": 1024.0, "good": 3, "skipped": 1},
+        "engine": {"attempts": 6, "scales": {"exponents": [13.0], "divided": [-1000], "overflows": [0]}},
+    }
     checkpoint.save(str(stage), 5, fragments, meta, World.single(), keep=2)
     return tensors
 
@@ -179,10 +194,41 @@ def test_a_checkpoint_whose_hashes_are_made_to_fit(tmp_path: Path, name: str) ->
         return json.dumps(tree | {"sha256": digest(tree)}).encode()
 
     def read() -> None:
-        checkpoint.load(str(tmp_path), 5, {f"model/{each}": even_slice(tensor.clone(), 0, 1) for each, tensor in tensors.items()})
+        meta = checkpoint.load(str(tmp_path), 5, {f"model/{each}": even_slice(tensor.clone(), 0, 1) for each, tensor in tensors.items()})
         checkpoint.read_tensors(url, "model")
+        _go_on_from(meta, str(tmp_path))
 
     holds(Path(url) / name, read, seal=seal)
+
+
+def _go_on_from(meta: dict[str, Any], stage: str) -> None:
+    """What a trainer does with the facts of a checkpoint."""
+    checkpoint.check_resumable(meta, stage)
+    assert int(meta["updates"]) >= 0 and float(meta["elapsed_s"]) < 1e13 and meta["loader"].get("epoch", 0) + meta["loader"].get("index", 0) >= 0
+    assert sum(meta.get("bad_updates", {}).values()) >= 0
+    change_points.curve(meta.get("changes", []), 8)
+    for point in meta.get("changes", []):
+        change_points.described(point)
+    if meta.get("plateau"):
+        plateau = Plateau(2, 2, 0.1, 2, 0)
+        plateau.restore(meta["plateau"], 5)
+        plateau.observe(6, 1.0)
+    if meta.get("loss_scale"):
+        LossScale().restore(meta["loss_scale"])
+    if meta.get("engine"):
+        stored.check(meta["engine"], EngineState, "engine")
+    if meta.get("engine") and meta["engine"]["scales"] is not None:
+        scales = GradientScales(2, 1, ScaleSection())
+        scales.restore(meta["engine"]["scales"])
+        scales.values()
+
+
+@pytest.mark.parametrize("name", ["shapes", "updates", "elapsed_s", "loader"])
+def test_a_stage_goes_on_from_no_checkpoint_that_lacks_what_it_needs(name: str) -> None:
+    facts: dict[str, Any] = {"step": 5, "shapes": {}, "updates": 5, "elapsed_s": 1.5, "loader": {}}
+    checkpoint.check_resumable(facts, "stage")
+    with pytest.raises(CheckpointError, match=rf"stage/checkpoints/step-00000005/meta\.json: damaged.*: {name}: field required"):
+        checkpoint.check_resumable({key: value for key, value in facts.items() if key != name}, "stage")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -214,6 +260,8 @@ def run(tmp_path: Path) -> RunFolder:
     entry |= {"pictures": [{"file": "generate/caption-0000/000.png", "score": 1.0, "seed": 1, "nearest": nearest}]}
     storage.write_json(folder.at("generate", "index.json"), {"captions": [entry], "temperature": 1.0, "candidates": 1, "checkpoint": "a" * 64})
     storage.write_json(folder.at("evaluate", "metrics.json"), {"dalle": {"fid": 1.0}})
+    points = [{"step": 1, "changed": {"dalle_fit.lr": [1e-3, 5e-4]}, "schedule": "kept", "curve": [0, 4], "time": 0.0, "commit": "c"}]
+    storage.write_json(folder.at("dalle", "changes.json"), points)
     storage.write_json(folder.at("dvae", "codebook.json"), {"counts": [1, 2, 3], "steps": [1]})
     return folder
 
@@ -223,7 +271,7 @@ def run(tmp_path: Path) -> RunFolder:
     [
         *("config.json", "provenance.json", "prepare/done.json", "encode/done.json", "dvae/done.json"),
         *("exits/dalle/attempt-0/begin.json", "exits/dalle/attempt-0/end.json", "exits/dalle/attempt-1/rank-0.json", "dalle/rows.json"),
-        *("dalle/halve_at.json", "generate/index.json", "evaluate/metrics.json", "dvae/codebook.json"),
+        *("dalle/changes.json", "dalle/halve_at.json", "generate/index.json", "evaluate/metrics.json", "dvae/codebook.json"),
     ],
 )
 def test_a_run_folder(run: RunFolder, name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,3 +327,41 @@ def test_tries_of_an_input_shard(tmp_path: Path) -> None:
         record_failure(place, "x")
 
     holds(Path(place), read)
+
+
+def test_what_pages_and_leases_are_read_from(run: RunFolder) -> None:
+    figures = dict.fromkeys(Evaluation.model_fields, 0.5)
+    storage.write_json(run.at("evaluate", "metrics.json"), figures | {"parents": {"dvae": "a" * 64}})
+    storage.write_json(run.at("images", "summary.json"), {"splits": {"train": {"count": 3, "licenses": {"CC0-1.0": 3}}}})
+    storage.write_json(run.at("attention", "cpu-fp32.json"), {"engine": "flex"})
+    done: dict[str, dict[str, Any]] = {"report": {"finished": 1.0, "seconds": 2.0}, "prepare": {"seconds": 1.0, "summary": {"credits": ["us"]}}}
+    holds(Path(run.at("evaluate", "metrics.json")), lambda: demo_page.render(run, done), times=50)
+
+    def summary() -> None:
+        found = stored.read(run.at("images", "summary.json"), Summary)["splits"].get("train")
+        assert found is None or (found["count"] >= 0 and all(isinstance(each, int) for each in found["licenses"].values()))
+
+    holds(Path(run.at("images", "summary.json")), summary, times=50)
+    holds(
+        Path(run.at("attention", "cpu-fp32.json")),
+        lambda: str(stored.read(run.at("attention", "cpu-fp32.json"), AttentionEngine)["engine"]),
+        times=50,
+    )
+
+
+def test_a_damaged_lease_is_one_of_nobody_that_is_known_and_a_damaged_request_is_passed_over(tmp_path: Path) -> None:
+    rng, place = random.Random(0), str(tmp_path / "locks" / "dvae")
+    holder = lease.Holder("t", "gpu07", 4711, "boot pid:[1] 4711 5", "77", 0, 1.0, 60.0)
+    storage.write_json(f"{place}/00000003.json", asdict(holder))
+    sound = Path(f"{place}/00000003.json").read_bytes()
+    for _ in range(TIMES):
+        Path(f"{place}/00000003.json").write_bytes(damaged(sound, rng)[1])
+        found = lease._read(place, 3)
+        assert isinstance(found.pid, int) and found.lease_s > 0 and isinstance(found.described(1.0), str)
+    Path(f"{place}/00000003.json").write_bytes(sound)
+    held = lease.Lease(place, 3, holder)
+    storage.write_json(f"{place}/request-1.json", {"job": "78", "restart": 1})
+    sound = Path(f"{place}/request-1.json").read_bytes()
+    for _ in range(TIMES // 4):
+        Path(f"{place}/request-1.json").write_bytes(damaged(sound, rng)[1])
+        held.beat()

@@ -8,11 +8,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import Field
 
-from infra import storage
+from infra import storage, stored, strict_json
 from infra.errors import DataError, MissingError
 from train.drawing.draw import Picture
 from train.report.images import png_bytes
@@ -23,6 +24,37 @@ FORMATS = ("png", "webp")
 _KEY_LETTERS, _NAME_LETTERS = 12, 40
 
 Line = dict[str, Any]
+
+
+_Few = Annotated[int, Field(ge=0, le=1 << 16)]
+_Text = Annotated[str, Field(max_length=1 << 16)]
+
+
+class _ShapedBy(stored.Stored):
+    """What shaped the last bits of a picture; by it a machine is put to work."""
+
+    captions: _Few = 1
+    each: _Few = 1
+    place: _Few = 0
+    window: _Few = 0
+    threads: _Few = 1
+
+
+class _Drawn(stored.Stored):
+    """A line. The name of its file is one that ``put`` gives: a line may come from anybody, and nothing is written or read elsewhere because of it."""
+
+    key: _Text
+    caption: _Text
+    candidate: _Few
+    seed: int
+    score: stored.Number | None
+    file: Annotated[str, Field(pattern=r"^[0-9]{3,6}\.(png|webp)$")]
+    sha256: _Text
+    codes_sha256: _Text
+    settings: dict[str, Any]
+    shaped_by: _ShapedBy
+    weights: dict[str, _Text]
+    source: _Text
 
 
 @dataclass(frozen=True)
@@ -103,7 +135,7 @@ def parse_line(text: str, where: str) -> Line:
         DataError: it is none of a samples.jsonl.
     """
     try:
-        line = json.loads(text)
+        line = strict_json.loads(text)
     except ValueError as error:
         raise DataError(f"{where}: no line of a {SAMPLES} ({error}).") from error
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
@@ -111,6 +143,7 @@ def parse_line(text: str, where: str) -> Line:
             f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
             "draw the picture anew, into another --out."
         )
+    stored.check(line, _Drawn, where, f"give one as it stands in a {SAMPLES}")
     return line
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra import storage
+from infra import storage, stored
 from infra.run_folder import RunFolder
+from infra.run_records import Provenance, Summary
 from train.config import RunConfig, load_run
 from train.loop.metrics import Point, read_metrics
 from train.run import places
@@ -37,8 +38,8 @@ def collect(url: str) -> dict[str, Any]:
     done = places.require(run, "prepare", "dvae")["dvae"]
     series = {name: points for name, points in read_metrics(url, "dvae").items() if name in SERIES}
     updates = [point.step for point in series["eval/elb_true"]]
-    images = storage.read_json(storage.join(places.images(cfg, run), "summary.json"))["splits"]["train"]
-    provenance = storage.read_json(run.at("provenance.json"))
+    images = stored.read(storage.join(places.images(cfg, run), "summary.json"), Summary)["splits"]["train"]
+    provenance = stored.read(run.at("provenance.json"), Provenance)
     return {
         "kind": "curves",
         "name": cfg.run.name,

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from infra import files, storage
+from infra import files, storage, stored
 from infra.config import differences
 from infra.errors import ConfigError
 from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import RunFolder, producer
+from infra.run_records import PrecisionChoice
 from infra.world import World
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
@@ -273,7 +274,7 @@ def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[st
 
 def _precision(run: RunFolder, given: str) -> str:
     """What 'auto' became in a run: the probe decides, and the training does as it did."""
-    return str(storage.read_json(run.at("precision.json"))["precision"]) if given == "auto" else given
+    return str(stored.read(run.at("precision.json"), PrecisionChoice)["precision"]) if given == "auto" else given
 
 
 if __name__ == "__main__":

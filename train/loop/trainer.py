@@ -272,6 +272,7 @@ class Trainer:
         self._elapsed = 0.0
         if meta is None:
             return 0
+        checkpoint.check_resumable(meta, self.run.at(self.stage))
         shapes = self._shapes()
         if meta["shapes"] != shapes:
             odd = sorted(name for name in shapes.keys() | meta["shapes"].keys() if shapes.get(name) != meta["shapes"].get(name))

@@ -20,7 +20,7 @@ def section(run: RunView) -> Section | None:
     summary = run.summary("prepare")
     if not summary:
         return Section("data", "What was trained on what", note("The prepare stage has not finished: nothing is known about the data."))
-    parts: list[Child] = [_counts(run, summary), _passes(run, summary), _filters(summary), _files(summary), _other(run)]
+    parts: list[Child] = [_counts(run, summary), _passes(run, summary), _filters(summary), _takedown(summary), _files(summary), _other(run)]
     return Section("data", "What was trained on what", join(parts))
 
 
@@ -79,6 +79,15 @@ def _examples(reason: str, examples: list[dict[str, Any]]) -> Html | None:
         return None
     lines = [el("li", el("span", str(each["id"]), class_="mono"), [el("br"), each["why"]] if each["why"] else None) for each in examples[:_EXAMPLES]]
     return el("details", el("summary", f"Examples: {reason}"), el("ul", lines), class_="examples")
+
+
+def _takedown(summary: dict[str, Any]) -> Html | None:
+    """Lines of the take-down list that name no record: a misspelt one takes nothing down."""
+    facts = summary.get("takedown") or {}
+    if not facts.get("without_match"):
+        return None
+    words = f"{number(facts['without_match'])} of {number(facts['lines'])} lines of the take-down list name no record, for example:"
+    return join(el("h3", "Take-down list"), note(words), el("ul", [el("li", el("span", str(line), class_="mono")) for line in facts["examples"]]))
 
 
 def _dropped_captions(summary: dict[str, Any]) -> Html | None:

@@ -100,8 +100,7 @@ class RunView:
 
     def changes(self, stage: str) -> list[dict[str, Any]]:
         """The change points of a training stage, oldest first."""
-        url = storage.join(self.url, stage, change_points.FILE)
-        return list(storage.read_json(url)) if storage.exists(url) else []
+        return change_points.read(storage.join(self.url, stage))
 
     @cached_property
     def out_of_date(self) -> dict[str, str]:

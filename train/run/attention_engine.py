@@ -7,9 +7,10 @@ import json
 import torch
 import torch.distributed as dist
 
-from infra import storage
+from infra import storage, stored
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
+from infra.run_records import AttentionEngine
 from infra.world import World
 from model.attention_engines import EngineName, why_unavailable
 from train.config import RunConfig
@@ -31,7 +32,7 @@ def of_run(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, d
         if not storage.exists(url):
             found = choose(cfg.dalle, cfg.stream_shape(), device, dtype, records)
             storage.create_once(url, (json.dumps({"engine": found}) + "\n").encode())  # another launcher of the run may have chosen meanwhile
-        kept = [str(storage.read_json(url)["engine"])]
+        kept = [str(stored.read(url, AttentionEngine)["engine"])]
     if world.size > 1:
         dist.broadcast_object_list(kept, device=device)
     engine: EngineName = kept[0]  # type: ignore[assignment]

@@ -10,9 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from infra import storage, stored
 from infra.config import flatten
 from infra.config_keys import ANY_TIME, GOING_ON, MAY_CHANGE, completed, declared
 from infra.run_folder import commit
+from infra.run_records import ChangePoint
 from train.config import RunConfig
 
 FILE = "changes.json"
@@ -71,6 +73,16 @@ def continued(meta: dict[str, Any], config: dict[str, Any], stage: str, how: str
 def curve(points: list[dict[str, Any]], steps: int) -> Curve:
     """The updates that the schedule spans after these change points; of a run without one, all."""
     return Curve(*points[-1]["curve"]) if points else Curve(0, steps)
+
+
+def read(stage_url: str) -> list[dict[str, Any]]:
+    """The change points in a stage's folder, oldest first; none where it went through none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    url = storage.join(stage_url, FILE)
+    return stored.read_list(url, ChangePoint, "delete it: the stage writes it again from its checkpoint") if storage.exists(url) else []
 
 
 def described(point: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from infra import k8s_submit, ledger, slurm_submit, storage
+from infra import k8s_standing, k8s_submit, ledger, slurm_submit, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
@@ -36,12 +36,14 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     """Claim the run folder and submit a stage, or with ``chain`` all that are not finished. Twice does no harm: what is queued stays alone.
 
     Raises:
-        ConfigError: the scheduler refuses, or ``chain`` on Kubernetes, which has no dependencies between jobs.
+        ConfigError: the scheduler refuses; a job of the stage is there while the run is to go on with other values; or ``chain`` on Kubernetes, which has no dependencies between jobs.
     """
     if chain and on == "k8s":
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
         k8s_submit.overlay(job_spec(stage, cfg, run))  # refused before anything is written
+    if going_on:
+        _refuse_beside_another(stage, job_spec(stage, cfg, run), on)
     cfg = places.claim(cfg, run, command, going_on)
     if not chain and places.finished(cfg, run, stage) and not STAGES[stage].repeats and not lineage.out_of_date(cfg, run, stage):
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
@@ -77,6 +79,19 @@ def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]
             )
         found[need] = there.job
     return found
+
+
+def _refuse_beside_another(stage: str, spec: JobSpec, on: str) -> None:
+    """Refuse to go on with other values while a job still has the old ones: only its next start would read them, from a checkpoint that nobody chose."""
+    if on == "slurm" and (there := slurm_submit.queued(spec)) is not None:
+        raise ConfigError(
+            f"--go-on: job {there.job} of '{stage}' is in the queue with other values; let it end, or scancel {there.job}, and go on from its checkpoint."
+        )
+    if on == "k8s" and (standing := k8s_standing.find(spec)) is not None and standing.state == "live":
+        raise ConfigError(
+            f"--go-on: the job {spec.name} is in the cluster with other values; let it end, or delete it (kubectl delete, which lets it save), and go on "
+            "from its checkpoint."
+        )
 
 
 @dataclass(frozen=True)

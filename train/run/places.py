@@ -142,3 +142,9 @@ def version(run: RunFolder, stage: str, name: str) -> str:
     if not isinstance(found, str):
         raise DataError(f"{run.at(stage, 'done.json')}: names no version of '{name}'; delete it and run 'launcher.py {stage} {run.url}' again.")
     return found
+
+
+def leases(run: RunFolder, *stages: str) -> list[str]:
+    """Labels of the leases of stages, and of all shares of them that have ever run: whoever holds them has the stages to himself."""
+    shares = {name.partition("/")[0] for name in storage.list_files(run.at("locks"))}
+    return sorted({*stages} | {name for name in shares if name.partition(".")[0] in stages})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from typing import Any
@@ -20,6 +21,8 @@ from train.run import places
 from train.stages.finish import stop_together
 from train.stages.prepare_preview import plan_of
 
+log = logging.getLogger(__name__)
+
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Write this rank's parts; once all are there, of other launchers too, merge the sets and mark the stage done."""
@@ -35,8 +38,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     where, plan = places.images(cfg, run), plan_of(cfg)
     check(plan, where)
     stop.orderly()
-    parts.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
+    mine = parts.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
     progress.finish()
+    if mine.recognised:
+        log.info("prepare: %d inputs are what they were but for their time or ETag; their parts stay.", mine.recognised)
     stop_together(stop, device, "prepare")
     stop.phase("the merging of the parts")  # which a next start does again
     if world.is_main:
@@ -55,6 +60,9 @@ def _finish(run: RunFolder, plan: Plan, where: str, started: float, world: World
     versions = {split: entry["version"] for split, entry in summary["splits"].items()}
     seconds = time.monotonic() - started
     people = _for_people(summary)
+    if missed := people.get("takedown", {}).get("without_match", 0):
+        examples = ", ".join(map(ascii, people["takedown"]["examples"]))
+        log.warning("%s: %d of %d lines name no record: %s", plan.data.takedown, missed, people["takedown"]["lines"], examples)
     rate = {"value": sum(people["splits"].values()) / seconds, "unit": "images/s"}
     run.finish("prepare", seconds=seconds, world_size=world.size, throughput=rate, summary=people, versions=versions)
 
@@ -75,4 +83,4 @@ def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
         "credits": summary["credits"],
         "files": summary["files"],
         "not_read": summary.get("not_read", {}),
-    }
+    } | ({"takedown": summary["takedown"]} if "takedown" in summary else {})

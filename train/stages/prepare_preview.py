@@ -6,9 +6,12 @@ from collections import Counter
 
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.drop_counts import Tally
+from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.merge import files
+from data_pipeline.prepare.outlook import outlook
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, spread
 from train.config import RunConfig
+from train.run import places
 
 SAMPLED = 1000
 """Records that are looked at."""
@@ -23,6 +26,8 @@ def plan_of(cfg: RunConfig) -> Plan:
 def preview(cfg: RunConfig) -> str:
     """What the filters do to a sample of the records, as text: for a look before the long run."""
     plan, tally = plan_of(cfg), Tally()
+    where = places.images(cfg, places.run_folder(cfg))
+    check(plan, where)
     kept, splits = 0, Counter[str]()
     for unit in spread(plan.units, _SAMPLED_SHARDS):
         begun = tally.seen
@@ -31,7 +36,7 @@ def preview(cfg: RunConfig) -> str:
             splits[record.split] += 1
             if tally.seen - begun >= -(-SAMPLED // min(_SAMPLED_SHARDS, len(plan.units))):
                 break
-    lines = [*_files(plan), *_columns(plan)]
+    lines = [*_files(plan), *_parts(plan, where), *_columns(plan)]
     if plan.carves:
         share = cfg.data.validation_share
         lines.append(
@@ -48,6 +53,26 @@ def preview(cfg: RunConfig) -> str:
         lines.append(f"# data.share = {cfg.data.share:g} keeps {cfg.data.share:.0%} of the groups; data.share=1 keeps all")
     lines.append("# duplicates are searched for among all records, and not in a sample")
     return "\n".join(lines) + "\n"
+
+
+def _parts(plan: Plan, where: str) -> list[str]:
+    """How many parts are there already, how many are made and why, and about how much is read for it."""
+    found = outlook(plan, where)
+    named = any(source.census.pictures for source in plan.sources)
+    beside = ", and the images that rows name" if named else ""
+    lines = [f"# {found.there:,} of {len(plan.units):,} parts are there"]
+    if found.looked_at:
+        lines.append(
+            f"# {found.looked_at:,} inputs are of the names and sizes of before, with another time or ETag: hashed once "
+            f"({found.looked_at_bytes:,} bytes are read), and made again only where a byte differs"
+        )
+    if found.made:
+        lines.append(
+            f"# {found.made:,} parts are made: about {found.made_bytes:,} bytes of their files are read, once to hash and once to prepare them{beside}"
+        )
+        of = "" if found.asked == found.made else f" (of {found.asked:,} that were looked up)"
+        lines += [f"{count:6d}  parts are made{of}: {_printable(why)}" for why, count in found.why.most_common()]
+    return lines
 
 
 def _files(plan: Plan) -> list[str]:

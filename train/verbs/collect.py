@@ -74,7 +74,7 @@ def main(url: str, days: float, roots: list[str], *, delete: bool) -> None:
     """
     run = open_run(url)
     with contextlib.ExitStack() as held:
-        for label in _writers(run.folder) if delete else ():
+        for label in places.leases(run.folder, "prepare", "encode") if delete else ():
             held.enter_context(run.folder.lock(label))
         found = look(run, time.time() - days * 86400, roots)
         lines = list(found.lines())
@@ -103,12 +103,6 @@ def look(run: Run, before: float, roots: list[str]) -> Findings:
     pinned = _with_parents(named, sets)
     superseded = [each for each in (plan_superseded(url, pinned, before) for url in sets) if each is not None]
     return Findings(unfinished_writes.find(run.folder.url, before), list(_unmarked(run.folder, before)), superseded)
-
-
-def _writers(run: RunFolder) -> list[str]:
-    """The stages that write sets, and all shares of them that have ever run."""
-    names = {name.partition("/")[0] for name in storage.list_files(run.at("locks"))}
-    return sorted({"prepare", "encode"} | {name for name in names if name.startswith(("prepare.", "encode."))})
 
 
 def _runs_below(root: str) -> set[str]:

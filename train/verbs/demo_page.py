@@ -7,10 +7,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import storage, stored
 from infra.errors import DataError
 from infra.repository import DOCS
 from infra.run_folder import RunFolder
+from infra.run_records import Evaluation, Provenance
 from train.run.stage_table import STAGES
 
 
@@ -38,8 +39,8 @@ def main(url: str, note: str = "") -> None:
 
 def render(run: RunFolder, done: dict[str, dict[str, Any]], note: str = "") -> str:
     """The page as Markdown; arguments as in ``main``."""
-    figures = storage.read_json(run.at("evaluate", "metrics.json"))
-    provenance = storage.read_json(run.at("provenance.json"))
+    figures = stored.read(run.at("evaluate", "metrics.json"), Evaluation)
+    provenance = stored.read(run.at("provenance.json"), Provenance)
     day = datetime.datetime.fromtimestamp(done["report"]["finished"], datetime.UTC).date()
     lines = [
         "# What the demo gives",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from infra import exit_records, storage, stored
 from infra.commands import launcher
 from infra.errors import DataError, ExitCode
@@ -28,16 +26,11 @@ def main(url: str) -> None:
     cfg = load_run(run.url, [])
     table([_row(cfg, run, name) for name in STAGES], title=url)
     for name in TRAINED:
-        for point in _changes(run, name):
+        for point in change_points.read(run.at(name)):
             print(f"{name}: {change_points.described(point)}")
     for name in STAGES:
         if old := lineage.out_of_date(cfg, run, name):
             print(f"{name}: out of date, {old}; {_remedy(run, name)}")
-
-
-def _changes(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    url = run.at(name, change_points.FILE)
-    return list(storage.read_json(url)) if storage.exists(url) else []
 
 
 def _remedy(run: RunFolder, name: str) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from data_pipeline.shards.deletion import Purge, plan_purge
-from data_pipeline.shards.shard_set import read_takedown
+import contextlib
+
+from data_pipeline.shards.deletion import Purge, plan_purge, unmatched
+from data_pipeline.shards.shard_set import read_takedown, takedown_lines
 from infra import storage
 from infra.commands import launcher
 from infra.errors import ConfigError
-from train.config import load_run
+from infra.run_folder import RunFolder
+from train.config import RunConfig, load_run
 from train.run import places
+from train.run.stage_table import STAGES
 
 _SHOWN = 5
 
@@ -17,7 +21,7 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
     """Find, show, and unless ``dry_run`` delete the parts of this run's image and code sets that hold ids of ``data.takedown``.
 
     Raises:
-        ConfigError: data.takedown is not set.
+        ConfigError: data.takedown is not set, or a stage runs there: what it reads or writes is about to go.
         DataError: the list cannot be read.
     """
     cfg = load_run(preset, overrides)
@@ -27,14 +31,21 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
         raise ConfigError(f"data.takedown = '{cfg.data.takedown}': a list of at least one id is needed, a text file with one id a line.")
     sets = [places.image_set(cfg, run, split) for split in places.SPLITS]
     sets += [places.code_set(cfg, run, crop, split) for crop in range(cfg.encode.crops) for split in places.SPLITS]
-    found = [purge for purge in (plan_purge(url, ids) for url in sets) if purge is not None]
+    with contextlib.ExitStack() as held:
+        for label in places.leases(run, *STAGES) if not dry_run else ():
+            held.enter_context(run.lock(label))
+        _take_down(cfg, run, sets, dry_run=dry_run)
+
+
+def _take_down(cfg: RunConfig, run: RunFolder, sets: list[str], *, dry_run: bool) -> None:
+    found = [purge for purge in (plan_purge(url, read_takedown(cfg.data.takedown)) for url in sets) if purge is not None]
     for purge in found:
         print(_line(purge))
-    unmatched = sorted({line.strip() for line in ids} - {line.strip() for purge in found for line in purge.matched})
-    if found and unmatched:
-        print(f"{len(unmatched)} lines of {cfg.data.takedown} name no record that is stored here: {', '.join(map(ascii, unmatched[:_SHOWN]))}")
+    lines = takedown_lines(cfg.data.takedown)
+    if missed := unmatched(sets, lines):
+        print(f"{len(missed)} of {len(lines)} lines of {cfg.data.takedown} name no record that is stored here: {_some(missed)}")
     if not found:
-        print(f"none of the {len(ids)} ids is in the sets of {run.url}")
+        print(f"nothing of the list is in the sets of {run.url}")
         return
     if dry_run:
         return
@@ -43,6 +54,10 @@ def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
     for purge in found:
         purge.carry_out()
     print(f"deleted. Run '{launcher('prepare', run.url)}' and '{launcher('encode', run.url)}': they make these parts again, without the records.")
+
+
+def _some(lines: list[str]) -> str:
+    return ", ".join(map(ascii, lines[:_SHOWN])) + (" ..." if len(lines) > _SHOWN else "")
 
 
 def _line(purge: Purge) -> str:

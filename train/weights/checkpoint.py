@@ -28,7 +28,8 @@ from infra import lease, schemas, storage
 from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
 from infra.run_folder import commit, versions
-from infra.stored import Count, Sha256, Stored, check
+from infra.run_records import ChangePoint
+from infra.stored import Count, Number, Seconds, Sha256, Stored, check
 from infra.world import World
 from train.ranks.device import patient_group
 from train.weights.checkpoint_storage import Reader, Writer
@@ -42,6 +43,40 @@ _DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeErro
 """What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
 
 
+class _Position(Stored):
+    """Where the loader stands."""
+
+    epoch: Count = 0
+    index: Count = 0
+
+
+class _LossScale(Stored):
+    """Of an engine that scales the loss."""
+
+    value: Number
+    good: Count
+    skipped: Count
+
+
+class _Plateau(Stored):
+    """Of the detector of plateaus."""
+
+    halved: list[Count]
+    best: Number | None
+    idle: Count
+    sum: Number
+    count: Count
+
+
+class Resumable(Stored):
+    """What meta.json holds besides where a training stage saved it; an export needs none of it."""
+
+    shapes: dict[str, list[Count]]
+    updates: Count
+    elapsed_s: Seconds
+    loader: dict[str, Any]
+
+
 class Meta(Stored):
     """meta.json."""
 
@@ -50,6 +85,14 @@ class Meta(Stored):
     shapes: dict[str, Annotated[list[Count], Field(max_length=16)]] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
     parents: dict[str, str] = Field(default_factory=dict)
+    updates: Count = 0
+    elapsed_s: Seconds = 0.0
+    loader: _Position = Field(default_factory=_Position)
+    bad_updates: dict[str, Count] = Field(default_factory=dict)
+    changes: list[ChangePoint] = Field(default_factory=list)
+    loss_scale: _LossScale | None = None
+    engine: dict[str, Any] | None = None
+    plateau: _Plateau | None = None
 
 
 def folder(stage_url: str, step: int) -> str:
@@ -173,6 +216,15 @@ def read_meta(url: str) -> dict[str, Any]:
     schemas.require(meta.get("schema"), schemas.CHECKPOINT, place, f"train in a new run folder: launcher.py {stage} PRESET run.name=NAME")
     _check(meta, Meta, place)
     return dict(meta)
+
+
+def check_resumable(meta: dict[str, Any], stage_url: str) -> None:
+    """Refuse facts from which no stage can go on, before anything is set by them.
+
+    Raises:
+        CheckpointError: they lack something.
+    """
+    _check(meta, Resumable, storage.join(folder(stage_url, int(meta["step"])), META))
 
 
 def _check(found: Any, model: type[Stored], place: str) -> None:

@@ -320,3 +320,10 @@ def test_a_purge_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: Path,
         assert not [name for name in files if name.startswith("part-00001")] and "part-00000/done.json" in files
         assert not [name for name in files if name.endswith("manifest.json")], "no version is left that could be read"
         assert deletion.plan_purge(url, frozenset({"id-4"})) is None
+
+
+def test_parts_of_a_set_that_is_written_at_once_are_of_the_sources_that_are_named(tmp_path: Path) -> None:
+    records = [[image(0)], [image(1)]]
+    named = versions.write_set(str(tmp_path / "named"), records, IMAGE_SCHEMA, sources=["a", "b"])
+    assert [part["source"] for part in named.parts] == ["a", "b"]
+    assert [part["source"] for part in versions.write_set(str(tmp_path / "plain"), records, IMAGE_SCHEMA).parts] == ["", ""]

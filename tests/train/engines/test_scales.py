@@ -163,3 +163,12 @@ def test_halvings_by_hand_overrule_the_detector(caplog: pytest.LogCaptureFixture
         resumed.restore(detector().state() | {"halved": [10, 15]}, 30)
     assert "halved after [20], and no longer after [10, 15]: it is 2 times what it was" in caplog.text
     assert resumed.factor == 0.5 and resumed.observe(40, 1.0)
+
+
+def test_a_restart_leaves_nothing_of_what_was_seen() -> None:
+    fresh, seen = Plateau(4, 1, 0.5, 5, 0), Plateau(4, 1, 0.5, 5, 0)
+    for step in range(1, 11):
+        seen.observe(step, 1.0)
+    assert seen.state() != fresh.state()
+    seen.restart(10)
+    assert seen.state() == fresh.state() and (seen.warmup, fresh.warmup) == (10, 0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE, STEPS, STOPPED, StopAfter, losses, run_stage
 from train import launch
 from train.config import load_run
@@ -30,8 +34,8 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
-def go_on(run: RunFolder, stage: str, *words: str, stop: StopFlag | None = None) -> None:
-    launch.stage(stage, run.url, list(words), on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop, go_on=True)
+def go_on(run: RunFolder, stage: str, *words: str, stop: StopFlag | None = None, on: str = "local") -> None:
+    launch.stage(stage, run.url, list(words), on=on, nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop, go_on=True)
 
 
 def checkpoint_files(run: RunFolder, stage: str, step: int) -> dict[str, bytes]:
@@ -120,6 +124,61 @@ def test_a_finished_run_goes_on_longer_and_all_before_stays_as_it_was(run: RunFo
     run_stage("clip", [run.url])
     assert losses(run.url, "clip") == after, "stopped after the change point, it goes on as if it had not been"
     assert len(storage.read_json(run.at("clip", "changes.json"))) == 1
+
+
+@pytest.mark.parametrize("on", ["slurm", "k8s"])
+def test_a_job_goes_on_as_this_machine_does(on: str, run: RunFolder, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job gets nothing but the run folder: what it goes on with stands there, and its change point lies where its checkpoint does."""
+    words = ("clip_fit.steps=10", "clip_fit.lr=1e-3")
+    here, there = RunFolder(str(tmp_path / "here")), RunFolder(f"{s3}/there" if on == "k8s" else str(tmp_path / "there"))
+    shutil.copytree(run.url, here.url)
+    storage.upload_folder(Path(run.url), there.url)
+    go_on(here, "clip", *words)
+    tools = _scheduler(on, tmp_path, monkeypatch)
+    (tmp_path / "busy").touch()
+    with pytest.raises(ConfigError, match=r"--go-on: (job 7 of 'clip' is in the queue|the job there-\S*clip is in the cluster) with other values"):
+        go_on(there, "clip", *words, *tools, on=on)
+    assert there.stored() == run.stored(), "refused before anything is written"
+    (tmp_path / "busy").unlink()
+    go_on(there, "clip", *words, *tools, on=on)
+    sent = (tmp_path / "calls").read_text().splitlines()
+    assert sent[-1].split()[0] == ("sbatch" if on == "slurm" else "apply") and "go-on" not in sent[-1]
+    run_stage("clip", [there.url])
+    assert losses(there.url, "clip") == losses(here.url, "clip")
+    (ours,), (theirs,) = (storage.read_json(each.at("clip", "changes.json")) for each in (here, there))
+    assert {**ours, "time": 0} == {**theirs, "time": 0} and set(ours["changed"]) == {"clip_fit.steps", "clip_fit.lr"}
+
+
+def _scheduler(on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commands that write down what they get. A job is there while the file 'busy' is."""
+    busy = f"[ -e {tmp_path}/busy ]"
+    commands = {
+        "squeue": f"{busy} && echo 7; exit 0",
+        "sbatch": "echo 8",
+        "kubectl": f'case "$1" in get) {busy} && echo "{{\\"metadata\\":{{}}}}"; exit 0;; kustomize) echo "{{}}";; apply) cat > /dev/null; echo applied;; esac',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in commands.items():
+        shown = "$*" if name == "kubectl" else f"{name} $*"
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{shown}" >> {tmp_path}/calls\n{script}\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return [f"cluster.image=registry/name@sha256:{'a' * 64}"] if on == "k8s" else []
+
+
+def test_another_batch_on_two_processes_goes_on_as_on_one(run: RunFolder, tmp_path: Path) -> None:
+    """Of the transformer: a contrastive loss is taken over what one micro-batch holds, which is less where one process takes two of them."""
+    words = ("dalle_fit.steps=11", "dalle_fit.batch=6", "dalle_fit.keep=5", "dalle_fit.save_every=1")
+    alone = RunFolder(str(tmp_path / "alone"))
+    shutil.copytree(run.url, alone.url)
+    go_on(alone, "dalle", *words)
+    command = [sys.executable, str(ROOT / "launcher.py"), "dalle", run.url, *words, "--go-on", "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = losses(alone.url, "dalle"), losses(run.url, "dalle")
+    assert max(one) == 11 and [two[step] for step in sorted(two)] == pytest.approx([one[step] for step in sorted(one)], rel=1e-4)
+    ends = [storage.read_json(each.at("dalle", "checkpoints", "step-00000011", "meta.json")) for each in (alone, run)]
+    assert ends[0]["loader"] == ends[1]["loader"] and [len(end["changes"]) for end in ends] == [1, 1]
 
 
 def _stopped(run: RunFolder, words: tuple[str, ...]) -> None:

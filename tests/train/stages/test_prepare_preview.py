@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.prepare import parts
+from infra.world import World
 from tests.data_pipeline.sources.test_forms import FORMS
 from tests.support.made_sets import png
 from train.config import load_run
-from train.stages.prepare_preview import preview
+from train.run import places
+from train.stages.prepare_preview import plan_of, preview
 
 
 def test_ids_of_records_are_printed_escaped(tmp_path: Path) -> None:
@@ -37,3 +41,24 @@ def test_the_columns_that_were_found_are_said(tmp_path: Path, form: str, line: s
     found = [said for said in text.splitlines() if "images in" in said]
     assert len(found) >= 1 and all(said.startswith(f"# {tmp_path}/set: {line}") for said in found), text
     assert "# split: train " in text and "files" in text
+
+
+def test_the_dry_run_says_which_parts_are_there_looked_at_and_made_and_why(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(6):
+        (tmp_path / "set" / f"{number}.png").write_bytes(png(number, 64))
+        (tmp_path / "set" / f"{number}.txt").write_text(f"a picture of dog number {number} in the snow")
+    words = [f'data.sources=["{tmp_path}/set"]', f"run.root={tmp_path}", "data.records_per_part=2", "data.min_side=8", "data.share=1"]
+    cfg = load_run("tiny", words)
+    plan, where = plan_of(cfg), places.images(cfg, places.run_folder(cfg))
+    size, units = sum(path.stat().st_size for path in (tmp_path / "set").iterdir()), len(plan.units)
+    before = preview(cfg)
+    assert f"# 0 of {units} parts are there\n# {units} parts are made: about {size:,} bytes of their files are read" in before
+    assert f"{units:6d}  parts are made: new\n" in before and not Path(where).exists()
+    parts.run(plan, where, World.single())
+    assert f"# {units} of {units} parts are there\n" in preview(cfg) and "parts are made" not in preview(cfg)
+    for path in (tmp_path / "set").iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    after = preview(cfg)
+    assert f"# {units} inputs are of the names and sizes of before, with another time or ETag: hashed once ({size:,} bytes are read)" in after
+    assert f"{units:6d}  parts are made: another value of data.validation_share\n" in preview(load_run("tiny", [*words, "data.validation_share=0.4"]))

@@ -13,6 +13,7 @@ import pytest
 
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, open_set
 from infra.errors import ConfigError, DataError
+from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import Share, World
 from train import launch
@@ -114,7 +115,10 @@ def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: 
     before = open_set(f"{run}/images/train", IMAGE_SCHEMA)
     victim = next(iter(before.records()))["id"]
     takedown.main("tiny", arguments, dry_run=False)
-    assert "none of the 1 ids" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "1 of 1 lines of" in said and "name no record that is stored here: 'nobody'" in said and "nothing of the list is in the sets" in said
+    with RunFolder(str(run)).lock("dalle"), pytest.raises(ConfigError, match="another launcher runs 'dalle' in this folder"):
+        takedown.main("tiny", arguments, dry_run=False)
     listed.write_text(f"{victim}\n")
     assert victim not in [record["id"] for record in open_set(f"{run}/codes/crop-0/train", CODES_SCHEMA, takedown=str(listed)).records()]
     takedown.main("tiny", arguments, dry_run=True)

@@ -144,6 +144,26 @@ def test_lines_that_are_none_are_refused(draw: Draw, tmp_path: Path, given: str,
         draw(again=given.replace("{out}", str(folder)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "../../000.png"}, "file: string should match pattern"),
+        ({"file": "/000.png"}, "file: string should match pattern"),
+        ({"shaped_by": {"captions": 1 << 40}}, "shaped_by.captions: input should be less than or equal to 65536"),
+        ({"score": "high"}, "score: input should be a valid number"),
+        ({"weights": None}, "weights: input should be a valid dictionary"),
+    ],
+)
+def test_a_line_of_somebody_else_leads_nowhere_and_costs_no_more_than_ours(
+    change: dict[str, object], message: str, draw: Draw, tmp_path: Path
+) -> None:
+    draw("a red fox", n=1)
+    (line,) = lines(tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        draw(url="", again=json.dumps(line | change), out=str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_again_needs_the_same_weights_precision_and_nothing_else(draw: Draw, tmp_path: Path) -> None:
     draw("a red fox", n=1)
     (line,) = lines(tmp_path / "out")

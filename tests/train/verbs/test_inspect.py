@@ -146,6 +146,9 @@ class FakeSource:
     def credits(self) -> dict[str, str]:
         return {}
 
+    def url(self, name: str) -> str:
+        return name
+
     def version(self) -> str:
         return "fake"
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infra import stored
 from infra.world import World
 from model.transformer import Transformer, parameter_tags
 from train.config import DalleFit, ScaleSection, ZeroSection
@@ -27,7 +28,7 @@ from train.engines.zero import internals, measures, one_pass
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
 from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
-from train.engines.zero.scales import GradientScales
+from train.engines.zero.scales import EngineState, GradientScales
 from train.engines.zero.shards import GradientReader, pieces
 from train.engines.zero.topology import node_topology
 from train.optimizer.adamw import PaperAdamW
@@ -257,7 +258,12 @@ class ZeroEngine:
         return {"attempts": self.attempts, "scales": None if self.scales is None else self.scales.state(), "compression": compression}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state: scales are rescaled by the change of the number of shares."""
+        """Go on from a checkpoint's state: scales are rescaled by the change of the number of shares.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        stored.check(state, EngineState, "meta.json of the checkpoint, engine", "go back to an earlier checkpoint")
         self.attempts = state["attempts"]
         if self.scales is not None and state["scales"] is not None:
             self.scales.restore(state["scales"])

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from infra.stored import Count, Stored
 from train.config import ScaleSection
+
+
+class _Scales(Stored):
+    """What ``GradientScales.state`` keeps."""
+
+    exponents: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=1)]
+    divided: Annotated[list[int], Field(min_length=1)]
+    overflows: list[Count]
+
+
+class EngineState(Stored):
+    """What a checkpoint's meta.json keeps of the engine."""
+
+    attempts: Count
+    scales: _Scales | None
 
 
 class GradientScales:

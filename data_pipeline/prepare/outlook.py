@@ -1,0 +1,51 @@
+"""What a plan would do, before it does it: which parts are there, which inputs are looked at, which parts are made and why. No record is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from data_pipeline.prepare.contents import Contents
+from data_pipeline.prepare.plan import Plan, Unit, spread
+
+_PARALLEL = 16
+_ASKED = 200
+"""Units of which the reason is looked up: each costs a few small files."""
+
+
+@dataclass
+class Outlook:
+    """Units by what becomes of them."""
+
+    there: int = 0
+    looked_at: int = 0
+    """Units of names and sizes of before, whose files are hashed."""
+    looked_at_bytes: int = 0
+    made: int = 0
+    made_bytes: int = 0
+    asked: int = 0
+    """Of those that are made, how many were asked why."""
+    why: Counter[str] = field(default_factory=Counter)
+
+
+def outlook(plan: Plan, images_url: str) -> Outlook:
+    """Look up every unit of a plan."""
+    contents, found = Contents(plan, images_url), Outlook()
+
+    def stands(unit: Unit) -> str:
+        if contents.is_done(contents.inputs(unit)):
+            return "there"
+        return "looked at" if contents.candidates(unit) else "made"
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        stand = list(pool.map(stands, plan.units))
+    by_stand = {word: [unit for unit, each in zip(plan.units, stand, strict=True) if each == word] for word in ("there", "looked at", "made")}
+    found.there, found.looked_at, found.made = (len(units) for units in by_stand.values())
+    found.looked_at_bytes = sum(unit.shard.bytes for unit in by_stand["looked at"])
+    found.made_bytes = sum(unit.shard.bytes for unit in by_stand["made"])
+    asked = list(spread(by_stand["made"], _ASKED)) if by_stand["made"] else []
+    found.asked = len(asked)
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        found.why.update(pool.map(contents.why, asked))
+    return found

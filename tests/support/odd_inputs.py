@@ -1,0 +1,253 @@
+"""Raw data as strangers have it, odd or damaged, and what comes of each. ``python -m tests.support.odd_inputs`` writes its table into docs/data_faults.md."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.prepare import parts
+from data_pipeline.prepare.drop_counts import Tally
+from data_pipeline.prepare.plan import make_plan
+from tests.support.root import ROOT
+
+PAGE = ROOT / "docs" / "data_faults.md"
+HEADING = "## Odd and damaged raw data"
+_FILTERS = FilterConfig(english=False, near_duplicate_bits=-1, min_words=1, boilerplate=False)
+
+
+@dataclass(frozen=True)
+class Odd:
+    """One input, and what is right."""
+
+    what: str
+    write: Callable[[Path], None]
+    pairs: int
+    captions: int = 0
+    """Of all pairs; 0: one each."""
+    lost: int = 0
+    """Records that are dropped under a reason."""
+    damaged: bool = False
+    """Whether a file is quarantined."""
+    filters: dict[str, object] = field(default_factory=dict)
+    """Keys of the section filters that are not as for the others."""
+
+
+def picture(number: int, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(out, form)
+    return out.getvalue()
+
+
+def caption(number: int) -> str:
+    return f"a red cat number {number} on a table"
+
+
+def _pair(key: str, number: int = 0) -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", picture(number)), (f"{key}.txt", caption(number).encode())]
+
+
+def _tar(*keys: str, first: int = 0) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as file:
+        for name, data in (member for number, key in enumerate(keys) for member in _pair(key, first + number)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _files(**data: bytes) -> Callable[[Path], None]:
+    """Files by name; '__' stands for a dot."""
+
+    def write(place: Path) -> None:
+        for name, content in data.items():
+            (place / name.replace("__", ".")).write_bytes(content)
+
+    return write
+
+
+def _hole(place: Path) -> None:
+    data = _tar("a", "b", "c")
+    start = data.index(b"b.png") // 512 * 512
+    (place / "x.tar").write_bytes(data[:start] + bytes(1024) + data[start + 1024 :])
+
+
+def _mixed(place: Path) -> None:
+    for name, data in (
+        ("x.tar", _tar("a", "b")),
+        ("y.tar.gz", gzip.compress(_tar("c", "d", "e", first=2))),
+        ("z.tgz", gzip.compress(_tar("f", first=5))),
+    ):
+        (place / name).write_bytes(data)
+
+
+def _table(lines: list[str], name: str = "t.csv", count: int = 12) -> Callable[[Path], None]:
+    def write(place: Path) -> None:
+        for number in range(count):
+            (place / f"{number:02d}.png").write_bytes(picture(number))
+        data = "\n".join(["image,caption", *lines]) + "\n"
+        (place / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
+
+    return write
+
+
+def _rows(count: int = 12) -> list[str]:
+    return [f"{number:02d}.png,{caption(number)}" for number in range(count)]
+
+
+def _stray() -> list[str]:
+    return [row.replace(",a red", ',"a red') if number == 2 else row for number, row in enumerate(_rows())]
+
+
+def _shuffled() -> list[str]:
+    rows = [f"{number:02d}.png,{caption(number)} {word}" for word in ("by day", "by night") for number in range(12)]
+    return sorted(rows, key=lambda row: row[::-1])
+
+
+def _outside(place: Path) -> None:
+    (place.parent / "secret.txt").write_text("a password that nobody may read")
+    for number in range(2):
+        (place / f"{number}.png").write_bytes(picture(number))
+    (place / "0.txt").write_text(caption(0))
+    (place / "1.txt").symlink_to(place.parent / "secret.txt")
+
+
+def _separators(place: Path) -> None:
+    for number, word in enumerate(("\u2028", "\u2029", "\u0085", "\u000b", "\u001c")):
+        (place / f"{number}.png").write_bytes(picture(number))
+        (place / f"{number}.txt").write_bytes(f"a red cat{word}on a table".encode())
+
+
+def _languages(place: Path) -> None:
+    for number, words in enumerate(
+        ("кошка на столе", "桌子上的猫", "قطة على الطاولة", "eine Katze auf dem Tisch", "मेज पर बिल्ली", "テーブルの上の猫")
+    ):
+        (place / f"{number}.png").write_bytes(picture(number))
+        (place / f"{number}.txt").write_text(words)
+
+
+def _names(place: Path) -> None:
+    for number, name in enumerate(("[brackets] 1", "100% sure? no*", "plus+and&", " leading")):
+        (place / f"{name}.png").write_bytes(picture(number))
+        (place / f"{name}.txt").write_text(caption(number))
+
+
+def _suffixes(place: Path) -> None:
+    for number, name in enumerate(("a.tif", "b.jfif", "c.jpe", "d.jpg", "UPPER.JPG")):
+        (place / name).write_bytes(picture(number, "TIFF" if name.endswith("tif") else "JPEG"))
+        (place / (name.rpartition(".")[0] + (".TXT" if name == "UPPER.JPG" else ".txt"))).write_text(caption(number))
+
+
+def _alpha(place: Path) -> None:
+    clear = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 4), dtype=np.uint8), "RGBA")
+    clear.putalpha(0)
+    out = io.BytesIO()
+    clear.save(out, "PNG")
+    for name, data in (("clear.png", out.getvalue()), ("solid.png", picture(2))):
+        (place / name).write_bytes(data)
+        (place / f"{name[:-4]}.txt").write_text(caption(3))
+
+
+def _structs(place: Path) -> None:
+    said = [[{"raw": f"{caption(number)} {word}"} for word in ("by day", "by night")] for number in range(12)]
+    table = pyarrow.table({"image": [picture(number) for number in range(12)], "sentences": said})
+    pyarrow.parquet.write_table(table, place / "train.parquet")
+
+
+def _coco(place: Path) -> None:
+    (place / "annotations").mkdir()
+    (place / "val2017").mkdir()
+    images = [{"id": number, "file_name": f"{number:03d}.png"} for number in range(12)]
+    for number, image in enumerate(images):
+        (place / "val2017" / str(image["file_name"])).write_bytes(picture(number))
+    said = [{"image_id": number % 12, "caption": f"{caption(number)} {number // 12}"} for number in range(24)]
+    (place / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": said}))
+
+
+def _elsewhere(place: Path) -> None:
+    with (place / "t.tsv").open("w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t")
+        rows.writerow(["filepath", "title"])
+        for path in ("00.png", "../secret.png", "/etc/hostname", "file:///etc/hostname", "s3://other/a.png", "https://example.com/a.png", "none.png"):
+            rows.writerow([path, caption(0)])
+    (place / "00.png").write_bytes(picture(0))
+
+
+INPUTS = (
+    Odd("names of tar members with dots", _files(x__tar=_tar("plain", "photo 1.2", "www.example.com_1", "v1.0 (final)")), 4),
+    Odd("two tars joined by cat", _files(x__tar=_tar("a", "b") + _tar("c", "d", "e", first=2)), 0, damaged=True),
+    Odd("a block of zeros in the middle of a tar", _hole, 0, damaged=True),
+    Odd("a gzipped tar that breaks off", _files(x__tgz=gzip.compress(_tar("a", "b"))[:-40]), 0, damaged=True),
+    Odd("a key twice in a tar", _files(x__tar=_tar("a", "b", "b", "c")), 3, lost=1),
+    Odd("plain and gzipped tars together", _mixed, 6),
+    Odd("pairs of files beside a tar", _files(x__tar=_tar("a"), b__png=picture(1), b__txt=b"a red cat"), 1),
+    Odd("a stray quote in a CSV of 12 rows", _table(_stray()), 11, lost=1),
+    Odd("the rows of an image do not stand together", _table(_shuffled()), 12, captions=24),
+    Odd("a gzipped table", _table(_rows(), "t.csv.gz"), 12),
+    Odd("paths that lead elsewhere, to the web or nowhere", _elsewhere, 1, lost=6),
+    Odd("a caption file that is a link out of the source", _outside, 1, lost=1),
+    Odd("U+2028, U+2029, U+0085, U+000B, U+001C inside captions, control characters allowed", _separators, 5, filters={"broken_text": False}),
+    Odd("the same, control characters refused (the default)", _separators, 2, lost=3),
+    Odd("captions in six languages, any allowed", _languages, 6),
+    Odd("brackets, *, ?, %, & and spaces in names", _names, 4),
+    Odd("suffixes of any case and age, TIFF accepted", _suffixes, 5, filters={"formats": ("jpeg", "tiff")}),
+    Odd("the same, TIFF not accepted", _suffixes, 4, lost=1),
+    Odd("a picture of which nothing would be seen", _alpha, 1, lost=1),
+    Odd("Parquet with captions in structs", _structs, 12, captions=24),
+    Odd("COCO's annotations, two captions a picture", _coco, 12, captions=24),
+)
+
+
+def outcome(odd: Odd) -> str:
+    """What the stage prepare makes of it, in words; what is wrong about that is an AssertionError."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "set")
+        place.mkdir()
+        odd.write(place)
+        data = DataConfig.model_validate({"sources": [{"url": str(place)}]}, strict=False)
+        plan = make_plan(data, _FILTERS.model_copy(update=odd.filters), 8, 0)
+        tally, kept, damage = Tally(), list[tuple[str, ...]](), list[str]()
+        for unit in plan.units:
+            try:
+                kept += [tuple(record.captions) for record in parts.accepted(plan, unit, tally)]
+            except parts._Poisoned as error:
+                damage.append(re.sub(r"byte \d[\d,]*", "byte N", str(error)).replace(f"{place}/", "").partition(";")[0])
+        lost = sum(entry["count"] for entry in tally.dropped.values())
+        passed_over = tally.not_read + sum((source.census.not_read for source in plan.sources), type(tally.not_read)())
+        assert (len(kept), lost, bool(damage)) == (odd.pairs, odd.lost, odd.damaged), (odd.what, len(kept), tally.to_json(), damage)
+        assert sum(map(len, kept)) == (odd.captions or odd.pairs) and (damage or tally.seen == len(kept) + lost), odd.what
+    words = [f"{len(kept)} pairs" + (f" with {odd.captions} captions" if odd.captions else "")] if not damage else []
+    words += [f"quarantined, and nothing of it is taken: {'; '.join(damage)}"] if damage else []
+    words += [f"{entry['count']} {reason}" for reason, entry in sorted(tally.dropped.items())]
+    words += [f"{count} not read: {suffix}" for suffix, count in sorted(passed_over.items())]
+    return "; ".join(words).replace("|", "/")
+
+
+def section() -> str:
+    """The table."""
+    rows = [f"| {odd.what} | {outcome(odd)} |" for odd in INPUTS]
+    head = f"{HEADING}\n\nMade by `python -m tests.support.odd_inputs`, which writes each input and prepares it; `tests/data_pipeline/sources/test_odd_inputs.py` compares.\n"
+    return "\n".join([head, "| input | what comes of it |", "|---|---|", *rows]) + "\n"
+
+
+def main() -> None:
+    """Write the table into the page, after the faults of the network."""
+    PAGE.write_text(f"{PAGE.read_text().partition(HEADING)[0].rstrip()}\n\n{section()}")
+
+
+if __name__ == "__main__":
+    main()

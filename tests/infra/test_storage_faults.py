@@ -194,7 +194,7 @@ def test_a_download_that_breaks_off_is_repeated_and_leaves_no_pieces(server: Scr
 
 
 def test_a_download_that_never_completes_leaves_nothing(server: ScriptedServer, tmp_path: Path) -> None:
-    server.script = [whole, cut]
+    server.script = [cut]
     with pytest.raises(DataError, match=r"object\.bin: (failed|the server)"):
         storage.download_file(URL, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []

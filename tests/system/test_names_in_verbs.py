@@ -55,8 +55,8 @@ VERBS: dict[str, Callable[[str, Path], object]] = {
     "draw": _draw,
     "report": lambda run, out: run_stage("report", [run]),
 }
-ELSEWHERE = {"import-dvae", "bench", "docs", "demo", *STAGES} - {"report"}
-"""Verbs that name no run folder, and stages, which all read theirs as report does."""
+ELSEWHERE = {"import-dvae", "bench", "docs", "demo", "play", *STAGES} - {"report"}
+"""Verbs that name no run folder, stages, which all read theirs as report does, and play, which opens a run as draw does and then serves it."""
 
 
 @pytest.fixture(params=["local", "s3"])

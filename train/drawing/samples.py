@@ -33,11 +33,15 @@ _Text = Annotated[str, Field(max_length=1 << 16)]
 class _ShapedBy(stored.Stored):
     """What shaped the last bits of a picture; by it a machine is put to work."""
 
-    captions: _Few = 1
-    each: _Few = 1
-    place: _Few = 0
-    window: _Few = 0
-    threads: _Few = 1
+    captions: _Few
+    each: _Few
+    place: _Few
+    window: _Few
+    threads: _Few
+    deterministic: bool
+    device: _Text
+    precision: _Text
+    torch: _Text
 
 
 class _Drawn(stored.Stored):

@@ -58,6 +58,9 @@ class Noted(Scripted):
     def state(self) -> dict[str, Any]:
         return {"inner": self.inner}
 
+    def more_to_load(self, state: dict[str, Any]) -> Any:
+        return iter(())
+
     def restore(self, state: dict[str, Any]) -> None:
         self.inner = state["inner"]
 
@@ -236,8 +239,14 @@ def test_a_stop_saves_says_so_and_a_restart_goes_on_with_everything_that_was_kep
 
 def test_a_stop_at_the_last_update_is_no_stop(tmp_path: Path) -> None:
     stop = StopFlag()
-    stop.handle(STOP_SIGNALS[0], None)
-    fit, *_ = make(tmp_path, stop, steps=1)
+    fit, _, first, _ = make(tmp_path, stop, steps=1)
+    plain = first.loss
+
+    def stopping(*arguments: Any) -> Loss:
+        stop.handle(STOP_SIGNALS[0], None)
+        return plain(*arguments)
+
+    first.loss = stopping  # type: ignore[assignment, method-assign]
     assert fit.run_to_end().evaluation == {"quality": 1.0}
     third, _, task, _ = make(tmp_path, steps=1)
     assert third.run_to_end().evaluation == {"quality": 1.0} and third.run_to_end().units_per_s == 0.0 and task.evaluated == [1, 1]

@@ -174,10 +174,10 @@ def test_again_needs_the_same_weights_precision_and_nothing_else(draw: Draw, tmp
         draw(again=json.dumps(line), precision="bf16")
     with pytest.raises(UsageError, match="--again draws one recorded picture"):
         draw("a blue house", again=json.dumps(line))
-    with pytest.raises(ConfigError, match=r"--again: the line lacks something \('window'\)"):
+    with pytest.raises(DataError, match=r"--again: damaged, or not written by this project: shaped_by\.window: field required"):
         del line["shaped_by"]["window"]
         draw(again=json.dumps(line))
-    with pytest.raises(ConfigError, match=r"--again: the line lacks something \('shaped_by'\)"):
+    with pytest.raises(DataError, match=r"--again: damaged, or not written by this project: shaped_by: field required"):
         draw(again=json.dumps({name: value for name, value in line.items() if name != "shaped_by"}))
 
 

@@ -319,7 +319,8 @@ def test_two_nodes_preempted_by_usr2_save_requeue_and_go_on_to_the_same_losses(t
 
     process = start(0)
     deadline = time.monotonic() + 200
-    while not (run / "dvae" / "metrics" / "attempt-0.jsonl").exists():
+    metrics = run / "dvae" / "metrics" / "attempt-0.jsonl"
+    while not metrics.exists() or "train/loss" not in metrics.read_text():  # before the first update a stop has nothing to save
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR2)

@@ -84,7 +84,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def training(slurm: Cluster, run: Path, attempt: int) -> None:
-    slurm.wait(f"attempt {attempt} to train", (run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl").exists)
+    metrics = run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl"
+    slurm.wait(f"attempt {attempt} to train", lambda: metrics.exists() and "train/loss" in metrics.read_text())
 
 
 def restarted(slurm: Cluster, job: str, times: int) -> None:

@@ -37,9 +37,10 @@ def start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, LAUNCHER, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], words: str = "") -> None:
+    """Until a file is there, and holds these words."""
     deadline = time.monotonic() + _PATIENCE_S
-    while not path.exists():
+    while not path.exists() or words not in path.read_text():
         assert process.poll() is None, f"ended with {process.returncode} before {path.name} appeared:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
@@ -166,7 +167,7 @@ def test_divergence_ends_with_93_and_keeps_the_last_good_checkpoint(run: Path) -
 def test_a_killed_rank_is_a_crash_and_takes_its_peers_along(run: Path) -> None:
     without_end(run)
     process = start("dvae", str(run), "--nproc", "2")
-    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
+    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process, "train/loss")
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     output = process.communicate(timeout=_PATIENCE_S)[0]
     assert process.returncode == 1, output
@@ -203,7 +204,7 @@ def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_
     number, *restarts = options
     without_end(run)
     process = start("dvae", str(run), "--nproc", "2", *restarts)
-    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
+    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process, "train/loss")
     process.send_signal(number)
     output = process.communicate(timeout=_PATIENCE_S)[0]
     assert process.returncode == 75, output
@@ -237,7 +238,7 @@ def test_a_signal_to_ranks_that_have_no_handler_yet_kills_none_and_is_not_lost(r
 def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Path) -> None:
     without_end(run)
     process = start("dvae", str(run), "--nproc", "2")
-    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process)
+    wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process, "train/loss")
     second = launch("dvae", str(run), "--nproc", "2")
     assert second.returncode == 78 and "another launcher runs 'dvae'" in second.stderr
     ranks = ranks_of(run)

@@ -193,7 +193,7 @@ def test_node_local_sharding_resumes_bit_for_bit_and_flat_and_keeps_its_replicas
 
 
 def test_a_checkpoint_that_one_rank_alone_finds_damaged_is_left_by_all(two: Any) -> None:
-    assert [rank["fallen back"] for rank in two[1]] == [{"meta": 1, "tensors": 1}] * 2
+    assert [rank["fallen back"] for rank in two[1]] == [{"meta": 1, "index": 1, "tensors": 1}] * 2
 
 
 @pytest.mark.soak

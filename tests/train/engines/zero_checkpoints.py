@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +98,31 @@ def in_nodes(world: World, folder: str) -> dict[int, Any]:
 
 
 def fall_back(world: World, folder: str) -> dict[str, int]:
-    """Which checkpoint is restored where rank 1 alone finds the newer one damaged: what it reads of meta.json, and its part of the tensors."""
+    """Which checkpoint is restored where one rank alone finds the newer one damaged: rank 0 its facts, rank 1 its index, or its part of the tensors."""
     engine, url = make_engine(Case(stage=2), world), f"{folder}/damaged"
     for step in (1, 2):
         updates(engine, world, step - 1, step)
         checkpoint.save(url, step, engine.fragments(to_load=False), meta_of(engine), world, keep=2)
-    plain = storage.read_json
+    plain = storage.read_at_most
 
-    def cut_short(place: str) -> Any:
-        if world.rank == 1 and place.endswith("step-00000002/meta.json"):
-            raise DataError(f"{place}: as if cut short")
-        return plain(place)
+    def cut_short(rank: int, name: str) -> Callable[[str, int], bytes]:
+        def read(place: str, most: int) -> bytes:
+            if world.rank == rank and place.endswith(f"step-00000002/{name}.json"):
+                raise DataError(f"{place}: as if cut short")
+            return plain(place, most)
+
+        return read
 
     def newest() -> int:
         meta = checkpoint.load_newest(url, engine.fragments(to_load=True), world)
         assert meta is not None
         return int(meta["step"])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "read_json", cut_short)
-        found = {"meta": newest()}
+    found = {}
+    for rank, name in ((0, "meta"), (1, "index")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storage, "read_at_most", cut_short(rank, name))
+            found[name] = newest()
     if world.is_main:
         file = Path(checkpoint.folder(url, 2), "rank-1.bin")
         data = bytearray(file.read_bytes())

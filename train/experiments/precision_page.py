@@ -116,6 +116,7 @@ def pictures(name: str, found: dict[str, Any]) -> dict[str, str]:
 
 def alone(svg: str) -> str:
     """A plot that was made for a page, as a file of its own."""
+    svg = str(svg)  # Html's own replace would escape what it puts in
     for index, colour in enumerate(_COLOURS):
         svg = svg.replace(f"var(--s{index})", colour)
     return svg.replace("<svg ", '<svg width="560" font-family="sans-serif" color="#64748b" ', 1) + "\n"

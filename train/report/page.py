@@ -33,7 +33,8 @@ def render(run: RunView) -> str:
         el("title", f"{run_name(run)} – report"),
         el("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
-    return "<!doctype html>\n" + el("html", head, el("body", _header(run), links, el("main", parts)), lang="en") + "\n"
+    page = el("html", head, el("body", _header(run), links, el("main", parts)), lang="en")
+    return f"<!doctype html>\n{page}\n"  # not by '+', by which Html escapes what is joined to it
 
 
 def run_name(run: RunView) -> str:

@@ -65,9 +65,10 @@ def test_a_preset_shows_its_job_for_kubernetes(name: str, kubectl: Path, monkeyp
     monkeypatch.setenv("PATH", f"{kubectl.parent}:{os.environ['PATH']}")
     shown, cluster = shown_by_dry_run(name, SITE, "k8s", capsys), load_run(name, []).cluster
     overlay = json.loads(shown.split("# overlay\n")[1].split("\n# kubectl")[0])
-    steps = {step["path"]: step["value"] for step in json.loads(overlay["patches"][0]["patch"])}
-    assert overlay["resources"] == [f"base/{cluster.overlay}"]
+    steps = {step["path"]: step.get("value") for step in json.loads(overlay["patches"][0]["patch"])}
+    asked = json.loads(steps["/metadata/annotations/text-to-image~1asked"])
+    assert overlay["resources"] == ["base"] and asked["cluster.overlay"] == cluster.overlay, "the overlay is copied whole, as the base of this job"
     assert steps["/spec/replicatedJobs/0/template/spec/completions"] == cluster.nodes
-    resources = steps["/spec/replicatedJobs/0/template/spec/template/spec/containers/0/resources"]["limits"]
-    assert resources.get("nvidia.com/gpu") == (str(cluster.gpus) if cluster.gpus else None)
+    limits = "/spec/replicatedJobs/0/template/spec/template/spec/containers/0/resources/limits"
+    assert steps[f"{limits}/nvidia.com~1gpu"] == (str(cluster.gpus) if cluster.gpus else None), "replaced, or removed"
     assert "kind: JobSet" in shown

@@ -108,7 +108,7 @@ def drawing_step(weights: DrawingWeights, pictures: int, captions: int, device: 
     middle = shape.image_tokens // 2 + shape.grid // 2
     text_CT = torch.zeros(captions, shape.text_tokens, dtype=torch.int64, device=device)
     prefix_BP = torch.zeros(pictures, middle, dtype=torch.int64, device=device)
-    drawing = begin(weights, text_CT, torch.full((captions,), 8, device=device), range(pictures), prefix_BP=prefix_BP)
+    drawing = begin(weights, text_CT, torch.full((captions,), min(8, text_CT.shape[1]), device=device), range(pictures), prefix_BP=prefix_BP)
 
     def step() -> None:
         drawing.step()
@@ -122,7 +122,7 @@ def drawing_pass(weights: DrawingWeights, window: int, device: str) -> Callable[
     """A function that computes one pass of several states in the middle of one picture, again and again at the same place."""
     shape = weights.shape
     text_CT = torch.zeros(1, shape.text_tokens, dtype=torch.int64, device=device)
-    drawer = weights.drawer([Texts(text_CT, torch.tensor([8], device=device), 1)])
+    drawer = weights.drawer([Texts(text_CT, torch.tensor([min(8, text_CT.shape[1])], device=device), 1)])
     codes_BI = torch.zeros(1, shape.image_tokens, dtype=torch.int64, device=device)
     middle = shape.image_tokens // 2 + shape.grid // 2
     drawer.fill(codes_BI, middle)

@@ -237,7 +237,7 @@ def test_a_stop_saves_says_so_and_a_restart_goes_on_with_everything_that_was_kep
     assert points(tmp_path, "train/loss")[-2:] == [(6, 4.0), (7, 3.0)]
 
 
-def test_a_stop_at_the_last_update_is_no_stop(tmp_path: Path) -> None:
+def test_a_stop_at_the_last_update_leaves_the_end_to_the_next_start(tmp_path: Path) -> None:
     stop = StopFlag()
     fit, _, first, _ = make(tmp_path, stop, steps=1)
     plain = first.loss
@@ -247,7 +247,9 @@ def test_a_stop_at_the_last_update_is_no_stop(tmp_path: Path) -> None:
         return plain(*arguments)
 
     first.loss = stopping  # type: ignore[assignment, method-assign]
-    assert fit.run_to_end().evaluation == {"quality": 1.0}
+    with pytest.raises(StopRequested, match="during the end, after the last checkpoint; nothing was lost"):
+        fit.run_to_end()
+    assert checkpoint.complete(str(tmp_path / "toy")) == [1]
     third, _, task, _ = make(tmp_path, steps=1)
     assert third.run_to_end().evaluation == {"quality": 1.0} and third.run_to_end().units_per_s == 0.0 and task.evaluated == [1, 1]
 

@@ -121,34 +121,6 @@ class ObjectStream(io.RawIOBase):
         return count
 
 
-class ObjectFile(io.RawIOBase):
-    """An object read at any place, in the pieces that are asked for."""
-
-    def __init__(self, url: str, size: int) -> None:
-        super().__init__()
-        self._url, self._size, self._position = url, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase."""
-        data = read_range(self._url, self._position, max(0, min(len(buffer), self._size - self._position)))
-        self._position += len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def write(url: str, data: bytes) -> None:
     """Put an object."""
     with cloud_errors.told(url, writing=True):

@@ -21,7 +21,6 @@ class Objects(Protocol):
     def read_range(self, url: str, start: int, size: int) -> bytes: ...
     def download(self, url: str, local: Path, sha256: str) -> None: ...
     def ObjectStream(self, url: str, start: int = 0) -> io.RawIOBase: ...
-    def ObjectFile(self, url: str, size: int) -> io.RawIOBase: ...
     def write(self, url: str, data: bytes) -> None: ...
     def upload(self, source: IO[bytes], url: str, size: int = 0) -> None: ...
     def create_once(self, url: str, data: bytes) -> bool: ...
@@ -37,3 +36,37 @@ class Objects(Protocol):
 def store(url: str) -> Objects:
     """The module that serves a remote URL."""
     return s3 if url.startswith("s3://") else cloud  # type: ignore[return-value]
+
+
+class ObjectFile(io.RawIOBase):
+    """An object of any store with random access: each read is one ranged request. Buffer it, or read in large pieces."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._url, self._size, self._position = url, size, 0
+        self._read_range = store(url).read_range
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """As of RawIOBase; broken bodies are read again.
+
+        Raises:
+            DataError: it cannot be read, also after retries.
+        """
+        length = max(0, min(len(buffer), self._size - self._position))
+        data = self._read_range(self._url, self._position, length) if length else b""
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)

@@ -154,43 +154,6 @@ class ObjectStream(io.RawIOBase):
         self._body, self._etag = answer["Body"], str(answer.get("ETag", ""))
 
 
-class ObjectFile(io.RawIOBase):
-    """An object with random access: each read is one ranged request. Buffer it, or read in large pieces."""
-
-    def __init__(self, url: str, size: int) -> None:
-        super().__init__()
-        self._url, self._size, self._position = url, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase; broken bodies are read again.
-
-        Raises:
-            DataError: it cannot be read, also after retries.
-        """
-        bucket, key = bucket_and_key(self._url)
-        length = max(0, min(len(buffer), self._size - self._position))
-        if not length:
-            return 0
-        asked = f"bytes={self._position}-{self._position + length - 1}"
-        data = _retry_body(self._url, lambda: _client().get_object(Bucket=bucket, Key=key, Range=asked)["Body"].read())
-        self._position += len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def write(url: str, data: bytes) -> None:
     """Put an object."""
     bucket, key = bucket_and_key(url)

@@ -25,7 +25,7 @@ from infra.errors import ConfigError, DataError, MissingError
 from infra.files import TEMPORARY as TEMPORARY
 from infra.files import sha256_file as sha256_file
 from infra.globs import FileInfo as FileInfo
-from infra.objects import SCHEMES, store
+from infra.objects import SCHEMES, ObjectFile, store
 
 STREAM_BUFFER = 1 << 18
 """Bytes that an open stream reads at a time."""
@@ -249,7 +249,7 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
         MissingError, DataError: as open_stream.
     """
     if is_remote(url):
-        yield cast(BinaryIO, store(url).ObjectFile(url, size(url)))
+        yield cast(BinaryIO, ObjectFile(url, size(url)))
         return
     with open_stream(url) as file:
         yield file

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -87,17 +88,11 @@ class Contents:
 
     @cached_property
     def _by_shape(self) -> dict[str, list[_Place]]:
-        found: dict[str, list[_Place]] = {}
-        for place in self._places:
-            found.setdefault(place.shape, []).append(place)
-        return found
+        return _grouped(self._places, attrgetter("shape"))
 
     @cached_property
     def _by_unit(self) -> dict[str, list[_Place]]:
-        found: dict[str, list[_Place]] = {}
-        for place in self._places:
-            found.setdefault(place.unit, []).append(place)
-        return found
+        return _grouped(self._places, attrgetter("unit"))
 
     def inputs(self, unit: Unit) -> str:
         """The digest that names a unit's part: its own, or that of a part that was made from the same bytes, as far as it is recorded."""
@@ -196,3 +191,10 @@ class Contents:
                 if self.stop():
                     raise Stopped
         return found.hexdigest()
+
+
+def _grouped(places: list[_Place], key: Callable[[_Place], str]) -> dict[str, list[_Place]]:
+    found: dict[str, list[_Place]] = {}
+    for place in places:
+        found.setdefault(key(place), []).append(place)
+    return found

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from data_pipeline.shards.shard_set import ShardSet
 from infra import storage, stored
@@ -36,7 +35,7 @@ _SEARCHED = 1 << 14
 
 
 class _Picture(stored.Stored):
-    file: Annotated[str, Field(pattern=r"^generate/[A-Za-z0-9_-]{1,200}/[0-9]{1,9}\.png$")]
+    file: generate_learned.PictureFile
 
 
 class _Entry(stored.Stored):

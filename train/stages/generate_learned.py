@@ -26,9 +26,13 @@ CAPTIONS = 6
 """The first of the captions that the stage draws; each once."""
 
 
+PictureFile = Annotated[str, Field(pattern=r"^generate/[A-Za-z0-9_-]{1,200}/[0-9]{1,9}\.png$")]
+"""Name of a drawn picture in the run: in a folder of the stage generate, and nowhere else."""
+
+
 class _Picture(stored.Stored):
     caption: str
-    file: Annotated[str, Field(pattern=r"^generate/[A-Za-z0-9_-]{1,200}/[0-9]{1,9}\.png$")]
+    file: PictureFile
 
 
 class _Entry(stored.Stored):

@@ -199,7 +199,7 @@ def test_a_network_that_fails_is_named_as_such(s3: str, tmp_path: Path, monkeypa
     def fail(self: object, buffer: object) -> int:
         raise UnreachableError("s3://x/x.parquet: failed after 6 attempts")
 
-    monkeypatch.setattr("infra.s3.ObjectFile.readinto", fail)
+    monkeypatch.setattr("infra.objects.ObjectFile.readinto", fail)
     with pytest.raises(UnreachableError, match="failed after 6 attempts"):
         list(source.read(shards[0], lambda group: True))
     with pytest.raises(UnreachableError, match="failed after 6 attempts"):

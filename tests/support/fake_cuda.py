@@ -88,7 +88,8 @@ class Watch:
 def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts and path.relative_to(ROOT).parts[:2] != ("tests", "support"):
+        # An environment lies in the repository under any name: what is installed there is not ours.
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.relative_to(ROOT).parts[:2] != ("tests", "support"):
             return f"{path.relative_to(ROOT)}:{frame.lineno}"
     return "elsewhere:0"
 

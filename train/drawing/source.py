@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,9 +223,7 @@ def _newest(stage_url: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for step in _candidates(stage_url):
         folder = checkpoint.folder(stage_url, step)
         try:
-            with warnings.catch_warnings():  # torch's, of reading in one process
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                return checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
+            return checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
         except (CheckpointError, MissingError) as error:
             log.warning("%s: gone or damaged while it was read (%s); trying the next one", folder, error)
             failure = error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -109,9 +108,7 @@ def _average(run: RunFolder, step: int) -> dict[str, Tensor] | None:
     """Averaged weights of a checkpoint; None where it was dropped meanwhile."""
     folder = checkpoint.folder(run.at("dalle"), step)
     try:
-        with warnings.catch_warnings():  # torch's, of reading in one process
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return checkpoint.read_tensors(folder, "average")
+        return checkpoint.read_tensors(folder, "average")
     except (CheckpointError, MissingError):
         if step in checkpoint.complete(run.at("dalle")):
             raise

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Annotated, Any
@@ -326,7 +327,9 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{url}: '{prefix}/{name}' holds {math.prod(entry.size)} elements, its shape {shape} has {math.prod(shape)}.")  # type: ignore[union-attr]
         out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
     fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
-    _load(url, fragments, reader, no_dist=True)
+    with warnings.catch_warnings():  # torch says of each reading in one process that it is one
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        _load(url, fragments, reader, no_dist=True)
     return out
 
 

@@ -61,6 +61,8 @@ class Page:
             response = _stream(iter([{"error": f"the image is larger than {_LARGEST_FORM >> 20} MB."}]))
         except HTTPException as error:
             response = Response(error.description, status=error.code)
+        finally:
+            request.close()  # an uploaded image was read, and a large one lies in a file
         response.headers["Content-Security-Policy"] = _POLICY
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Cache-Control"] = "no-store"

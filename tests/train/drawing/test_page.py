@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,13 +23,12 @@ from werkzeug.test import Client
 from infra.errors import ConfigError
 from infra.signals import StopFlag
 from tests.support import drawable_run
+from tests.support.browser import PHONE, needs_browser, opened
 from tests.support.root import ROOT
 from train.drawing.page import MOST, Page
 from train.drawing.pictures import load
 from train.drawing.source import Models, open_models
 from train.verbs import play
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "headless_shell")
 
 
 @pytest.fixture(scope="module")
@@ -142,21 +140,30 @@ def test_a_taken_port_is_refused(url: str) -> None:
             play.main(url, "127.0.0.1", other.getsockname()[1], "none", "cpu", "auto", StopFlag())
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"no browser is installed ({', '.join(BROWSERS)})")
-def test_a_browser_draws_from_the_page(models: Models, tmp_path: Path) -> None:
-    """Headless: the form is sent by a line added to the page, and the document is read when its pictures are there."""
-
-    class Eager(Page):
-        def _html(self) -> str:
-            return super()._html().replace("</body>", '<script>form.elements.caption.value = "a red fox"; form.requestSubmit()</script></body>')
-
-    server = make_server("127.0.0.1", 0, Eager(models), threaded=True)
+@needs_browser
+def test_a_phone_s_browser_draws_goes_on_from_a_photo_and_shows_what_went_wrong(models: Models, tmp_path: Path) -> None:
+    server = make_server("127.0.0.1", 0, Page(models), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    browser = next(filter(None, map(shutil.which, BROWSERS)))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom"]
-    done = subprocess.run([browser, *options, f"http://127.0.0.1:{server.server_port}/"], capture_output=True, text=True, timeout=120, check=False)
-    server.shutdown()
-    assert done.stdout.count("<figure>") == 4 and "drew 4 pictures" in done.stdout, done.stderr
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "photo.png")
+    try:
+        with opened(f"http://127.0.0.1:{server.server_port}/", PHONE) as page:
+            page.fill("#caption", "a red fox")
+            page.click("text=Draw")
+            page.wait_for_selector("#said:has-text('drew 4 pictures')")
+            assert page.locator("figure img").count() == 4
+            assert all(page.eval_on_selector_all("figure img", "found => found.map(img => img.naturalWidth > 0)"))
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0], "nothing lies beyond the right edge"
+            page.set_input_files("#image", tmp_path / "photo.png")
+            page.fill("[name=n]", "2")
+            page.click("text=Draw")
+            page.wait_for_selector("#said:has-text('drew 2 pictures')")
+            assert page.locator("figure").count() == 2
+            page.fill("[name=keep_rows]", "99")
+            page.click("text=Draw")
+            page.wait_for_selector("#said.error")
+            assert "rows" in page.inner_text("#said")
+    finally:
+        server.shutdown()
 
 
 def test_the_command_line_names_a_run_that_is_none(tmp_path: Path) -> None:

@@ -118,7 +118,13 @@ def spoilt(run: Path, stage: str) -> str:
     if stage == "dalle":
         (run / "dalle" / "halve_at.json").write_text('"soon"')
         return "halve_at.json holds 'soon'; expected a list of updates after which to halve the step size"
-    name = {"encode": "encode/done.json", "evaluate": "evaluate/metrics.json", "generate": "generate/grid.png"}[stage]
+    if stage == "encode":  # its parts are there, and are merged
+        (run / "encode" / "done.json").unlink()
+        versions = run / "codes" / "crop-0" / "train" / "versions"
+        shutil.rmtree(versions)
+        versions.write_text("in the way")
+        return "versions"
+    name = {"evaluate": "evaluate/metrics.json", "generate": "generate/grid.png"}[stage]
     (run / name).unlink(missing_ok=True)
     (run / name / "in-the-way").mkdir(parents=True)
     return name

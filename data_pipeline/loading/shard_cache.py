@@ -22,15 +22,10 @@ from typing import Any
 
 import torch.distributed as dist
 from filelock import FileLock
-from streaming import Stream, StreamingDataset
-from streaming.base import dataset as streaming_dataset
-from streaming.base.dataset import _ShardState
-from streaming.base.format.base.reader import FileInfo
-from streaming.base.format.mds.reader import MDSReader
-from streaming.base.shared import prefix as streaming_prefix
-from streaming.base.world import World as StreamingWorld
 
 from data_pipeline.loading.shared_memory import Claim
+from data_pipeline.shards import mosaic
+from data_pipeline.shards.mosaic import FileInfo, MDSReader, ShardState, Stream, StreamingDataset
 from data_pipeline.shards.rows import ShardRows, check_file
 from data_pipeline.shards.shard_set import Shard, ShardSet
 from infra import storage
@@ -92,7 +87,7 @@ def check_world(world: World) -> None:
     Raises:
         ConfigError: what the environment says.
     """
-    found = StreamingWorld.detect()
+    found = mosaic.World.detect()
     if (found.rank, found.num_ranks, found.ranks_per_node) != (world.rank, world.size, world.local_size):
         raise ConfigError(
             f"this process is rank {world.rank} of {world.size} ({world.local_size} on this node), but its environment says rank {found.rank} of "
@@ -109,7 +104,7 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         self._set, self._folder, self._remote = shard_set, local, remote
         self._damaged: dict[str, DamagedShard] = {}
 
-    def get_shards(self, world: StreamingWorld, allow_unsafe_types: bool) -> list[MDSReader]:
+    def get_shards(self, world: mosaic.World, allow_unsafe_types: bool) -> list[MDSReader]:
         return [_file_of(shard, self.local) for shard in self._set.shards]
 
     def set_up_local(self, shards: list[MDSReader], cache_usage_per_shard: Any) -> None:
@@ -184,19 +179,19 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
 
     def _prepare(self, shard_id: int) -> None:
         """Prepare a shard that no other thread or process is preparing."""
-        if self._shard_states[shard_id] == _ShardState.PREPARING:
-            self._shard_states[shard_id] = _ShardState.REMOTE  # whoever was at it was killed, and streaming would wait for ever
+        if self._shard_states[shard_id] == ShardState.PREPARING:
+            self._shard_states[shard_id] = ShardState.REMOTE  # whoever was at it was killed, and streaming would wait for ever
         try:
             super().prepare_shard(shard_id)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.REMOTE
+            self._shard_states[shard_id] = ShardState.REMOTE
             self._cache_filelock.release(force=True)
             if isinstance(error, ValueError) and not isinstance(error, ConfigError):  # streaming's word for a cache that is full of shards in use
                 raise ConfigError(f"data.cache_bytes = {self.cache_limit}: {error}") from error
             raise
 
     def has(self, shard_id: int) -> bool:
-        return bool(self._shard_states[shard_id] == _ShardState.LOCAL)
+        return bool(self._shard_states[shard_id] == ShardState.LOCAL)
 
     def touch(self, shards: Sequence[int]) -> None:
         """Note that shards are in use, so that others are evicted first."""
@@ -328,20 +323,20 @@ def _let_go(dataset: _Dataset, claim: Claim, owner: int) -> None:
 @contextmanager
 def _names_of(claim: Claim) -> Iterator[None]:
     """streaming looks for a free number from 0 on, among other jobs' segments; here it finds the claimed one only."""
-    original = streaming_prefix._each_prefix_int
-    streaming_prefix._each_prefix_int = lambda: iter([claim.number])
+    original = mosaic.prefix._each_prefix_int
+    mosaic.prefix._each_prefix_int = lambda: iter([claim.number])
     try:
         yield
     finally:
-        streaming_prefix._each_prefix_int = original
+        mosaic.prefix._each_prefix_int = original
 
 
 @contextmanager
 def _no_table_of_samples() -> Iterator[None]:
     """streaming would make a table of all samples (8 bytes each in every rank: 2 GB of 250 million) for an access that is not used here."""
-    original = streaming_dataset.Spanner
-    streaming_dataset.Spanner = lambda sizes: None
+    original = mosaic.dataset.Spanner
+    mosaic.dataset.Spanner = lambda sizes: None
     try:
         yield
     finally:
-        streaming_dataset.Spanner = original
+        mosaic.dataset.Spanner = original

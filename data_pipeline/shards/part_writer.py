@@ -20,7 +20,7 @@ from infra.digests import id_hash
 from infra.files import write_errors
 
 if TYPE_CHECKING:
-    from streaming import MDSWriter  # imports torch, so it is imported only where shards are written
+    from data_pipeline.shards.mosaic import MDSWriter  # imports torch, so it is imported only where shards are written
 
 _HASH = "xxh64"  # what StreamingDataset checks on download; manifests carry SHA-256
 
@@ -60,7 +60,7 @@ class PartWriter:
         """
         columns = record.columns()
         if self._mds is None:
-            from streaming import MDSWriter
+            from data_pipeline.shards.mosaic import MDSWriter
 
             self._mds = MDSWriter(out=self._folder.name, columns=columns, hashes=[_HASH], size_limit=self._shard_bytes)
             self._mds.executor = _Inline()

@@ -31,7 +31,7 @@ HOMES = {
     "s3transfer": ("infra/s3.py", "infra/s3_errors.py", "infra/s3_download.py"),
     "gcsfs": ("infra/cloud.py",),
     "adlfs": ("infra/cloud.py",),
-    "streaming": ("data_pipeline/shards/shard_set.py", "data_pipeline/shards/part_writer.py", "data_pipeline/loading/shard_cache.py"),
+    "streaming": ("data_pipeline/shards/mosaic.py",),
     "filelock": ("data_pipeline/loading/shard_cache.py",),
     "xxhash": ("data_pipeline/shards/rows.py",),
     "sentencepiece": ("data_pipeline/tokenizer.py",),

@@ -15,8 +15,14 @@ _OURS = ("data_pipeline", "infra", "model", "train")
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
     def format(self, record: logging.LogRecord) -> str:
         """The message, in a job with its time (UTC); on a terminal in place of the progress that is drawn there, which draws itself again."""
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(record.created)) if in_job() else ""
+        when = f"{clock(record.created)} " if in_job() else ""
         return ("\r\x1b[2K" if self.stream.isatty() else "") + when + shown.message(super().format(record))
+
+
+def clock(seconds: float | None = None) -> str:
+    """The time as lines of a log carry it: UTC with the date in a job, of day elsewhere."""
+    at = time.time() if seconds is None else seconds
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)) if in_job() else time.strftime("%H:%M:%S", time.localtime(at))
 
 
 def in_job() -> bool:

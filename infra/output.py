@@ -5,19 +5,68 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+from infra import shown
+
 _UTF8 = ("utf-8", "utf8")
+KEPT = 4 << 20
+"""Bytes of a rank's words that are kept of what is longer, the last ones."""
+_copy: list[int] = []
+_ESCAPE = b"\x1b["
 
 
 class _Lasting(io.FileIO):
     """A descriptor whose failures are dropped with what was to be written: training goes on without its log."""
 
     def write(self, data: Any) -> int:
+        if _copy:
+            _keep(bytes(data))
         try:
             return super().write(data) or 0
         except OSError:
             return memoryview(data).nbytes
+
+
+def copy_to(path: Path) -> None:
+    """From here on, also append to a file what this process prints by itself (``last``), but for what only draws on a terminal."""
+    copy_no_more()
+    _copy[:] = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)]
+
+
+def copy_no_more() -> None:
+    """End the copy."""
+    while _copy:
+        os.close(_copy.pop())
+
+
+def note(line: str) -> None:
+    """Put a line into the copy alone: what a terminal shows as a drawing."""
+    if _copy:
+        _keep(f"{line}\n".encode())
+
+
+def copied_file() -> int | None:
+    """Descriptor of the copy, for what writes past Python."""
+    return _copy[0] if _copy else None
+
+
+def tail(path: Path, most: int = KEPT) -> bytes:
+    """The end of a file, from a line's beginning on where it is longer than ``most`` bytes."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - most))
+        found = file.read(most)
+    return found if size <= most else found.partition(b"\n")[2]
+
+
+def _keep(data: bytes) -> None:
+    try:
+        if _ESCAPE not in data:  # the run folder is read by more people than a terminal
+            os.write(_copy[0], shown.mask(data.decode(errors="replace")).encode())
+    except OSError:
+        copy_no_more()
 
 
 def speak_utf8() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from infra import live, logs, output
 
 _WINDOW_S = 60.0
 _REDRAW_S = 0.2
@@ -38,6 +41,8 @@ class Progress:
         title: what is being done; the first word of every line.
         unit: plural noun of what is counted.
         every_s: seconds between two lines of a log.
+        every: updates between two lines of a log, in place of seconds; 0: by time.
+        timed: lines carry the time of day, in a job the date too (UTC).
         start: work that was done before (a resumed run): it counts as done, not towards the rate.
         enabled: False makes every call do nothing; pass ``world.is_main``.
         stream: where to write; the default is stderr as it is at construction.
@@ -51,12 +56,15 @@ class Progress:
         unit: str = "steps",
         every_s: float = 10.0,
         *,
+        every: int = 0,
+        timed: bool = False,
         start: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.title, self.unit, self.every_s, self.enabled = total, title, unit, every_s, enabled
+        self._every, self._timed, self._logged = every, timed, -math.inf
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._started = clock()
@@ -67,12 +75,14 @@ class Progress:
         self._shown: float | None = None
         self._bar: Bar | None = None
         self._task = TaskID(0)
-        self._closed = not enabled
+        self._closed = False
+        live.say(now=True, title=title, done=start, total=total, unit=unit, rate=0.0, eta_s=None)
         if enabled and self._stream.isatty():
             self._open_bar()
 
     def update(self, done: int, **fields: object) -> None:
-        """Say that ``done`` of ``total`` is done. Fields (loss=0.412) are shown at the end of the line and stay until replaced."""
+        """Say that ``done`` of ``total`` is done, on this rank's terminal or log if it is enabled, and to whoever watches (``infra/live.py``) from every rank.
+        Fields (loss=0.412) are shown at the end of the line and stay until replaced."""
         if self._closed:
             return
         now = self._clock()
@@ -83,8 +93,16 @@ class Progress:
         self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] >= _WINDOW_S:
             self._recent.popleft()
-        if self._shown is None or now - self._shown >= (_REDRAW_S if self._bar else self.every_s):
+        live.say(done=done, total=self.total, rate=self.rate(), eta_s=self.eta_s())
+        if self.enabled and self._is_due(now):
             self._show(now)
+
+    def _is_due(self, now: float) -> bool:
+        if self._shown is None:
+            return True
+        if self._bar is None and self._every:
+            return self._done % self._every == 0
+        return now - self._shown >= (_REDRAW_S if self._bar else self.every_s)
 
     def finish(self) -> None:
         """Show the final state and the time that it took. Later calls do nothing."""
@@ -92,6 +110,9 @@ class Progress:
             return
         self._closed = True
         now = self._clock()
+        live.say(now=True, done=self._done, total=self.total, rate=self.rate(), eta_s=None)
+        if not self.enabled:
+            return
         if self._bar:
             self._show(now)
             self._bar.stop()
@@ -136,7 +157,7 @@ class Progress:
         """The state as one line: ``dvae  120/1500 steps  8.1 steps/s  ETA 2:51  loss 0.412``."""
         elapsed = self._clock() - self._started
         amount = f"{self._done}/{self.total}" if self.total else f"{self._done}"
-        words = [self.title, f"{amount} {self.unit}"]
+        words = [self.title, *([logs.clock()] if self._timed else []), f"{amount} {self.unit}"]
         rate = (self._done - self._start) / elapsed if finished and elapsed > 0 else self.rate()
         if rate > 0:
             words.append(f"{three_digits(rate)} {self.unit}/s")
@@ -165,6 +186,9 @@ class Progress:
         if self._bar:
             rest = self.line().removeprefix(self.title).lstrip()
             self._bar.update(self._task, completed=self._done, rest=rest, refresh=True)
+            if now - self._logged >= self.every_s:
+                self._logged = now
+                output.note(self.line())
         else:
             self._write(self.line())
 

@@ -100,6 +100,66 @@ class Submitted(Stored):
     job: _Text
     submitted: Seconds
     asked: list[_Text] = Field(default_factory=list)
+    output: _Text = ""
+    """SLURM: pattern of the files that hold its output, below the run folder where it begins with no /."""
+    kind: _Text = ""
+    namespace: _Text = ""
+    """Kubernetes: as kubectl names them."""
+    shares: Count = 1
+
+
+class LiveRank(Stored):
+    """A rank in live/<stage or share>/node-<n>.json."""
+
+    rank: Count
+    state: Annotated[str, Field(max_length=8)] = ""
+    """The kernel's letter for its process; empty where it is gone."""
+    heard_s: Seconds = 0.0
+    """Since it last showed that it runs, when the file was written."""
+    said_s: Seconds = 0.0
+    """Since it last said what it is at."""
+    phase: _Text = ""
+    """What it does that is no update."""
+    title: _Text = ""
+    done: Count = 0
+    total: Count = 0
+    unit: _Text = ""
+    rate: Number = 0.0
+    """Units a second, over the last minute."""
+    eta_s: Number | None = None
+    loss: float | None = None
+    of_median: Number | None = None
+    """Speed of the last updates over the median of this attempt's."""
+    skipped: Count = 0
+    slow: list[Annotated[list[Number], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
+    """Stragglers: rank, and time of its own work over the median of all ranks."""
+
+
+class Live(Stored):
+    """live/<stage or share>/node-<n>.json."""
+
+    attempt: Count
+    node: Count
+    name: _Text
+    written: Seconds
+    every_s: Seconds = 10.0
+    ended: bool = False
+    ranks: list[LiveRank]
+
+
+class Evidence(Stored):
+    """exits/<stage>/attempt-<k>/evidence-<n>.json: what a launcher knows of ranks that ended by a fault."""
+
+    node: Count
+    name: _Text
+    signals: dict[str, _Text] = Field(default_factory=dict)
+    """Rank -> signal that ended it."""
+    out_of_memory_kills: Count = 0
+    """Processes that the kernel killed on the node in this attempt for want of memory."""
+    checks: list[_Text] = Field(default_factory=list)
+    """What of the node missed its floor afterwards."""
+    words: dict[str, list[_Text]] = Field(default_factory=dict)
+    """Rank -> the last lines that it printed."""
 
 
 class Rows(Stored):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
-from infra import environment
+from infra import environment, live
 from infra.errors import StopRequested
 
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
@@ -59,11 +59,14 @@ class StopFlag:
             StopRequested: the signal has come already.
         """
         self.name, self._patient = name, patient
+        live.say(now=True, phase=name)
         if self.received is not None:
             self._end_if_idle()
 
     def orderly(self) -> None:
         """From here on work is under way that a stop must save, or leave at a boundary: the flag is only set."""
+        if self.name:
+            live.say(now=True, phase="")
         self.name = ""
 
     @contextmanager

@@ -1,7 +1,13 @@
 """Progress lines, rates and tables, with a clock and streams of our own. Seconds: < 1."""
 
 import io
+import json
+import re
+from pathlib import Path
 
+import pytest
+
+from infra import live, output
 from infra.progress import Progress, duration, table, three_digits
 
 
@@ -36,6 +42,48 @@ def test_a_log_gets_one_line_for_each_interval_and_not_one_for_each_step() -> No
         clock.now += 0.5
         bar.update(step)
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/100", "21/100", "41/100"]
+
+
+def test_a_log_gets_a_line_for_each_so_many_updates_with_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LAUNCHER_JOB", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    stream, clock = io.StringIO(), Clock()
+    bar = Progress(100, "dvae", every=4, timed=True, stream=stream, clock=clock)
+    for step in range(1, 10):
+        clock.now += 100
+        bar.update(step, loss=1.0, skipped=2)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[2] for line in lines] == ["1/100", "4/100", "8/100"]
+    assert re.fullmatch(r"dvae  \d\d:\d\d:\d\d  8/100 steps  0\.01 steps/s  ETA .*  loss 1  skipped 2", lines[-1])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert re.match(r"dvae  \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ  9/100 steps", bar.line()), "read elsewhere, and later"
+
+
+def test_every_rank_says_how_far_it_is_and_the_main_one_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(live.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(live, "LEAST_S", 0.0)
+    live.begin(3)
+    bar, stream, clock = make(enabled=False)
+    clock.now += 20
+    bar.update(5)
+    bar.finish()
+    live.end()
+    said = json.loads((tmp_path / "rank-3").read_text())
+    assert (said["rank"], said["title"], said["done"], said["total"], said["unit"]) == (3, "dvae", 5, 100, "steps") and said["rate"] == 0.25
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_s_bar_is_kept_in_the_copy_of_a_rank_s_words_as_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.copy_to(tmp_path / "rank-0.log")
+    try:
+        bar = Progress(100, "dvae", stream=Terminal(), clock=(clock := Clock()))
+        for step in range(1, 9):
+            clock.now += 6
+            bar.update(step)
+        bar.finish()
+    finally:
+        output.copy_no_more()
+    assert [line.split()[1] for line in (tmp_path / "rank-0.log").read_text().splitlines()] == ["1/100", "3/100", "5/100", "7/100"]
 
 
 def test_the_last_line_says_what_was_done_and_how_long_it_took_and_nothing_follows() -> None:

@@ -22,6 +22,7 @@ _KINDS = (
     (r"/checkpoints/", "checkpoints"),
     (r"/(config|provenance)\.json", "configuration"),
     (r"/locks/", "lease"),
+    (r"/live/", "signs of life"),
     (r"/(metrics|tensorboard|pictures|logs|attention)/", "metrics"),
     (r"/images/", "data"),
 )

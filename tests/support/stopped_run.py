@@ -39,7 +39,7 @@ SMALL = [
     *("tokenizer.vocab=300", "tokenizer.max_tokens=8", "dvae.width=4", "dvae.init_width=4", "dvae.vocab=8", "dalle.layers=2", "dalle.width=16"),
     *("clip.width=16", "clip.heads=2", "clip.embed=8", "dalle_fit.schedule=plateau", "dalle_fit.plateau_window=2"),
 ]
-_LEFT_OUT = ("exits", "locks", "tensorboard", "cache", "pictures", "logs")
+_LEFT_OUT = ("exits", "locks", "live", "tensorboard", "cache", "pictures", "logs")
 
 
 class StopAfter(StopFlag):

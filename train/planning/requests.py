@@ -79,5 +79,5 @@ def lines(nodes: int, ranks: int, keep: int) -> list[str]:
     words = "; ".join(f"{name} {found.total:,}" for name, found in moments.items())
     polled = pages(nodes + 2)
     return [
-        f"requests to S3       {words}; none in an update, 0.2 a second of the lease, {2 * polled} a second of node 0 while it waits for the others' ends"
+        f"requests to S3       {words}; none in an update, 0.2 a second of the lease, 0.1 of each node's signs of life, {2 * polled} a second of node 0 while it waits for the others' ends"
     ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra import environment
+from infra import environment, live, output
 from infra.errors import ExitCode
 from infra.repository import REPOSITORY
 
@@ -78,6 +78,7 @@ class Watchdog:
         while True:
             slept = time.monotonic()
             time.sleep(tick)
+            live.beat()
             with self._lock:
                 now, due = time.monotonic(), self._due
                 if due is None:
@@ -91,6 +92,8 @@ class Watchdog:
 
     def _say_and_end(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
+        if (copy := output.copied_file()) is not None:  # faulthandler writes past what copies
+            faulthandler.dump_traceback(copy)
         waits = self._waits()
         others = "; ".join(suspects()) if waits else ""
         verb = "it waits for other ranks at" if waits else "it stands at"

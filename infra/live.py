@@ -1,0 +1,90 @@
+"""Signs of life of a rank: what it is at, left on its node, from where its launcher brings it to the run folder (``infra/listening.py``).
+
+A rank writes a few hundred bytes to a file on its node, no oftener than every LEAST_S: nobody waits for a storage in a training loop. A thread beside the loop
+touches the file: it ages with a process that is stopped, and not with one that waits for others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra import environment
+
+LEAST_S = 0.1
+"""Seconds between two words of a rank that came as often as its updates."""
+VARIABLE = "LAUNCHER_LIVE"
+"""Names the folder on this node to ranks."""
+
+Facts = dict[str, Any]
+
+
+class _Mark:
+    """This process's file."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self._path = Path(folder, f"rank-{rank}")
+        self._next = self._path.with_suffix(".next")
+        self._facts: Facts = {"rank": rank, "pid": os.getpid()}
+        self._due = 0.0
+
+    def say(self, facts: Facts, *, now: bool) -> None:
+        self._facts |= facts
+        clock = time.monotonic()
+        if now or clock >= self._due:
+            self._due = clock + LEAST_S
+            self._facts["time"] = time.time()
+            with contextlib.suppress(OSError, ValueError):  # a node without room: nobody hears of this rank, which works all the same
+                self._next.write_text(json.dumps(self._facts))
+                self._next.replace(self._path)
+
+    def beat(self) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self._path)
+
+
+_mine: list[_Mark] = []
+
+
+def begin(rank: int) -> None:
+    """From here on this process is a rank whose launcher listens, if it does."""
+    folder = environment.text(VARIABLE)
+    _mine[:] = [_Mark(folder, rank)] if folder else []
+    say(now=True, phase="the start")
+
+
+def end() -> None:
+    """Nothing more is said."""
+    _mine.clear()
+
+
+def say(*, now: bool = False, **facts: Any) -> None:
+    """Say what this rank is at; what was said before stays until it is replaced. Nothing happens outside of ranks.
+
+    Args:
+        now: also where something was said a moment ago.
+        facts: JSON values.
+    """
+    for mark in _mine:
+        mark.say(facts, now=now)
+
+
+def beat() -> None:
+    """This process runs, whatever it waits for: to be called by a thread."""
+    for mark in _mine:
+        mark.beat()
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say what is done for the length of a block that is no update."""
+    say(now=True, phase=name)
+    try:
+        yield
+    finally:
+        say(now=True, phase="")

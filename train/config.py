@@ -14,6 +14,7 @@ from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
+from train.config_watching import WatchingSection
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -34,7 +35,7 @@ class RunSection(Section):
     """Seed of everything random; see docs/contracts.md, section 2."""
 
 
-class FitSection(Section):
+class FitSection(WatchingSection):
     """What every training stage shares."""
 
     steps: int = Field(default=1000, gt=0, json_schema_extra=GOING_ON)
@@ -49,8 +50,6 @@ class FitSection(Section):
     precision: Precision = "auto"
     """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32. 'fp16' scales the loss of the dVAE, and has
     gradient scales for the transformer's resblocks (section scales)."""
-    log_every: int = Field(default=10, gt=0, json_schema_extra=ANY_TIME)
-    """Updates between logged points."""
     eval_every: int = Field(default=1000, gt=0, json_schema_extra=ANY_TIME)
     """Updates between evaluations on the validation split; the last update always evaluates."""
     eval_samples: int = Field(default=1024, gt=0)

@@ -15,6 +15,7 @@ BENCHES = {
     "model": "train.bench.model",
     "optimizer": "train.bench.optimizer",
     "sample": "train.bench.sample",
+    "watching": "train.bench.watching",
 }
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra import storage
+from infra import live, storage
 from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import CheckpointError, DivergedError, StopRequested
-from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
@@ -23,10 +22,12 @@ from train.engines.protocol import Engine, MeasuringEngine, StatefulEngine, Upda
 from train.loop.goodput import Goodput, lost_s, process_age_s
 from train.loop.metrics import MetricsWriter, next_attempt, throughput
 from train.loop.plateau import Plateau
+from train.loop.profiling import Profiler
 from train.loop.task import Batch as Batch
 from train.loop.task import Loader as Loader
 from train.loop.task import Loss as Loss
 from train.loop.task import Task as Task
+from train.loop.watching import Watched
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
 from train.ranks.signal_vector import SignalVector
@@ -100,32 +101,27 @@ class Trainer:
         self.stop.phase("the restoring of a checkpoint")
         with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
             step = self._restore()
-        lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
-        self._goodput = Goodput(lost, process_age_s())
-        attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
-        self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
-        points = [point for point in self._changes if point["step"] == step]
-        if attempt == 0 or points:  # TensorBoard would show the same text once for each attempt
-            self._writer.describe(min(step + 1, self.section.steps), self.meta.get("config", {}), self.meta.get("parents", {}))
-        for point in points:
-            self._writer.text(step, "change point", change_points.described(point))
-        self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
+        self._write_from(step)
+        self._vector = SignalVector((*self.task.metrics, "samples"), self.device, self.world)
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
         evaluation: dict[str, float] = {}
         owed = False
-        progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
+        self._watched = Watched(self.stage, self.section, self.world, self.device, step)
+        profiler = Profiler(self.run, self.stage, self.section, self.world, self.device, step)
         self.stop.phase("the first update, which compiles", patient=True)
         if self._evaluation_owed and step < self.section.steps:
             self._evaluate(step)
         while step < self.section.steps:
             started = time.perf_counter()
-            agreed, logged = self._update(step, started)
+            with profiler.update(step + 1):
+                agreed, logged = self._update(step, started)
+            seconds = time.perf_counter() - started
             self._has_begun(started)
             watchdog.beat(_PATIENCE)
             step += 1
             last = step == self.section.steps
-            progress.update(step, loss=logged["train/loss"])
+            logged |= self._watched.updated(step, seconds, logged["train/loss"], sum(self._counts.values()), self._vector.own_s)
             if step % self.section.log_every == 0 or last:
                 self._writer.scalars(step, logged)
             stopping = agreed["stop"] > 0
@@ -136,19 +132,34 @@ class Trainer:
             # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
             if (owed and not self._bad and not self._overflows) or last or stopping:
                 owed = False
+                self._watched.phases.resume()
                 self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
+                self._watched.phases.ended("save")
+            profiler.ended(step, self._watched.phases)
             watchdog.beat()
             if stopping and not last:
                 self._account(step)
                 wait_for_all()  # no launcher may see a rank end while another still writes
                 raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
-        progress.finish()
+        self._watched.finish()
         self.stop.phase("the end, after the last checkpoint")
         if not evaluation:  # killed between the last checkpoint and the stage's marker
             evaluation = self._evaluate(step)
         self._account(step)
         rate = throughput(self._units, self._update_s)
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
+
+    def _write_from(self, step: int) -> None:
+        """Begin the metrics of this attempt."""
+        lost = lost_s(self.run.url, self.stage, step) if self.world.is_main else 0.0
+        self._goodput = Goodput(lost, process_age_s())
+        attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
+        self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
+        points = [point for point in self._changes if point["step"] == step]
+        if attempt == 0 or points:  # TensorBoard would show the same text once for each attempt
+            self._writer.describe(min(step + 1, self.section.steps), self.meta.get("config", {}), self.meta.get("parents", {}))
+        for point in points:
+            self._writer.text(step, "change point", change_points.described(point))
 
     def _has_begun(self, started: float) -> None:
         """After the first update there is something to save: a stop is heard at the end of an update from here on."""
@@ -158,7 +169,7 @@ class Trainer:
                 log.info("%s: the first update took %.1f s, compilation included", self.stage, time.perf_counter() - started)
 
     def _save_now(self, step: int, elapsed_s: float, *, waits: bool) -> None:
-        with self._goodput.timing("save"):
+        with self._goodput.timing("save"), live.phase("a save"):
             self._save(step, elapsed_s)
             if not waits:
                 return
@@ -169,7 +180,7 @@ class Trainer:
             log.info("%s: the checkpoint after update %d took %.1f s", self.stage, step, self._saver.seconds)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        with self._goodput.timing("evaluate"):
+        with self._goodput.timing("evaluate"), live.phase("an evaluation"):
             found = self.task.evaluate(self.engine, step, self._writer)
         self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
         return found
@@ -187,18 +198,25 @@ class Trainer:
         at = self.task.schedule(step)
         if self.plateau is not None:
             at["lr"] *= self.plateau.factor
+        phases = self._watched.phases
+        own_s = phases.own_s()  # of the update before: on a GPU, this one's is not known yet
+        phases.begin(started)
         batches = [self.loader.next() for _ in range(self.section.accumulation)]
-        waited = time.perf_counter() - started
+        waited = phases.ended("data")
         denominators = self.task.denominators(batches)
+        phases.ended("reduce")  # where padding does not count, ranks have waited for each other
         shares: dict[str, Tensor] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.micro_batch(last=index == len(batches) - 1)
+            phases.forward()
             loss = self.task.loss(self.engine, batch, step, at, denominators)
+            phases.forward_ended()
             self.engine.backward(loss.total)
             finite &= torch.isfinite(loss.total.detach())
             for name, value in loss.sums.items():
                 shares[name] = shares.get(name, 0.0) + value.detach()
+            phases.ended("backward")
         elapsed = time.perf_counter() - started
         signals = {
             "stop": float(bool(self.stop)),
@@ -208,13 +226,18 @@ class Trainer:
             **shares,
         }
         if isinstance(self.engine, MeasuringEngine):
-            agreed, measured = self._vector.exchange_with(signals, self.engine.measure())
+            agreed, measured = self._vector.exchange_with(signals, self.engine.measure(), own_s)
+            phases.ended("reduce")
             settled = self._settle(step)
+            phases.ended("save")
             update = self.engine.step(at["lr"], measured)
         else:
-            agreed = self._vector.exchange(signals)
+            agreed, _ = self._vector.exchange_with(signals, None, own_s)
+            phases.ended("reduce")
             settled = self._settle(step)
+            phases.ended("save")
             update = self.engine.step(at["lr"])
+        phases.ended("step")
         self._count_bad(step, update, forward_ok=agreed["non_finite"] == 0)
         if self.plateau is not None:
             self.plateau.observe(step + 1, agreed["loss"])
@@ -224,20 +247,25 @@ class Trainer:
         self._goodput.add("step", seconds - waited - settled)
         units = sum(self.task.units(batch) for batch in batches) * self.world.size
         self._units, self._update_s = self._units + units, self._update_s + seconds
+        if update.numerics:
+            self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
+        return agreed, self._logged(at, agreed, update) | {f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited} | self._mfu(
+            units / seconds
+        )
+
+    def _mfu(self, units_per_s: float) -> dict[str, float]:
+        return {"perf/mfu": self.flops_per_unit * units_per_s / (self.peak_flops * self.world.size)} if self.peak_flops else {}
+
+    def _logged(self, at: dict[str, float], agreed: dict[str, float], update: Update) -> dict[str, float]:
+        """What is logged of an update, less its speed."""
         logged = {f"train/{name}": agreed[name] for name in self.task.metrics}
         logged |= {f"optim/{name}" if name == "lr" else f"sched/{name}": value for name, value in at.items()}
-        logged |= {"optim/grad_norm": update.grad_norm, f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
-        logged["data/samples"] = agreed["samples"]
+        logged |= {"optim/grad_norm": update.grad_norm, "data/samples": agreed["samples"]}
         if self.plateau is not None:
             logged["sched/halvings"] = len(self.plateau.halved)
         if self.engine.loss_scale is not None:
             logged |= {"optim/loss_scale": self.engine.loss_scale.value, "optim/skipped_updates": self.engine.loss_scale.skipped}
-        if self.peak_flops:
-            logged["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)
-        logged |= {f"numerics/{name}": float(count) for name, count in self._counts.items() if count}
-        if update.numerics:
-            self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
-        return agreed, logged
+        return logged | {f"numerics/{name}": float(count) for name, count in self._counts.items() if count}
 
     def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
         """Count bad updates by kind since the last good one: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than

@@ -85,7 +85,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device, stop: StopFlag, world: World) -> int:
     """Write the parts that are not there yet, each uploaded while the next is encoded; the number of images in them."""
-    progress = Progress(len(units), "encode", unit="parts", enabled=world.is_main)
+    progress = Progress(len(units), "encode", unit="parts", timed=True, enabled=world.is_main)
     images = 0
     # Sums of products differ in their last bit with the number of threads, so that number belongs to the codes.
     with threads(cfg.encode.threads), _pool(1) as reader, _pool(cfg.encode.decoders) as decoders, _pool(1) as uploader:

@@ -136,7 +136,7 @@ def _merge(task: _Task, learned: list[dict[str, Any]]) -> None:
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:
     """The pictures of this rank's captions, best first, each caption's drawn.json last."""
-    progress = Progress(len(mine), "generate", unit="captions", enabled=world.is_main)
+    progress = Progress(len(mine), "generate", unit="captions", timed=True, enabled=world.is_main)
     for done, index in enumerate(mine, 1):
         if stop:
             break
@@ -170,7 +170,7 @@ def _search(task: _Task, mine: Sequence[int], training: ShardSet, world: World, 
             return  # some of them may not be drawn
         drawn = [stored.read(task.drawn_url(index), _Entry) for index in some]
         thumbs_BF = np.concatenate([thumbs(np.stack([_pixels(task, picture["file"]) for picture in entry["pictures"]])) for entry in drawn])
-        progress = Progress(min(task.cfg.generate.nearest_among, training.count), "nearest images", unit="images", enabled=world.is_main)
+        progress = Progress(min(task.cfg.generate.nearest_among, training.count), "nearest images", unit="images", timed=True, enabled=world.is_main)
 
         def go_on(done: int, progress: Progress = progress) -> bool:
             progress.update(done)

@@ -29,7 +29,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     device = set_up(world)
     share = Share.from_env()
-    progress = Progress(0, "prepare", unit="shards", enabled=world.is_main)
+    progress = Progress(0, "prepare", unit="shards", timed=True, enabled=world.is_main)
 
     def report(done: int, total: int) -> None:
         progress.total = total

@@ -27,6 +27,7 @@ from train.engines.replicated import ReplicatedEngine
 from train.engines.zero.engine import ZeroEngine
 from train.loop.goodput import Goodput
 from train.loop.trainer import Trainer
+from train.loop.watching import Watched
 from train.optimizer import adamw_kernel
 from train.optimizer.loss_scale import LossScale
 from train.ranks.signal_vector import SignalVector
@@ -78,6 +79,7 @@ def trainer(name: str, task: Any, engine: Any, section: Any, cfg: RunConfig, fol
     made._bad = made._overflows = 0
     made._stall_s = made._units = made._update_s = 0.0
     made._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
+    made._watched = Watched(name, section, World.single(), CUDA, 0)
     made._goodput, made._vector = Goodput(0.0, 0.0), SignalVector((*task.metrics, "samples"), CUDA)
     return made
 

@@ -16,7 +16,7 @@ from infra.world import World
 from tests.train.loop.test_trainer import Scripted
 from train.config import FitSection
 from train.engines.protocol import Update
-from train.loop import trainer
+from train.loop import watching
 from train.loop.goodput import NAMES
 from train.loop.metrics import MetricsWriter, read_metrics
 from train.loop.plateau import Plateau
@@ -119,10 +119,10 @@ class Shown:
 
     seen: list[Any]
 
-    def __init__(self, total: int, title: str, *, start: int, enabled: bool) -> None:
+    def __init__(self, total: int, title: str, *, every: int, timed: bool, start: int, enabled: bool) -> None:
         Shown.seen = [(total, title, start, enabled)]
 
-    def update(self, done: int, *, loss: float) -> None:
+    def update(self, done: int, *, loss: float, skipped: int) -> None:
         self.seen.append((done, loss))
 
     def finish(self) -> None:
@@ -144,7 +144,7 @@ def make(folder: Path, stop: StopFlag | None = None, steps: int = STEPS, **chang
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> type[Shown]:
-    monkeypatch.setattr(trainer, "Progress", Shown)
+    monkeypatch.setattr(watching, "Progress", Shown)
     return Shown
 
 

@@ -12,6 +12,7 @@ from tests.support.root import ROOT
 FOLDERS = ("infra", "model", "data_pipeline", "train")
 CALLED_BY_LIBRARIES = {
     "infra/storage.py": {"download_folder"},  # no library: the counterpart of upload_folder, for whoever fetches a set or a run by hand
+    "infra/announce.py": {"redirect_request"},  # urllib
     "infra/objects.py": {"readable", "readinto", "seekable", "tell"},  # io.RawIOBase
     "infra/s3.py": {"readable", "readinto"},
     "infra/streamed_upload.py": {"readable", "readinto"},

@@ -312,3 +312,23 @@ def _is_gone(holder: Holder) -> bool:
     mine = _process(os.getpid())
     same = holder.process.split()[:2] == mine.split()[:2] and bool(mine) and bool(holder.process)
     return same and _process(holder.pid) != holder.process
+
+
+def last_sign(run_url: str, label: str) -> tuple[Holder, float] | None:
+    """Who holds a stage, or held it last, and how many seconds ago it showed a sign, by this machine's clock and the storage's; None: nobody ever did. For those
+    who only look: nothing is written."""
+    place = storage.join(run_url, "locks", label)
+    number = max(_numbers(storage.list_files(place)), default=-1)
+    if number < 0:
+        return None
+    return _read(place, number), max(0.0, time.time() - storage.modified(_file(place, number)))
+
+
+def is_alive(holder: Holder, sign_s: float) -> bool:
+    """Whether a launcher works on, as far as one can tell who does not wait for its next sign."""
+    return not holder.released and not _is_gone(holder) and sign_s <= holder.lease_s
+
+
+def is_here(holder: Holder) -> bool:
+    """Whether the holder is a process of this machine that still runs."""
+    return bool(holder.process) and _process(holder.pid) == holder.process

@@ -55,9 +55,20 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
     minutes, hours = seconds // 60, seconds // 3600
     words += [f"--time={hours}:{minutes % 60:02d}:{seconds % 60:02d}", f"--signal=USR2@{cluster.grace_s}"]
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []
-    words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{'%A_%a' if spec.shape == 'array' else '%j'}.out"]
+    words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{_numbers(spec)}.out"]
     words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     return [*words, str(REPOSITORY / "infra" / "slurm" / f"{spec.stage}.sbatch"), spec.run_url]
+
+
+def _numbers(spec: JobSpec) -> str:
+    """What tells the outputs of jobs and tasks apart, as SLURM writes it."""
+    return "%A_%a" if spec.shape == "array" else "%j"
+
+
+def output(spec: JobSpec) -> str:
+    """The pattern of the job's output for its record: relative to the run folder where it lies in there, which may move."""
+    folder = str(logs(spec)).replace("%", "%%") if storage.is_remote(spec.run_url) else "logs"
+    return f"{folder}/{spec.name}-{_numbers(spec)}.out"
 
 
 def logs(spec: JobSpec) -> Path:
@@ -127,7 +138,8 @@ def submit(spec: JobSpec, record_url: str, after: Sequence[str] = ()) -> tuple[s
     logs(spec).mkdir(parents=True, exist_ok=True)
     answer = _run([command[0], *_exports(), *command[1:]], spec, ConfigError)
     job = answer.strip().split(";")[0]  # a federation adds ;cluster
-    storage.write_json(record_url, {"scheduler": "slurm", "job": job, "name": spec.name, "submitted": time.time(), "asked": asked})
+    facts = {"scheduler": "slurm", "job": job, "name": spec.name, "submitted": time.time(), "asked": asked, "output": output(spec)}
+    storage.write_json(record_url, facts)
     return job, ""
 
 

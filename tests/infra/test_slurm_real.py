@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,6 +252,66 @@ def test_the_commands_of_the_cluster_page_bring_the_whole_pipeline(slurm: Cluste
     (mine,) = slurm.run("squeue", "--noheader", "--states=all", "--name=mine", "--format=%A").split()
     (end,) = slurm.wait_for_end(mine)
     assert end["ExitCode"] == "0:0" and end["JobName"] == "mine", end
+
+
+def watched(slurm: Cluster, run: Path, stage: str) -> dict[str, Any]:
+    """What ``status`` says of a stage and its shares, on a login node."""
+    (found,) = json.loads(slurm.run(sys.executable, "launcher.py", "status", str(run), "--json"))
+    first, *shares = [each for each in found["stages"] if each["stage"] == stage]
+    return {**first, "shares": shares}
+
+
+def test_a_job_is_watched_from_its_queue_to_its_end_its_comment_says_how_far_it_is_and_cancel_ends_it(
+    slurm: Cluster, calm: Path, run: Path, tmp_path: Path, record_property: Record
+) -> None:
+    since = time.monotonic()
+    often = {"LAUNCHER_LIVE_S": "1", "LAUNCHER_ANNOUNCE_S": "1", "SBATCH_HOLD": "1"}
+    words = ["cluster.cpus=1", "cluster.memory_gib=1", "--on", "slurm"]
+    more = ["dvae_fit.steps=1000000", "dvae_fit.eval_every=1000000", "--go-on", "cluster.nodes=2"]
+    said = slurm.run(sys.executable, "launcher.py", "dvae", str(run), *more, *words, environment=often)
+    (job,) = re.findall(r"^dvae: job (\d+)$", said, re.M)
+    queued = watched(slurm, run, "dvae")
+    assert queued["state"] == "queued" and f"job {job} (PENDING: JobHeldUser), submitted" in queued["waits"], queued
+    slurm.run("scontrol", "release", job)
+    training(slurm, run, 0)
+    slurm.wait("signs of life", lambda: len(watched(slurm, run, "dvae")["heard_s"]) == 2)
+    live = watched(slurm, run, "dvae")
+    assert live["state"] == "running" and live["done"] > 0 and live["total"] == 1_000_000 and live["job"] == job and live["rate"] > 0, live
+    row(
+        record_property,
+        "status of a held job, then of a running one",
+        "queued with SLURM's reason; then step, loss, speed and the age of each rank's sign",
+        since,
+    )
+    since = time.monotonic()
+    comment = re.compile(r"^dvae \d+/1000000 .*loss .* ETA ", re.M)
+    slurm.wait("the comment", lambda: comment.search(slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%k")))
+    row(record_property, "squeue --format=%k", "step, speed, loss and ETA in the job's comment", since)
+    since = time.monotonic()
+    (rank,) = [pid for pid in slurm.tasks("n2") if b"--worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(rank, signal.SIGSTOP)
+    slurm.wait("the stopped rank", lambda: "rank 1 (node n2) is stopped (SIGSTOP)" in watched(slurm, run, "dvae")["waits"])
+    assert time.monotonic() - since < 60
+    os.kill(rank, signal.SIGCONT)
+    row(record_property, "a rank that is stopped (SIGSTOP)", "named by status with its node", since)
+    lines = slurm.run(sys.executable, "launcher.py", "logs", str(run), "--rank", "0").splitlines()
+    assert lines and all("[rank 0] " in line for line in lines) and any("/1000000 steps" in line for line in lines)
+    since = time.monotonic()
+    assert f"dvae: job {job} was told to end" in slurm.run(sys.executable, "launcher.py", "cancel", str(run))
+    (end,) = slurm.wait_for_end(job)
+    assert end["JobState"] == "CANCELLED"
+    slurm.wait("its end", lambda: watched(slurm, run, "dvae")["state"] in ("ended", "killed"))
+    row(record_property, "launcher.py cancel RUN", "CANCELLED; status says how the attempt ended", since)
+    since = time.monotonic()
+    divided = copy(calm, tmp_path / "divided")
+    said = slurm.run(sys.executable, "launcher.py", "encode", str(divided), "cluster.shares=2", *words, environment=often)
+    (array,) = re.findall(r"^encode: job (\d+)$", said, re.M)
+    assert watched(slurm, divided, "encode")["state"] == "queued"
+    slurm.run("scontrol", "release", array)
+    seen: list[dict[str, Any]] = []
+    slurm.wait("the shares", lambda: seen.append(watched(slurm, divided, "encode")) or seen[-1]["state"] == "done")  # type: ignore[func-returns-value]
+    assert any(each["state"].endswith(" of 2 shares") and each["shares"] for each in seen), seen
+    row(record_property, "status of an array of 2", "queued, its shares one by one, done", since)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         spec, record = job_spec(name, cfg, run), run.at("jobs", f"{name}.json")
         if on == "k8s":
             print(k8s_submit.submit(spec), end="")
-            storage.write_json(record, {"scheduler": "k8s", "job": spec.name, "submitted": time.time()})
+            facts = {"kind": k8s_standing.kind(spec), "namespace": spec.cluster.namespace, "shares": spec.count if spec.shape == "array" else 1}
+            storage.write_json(record, {"scheduler": "k8s", "job": spec.name, "submitted": time.time()} | facts)
             continue
         ids[name], state = slurm_submit.submit(spec, record, [ids[need] for need in STAGES[name].needs if need in ids])
         print(f"{name}: job {ids[name]}{f' is in the queue already ({state})' if state else ''}", flush=True)

@@ -1,30 +1,82 @@
-"""``launcher.py status RUN``: how far each stage of a run is, and how its attempts ended."""
+"""``launcher.py status RUN...``: where the stages of runs stand, live, queued or dead, as tables or JSON, once or again and again."""
 
 from __future__ import annotations
 
-from infra import exit_records, storage, stored
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from infra import storage
 from infra.commands import launcher
-from infra.errors import DataError, ExitCode
-from infra.progress import table
+from infra.errors import DataError
+from infra.progress import duration, table, three_digits
 from infra.run_folder import RunFolder
-from infra.run_records import End
-from train.config import FitSection, RunConfig, load_run
-from train.loop.metrics import read_metrics
-from train.run import change_points, lineage, places
+from infra.signals import StopFlag
+from train.config import RunConfig, load_run
+from train.run import change_points, lineage
 from train.run.stage_table import STAGES, TRAINED
+from train.verbs import standing
+from train.verbs.standing import Standing
+
+_CLEAR = "\x1b[H\x1b[2J"
 
 
-def main(url: str) -> None:
-    """Print one row for each stage.
+def main(urls: list[str], *, as_json: bool = False, watch_s: float = 0.0, stop: StopFlag | None = None) -> None:
+    """Print one row for each stage of a run, or one for each of several runs.
+
+    Args:
+        watch_s: seconds after which that is done again, until a stop signal comes; 0: it is done once.
 
     Raises:
-        DataError: there is no run in this folder.
+        DataError: there is no run in a folder.
     """
+    while True:
+        found = [_read(url) for url in urls]
+        if watch_s and sys.stdout.isatty():
+            print(_CLEAR, end="")
+        if as_json:
+            print(json.dumps([_as_json(run, stages) for _, run, stages in found], allow_nan=False), flush=True)
+        elif len(found) == 1:
+            _one(*found[0])
+        else:
+            table([_run_row(run, stages) for _, run, stages in found])
+        if not watch_s:
+            return
+        if _asleep(watch_s, stop):
+            return
+
+
+def _asleep(seconds: float, stop: StopFlag | None) -> bool:
+    """Wait for the next look; whether a stop signal came."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if stop:
+            return True
+        time.sleep(min(0.2, seconds))
+    return bool(stop)
+
+
+def _read(url: str) -> tuple[RunConfig, RunFolder, list[Standing]]:
     run = RunFolder(url)
     if not storage.exists(run.config_url):
         raise DataError(f"{run.config_url} is missing: {url} is no run folder.")
     cfg = load_run(run.url, [])
-    table([_row(cfg, run, name) for name in STAGES], title=url)
+    return cfg, run, [each for name in STAGES for each in standing.of_stage(cfg, run, name)]
+
+
+def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:
+    table([_row(each) for each in stages], title=f"{run.url}   {time.strftime('%H:%M:%S')}")
+    for each in stages:
+        where = f"{each.stage} {each.share}".strip()
+        if each.is_live and each.waits:
+            print(f"{where}: {each.waits}")
+        if each.is_live and each.slow:
+            print(f"{where}: slow: {', '.join(f'rank {rank:.0f} ({times:.1f} times the median of own work)' for rank, times in each.slow)}")
+        if each.end and each.state in ("ended", "killed"):
+            print(f"{where}: {each.end}")
     for name in TRAINED:
         for point in change_points.read(run.at(name)):
             print(f"{name}: {change_points.described(point)}")
@@ -39,36 +91,58 @@ def _remedy(run: RunFolder, name: str) -> str:
     return f"delete {run.at(name)} and run '{command}'" if STAGES[name].trains else f"run '{command}'"
 
 
-def _state(cfg: RunConfig, run: RunFolder, name: str, begun: bool) -> str:
-    if run.done(name) is None:
-        return "begun" if begun else "-"
-    if not places.finished(cfg, run, name):
-        return "goes on"
-    return "out of date" if lineage.out_of_date(cfg, run, name) else "done"
-
-
-def _row(cfg: RunConfig, run: RunFolder, name: str) -> dict[str, object]:
-    done = run.done(name)
-    attempts = run.attempts(name)
-    section: FitSection | None = getattr(cfg, f"{name}_fit", None)
-    steps = ""
-    if section is not None:
-        series = read_metrics(run.url, name).get("train/loss", [])
-        steps = f"{series[-1].step if series else 0}/{section.steps}"
+def _row(each: Standing) -> dict[str, object]:
+    """For the table of one run."""
     return {
-        "stage": name,
-        "state": _state(cfg, run, name, bool(attempts)),
-        "steps": steps,
-        "minutes": f"{done.get('seconds', 0.0) / 60:.1f}" if done else "",
-        "attempts": len(attempts) or "",
-        "last end": _last_end(run, name, attempts[-1]) if attempts and not done else "",
+        "stage": each.stage if not each.share else f"  {each.share}",
+        "state": each.state if not each.state.startswith("-") or not each.waits else f"waits {each.waits}",
+        "updates": f"{each.done}/{each.total}{'' if each.unit == 'updates' else f' {each.unit}'}" if each.total else "",
+        "loss": f"{each.loss:.4g}" if each.loss is not None else "",
+        "speed": _speed(each),
+        "ETA": duration(each.eta_s) if each.eta_s is not None else "",
+        "sign": _sign(each),
+        "checkpoint": _checkpoint(each),
+        "restarts": each.restarts or "",
+        "minutes": f"{each.seconds / 60:.1f}" if each.seconds is not None else "",
+        "now": (each.waits if each.state in ("running", "queued", "not begun") else each.end)[:100],
     }
 
 
-def _last_end(run: RunFolder, name: str, attempt: int) -> str:
-    end = stored.read_if_there(run.attempt_url(name, attempt, "end.json"), End)
-    records = [] if end is not None else run.records(name, attempt)
-    if end is None and not records:
-        return "running, or killed"
-    code, reason = exit_records.root_cause(records, len(records)) if end is None else (end["code"], end["reason"])
-    return f"{ExitCode(code).name}: {reason}"[:100]
+def _run_row(run: RunFolder, stages: list[Standing]) -> dict[str, object]:
+    """For the table of several runs: the stage that matters."""
+    order = [lambda s: s.is_live, lambda s: s.state in ("queued", "not begun"), lambda s: s.state in ("ended", "killed"), lambda s: s.state != "-"]
+    whole = [each for each in stages if not each.share]
+    chosen = next((each for test in order for each in (whole if order.index(test) < 3 else whole[::-1]) if test(each)), whole[0])
+    return {"run": run.url, **_row(chosen)}
+
+
+def _speed(each: Standing) -> str:
+    if not each.rate or not each.is_live:
+        return ""
+    of_median = f" ({each.of_median:.0%} of its median)" if each.of_median is not None else ""
+    return f"{three_digits(each.rate)}/s{of_median}"
+
+
+def _sign(each: Standing) -> str:
+    """The oldest last sign of a rank, and whose it is where it is old."""
+    if not each.heard_s or not each.is_live:
+        return ""
+    rank = max(each.heard_s, key=lambda rank: each.heard_s[rank])
+    age = f"{each.heard_s[rank]:.0f} s"
+    return f"{age} (rank {rank})" if each.heard_s[rank] > standing.SILENT_S else age
+
+
+def _checkpoint(each: Standing) -> str:
+    if each.saved < 0:
+        return ""
+    ago = f", {duration(each.saved_ago_s)} ago" if each.saved_ago_s is not None and each.is_live else ""
+    return f"{each.saved}{ago}"
+
+
+def _as_json(run: RunFolder, stages: list[Standing]) -> dict[str, Any]:
+    rows = []
+    for each in stages:
+        facts = asdict(each) | {"restarts": each.restarts}
+        facts["heard_s"] = {str(rank): seconds for rank, seconds in each.heard_s.items()}
+        rows.append({name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()})
+    return {"run": run.url, "time": time.time(), "stages": rows}

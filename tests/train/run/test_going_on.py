@@ -195,7 +195,7 @@ def test_curves_and_status_show_a_change_point(run: RunFolder, capsys: pytest.Ca
     said = "from update 7 on: dalle_fit.lr: 0.003 -&gt; 0.001; schedule kept"
     marked = str(section_curves(run))
     assert said not in plain and said in marked and marked.count("stroke-dasharray") > plain.count("stroke-dasharray")
-    status.main(run.url)
+    status.main([run.url])
     assert "dalle: from update 7 on: dalle_fit.lr: 0.003 -> 0.001; schedule kept" in capsys.readouterr().out
 
 
@@ -221,7 +221,7 @@ def test_what_older_weights_made_is_out_of_date_and_named_with_its_command(run: 
     newer(run, "dvae")
     words = f"made from dvae {old[:12]}, the run has ffffffffffff"
     assert [lineage.out_of_date(cfg, run, stage) for stage in ("encode", "dalle", "generate", "tokenizer")] == [words, words, words, ""]
-    status.main(run.url)
+    status.main([run.url])
     said = capsys.readouterr().out
     assert said.count("out of date, made from dvae") == 3
     assert f"run 'launcher.py encode {run.url}'" in said and f"delete {run.url}/dalle and run 'launcher.py dalle {run.url}'" in said

@@ -33,24 +33,16 @@ Preset = Annotated[str, typer.Argument(help="Preset name, .toml file or run fold
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that differ from the preset.", show_default=False)
 ]
+Run = Annotated[str, typer.Argument(help="Run folder, local or s3://.")]
 On = Annotated[str, typer.Option(help="Where to run: local, slurm or k8s.")]
 Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU, or two on a CPU.")]
-Share = Annotated[
-    str,
-    typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode and generate); array tasks of SLURM and Indexed Jobs know theirs."),
-]
+Share = Annotated[str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode, generate); our array jobs know theirs.")]
 Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
 Restarts = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Start the ranks again after a crash, up to this many times in a row that save no checkpoint. Schedulers have cluster.retries."
-    ),
+    int, typer.Option(min=0, help="Start the ranks again after a crash, up to so many in a row that save no checkpoint; jobs: cluster.retries.")
 ]
 GoOn = Annotated[
-    bool,
-    typer.Option(
-        "--go-on", help="A training stage goes on with other values from its newest checkpoint on, as a recorded change point (docs/stage2.md)."
-    ),
+    bool, typer.Option("--go-on", help="A training stage goes on with other values from its newest checkpoint, a recorded change point.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
@@ -119,9 +111,7 @@ def draw(
     image: Annotated[str, typer.Option(help="Go on from the upper part of this image.")] = "",
     keep_rows: Annotated[int, typer.Option(min=0, help="Rows of codes kept of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
-    rerank: Annotated[
-        str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an exported contrastive model.")
-    ] = "none",
+    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
     grid: Annotated[bool, typer.Option("--grid", help="Also write one picture of all.")] = False,
@@ -161,11 +151,56 @@ def play(
 
 
 @app.command()
-def status(run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")]) -> None:
-    """Show how far each stage of a run is, and how its attempts ended."""
+def status(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, local or s3://.", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until stopped.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a line for each look.")] = False,
+) -> None:
+    """Show where each stage of a run stands, live, queued or dead, by the files of its folder; of several runs, a line each."""
     from train.verbs import status as verb
 
-    verb.main(run)
+    verb.main(runs, as_json=as_json, watch_s=every if watch else 0.0, stop=STOP)
+
+
+@app.command()
+def logs(
+    run: Run,
+    stage: Annotated[str, typer.Option(help="Stage, or a share of one (encode.0-of-3); default: what was begun last.")] = "",
+    rank: Annotated[int, typer.Option(min=-1, help="One rank; -1: all.")] = -1,
+    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the attempt ends.")] = False,
+) -> None:
+    """Show what the ranks of an attempt printed: from the run folder, from a SLURM job's output, or from pods."""
+    from train.verbs import logs as verb
+
+    verb.main(run, stage, None if rank < 0 else rank, None if attempt < 0 else attempt, follow=follow, stop=STOP)
+
+
+@app.command()
+def cancel(
+    run: Run,
+    stage: Annotated[str, typer.Option(help="Only this stage.")] = "",
+) -> None:
+    """End what works on a run, here or as a job, and take out of the queue what waits; what trains saves first, and goes on when it is started again."""
+    from train.verbs import cancel as verb
+
+    if stage and stage not in STAGES:
+        raise UsageError(f"stage '{stage}' is not known; stages: {', '.join(STAGES)}.")
+    verb.main(run, stage)
+
+
+@app.command()
+def why(
+    run: Run,
+    stage: Annotated[str, typer.Option(help="Stage, or a share of one; default: all that did not end well.")] = "",
+    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say why an attempt failed, by its evidence, and what to do: RESTART, RESTART ELSEWHERE or STOP, by which rule, and what was lost."""
+    from train.verbs import why as verb
+
+    verb.main(run, stage, None if attempt < 0 else attempt, as_json=as_json)
 
 
 @app.command(name="import-dvae")
@@ -192,12 +227,7 @@ def plan(
     nodes: Annotated[int, typer.Option(min=0, help="Machines; 0: cluster.nodes.")] = 0,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
     memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
-    gpu: Annotated[
-        str,
-        typer.Option(
-            help="Whose datasheet to plan with, as L4 or A100-40 (a wrong name lists them), or numbers: memory_gb=48,tflops_16bit=362,memory_gb_s=864,link_gb_s=32"
-        ),
-    ] = "H100-80GB",
+    gpu: Annotated[str, typer.Option(help="Datasheet, as L4 (a wrong name lists them), or numbers: memory_gb=48,...")] = "H100-80GB",
     price: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
     rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
@@ -221,15 +251,9 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 
 @app.command()
 def collect(
-    run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")],
+    run: Run,
     days: Annotated[float, typer.Option(min=1, help="Age from which on; younger things may be under way.")] = 7.0,
-    runs: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Root of runs that read from this one's shared places; name all of them, and the shared places are collected too.",
-            show_default=False,
-        ),
-    ] = None,
+    runs: Annotated[list[str] | None, typer.Option(help="Root of runs that read this one's shared places: those go too.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is shown.")] = False,
 ) -> None:
     """Show what a run does not need any more, and delete it with --delete: unfinished uploads, unfinished checkpoints, superseded versions of shard sets.
@@ -264,9 +288,7 @@ def doctor(
 
 @app.command()
 def inspect(
-    url: Annotated[
-        str, typer.Argument(help="Raw data (as in data.sources), a shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")
-    ],
+    url: Annotated[str, typer.Argument(help="Raw data (as in data.sources), a set, a folder of sets, a tokenizer or a run folder.")],
     out: Annotated[str, typer.Option(help="PNG file of the contact sheet; default: inspect-<name>.png here.")] = "",
     samples: Annotated[int, typer.Option(help="Random records that the statistics are made of.")] = 500,
     pictures: Annotated[int, typer.Option(min=0, help="Records on the contact sheet; 0: none.")] = 48,
@@ -301,14 +323,12 @@ def validate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder, local or s3://.")],
+    run: Run,
     stage: Annotated[str, typer.Option(help="Whose weights: dvae or dalle.")] = "dalle",
     weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
     step: Annotated[int, typer.Option(min=0, help="Checkpoint after this update; 0: the newest.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",
-    package: Annotated[
-        bool, typer.Option("--package", help="Write a folder that draws by itself: transformer, dVAE, tokenizer, clip, model card, licences.")
-    ] = False,
+    package: Annotated[bool, typer.Option("--package", help="Write a folder that draws by itself, with model card and licences.")] = False,
 ) -> None:
     """Write the weights of a checkpoint as safetensors, with a JSON description. Needs neither a GPU nor DeepSpeed."""
     from train.verbs import export as verb
@@ -323,9 +343,7 @@ def export(
 
 @app.command()
 def bench(
-    name: Annotated[
-        str, typer.Argument(help="Name of a benchmark, or what several names begin with ('data'), or 'docs' to render docs/benchmarks.md.")
-    ],
+    name: Annotated[str, typer.Argument(help="A benchmark, or what several names begin with ('data'), or 'docs': docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:
@@ -338,7 +356,7 @@ def bench(
 @app.command()
 def docs(
     demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its pictures from this finished run.")] = "",
-    note: Annotated[str, typer.Option(help="With --demo: a sentence below its minutes, such as what else the machine did.")] = "",
+    note: Annotated[str, typer.Option(help="With --demo: a sentence below its minutes.")] = "",
 ) -> None:
     """Regenerate what is generated in docs/: the configuration reference and its JSON Schema."""
     from train.verbs import demo_page

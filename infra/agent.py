@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -12,7 +11,20 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from infra import deferred_writes, environment, exit_records, interfaces, ledger, meeting, node_folder, scratch, signals
+from infra import (
+    announce,
+    deferred_writes,
+    environment,
+    evidence,
+    exit_records,
+    interfaces,
+    ledger,
+    listening,
+    meeting,
+    node_folder,
+    scratch,
+    signals,
+)
 from infra.errors import ExitCode, LostPeerError, StopRequested
 from infra.job import RETRIES, Job
 from infra.meeting import RENDEZVOUS_S, Meeting
@@ -74,13 +86,14 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (known, TRACKER_NOTES)))
     os.environ |= {"LAUNCHER_ATTEMPT": str(attempt), "LAUNCHER_PID": str(os.getpid()), "OMP_NUM_THREADS": _threads(placement.nproc)}
     _choose_interface(job)
-    with scratch.folder("ranks-") as logs, node_folder.shared() as left, deferred_writes.taking_notes():
+    killed, heard = evidence.memory_kills(), listening.listening(run.url, stage, attempt, job, announce.announcer(job))
+    with scratch.folder("ranks-") as logs, node_folder.shared() as left, heard as words, deferred_writes.taking_notes():
         config = _launch_config(placement, logs, met)
         _quiet_elastic()
         signals.block_in_children()
-        lost = ""
+        lost, ends = "", dict[int, int]()
         try:
-            lost = _launch(config, arguments, job, stop, met)
+            lost, ends = _launch(config, arguments, job, stop, met)
         except StopRequested as early:
             for rank in range(placement.nproc):
                 run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
@@ -88,6 +101,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
         # Carried out after what ranks could not write themselves: whoever reads it need not wait for more of this node.
         summary = exit_records.summary(job.node, placement.nproc, node_folder.exits(left))
         deferred_writes.note(f"how the ranks of node {job.node} ended", run.attempt_url(stage, attempt, f"node-{job.node}.json"), summary)
+        evidence.write(run, stage, attempt, job.node, ends, killed, words)
     return _end_together(placement, run, stage, attempt, met, lost)
 
 
@@ -149,8 +163,9 @@ def _launch_config(placement: Placement, logs: str, met: Meeting | None) -> Laun
     )
 
 
-def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag, met: Meeting | None) -> str:
-    """Start the ranks and wait until they have ended, or are ended because a peer is lost; returns what is known of that loss, which is mostly nothing.
+def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag, met: Meeting | None) -> tuple[str, dict[int, int]]:
+    """Start the ranks and wait until they have ended, or are ended because a peer is lost; returns what is known of that loss, which is mostly nothing, and
+    how the processes of ranks of this node ended that failed first: a code, or a signal as a negative number.
 
     Raises:
         LostPeerError: the nodes did not meet: no rank was started.
@@ -166,13 +181,16 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
         stop.handle(number, frame)
         raise StopRequested(f"{signals.signal.Signals(number).name} before the ranks were started")
 
+    ends: dict[int, int] = {}
     try:
         for number in signals.STOP_SIGNALS:
             signals.signal.signal(number, too_early)  # elastic's handlers take over once there are ranks
         if stop.received:
             too_early(stop.received, None)
-        with contextlib.suppress(ChildFailedError):  # the ranks' own records say more
+        try:
             elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:  # the ranks' own records say more
+            ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException as error:
         stop.received = error.sigval
     except RendezvousTimeoutError as error:
@@ -185,8 +203,8 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
         if job.nodes == 1:
             raise
         what = f"node 0's rendezvous at {config.rdzv_endpoint} went away ({type(error).__name__})"
-        return f"{what}: its launcher was killed, or the network between the nodes is broken"
-    return ""
+        return f"{what}: its launcher was killed, or the network between the nodes is broken", ends
+    return "", ends
 
 
 def begin(placement: Placement, run: RunFolder, stage: str, start: str = "", rendezvous: str = "") -> int:

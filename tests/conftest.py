@@ -38,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = durations.slowest_first(items)
 
 
+@pytest.fixture(autouse=True)
+def _every_fault_has_a_verdict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever attempts a test has left in run folders of its own, injected faults among them, `launcher.py why` finds a verdict that fits how they ended."""
+    place = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if place is not None and any(place.glob(f"{depth}exits") for depth in ("", "*/", "*/*/", "*/*/*/")):
+        from tests.support import fault_verdicts
+
+        assert not (wrong := fault_verdicts.unjudged(place)), wrong
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS for the whole run, started at its first use (about 4 s)."""

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
-import logging
 import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from dataclasses import replace
 from pathlib import Path
 
-from infra import deferred_writes, environment, exit_records, ledger, scratch, signals
-from infra.agent import Placement, begin, run_ranks
+from infra import environment, scratch, signals
+from infra.agent import Placement
 from infra.commands import launcher
 from infra.config import differences, to_json
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError, StopRequested
 from infra.job import Job
-from infra.lost_peer import AFTER, NOBODY_KNOWS, STOPPED, is_lost_peer, why_peer_ended
 from infra.progress import duration
 from infra.repository import LAUNCHER
-from infra.run_folder import RunFolder, commit
+from infra.run_folder import RunFolder
 from infra.signals import StopFlag
-from infra.world import Share, World
+from infra.world import World
+from train import attempt
 from train.config import RunConfig, load_run, read_preset
-from train.planning.out_of_memory import advice, is_out_of_memory
-from train.ranks import watchdog
-from train.run import elastic, lineage, places
+from train.run import lineage, places
 from train.run.places import run_folder
 from train.run.stage_table import STAGES, TRAINED, Stage
 from train.verbs import doctor
-
-log = logging.getLogger(__name__)
-
-_EXIT_GRACE_S = 20  # a failed rank's libraries may hang in their own shutdown
 
 
 class StageFailed(ReportedError):
@@ -83,11 +72,11 @@ def stage(
     entry = STAGES[name]
     if worker:
         signals.die_with_parent()
-        _exit_soon(_guarded(name, cfg, run, World.from_env(), stop, environment.whole("LAUNCHER_ATTEMPT")))
+        attempt.exit_soon(attempt.guarded(name, cfg, run, World.from_env(), stop, environment.whole("LAUNCHER_ATTEMPT")))
         return
     if share:
         os.environ["LAUNCHER_SHARE"] = share  # ranks inherit it
-    _label(name, entry)  # refused before anything is written
+    attempt.labelled(name)  # refused before anything is written
     nproc = nproc or default_nproc(entry)
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
@@ -125,9 +114,9 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
         raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")
     if job.id:
         doctor.preflight(run)
-    with run.lock(_label(name, entry), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
+    with run.lock(attempt.labelled(name), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
         _refuse_if_stopped(stop)
-        code, reason = _execute(name, cfg, run, Placement(nproc, job, trains=entry.trains), stop, restarts)
+        code, reason = attempt.execute(name, cfg, run, Placement(nproc, job, trains=entry.trains), stop, restarts)
     if held is not None and held.lost:  # whatever the ranks came to
         code, reason = ExitCode.REQUEUE, held.lost
     if code != ExitCode.DONE:
@@ -158,19 +147,6 @@ def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:
     if old:
         print(f"{name}: out of date ({old}); made again", flush=True)
     return bool(old)
-
-
-def _label(name: str, entry: Stage) -> str:
-    """The stage, or the share of it that this launcher does: the name of its lock and of its exit records.
-
-    Raises:
-        ConfigError: the work of this stage cannot be shared, or the share is no share.
-    """
-    share = Share.from_env() if entry.shared or environment.text("LAUNCHER_SHARE") else Share()
-    if share.count > 1 and not entry.shared:
-        shared = ", ".join(stage for stage, other in STAGES.items() if other.shared)
-        raise ConfigError(f"--share {share.index}/{share.count}: '{name}' is not divided among launchers; {shared} are.")
-    return share.label(name)
 
 
 def _check_target(on: str) -> None:
@@ -211,7 +187,7 @@ def verdict(name: str, preset: str, overrides: list[str]) -> None:
     run = run_folder(load_run(preset, overrides))
     restart, code = environment.whole("SLURM_RESTART_COUNT", 0), environment.whole("LAUNCHER_CODE", ExitCode.CRASH)
     start = Start(environment.text("SLURM_JOB_ID"), restart, code)
-    found = judge(_label(name, STAGES[name]), run, start, environment.whole("LAUNCHER_RETRIES", RETRIES))
+    found = judge(attempt.labelled(name), run, start, environment.whole("LAUNCHER_RETRIES", RETRIES))
     if found.code != ExitCode.DONE:
         raise Judged(name, found)
     print(f"{name}: {found.reason}")
@@ -246,96 +222,6 @@ def describe(cfg: RunConfig, preset: str) -> str:
             mark = changed.get(f"{section}.{key}")
             lines.append(f"{key} = {json.dumps(value)}" + (f"    # preset: {mark.split(' -> ')[0]}" if mark else ""))
     return "\n".join(lines) + "\n"
-
-
-def _execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag, restarts: int = 0) -> tuple[int, str]:
-    label = _label(name, STAGES[name])
-    if placement.size == 1 and not restarts:
-        attempt = begin(placement, run, label)
-        with deferred_writes.taking_notes():
-            _guarded(name, cfg, run, World.single(), stop, attempt)
-        records = run.records(label, attempt)
-        code, reason = exit_records.root_cause(records, 1)
-        ledger.write_end(run, label, attempt, ledger.ending(code, reason, records))
-        return code, reason if code else ""
-    placement = replace(placement, retries=restarts or None)
-    while True:
-        code, reason = run_ranks([str(LAUNCHER), name, run.config_url, "--worker"], placement, run, label, stop)
-        if code != ExitCode.CRASH or not restarts or stop:
-            return code, reason
-        found = ledger.judge(ledger.decisive(run, label, saved := ledger.newest_checkpoint(run, label)), saved, restarts)
-        if found.code != ExitCode.REQUEUE:
-            return found.code, found.reason
-        print(f"{name}: {found.reason}; starting the ranks again", flush=True)
-        placement = replace(placement, job=replace(placement.job, restart=placement.job.restart + 1))
-
-
-def _guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag, attempt: int) -> int:
-    """Run a stage's function as one rank, and record how it ended."""
-    faulthandler.enable()
-    if world.is_main:
-        commit()  # asked now and kept: outputs name what runs, not what is checked out when they are written
-    code, reason = ExitCode.DONE, "finished"
-    label = _label(name, STAGES[name])
-    watchdog.start(lambda code, reason: run.record_exit(label, attempt, world.rank, code, reason))
-    alone = False
-
-    def end(reason: str) -> None:
-        run.record_exit(label, attempt, world.rank, ExitCode.REQUEUE, reason, alone=world.size > 1)
-        os._exit(ExitCode.REQUEUE)
-
-    try:
-        with stop.watched(end) if world.size > 1 else contextlib.nullcontext():
-            stop.phase("the start")
-            STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
-            stop.orderly()
-    except ReportedError as error:
-        alone = isinstance(error, StopRequested) and error.at_once
-        stop.orderly()
-        code, reason = error.exit_code, str(error)
-    except Exception as error:
-        idle = bool(stop.name)
-        stop.orderly()
-        code, reason, alone = *_explained(name, cfg, run, world, attempt, error, stopped=bool(stop) and idle), bool(stop)
-    if code == ExitCode.REQUEUE and stop.received and world.is_main:
-        log.info("%s: ended %.1f s after %s", name, stop.latency_s(), stop.received.name)
-    run.record_exit(label, attempt, world.rank, code, reason, alone=alone and world.size > 1)
-    return code
-
-
-def _explained(name: str, cfg: RunConfig, run: RunFolder, world: World, attempt: int, error: Exception, *, stopped: bool) -> tuple[ExitCode, str]:
-    """Code and reason of a rank whose stage ended with an error that has none.
-
-    Args:
-        stopped: this rank was asked to stop where it had nothing to lose; its peers were as well, and may have gone first.
-    """
-    reason = f"{type(error).__name__}: {error}"
-    if is_out_of_memory(error):
-        return ExitCode.CRASH, advice(name, cfg, world.size, error)
-    if not is_lost_peer(error):
-        traceback.print_exc()
-        return ExitCode.CRASH, reason
-    if stopped:
-        return ExitCode.REQUEUE, "stopped by a signal, as the ranks that it waited for; nothing was lost."
-    said = why_peer_ended(run, _label(name, STAGES[name]), attempt, world.rank)
-    if said.startswith(STOPPED):
-        return ExitCode.REQUEUE, f"ended after {said}"
-    return ExitCode.CRASH, f"{AFTER}{said}" if said else f"{NOBODY_KNOWS} ({reason.splitlines()[0]})"
-
-
-def _exit_soon(code: int) -> None:
-    """End this rank with ``code``, even if a library's own shutdown hangs after a failure."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == ExitCode.DONE:
-        from train.ranks.device import leave_group  # torch, which every rank has by now
-
-        leave_group()
-    else:
-        timer = threading.Timer(_EXIT_GRACE_S, os._exit, args=(code,))
-        timer.daemon = True
-        timer.start()
-    sys.exit(code)
 
 
 def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag, restarts: int = 0) -> None:

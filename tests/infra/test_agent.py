@@ -21,7 +21,7 @@ from infra.signals import StopFlag
 from tests.support.fault_proxy import Rule, fault_proxy
 from tests.support.root import ROOT
 from tests.support.s3_server import S3Server
-from train import launch
+from train import attempt as attempt_module
 from train.config import load_run
 
 _PATIENCE_S = 120
@@ -215,7 +215,7 @@ def test_a_launcher_of_one_process_records_its_own_end_once_the_storage_answers(
 
     monkeypatch.setattr(storage, "write_json", once)
     monkeypatch.setattr("train.stages.tokenizer.run", outage)
-    ended = launch._execute("tokenizer", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(1), StopFlag())
+    ended = attempt_module.execute("tokenizer", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(1), StopFlag())
     assert failed and ended == (1, "rank 0: storage unreachable: s3://b/x: failed after 6 attempts")
 
 

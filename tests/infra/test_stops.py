@@ -19,7 +19,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from tests.support.root import ROOT
-from train import launch
+from train import attempt as attempt_module
 from train.config import load_run
 from train.run.stage_table import STAGES, Stage
 
@@ -53,7 +53,7 @@ def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[StopF
     monkeypatch.setitem(STAGES, "dvae", Made("", "", "", trains=True))
     run = RunFolder(str(tmp_path))
     attempt = run.begin_attempt("dvae", size=world.size)
-    code = launch._guarded("dvae", load_run("tiny", []), run, world, stop, attempt)
+    code = attempt_module.guarded("dvae", load_run("tiny", []), run, world, stop, attempt)
     (record,) = [each for each in run.records("dvae", attempt) if each["rank"] == world.rank]
     assert record["code"] == code
     return code, str(record["reason"])
@@ -80,7 +80,7 @@ def test_who_loses_a_peer_that_was_stopped_has_not_crashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool, peers: int | None, expected: int
 ) -> None:
     """Its own signal comes a moment later, or only one node is told to go."""
-    monkeypatch.setattr(launch, "why_peer_ended", partial(lost_peer.why_peer_ended, wait_s=0.1))
+    monkeypatch.setattr(attempt_module, "why_peer_ended", partial(lost_peer.why_peer_ended, wait_s=0.1))
     stop = StopFlag()
 
     def work(stop: StopFlag) -> None:

@@ -20,6 +20,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from tests.support.processes import ranks_of
 from tests.support.root import ROOT
+from train import attempt as attempt_module
 from train import launch as launch_module
 from train.config import load_run
 
@@ -194,8 +195,8 @@ def test_no_rank_is_started_again_after_a_stop_signal(tmp_path: Path, monkeypatc
         stop.received = signal.SIGTERM if len(calls) == 2 else None
         return ExitCode.CRASH, "boom"
 
-    monkeypatch.setattr(launch_module, "run_ranks", crashed)
-    ended = launch_module._execute("dvae", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(2), stop, restarts=9)
+    monkeypatch.setattr(attempt_module, "run_ranks", crashed)
+    ended = attempt_module.execute("dvae", load_run("tiny", []), RunFolder(str(tmp_path)), Placement(2), stop, restarts=9)
     assert ended == (ExitCode.CRASH, "boom") and calls == [0, 1]
 
 

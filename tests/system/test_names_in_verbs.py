@@ -18,7 +18,7 @@ from train.config import load_run
 from train.drawing.settings import Settings
 from train.run import places
 from train.run.stage_table import STAGES
-from train.verbs import collect, doctor, doctor_lineage, draw, export, inspect, plan, status, takedown, validate
+from train.verbs import cancel, collect, doctor, doctor_lineage, draw, export, inspect, logs, plan, status, takedown, validate, why
 
 FOLDER = "[set] a*b? 100%"
 DECOY = "s aXb1 100%"
@@ -43,7 +43,10 @@ def _takedown(run: str, out: Path) -> None:
 
 
 VERBS: dict[str, Callable[[str, Path], object]] = {
-    "status": lambda run, out: status.main(run),
+    "status": lambda run, out: status.main([run]),
+    "logs": lambda run, out: logs.main(run, "", None, None, follow=False, stop=StopFlag()),
+    "cancel": lambda run, out: cancel.main(run),
+    "why": lambda run, out: why.main(run),
     "inspect": lambda run, out: inspect.main(run, inspect.Options(f"{out}/{FOLDER}.png", 8, 4, 0, "", "", "", "", False)),
     "validate": lambda run, out: validate.main(run, validate.Options("", "", "", 1, False, ""), StopFlag()),
     "collect": lambda run, out: collect.main(run, 7.0, [], delete=False),
@@ -77,7 +80,7 @@ def test_a_verb_takes_a_name_literally_first(verb: str, slash: str, root: str, t
     try:
         VERBS[verb](f"{root}/{FOLDER}{slash}", tmp_path)
     except ReportedError as error:
-        assert verb == "verdict" and error.exit_code, error  # whatever it says, it says it of this folder
+        assert verb in ("verdict", "logs") and error.exit_code, error  # whatever it says, it says it of this folder
     with pytest.raises(ReportedError):
         VERBS[verb](f"{root}/{DECOY}x", tmp_path)
 

@@ -1,0 +1,1 @@
+"""What becomes of an attempt that failed: evidence, rules and a verdict."""

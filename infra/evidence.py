@@ -16,8 +16,8 @@ from infra import deferred_writes, listening, node_checks, storage
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 
-LINES = 30
-"""Last lines that are kept of a rank."""
+LINES = 80
+"""Last lines that are kept of a rank: a watchdog's stack is as long."""
 _MOST = 4
 """Ranks of a node whose words are kept: where hundreds crash, they say the same."""
 _OURS = ("SIGTERM", "SIGKILL")

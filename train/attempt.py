@@ -50,15 +50,17 @@ def execute(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, sto
 
 
 def _say_why(run: RunFolder, label: str, code: int, placement: Placement) -> None:
-    """After an attempt that failed: what is known of it, and whether to start it again. What a person got wrong is one line, which comes last."""
-    if code not in (ExitCode.CRASH, ExitCode.DIVERGED) or placement.job.node:
+    """After an attempt that failed: what is known of it, and whether to start it again. Of what a person got wrong the last line says enough: there the
+    verdict alone."""
+    if code in (ExitCode.DONE, ExitCode.REQUEUE) or placement.job.node:
         return
     from train.advice import facts, words
 
     with contextlib.suppress(ReportedError, OSError):  # where the storage is away, it cannot be read; the reason stands in the last line
         found = facts.gather(run, label)
         if found is not None:
-            print(words.of(found, said=False), file=sys.stderr, flush=True)
+            whole = code in (ExitCode.CRASH, ExitCode.DIVERGED)
+            print(words.of(found, said=False) if whole else words.verdict(found), file=sys.stderr, flush=True)
 
 
 def _alone(name: str, cfg: RunConfig, run: RunFolder, placement: Placement, stop: StopFlag, label: str) -> tuple[int, str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from infra import node_checks
 from infra.errors import ExitCode
 from infra.progress import duration
+from infra.repository import REPOSITORY
 from train.advice.facts import Facts
 from train.advice.rules import decide
 
 _SAID = 5
 """Last lines of a rank that are shown."""
+_FRAMES = 4
+_THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+")
 _RANKS = 8
 """Ranks of which each kind of evidence is shown."""
 
@@ -29,6 +34,22 @@ def of(facts: Facts, *, said: bool = True) -> str:
     rule, advice = decide(facts)
     lines += [_line("lost", lost(facts)), _line("verdict", f"{rule.verdict}: {advice}{_how(rule.verdict, facts)}"), _line("rule", rule.name)]
     return "\n".join(lines)
+
+
+def verdict(facts: Facts) -> str:
+    """One line."""
+    rule, advice = decide(facts)
+    return f"{facts.stage}, attempt {facts.attempt}: {rule.verdict}: {advice} (rule: {rule.name})"
+
+
+def stack(lines: Sequence[str]) -> list[str]:
+    """Where a rank's main thread stood, innermost first: of a fault handler's dump that it printed last, the last thread."""
+    begins = [number for number, line in enumerate(lines) if _THREAD.match(line)]
+    if not begins:
+        return []
+    frames = [line.strip() for line in lines[begins[-1] + 1 :] if line.startswith("  File ")]
+    ours = [frame for frame in frames if str(REPOSITORY) in frame and "site-packages" not in frame]
+    return (frames[:1] + [frame for frame in ours if frame != frames[0]])[:_FRAMES] if frames else []
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
@@ -70,6 +91,7 @@ def _evidence(facts: Facts, *, said: bool) -> list[tuple[str, str]]:
     found += [("numerics", words) for words in facts.numerics]
     found += [("stood", f"rank {rank}{_on(facts, rank)}: {words}") for rank, words in sorted(facts.stood.items())[:_RANKS]]
     found += [("before", f"{ExitCode(each.code).name}: {each.reason.splitlines()[0] if each.reason else ''}") for each in facts.before]
+    found += [("stack", f"rank {rank}: {frame}") for rank, lines in sorted(facts.words.items())[:_RANKS] for frame in stack(lines)]
     if said:
         found += [("said", f"rank {rank}: {line}") for rank, lines in sorted(facts.words.items())[:_RANKS] for line in lines[-_SAID:]]
     return found

@@ -69,6 +69,29 @@ def test_the_lines_hold_evidence_loss_verdict_and_rule(tmp_path: Path) -> None:
     assert (shown["verdict"], shown["nodes"], shown["lost"]["updates"]) == ("RESTART ELSEWHERE", ["n1"], 40)
 
 
+def test_a_watchdog_s_stack_is_told_by_its_innermost_lines() -> None:
+    dump = [
+        "Thread 0x00007f (most recent call first):",
+        '  File "/usr/lib/python3.11/threading.py", line 1 in wait',
+        "Thread 0x00007a (most recent call first):",
+        '  File "/elsewhere/sitecustomize.py", line 9 in stuck',
+        f'  File "{ROOT}/train/loop/trainer.py", line 130 in _train',
+        f'  File "{ROOT}/.venv/lib/python3.11/site-packages/typer/main.py", line 3 in main',
+        f'  File "{ROOT}/launcher.py", line 390 in main',
+        "and words that came later",
+    ]
+    found = words.stack(dump)
+    assert [frame.rpartition(" in ")[2] for frame in found] == ["stuck", "_train", "main"] and "site-packages" not in "".join(found)
+    assert words.stack(["nothing of the kind"]) == [] and words.stack(dump[:1]) == []
+    text = words.of(facts.Facts("dvae", 0, reason="rank 1: no progress for 540 s", words={1: tuple(dump)}))
+    assert '  stack    rank 1: File "/elsewhere/sitecustomize.py", line 9 in stuck' in text and "  rule     a rank hung" in text
+
+
+def test_a_mistake_of_the_user_has_its_verdict_in_one_line() -> None:
+    found = facts.Facts("dvae", 2, code=78, reason="rank 0: dvae_fit.batch = 7 does not divide over 2 processes")
+    assert words.verdict(found) == "dvae, attempt 2: STOP: change dvae_fit.batch (rule: a wrong configuration or run folder)"
+
+
 def test_what_was_lost_is_counted_from_the_newest_checkpoint(tmp_path: Path) -> None:
     shutil.copytree(FIXTURE / "run", tmp_path / "run")
     run = RunFolder(str(tmp_path / "run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from infra.run_folder import RunFolder
 from infra.world import World
 from tests.support.processes import ranks_of
 from tests.system.test_launcher import LAUNCHER, copied
+from train.advice import facts, words
+from train.advice.rules import decide
 from train.ranks import watchdog
 from train.ranks.watchdog import Watchdog
 from train.weights.checkpointer import Checkpointer
@@ -69,6 +72,9 @@ def test_a_rank_that_sleeps_in_a_step_ends_the_job_and_is_named_with_its_stack(r
     assert code == 1 and reason.startswith(f"rank 1: no progress for {HANG_S} s; it stands at train/loop/trainer.py:"), reason
     assert "in _train, inside stuck (sitecustomize.py)" in reason and reason in output
     assert "sitecustomize.py" in output and "in stuck\n" in output, "the stack is printed"
+    found = facts.gather(RunFolder(str(run)), "dvae")
+    assert found is not None and decide(found)[0].name == "a rank hung" and "verdict  RESTART: " in output, "the attempt ends with it"
+    assert re.search(r"  stack    rank 1: File .*sitecustomize\.py., line \d+ in stuck", words.of(found)), words.of(found)
 
 
 def test_a_rank_that_cannot_speak_is_named_by_its_peers_and_killed(run: Path) -> None:

@@ -163,8 +163,8 @@ def status(
     verb.main(runs, as_json=as_json, watch_s=every if watch else 0.0, stop=STOP)
 
 
-@app.command()
-def logs(
+@app.command(name="logs")
+def show_logs(
     run: Run,
     stage: Annotated[str, typer.Option(help="Stage, or a share of one (encode.0-of-3); default: what was begun last.")] = "",
     rank: Annotated[int, typer.Option(min=-1, help="One rank; -1: all.")] = -1,

@@ -29,6 +29,7 @@ EVERY_S = 10.0
 """Seconds between two writes of a node; LAUNCHER_LIVE_S."""
 _JOIN_S = 5.0
 _LARGEST = 1 << 14  # bytes that are read of a rank's file
+_TRIES = 5
 _WORDS = 1 << 16  # bytes of its words that last lines are looked for in
 
 Heard = Callable[[Facts], object]
@@ -149,10 +150,14 @@ class _Listener:
 
 def _read(path: Path, now: float) -> Facts | None:
     """What a rank said last, with how long ago that was, and when it last showed that it runs; None while it has not begun."""
-    try:
-        found = json.loads(path.read_bytes()[:_LARGEST])
-        heard_s = max(0.0, now - path.stat().st_mtime)
-    except (OSError, ValueError):
+    for _ in range(_TRIES):  # a look may fall into a write
+        try:
+            found = json.loads(path.read_bytes()[:_LARGEST])
+            heard_s = max(0.0, now - path.stat().st_mtime)
+            break
+        except (OSError, ValueError):
+            continue
+    else:
         return None
     said = found.pop("time", now)
     plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()}

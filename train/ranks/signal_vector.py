@@ -48,8 +48,10 @@ class SignalVector:
             raise KeyError(f"no slot for {', '.join(sorted(unknown))}; slots: {', '.join(self.names)}")
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)} | {"heartbeat": 1.0}
         # One copy that nobody waits for: on a GPU, a tensor made of a number there waits for everything before it.
-        own = [own_s if rank == self._rank else 0.0 for rank in range(self._ranks)]
-        plain = torch.tensor([numbers.get(name, 0.0) for name in self.names] + own, dtype=torch.float64)
+        plain = torch.zeros(len(self.names) + self._ranks, dtype=torch.float64)
+        plain[: len(self.names)] = torch.tensor([numbers.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        if self._ranks:
+            plain[len(self.names) + self._rank] = own_s
         host = plain.to(self.device, non_blocking=True)
         slots = list(host[: len(self.names)].unbind())
         for index, name in enumerate(self.names):

@@ -24,7 +24,8 @@ def main(url: str, stage: str = "") -> None:
     run = RunFolder(url)
     if not storage.exists(run.config_url):
         raise DataError(f"{run.config_url} is missing: {url} is no run folder.")
-    said, out_of_reach = [], []
+    said: list[str] = []
+    out_of_reach: list[str] = []
     for name in [stage] if stage else list(STAGES):
         job = queues.of(run, name)
         if job is not None and queues.state(job) != "":

@@ -239,14 +239,15 @@ def _count(below: list[Standing]) -> int:
 
 
 def _of_queue(run: RunFolder, job: Submitted | None, found: Standing, below: list[Standing]) -> None:
-    """What is known of a job that was submitted and has begun nothing yet, or not all."""
+    """What is known of a job that was submitted and has begun nothing yet, or waits to go on: one that saved, or crashed, goes back into its queue."""
     if job is None or found.is_live or any(each.is_live for each in below):
         return
     begun = max((_begun(run, label) for label in [found.stage, *(label for label, _ in _shares(run, found.stage))]), default=0.0)
+    found.job, asked = job.job, queues.state(job)
     if begun >= job.at:
+        if asked and (found.state in ("ended", "killed") or any(each.state in ("ended", "killed") for each in below)):
+            found.state, found.waits = "queued", f"{job.words} ({asked}), to go on"
         return
-    found.job = job.job
-    asked = queues.state(job)
     since = _seconds(max(0.0, time.time() - job.at))
     if asked == "":
         found.state, found.waits = "not begun", f"{job.words}, submitted {since} ago, is not in the queue any more"

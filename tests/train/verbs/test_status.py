@@ -205,6 +205,8 @@ def test_a_queued_job_says_what_it_waits_for_and_one_that_left_its_queue_is_no_m
     assert of(run, "clip").state == "queued", "an answer that is none says nothing"
     begun(run, "clip", job="1002")
     assert of(run, "clip").state == "killed", "it has begun since"
+    commands(tmp_path, monkeypatch, squeue="echo 'PENDING BeginTime'")
+    assert (of(run, "clip").state, of(run, "clip").waits) == ("queued", "job 1002 (PENDING: BeginTime), to go on"), "requeued"
 
 
 @pytest.mark.parametrize(

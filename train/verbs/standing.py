@@ -31,7 +31,7 @@ class Standing:
     share: str = ""
     """'0/3'; empty: all of it."""
     state: str = "-"
-    """'-', done, out of date, goes on, queued, running, ended, killed; of shares together in words."""
+    """'-', done, out of date, goes on, queued, not begun, starting, running, ended, killed; of shares together in words."""
     done: int = 0
     total: int = 0
     unit: str = ""
@@ -252,7 +252,8 @@ def _of_queue(run: RunFolder, job: Submitted | None, found: Standing, below: lis
     if asked == "":
         found.state, found.waits = "not begun", f"{job.words}, submitted {since} ago, is not in the queue any more"
     else:
-        found.state, found.waits = "queued", f"{job.words} ({asked or 'its scheduler is not here to be asked'}), submitted {since} ago"
+        found.state = "starting" if asked and asked.startswith("RUNNING") else "queued"
+        found.waits = f"{job.words} ({asked or 'its scheduler is not here to be asked'}), submitted {since} ago"
 
 
 def _seconds(seconds: float) -> str:

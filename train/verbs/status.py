@@ -104,13 +104,18 @@ def _row(each: Standing) -> dict[str, object]:
         "checkpoint": _checkpoint(each),
         "restarts": each.restarts or "",
         "minutes": f"{each.seconds / 60:.1f}" if each.seconds is not None else "",
-        "now": (each.waits if each.state in ("running", "queued", "not begun") else each.end)[:100],
+        "now": (each.waits if each.state in ("running", "starting", "queued", "not begun") else each.end)[:100],
     }
 
 
 def _run_row(run: RunFolder, stages: list[Standing]) -> dict[str, object]:
     """For the table of several runs: the stage that matters."""
-    order = [lambda s: s.is_live, lambda s: s.state in ("queued", "not begun"), lambda s: s.state in ("ended", "killed"), lambda s: s.state != "-"]
+    order = [
+        lambda s: s.is_live,
+        lambda s: s.state in ("starting", "queued", "not begun"),
+        lambda s: s.state in ("ended", "killed"),
+        lambda s: s.state != "-",
+    ]
     whole = [each for each in stages if not each.share]
     chosen = next((each for test in order for each in (whole if order.index(test) < 3 else whole[::-1]) if test(each)), whole[0])
     return {"run": run.url, **_row(chosen)}

@@ -199,6 +199,8 @@ def test_a_queued_job_says_what_it_waits_for_and_one_that_left_its_queue_is_no_m
     assert of(run, "clip").waits.startswith("job 1002 (PENDING: Resources), submitted ") and calls() == [
         "squeue --noheader --jobs=1002 --format=%T %r"
     ]
+    commands(tmp_path, monkeypatch, squeue="echo 'RUNNING None'")
+    assert (of(run, "clip").state, "job 1002 (RUNNING), submitted " in of(run, "clip").waits) == ("starting", True)
     commands(tmp_path, monkeypatch, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert (of(run, "clip").state, "is not in the queue any more" in of(run, "clip").waits) == ("not begun", True)
     commands(tmp_path, monkeypatch, squeue="echo 'unable to contact slurm controller' >&2; exit 1")

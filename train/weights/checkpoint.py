@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from infra import lease, schemas, storage
 from infra.digests import digest
@@ -40,6 +41,7 @@ from train.weights import agreement, layout
 from train.weights.agreement import alike
 from train.weights.checkpoint_storage import Reader, Writer, write_index
 from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
+from train.weights.safetensors_file import Kind
 
 log = logging.getLogger(__name__)
 
@@ -311,26 +313,46 @@ def _complete_alike(stage_url: str, world: World) -> list[int]:
     return steps[0]
 
 
+class StoredTensors:
+    """All tensors of a checkpoint under ``prefix/``, for one process and without an engine: what they are, and how to read them into memory of the caller's."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        """
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged.
+        """
+        self.url, self.prefix = url, prefix
+        meta = read_meta(url)
+        shapes: dict[str, list[int]] = meta.get("shapes", {})
+        self._reader = Reader(url, meta["index"])
+        known = self._reader.read_metadata().state_dict_metadata
+        self.kinds: dict[str, Kind] = {}
+        for name, shape in shapes.items():
+            entry = known.get(f"{prefix}/{name}")
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
+            if math.prod(shape) != entry.size[0]:
+                raise CheckpointError(f"{url}: '{prefix}/{name}' holds {entry.size[0]} elements, its shape {shape} has {math.prod(shape)}.")
+            self.kinds[name] = Kind(tuple(shape), entry.properties.dtype)
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Read all of them into such tensors, in one pass over the checkpoint's files.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        _load(self.url, {f"{self.prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in tensors.items()}, self._reader)
+
+
 def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
     """
-    meta = read_meta(url)
-    shapes: dict[str, list[int]] = meta.get("shapes", {})
-    reader = Reader(url, meta["index"])
-    known = reader.read_metadata().state_dict_metadata
-    out: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        entry = known.get(f"{prefix}/{name}")
-        if entry is None:
-            raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
-        if math.prod(shape) != math.prod(entry.size):  # type: ignore[union-attr]
-            raise CheckpointError(f"{url}: '{prefix}/{name}' holds {math.prod(entry.size)} elements, its shape {shape} has {math.prod(shape)}.")  # type: ignore[union-attr]
-        out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-    fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
-    _load(url, fragments, reader)
+    stored = StoredTensors(url, prefix)
+    out = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in stored.kinds.items()}
+    stored.fill(out)
     return out
 
 
@@ -340,5 +362,5 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

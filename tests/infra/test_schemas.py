@@ -32,7 +32,7 @@ def write(url: str, **changes: object) -> None:
     storage.write_json(url, found)
 
 
-@pytest.mark.parametrize("schema", ["checkpoint/0", "checkpoint/2"])
+@pytest.mark.parametrize("schema", ["checkpoint/0", "checkpoint/3"])
 def test_a_checkpoint_of_another_schema_is_refused_and_not_fallen_back_over(run: str, schema: str) -> None:
     url = checkpoint.folder(f"{run}/dalle", STOPPED)
     assert checkpoint.read_meta(url)["step"] == STOPPED
@@ -42,7 +42,7 @@ def test_a_checkpoint_of_another_schema_is_refused_and_not_fallen_back_over(run:
         lambda: checkpoint.load(f"{run}/dalle", STOPPED, {}),
         lambda: checkpoint.read_tensors(url, "average"),
     ):
-        with pytest.raises(ConfigError, match=rf"schema '{schema}', and this version reads 'checkpoint/1'.*launcher\.py dalle PRESET run\.name=NAME"):
+        with pytest.raises(ConfigError, match=rf"schema '{schema}', and this version reads 'checkpoint/2'.*launcher\.py dalle PRESET run\.name=NAME"):
             read()
 
 

@@ -51,7 +51,7 @@ CALLED_BY_LIBRARIES = {
         "_setitem",
         "_setitems",
     },
-    "train/weights/fragments.py": {"create_local_plan", "lookup_object", "lookup_tensor", "set_up_planner"},  # its planners
+    "train/weights/fragments.py": {"create_global_plan", "create_local_plan", "lookup_object", "lookup_tensor", "set_up_planner"},  # its planners
 }
 """Methods that a library calls on objects that we hand to it."""
 

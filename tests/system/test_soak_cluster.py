@@ -19,6 +19,7 @@ from infra import ledger, storage
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from tests.support import gang
+from tests.support.checkpoint_hashes import hashes
 from tests.support.fault_proxy import FaultProxy, Rule, fault_proxy
 from tests.support.gang import Gang, send
 from tests.support.s3_server import S3Server
@@ -170,12 +171,11 @@ def prepared(roots: list[str], steps: int, folder: Path) -> list[RunFolder]:
     return runs
 
 
-def end_state(run: RunFolder) -> tuple[list[tuple[int, float]], dict[str, str], str]:
+def end_state(run: RunFolder) -> tuple[list[tuple[int, float]], dict[str, list[str]], str]:
     """Every loss, the hash of every tensor of the last checkpoint, the identity of the weights."""
     losses = [(point.step, point.value) for point in read_metrics(run.url, STAGE)["train/loss"]]
-    tensors = storage.read_json(run.at(STAGE, "checkpoints", f"step-{losses[-1][0]:08d}", "index.json"))["tensors"]
-    hashes = {f"{name} {chunk['offset']}": chunk["sha256"] for name, entry in tensors.items() for chunk in entry["chunks"]}
-    return losses, hashes, storage.read_json(run.at(STAGE, "export", "config.json"))["content_hash"]
+    found = hashes(run.at(STAGE, "checkpoints", f"step-{losses[-1][0]:08d}"))
+    return losses, found, storage.read_json(run.at(STAGE, "export", "config.json"))["content_hash"]
 
 
 @pytest.mark.soak

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from infra import ledger, storage
+from infra import ledger
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from tests.support import gang
+from tests.support.checkpoint_hashes import hashes
 from tests.support.gang import Gang, send
 from tests.support.stopped_run import FIXTURE
 from train.loop.metrics import read_metrics
@@ -44,11 +45,10 @@ def prepared(root: Path, name: str) -> RunFolder:
     return RunFolder(str(root / name))
 
 
-def end_state(run: RunFolder) -> tuple[list[tuple[int, float]], dict[str, str]]:
+def end_state(run: RunFolder) -> tuple[list[tuple[int, float]], dict[str, list[str]]]:
     """Every loss, and the hash of every tensor of the last checkpoint, error buffers included."""
     losses = [(point.step, point.value) for point in read_metrics(run.url, "dalle")["train/loss"]]
-    tensors = storage.read_json(run.at("dalle", "checkpoints", f"step-{_STEPS:08d}", "index.json"))["tensors"]
-    return losses, {f"{name} {chunk['offset']}": chunk["sha256"] for name, entry in tensors.items() for chunk in entry["chunks"]}
+    return losses, hashes(run.at("dalle", "checkpoints", f"step-{_STEPS:08d}"))
 
 
 @pytest.mark.soak

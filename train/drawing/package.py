@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenizer import MANIFEST, MODEL, read_manifest
-from infra import storage
+from infra import scratch, storage
 from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.run_folder import producer
@@ -56,12 +57,12 @@ def write(url: str, out: str) -> list[str]:
 
 
 def _copy(source: str, target: str, names: tuple[str, ...]) -> None:
-    for name in names:
-        data = storage.join(source, name)
-        if storage.is_remote(data):
-            storage.write_bytes(storage.join(target, name), storage.read_bytes(data))
-        else:
-            storage.upload_file(storage.local_path(data), storage.join(target, name))
+    with scratch.folder("package-") as room:
+        for name in names:
+            data, path = storage.join(source, name), Path(room, name)
+            if storage.is_remote(data):
+                storage.download_file(data, path)
+            storage.upload_file(path if storage.is_remote(data) else storage.local_path(data), storage.join(target, name))
 
 
 def _config(place: Place) -> dict[str, Any]:

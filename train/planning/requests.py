@@ -46,25 +46,27 @@ def restart(nodes: int, faults: int = 1) -> Requests:
 
 
 def save(nodes: int, ranks: int, kept: int) -> Requests:
-    """A checkpoint: a file of each rank that writes (all that share a model; of replicas WRITERS), index and marker; whether the lease still holds, twice, where
-    there is one; those kept, of which one goes.
+    """A checkpoint: a file of each rank that writes (all that share a model; of replicas WRITERS) and its part of the index, index and marker; whether the lease
+    still holds, twice, where there is one; those kept, of which one goes: its files alone are listed.
 
     Args:
         ranks: of each node, that write.
         kept: complete checkpoints that stay.
     """
-    files = nodes * ranks + 2
+    files = 2 * nodes * ranks + 2
     return Requests(put=files, list=3 + pages(files), head=kept + 2, delete=1 + pages(files))
 
 
 def restore(nodes: int, ranks: int, kept: int, files: int = 1) -> Requests:
-    """The newest checkpoint: its marker once, its index once a node, and for each rank at least one range of each file that it reads from.
+    """The newest checkpoint: its marker once, its index once a node; for each rank at least one range of each file that it reads from, and that file's part of the
+    index, once a node where its ranks read the same files.
 
     Args:
         ranks: of each node.
         files: one where each rank reads what it wrote; of replicas, which read all, as many as write.
     """
-    return Requests(get=1 + nodes + nodes * ranks * files, list=1, head=kept)
+    parts = nodes * (ranks if files == 1 else files)
+    return Requests(get=1 + nodes + parts + nodes * ranks * files, list=1, head=kept)
 
 
 def lines(nodes: int, ranks: int, keep: int) -> list[str]:

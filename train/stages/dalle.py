@@ -63,7 +63,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
     # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
     url = run.at("dalle")
-    averaged = checkpoint.read_tensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
+    averaged = checkpoint.StoredTensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
     finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
     wait_for_all()
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from infra.errors import StopRequested
 from infra.run_folder import RunFolder
@@ -17,6 +16,7 @@ from train.engines.protocol import Engine
 from train.loop.trainer import Outcome
 from train.ranks.signal_vector import SignalVector
 from train.weights import export
+from train.weights.checkpoint import StoredTensors
 from train.weights.fragments import full_shape
 
 
@@ -39,17 +39,17 @@ def finish_training(
     lineage: Mapping[str, str],
     run: RunFolder,
     world: World,
-    averaged: dict[str, Tensor] | None = None,
+    averaged: StoredTensors | None = None,
 ) -> None:
     """Export the averaged weights and mark a training stage done; the main rank's work.
 
     Args:
-        averaged: the averaged weights; None: the engine's, if it holds them whole.
+        averaged: the averaged weights, in a checkpoint; None: the engine's, if it holds them whole.
     """
     if not world.is_main:
         return
-    tensors = engine.average.values if averaged is None else averaged
-    weights = export.write(run.at(stage, "export"), tensors, model_config, parents=lineage, evaluation=outcome.evaluation)
+    found = engine.average.values if averaged is None else averaged
+    weights = export.write(run.at(stage, "export"), found, model_config, parents=lineage, evaluation=outcome.evaluation)
     run.finish(
         stage,
         seconds=outcome.seconds,

@@ -1,7 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint over our storage, in logical (name, offset) fragments (docs/contracts.md, section 6).
 
     <stage>/checkpoints/step-00000100/rank-0.bin ...   raw little-endian tensor bytes
-                                      index.json       tensors -> chunks -> file, position, SHA-256
+                                      rank-0.json ...  tensors -> place in the file, SHA-256 of each piece
+                                      index.json       tensors -> ranks, which hold how much; SHA-256 of the files above; written when they are there
                                       meta.json        written last; the checkpoint exists when it does
 
 Nothing is pickled, and the layout depends on neither the number of ranks nor the engine.
@@ -10,12 +11,14 @@ Nothing is pickled, and the layout depends on neither the number of ranks nor th
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from typing import Annotated, Any
 
 import torch
@@ -24,17 +27,21 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from infra import lease, schemas, storage
 from infra.digests import digest
-from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
+from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
 from infra.run_records import ChangePoint
 from infra.stored import Count, Number, Seconds, Sha256, Stored, check
 from infra.world import World
 from train.ranks.device import patient_group
-from train.weights.checkpoint_storage import Reader, Writer
+from train.weights import agreement, layout
+from train.weights.agreement import alike
+from train.weights.checkpoint_storage import Reader, Writer, write_index
 from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
+from train.weights.safetensors_file import Kind
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +131,13 @@ def save(
         SupersededError: another launcher has the stage; nothing was written.
     """
     url = folder(stage_url, step)
-    _refuse_if_superseded(world, group)
-    if world.is_main and storage.exists(storage.join(url, META)):
-        storage.delete(storage.join(url, META))  # rewritten below: no marker while files change
-    if dist.is_initialized():
-        dist.barrier(group)
-    writer = Writer(url)
-    try:
-        dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), process_group=group, no_dist=not dist.is_initialized())
-    except CheckpointException as error:
-        raise _first(error) from error
+    with alike(group):
+        if world.is_main:
+            lease.check()  # before anything is touched: another launcher may be writing the same checkpoint
+            if storage.exists(storage.join(url, META)):
+                storage.delete(storage.join(url, META))  # rewritten below: no marker while files change
+        own = layout.held(fragments)
+    index = _write(url, fragments, own, group)
     if world.is_main:
         facts = {
             "schema": schemas.CHECKPOINT,
@@ -141,7 +145,7 @@ def save(
             "world_size": world.size,
             "commit": commit(),
             "versions": versions(),
-            "index": writer.digest,
+            "index": index,
         }
         lease.check()  # again: writing may have taken long
         storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
@@ -153,18 +157,29 @@ def save(
     return url
 
 
-def _refuse_if_superseded(world: World, group: Any) -> None:
-    """Before anything is touched: another launcher may be writing the same checkpoint. The main rank looks, and all ranks hear what it found."""
-    found: list[BaseException | None] = [None]
-    if world.is_main:
-        try:
-            lease.check()
-        except ReportedError as error:
-            found = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, group=group)
-    if found[0] is not None:
-        raise found[0]
+def _write(url: str, fragments: dict[str, Fragment], own: dict[str, layout.Row], group: Any) -> str:
+    """Write all files but the marker, and return the digest of the index on the main rank. No rank writes before all have told what they hold."""
+    tensors = layout.tensors(own, group)
+    writer = Writer(url, dist.get_rank() if dist.is_initialized() else 0)
+    with alike(group), _as_raised():
+        dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), no_dist=True)
+    parts = agreement.gather(b"" if writer.part is None else writer.part[0].to_bytes(8, "little") + writer.part[1], group)
+    found = ""
+    with alike(group):
+        if tensors is not None and parts is not None:
+            told = [(int.from_bytes(part[:8], "little"), part[8:]) if part else None for part in parts]
+            found = write_index(url, tensors, told)
+    return found
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """Out of torch.distributed.checkpoint comes what went wrong in ours, and nothing of its being called for one rank, as it is meant to be."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        yield
+    except CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from error
 
 
 def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
@@ -194,9 +209,9 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment], more: More |
     """
     url = folder(stage_url, step)
     meta, reader = _read_alike(url)
-    _load(url, fragments, reader, no_dist=not dist.is_initialized())
-    for lot in more(meta) if more is not None else ():
-        _load(url, lot, reader, no_dist=not dist.is_initialized())
+    for lot in chain([fragments], more(meta) if more is not None else ()):
+        with alike(patient_group()):
+            _load(url, lot, reader)
     return meta
 
 
@@ -214,7 +229,8 @@ def read_meta(url: str) -> dict[str, Any]:
     if named is None or digest(meta) != named:
         raise CheckpointError(f"{place}: damaged: its content has another hash than it names.")
     stage = url.rstrip("/").split("/")[-3:][0]
-    schemas.require(meta.get("schema"), schemas.CHECKPOINT, place, f"train in a new run folder: launcher.py {stage} PRESET run.name=NAME")
+    remedy = f"train in a new run folder: launcher.py {stage} PRESET run.name=NAME"
+    schemas.require(meta.get("schema"), schemas.CHECKPOINT, place, remedy, schemas.OLDER_CHECKPOINT)
     _check(meta, Meta, place)
     return dict(meta)
 
@@ -235,38 +251,32 @@ def _check(found: Any, model: type[Stored], place: str) -> None:
         raise CheckpointError(str(error)) from error
 
 
-def _load(url: str, fragments: dict[str, Fragment], reader: Reader, *, no_dist: bool) -> None:
+def _load(url: str, fragments: dict[str, Fragment], reader: Reader) -> None:
+    """Of this rank alone."""
     try:
-        dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), process_group=patient_group(), no_dist=no_dist)
-    except CheckpointException as error:
-        raise _judged(url, _first(error)) from error
+        with _as_raised():
+            dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=True)
+    except Exception as error:
+        raise _judged(url, error) from error
 
 
 def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
-    """What every rank must know before tensors are read, or the same error on every rank: the reading itself is collective. One rank reads the facts."""
-    known: list[Any] = [{}, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    """What every rank must know before tensors are read, or the same error on every rank. One rank reads the facts."""
+    group, known = patient_group(), b""
+    with alike(group):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                known = json.dumps(read_meta(url)).encode()
+            except Exception as failure:
+                raise _judged(url, failure) from failure
+    meta: dict[str, Any] = json.loads(agreement.broadcast(known, group))
+    reader = Reader(url, meta.get("index", ""))
+    with alike(group):
         try:
-            known[0] = read_meta(url)
-        except Exception as failure:  # whatever it is, all ranks must hear of it
-            known[1] = _judged(url, failure)
-    if dist.is_initialized():
-        dist.broadcast_object_list(known, group=patient_group())
-    if known[1] is not None:
-        raise known[1]
-    reader, error = Reader(url, known[0].get("index", "")), None
-    try:
-        reader.read_metadata()
-    except Exception as failure:
-        error = _judged(url, failure)
-    errors = [error]
-    if dist.is_initialized():
-        errors *= dist.get_world_size()
-        dist.all_gather_object(errors, error, group=patient_group())
-    for first in errors:
-        if first is not None:
-            raise first
-    return known[0], reader
+            reader.read_metadata()
+        except Exception as failure:
+            raise _judged(url, failure) from failure
+    return meta, reader
 
 
 def _judged(url: str, error: BaseException) -> BaseException:
@@ -274,11 +284,6 @@ def _judged(url: str, error: BaseException) -> BaseException:
     if isinstance(error, UnreachableError | ConfigError) or not isinstance(error, _DAMAGE):
         return error
     return CheckpointError(f"{url}: {error}")
-
-
-def _first(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed: every rank gets the failures of all."""
-    return error.failures[min(error.failures)][0]
 
 
 def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World, more: More | None = None) -> dict[str, Any] | None:
@@ -308,28 +313,46 @@ def _complete_alike(stage_url: str, world: World) -> list[int]:
     return steps[0]
 
 
+class StoredTensors:
+    """All tensors of a checkpoint under ``prefix/``, for one process and without an engine: what they are, and how to read them into memory of the caller's."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        """
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged.
+        """
+        self.url, self.prefix = url, prefix
+        meta = read_meta(url)
+        shapes: dict[str, list[int]] = meta.get("shapes", {})
+        self._reader = Reader(url, meta["index"])
+        known = self._reader.read_metadata().state_dict_metadata
+        self.kinds: dict[str, Kind] = {}
+        for name, shape in shapes.items():
+            entry = known.get(f"{prefix}/{name}")
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
+            if math.prod(shape) != entry.size[0]:
+                raise CheckpointError(f"{url}: '{prefix}/{name}' holds {entry.size[0]} elements, its shape {shape} has {math.prod(shape)}.")
+            self.kinds[name] = Kind(tuple(shape), entry.properties.dtype)
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Read all of them into such tensors, in one pass over the checkpoint's files.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        _load(self.url, {f"{self.prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in tensors.items()}, self._reader)
+
+
 def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
     """
-    meta = read_meta(url)
-    shapes: dict[str, list[int]] = meta.get("shapes", {})
-    reader = Reader(url, meta["index"])
-    known = reader.read_metadata().state_dict_metadata
-    out: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        entry = known.get(f"{prefix}/{name}")
-        if entry is None:
-            raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
-        if math.prod(shape) != math.prod(entry.size):  # type: ignore[union-attr]
-            raise CheckpointError(f"{url}: '{prefix}/{name}' holds {math.prod(entry.size)} elements, its shape {shape} has {math.prod(shape)}.")  # type: ignore[union-attr]
-        out[name] = torch.empty(shape, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-    fragments: dict[str, Any] = {f"{prefix}/{name}": even_slice(tensor, 0, 1) for name, tensor in out.items()}
-    with warnings.catch_warnings():  # torch says of each reading in one process that it is one
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        _load(url, fragments, reader, no_dist=True)
+    stored = StoredTensors(url, prefix)
+    out = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in stored.kinds.items()}
+    stored.fill(out)
     return out
 
 
@@ -339,5 +362,5 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

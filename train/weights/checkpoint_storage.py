@@ -1,19 +1,18 @@
-"""Storage backend of torch.distributed.checkpoint: raw files and a JSON index through infra.storage, local or s3. No pickle."""
+"""Storage backend of torch.distributed.checkpoint: raw files and a JSON index in parts through infra.storage, local or s3. No pickle.
+
+Each rank goes through it by itself (``no_dist``); what ranks must know of each other they tell in ``train/weights/agreement.py``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future as Job
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -21,9 +20,9 @@ from torch.futures import Future
 from infra import node_folder, storage, streamed_upload, strict_json
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
-from infra.stored import Count, Sha256, Stored, check
+from infra.overlapped import overlapped
+from train.weights.checkpoint_index import INDEX, Catalogue, Piece, Place, Wanted, catalogue, data_name, index_of, part_name, part_of
 
-INDEX = "index.json"
 PIECE_BYTES = 4 << 20
 """Larger fragments are stored in pieces of this many bytes, each with its hash: who cuts tensors otherwise reads and checks pieces, not whole fragments."""
 READ_BYTES = 32 << 20
@@ -36,22 +35,12 @@ _TRIES = 2
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a stored piece lies."""
+class _Wanted:
+    """A stored piece, and what is read of it."""
 
-    file: str
-    start: int
-    bytes: int
-    sha256: str
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.start + self.bytes
-
-
-_Wanted = tuple[_Place, list[ReadItem]]
-"""A stored piece, and what is read of it."""
+    place: Place
+    offset: int
+    item: ReadItem
 
 
 def _done(value: Any) -> Future[Any]:
@@ -65,49 +54,15 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-class Chunk(Stored):
-    """Where a piece of a tensor lies: in one file of the checkpoint's folder, and nowhere else."""
-
-    file: Annotated[str, Field(pattern=r"^rank-[0-9]{1,9}\.bin$")]
-    start: Count
-    bytes: Annotated[int, Field(ge=0, le=PIECE_BYTES)]
-    sha256: Sha256
-    offset: Count
-    length: Count
-
-
-class StoredTensor(Stored):
-    """A tensor in the index."""
-
-    dtype: Literal["float32", "float16", "bfloat16", "float64", "int16", "int32", "int64", "int8", "uint8", "bool"]
-    size: Count
-    chunks: list[Chunk]
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if sum(chunk.length for chunk in self.chunks) != self.size:
-            raise ValueError(f"its pieces do not make up its {self.size} elements")
-        width = getattr(torch, self.dtype).itemsize
-        if any(chunk.bytes != chunk.length * width for chunk in self.chunks):
-            raise ValueError("a piece has other bytes than its elements take")
-        return self
-
-
-class Index(Stored):
-    """index.json."""
-
-    tensors: dict[str, StoredTensor]
-
-
 class Writer(StorageWriter):
-    """One file for each rank, and index.json by the coordinator once every rank has written."""
+    """A rank's file, and its part of the index once the file is there."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, rank: int) -> None:
         super().__init__()
-        self.url = url
-        self.digest = ""
-        """Of the index, once the coordinator has written it."""
-        self._offsets: dict[str, int] = {}
+        self.url, self.rank = url, rank
+        self.part: tuple[int, bytes] | None = None
+        """Bytes and SHA-256 of the part, once it is written; None for a rank without tensors."""
+        self._tensors: dict[str, dict[str, Any]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The URL is fixed at construction."""
@@ -116,72 +71,66 @@ class Writer(StorageWriter):
         """Nothing to prepare: storage makes folders as it writes."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Cut large fragments into pieces of PIECE_BYTES."""
-        items = []
-        for item in plan.items:
-            data = item.tensor_data
-            assert data is not None
-            offset, length, most = data.chunk.offsets[0], data.chunk.sizes[0], PIECE_BYTES // data.properties.dtype.itemsize
-            self._offsets[item.index.fqn] = offset
-            for start in range(offset, offset + length, most):
-                chunk = ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([min(most, offset + length - start)]))
-                items.append(replace(item, index=MetadataIndex(item.index.fqn, chunk.offsets), tensor_data=replace(data, chunk=chunk)))
-        return replace(plan, items=items)
+        """Keep the plan."""
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank the name of its file."""
-        return [SavePlan(plan.items, storage_data=f"rank-{rank}.bin", planner_data=plan.planner_data) for rank, plan in enumerate(plans)]
+        """Keep the plan of this rank, the only one it knows of."""
+        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's pieces one after another, each with its SHA-256. A rank that has none, such as a replica on another node, writes no file."""
+        """Write this rank's tensors one after another, in pieces with a SHA-256 each. A rank that has none, such as a replica on another node, writes no file."""
         if not plan.items:
             return _done([])
-        results: list[WriteResult] = []
-        target = storage.join(self.url, plan.storage_data)
+        target = storage.join(self.url, data_name(self.rank))
         if storage.is_remote(self.url):
             sizes = (item.tensor_data for item in plan.items)
             size = sum(data.chunk.sizes[0] * data.properties.dtype.itemsize for data in sizes if data is not None)
-            streamed_upload.upload(self._pieces(plan, planner, results), size, target)
-            return _done(results)
+            streamed_upload.upload(self._pieces(plan, planner), size, target)
+            return _done([])
         path = storage.local_path(target).with_suffix(".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            for data in self._pieces(plan, planner, results):
+            for data in self._pieces(plan, planner):
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
         path.replace(storage.local_path(target))
-        return _done(results)
+        return _done([])
 
-    def _pieces(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> Iterator[memoryview]:
-        """The bytes of a plan's items in order; each notes its place and hash in ``results``."""
+    def _pieces(self, plan: SavePlan, planner: SavePlanner) -> Iterator[memoryview]:
+        """The bytes of a plan's items in order; where they lie and their hashes are noted."""
         position = 0
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None  # FragmentSaver refused anything else
             chunk = item.tensor_data.chunk
-            data = _bytes_of(tensor.narrow(0, chunk.offsets[0] - self._offsets[item.index.fqn], chunk.sizes[0]))
-            place = {"file": plan.storage_data, "start": position, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
-            position += len(data)
-            yield data
+            noted: dict[str, Any] = {"start": position, "offset": chunk.offsets[0], "length": chunk.sizes[0], "sha256": []}
+            self._tensors[item.index.fqn] = noted
+            for piece in tensor.split(PIECE_BYTES // tensor.itemsize):
+                data = _bytes_of(piece)
+                noted["sha256"].append(hashlib.sha256(data).hexdigest())
+                position += len(data)
+                yield data
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index: for each tensor its dtype, size and chunks."""
-        places = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank in results for r in rank}
-        tensors = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            chunks = [{"offset": c.offsets[0], "length": c.sizes[0]} | places[name, tuple(c.offsets)] for c in entry.chunks]
-            tensors[name] = {"dtype": str(entry.properties.dtype).removeprefix("torch."), "size": entry.size[0], "chunks": chunks}
-        index = {"tensors": tensors}
-        storage.write_json(storage.join(self.url, INDEX), index)
-        self.digest = digest(index)
+        """Write this rank's part of the index."""
+        if self._tensors:
+            data = part_of(self.rank, PIECE_BYTES, self._tensors)
+            storage.write_bytes(storage.join(self.url, part_name(self.rank)), data)
+            self.part = len(data), hashlib.sha256(data).digest()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any URL will do."""
         return True
+
+
+def write_index(url: str, tensors: dict[str, Any], parts: list[tuple[int, bytes] | None]) -> str:
+    """Write the index, once all parts are there, and return its digest; see ``index_of``."""
+    index = index_of(tensors, parts)
+    storage.write_json(storage.join(url, INDEX), index)
+    return digest(index)
 
 
 class Reader(StorageReader):
@@ -194,35 +143,33 @@ class Reader(StorageReader):
         """
         super().__init__()
         self.url, self.index_digest = url, index_digest
-        self._places: dict[tuple[str, int], _Place] = {}
+        self._catalogue: Catalogue | None = None
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The URL is fixed at construction."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """Torch's metadata from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
+        """Dtypes and sizes from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
         if self._metadata is not None:
             return self._metadata
         place = storage.join(self.url, INDEX)
-        index = storage.parse_json(place, node_folder.read_once(place, strict_json.MAX_BYTES))
-        if digest(index) != self.index_digest:
-            raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
-        check(index, Index, storage.join(self.url, INDEX))
-        entries = {}
-        for name, entry in index["tensors"].items():
-            chunks, dtype = [], getattr(torch, entry["dtype"])
-            for chunk in entry["chunks"]:
-                self._places[name, chunk["offset"]] = _Place(chunk["file"], chunk["start"], chunk["bytes"], chunk["sha256"], dtype)
-                chunks.append(ChunkStorageMetadata(offsets=torch.Size([chunk["offset"]]), sizes=torch.Size([chunk["length"]])))
-            entries[name] = TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=torch.Size([entry["size"]]), chunks=chunks)
+        for read in (node_folder.read_once, storage.read_at_most):  # the node's copy may be of a damaged one that this attempt has written anew
+            index = storage.parse_json(place, read(place, strict_json.MAX_BYTES))
+            if digest(index) == self.index_digest:
+                break
+        else:
+            raise CheckpointError(f"{place}: damaged: its hash is not the one in meta.json.")
+        self._catalogue = catalogue(self.url, index)
+        entries = {
+            name: TensorStorageMetadata(properties=TensorProperties(dtype=kind.dtype), size=torch.Size([kind.size]), chunks=[])
+            for name, kind in self._catalogue.kinds.items()
+        }
         self._metadata = Metadata(state_dict_metadata=entries)
         return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Ranks other than the coordinator get the metadata handed over, and need the places too."""
-        if not self._places:
-            self.read_metadata()
+        """Nothing to prepare: each rank has read the index by itself."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Keep the plan."""
@@ -239,42 +186,32 @@ class Reader(StorageReader):
             CheckpointError: a file is missing or too short, or the hash of a piece differs.
             UnreachableError: the storage gives no answer.
         """
-        wanted: dict[tuple[str, int], _Wanted] = {}
-        for item in plan.items:
-            place = self._place(item.storage_index)
-            wanted.setdefault((place.file, place.start), (place, []))[1].append(item)
-        for run, data in self._fetched(_runs([wanted[key] for key in sorted(wanted)])):
-            for place, items in run:
-                begin = place.start - run[0][0].start
+        for run, data in overlapped(self._fetch, self._runs(plan.items), READERS):
+            for each in run:
+                begin = each.place.start - run[0].place.start
                 # A copy, so that its elements are aligned whatever lies before them in the file.
-                stored = torch.frombuffer(bytearray(data[begin : begin + place.bytes]), dtype=place.dtype)
-                for item in items:
-                    self._copy(stored, item, planner)
+                stored = torch.frombuffer(bytearray(data[begin : begin + each.place.bytes]), dtype=each.place.dtype)
+                self._copy(stored, each, planner)
         return _done(None)
 
-    def _copy(self, stored: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
-        target = planner.resolve_tensor(item).detach()
-        target.copy_(stored[item.storage_offsets[0] : item.storage_offsets[0] + item.lengths[0]])
-        planner.commit_tensor(item, target)
+    def _copy(self, stored: torch.Tensor, each: _Wanted, planner: LoadPlanner) -> None:
+        """Put the elements of a piece that are wanted where they belong."""
+        target = planner.resolve_tensor(each.item).detach()
+        first = each.item.storage_offsets[0]
+        start, end = max(first, each.offset), min(first + each.item.lengths[0], each.offset + len(stored))
+        target[start - first : end - first].copy_(stored[start - each.offset : end - each.offset])
 
-    def _place(self, index: MetadataIndex) -> _Place:
-        return self._places[index.fqn, index.offset[0] if index.offset is not None else 0]
+    def _runs(self, items: list[ReadItem]) -> Iterator[list[_Wanted]]:
+        """What is to be read, file by file, in groups that one request reads."""
+        assert self._catalogue is not None
+        wanted = [Wanted(item.storage_index.fqn, item.storage_offsets[0], item.storage_offsets[0] + item.lengths[0]) for item in items]
+        for pieces in self._catalogue.files(wanted):
+            yield from _neighbours(sorted(pieces, key=lambda piece: piece.place.start), items)
 
-    def _fetched(self, runs: Iterator[list[_Wanted]]) -> Iterator[tuple[list[_Wanted], memoryview]]:
-        """Every run with its bytes, in order; up to READERS are under way or in memory."""
-        waiting: deque[tuple[list[_Wanted], Job[memoryview]]] = deque()
-        with ThreadPoolExecutor(READERS, "checkpoint-read") as pool:
-            for run in runs:
-                waiting.append((run, pool.submit(self._fetch, [place for place, _ in run])))
-                if len(waiting) == READERS:
-                    first, job = waiting.popleft()
-                    yield first, job.result()
-            for first, job in waiting:
-                yield first, job.result()
-
-    def _fetch(self, run: list[_Place]) -> memoryview:
+    def _fetch(self, run: list[_Wanted]) -> memoryview:
         """The bytes of neighbours in a file, whose hashes are right. Read again before they are called damaged: S3 checks no ranges on their way."""
-        url, start, size = storage.join(self.url, run[0].file), run[0].start, run[-1].end - run[0].start
+        places = [each.place for each in run]
+        url, start, size = storage.join(self.url, places[0].file), places[0].start, places[-1].end - places[0].start
         data = memoryview(bytearray(size))
         for _ in range(_TRIES):
             try:
@@ -284,7 +221,7 @@ class Reader(StorageReader):
                 raise
             except DataError as error:
                 raise CheckpointError(f"damaged: {error}") from error
-            odd = [place for place in run if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256]
+            odd = [place for place in places if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256]
             if not odd:
                 return data
         raise CheckpointError(f"{url}: damaged: the hash of bytes {odd[0].start} to {odd[0].end} differs, also when they are read again.")
@@ -295,15 +232,14 @@ class Reader(StorageReader):
         return True
 
 
-def _runs(wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
-    """Pieces in the order of files and positions, in groups that one request reads; longer ones than READ_BYTES stand alone."""
+def _neighbours(pieces: list[Piece], items: list[ReadItem]) -> Iterator[list[_Wanted]]:
+    """Pieces of a file in the order of their positions, in groups that one request reads; longer ones than READ_BYTES stand alone."""
     run: list[_Wanted] = []
-    for each in wanted:
-        if run:
-            first, last, place = run[0][0], run[-1][0], each[0]
-            if place.file != first.file or place.start > last.end + GAP_BYTES or place.end > first.start + READ_BYTES:
-                yield run
-                run = []
-        run.append(each)
+    for piece in pieces:
+        place = piece.place
+        if run and (place.start > run[-1].place.end + GAP_BYTES or place.end > run[0].place.start + READ_BYTES):
+            yield run
+            run = []
+        run.append(_Wanted(place, piece.offset, items[piece.wanted]))
     if run:
         yield run

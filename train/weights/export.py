@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from infra import files, schemas, scratch, storage, stored
 from infra.errors import CheckpointError
-from train.weights.checkpoint import content_hash
+from train.weights import safetensors_file
+from train.weights.checkpoint import StoredTensors, content_hash
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
@@ -24,17 +25,24 @@ class Description(stored.Identified):
     model: dict[str, Any]
 
 
-def write(url: str, tensors: dict[str, Tensor], config: Any, **facts: Any) -> str:
+def write(url: str, weights: dict[str, Tensor] | StoredTensors, config: Any, /, **facts: Any) -> str:
     """Write weights, then (the marker) their description, and return the content hash that names them.
 
     Args:
+        weights: tensors, or those of a checkpoint, which go through a file of TMPDIR and take little memory, however large they are.
         config: the dataclass or mapping that shapes the model.
         facts: lineage and anything else worth keeping.
     """
-    identity = content_hash(tensors)
     with scratch.folder("export-") as room:
         path = Path(room, WEIGHTS)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        if isinstance(weights, StoredTensors):
+            mapped = safetensors_file.mapped(path, weights.kinds)
+            weights.fill(mapped)
+            identity = content_hash(mapped)
+            del mapped  # its pages are the file's
+        else:
+            identity = content_hash(weights)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
         storage.upload_file(path, storage.join(url, WEIGHTS))
     shape = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
     storage.write_json(storage.join(url, DESCRIPTION), {"schema": schemas.EXPORT, "model": shape, "content_hash": identity, **facts})

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from infra.errors import CheckpointError
 
@@ -39,8 +38,13 @@ def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size([fragment.offset]), sizes=torch.Size([fragment.tensor.numel()]))
 
 
+def _read_item(name: str, fragment: Fragment) -> ReadItem:
+    here, there, length = torch.Size([0]), torch.Size([fragment.offset]), torch.Size([fragment.tensor.numel()])
+    return ReadItem(LoadItemType.TENSOR, MetadataIndex(name, there), here, MetadataIndex(name), there, length)
+
+
 class FragmentSaver(DefaultSavePlanner):
-    """Saves a dictionary of name -> Fragment; each rank gives the pieces it has."""
+    """Saves a dictionary of name -> Fragment, of this rank alone: that the pieces of all make up the tensors was found before (``train/weights/layout.py``)."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False)
@@ -49,14 +53,16 @@ class FragmentSaver(DefaultSavePlanner):
         """One item for each piece that is not empty."""
         items = []
         for name, fragment in self.state_dict.items():
-            if not isinstance(fragment, Fragment):
-                raise CheckpointError(f"'{name}' is no fragment of a tensor: other state belongs in meta.json.")
             if fragment.tensor.numel():
                 properties = TensorProperties(dtype=fragment.tensor.dtype)
                 data = TensorWriteData(chunk=_chunk(fragment), properties=properties, size=torch.Size([fragment.total]))
                 items.append(WriteItem(index=MetadataIndex(name, data.chunk.offsets), type=WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Keep the plan: the default would miss the other ranks' pieces."""
+        return all_plans, Metadata(state_dict_metadata={})
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The piece's tensor."""
@@ -75,7 +81,7 @@ class FragmentLoader(DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Read items for the overlap of our pieces and the stored ones.
+        """One item for each of our pieces: which stored ones it overlaps is found file by file, as they are read.
 
         Raises:
             CheckpointError: a tensor is missing, or of another size.
@@ -92,7 +98,7 @@ class FragmentLoader(DefaultLoadPlanner):
             if kept.is_floating_point != wanted.is_floating_point:
                 raise CheckpointError(f"'{name}' is kept as {kept}, this configuration holds {wanted}: set moments as the checkpoint has them.")
             if fragment.tensor.numel():
-                items += create_read_items_for_chunk_list(name, stored, [_chunk(fragment)])
+                items.append(_read_item(name, fragment))
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

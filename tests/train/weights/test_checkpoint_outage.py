@@ -47,7 +47,7 @@ def broken(name: str, error: Exception, inner: Any) -> Any:
 
 
 @pytest.mark.parametrize("error", [UnreachableError("x: failed after 6 attempts"), ConfigError("x: refused (AccessDenied)"), NoRoomError("x: full")])
-@pytest.mark.parametrize("name", ["meta.json", "index.json"])
+@pytest.mark.parametrize("name", ["meta.json", "index.json", "rank-0.json"])
 def test_a_silent_storage_is_not_taken_for_a_damaged_checkpoint(stage: str, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str) -> None:
     monkeypatch.setattr(storage, "read_at_most", broken(f"step-00000010/{name}", error, storage.read_at_most))
     with pytest.raises(type(error)) as caught:
@@ -62,7 +62,7 @@ def test_an_outage_in_the_middle_of_reading_is_none_either(stage: str, monkeypat
         checkpoint.load_newest(stage, fragments(0.0), World.single())
 
 
-@pytest.mark.parametrize("name", ["meta.json", "index.json", "rank-0.bin"])
+@pytest.mark.parametrize("name", ["meta.json", "index.json", "rank-0.json", "rank-0.bin"])
 def test_a_damaged_file_of_any_kind_leads_to_the_checkpoint_before(stage: str, name: str) -> None:
     Path(stage, "checkpoints", "step-00000010", name).write_bytes(b"not what it was, and not so long")
     loaded = fragments(0.0)
@@ -73,7 +73,7 @@ def test_a_damaged_file_of_any_kind_leads_to_the_checkpoint_before(stage: str, n
         checkpoint.load_newest(stage, loaded, World.single())
 
 
-@pytest.mark.parametrize(("name", "changed"), [("meta.json", {"step": 10}), ("index.json", {"start": 0})])
+@pytest.mark.parametrize(("name", "changed"), [("meta.json", {"step": 10}), ("index.json", {"start": 0}), ("rank-0.json", {"start": 0})])
 def test_a_changed_figure_is_damage_though_it_is_json(stage: str, name: str, changed: dict[str, int]) -> None:
     file = Path(stage, "checkpoints", "step-00000010", name)
     ((key, value),) = changed.items()

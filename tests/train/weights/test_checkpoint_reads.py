@@ -56,7 +56,7 @@ def test_a_reader_fetches_the_pieces_that_it_needs_and_not_their_files(s3: str, 
     monkeypatch.setattr(checkpoint_storage, "PIECE_BYTES", 1 << 16)
     tensors = {f"model/{number}": torch.rand(1 << 17) for number in range(8)} | {"model/large": torch.rand(1 << 20)}
     url = save(s3, 1, tensors)
-    around = sum(storage.size(storage.join(url, name)) for name in ("index.json", "meta.json"))
+    around = sum(storage.size(storage.join(url, name)) for name in ("index.json", "meta.json", "rank-0.json"))
     for name, part, parts in (("model/3", 0, 1), ("model/large", 3, 10)):  # one tensor of many, and a rank's tenth of one
         target = even_slice(torch.zeros_like(tensors[name]), part, parts)
         fetched.clear()
@@ -212,4 +212,4 @@ def test_a_rank_without_tensors_writes_no_file_and_ranks_that_read_slowly_are_wa
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         found = run_in_ranks(restore_slowly, 2, str(tmp_path))
-    assert found == [(["index.json", "meta.json", "rank-0.bin"], 5, [5.0] * 8)] * 2
+    assert found == [(["index.json", "meta.json", "rank-0.bin", "rank-0.json"], 5, [5.0] * 8)] * 2

@@ -67,6 +67,6 @@ def test_a_run_folder_of_another_schema_is_refused_by_whatever_opens_it(run: str
     assert storage.read_json(f"{run}/provenance.json")["schema"] == "run/2", "gone on with, it holds what readers of 1 would misread"
     load_run(run, [])
     write(f"{run}/provenance.json", schema="run/3")
-    for opens in (lambda: load_run(run, []), lambda: status.main(run)):
+    for opens in (lambda: load_run(run, []), lambda: status.main([run])):
         with pytest.raises(ConfigError, match=r"schema 'run/3', and this version reads 'run/2'.*launcher\.py demo PRESET run\.name=NAME"):
             opens()

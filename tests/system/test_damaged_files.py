@@ -286,7 +286,7 @@ def test_a_run_folder(run: RunFolder, name: str, capsys: pytest.CaptureFixture[s
     changed = load_run("tiny", [f"run.root={root}", "dalle_fit.numerics_every=7"])
 
     def read() -> None:
-        status.main(run.url)
+        status.main([run.url])
         if name == "provenance.json":  # it is read where a run goes on with other values
             storage.write_text(run.config_url, to_json(given))
         places.claim(changed if name == "provenance.json" else given, run, "again")

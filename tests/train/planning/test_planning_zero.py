@@ -124,7 +124,7 @@ def expected(case: Case, cluster: Cluster) -> tuple[float, float, float]:
     else:
         resting += found.parameters
     chunks = 3 * 4 * CHUNK  # what the update computes with, on a CPU alone
-    widest = max(Memory(found, 0, activations.peak(run), 0.0).total + average, resting + (case.stage < 3) * found.gradients + chunks)
+    widest = max(Memory(found, 0, activations.peak(run), 0, 0.0).total + average, resting + (case.stage < 3) * found.gradients + chunks)
     return resting, widest, average
 
 

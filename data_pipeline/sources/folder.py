@@ -89,6 +89,10 @@ class FolderSource:
         drafts = in_order(self._draft, items, lambda item: is_remote)
         return with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """None: images lie in the files of the shard."""
+        return iter(())
+
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 

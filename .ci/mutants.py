@@ -39,6 +39,7 @@ PAGE = ROOT / "docs" / "mutants.md"
 SCALES = "tests/train/engines/test_scales.py"
 ON_TWO = "gradients_and or one_pass or one_resblock or as_many_ranks or on_the_cpu or fp16_and_everything or stay_in or storage_follows"
 ZERO = (
+    "tests/train/engines/test_zero_measures.py",
     "tests/train/engines/test_zero_alone.py",
     SCALES,
     "tests/train/engines/test_engines.py -k 'plain or infinity or skipped or any_number'",
@@ -49,6 +50,7 @@ LOOP = tuple(
     for name in (
         "weights/test_checkpointer",
         "loop/test_trainer_updates",
+        "loop/test_trainer_changes",
         "loop/test_trainer",
         "weights/test_checkpoint_marker",
         "engines/test_scales",

@@ -164,6 +164,35 @@ def test_a_part_that_was_deleted_is_made_again_under_its_name_for_the_copy_too(t
     assert share.written == 1 and names(tmp_path / "images") == before
 
 
+def test_a_part_that_is_not_there_is_no_part_of_a_moved_input(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    tars(tmp_path / "set")
+    first, before = prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    gone = names(tmp_path / "images")[0][1]
+    for split in ("train", "validation"):
+        shutil.rmtree(tmp_path / "images" / split / gone)
+    at_another_time(tmp_path / "set")
+    assert (found := outlook(plan_at(tmp_path / "set"), str(tmp_path / "images"))).made == 1 and found.looked_at == first.units - 1
+    share, after = prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    assert (share.written, share.recognised) == (1, first.units - 1) and after["seen"] == before["seen"]
+    assert gone not in names(tmp_path / "images")[0]
+
+
+def test_a_part_that_was_made_and_deleted_is_made_again_without_a_look_at_older_ones(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    folder(tmp_path / "set")
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    older = set(names(tmp_path / "images")[0])
+    at_another_time(tmp_path / "set")
+    (tmp_path / "set" / "07.txt").write_text(caption(7).replace("cat", "dog"))
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    (newer,) = set(names(tmp_path / "images")[0]) - older
+    for split in ("train", "validation"):
+        shutil.rmtree(tmp_path / "images" / split / newer)
+    found = outlook(plan_at(tmp_path / "set"), str(tmp_path / "images"))
+    assert (found.looked_at, found.made) == (0, 1) and found.why == {"its part was deleted, or never finished": 1}
+
+
 def test_a_stop_while_records_are_compared_leaves_nothing_begun(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     tars(tmp_path / "set")

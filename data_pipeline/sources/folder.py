@@ -108,10 +108,13 @@ class FolderSource:
         if not last.lower().endswith(IMAGE_SUFFIXES):
             yield from _grouped(self.origin.files(), self.census)
             return
+        one = globs.is_pattern(last) and storage.exists(self.name)  # an image of that name, and no pattern
+        folder, stem = self.name[: len(self.name) - len(last)], (globs.escape(last) if one else last).rpartition(".")[0]
         # A pattern such as *.jpg leaves the caption files out; other files in the folder are not counted as unread.
-        files = storage.glob(f"{self.name.rpartition('.')[0]}.*", self.origin.links)[1]
+        files = storage.glob(f"{folder}{stem}.*", self.origin.links)[1]
         for item in _grouped(files, Census()):
-            if globs.matches([item.image.name.rpartition("/")[2]], [last]):
+            name = item.image.name.rpartition("/")[2]
+            if name == last if one else globs.matches([name], [last]):
                 self.census.read += len(item.files)
                 yield item
 

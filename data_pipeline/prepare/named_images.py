@@ -13,10 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from infra import globs, storage
 from infra.errors import DataError, MissingError, NoRoomError, UnreachableError
@@ -81,8 +79,13 @@ class Looks:
                 if folder not in self._folders:
                     self._remember(folder, count)
             known = {folder: self._folders.get(folder) for folder in counts}
+
+        def fact(url: str) -> tuple[int, str]:
+            listed = known[_folder(url)]
+            return (listed.find(url) if listed else None) or _asked(url)
+
         with ThreadPoolExecutor(_FETCHES) as pool:
-            yield from pool.map(lambda url: (listed and listed.find(url)) or _asked(url) if (listed := known[_folder(url)]) else _asked(url), urls)
+            yield from pool.map(fact, urls)
 
     def _remember(self, folder: str, count: int) -> None:
         most = _PAGE * max(_FEW_PAGES, count)
@@ -99,20 +102,19 @@ class _Folder:
     """Names, sizes and versions of the files of a folder, hashed: 24 bytes a file."""
 
     def __init__(self, files: Iterable[globs.FileInfo]) -> None:
-        rows = np.fromiter(
-            ((_hash(file.name), _hash(file.version), file.size) for file in files), dtype=[("name", "u8"), ("version", "u8"), ("size", "i8")]
-        )
-        self._rows: NDArray[Any] = np.sort(rows, order="name")
+        facts = ((_hash(file.name), _hash(file.version), file.size) for file in files)
+        rows = np.sort(np.fromiter(facts, dtype=[("name", "u8"), ("version", "u8"), ("size", "i8")]), order="name")
+        self._names, self._versions, self._sizes = (np.ascontiguousarray(rows[column]) for column in ("name", "version", "size"))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._names)
 
     def find(self, url: str) -> tuple[int, str] | None:
         name = _hash(url.rpartition("/")[2])
-        at = int(np.searchsorted(self._rows["name"], name))
-        if at == len(self._rows) or self._rows["name"][at] != name:
+        at = int(np.searchsorted(self._names, name))
+        if at == len(self._names) or self._names[at] != name:
             return None
-        return int(self._rows["size"][at]), f"{self._rows['version'][at]:016x}"
+        return int(self._sizes[at]), f"{self._versions[at]:016x}"
 
 
 def _hash(text: str) -> np.uint64:

@@ -201,10 +201,17 @@ def test_a_folder_of_far_more_files_than_rows_name_is_not_listed_to_its_end(s3: 
     urls = [f"{s3}/many/{number:02d}.png" for number in (3, 4)]
     listed = Looks().at(iter(urls))
     monkeypatch.setattr(named_images, "_PAGE", 1)
+    calls, looks = counted(monkeypatch), Looks()
+    assert looks.at(iter(urls)) == listed and calls["images/", "head"] == 0, "sixteen pages are always read"
     monkeypatch.setattr(named_images, "_FEW_PAGES", 4)
-    calls = counted(monkeypatch)
-    assert Looks().at(iter(urls)) == listed and calls["images/", "head"] == 2
-    assert Looks().at(iter([*urls, f"{s3}/many/none.png"])) != listed
+    looks = Looks()
+    assert looks.at(iter(urls)) == listed and calls["images/", "head"] == 2 and looks._folders == {f"{s3}/many": None}
+    calls.clear()
+    assert Looks().at(f"{s3}/many/{number:02d}.png" for number in range(11)).count == calls["images/", "head"] == 11, (
+        "a page more than there are images"
+    )
+    calls.clear()
+    assert Looks().at(f"{s3}/many/{number:02d}.png" for number in range(12)).count == 12 and calls["images/", "head"] == 0, "as many pages as images"
 
 
 def test_what_is_remembered_of_listed_folders_is_bounded(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +222,15 @@ def test_what_is_remembered_of_listed_folders_is_bounded(s3: str, monkeypatch: p
     looks = Looks()
     found = [looks.at(iter([f"{s3}/{folder}/1.png"])) for folder in "abc"]
     assert sum(len(folder or ()) for folder in looks._folders.values()) <= 6 and len({look.digest for look in found}) == 1
+
+
+def test_what_is_not_there_is_missing_wherever_it_lies(tmp_path: Path, s3: str) -> None:
+    for number in range(3):
+        storage.write_bytes(f"{s3}/few/{number}.png", picture(number))
+    there, here = (Looks().at(f"{place}/none-{number}.png" for number in range(8)) for place in (f"{s3}/few", str(tmp_path)))
+    assert there == here and (here.count, here.bytes) == (8, 0)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert Looks().at(iter([str(tmp_path / "loop.png")])).bytes == 0
 
 
 def test_a_storage_that_does_not_answer_is_no_image_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,12 @@ REASONS = ROOT / ".ci" / "mutants.json"
 PAGE = ROOT / "docs" / "mutants.md"
 SCALES = "tests/train/engines/test_scales.py"
 ON_TWO = "gradients_and or one_pass or one_resblock or as_many_ranks or on_the_cpu or fp16_and_everything or stay_in or storage_follows"
+PREPARED = "tests/data_pipeline/prepare/test_named_images.py -k 'not s3 and not far_more and not remembered'"
 ZERO = (
     "tests/train/engines/test_zero_measures.py",
     "tests/train/engines/test_zero_alone.py",
     SCALES,
-    "tests/train/engines/test_engines.py -k 'plain or infinity or skipped or any_number'",
+    "tests/train/engines/test_engines.py -k 'plain or infinity or skipped or any_number or another_deepspeed'",
     f"tests/train/engines/test_zero.py -k '{ON_TWO}'",
 )
 LOOP = tuple(
@@ -62,6 +63,8 @@ TARGETS: dict[str, tuple[int, tuple[str, ...]]] = {
     "train/loop/plateau.py": (12, (SCALES,)),
     "train/engines/zero/scales.py": (14, (SCALES,)),
     "train/loop/trainer.py": (44, LOOP),
+    "data_pipeline/prepare/contents.py": (12, ("tests/data_pipeline/prepare/test_contents.py -k 'not s3'", PREPARED)),
+    "data_pipeline/prepare/named_images.py": (14, (PREPARED, "tests/data_pipeline/prepare/test_named_images.py -k 's3 or far_more or remembered'")),
     "data_pipeline/shards/versions.py": (16, ("tests/data_pipeline/shards/test_shards.py",)),
     "train/weights/checkpointer.py": (12, LOOP),
     "train/optimizer/adamw.py": (12, ("tests/train/optimizer/test_adamw.py",)),

@@ -57,6 +57,7 @@ def stopped(*saved: int, code: int = 75) -> list[ledger.Attempt]:
 
 def test_stops_that_move_no_checkpoint_are_requeued_as_often_as_is_allowed_and_then_end_with_93() -> None:
     assert ledger.idle_in_a_row(stopped(0, 5, 5), 5) == 2 and ledger.idle_in_a_row(stopped(5), 6) == 0
+    assert ledger.idle_in_a_row(stopped(5, 5, 5), 5) == 3 and ledger.idle_in_a_row([*stopped(5, 5), *stopped(5, 5)], 5) == 2, "of one submission"
     assert ledger.judge(stopped(0, 5, 5), 5, 9, stops=2).code == 75
     verdict = ledger.judge(stopped(0, 5, 5, 5), 5, 9, stops=2)
     assert verdict.code == 93 and verdict.reason.startswith("3 starts in a row moved no checkpoint, the last: stopped")

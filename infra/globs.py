@@ -54,6 +54,13 @@ def split(url: str) -> tuple[str, list[str]]:
     return (base or "/" if url.startswith("/") else base), [part for part in parts[first:] if part]
 
 
+def literal(base: str, parts: list[str], is_folder: Callable[[str], bool]) -> tuple[str, list[str]]:
+    """Folders of a pattern that exist under the names that it gives them belong to what is fixed: of ``photos [2020]/*.jpg`` the last part is the pattern."""
+    while len(parts) > 1 and parts[0] != "**" and is_folder(place := f"{base.rstrip('/')}/{parts[0]}" if base else parts[0]):
+        base, parts = place, parts[1:]
+    return base, parts
+
+
 def fixed_start(part: str) -> str:
     """The characters of a pattern before its first special one."""
     return part[: min((part.index(character) for character in _SPECIAL if character in part), default=len(part))]

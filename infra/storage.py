@@ -171,7 +171,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
     """The files that a URL names: a file, all files below a folder, or those that match a pattern.
 
     A pattern holds ``*``, ``?`` or ``[...]``, which stay within one folder, or ``**`` for folders of any depth. Only what lies below its
-    longest fixed part is listed, lazily. Hidden and temporary files are left out. A name that exists is taken literally.
+    longest fixed part is listed, lazily. Hidden and temporary files are left out. A name that exists is taken literally, and so are the folders of a pattern.
 
     Args:
         url: what to list.
@@ -196,7 +196,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
     deep = _remote_walk if is_remote(url) else partial(_local_walk, roots=roots)
     if found is not None or not globs.is_pattern(url) or _is_folder(url.rstrip("/")):
         return url.rstrip("/") or url, deep(url)
-    base, parts = globs.split(url)
+    base, parts = globs.literal(*globs.split(url), _is_folder)
     return base or ".", globs.expand(base or ".", parts, level, deep)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.audit.alike import Alike, reason_of
 from data_pipeline.images.crops import CropBox, decode
 from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
@@ -80,6 +81,7 @@ class PartResult:
     records: int = 0
     ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """Of ids.u64, or of the records where that file is damaged."""
+    alike: Alike = field(default_factory=Alike)
 
 
 @dataclass
@@ -96,6 +98,7 @@ def check_part(job: PartJob) -> PartResult:
 
     Raises:
         UnreachableError: the storage gives no answer, and would give none for the next file either.
+        DataError: many files in a row fail alike, as the next ones would.
     """
     result = PartResult()
     result.problems += [Problem(storage.join(job.place, DONE), what, (job.place,)) for what in _marker_problems(job)]
@@ -195,13 +198,18 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
                 raise
             except DataError as error:
                 result.problems.append(Problem(place, _without_place(error, place), (job.place,)))
+                if remote and (reason := reason_of(error)):
+                    result.alike.wrong(reason, str(error).rstrip("."))
                 continue
             result.num_bytes += size
             if found == file["sha256"]:
                 sound.add(file["name"])
+                result.alike.right()
                 continue
             what = f"{size} bytes instead of {file['bytes']}" if size != file["bytes"] else "its SHA-256 is not the manifest's"
             result.problems.append(Problem(place, f"damaged: {what}", (job.place,)))
+            if remote and size == file["bytes"]:
+                result.alike.wrong("other bytes", f"{place}: {what}")
         yield folder, sound
 
 

@@ -1,10 +1,12 @@
-"""What inputs hold, recorded beside the sets: an input of which only the time or the ETag is another is hashed once, and keeps the part that it has.
+"""What inputs hold, recorded beside the sets: an input of which only the time or the ETag is another is read once, and keeps the part that it has.
 
-    <images>/inputs/<unit>-<shape>-<inputs>-<part>.json      16 digits each; written before the part
+    <images>/inputs/<unit>-<shape>-<inputs>-<part>.json      16 digits each; written before the part is finished
 
 Parts are named by names, sizes and times (or ETags) of their files, because these cost no look into them. A move, a copy, rsync or another store changes
-times and ETags and nothing else: of inputs whose names and sizes (their *shape*) are those of a finished part, the bytes are hashed and compared with what was
-recorded when that part was made. Where they are equal, a record says that these inputs' part is that one, so that nothing is filtered, encoded or hashed again.
+times and ETags and nothing else: of inputs whose names and sizes (their *shape*) are those of a finished part, the records are read and compared with the digest of
+those that the part was made from, which costs no read of its own: it is taken while the part is written. Where they are equal, a record says that these inputs' part is
+that one, so that nothing is filtered, encoded or read again. What is compared is what the reader gives, so of a share of the data (``data.share``) no more is read than
+for the part itself, and images that rows name are compared with the rest.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property
 from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
@@ -22,18 +23,40 @@ from pydantic import Field
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.shards import links
 from data_pipeline.shards.shard_set import part_done
+from data_pipeline.sources.pairs import Found, Pair, Source, Unreadable
 from infra import storage, stored
 from infra.digests import digest
-from infra.errors import DataError, UnreachableError
 
 FOLDER = "inputs"
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{16})\.json")
-_CHUNK = 1 << 20
-_FETCHES = 16  # files on S3 that are hashed at once
+_LOOKED_AT = 16  # records of an input of the same name, by which it is said why a part is made
 
 
-class Stopped(Exception):
-    """The stop signal came in the middle of a shard."""
+class RecordsDigest:
+    """Digest of what a reader gives of one unit, in order: the same wherever the input lies, and whatever its files are called above the source."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._hash = source, hashlib.sha256()
+
+    def add(self, found: Found) -> None:
+        if isinstance(found, Pair):
+            named = "" if found.source == self._source.name else found.source  # a record that brings no source of its own has the source's URL
+            self._add("pair", found.id, list(found.captions), named, found.license, found.group, found.split, found.given, len(found.image))
+            self._hash.update(found.image)
+        elif isinstance(found, Unreadable):
+            self._add("unreadable", found.id, found.reason)
+        else:
+            self._add("not read", found.suffix, found.count)
+
+    def leave_out(self, group: str) -> None:
+        """A record of this group lies beyond data.share."""
+        self._add("left out", group)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    def _add(self, *facts: Any) -> None:
+        self._hash.update(digest(list(facts)).encode())
 
 
 class Content(stored.Stored):
@@ -42,7 +65,7 @@ class Content(stored.Stored):
     part: stored.Sha256
     """Digest that names the part."""
     content: stored.Sha256
-    """Of the bytes of the unit's files."""
+    """Of the records that were read (``RecordsDigest``)."""
     shard: str
     sizes: str
     facts: Annotated[dict[str, Any], Field(max_length=100)]
@@ -65,17 +88,15 @@ class _Place(NamedTuple):
 class Contents:
     """The records beside the image sets of a plan. They are listed once, at the first question."""
 
-    def __init__(self, plan: Plan, images_url: str, stop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, plan: Plan, images_url: str) -> None:
         """
         Args:
             plan: of the stage.
             images_url: place of the image sets.
-            stop: asked while files are hashed; True ends it in ``Stopped``.
         """
-        self.plan, self.images, self.stop = plan, images_url, stop
+        self.plan, self.images = plan, images_url
         self.recognised = 0
-        """Units that ``find`` recognised by the bytes of their files."""
-        self._hash = lru_cache(64)(self._hash_file)
+        """Units that ``recognise`` recognised."""
 
     @cached_property
     def _places(self) -> list[_Place]:
@@ -107,36 +128,30 @@ class Contents:
             return []
         return [place.part for place in self._by_shape.get(shape[:16], []) if place.part == place.inputs and self.is_done(place.part)]
 
-    def find(self, unit: Unit) -> tuple[str, bool]:
-        """The digest that names a unit's part, and whether the part is there; the unit's files are hashed where it takes that to know.
+    def recognise(self, unit: Unit, content: Callable[[], str]) -> bool:
+        """Whether the part that a unit's inputs name is there under the name of another one, that was made from the same records; it is recorded then.
 
-        Raises:
-            UnreachableError: the storage gives no answer.
-            Stopped: asked to.
+        Args:
+            unit: whose part is not there under its own name.
+            content: reads the records and gives their digest; called if there is a part to compare with.
         """
-        named = self.inputs(unit)
-        if self.is_done(named):
-            return named, True
-        inputs = self.settle(unit)
-        self.recognised += inputs != named
-        return inputs, inputs != named
-
-    def settle(self, unit: Unit) -> str:
-        """What ``inputs`` gives, once the bytes have been looked at and it is recorded: called before a part is written that is not there.
-
-        Raises:
-            UnreachableError: the storage gives no answer.
-            Stopped: asked to.
-        """
-        own, shape = self.plan.inputs(unit), self.plan.shape(unit)
-        if not shape or (shape[:16], own[:16]) in self._by_inputs:
-            return self.inputs(unit)
-        content = self._content(unit)
-        if not content:
-            return own
         parts = self.candidates(unit)
-        equal = [place for place in self._by_shape.get(shape[:16], []) if place.part in parts and self._read(place)["content"] == content]
-        part = str(self._read(equal[0])["part"]) if equal else own
+        if not parts:
+            return False
+        found = content()
+        shape = self.plan.shape(unit)[:16]
+        equal = [place for place in self._by_shape.get(shape, []) if place.part in parts and self._read(place)["content"] == found]
+        if not equal:
+            return False
+        self.record(unit, str(self._read(equal[0])["part"]), found)
+        self.recognised += 1
+        return True
+
+    def record(self, unit: Unit, part: str, content: str) -> None:
+        """Say from which records a part was made; before the part is finished, so that none is without."""
+        own, shape = self.plan.inputs(unit), self.plan.shape(unit)
+        if not shape:
+            return
         facts = {"part": part, "content": content, "shard": unit.shard.name, "sizes": unit.shard.sizes, "facts": self.plan.facts(unit)}
         place = _Place(self._unit(unit), shape[:16], own[:16], part[:16])
         url = storage.join(self.images, FOLDER, place.file)
@@ -144,11 +159,10 @@ class Contents:
         storage.write_json(url, facts)
         self._by_inputs[(place.shape, place.inputs)] = place
         self._by_shape.setdefault(place.shape, []).append(place)
-        return part
 
     def why(self, unit: Unit) -> str:
         """Why a unit's part is made, in words: what is another since the part of the input of this name was made last."""
-        before = [self._read(place) for place in self._by_unit.get(self._unit(unit), [])[:_FETCHES]]
+        before = [self._read(place) for place in self._by_unit.get(self._unit(unit), [])[:_LOOKED_AT]]
         if not before:
             return "new"
         now = self.plan.facts(unit) | {"the size of its files, or their names": unit.shard.sizes}
@@ -169,28 +183,7 @@ class Contents:
         return digest([self.plan.entries[unit.source].name, unit.shard.name])[:16]
 
     def _read(self, place: _Place) -> dict[str, Any]:
-        return stored.read(storage.join(self.images, FOLDER, place.file), Content, "delete it: its input is looked at again")
-
-    def _content(self, unit: Unit) -> str:
-        """Digest of the files' names and bytes; empty where one cannot be read, which its reader will say."""
-        source = self.plan.sources[unit.source]
-        try:
-            urls = [source.url(name) for name in unit.shard.files]
-            with ThreadPoolExecutor(_FETCHES if any(map(storage.is_remote, urls)) else 1) as pool:
-                return digest(list(zip(unit.shard.files, pool.map(lambda url: self._hash(url, unit.shard.version), urls), strict=True)))
-        except UnreachableError:
-            raise
-        except DataError:
-            return ""
-
-    def _hash_file(self, url: str, version: str) -> str:
-        found = hashlib.sha256()
-        with storage.open_stream(url) as stream:
-            while chunk := stream.read(_CHUNK):
-                found.update(chunk)
-                if self.stop():
-                    raise Stopped
-        return found.hexdigest()
+        return stored.read(storage.join(self.images, FOLDER, place.file), Content, "delete it: its input is read again")
 
 
 def _grouped(places: list[_Place], key: Callable[[_Place], str]) -> dict[str, list[_Place]]:

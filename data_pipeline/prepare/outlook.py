@@ -20,7 +20,7 @@ class Outlook:
 
     there: int = 0
     looked_at: int = 0
-    """Units of names and sizes of before, whose files are hashed."""
+    """Units of names and sizes of before, whose records are read and compared."""
     looked_at_bytes: int = 0
     made: int = 0
     made_bytes: int = 0
@@ -42,10 +42,16 @@ def outlook(plan: Plan, images_url: str) -> Outlook:
         stand = list(pool.map(stands, plan.units))
     by_stand = {word: [unit for unit, each in zip(plan.units, stand, strict=True) if each == word] for word in ("there", "looked at", "made")}
     found.there, found.looked_at, found.made = (len(units) for units in by_stand.values())
-    found.looked_at_bytes = sum(unit.shard.bytes for unit in by_stand["looked at"])
-    found.made_bytes = sum(unit.shard.bytes for unit in by_stand["made"])
+    found.looked_at_bytes = sum(_bytes(plan, unit) for unit in by_stand["looked at"])
+    found.made_bytes = sum(_bytes(plan, unit) for unit in by_stand["made"])
     asked = list(spread(by_stand["made"], _ASKED)) if by_stand["made"] else []
     found.asked = len(asked)
     with ThreadPoolExecutor(_PARALLEL) as pool:
         found.why.update(pool.map(contents.why, asked))
     return found
+
+
+def _bytes(plan: Plan, unit: Unit) -> int:
+    """At most how many bytes are read for a unit: of its files, and of the images that its rows name."""
+    look = plan.look(unit)
+    return unit.shard.bytes + (look.bytes if look else 0)

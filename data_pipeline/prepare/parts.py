@@ -10,10 +10,11 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from data_pipeline.filters.judge import Dropped, judge
-from data_pipeline.prepare.contents import Contents, Stopped
+from data_pipeline.prepare.contents import Contents, RecordsDigest
 from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries, record_failure, withdraw
@@ -30,6 +31,10 @@ log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
 BEYOND_SHARE = "beyond data.share"
 """Why records are left out that no filter has judged."""
+
+
+class Stopped(Exception):
+    """The stop signal came in the middle of a shard."""
 
 
 class _Poisoned(Exception):
@@ -68,14 +73,11 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
     asked = stop or (lambda: False)
     mine = plan.units[world.rank :: world.size]
     share, through = Share(len(plan.units)), 0
-    contents, queue = Contents(plan, images_url, asked), deque(mine)
+    contents, queue = Contents(plan, images_url), deque(mine)
     while queue and not asked():
         unit = queue.popleft()
-        try:
-            inputs, there = contents.find(unit)
-        except Stopped:
-            break
-        if there:
+        inputs = contents.inputs(unit)
+        if contents.is_done(inputs):
             share.skipped += 1
         else:
             tries = Tries(images_url, inputs)
@@ -83,7 +85,9 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
             if not tries.spent(failed, plan.data.max_tries):
                 begun = tries.begin(len(failed))
                 try:
-                    _write(plan, unit, inputs, images_url, asked)
+                    recognised = contents.recognise(unit, partial(_content, plan, unit, asked))
+                    if not recognised:
+                        _write(plan, unit, inputs, contents, asked)
                 except Stopped:
                     withdraw(begun)
                     break
@@ -100,7 +104,8 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                     withdraw(begun)
                     raise
                 tries.clear()
-                share.written += 1
+                share.skipped += recognised
+                share.written += not recognised
             else:
                 share.quarantined += 1
                 times = f"after {len(failed)} tries" if len(failed) > 1 else "at its first try"
@@ -125,16 +130,26 @@ def refuse_too_many(plan: Plan, quarantined: int, reason: str) -> None:
         )
 
 
-def _write(plan: Plan, unit: Unit, inputs: str, images_url: str, stop: Stop) -> None:
-    tally, counts = Tally(), {split: _Counts() for split in SPLITS}
-    places = [storage.join(images_url, split) for split in SPLITS]
+def _content(plan: Plan, unit: Unit, stop: Stop) -> str:
+    """Digest of the unit's records, read and not filtered."""
+    records = RecordsDigest(plan.sources[unit.source])
+    for _ in _readable(plan, unit, Tally(), records):
+        if stop():
+            raise Stopped
+    return records.hexdigest()
+
+
+def _write(plan: Plan, unit: Unit, inputs: str, contents: Contents, stop: Stop) -> None:
+    tally, counts, records = Tally(), {split: _Counts() for split in SPLITS}, RecordsDigest(plan.sources[unit.source])
+    places = [storage.join(contents.images, split) for split in SPLITS]
     with PartWriter(places[0], inputs, plan.data.shard_bytes) as train, PartWriter(places[1], inputs, plan.data.shard_bytes) as validation:
         writers = dict(zip(SPLITS, (train, validation), strict=True))
-        for record in accepted(plan, unit, tally):
+        for record in accepted(plan, unit, tally, records):
             if stop():
                 raise Stopped
             writers[record.split].add(record)
             counts[record.split].add(record)
+        contents.record(unit, inputs, records.hexdigest())
         validation.finish(counts["validation"].to_json())
         about = {"tally": tally.to_json(), "shard": unit.shard.name} | ({"taken_down": sorted(tally.taken_down)} if tally.taken_down else {})
         train.finish(counts["train"].to_json() | about)  # carries the tally of both
@@ -155,9 +170,9 @@ class _Counts:
         return {"sources": dict(self.sources), "licenses": dict(self.licenses)}
 
 
-def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
-    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once."""
-    for pair in _readable(plan, unit, tally):
+def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None = None) -> Iterator[ImageRecord]:
+    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once. ``records`` takes all that is read."""
+    for pair in _readable(plan, unit, tally, records):
         if isinstance(pair, NotRead):
             tally.not_read[pair.suffix] += pair.count
             continue
@@ -186,7 +201,7 @@ def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
         yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints)
 
 
-def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
+def _readable(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None) -> Iterator[Found]:
     """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
 
     def wanted(group: str) -> bool:
@@ -194,10 +209,15 @@ def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
             return True
         tally.seen += 1
         tally.drop(BEYOND_SHARE, group)
+        if records:
+            records.leave_out(group)
         return False
 
     try:
-        yield from plan.sources[unit.source].read(unit.shard, wanted)
+        for found in plan.sources[unit.source].read(unit.shard, wanted):
+            if records:
+                records.add(found)
+            yield found
     except (GeneratorExit, UnreachableError, NoRoomError):
         raise
     except Exception as error:

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.filters.judge import fingerprint
 from data_pipeline.prepare.identity import IDENTITY
+from data_pipeline.prepare.named_images import Look, Looks
 from data_pipeline.shards.shard_set import read_takedown
 from data_pipeline.shards.spellings import spellings
 from data_pipeline.shards.versions import Part
@@ -102,13 +103,35 @@ class Plan:
         return split_of(group, self.seed, self.data.validation_share)
 
     def inputs(self, unit: Unit) -> str:
-        """Digest of everything that the unit's records depend on; it names the part. Where a source lies is not among it."""
-        return self._digest(unit, unit.shard.version)
+        """Digest of everything that the unit's records depend on; it names the part. Where a source lies is not among it.
+
+        Raises:
+            UnreachableError: the storage gives no answer about the images that its rows name.
+        """
+        look = self.look(unit)
+        return self._digest(unit, f"{unit.shard.version} {look.digest}" if look else unit.shard.version)
+
+    def look(self, unit: Unit) -> Look | None:
+        """Sizes and times of the images that the unit's rows name, as they are when it is asked first; None: they name none."""
+        if not unit.shard.names_images:
+            return None
+        key = (unit.source, unit.shard.name)
+        if key not in self._looked:
+            self._looked[key] = self._looks.at(self.sources[unit.source].images(unit.shard, self.wanted))
+        return self._looked[key]
+
+    @cached_property
+    def _looks(self) -> Looks:
+        return Looks()
+
+    @cached_property
+    def _looked(self) -> dict[tuple[int, str], Look]:
+        return {}
 
     def shape(self, unit: Unit) -> str:
         """The same with names and sizes of files in place of their times and ETags: of two inputs with one shape a look at their bytes tells whether they
-        are one. Empty: there is nothing to look at, or a share of the data is used, of which a look would read all."""
-        return self._digest(unit, f"sizes {unit.shard.sizes}") if unit.shard.sizes and self.data.share >= 1 else ""
+        are one. Empty: there are no files to look at."""
+        return self._digest(unit, f"sizes {unit.shard.sizes}") if unit.shard.sizes else ""
 
     def _digest(self, unit: Unit, version: str) -> str:
         shard = [unit.shard.name, version, unit.shard.keys, unit.shard.span]
@@ -123,6 +146,8 @@ class Plan:
         """What the unit's part depends on besides the bytes of its input, in words: by it a later plan says why it makes the part again."""
         source = {f"data.sources: {key}": value for key, value in self._source(unit).items()}
         keys = {_KEYS.get(key, key): value for key, value in self._shaping.items()}
+        if look := self.look(unit):
+            keys["the size or time of an image that its rows name"] = look.digest
         return {"the reader": [_VERSION, self.sources[unit.source].version().partition(" {")[0]], **source, **keys}
 
     def part(self, unit: Unit, inputs: str) -> Part:

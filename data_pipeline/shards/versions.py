@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.schema import read_manifest
-from data_pipeline.shards.shard_set import EXCLUDED, MANIFEST, Record, ShardSet, part_name, read_markers, version_url
+from data_pipeline.shards.shard_set import DONE, EXCLUDED, MANIFEST, Record, ShardSet, part_name, read_markers, version_url
 from infra import storage
 from infra.digests import digest
 from infra.errors import DataError
+
+_PARALLEL = 16  # looks at markers, each of which may be a request to S3
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,13 @@ def merge(
     place = version_url(set_url, str(manifest["content_hash"]))
     index = {"version": 2, "shards": _all_shards(parts, markers)}
     links.check(storage.join(place, MANIFEST))
-    if storage.exists(storage.join(place, MANIFEST)):
-        manifest = read_manifest(storage.join(place, MANIFEST))  # keeps its first producer
+    before = read_manifest(storage.join(place, MANIFEST)) if storage.exists(storage.join(place, MANIFEST)) else None
+    if before is not None and _stands(set_url, before, manifest):
+        if before["parts"] != manifest["parts"]:  # of other names: the version keeps those that it has
+            index = storage.read_json(storage.join(place, INDEX))
+        manifest = before  # keeps its first producer
     else:
+        manifest["producer"] = manifest["producer"] if before is None else before["producer"]
         storage.write_bytes(storage.join(place, EXCLUDED), packed)
         storage.write_json(storage.join(place, INDEX), index)
         storage.write_json(storage.join(place, MANIFEST), manifest)
@@ -97,6 +104,15 @@ def merge(
         storage.write_json(storage.join(set_url, INDEX), index)
         storage.write_json(newest, manifest)
     return ShardSet(set_url, manifest)
+
+
+def _stands(set_url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the parts that a version names are there. Another input of equal content has parts of other names, and those of the first may be gone."""
+    names = [str(part["name"]) for part in before["parts"]]
+    if names == [part["name"] for part in now["parts"]]:
+        return True
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return all(pool.map(lambda name: storage.exists(storage.join(set_url, name, DONE)), names))
 
 
 def _all_shards(parts: list[Part], markers: list[dict[str, Any]]) -> list[dict[str, Any]]:

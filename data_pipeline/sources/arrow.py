@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +14,10 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.sources.arrow_rows import Rows, columns_of
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
-from data_pipeline.sources.rows_to_pairs import Draft, split_of_name, with_images
+from data_pipeline.sources.rows_to_pairs import FETCHES, Draft, named_by, split_of_name, with_images
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, UnreachableError
+from infra.storage import FileInfo
 
 SUFFIXES = (".arrow", ".feather")
 _DESCRIPTIONS = ("dataset_dict.json", "state.json", "dataset_info.json")
@@ -55,9 +57,11 @@ class ArrowSource:
             raise DataError(
                 f"{self.name}: no .arrow file there; data.sources accepts a folder that save_to_disk wrote, or a pattern such as data/*.arrow."
             )
-        for info in sorted(files, key=lambda info: info.name):
-            splits = frozenset({split_of_name(info.name)})
-            yield InputShard(info.name, info.version, splits=splits, files=(info.name,), sizes=str(info.size), bytes=info.size)
+        files.sort(key=lambda info: info.name)
+        with ThreadPoolExecutor(FETCHES if storage.is_remote(self.origin.base) else 1) as pool:
+            for info, names in zip(files, pool.map(self._names_images, files), strict=True):
+                splits = frozenset({split_of_name(info.name)})
+                yield InputShard(info.name, info.version, (), (0, 0), splits, (info.name,), str(info.size), info.size, names)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The rows of a file.
@@ -66,6 +70,10 @@ class ArrowSource:
             DataError: not an Arrow file, damaged, or without columns of images and captions.
         """
         return with_images(self._drafts(shard, wanted))
+
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """As of Source."""
+        return named_by(self._drafts(shard, wanted))
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
@@ -85,6 +93,17 @@ class ArrowSource:
                 raise DataError(
                     f"{url}: the set is a selection of the rows of its .arrow files, which is not read; call flatten_indices() before save_to_disk."
                 )
+
+    def _names_images(self, info: FileInfo) -> bool:
+        """Whether the images of a file are paths. Structs are taken for embedded images, for a look at each would read the file whole."""
+        try:
+            url = self.origin.part(info.name)
+            with _open(url) as (schema, _):
+                return columns_of(self.origin, schema, url).is_path
+        except UnreachableError:
+            raise
+        except DataError:
+            return False  # its reader says what is wrong
 
     def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
         url = self.origin.part(shard.name)

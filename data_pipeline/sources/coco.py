@@ -18,6 +18,7 @@ from data_pipeline.sources.rows_to_pairs import (
     BadRecord,
     Draft,
     distinct,
+    named_by,
     split_of_name,
     text_in,
     with_images,
@@ -79,7 +80,7 @@ class CocoSource:
             for start in range(0, max(1, len(found.images)), self.records):
                 end = min(start + self.records, len(found.images))
                 name, read = f"{info.name}@{start}", info.size if start == 0 else 0
-                yield InputShard(name, info.version, (folder,), (start, end), splits, (info.name,), str(info.size), read)
+                yield InputShard(name, info.version, (folder,), (start, end), splits, (info.name,), str(info.size), read, names_images=True)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The images of a run, each with all of its captions.
@@ -89,10 +90,19 @@ class CocoSource:
         """
         name = shard.name.rpartition("@")[0]
         found = self._load(name, shard.version)
-        drafts = (self._draft(name, shard.keys[0], image, found) for image in found.images[slice(*shard.span)])
-        yield from with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
+        yield from with_images(self._drafts(shard, wanted))
         if shard.span[0] == 0:
             yield from (Unreadable(self.origin.id(f"{name}/{identity}"), MISSING_IMAGE) for identity in found.strays)
+
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """As of Source."""
+        return named_by(self._drafts(shard, wanted))
+
+    def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Unreadable]:
+        name = shard.name.rpartition("@")[0]
+        found = self._load(name, shard.version)
+        drafts = (self._draft(name, shard.keys[0], image, found) for image in found.images[slice(*shard.span)])
+        return (draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()

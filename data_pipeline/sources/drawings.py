@@ -275,6 +275,10 @@ class EmojiSource:
         """
         return (self.pair(key) for key in shard.keys if wanted(self.group(key)))
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """None: drawings are rendered."""
+        return iter(())
+
     def pair(self, key: str) -> Pair:
         """Render one drawing as RGB PNG.
 

@@ -89,6 +89,10 @@ class FolderSource:
         drafts = in_order(self._draft, items, lambda item: is_remote)
         return with_images(draft for draft in drafts if isinstance(draft, Unreadable) or wanted(draft.pair.group))
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """None: images lie in the files of the shard."""
+        return iter(())
+
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 
@@ -104,10 +108,13 @@ class FolderSource:
         if not last.lower().endswith(IMAGE_SUFFIXES):
             yield from _grouped(self.origin.files(), self.census)
             return
+        one = globs.is_pattern(last) and storage.exists(self.name)  # an image of that name, and no pattern
+        folder, stem = self.name[: len(self.name) - len(last)], (globs.escape(last) if one else last).rpartition(".")[0]
         # A pattern such as *.jpg leaves the caption files out; other files in the folder are not counted as unread.
-        files = storage.glob(f"{self.name.rpartition('.')[0]}.*", self.origin.links)[1]
+        files = storage.glob(f"{folder}{stem}.*", self.origin.links)[1]
         for item in _grouped(files, Census()):
-            if globs.matches([item.image.name.rpartition("/")[2]], [last]):
+            name = item.image.name.rpartition("/")[2]
+            if name == last if one else globs.matches([name], [last]):
                 self.census.read += len(item.files)
                 yield item
 

@@ -115,6 +115,8 @@ class InputShard:
     """What ``version`` is without times and ETags: changes with the names and the sizes of its files. Empty: its version alone tells contents apart."""
     bytes: int = 0
     """About how many bytes of these files are read for it; images that rows name are not counted."""
+    names_images: bool = False
+    """Whether its rows name files of images, which are not among ``files``: ``Source.images`` says which."""
 
 
 class Source(Protocol):
@@ -146,6 +148,14 @@ class Source(Protocol):
 
         Raises:
             DataError: the shard as a whole is broken, or cannot be reached.
+        """
+        ...
+
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """The URLs of the image files that the rows of a shard name, of wanted groups and in order; none are opened.
+
+        Raises:
+            DataError: as of ``read``.
         """
         ...
 

@@ -14,7 +14,7 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.sources.arrow_rows import Columns, Rows, columns_of
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
-from data_pipeline.sources.rows_to_pairs import FETCHES, IMAGE_SUFFIXES, Draft, split_of_name, with_images
+from data_pipeline.sources.rows_to_pairs import FETCHES, IMAGE_SUFFIXES, Draft, named_by, split_of_name, with_images
 from infra import storage
 from infra.errors import DataError, UnreachableError
 from infra.storage import FileInfo
@@ -45,7 +45,7 @@ class ParquetSource:
             DataError: there is no Parquet file.
         """
         self.census = census = Census()
-        files, has_paths = [], False
+        files, may_name = [], False
         for info in self.origin.files():
             if info.name.lower().endswith(SUFFIXES):
                 files.append(info)
@@ -60,14 +60,14 @@ class ParquetSource:
             )
         files.sort(key=lambda info: info.name)
         with ThreadPoolExecutor(FETCHES if storage.is_remote(self.origin.base) else 1) as pool:
-            for info, (spans, paths) in zip(files, pool.map(self._spans, files), strict=True):
-                has_paths = has_paths or paths
+            for info, (spans, may, does) in zip(files, pool.map(self._spans, files), strict=True):
+                may_name = may_name or may
                 splits = frozenset({split_of_name(info.name)})
                 for span in spans:
                     read = info.size * (span[1] - span[0]) // max(1, spans[-1][1])
                     name = f"{info.name}@{span[0]}"
-                    yield InputShard(name, info.version, span=span, splits=splits, files=(info.name,), sizes=str(info.size), bytes=read)
-        if census.pictures and not has_paths:  # every image is embedded, so no row refers to the image files beside the tables
+                    yield InputShard(name, info.version, (), span, splits, (info.name,), str(info.size), read, does)
+        if census.pictures and not may_name:  # every image is embedded, so no row refers to the image files beside the tables
             census.pictures = 0
             for info in self.origin.files():
                 if info.name.lower().endswith(IMAGE_SUFFIXES):
@@ -81,6 +81,10 @@ class ParquetSource:
         """
         return with_images(self._drafts(shard, wanted))
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """As of Source."""
+        return named_by(self._drafts(shard, wanted))
+
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 
@@ -90,25 +94,26 @@ class ParquetSource:
     def version(self) -> str:
         return self.origin.version(f"parquet/2 pyarrow {pyarrow.__version__}")
 
-    def _spans(self, info: FileInfo) -> tuple[list[tuple[int, int]], bool]:
-        """Ranges of row groups, and whether rows name files."""
-        paths = True  # the file cannot be read, so assume that its rows may name image files
+    def _spans(self, info: FileInfo) -> tuple[list[tuple[int, int]], bool, bool]:
+        """Ranges of row groups, whether rows may name files, and whether they do."""
+        may, does = True, False  # the file cannot be read, so assume that its rows may name image files
         try:
             url = self.origin.part(info.name)
             with _open(url) as file:
-                paths = columns_of(self.origin, file.schema_arrow, url).names_files
+                columns = columns_of(self.origin, file.schema_arrow, url)
+                may, does = columns.names_files, columns.is_path or (columns.is_struct and not _all_embedded(file.metadata, columns.image))
                 rows = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         except UnreachableError:
             raise  # its shards are not known, and guessed ones would be others than those of the next start
         except DataError:
-            return [(0, 0)], paths  # its reader says what is wrong, and the others go on
+            return [(0, 0)], may, False  # its reader says what is wrong, and the others go on
         spans, first, count = [], 0, 0
         for number, size in enumerate(rows):
             if count and count + size > self.records:
                 spans.append((first, number))
                 first, count = number, 0
             count += size
-        return ([*spans, (first, len(rows))] if count else spans), paths
+        return ([*spans, (first, len(rows))] if count else spans), may, does
 
     def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
         name = shard.name.rpartition("@")[0]
@@ -128,6 +133,16 @@ class ParquetSource:
                     bad.append(found)
                 else:
                     yield from bad
+
+
+def _all_embedded(metadata: Any, image: str) -> bool:
+    """Whether every struct of a column holds the bytes of its image, as the file's own statistics say; where it has none, some may not."""
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for column in map(row_group.column, range(row_group.num_columns)):
+            if column.path_in_schema == f"{image}.bytes" and (column.statistics is None or column.statistics.null_count != 0):
+                return False
+    return True
 
 
 def _batches(file: Any, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:

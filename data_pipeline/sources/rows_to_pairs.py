@@ -184,6 +184,11 @@ def with_images(drafts: Iterable[Draft | Pair | Unreadable]) -> Iterator[Pair | 
     return in_order(read, drafts, lambda draft: isinstance(draft, Draft) and storage.is_remote(draft.url))
 
 
+def named_by(drafts: Iterable[Draft | Pair | Unreadable]) -> Iterator[str]:
+    """The URLs of the images that are still to be read."""
+    return (draft.url for draft in drafts if isinstance(draft, Draft))
+
+
 def join_captions(said: list[str], texts: Iterable[bytes]) -> tuple[str, ...]:
     """Captions of a metadata file, then those of caption files. A file that repeats one of the former is one caption, whatever lines it has.
 

@@ -28,6 +28,7 @@ from data_pipeline.sources.rows_to_pairs import (
     Draft,
     clean,
     distinct,
+    named_by,
     parse_object,
     split_of_name,
     text_in,
@@ -115,7 +116,7 @@ class TableSource:
             bounds = table.boundaries(self.step) if table.is_csv and size > self.step else list(range(0, size, self.step))
             for start, end in zip(bounds, [*bounds[1:], size], strict=False):
                 name = f"{info.name}@{start}"
-                yield InputShard(name, info.version, (), (start, end), splits, (info.name,), str(info.size), end - start)
+                yield InputShard(name, info.version, (), (start, end), splits, (info.name,), str(info.size), end - start, names_images=True)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The runs of rows that begin in a byte range; a run is one record.
@@ -123,10 +124,17 @@ class TableSource:
         Raises:
             DataError: its columns of images and captions cannot be told, or a file cannot be read for a reason that may pass.
         """
+        return with_images(self._drafts(shard, wanted))
+
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """As of Source."""
+        return named_by(self._drafts(shard, wanted))
+
+    def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Unreadable]:
         table = self.table(shard.name.rpartition("@")[0], shard.version)
         if table.has_columns and table.header.columns:
             self.origin.took("column", table.header.image, table.header.captions)
-        return with_images(found for found in table.drafts(*shard.span) if isinstance(found, Unreadable) or wanted(found.pair.group))
+        return (found for found in table.drafts(*shard.span) if isinstance(found, Unreadable) or wanted(found.pair.group))
 
     def table(self, name: str, version: str) -> Table:
         """A table, or the copy in which the rows of each image stand together.

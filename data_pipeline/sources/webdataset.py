@@ -103,6 +103,10 @@ class WebDatasetSource:
         with storage.open_stream(url) as stream, unzipped(stream, url) as plain:
             yield from reader.records(plain, url)
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """None: images lie in the files of the shard."""
+        return iter(())
+
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
 

@@ -48,3 +48,24 @@ def test_an_attempt_that_nobody_began_is_one_without_a_past(tmp_path: Path) -> N
     run.record_exit("dvae", 0, 0, 1, "boom")
     (found,) = ledger.read(run, "dvae")
     assert (found.number, found.run_id, found.restart, found.saved, found.code) == (0, "", 0, -1, 1)
+
+
+def stopped(*saved: int, code: int = 75) -> list[ledger.Attempt]:
+    """Attempts of one submission that ended alike; each says where the newest checkpoint was when it began."""
+    return [ledger.Attempt(number, "", number, code, "stopped", step) for number, step in enumerate(saved)]
+
+
+def test_stops_that_move_no_checkpoint_are_requeued_as_often_as_is_allowed_and_then_end_with_93() -> None:
+    assert ledger.idle_in_a_row(stopped(0, 5, 5), 5) == 2 and ledger.idle_in_a_row(stopped(5), 6) == 0
+    assert ledger.idle_in_a_row(stopped(5, 5, 5), 5) == 3 and ledger.idle_in_a_row([*stopped(5, 5), *stopped(5, 5)], 5) == 2, "of one submission"
+    assert ledger.judge(stopped(0, 5, 5), 5, 9, stops=2).code == 75
+    verdict = ledger.judge(stopped(0, 5, 5, 5), 5, 9, stops=2)
+    assert verdict.code == 93 and verdict.reason.startswith("3 starts in a row moved no checkpoint, the last: stopped")
+    assert ledger.judge(stopped(0, 5, 5, 5), 5, 9).code == 75, "a stage without checkpoints"
+    assert ledger.judge(stopped(5, 5, 5, 5, code=65), 5, 9, stops=2).code == 65, "a code of its own says more"
+
+
+def test_an_attempt_ended_when_the_last_of_its_ranks_crashed() -> None:
+    records = [{"code": code, "time": time, "reason": ""} for code, time in ((1, 2.0), (1, 7.0), (75, 9.0))]
+    assert ledger.ending(1, "boom", records) == {"code": 1, "reason": "boom", "ended": 7.0}
+    assert ledger.ending(75, "stopped", [])["ended"] == 0.0

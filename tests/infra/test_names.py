@@ -38,6 +38,9 @@ def test_a_folder_and_its_files_are_found_by_their_own_names_and_patterns_still_
         assert listed(f"{place}/{name}") == [f"{place}/{name}"], name
     assert listed(f"{root}/[s] a?b1*/*.txt") == [f"{root}/s aXb1 100%/other.txt"], "what does not exist is a pattern"
     assert listed(f"{root}/[[]set]*/[[]*.txt") == [f"{place}/[brackets] 1.txt"]
+    assert listed(f"{place}/*.txt") == everything, "so are the folders of a pattern"
+    storage.write_bytes(f"{place}/below [1]/x.txt", b"x")
+    assert listed(f"{place}/below [1]/*.txt") == [f"{place}/below [1]/x.txt"]
 
 
 def test_sets_and_runs_are_recognised_below_such_names(root: str) -> None:

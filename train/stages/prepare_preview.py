@@ -58,17 +58,15 @@ def preview(cfg: RunConfig) -> str:
 def _parts(plan: Plan, where: str) -> list[str]:
     """How many parts are there already, how many are made and why, and about how much is read for it."""
     found = outlook(plan, where)
-    named = any(source.census.pictures for source in plan.sources)
-    beside = ", and the images that rows name" if named else ""
     lines = [f"# {found.there:,} of {len(plan.units):,} parts are there"]
     if found.looked_at:
         lines.append(
-            f"# {found.looked_at:,} inputs are of the names and sizes of before, with another time or ETag: hashed once "
-            f"({found.looked_at_bytes:,} bytes are read), and made again only where a byte differs"
+            f"# {found.looked_at:,} inputs are of the names and sizes of before, with another time or ETag of a file or of an image that their rows name: "
+            f"read once (at most {found.looked_at_bytes:,} bytes), and made again only where a record differs"
         )
     if found.made:
         lines.append(
-            f"# {found.made:,} parts are made: about {found.made_bytes:,} bytes of their files are read, once to hash and once to prepare them{beside}"
+            f"# {found.made:,} parts are made: at most {found.made_bytes:,} bytes are read, of their files and of the images that their rows name"
         )
         of = "" if found.asked == found.made else f" (of {found.asked:,} that were looked up)"
         lines += [f"{count:6d}  parts are made{of}: {_printable(why)}" for why, count in found.why.most_common()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infra import storage
 from infra.errors import UsageError
 
 
@@ -11,8 +12,10 @@ def main(name: str, out: str, seconds: float) -> None:
     """Run one benchmark, or render the page.
 
     Raises:
-        UsageError: there is no such benchmark; the known ones are listed.
+        UsageError: there is no such benchmark (the known ones are listed), or ``out`` is on other storage.
     """
+    if storage.is_remote(out):
+        raise UsageError(f"--out {out}: figures are written to a folder of this machine; copy them from there.")
     from train.bench import docs, harness, table  # torch
     from train.machine import rates
     from train.ranks.device import keep_memory

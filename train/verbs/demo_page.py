@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import storage, stored
+from infra.commands import launcher
 from infra.errors import DataError
 from infra.repository import DOCS
 from infra.run_folder import RunFolder
@@ -45,7 +46,7 @@ def render(run: RunFolder, done: dict[str, dict[str, Any]], note: str = "") -> s
     lines = [
         "# What the demo gives",
         "",
-        f"Written by `python launcher.py docs --demo runs/{Path(run.url).name}` from a run of {day}, commit {provenance['commit'][:12]}, on {_processor()}. Do not edit.",
+        f"Written by `python {launcher('docs', '--demo', f'runs/{Path(run.url).name}')}` from a run of {day}, commit {provenance['commit'][:12]}, on {_processor()}. Do not edit.",
         "",
         "| stage | minutes | throughput |",
         "|---|---:|---|",

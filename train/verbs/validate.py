@@ -13,6 +13,7 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.audit.alike import Alike
 from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules, check_part
 from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, read_takedown
@@ -66,7 +67,8 @@ def main(url: str, options: Options, stop: StopFlag) -> None:
         ConfigError: options that do not fit.
         DataError: there is nothing to validate, or something is wrong: the damaged files are named, with what to run.
         StopRequested: a signal asked to stop; nothing was changed.
-        UnreachableError: the storage gives no answer for one file after all attempts; the rest is not looked at.
+        UnreachableError: the storage gives no answer for one file after all attempts; the rest is not looked at. Nor is it after files in a row that
+            come damaged alike (a DataError).
     """
     target = resolve(url)
     if not target.sets and not target.tokenizers:
@@ -159,13 +161,16 @@ def _run(jobs: Sequence[PartJob], title: str, workers: int, stop: StopFlag) -> l
 
     Raises:
         StopRequested: a signal asked to stop.
+        DataError: many files in a row fail alike.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     results: dict[int, PartResult] = {}
+    alike = Alike()
     with Progress(sum(int(job.part["count"]) for job in jobs), title, "records") as progress:
         done = 0
         for index, result in _in_order_of_ending(jobs, workers, stop):
             results[index] = result
+            alike.include(result.alike)
             done += int(jobs[index].part["count"])
             progress.update(done, problems=sum(len(found.problems) for found in results.values()))
     return [results[index] for index in range(len(jobs))]

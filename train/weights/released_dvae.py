@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from infra import storage
 from infra.errors import ConfigError, DataError
 from model.config import DVAEConfig
 from train.weights.pickle_tree import Call, Name, read_tree
@@ -64,6 +65,8 @@ def read_half(path: str) -> Module:
     Raises:
         DataError: the file is missing, damaged, or holds anything that such a module does not.
     """
+    if storage.is_remote(path):
+        raise DataError(f"{path}: published weights are read from a disk; download the file, and name the copy.")
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -1,13 +1,16 @@
-"""Inputs of which only the time, the ETag or the store changed keep their parts: each is hashed once, and an edited file of equal size is found."""
+"""Inputs of which only the time, the ETag or the store changed keep their parts: each is read once, and an edited file of equal size is found."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.prepare import parts
-from data_pipeline.prepare.contents import Contents
 from data_pipeline.prepare.merge import finish
 from data_pipeline.prepare.outlook import outlook
+from data_pipeline.prepare.parts import BEYOND_SHARE
 from data_pipeline.prepare.plan import Plan
+from data_pipeline.sources import rows_to_pairs
 from infra import storage
 from infra.world import World
 from tests.data_pipeline.sources.test_accounting import picture, plan_of
@@ -66,7 +70,7 @@ FORMS: dict[str, Callable[[Path], None]] = {"folder": folder, "tars": tars, "tab
 
 
 def plan_at(place: object, **fields: Any) -> Plan:
-    return plan_of(place, validation_share=0.3, records_per_part=4, **fields)
+    return plan_of(place, **({"validation_share": 0.3, "records_per_part": 4} | fields))
 
 
 def prepared(plan: Plan, images: object) -> tuple[parts.Share, dict[str, Any]]:
@@ -89,31 +93,33 @@ def forbid(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
     monkeypatch.setattr(parts, "judge", fail)
     monkeypatch.setattr(parts, "_write", fail)
-    if what == "hashed":
-        monkeypatch.setattr(Contents, "_hash_file", fail)
+    if what == "read":
+        monkeypatch.setattr(parts, "_content", fail)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_copy_of_a_set_filters_nothing_again_and_is_hashed_once(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_a_copy_of_a_set_filters_nothing_again_and_is_read_once(form: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     FORMS[form](tmp_path / "here")
-    first, summary = prepared(plan_at(tmp_path / "here"), tmp_path / "images")
-    assert first.written == first.units > 0 and summary["seen"] == PICTURES
+    plan_then = partial(plan_at, share=share)
+    first, summary = prepared(plan_then(tmp_path / "here"), tmp_path / "images")
+    assert first.written == first.units > 0 and summary["seen"] == PICTURES and (BEYOND_SHARE in summary["dropped"]) == (share < 1)
     before = names(tmp_path / "images")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     at_another_time(tmp_path / "there")
-    there = plan_at(tmp_path / "there")
+    there = plan_then(tmp_path / "there")
     assert not {there.inputs(unit) for unit in there.units} & {part.removeprefix("part-") for part in before[0]}, "the times tell them apart"
     seen = outlook(there, str(tmp_path / "images"))
     assert (seen.there, seen.looked_at, seen.made) == (0, first.units, 0) and seen.looked_at_bytes > 0
     forbid(monkeypatch, "prepared")
-    share, again = prepared(there, tmp_path / "images")
-    assert (share.written, share.skipped, share.recognised) == (0, first.units, first.units)
+    found, again = prepared(there, tmp_path / "images")
+    assert (found.written, found.skipped, found.recognised) == (0, first.units, first.units)
     assert names(tmp_path / "images") == before and again["seen"] == PICTURES
-    forbid(monkeypatch, "hashed")
-    share, _ = prepared(plan_at(tmp_path / "there"), tmp_path / "images")
-    assert (share.skipped, share.recognised) == (first.units, 0) and names(tmp_path / "images") == before
-    assert outlook(plan_at(tmp_path / "there"), str(tmp_path / "images")).there == first.units
+    forbid(monkeypatch, "read")
+    found, _ = prepared(plan_then(tmp_path / "there"), tmp_path / "images")
+    assert (found.skipped, found.recognised) == (first.units, 0) and names(tmp_path / "images") == before
+    assert outlook(plan_then(tmp_path / "there"), str(tmp_path / "images")).there == first.units
 
 
 def test_an_edited_file_of_equal_size_is_found_and_only_its_part_is_made_again(tmp_path: Path) -> None:
@@ -158,12 +164,74 @@ def test_a_part_that_was_deleted_is_made_again_under_its_name_for_the_copy_too(t
     assert share.written == 1 and names(tmp_path / "images") == before
 
 
-def test_a_stop_while_files_are_hashed_leaves_nothing_begun(tmp_path: Path) -> None:
+def test_a_part_that_is_not_there_is_no_part_of_a_moved_input(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     tars(tmp_path / "set")
+    first, before = prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    gone = names(tmp_path / "images")[0][1]
+    for split in ("train", "validation"):
+        shutil.rmtree(tmp_path / "images" / split / gone)
+    at_another_time(tmp_path / "set")
+    assert (found := outlook(plan_at(tmp_path / "set"), str(tmp_path / "images"))).made == 1 and found.looked_at == first.units - 1
+    share, after = prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    assert (share.written, share.recognised) == (1, first.units - 1) and after["seen"] == before["seen"]
+    assert gone not in names(tmp_path / "images")[0]
+
+
+def test_a_part_that_was_made_and_deleted_is_made_again_without_a_look_at_older_ones(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    folder(tmp_path / "set")
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    older = set(names(tmp_path / "images")[0])
+    at_another_time(tmp_path / "set")
+    (tmp_path / "set" / "07.txt").write_text(caption(7).replace("cat", "dog"))
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    (newer,) = set(names(tmp_path / "images")[0]) - older
+    for split in ("train", "validation"):
+        shutil.rmtree(tmp_path / "images" / split / newer)
+    found = outlook(plan_at(tmp_path / "set"), str(tmp_path / "images"))
+    assert (found.looked_at, found.made) == (0, 1) and found.why == {"its part was deleted, or never finished": 1}
+
+
+def test_a_stop_while_records_are_compared_leaves_nothing_begun(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    tars(tmp_path / "set")
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    at_another_time(tmp_path / "set")
+    before = sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file())
     asked = iter([False] + [True] * 9)
     share = parts.run(plan_at(tmp_path / "set"), str(tmp_path / "images"), World.single(), stop=lambda: next(asked))
-    assert (share.written, share.skipped) == (0, 0) and not (tmp_path / "images").exists()
+    assert (share.written, share.skipped) == (0, 0) and before == sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file())
+
+
+def test_an_input_that_kills_its_reader_while_it_is_compared_is_a_try_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    tars(tmp_path / "set")
+    plan = plan_at(tmp_path / "set")
+    prepared(plan, tmp_path / "images")
+    at_another_time(tmp_path / "set")
+
+    def killed(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts, "_content", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parts.run(plan_at(tmp_path / "set"), str(tmp_path / "images"), World.single())
+    assert [path.name for path in (tmp_path / "images" / "tries").rglob("*.json")] == ["000.json"]
+
+
+def test_a_first_preparation_reads_each_input_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    folder(tmp_path / "set")
+    opened, open_stream = Counter[str](), storage.open_stream
+
+    def counted(url: str, start: int = 0) -> Any:
+        opened[Path(url).name] += str(tmp_path / "set") in url
+        return open_stream(url, start)
+
+    monkeypatch.setattr(storage, "open_stream", counted)
+    prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    assert {opened[f"{number:02d}.{suffix}"] for number in range(PICTURES) for suffix in ("png", "txt")} == {1}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +262,7 @@ def test_the_outlook_says_why_a_part_is_made(change: dict[str, Any], words: str,
     assert found.why == {words: 1 if one else 3} and found.made_bytes > 0
 
 
-def test_a_file_that_leads_outside_is_not_hashed(tmp_path: Path) -> None:
+def test_a_file_that_leads_outside_is_not_read_to_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set").mkdir()
     folder(tmp_path / "set")
     (tmp_path / "secret.txt").write_text("a red cat that nobody may see")
@@ -203,11 +271,41 @@ def test_a_file_that_leads_outside_is_not_hashed(tmp_path: Path) -> None:
     plan = plan_at(tmp_path / "set")
     share, summary = prepared(plan, tmp_path / "images")
     assert share.written == share.units and summary["dropped"]["outside the source"]["count"] == 1
-    assert len(list((tmp_path / "images" / "inputs").iterdir())) == share.units - 1
+    at_another_time(tmp_path / "set")
+    (tmp_path / "secret.txt").unlink()
+    (tmp_path / "secret.txt").write_text("a red dog that nobody may see")
+    forbid(monkeypatch, "prepared")
+    share, _ = prepared(plan_at(tmp_path / "set"), tmp_path / "images")
+    assert share.recognised == share.units, "what it leads to is no part of the record"
 
 
-def test_a_share_of_the_data_is_not_hashed_for_it_would_be_read_whole(tmp_path: Path) -> None:
+def test_of_a_share_of_the_data_no_more_is_read_to_be_compared_than_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set").mkdir()
     folder(tmp_path / "set")
+    plan = plan_at(tmp_path / "set", share=0.5)
+    _, summary = prepared(plan, tmp_path / "images")
+    used = PICTURES - summary["dropped"][BEYOND_SHARE]["count"]
+    at_another_time(tmp_path / "set")
+    read, read_limited = list[str](), rows_to_pairs.read_limited
+
+    def noted(url: str, *limits: Any) -> bytes:
+        read.append(url)
+        return read_limited(url, *limits)
+
+    monkeypatch.setattr(rows_to_pairs, "read_limited", noted)
+    forbid(monkeypatch, "prepared")
+    share, _ = prepared(plan_at(tmp_path / "set", share=0.5), tmp_path / "images")
+    assert share.recognised == share.units and len([url for url in read if url.endswith(".png")]) == used < PICTURES
+
+
+def test_an_edited_file_of_equal_size_is_found_in_a_share_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    folder(tmp_path / "set")
+    prepared(plan_at(tmp_path / "set", share=0.7), tmp_path / "images")
+    before = _captions(tmp_path / "images" / "train")
+    number = int(re.findall(r"\d\d", before[0])[0])
+    at_another_time(tmp_path / "set")
+    (tmp_path / "set" / f"{number:02d}.txt").write_text(caption(number).replace("cat", "dog"))
     share, _ = prepared(plan_at(tmp_path / "set", share=0.7), tmp_path / "images")
-    assert share.written == share.units and not (tmp_path / "images" / "inputs").exists()
+    assert (share.written, share.recognised) == (1, share.units - 1)
+    assert caption(number).replace("cat", "dog") in _captions(tmp_path / "images" / "train")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.audit import check_set
 from data_pipeline.shards import deletion, versions
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, open_set, part_done, read_marker
@@ -82,6 +83,33 @@ def test_writing_twice_is_byte_identical(tmp_path: Path) -> None:
     before = tree(tmp_path / "a")
     make_set(str(tmp_path / "a"), (9, 0, 4))
     assert tree(tmp_path / "a") == before
+
+
+def test_a_version_whose_parts_are_gone_names_those_of_equal_content_that_were_made_again(tmp_path: Path) -> None:
+    url, old, new = str(tmp_path), ("a1", "b2"), ("a1", "c3")
+    for inputs, number in (("a1", 1), ("b2", 2), ("c3", 2)):
+        write_part(url, inputs, [image(number)])
+
+    def merged(names: tuple[str, ...], producer: str) -> ShardSet:
+        parts = [Part(name, "here") for name in names]
+        return versions.merge(url, parts, versions.collect(url, parts, "prepare"), IMAGE_SCHEMA, {"k": 1}, producer={"commit": producer})
+
+    def places(of: ShardSet) -> list[str]:
+        return [shard.basename.partition("/")[0] for shard in of.shards]
+
+    first = merged(old, "first")
+    again = merged(new, "second")
+    assert again.content_hash == first.content_hash and places(again) == ["part-a1", "part-b2"], "a version stays as it is while its parts are there"
+    shutil.rmtree(tmp_path / "part-b2")
+    mended = merged(new, "third")
+    assert mended.content_hash == first.content_hash and places(mended) == places(open_set(url, IMAGE_SCHEMA)) == ["part-a1", "part-c3"]
+    assert ids(open_set(url, IMAGE_SCHEMA)) == ["id-1", "id-2"] and mended.manifest["producer"] == {"commit": "first"}
+    assert ids(open_set(url, IMAGE_SCHEMA, version=first.content_hash)) == ["id-1", "id-2"]
+    write_part(url, "d4", [image(3)])
+    merged(("d4",), "another version")
+    write_part(url, "b2", [image(2)])
+    merged(old, "and back")
+    assert check_set.read_layout(url).problems == [], "the copies at the top are the version's"
 
 
 def test_a_part_is_done_for_its_inputs_only(tmp_path: Path) -> None:

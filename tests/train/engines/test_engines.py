@@ -290,6 +290,16 @@ def test_a_checkpoint_of_another_shape_is_refused(trained: Any, tmp_path: Path) 
         checkpoint.load(folder, 3, engine.fragments(to_load=True))
 
 
+def test_an_engine_that_was_restored_counts_on_from_any_number_of_updates() -> None:
+    engine = ReplicatedEngine(nn.Linear(3, 2), World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
+    engine.fragments(to_load=True)
+    engine.loaded(7)
+    assert engine.updates == 7 and [float(state["step"]) for state in engine.optimizer.state.values()] == [7.0, 7.0]
+    engine.module(torch.ones(3)).sum().backward()
+    engine.step(0.1)
+    assert engine.updates == 8 and [float(state["step"]) for state in engine.optimizer.state.values()] == [8.0, 8.0]
+
+
 def test_a_checkpoint_before_the_first_applied_update_is_whole() -> None:
     engine = ReplicatedEngine(nn.Linear(3, 2), World.single(), betas=(0.9, 0.96), weight_decay=0.0, ema=0.5)
     assert len(engine.fragments(to_load=False)) == 8 and engine.fragments(to_load=False).keys() == engine.fragments(to_load=True).keys()

@@ -28,17 +28,17 @@ SKIPPED = [Case(stage=2, precision="fp16"), Case(stage=2, precision="fp16", skip
 
 
 def numerics(world: World) -> list[dict[str, float]]:
-    """Series of the first two updates, of which the second is measured."""
-    engine = make_engine(Case(stage=2, precision="fp16"), world)
+    """Series of the first two updates, each of two micro-batches, of which the second is measured."""
+    engine = make_engine(Case(stage=2, precision="fp16", accumulation=2), world)
     out = []
     for step in range(2):
-        backward(engine, world, step, 1)
+        backward(engine, world, step, 2)
         out.append(engine.step(1e-2).numerics)
     return out
 
 
 def outside(world: World) -> dict[str, Any]:
-    """An update with an infinity outside of the resblocks."""
+    """An update with an infinity outside of the resblocks, and one with an infinity in one of them."""
     engine = make_engine(Case(stage=2, precision="fp16", skip="resblock"), world)
     updates(engine, world, 0, 1)
     before, scales = [flat.clone() for flat in engine._masters()], engine.scales.values()
@@ -48,7 +48,11 @@ def outside(world: World) -> dict[str, Any]:
     update = engine.step(1e-2)
     same = all(torch.equal(flat, old) for flat, old in zip(engine._masters(), before, strict=True))
     grown = [new / old for new, old in zip(engine.scales.values(), scales, strict=True)]
-    return {"applied": update.applied, "overflow": update.overflow, "norm": update.grad_norm, "same": same, "grown": grown, "state": engine.state()}
+    facts = {"applied": update.applied, "overflow": update.overflow, "norm": update.grad_norm, "same": same, "grown": grown, "state": engine.state()}
+    hook = next(engine.module.resblocks[1].parameters()).register_hook(lambda grad: torch.full_like(grad, float("inf")))
+    backward(engine, world, 2, 1)
+    hook.remove()
+    return facts | {"inside": engine.step(1e-2).overflow}
 
 
 def halves(world: World, stage: int, overlap: bool) -> float:
@@ -109,6 +113,7 @@ def test_an_overflow_outside_of_the_resblocks_skips_every_group_and_lowers_no_sc
     outside = found["outside"]
     assert not outside["applied"] and not outside["overflow"] and outside["norm"] == float("inf") and outside["same"]
     assert min(outside["grown"]) > 1 and outside["state"]["attempts"] == 2
+    assert outside["inside"], "one inside of a resblock is an overflow of its scale"
 
 
 def test_numerics_are_of_every_resblock_and_of_every_second_update(found: dict[str, Any]) -> None:
@@ -118,7 +123,7 @@ def test_numerics_are_of_every_resblock_and_of_every_second_update(found: dict[s
     assert first == {} and set(second) == {f"{kind}/{name}" for kind in kinds for name in names}
     for name in names:
         assert second[f"grad_norm/{name}"] > 0 and 0 <= second[f"zero_share/{name}"] < 1 and 0 <= second[f"subnormal_share/{name}"] < 1
-        assert second[f"scale/{name}"] == pytest.approx(2**13 * 2 ** (1 / 1000)) and second[f"overflows/{name}"] == 0
+        assert second[f"scale/{name}"] == pytest.approx(2 * 2**13 * 2 ** (1 / 1000)) and second[f"overflows/{name}"] == 0
 
 
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(found: dict[str, Any]) -> None:

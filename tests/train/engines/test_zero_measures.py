@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from train.engines.zero import measures
-from train.engines.zero.shards import Gradients, Layout
+from train.engines.zero.shards import Gradients, Layout, Piece, pieces
 
 
 def test_planted_values_are_counted_where_they_are() -> None:
@@ -32,3 +35,16 @@ def test_planted_values_are_counted_where_they_are() -> None:
     assert measures.agreed((2 * once).tolist(), 3, replicas=2).squares == pytest.approx([value / 2 for value in both.squares])
     uncounted = measures.agreed(measures.local(found, 3, count=False, device=torch.device("cpu")).tolist(), 3, replicas=1)
     assert all(math.isnan(share) for share in uncounted.zeros) and uncounted.bad == both.bad
+
+
+def test_a_parameter_of_fewer_elements_than_ranks_lies_on_the_first_of_them_alone() -> None:
+    module = nn.Module()
+    for name, elements, width in (("wide", 7, 2), ("small", 2, 1)):
+        parameter: Any = nn.Parameter(torch.zeros(elements))
+        parameter.ds_numel, parameter.partition_numel = elements, lambda width=width: width
+        module.register_parameter(name, parameter)
+    optimizer = SimpleNamespace(fp16_groups=[list(module.parameters())])
+    found = [pieces(optimizer, 3, module, rank) for rank in range(4)]
+    assert found[0] == [Piece("wide", 0, 0, 0, 2, 7), Piece("small", 0, 2, 0, 1, 2)]
+    assert found[1] == [Piece("wide", 0, 0, 2, 2, 7), Piece("small", 0, 2, 1, 1, 2)]
+    assert found[2:] == [[Piece("wide", 0, 0, 4, 2, 7)], [Piece("wide", 0, 0, 6, 1, 7)]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from infra import storage
 from infra.config import to_json
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from tests.support.root import ROOT
@@ -179,6 +181,25 @@ def test_another_batch_on_two_processes_goes_on_as_on_one(run: RunFolder, tmp_pa
     assert max(one) == 11 and [two[step] for step in sorted(two)] == pytest.approx([one[step] for step in sorted(one)], rel=1e-4)
     ends = [storage.read_json(each.at("dalle", "checkpoints", "step-00000011", "meta.json")) for each in (alone, run)]
     assert ends[0]["loader"] == ends[1]["loader"] and [len(end["changes"]) for end in ends] == [1, 1]
+
+
+def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_smaller_step_size(run: RunFolder) -> None:
+    """By the command that the message of the divergence ends with."""
+    words = ("clip_fit.steps=40", "clip_fit.lr=1e30", "clip_fit.max_bad_steps=2")
+    with pytest.raises(launch.StageFailed, match="consecutive updates") as caught:
+        go_on(run, "clip", *words)
+    assert caught.value.exit_code == ExitCode.DIVERGED
+    command = shlex.split(str(caught.value).rpartition("launcher.py ")[2])
+    assert command[:2] == ["clip", run.url] and command[-1] == "--go-on" and command[2].startswith("clip_fit.lr=5e+29")
+    good = max(int(name.removeprefix("step-")) for name in os.listdir(run.at("clip", "checkpoints")))
+    kept = checkpoint_files(run, "clip", good)
+    with pytest.raises(ConfigError, match=r"clip_fit\.lr: .*"):
+        run_stage("clip", [run.url, "clip_fit.lr=1e-3"])
+    go_on(run, "clip", "clip_fit.lr=1e-3", f"clip_fit.steps={good + 2}")
+    points = storage.read_json(run.at("clip", "changes.json"))
+    assert points[-1]["step"] == good and set(points[-1]["changed"]) == {"clip_fit.lr", "clip_fit.steps"}
+    assert checkpoint_files(run, "clip", good) == kept and storage.read_json(run.at("clip", "done.json"))["updates"] == good + 2
+    assert all(math.isfinite(loss) for step, loss in losses(run.url, "clip").items() if step > good)
 
 
 def _stopped(run: RunFolder, words: tuple[str, ...]) -> None:

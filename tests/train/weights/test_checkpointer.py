@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from infra import storage
+from infra.digests import digest
+from infra.errors import CheckpointError
 from infra.world import World
 from train.weights import checkpoint
 from train.weights.checkpointer import Checkpointer
@@ -47,3 +50,16 @@ def test_saving_says_how_long_the_caller_waited_for_the_write_before(tmp_path: P
     saver.wait()
     saver.wait()
     assert checkpoint.complete(str(tmp_path)) == [1]
+    assert 0 < saver.seconds < 60
+
+
+def test_facts_of_another_type_are_refused_though_their_hash_is_right(tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), 1, {"model/w": even_slice(torch.ones(4), 0, 1)}, {"shapes": {"w": [4]}}, World.single(), 1)
+    place = f"{checkpoint.folder(str(tmp_path), 1)}/meta.json"
+    meta = storage.read_json(place)
+    assert checkpoint.read_meta(checkpoint.folder(str(tmp_path), 1))["shapes"] == {"w": [4]}
+    del meta["sha256"]
+    meta["shapes"] = {"w": "four"}
+    storage.write_json(place, meta | {"sha256": digest(meta)})
+    with pytest.raises(CheckpointError, match=r"meta\.json: .*shapes"):
+        checkpoint.read_meta(checkpoint.folder(str(tmp_path), 1))

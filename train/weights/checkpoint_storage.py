@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import node_folder, storage, streamed_upload, strict_json
+from infra import node_folder, storage, streamed_upload
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 from infra.stored import Count, Sha256, Stored, check
@@ -205,7 +205,7 @@ class Reader(StorageReader):
         if self._metadata is not None:
             return self._metadata
         place = storage.join(self.url, INDEX)
-        index = storage.parse_json(place, node_folder.read_once(place, strict_json.MAX_BYTES))
+        index = node_folder.json_once(place)
         if digest(index) != self.index_digest:
             raise CheckpointError(f"{storage.join(self.url, INDEX)}: damaged: its hash is not the one in meta.json.")
         check(index, Index, storage.join(self.url, INDEX))

@@ -6,7 +6,7 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from infra import k8s_standing, k8s_submit, ledger, slurm_submit, storage
+from infra import k8s_standing, k8s_submit, lease, ledger, slurm_submit, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
@@ -113,8 +113,13 @@ class Start:
 def verdict(label: str, run: RunFolder, start: Start, retries: int) -> ledger.Verdict:
     """What the scheduler should do now that all launchers of a start have ended; the attempt's end is written down.
 
-    Where the ledger has no attempt of this start (a wrong configuration, a node that fails its checks), srun's code decides.
+    Where the ledger has no attempt of this start (a wrong configuration, a node that fails its checks), srun's code decides. Where srun has ended and a launcher
+    has not (SLURM gave the node up), its ranks are not judged: the start that follows asks it to save and end.
     """
+    if start.job and lease.lives(run.url, label, start.job, start.restart):
+        return ledger.Verdict(
+            ExitCode.REQUEUE, "srun has ended, and the launcher that it started lives on: SLURM has lost this node; nothing is judged"
+        )
     mine, trains = f"{start.job}.{start.restart}", label in TRAINED
     saved = ledger.newest_checkpoint(run, label)
     attempts = ledger.decisive(run, label, saved) if next((each.run_id for each in ledger.newest_first(run, label)), "") == mine else []

@@ -59,7 +59,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
         images_url: place of the two shard sets.
         world: unit i belongs to rank i mod size.
         progress: called with (units through, units of this process).
-        stop: asked before each record; True leaves the rest, and the part that was begun, to another run.
+        stop: asked for each record that is met, kept or not; True leaves the rest, and the part that was begun, to another run.
 
     Raises:
         DataError: more than data.max_quarantined input shards of this process could not be read.
@@ -130,9 +130,7 @@ def _write(plan: Plan, unit: Unit, inputs: str, images_url: str, stop: Stop) -> 
     places = [storage.join(images_url, split) for split in SPLITS]
     with PartWriter(places[0], inputs, plan.data.shard_bytes) as train, PartWriter(places[1], inputs, plan.data.shard_bytes) as validation:
         writers = dict(zip(SPLITS, (train, validation), strict=True))
-        for record in accepted(plan, unit, tally):
-            if stop():
-                raise Stopped
+        for record in accepted(plan, unit, tally, stop):
             writers[record.split].add(record)
             counts[record.split].add(record)
         validation.finish(counts["validation"].to_json())
@@ -155,9 +153,15 @@ class _Counts:
         return {"sources": dict(self.sources), "licenses": dict(self.licenses)}
 
 
-def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
-    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once."""
-    for pair in _readable(plan, unit, tally):
+def accepted(plan: Plan, unit: Unit, tally: Tally, stop: Stop = lambda: False) -> Iterator[ImageRecord]:
+    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once.
+
+    Raises:
+        Stopped: asked at any record, ``stop`` was true: a thousand may be dropped for one that passes.
+    """
+    for pair in _readable(plan, unit, tally, stop):
+        if stop():
+            raise Stopped
         if isinstance(pair, NotRead):
             tally.not_read[pair.suffix] += pair.count
             continue
@@ -186,10 +190,12 @@ def accepted(plan: Plan, unit: Unit, tally: Tally) -> Iterator[ImageRecord]:
         yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints)
 
 
-def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
+def _readable(plan: Plan, unit: Unit, tally: Tally, stop: Stop) -> Iterator[Found]:
     """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
 
     def wanted(group: str) -> bool:
+        if stop():
+            raise Stopped
         if plan.wanted(group):
             return True
         tally.seen += 1
@@ -198,7 +204,7 @@ def _readable(plan: Plan, unit: Unit, tally: Tally) -> Iterator[Found]:
 
     try:
         yield from plan.sources[unit.source].read(unit.shard, wanted)
-    except (GeneratorExit, UnreachableError, NoRoomError):
+    except (GeneratorExit, Stopped, UnreachableError, NoRoomError):
         raise
     except Exception as error:
         raise _Poisoned(str(error) if isinstance(error, UnchangingError) else f"{type(error).__name__}: {error}") from error

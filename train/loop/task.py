@@ -10,6 +10,7 @@ from torch import Tensor
 
 from train.engines.protocol import Engine
 from train.loop.metrics import MetricsWriter
+from train.ranks.leaving import Between
 from train.run.change_points import Curve
 
 Batch = dict[str, Any]
@@ -70,8 +71,12 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
-        """Metrics on the validation split, equal on all ranks. Collective."""
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between) -> dict[str, float]:
+        """Metrics on the validation split, equal on all ranks. Collective. Nothing is written before all is measured.
+
+        Raises:
+            Left: out of ``between``, which is called between batches; the weights are the training's again.
+        """
         ...
 
     def units(self, batch: Batch) -> int:

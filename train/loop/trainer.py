@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from train.loop.task import Loss as Loss
 from train.loop.task import Task as Task
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
+from train.ranks.leaving import Left, leave_if_stopped
 from train.ranks.signal_vector import SignalVector
 from train.run import change_points
 from train.weights import checkpoint
@@ -87,6 +89,9 @@ class Trainer:
         """
         try:
             return self._train()
+        except StopRequested:
+            self.stop.orderly("the end of training")
+            raise
         finally:
             watchdog.rest()  # who handles the error may take its time
 
@@ -104,20 +109,16 @@ class Trainer:
         self._goodput = Goodput(lost, process_age_s())
         attempt = next_attempt(self.run.url, self.stage) if self.world.is_main else 0
         self._writer = MetricsWriter(self.run.url, self.stage, attempt, enabled=self.world.is_main)
-        points = [point for point in self._changes if point["step"] == step]
-        if attempt == 0 or points:  # TensorBoard would show the same text once for each attempt
-            self._writer.describe(min(step + 1, self.section.steps), self.meta.get("config", {}), self.meta.get("parents", {}))
-        for point in points:
-            self._writer.text(step, "change point", change_points.described(point))
+        self._describe(step, attempt)
         self._vector = SignalVector((*self.task.metrics, "samples"), self.device)
         self._units = self._update_s = 0.0
         begun = time.perf_counter()
         evaluation: dict[str, float] = {}
         owed = False
         progress = Progress(self.section.steps, self.stage, start=step, enabled=self.world.is_main)
-        self.stop.phase("the first update, which compiles", patient=True)
+        self.stop.phase("the first update, which compiles", patient=True, insisting=True)
         if self._evaluation_owed and step < self.section.steps:
-            self._evaluate(step)
+            self._evaluate_again(step)
         while step < self.section.steps:
             started = time.perf_counter()
             agreed, logged = self._update(step, started)
@@ -130,34 +131,46 @@ class Trainer:
                 self._writer.scalars(step, logged)
             stopping = agreed["stop"] > 0
             self._evaluation_owed = stopping and not last and step % self.section.eval_every == 0  # the next start makes it
-            if last or (step % self.section.eval_every == 0 and not stopping):
-                evaluation = self._evaluate(step)
+            try:
+                if last or (step % self.section.eval_every == 0 and not stopping):
+                    evaluation = self._evaluate(step)
+            except Left:  # the next start makes it, with the weights that are saved now
+                stopping = self._evaluation_owed = True
             owed |= step % self.section.save_every == 0
             # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
             if (owed and not self._bad and not self._overflows) or last or stopping:
                 owed = False
                 self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
+            self.stop.doing("an update")
             watchdog.beat()
-            if stopping and not last:
+            if stopping and (self._evaluation_owed or not last):
                 self._account(step)
                 wait_for_all()  # no launcher may see a rank end while another still writes
                 raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
         progress.finish()
         self.stop.phase("the end, after the last checkpoint")
         if not evaluation:  # killed between the last checkpoint and the stage's marker
-            evaluation = self._evaluate(step)
+            evaluation = self._evaluate_again(step)
         self._account(step)
         rate = throughput(self._units, self._update_s)
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
 
+    def _describe(self, step: int, attempt: int) -> None:
+        points = [point for point in self._changes if point["step"] == step]
+        if attempt == 0 or points:  # TensorBoard would show the same text once for each attempt
+            self._writer.describe(min(step + 1, self.section.steps), self.meta.get("config", {}), self.meta.get("parents", {}))
+        for point in points:
+            self._writer.text(step, "change point", change_points.described(point))
+
     def _has_begun(self, started: float) -> None:
         """After the first update there is something to save: a stop is heard at the end of an update from here on."""
         if self.stop.name:
-            self.stop.orderly()
+            self.stop.orderly("an update")
             if self.world.is_main:
                 log.info("%s: the first update took %.1f s, compilation included", self.stage, time.perf_counter() - started)
 
     def _save_now(self, step: int, elapsed_s: float, *, waits: bool) -> None:
+        self.stop.doing("a save")
         with self._goodput.timing("save"):
             self._save(step, elapsed_s)
             if not waits:
@@ -169,10 +182,22 @@ class Trainer:
             log.info("%s: the checkpoint after update %d took %.1f s", self.stage, step, self._saver.seconds)
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """Raises:
+        Left: a rank was asked to stop meanwhile.
+        """
+        self.stop.doing("an evaluation")
         with self._goodput.timing("evaluate"):
-            found = self.task.evaluate(self.engine, step, self._writer)
+            found = self.task.evaluate(self.engine, step, self._writer, partial(leave_if_stopped, self.stop))
+        self.stop.doing(self.stop.name or "an update")
         self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
         return found
+
+    def _evaluate_again(self, step: int) -> dict[str, float]:
+        """What an earlier start did not come to: nothing is lost with it."""
+        try:
+            return self._evaluate(step)
+        except Left:
+            raise StopRequested(f"{self.stage}: stopped by a signal during the evaluation of update {step}; nothing was lost.") from None
 
     def _account(self, step: int) -> None:
         """The last words of an attempt: where its time went."""

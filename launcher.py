@@ -394,4 +394,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    CODE = main(sys.argv[1:])
+    if CODE == ExitCode.REQUEUE:
+        output.leave(CODE)
+    sys.exit(CODE)

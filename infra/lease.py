@@ -138,6 +138,18 @@ class Lease:
             self.end(ExitCode.REQUEUE)
 
 
+def lives(run_url: str, label: str, job: str, restart: int) -> bool:
+    """Whether the launcher of this start of a job still holds a lease. Where its process cannot be looked for, it is watched, for as long as its lease at most."""
+    watch = _Watch(storage.join(run_url, "locks", label))
+    while True:
+        _, holder = watch.look()
+        if holder is None or holder.released or (holder.job, holder.restart) != (job, restart) or watch.abandoned or _is_gone(holder):
+            return False
+        if watch.moved or _is_here(holder):
+            return True
+        time.sleep(holder.lease_s / (2 * BEATS))
+
+
 def check() -> None:
     """Before a marker is written or anything is deleted: whether the launcher of this process still holds its lease; nothing where there is none.
 
@@ -309,9 +321,13 @@ def _process(pid: int) -> str:
 
 def _is_gone(holder: Holder) -> bool:
     """Whether the holder ran on this machine, where its process can be looked for, and does no more."""
+    return _is_here(holder) and _process(holder.pid) != holder.process
+
+
+def _is_here(holder: Holder) -> bool:
+    """Whether the holder's process is, or was, one of this machine that can be looked for."""
     mine = _process(os.getpid())
-    same = holder.process.split()[:2] == mine.split()[:2] and bool(mine) and bool(holder.process)
-    return same and _process(holder.pid) != holder.process
+    return holder.process.split()[:2] == mine.split()[:2] and bool(mine) and bool(holder.process)
 
 
 def last_sign(run_url: str, label: str) -> tuple[Holder, float] | None:

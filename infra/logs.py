@@ -31,12 +31,14 @@ def in_job() -> bool:
 
 
 def show() -> None:
-    """Print what our modules log, bare. For processes of the launcher: without it Python shows warnings alone."""
+    """Print what our modules log, bare; with LAUNCHER_DEBUG also what each phase of a stage is. For processes of the launcher: without it Python shows
+    warnings alone."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # where one process reads a checkpoint, as for an export
     handler = _Lines()
     main = "--worker" not in sys.argv or environment.text("RANK", "0") == "0"  # only our ranks have a number that counts
+    most = logging.DEBUG if environment.text("LAUNCHER_DEBUG") else logging.INFO
     for name in _OURS:
         logger = logging.getLogger(name)
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO if main else logging.WARNING)
+        logger.setLevel(most if main else logging.WARNING)
         logger.propagate = False  # some libraries give the root a handler, which would say it again

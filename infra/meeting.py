@@ -9,6 +9,7 @@ ranks work, and tells in the end how the attempt ended, so that one node alone r
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import secrets
@@ -146,18 +147,37 @@ def _serve(job: Job) -> tuple[TCPStore, str]:
     name, first = interfaces.split(job.rendezvous)
     for port in range(first, first + PORTS):
         try:
-            store = _store(name, port, serves=True)
+            store = None if _in_use(name, port) else _store(name, port, serves=True)
         except RuntimeError as error:  # torch's own errors of stores are
-            if "EADDRINUSE" in str(error) or "in use" in str(error):
-                log.warning("port %d is in use on node 0 (%s) by another program or job; the next one is tried", port, name)
-                continue
-            raise LostPeerError(
-                f"node 0 of job {job.run_id} cannot use {job.rendezvous}, where it meets the others ({error}): is the name another node's?"
-            ) from error
+            if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+                raise LostPeerError(
+                    f"node 0 of job {job.run_id} cannot use {job.rendezvous}, where it meets the others ({error}): is the name another node's?"
+                ) from error
+            store = None
+        if store is None:
+            log.warning("port %d is in use on node 0 (%s) by another program or job; the next one is tried", port, name)
+            continue
         if port != first:
             log.warning("the launchers of job %s meet at port %d, which the record of the attempt names", job.run_id, port)
         return store, interfaces.endpoint(name, port)
     raise LostPeerError(f"node 0 of job {job.run_id} finds no free port from {first} to {first + PORTS - 1}: free one, or set LAUNCHER_RENDEZVOUS.")
+
+
+def _in_use(name: str, port: int) -> bool:
+    """Whether another program has this very address. torch would serve the other family of addresses at that port, and ask that program as if it were its store."""
+    try:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except OSError:  # torch says more of such a name
+        return False
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended does not count
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
 
 
 def join(job: Job, stage: str, stop: StopFlag, recorded: Callable[[], str]) -> Meeting:

@@ -12,10 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from infra import environment, errors, scratch, storage
+from infra import environment, errors, scratch, storage, strict_json
 from infra.errors import ReportedError
 
 _VARIABLE = "LAUNCHER_NODE_FOLDER"
@@ -66,19 +67,38 @@ def read_once(url: str, most: int) -> bytes:
     return found[1:]
 
 
+def json_once(url: str) -> Any:
+    """The same of a JSON file.
+
+    Raises:
+        DataError: it is missing, or no JSON.
+    """
+    return storage.parse_json(url, read_once(url, strict_json.MAX_BYTES))
+
+
 def once(name: str, produce: Callable[[], bytes]) -> bytes:
     """What the first process of this node that asks produces, for all of them; the others wait for it. Where nobody shares a folder, each produces it."""
     folder = environment.text(_VARIABLE)
     if not folder:
         return produce()
-    with Path(folder, f"once-{hashlib.sha256(name.encode()).hexdigest()}").open("a+b") as file:
+    with Path(folder, f"once-{hashlib.sha256(name.encode()).hexdigest()}").open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         found = file.read()
         if not found:
             found = b"+" + produce()
-            file.write(found)
+            _leave(file, found)
     return found[1:]
+
+
+def _leave(file: FileIO, found: bytes) -> None:
+    """Write it for the others, who produce it themselves where there is no room."""
+    rest = memoryview(found)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(0)
 
 
 def _fetched(url: str, most: int) -> bytes:

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, exit_records, lease, node_folder, run_records, schemas, shown, storage, stored, strict_json
+from infra import deferred_writes, exit_records, lease, node_folder, run_records, schemas, shown, storage, stored
 from infra.config import differences
 from infra.errors import ConfigError, MissingError, UnreachableError
 from infra.job import Job
@@ -150,9 +150,21 @@ class RunFolder:
         if moved or changed or older:
             storage.write_json(self.at("provenance.json"), provenance)
 
-    def done(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage wrote last, or None."""
-        return stored.read_if_there(self.at(stage, "done.json"), run_records.Done)
+    def done(self, stage: str, *, once: bool = False) -> dict[str, Any] | None:
+        """What a finished stage wrote last, or None.
+
+        Args:
+            once: of a stage that does not run now: the ranks of a node fetch it once.
+        """
+        url = self.at(stage, "done.json")
+        if not once:
+            return stored.read_if_there(url, run_records.Done)
+        try:
+            found: dict[str, Any] = node_folder.json_once(url)
+        except MissingError:
+            return None
+        stored.check(found, run_records.Done, url)
+        return found
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage finished. The stage's last write.
@@ -247,7 +259,7 @@ def place_of(config_url: str) -> dict[str, str]:
         return {}
     url = storage.join(folder, "provenance.json")
     try:
-        provenance = storage.parse_json(url, node_folder.read_once(url, strict_json.MAX_BYTES))
+        provenance = node_folder.json_once(url)
     except MissingError:
         return {}
     stored.check(provenance, run_records.Provenance, url)

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and the tie that ends a child with its parent (docs/contracts.md, section 1)."""
 
 import ctypes
+import logging
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from types import FrameType
 from infra import environment, live
 from infra.errors import StopRequested
 
+log = logging.getLogger(__name__)
+
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
 _IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup ignores SIGHUP before it starts us, and children inherit that
 STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT, *(() if _IGNORED else (signal.SIGHUP,)))
@@ -22,6 +25,7 @@ SHUTDOWN_S = 600
 
 PATIENCE_S = 5.0
 """Seconds that a process which has nothing to lose gets to hear a stop signal."""
+_AGAIN_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,8 +36,11 @@ class StopFlag:
         self.received: signal.Signals | None = None
         self.name = ""
         """Of the phase that a signal ends at once; '' where work is under way that is saved first."""
+        self.struck = ""
+        """What was under way when the first signal came, for people."""
+        self._doing = "the start of the process"
         self._since = 0.0
-        self._patient = False
+        self._patient = self._insisting = False
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -45,37 +52,47 @@ class StopFlag:
             StopRequested: in a phase that has nothing to lose.
         """
         if self.received is None:
-            self._since = time.monotonic()
+            self._since, self.struck = time.monotonic(), self._doing
         self.received = signal.Signals(number)
         self._end_if_idle()
 
-    def phase(self, name: str, *, patient: bool = False) -> None:
+    def phase(self, name: str, *, patient: bool = False, insisting: bool = False) -> None:
         """From here on nothing is lost if this process ends: what it makes now is made again by the next start. To be called in the main thread.
 
         Args:
             patient: what is made may be saved within PATIENCE_S; only then does the signal end it.
+            insisting: libraries at work here catch whatever is raised (optional imports, compilers): it is raised again and again until the phase is left.
 
         Raises:
             StopRequested: the signal has come already.
         """
-        self.name, self._patient = name, patient
+        self.doing(name)
+        self.name, self._patient, self._insisting = name, patient, insisting
         live.say(now=True, phase=name)
         if self.received is not None:
             self._end_if_idle()
 
-    def orderly(self) -> None:
+    def orderly(self, name: str) -> None:
         """From here on work is under way that a stop must save, or leave at a boundary: the flag is only set."""
         if self.name:
             live.say(now=True, phase="")
+        self.doing(name)
         self.name = ""
 
+    def doing(self, name: str) -> None:
+        """What is under way from here on, whatever a signal does to it. LAUNCHER_DEBUG shows it."""
+        if name != self._doing:
+            self._doing = name
+            log.debug("begins: %s", name)
+
     @contextmanager
-    def watched(self, end: Callable[[str], object], patience_s: float = 2 * PATIENCE_S) -> Iterator[None]:
+    def watched(self, end: Callable[[str], object], patience_s: float = PATIENCE_S / 2) -> Iterator[None]:
         """For the block, end this process also where it hears no signal: a library that waits for a rank which has just ended so waits for minutes, and
         Python's handlers run once it returns. To be called in the main thread.
 
         Args:
             end: called with the reason, in another thread; ends the process.
+            patience_s: what a signal gets to be heard; a patient phase gets PATIENCE_S more.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -83,7 +100,8 @@ class StopFlag:
 
         def watch() -> None:
             while number := os.read(reader, 1):
-                if number[0] in STOP_SIGNALS and not done.wait(patience_s) and (phase := self.name):
+                waits_s = patience_s + (PATIENCE_S if self._patient else 0.0)
+                if number[0] in STOP_SIGNALS and not done.wait(waits_s) and (phase := self.name):
                     end(f"stopped by {signal.Signals(number[0]).name} during {phase}; nothing was lost.")
             os.close(reader)
 
@@ -104,14 +122,21 @@ class StopFlag:
         if not self.name or self.received is None:
             return
         if self._patient:
-            timer = threading.Timer(PATIENCE_S, self._insist, args=(self.name,))
-            timer.daemon = True
-            timer.start()
+            self._again_after(PATIENCE_S)
         else:
-            phase, self.name = self.name, ""  # once: what cleans up must not be struck again
+            phase = self.name
+            if self._insisting:
+                self._again_after(_AGAIN_S)
+            else:
+                self.name = ""  # once: what cleans up must not be struck again
             raise StopRequested(f"stopped by {self.received.name} during {phase}; nothing was lost.", at_once=True)
 
-    def _insist(self, name: str) -> None:
+    def _again_after(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._again, args=(self.name,))
+        timer.daemon = True
+        timer.start()
+
+    def _again(self, name: str) -> None:
         if self.name == name and self.received is not None:
             self._patient = False
             os.kill(os.getpid(), self.received)

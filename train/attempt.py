@@ -93,19 +93,21 @@ def guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopF
 
     try:
         with stop.watched(end) if world.size > 1 else contextlib.nullcontext():
+            stop.phase("the imports", insisting=True)
+            function = STAGES[name].function()
             stop.phase("the start")
-            STAGES[name].function()(elastic.adapted(cfg, run, name, world), run, world, stop)
-            stop.orderly()
+            function(elastic.adapted(cfg, run, name, world), run, world, stop)
+            stop.orderly("the end of the process")
     except ReportedError as error:
         alone = isinstance(error, StopRequested) and error.at_once
-        stop.orderly()
+        stop.orderly("the end of the process")
         code, reason = error.exit_code, str(error)
     except Exception as error:
-        idle = bool(stop.name)
-        stop.orderly()
-        code, reason, alone = *_explained(name, cfg, run, world, attempt, error, stopped=bool(stop) and idle), bool(stop)
+        idle = stop.name
+        stop.orderly("the end of the process")
+        code, reason, alone = *_explained(name, cfg, run, world, attempt, error, stopped=idle if stop else ""), bool(stop)
     if code == ExitCode.REQUEUE and stop.received and world.is_main:
-        log.info("%s: ended %.1f s after %s", name, stop.latency_s(), stop.received.name)
+        log.info("%s: ended %.1f s after %s, which came during %s", name, stop.latency_s(), stop.received.name, stop.struck)
     run.record_exit(label, attempt, world.rank, code, reason, alone=alone and world.size > 1)
     live.say(now=True, phase="")
     live.end()
@@ -113,15 +115,17 @@ def guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopF
     return code
 
 
-def _explained(name: str, cfg: RunConfig, run: RunFolder, world: World, attempt: int, error: Exception, *, stopped: bool) -> tuple[ExitCode, str]:
+def _explained(name: str, cfg: RunConfig, run: RunFolder, world: World, attempt: int, error: Exception, *, stopped: str) -> tuple[ExitCode, str]:
     """Code and reason of a rank whose stage ended with an error that has none.
 
     Args:
-        stopped: this rank was asked to stop where it had nothing to lose; its peers were as well, and may have gone first.
+        stopped: the phase in which this rank was asked to stop, with nothing to lose; its peers were as well, and may have gone first. '' where it was not.
     """
     reason = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return ExitCode.CRASH, advice(name, cfg, world.size, error)
+    if stopped and not is_lost_peer(error):  # a library has made it of the stop
+        return ExitCode.REQUEUE, f"stopped by a signal, which ended {stopped} in {reason.splitlines()[0]}; nothing was lost."
     if not is_lost_peer(error):
         traceback.print_exc()
         return ExitCode.CRASH, reason
@@ -145,6 +149,8 @@ def exit_soon(code: int) -> None:
         timer = threading.Timer(_EXIT_GRACE_S, os._exit, args=(code,))
         timer.daemon = True
         timer.start()
+    if code == ExitCode.REQUEUE:
+        output.leave(code)
     sys.exit(code)
 
 

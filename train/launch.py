@@ -112,9 +112,8 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     job = Job.from_env()
     if job.nodes > 1 and not entry.parallel:
         raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")
-    if job.id:
-        doctor.preflight(run)
-    with run.lock(attempt.labelled(name), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
+    fit = doctor.fit(run, job) if job.id else contextlib.nullcontext()
+    with fit, run.lock(attempt.labelled(name), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
         _refuse_if_stopped(stop)
         code, reason = attempt.execute(name, cfg, run, Placement(nproc, job, trains=entry.trains), stop, restarts)
     if held is not None and held.lost:  # whatever the ranks came to

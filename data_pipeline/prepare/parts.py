@@ -64,7 +64,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
         images_url: place of the two shard sets.
         world: unit i belongs to rank i mod size.
         progress: called with (units through, units of this process).
-        stop: asked before each record; True leaves the rest, and the part that was begun, to another run.
+        stop: asked for each record that is met, kept or not; True leaves the rest, and the part that was begun, to another run.
 
     Raises:
         DataError: more than data.max_quarantined input shards of this process could not be read.
@@ -133,7 +133,7 @@ def refuse_too_many(plan: Plan, quarantined: int, reason: str) -> None:
 def _content(plan: Plan, unit: Unit, stop: Stop) -> str:
     """Digest of the unit's records, read and not filtered."""
     records = RecordsDigest(plan.sources[unit.source])
-    for _ in _readable(plan, unit, Tally(), records):
+    for _ in _readable(plan, unit, Tally(), records, stop):
         if stop():
             raise Stopped
     return records.hexdigest()
@@ -144,9 +144,7 @@ def _write(plan: Plan, unit: Unit, inputs: str, contents: Contents, stop: Stop) 
     places = [storage.join(contents.images, split) for split in SPLITS]
     with PartWriter(places[0], inputs, plan.data.shard_bytes) as train, PartWriter(places[1], inputs, plan.data.shard_bytes) as validation:
         writers = dict(zip(SPLITS, (train, validation), strict=True))
-        for record in accepted(plan, unit, tally, records):
-            if stop():
-                raise Stopped
+        for record in accepted(plan, unit, tally, records, stop):
             writers[record.split].add(record)
             counts[record.split].add(record)
         contents.record(unit, inputs, records.hexdigest())
@@ -170,9 +168,15 @@ class _Counts:
         return {"sources": dict(self.sources), "licenses": dict(self.licenses)}
 
 
-def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None = None) -> Iterator[ImageRecord]:
-    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once. ``records`` takes all that is read."""
-    for pair in _readable(plan, unit, tally, records):
+def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None = None, stop: Stop = lambda: False) -> Iterator[ImageRecord]:
+    """Records of one input shard that pass all filters, in order; all others are counted in ``tally``, each once. ``records`` takes all that is read.
+
+    Raises:
+        Stopped: asked at any record, ``stop`` was true: a thousand may be dropped for one that passes.
+    """
+    for pair in _readable(plan, unit, tally, records, stop):
+        if stop():
+            raise Stopped
         if isinstance(pair, NotRead):
             tally.not_read[pair.suffix] += pair.count
             continue
@@ -201,10 +205,12 @@ def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None
         yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints)
 
 
-def _readable(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None) -> Iterator[Found]:
+def _readable(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None, stop: Stop) -> Iterator[Found]:
     """What the source reads. Its failures are the shard's; those of whoever writes are not, nor is an outage or a full disk."""
 
     def wanted(group: str) -> bool:
+        if stop():
+            raise Stopped
         if plan.wanted(group):
             return True
         tally.seen += 1
@@ -218,7 +224,7 @@ def _readable(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | Non
             if records:
                 records.add(found)
             yield found
-    except (GeneratorExit, UnreachableError, NoRoomError):
+    except (GeneratorExit, Stopped, UnreachableError, NoRoomError):
         raise
     except Exception as error:
         raise _Poisoned(str(error) if isinstance(error, UnchangingError) else f"{type(error).__name__}: {error}") from error

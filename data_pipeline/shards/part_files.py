@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards import links
 from data_pipeline.shards.rows import ShardRows, row_decoder
 from data_pipeline.shards.schema import check_columns, read_part_index
-from infra import scratch, storage, strict_json
+from infra import node_folder, scratch, storage, strict_json
 from infra.commands import launcher
 from infra.errors import DataError
 
@@ -63,14 +63,17 @@ def sha256_of(part: Mapping[str, Any], name: str, url: str) -> str:
     return found[0]
 
 
-def read_checked(url: str, sha256: str, most: int) -> bytes:
+def read_checked(url: str, sha256: str, most: int, *, once: bool = False) -> bytes:
     """A file of at most ``most`` bytes.
+
+    Args:
+        once: every rank needs it: those of a node fetch it once.
 
     Raises:
         DataError: it is missing or larger, or its hash is another.
     """
     links.check(url)
-    data = storage.read_at_most(url, most)
+    data = node_folder.read_once(url, most) if once else storage.read_at_most(url, most)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise _damaged(url)
     return data
@@ -81,13 +84,13 @@ def _damaged(url: str) -> DataError:
     return DataError(f"{url}: damaged, its SHA-256 is not the one it was written with; delete {folder} and run the stage that wrote it again.")
 
 
-def read_u64(url: str, sha256: str, count: int) -> NDArray[np.uint64]:
-    """``count`` numbers of 64 bits.
+def read_u64(url: str, sha256: str, count: int, *, once: bool = False) -> NDArray[np.uint64]:
+    """``count`` numbers of 64 bits; ``once`` as of ``read_checked``.
 
     Raises:
         DataError: the file is missing or damaged, or holds another number of them.
     """
-    data = read_checked(url, sha256, max(8 * count, _SMALLEST_LIMIT))
+    data = read_checked(url, sha256, max(8 * count, _SMALLEST_LIMIT), once=once)
     if len(data) != 8 * count:
         raise DataError(f"{url}: {len(data)} bytes; the manifest counts {count} numbers of 8; run 'launcher.py validate' on the set.")
     return np.frombuffer(data, U64)

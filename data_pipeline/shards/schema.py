@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, FailFast, Field, model_validator
 
 from data_pipeline.shards import links
+from infra import node_folder
 from infra.errors import DataError
-from infra.stored import Count, Sha256, Stored, read
+from infra.stored import Count, Sha256, Stored, check, read
 
 PART = r"part-[0-9a-f]{1,64}"
 """Names of parts, as ``part_name`` makes them."""
@@ -166,22 +167,25 @@ def check_columns(schema: str, entry: Mapping[str, Any], place: str) -> None:
         raise DataError(f"{place}: column '{odd}' is {found.get(odd)}, the schema has {expected.get(odd)}; run 'launcher.py validate' on the set.")
 
 
-def read_manifest(url: str) -> dict[str, Any]:
+def read_manifest(url: str, *, once: bool = False) -> dict[str, Any]:
     """The manifest of a set or of one of its versions.
+
+    Args:
+        once: of a version, which never changes: the ranks of a node fetch it once.
 
     Raises:
         DataError: it is missing or damaged, or names a part or a file that lies elsewhere. Nothing may be read, written or deleted by it then.
     """
-    return _read(url, Manifest)
+    return _read(url, Manifest, once=once)
 
 
 def read_index(url: str) -> list[dict[str, Any]]:
-    """The shards in the index of a set or of one of its versions.
+    """The shards in the index of a version, which never changes: the ranks of a node fetch it once.
 
     Raises:
         DataError: it is missing or damaged, names a file that lies elsewhere, or has columns whose reading would run code.
     """
-    return list(_read(url, Index)["shards"])
+    return list(_read(url, Index, once=True)["shards"])
 
 
 def read_part_index(url: str) -> list[dict[str, Any]]:
@@ -198,9 +202,13 @@ def read_marker_file(url: str) -> dict[str, Any]:
     return _read(url, Marker, f"delete the folder {url.rpartition('/')[0]} and run the stage that wrote it again")
 
 
-def _read(url: str, model: type[Stored], remedy: str = _WRITTEN_AGAIN) -> dict[str, Any]:
+def _read(url: str, model: type[Stored], remedy: str = _WRITTEN_AGAIN, *, once: bool = False) -> dict[str, Any]:
     links.check(url)
-    return read(url, model, remedy)
+    if not once:
+        return read(url, model, remedy)
+    found: dict[str, Any] = node_folder.json_once(url)
+    check(found, model, url, remedy)
+    return found
 
 
 def version_folder(content_hash: str, digits: int) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards import schema as schemas
 from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_row, read_u64, sha256_of, unpack_captions
 from data_pipeline.shards.spellings import bases_of, spellings
-from infra import storage, text
+from infra import node_folder, storage, text
 from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import DataError, MissingError
@@ -36,6 +36,7 @@ CAPTIONS = "captions.jsonl.gz"
 EXCLUDED = "excluded.u64"
 VERSIONS = "versions"
 _NAME_DIGITS = 16
+_LONGEST_LIST = 1 << 30  # bytes of a take-down list
 _PARALLEL = 16  # small files that are read in parallel, because each may be a request to S3
 
 
@@ -192,7 +193,7 @@ class ShardSet:
         if not facts["count"]:
             return np.empty(0, np.int64)
         url = storage.join(self.version_url, EXCLUDED)
-        found = read_u64(url, facts["sha256"], facts["count"])
+        found = read_u64(url, facts["sha256"], facts["count"], once=True)
         if found[-1] >= self.stored or (found[1:] <= found[:-1]).any():
             raise DataError(f"{url}: damaged, its positions do not rise, or leave 0 to {self.stored - 1}; run '{launcher('validate', self.url)}'.")
         return found.astype(np.int64)
@@ -223,11 +224,11 @@ class ShardSet:
         Raises:
             DataError: a file is missing or damaged.
         """
-        return self._side_file(IDS, 1)
+        return list(self._side_files(IDS, 1, once=True))
 
     def prints(self) -> list[NDArray[np.uint64]]:
         """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
-        return [values.reshape(-1, 3) for values in self._side_file(PRINTS, 3)]
+        return [values.reshape(-1, 3) for values in self._side_files(PRINTS, 3)]
 
     def group_hashes(self) -> Iterator[NDArray[np.uint64]]:
         """Hash of the group of every stored image, part by part; of a large set a few parts are in memory at a time.
@@ -238,14 +239,11 @@ class ShardSet:
         for values in self._side_files(PRINTS, 3):
             yield values.reshape(-1, 3)[:, 2]
 
-    def _side_file(self, name: str, numbers: int) -> list[NDArray[np.uint64]]:
-        return list(self._side_files(name, numbers))
-
-    def _side_files(self, name: str, numbers: int) -> Iterator[NDArray[np.uint64]]:
+    def _side_files(self, name: str, numbers: int, *, once: bool = False) -> Iterator[NDArray[np.uint64]]:
         def read(part: dict[str, Any]) -> NDArray[np.uint64]:
             found = [file["sha256"] for file in part["files"] if file["name"] == name]
             place = storage.join(self.url, part["name"], name)
-            return read_u64(place, found[0], numbers * part["count"]) if found else np.empty(0, U64)
+            return read_u64(place, found[0], numbers * part["count"], once=once) if found else np.empty(0, U64)
 
         parts = self.parts
         with ThreadPoolExecutor(_PARALLEL) as pool:
@@ -334,7 +332,7 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
     stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
     place = storage.join(version_url(url, version) if version else url, MANIFEST)
     try:
-        manifest = schemas.read_manifest(place)
+        manifest = schemas.read_manifest(place, once=bool(version))
     except MissingError:
         what = f"no version {version[:_NAME_DIGITS]} of a shard set" if version else "no shard set"
         raise DataError(
@@ -374,7 +372,9 @@ def takedown_lines(url: str) -> list[str]:
     if not url:
         return []
     try:
-        found = storage.read_text(url)
+        found = node_folder.read_once(url, _LONGEST_LIST).decode()
     except MissingError as error:
         raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{url}: not UTF-8 text ({error}).") from error
     return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import meeting, storage
+from infra import interfaces, meeting, storage
 from infra.agent import TRACKER_NOTES, Placement
 from infra.errors import LostPeerError, StopRequested, UnreachableError
 from infra.job import Job
@@ -38,6 +39,18 @@ while not flag:
 run.record_exit("dvae", int(os.environ["LAUNCHER_ATTEMPT"]), int(os.environ["RANK"]), 75, "stopped")
 sys.exit(75)
 """
+_REDUCES = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+from infra.run_folder import RunFolder
+dist.init_process_group("gloo")
+total = torch.ones(())
+dist.all_reduce(total)
+print("the sum is", int(total), "of ranks that met at [" + os.environ["MASTER_ADDR"].strip("[]") + "]", flush=True)
+RunFolder({run!r}).record_exit("dvae", int(os.environ["LAUNCHER_ATTEMPT"]), int(os.environ["RANK"]), 0, "finished")
+dist.destroy_process_group()
+"""
 _CUT_OFF = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -50,12 +63,12 @@ sys.exit(93)
 _AGENT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from infra import agent, deferred_writes, s3
+from infra import agent, deferred_writes, meeting, s3
 from infra.errors import ReportedError
 from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
-agent._LOST_S, deferred_writes.PATIENCE_S, s3.MAX_ATTEMPTS = 1, 0.0, 2
+agent._LOST_S, deferred_writes.PATIENCE_S, s3.MAX_ATTEMPTS, meeting._LOOK_S = 1, 0.0, 2, 2.0
 node, nodes, error = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if error:
     import torch.distributed.launcher.api as api
@@ -69,7 +82,7 @@ if error:
             raise getattr(rendezvous, error)("as if")
     api.elastic_launch = lambda *arguments: fail
 try:
-    job = Job("7", 0, node, nodes, "127.0.0.1:{port}", "127.0.0.1")
+    job = Job("7", 0, node, nodes, "{place}", "{host}")
     stop = StopFlag()
     if error == "at once":
         stop.handle(signal.SIGTERM, None)
@@ -84,9 +97,17 @@ except ReportedError as error:
 """
 
 
-def agent(tmp_path: Path, port: int, node: int, nodes: int = 2, error: str = "", run: str = "", program: str = _RANK) -> subprocess.Popen[str]:
+def agent(
+    tmp_path: Path, port: int, node: int, nodes: int = 2, error: str = "", run: str = "", program: str = _RANK, host: str = "127.0.0.1"
+) -> subprocess.Popen[str]:
     """A process with the agent of one node, whose ranks wait for a signal; ``error``: elastic ends with it instead."""
-    places = {"root": str(ROOT), "run": run or str(tmp_path), "rank": str(tmp_path / "rank.py"), "port": port}
+    places = {
+        "root": str(ROOT),
+        "run": run or str(tmp_path),
+        "rank": str(tmp_path / "rank.py"),
+        "place": interfaces.endpoint(host, port),
+        "host": host,
+    }
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "rank.py").write_text(program.format(**places))
     words = [sys.executable, "-c", _AGENT.format(**places), str(node), str(nodes), error]
@@ -98,6 +119,29 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(("host", "family"), [("::1", socket.AF_INET6)], ids=["an IPv6 literal"])
+def test_ranks_of_two_nodes_reduce_together_where_the_port_is_in_use_and_the_address_is_a_literal_of_ipv6(
+    tmp_path: Path, host: str, family: socket.AddressFamily
+) -> None:
+    """All the way: the launchers' meeting, elastic's rendezvous, and the ranks' own process group."""
+    with socket.socket(family) as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = int(taken.getsockname()[1])
+        agents = [agent(tmp_path, port, node, program=_REDUCES, host=host) for node in range(2)]
+        try:
+            said = [each.communicate(timeout=_PATIENCE_S)[0] for each in agents]
+        finally:
+            for each in agents:
+                each.kill()
+                each.communicate()
+    assert f"port {port} is in use on node 0 ({host}) by another program or job; the next one is tried" in said[0], said
+    lines = [line for output in said for line in output.splitlines() if "the sum" in line or line.startswith("ended")]
+    assert lines == [line for rank in range(2) for line in (f"[rank {rank}] the sum is 2 of ranks that met at [::1]", "ended: 0 finished")], said
+    begin = json.loads((tmp_path / "exits/dvae/attempt-0/begin.json").read_text())
+    assert begin["rendezvous"].startswith(f"[{host}]:") and int(begin["rendezvous"].rpartition(":")[2]) > port
 
 
 def test_the_node_that_is_left_says_that_the_rendezvous_went_away_and_ends_its_ranks(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from infra import storage
 from tests.support import manifests
 from tests.support import slurm_stand_in as stand_in
 from tests.support.root import ROOT
@@ -120,6 +121,8 @@ def test_every_kubectl_command_of_the_cluster_page_runs(tmp_path: Path, s3: str,
         "credentials.env": f"{tmp_path}/credentials.env",
         "credentials=FILE": f"credentials={tmp_path}/FILE",
     }
+    for stage in ("tokenizer", "encode"):  # what the example's stage needs
+        storage.write_bytes(f"{s3}/tiny/{stage}/done.json", b"{}")
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(tmp_path), "REAL": str(kubectl)}
     found = []
     for line in words:

@@ -26,6 +26,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from tests.support.root import ROOT
+from train.run.cluster import Start, verdict
 from train.weights import checkpoint
 from train.weights.fragments import even_slice
 
@@ -211,6 +212,27 @@ def test_the_later_start_of_a_job_lets_the_earlier_one_save_and_end(url: str, ho
             held.beat()
             with hold(url, "dvae", Job("77", 2)):
                 pass
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["its process can be looked for", "it runs in a space of its own"])
+def test_a_living_launcher_is_not_judged_killed_where_srun_has_ended(
+    url: str, holder: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    """The job script of a node that SLURM has lost, with its srun: the ranks live on, and save."""
+    run = RunFolder(url)
+    number = run.begin_attempt("dvae", size=1, job="77", restart=0, run_id="77.0", saved=-1)
+    living = holder(url, "77", 0, LAUNCHER_LEASE_S="6")
+    if not seen:
+        monkeypatch.setattr(lease, "_is_here", lambda holder: False)
+    found = verdict("dvae", run, Start("77", 0, 137), 3)
+    assert found.code == 75 and "the launcher that it started lives on" in found.reason
+    assert not storage.exists(run.attempt_url("dvae", number, "end.json"))
+    assert verdict("dvae", run, Start("77", 1, 137), 3).reason != found.reason, "another start's launcher is not this one's"
+    living.kill()
+    living.wait()
+    began = time.monotonic()
+    assert "rank 0 ended without a record: it was killed" in verdict("dvae", run, Start("77", 0, 137), 3).reason
+    assert storage.exists(run.attempt_url("dvae", number, "end.json")) and time.monotonic() - began < 30
 
 
 def test_a_holder_that_was_paused_past_its_lease_writes_nothing_when_it_wakes(url: str, holder: Callable[..., subprocess.Popen[str]]) -> None:

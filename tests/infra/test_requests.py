@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
 from infra import ledger, node_folder, storage
 from infra.errors import DataError, DivergedError, UnreachableError
 from infra.exit_records import summary
@@ -21,6 +22,7 @@ from infra.run_folder import RunFolder
 from infra.world import World
 from tests.support.counted_requests import told_apart
 from tests.support.fault_proxy import FaultProxy, fault_proxy
+from tests.support.made_sets import image, make_images
 from tests.support.ranks import run_in_ranks
 from tests.support.root import ROOT
 from tests.support.s3_server import S3Server
@@ -208,6 +210,53 @@ def test_a_file_that_cannot_be_read_is_asked_for_once_a_node_and_is_the_same_err
     assert read_once(f"{s3}/a", 5) == b"other"
     with pytest.raises(DataError, match="larger than 4 bytes"):
         read_once(f"{s3}/a", 4)
+
+
+_FULL = """
+import os, resource, sys
+sys.path.insert(0, {root!r})
+from infra import node_folder
+asked = []
+def produce():
+    asked.append(1)
+    return b"x" * 100_000
+with node_folder.shared():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))  # as a full disk does: what is written comes to an end
+    found = [node_folder.once("index", produce) for _ in range(3)]
+print(len(asked), [len(each) for each in found])
+"""
+
+
+def test_where_the_node_has_no_room_for_it_each_rank_fetches_for_itself() -> None:
+    done = subprocess.run([sys.executable, "-c", _FULL.format(root=str(ROOT))], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 [100000, 100000, 100000]\n"
+
+
+def opened(world: World, url: str, version: str, node: str) -> tuple[int, int, int]:
+    """As every rank of a stage opens a set: its shards, what is left out of them, and what was taken down."""
+    os.environ["LAUNCHER_NODE_FOLDER"] = node
+    found = open_set(url, IMAGE_SCHEMA, version=version, takedown=f"{url}/list.txt")
+    return len(found.shards), found.count, len(found.taken_down)
+
+
+@pytest.mark.parametrize("ranks", SIZES)
+def test_the_index_of_a_set_is_read_once_a_node(proxy: FaultProxy, s3: str, tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_images(f"{s3}/set", [[image(number) for number in range(start, start + 20)] for start in (0, 20)], excluded=[3])
+    storage.write_bytes(f"{s3}/set/list.txt", b"id-5\n")
+    proxy.requests.clear()
+    (tmp_path / "node").mkdir()
+    words = (f"{s3}/set", made.content_hash, str(tmp_path / "node"))
+    monkeypatch.setenv("LAUNCHER_NODE_FOLDER", "")  # whatever one rank, in this process, sets is undone
+    found = run_in_ranks(opened, ranks, *words) if ranks > 1 else [opened(World.single(), *words)]
+    assert len(set(found)) == 1 and found[0][1:] == (38, 1)
+    reads = Counter(line.rpartition("/")[2].partition("?")[0] for line in proxy.requests if line.startswith("GET") and "list-type" not in line)
+    assert {name: reads[name] for name in ("manifest.json", "index.json", "excluded.u64", "list.txt")} == {
+        "manifest.json": 1,
+        "index.json": 1,
+        "excluded.u64": 1,
+        "list.txt": 1,
+    }, reads
+    assert reads["ids.u64"] == 2 and not any(line.startswith("HEAD") for line in proxy.requests), "each part's, once"
 
 
 def test_replicas_cut_a_checkpoint_into_no_more_parts_than_few_of_them_write() -> None:

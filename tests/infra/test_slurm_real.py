@@ -21,6 +21,9 @@ from typing import Any
 
 import pytest
 
+from infra import ledger
+from infra.run_folder import RunFolder
+from tests.support.processes import alive, inner, throttled
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import Cluster, missing
 from train.loop.metrics import read_metrics
@@ -49,6 +52,15 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if command[0] == "prepare":
             shutil.copytree(root / "tiny", root / "prepared")
     return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def alone(calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by one rank: sums of another number of ranks differ in their last bit."""
+    run = copy(calm.parent / "prepared", tmp_path_factory.mktemp("alone"))
+    words = [sys.executable, str(ROOT / "launcher.py"), "dvae", str(run), "--nproc", "1"]
+    subprocess.run(words, check=True, timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    return run
 
 
 def copy(run: Path, folder: Path) -> Path:
@@ -176,6 +188,83 @@ def test_the_time_limit_announces_itself_and_the_job_requeues(slurm: Cluster, ru
     text = log_of(run, "dvae", job)
     assert "verdict 75" in text and ("stopped by a signal after update" in text or "nothing was begun" in text), text
     row(record_property, "the time limit comes near (--signal=USR2@...)", "saved, requeued by the job itself", since)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("nodes", "frozen"), [(1, False), (2, False), (1, True)], ids=["one node", "two nodes", "one node, frozen past its lease"])
+def test_a_lost_node_that_holds_the_lease_and_whose_processes_live_on_loses_the_job_and_nothing_else(
+    slurm: Cluster, run: Path, calm: Path, alone: Path, record_property: Record, nodes: int, frozen: bool
+) -> None:
+    """slurmd is killed, and with it all that SLURM knows of the node: the job starts elsewhere while its earlier start trains on, or sleeps."""
+    job = slurm.submit("dvae", str(run), options=(f"--nodes={nodes}", *output(run)), LAUNCHER_LEASE_S="12")
+    training(slurm, run, 0)
+    begin = json.loads((run / "exits/dvae/attempt-0/begin.json").read_text())
+    node = next(name for name in ("n1", "n2", "n3") if begin["pid"] in [inner(task) for task in slurm.tasks(name)])
+    orphans = slurm.tasks(node)
+    since = time.monotonic()
+    slurm.node("kill-node", int(node[1:]))
+    try:
+        with throttled(orphans, pause_s=1000 if frozen else 0.57):
+            restarted(slurm, job, 1)
+            slurm.wait("the new start to meet the old one", lambda: "waiting for it" in log_of(run, "dvae", job))
+            if frozen:
+                training(slurm, run, 1)
+            assert any(map(alive, orphans)), "SLURM has not reached them"
+        woken = time.monotonic()
+        slurm.wait("the earlier start to end", lambda: not any(map(alive, orphans)))
+        ended_s = time.monotonic() - woken
+        # Of two nodes, the orphan waits a minute for the other launcher's word; its rank has ended, and no newer attempt has begun.
+        assert ended_s < (30 if nodes == 1 else 120), f"a launcher that finds a newer attempt begun ends itself: {ended_s:.0f} s"
+        (end,) = slurm.wait_for_end(job)
+    finally:
+        slurm.node("node", int(node[1:]))
+    text = log_of(run, "dvae", job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    assert "wait for it, or use another run.name" not in text, "no start ends with 78 because of an earlier one"
+    assert losses(run) == losses(alone if nodes == 1 else calm) and [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    first = ledger.read(RunFolder(str(run)), "dvae")[0]
+    if frozen:
+        assert "taken over" in text and ledger.read(RunFolder(str(run)), "dvae")[1].code == 0, text
+        outcome = f"the lease runs out, the new start goes on from the last checkpoint; the sleeper ends {ended_s:.0f} s after it wakes; losses equal"
+    elif nodes == 1:
+        assert first.code == 75 and "after update" in first.reason, (first, text)
+        assert "waiting for it" in text and "the launcher that it started lives on" in text and "it was killed" not in text, text
+        outcome = "the new start waits; the old one is asked, saves and ends with 75, and does not requeue; goes on from there, losses equal"
+    else:  # SLURM ends the other half, with which the orphan saves where KillWait is long enough
+        assert first.code in (75, 1) and "rank 0 ended without a record" not in first.reason, (first, text)
+        outcome = f"SLURM ends the job's other half, and with it the old start ({first.code}); goes on elsewhere from its checkpoint, losses equal"
+    asked = ", frozen for longer than its lease" if frozen else ", which train on"
+    row(record_property, f"kill -9 of slurmd on the node that holds the lease, {nodes} node{'s' * (nodes > 1)}, its processes{asked}", outcome, since)
+
+
+@pytest.mark.soak
+def test_a_time_limit_that_leaves_no_time_is_refused_at_submission_and_by_hand_comes_to_an_end(
+    slurm: Cluster, run: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """With an environment that takes half a minute to load: SLURM's signal is there before anything begins, again and again."""
+    since = time.monotonic()
+    words, before = [sys.executable, "launcher.py", "dvae", str(run), "--on", "slurm"], slurm.run("squeue", "--noheader", "--format=%A")
+    refused = slurm.run("sh", "-c", '"$@"; echo "code $?"', "sh", *words, "cluster.hours=0.2", "cluster.grace_s=720")
+    assert (
+        "is not longer than cluster.grace_s = 720" in refused and "code 78" in refused and slurm.run("squeue", "--noheader", "--format=%A") == before
+    ), refused
+    fits = slurm.run(*words, "cluster.hours=0.5", "cluster.grace_s=720", "cluster.cpus=1", "cluster.memory_gib=1", "--dry-run")
+    assert "--time=0:30:00" in fits and re.search(r"sbatch --test-only: sbatch: Job \d+ to start at ", fits), fits
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\n[ "$2" = verdict ] || sleep 31\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = slurm.submit("dvae", str(run), options=("--time=5", *output(run)), LAUNCHER_VENV=str(tmp_path / "venv"))
+    (end,) = slurm.wait_for_end(job)
+    text = log_of(run, "dvae", job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "93:0", str(ledger.STOPS)), text
+    assert f"stopped {ledger.STOPS + 1} times in a row before an attempt was begun: the time limit" in text and codes(run) == {}
+    row(
+        record_property,
+        "a time limit within the grace, by hand, and a start that takes longer than SLURM's first look",
+        f"stopped and requeued {ledger.STOPS} times, then FAILED with 93",
+        since,
+    )
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, tmp_path: Path, record_property: Record) -> None:

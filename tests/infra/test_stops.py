@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,51 @@ def test_a_stop_ends_what_has_nothing_to_lose_at_once_and_sets_a_flag_where_work
     with pytest.raises(StopRequested, match="stopped by SIGUSR2 during the restoring of a checkpoint") as caught:
         stop.handle(signal.SIGUSR2, None)
     assert caught.value.at_once and caught.value.exit_code == ExitCode.REQUEUE and 0 <= stop.latency_s() < 60
+    assert stop.struck == "the restoring of a checkpoint"
     stop = StopFlag()
     stop.phase("the start")
-    stop.orderly()
+    stop.orderly("an update")
+    stop.doing("a save")
     stop.handle(signal.SIGUSR2, None)
-    assert stop.received == signal.SIGUSR2
+    stop.doing("an update")
+    stop.handle(signal.SIGTERM, None)
+    assert stop.received == signal.SIGTERM and stop.struck == "a save", "the first signal counts"
+
+
+_SWALLOWS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from infra import signals
+from infra.errors import StopRequested
+stop, swallowed = signals.install(), 0
+def optional():  # as libraries try what may be absent
+    global swallowed
+    try:
+        print("up", flush=True)
+        time.sleep(20)
+    except Exception:
+        swallowed += 1
+try:
+    stop.phase("the imports", insisting={insisting})
+    optional()
+    time.sleep(1.5)
+    stop.orderly("the work")
+    print("went on", flush=True)
+except StopRequested as error:
+    stop.orderly("the end of the process")
+    time.sleep(1.2)  # what cleans up is struck no more
+    print(swallowed, error)
+"""
+
+
+@pytest.mark.parametrize("insisting", [True, False])
+def test_a_stop_that_a_library_swallows_is_raised_again_where_nothing_is_cleaned_up(insisting: bool) -> None:
+    words = _SWALLOWS.format(root=str(ROOT), insisting=insisting)
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert said == ("1 stopped by SIGTERM during the imports; nothing was lost.\n" if insisting else "went on\n"), said
 
 
 def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[StopFlag], None], world: World, stop: StopFlag) -> tuple[int, str]:
@@ -54,7 +95,7 @@ def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[StopF
     run = RunFolder(str(tmp_path))
     attempt = run.begin_attempt("dvae", size=world.size)
     code = attempt_module.guarded("dvae", load_run("tiny", []), run, world, stop, attempt)
-    (record,) = [each for each in run.records("dvae", attempt) if each["rank"] == world.rank]
+    record = [each for each in run.records("dvae", attempt) if each["rank"] == world.rank][-1]
     assert record["code"] == code
     return code, str(record["reason"])
 
@@ -72,7 +113,27 @@ def test_a_rank_that_is_stopped_in_a_phase_ends_with_75_and_says_in_which(
     caplog.set_level(logging.INFO)
     found = ended(tmp_path, monkeypatch, work, World.single(), stop)
     assert found == (75, "stopped by SIGTERM during the restoring of a checkpoint; nothing was lost.")
-    assert "dvae: ended 0.0 s after SIGTERM" in caplog.text
+    assert "dvae: ended 0.0 s after SIGTERM, which came during the restoring of a checkpoint" in caplog.text
+
+
+def test_an_import_that_makes_another_error_of_a_stop_is_stopped_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = signals.install()
+
+    def work(stop: StopFlag) -> None:
+        stop.phase("the imports", insisting=True)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except StopRequested as error:
+            raise ImportError("numpy was only half imported") from error
+
+    code, reason = ended(tmp_path, monkeypatch, work, World.single(), stop)
+    assert code == 75 and "stopped by a signal, which ended the imports in ImportError: numpy was only half imported; nothing was lost" in reason
+
+    def breaks(stop: StopFlag) -> None:
+        stop.phase("the imports", insisting=True)
+        raise ImportError("no such library")
+
+    assert ended(tmp_path, monkeypatch, breaks, World.single(), StopFlag())[0] == 1
 
 
 @pytest.mark.parametrize(("stopped", "peers", "expected"), [(True, None, 75), (False, 75, 75), (False, None, 1), (False, 65, 1)])
@@ -121,7 +182,7 @@ with stop.watched(end, 0.2):
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_a_rank_that_waits_in_a_library_for_one_that_was_stopped_is_ended_if_it_has_nothing_to_lose(idle: bool) -> None:
-    words = _DEAF.format(root=str(ROOT), phase='stop.phase("the start")' if idle else "stop.orderly()")
+    words = _DEAF.format(root=str(ROOT), phase='stop.phase("the start")' if idle else 'stop.orderly("a save")')
     process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.terminate()
@@ -130,6 +191,36 @@ def test_a_rank_that_waits_in_a_library_for_one_that_was_stopped_is_ended_if_it_
         assert (process.returncode, output) == (75, "stopped by SIGTERM during the start; nothing was lost.\n")
     else:
         assert (process.returncode, output) == (1, ""), "work under way is not left; the store's own time-out came"
+
+
+def test_the_phases_of_the_main_rank_are_shown_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from infra import logs, signals; logs.show(); stop = signals.StopFlag(); "
+        "stop.phase('the start'); stop.orderly('an update'); stop.doing('an update'); stop.doing('a save')"
+    )
+    for given, rank, shown in (("1", "0", "begins: the start\nbegins: an update\nbegins: a save\n"), ("", "0", ""), ("1", "3", "")):
+        env = os.environ | {"LAUNCHER_DEBUG": given, "RANK": rank}
+        done = subprocess.run([sys.executable, "-c", words, "--worker"], env=env, capture_output=True, text=True, check=True)
+        assert done.stderr == shown
+
+
+def test_a_stop_does_not_wait_until_python_has_taken_everything_apart() -> None:
+    words = f"""
+import atexit, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from infra import output
+class Model:
+    def __del__(self):
+        print("taken apart", flush=True)
+model = Model()
+threading.Thread(target=time.sleep, args=(30,)).start()
+atexit.register(print, "released")
+print("said last", end="")
+output.leave(75)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said lastreleased\n", "") and time.monotonic() - began < 20
 
 
 def test_lines_of_a_job_have_their_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ _KINDS = (
     (r"/locks/", "lease"),
     (r"/live/", "signs of life"),
     (r"/(metrics|tensorboard|pictures|logs|attention)/", "metrics"),
+    (r"/images/.*/(index|manifest)\.json|/prepare/done\.json", "indexes"),
     (r"/images/", "data"),
 )
 _SMALL = ["dvae_fit.steps=10", "dvae_fit.save_every=10", "dvae_fit.eval_every=10", "dvae_fit.keep=1"]

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from infra.digests import id_hash
 from train.engines.protocol import Engine
 from train.loop.metrics import MetricsWriter
+from train.ranks.leaving import Between
 from train.run.change_points import Curve
 
 Batch = dict[str, Any]
@@ -70,10 +72,19 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
-        """Metrics on the validation split, equal on all ranks. Collective."""
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between) -> dict[str, float]:
+        """Metrics on the validation split, equal on all ranks. Collective. Nothing is written before all is measured.
+
+        Raises:
+            Left: out of ``between``, which is called between batches; the weights are the training's again.
+        """
         ...
 
     def units(self, batch: Batch) -> int:
         """Units of one local micro-batch, for throughput."""
         ...
+
+
+def sum_of_ids(batches: list[Batch]) -> float:
+    """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
+    return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infra import live, storage
-from infra.commands import launcher
-from infra.digests import id_hash
-from infra.errors import CheckpointError, DivergedError, StopRequested
+from infra.errors import CheckpointError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import FitSection
 from train.engines.protocol import Engine, MeasuringEngine, StatefulEngine, Update
+from train.loop.diverged import diverged
 from train.loop.goodput import Goodput, lost_s, process_age_s
 from train.loop.metrics import MetricsWriter, next_attempt, throughput
 from train.loop.plateau import Plateau
@@ -27,9 +27,11 @@ from train.loop.task import Batch as Batch
 from train.loop.task import Loader as Loader
 from train.loop.task import Loss as Loss
 from train.loop.task import Task as Task
+from train.loop.task import sum_of_ids
 from train.loop.watching import Watched
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
+from train.ranks.leaving import Left, leave_if_stopped
 from train.ranks.signal_vector import SignalVector
 from train.run import change_points
 from train.weights import checkpoint
@@ -88,6 +90,9 @@ class Trainer:
         """
         try:
             return self._train()
+        except StopRequested:
+            self.stop.orderly("the end of training")
+            raise
         finally:
             watchdog.rest()  # who handles the error may take its time
 
@@ -109,9 +114,9 @@ class Trainer:
         owed = False
         self._watched = Watched(self.stage, self.section, self.world, self.device, step)
         profiler = Profiler(self.run, self.stage, self.section, self.world, self.device, step)
-        self.stop.phase("the first update, which compiles", patient=True)
+        self.stop.phase("the first update, which compiles", patient=True, insisting=True)
         if self._evaluation_owed and step < self.section.steps:
-            self._evaluate(step)
+            self._evaluate_again(step)
         while step < self.section.steps:
             started = time.perf_counter()
             with profiler.update(step + 1):
@@ -126,8 +131,11 @@ class Trainer:
                 self._writer.scalars(step, logged)
             stopping = agreed["stop"] > 0
             self._evaluation_owed = stopping and not last and step % self.section.eval_every == 0  # the next start makes it
-            if last or (step % self.section.eval_every == 0 and not stopping):
-                evaluation = self._evaluate(step)
+            try:
+                if last or (step % self.section.eval_every == 0 and not stopping):
+                    evaluation = self._evaluate(step)
+            except Left:  # the next start makes it, with the weights that are saved now
+                stopping = self._evaluation_owed = True
             owed |= step % self.section.save_every == 0
             # A bad streak must not push out the last good checkpoint: the save waits for the first good update.
             if (owed and not self._bad and not self._overflows) or last or stopping:
@@ -136,15 +144,16 @@ class Trainer:
                 self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
                 self._watched.phases.ended("save")
             profiler.ended(step, self._watched.phases)
+            self.stop.doing("an update")
             watchdog.beat()
-            if stopping and not last:
+            if stopping and (self._evaluation_owed or not last):
                 self._account(step)
                 wait_for_all()  # no launcher may see a rank end while another still writes
                 raise StopRequested(f"{self.stage}: stopped by a signal after update {step} of {self.section.steps}; saved.")
         self._watched.finish()
         self.stop.phase("the end, after the last checkpoint")
         if not evaluation:  # killed between the last checkpoint and the stage's marker
-            evaluation = self._evaluate(step)
+            evaluation = self._evaluate_again(step)
         self._account(step)
         rate = throughput(self._units, self._update_s)
         return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
@@ -164,11 +173,12 @@ class Trainer:
     def _has_begun(self, started: float) -> None:
         """After the first update there is something to save: a stop is heard at the end of an update from here on."""
         if self.stop.name:
-            self.stop.orderly()
+            self.stop.orderly("an update")
             if self.world.is_main:
                 log.info("%s: the first update took %.1f s, compilation included", self.stage, time.perf_counter() - started)
 
     def _save_now(self, step: int, elapsed_s: float, *, waits: bool) -> None:
+        self.stop.doing("a save")
         with self._goodput.timing("save"), live.phase("a save"):
             self._save(step, elapsed_s)
             if not waits:
@@ -180,10 +190,22 @@ class Trainer:
             log.info("%s: the checkpoint after update %d took %.1f s", self.stage, step, self._saver.seconds)
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """Raises:
+        Left: a rank was asked to stop meanwhile.
+        """
+        self.stop.doing("an evaluation")
         with self._goodput.timing("evaluate"), live.phase("an evaluation"):
-            found = self.task.evaluate(self.engine, step, self._writer)
+            found = self.task.evaluate(self.engine, step, self._writer, partial(leave_if_stopped, self.stop))
+        self.stop.doing(self.stop.name or "an update")
         self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
         return found
+
+    def _evaluate_again(self, step: int) -> dict[str, float]:
+        """What an earlier start did not come to: nothing is lost with it."""
+        try:
+            return self._evaluate(step)
+        except Left:
+            raise StopRequested(f"{self.stage}: stopped by a signal during the evaluation of update {step}; nothing was lost.") from None
 
     def _account(self, step: int) -> None:
         """The last words of an attempt: where its time went."""
@@ -222,7 +244,7 @@ class Trainer:
             "stop": float(bool(self.stop)),
             "non_finite": (~finite).double(),
             "step_time_s": elapsed,
-            "samples": _sum_of_ids(batches),
+            "samples": sum_of_ids(batches),
             **shares,
         }
         if isinstance(self.engine, MeasuringEngine):
@@ -249,12 +271,10 @@ class Trainer:
         self._units, self._update_s = self._units + units, self._update_s + seconds
         if update.numerics:
             self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
-        return agreed, self._logged(at, agreed, update) | {f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited} | self._mfu(
-            units / seconds
-        )
-
-    def _mfu(self, units_per_s: float) -> dict[str, float]:
-        return {"perf/mfu": self.flops_per_unit * units_per_s / (self.peak_flops * self.world.size)} if self.peak_flops else {}
+        speed = {f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
+        if self.peak_flops:
+            speed["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)
+        return agreed, self._logged(at, agreed, update) | speed
 
     def _logged(self, at: dict[str, float], agreed: dict[str, float], update: Update) -> dict[str, float]:
         """What is logged of an update, less its speed."""
@@ -284,14 +304,7 @@ class Trainer:
             return
         self._saver.wait()
         self._writer.close()
-        key = "max_overflow_steps" if overflowed else "max_bad_steps"
-        kinds = {"non-finite losses or gradients": self._bad, "overflows of scaled gradients at ever smaller scales": self._overflows}
-        what = " or ".join(f"{kind} ({count})" if self._bad and self._overflows else kind for kind, count in kinds.items() if count)
-        raise DivergedError(
-            f"{self.stage}: {self._bad + self._overflows} consecutive updates up to update {step} had {what}; the last checkpoint is "
-            f"kept. Run again with a larger {self.stage}_fit.{key} if that is to be expected; or go on from there with a smaller step size: "
-            + launcher(self.stage, self.run.url, f"{self.stage}_fit.lr={getattr(self.section, 'lr', 1e-4) / 2:.3g}", "--go-on")
-        )
+        raise diverged(self.stage, self.section, self.run.url, step, self._bad, self._overflows)
 
     def _restore(self) -> int:
         engine = self.engine if isinstance(self.engine, StatefulEngine) else None
@@ -386,8 +399,3 @@ class Trainer:
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}
-
-
-def _sum_of_ids(batches: list[Batch]) -> float:
-    """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
-    return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))

@@ -36,13 +36,20 @@ def begin(nodes: int) -> Requests:
 
 
 def end(nodes: int, faults: int = 0) -> Requests:
-    """The ledger at an end: a summary of each node, a record of each rank that ended by fault, all read by node 0, which writes what follows."""
-    return Requests(get=nodes + faults, put=nodes + faults + 1, list=pages(nodes + faults + 2))
+    """The ledger at an end: a summary of each node, a record of each rank that ended by fault, all read by node 0, which writes what follows; and each node
+    takes back its versions."""
+    return Requests(get=nodes + faults, put=nodes + faults + 1, list=pages(nodes + faults + 2), delete=nodes if nodes > 1 else 0)
 
 
 def restart(nodes: int, faults: int = 1) -> Requests:
     """What a scheduler's restart looks at of an attempt that nobody closed, before ``begin``."""
     return Requests(get=nodes + faults + 2, put=1, list=1 + pages(nodes + faults + 1))
+
+
+def indexes(nodes: int, sets: int = 2) -> Requests:
+    """What a stage opens its sets by: the marker of the stage that made them, and manifest and index of each version, once a node. What was excluded or
+    taken down adds a file for each set, or part."""
+    return Requests(get=nodes * (1 + 2 * sets))
 
 
 def save(nodes: int, ranks: int, kept: int) -> Requests:
@@ -74,6 +81,7 @@ def lines(nodes: int, ranks: int, keep: int) -> list[str]:
     moments = {
         "start": begin(nodes),
         "restart": restart(nodes),
+        "indexes of data": indexes(nodes),
         "restore": restore(nodes, ranks, keep),
         "save": save(nodes, ranks, keep),
         "end": end(nodes),

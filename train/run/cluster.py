@@ -6,13 +6,13 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from infra import k8s_standing, k8s_submit, ledger, slurm_submit, storage
+from infra import k8s_standing, k8s_submit, lease, ledger, slurm_submit, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
 from train.config import RunConfig
-from train.run import lineage, places
+from train.run import lineage, places, submitted_inputs
 from train.run.stage_table import STAGES, TRAINED
 
 
@@ -37,6 +37,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
 
     Raises:
         ConfigError: the scheduler refuses; a job of the stage is there while the run is to go on with other values; or ``chain`` on Kubernetes, which has no dependencies between jobs.
+        DataError: an input is not there, and nothing makes it.
     """
     if chain and on == "k8s":
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
@@ -44,10 +45,15 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         k8s_submit.overlay(job_spec(stage, cfg, run))  # refused before anything is written
     if going_on:
         _refuse_beside_another(stage, job_spec(stage, cfg, run), on)
+    prepares = (chain or stage == "prepare") and not places.finished(cfg, run, "prepare")
+    for line in submitted_inputs.check(cfg, on, prepares=prepares):
+        print(f"{stage}: {line}")
     cfg = places.claim(cfg, run, command, going_on)
     if not chain and places.finished(cfg, run, stage) and not STAGES[stage].repeats and not lineage.out_of_date(cfg, run, stage):
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return
+    if on == "k8s":
+        submitted_inputs.require(stage, cfg, run)
     ids = _queued_inputs(stage, cfg, run) if on == "slurm" and not chain else {}
     for name in lineage.waiting(cfg, run) if chain else [stage]:
         spec, record = job_spec(name, cfg, run), run.at("jobs", f"{name}.json")
@@ -108,8 +114,13 @@ class Start:
 def verdict(label: str, run: RunFolder, start: Start, retries: int) -> ledger.Verdict:
     """What the scheduler should do now that all launchers of a start have ended; the attempt's end is written down.
 
-    Where the ledger has no attempt of this start (a wrong configuration, a node that fails its checks), srun's code decides.
+    Where the ledger has no attempt of this start (a wrong configuration, a node that fails its checks), srun's code decides. Where srun has ended and a launcher
+    has not (SLURM gave the node up), its ranks are not judged: the start that follows asks it to save and end.
     """
+    if start.job and lease.lives(run.url, label, start.job, start.restart):
+        return ledger.Verdict(
+            ExitCode.REQUEUE, "srun has ended, and the launcher that it started lives on: SLURM has lost this node; nothing is judged"
+        )
     mine, trains = f"{start.job}.{start.restart}", label in TRAINED
     saved = ledger.newest_checkpoint(run, label)
     attempts = ledger.decisive(run, label, saved) if next((each.run_id for each in ledger.newest_first(run, label)), "") == mine else []

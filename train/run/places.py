@@ -116,7 +116,7 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
     """
     found = {}
     for stage in stages:
-        marker = run.done(stage)
+        marker = run.done(stage, once=True)
         if marker is None:
             raise DataError(f"{run.at(stage, 'done.json')} is missing: run '{launcher(stage, run.url)}' first.")
         found[stage] = marker

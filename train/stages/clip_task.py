@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from train.engines.protocol import Engine
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup_cosine
 from train.loop.trainer import Batch, Loss
+from train.ranks.leaving import Batches, Between, equally_often, nothing
 from train.run.change_points import Curve
 
 
@@ -69,7 +70,7 @@ class ClipTask:
     unit = "images"
     curve: Curve | None = None
 
-    def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Iterable[Batch]) -> None:
+    def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Batches[Batch]) -> None:
         self.cfg, self.world, self.device, self.validation = cfg, world, device, validation
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -100,10 +101,10 @@ class ClipTask:
         return pixels_B3YX, text_BT, lengths_B
 
     @torch.no_grad()
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between = nothing) -> dict[str, float]:
         """Averaged weights: share of captions that find their picture within a batch, and the share that chance would find."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in self.validation:
+        for batch in equally_often(self.validation, between):
             image_BE, text_BE, _ = functional_call(engine.module, engine.average.values, self._inputs(batch))
             sums[0] += recall_at_1(image_BE, text_BE)
             sums[1] += len(text_BE)

@@ -17,6 +17,7 @@ from train.engines.replicated import global_counts
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup, warmup_cosine
 from train.loop.trainer import Batch, Loss
+from train.ranks.leaving import Between, Left, nothing
 from train.run.change_points import Curve
 
 Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -31,6 +32,7 @@ def cross_entropies(
     *,
     rows: int = 0,
     text_weight: float = 0.125,
+    between: Between = nothing,
 ) -> dict[str, float]:
     """Mean cross-entropies in nats over all ranks' batches; the image's also under the caption of another sample.
 
@@ -40,9 +42,14 @@ def cross_entropies(
     Args:
         rows: rows of the image's grid, each of which gets a figure of its own; 0: none.
         text_weight: share of the text in ``loss``.
+        between: called before each of the batches.
+
+    Raises:
+        Left: out of ``between``.
     """
     sums = torch.zeros(5 + rows, dtype=torch.float64, device=device)
     for batch, counts in _equally_often(_with_other_captions(list(batches), device), device):
+        between()
         text_BT, lengths_B, codes_BI, other_BT, other_lengths_B = (
             batch[key].to(device, non_blocking=True) for key in ("text", "lengths", "codes", "other_text", "other_lengths")
         )
@@ -154,10 +161,17 @@ class DalleTask:
             sums["captions_dropped"] = (lengths_B == 0).sum()
         return Loss(total, sums)
 
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between = nothing) -> dict[str, float]:
         """Averaged weights on validation codes."""
         assert isinstance(engine, StatefulEngine)
         batches = list(self.validation)  # what cannot be read ends this rank here, and not between collectives
+        found: dict[str, float] | Left
         with engine.averaged():
-            weight = self.cfg.dalle.text_loss_weight
-            return cross_entropies(engine, batches, self.device, self.model.text_counts, rows=self.model.shape.grid, text_weight=weight)
+            options: dict[str, Any] = {"rows": self.model.shape.grid, "text_weight": self.cfg.dalle.text_loss_weight, "between": between}
+            try:
+                found = cross_entropies(engine, batches, self.device, self.model.text_counts, **options)
+            except Left as left:  # on all ranks: out of here they take the training's weights back together
+                found = left
+        if isinstance(found, Left):
+            raise found
+        return found

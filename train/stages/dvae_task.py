@@ -24,6 +24,7 @@ from train.evaluation.reconstruction import Judges, Reconstruction, noise_of, re
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import half_cosine, linear
 from train.loop.trainer import Batch, Loss
+from train.ranks.leaving import Between, equally_often, nothing
 from train.report.images import enlarged, grid, grid_png, to_array
 from train.run.change_points import Curve
 
@@ -75,7 +76,7 @@ class DvaeTask:
         total = nll + at["beta"] / (3 * self.cfg.dvae.downsample**2) * kl
         return Loss(total, {"loss": total, "nll": nll, "kl": kl})
 
-    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between = nothing) -> dict[str, float]:
         """Averaged weights on validation images (see ``reconstruct``), and the codes of the newest million training positions (``train_``)."""
         module = engine.module
         assert isinstance(module, DVAE)
@@ -84,7 +85,8 @@ class DvaeTask:
             terms: DVAETerms = functional_call(module, engine.average.values, (pixels_B3YX, noise, tau))
             return terms
 
-        found = reconstruct(forward, self.cfg.dvae, self.validation, self.cfg.run.seed, self.schedule(step)["tau"], self.judges, self.device)
+        batches = equally_often(self.validation, between)
+        found = reconstruct(forward, self.cfg.dvae, batches, self.cfg.run.seed, self.schedule(step)["tau"], self.judges, self.device)
         values = found.values | self._codes_of_training()
         warning = collapse_warning(values, self.cfg.dvae.vocab, self.cfg.dvae_fit.warn_perplexity)
         if self.world.is_main:

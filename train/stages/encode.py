@@ -60,7 +60,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     model, weights = open_dvae(cfg, run, device, dtype)
     units = _units(cfg, run, weights, dtype)
     place = share.of(world)
-    stop.orderly()
+    stop.orderly("the encoding of a part")
     images = _write(cfg, model, units[place.rank :: place.size], device, stop, world)
     stop_together(stop, device, "encode")
     stop.phase("the merging of the parts")  # which a next start does again

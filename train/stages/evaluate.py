@@ -26,7 +26,6 @@ from train.stages.dalle_task import cross_entropies
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Measure, and let the main rank write the figures."""
     started = time.monotonic()
-    stop.phase("the evaluation")
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
@@ -44,6 +43,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         code_transform(models.tokenizer, cfg.run.seed, dropout=0.0, first_caption=True),
         code_collate,
     )
+    stop.phase("the evaluation")
     figures = _on_images(cfg, models, pairs, device) | _unigram(cfg, tokens, device)
     with torch.no_grad():
         ce = cross_entropies(models.dalle, tokens, device, models.dalle.text_counts, rows=cfg.dvae.grid)

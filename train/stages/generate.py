@@ -92,13 +92,14 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     share = Share.from_env()
     place = share.of(world)
     mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]
-    stop.orderly()
+    stop.orderly("the choice of captions")
     _draw(task, mine, world, stop)
+    stop.doing("the search for the nearest images")
     _search(task, mine, training, world, stop)
     learned = generate_learned.plan(run, [prompt.caption for prompt in task.wanted], task.settings, models.lineage, cfg.generate.checkpoints)
     for step in learned.steps[place.rank :: place.size]:
-        if not stop:
-            learned.draw(drawing, step)
+        stop.phase("the drawing of what was learned")  # of one checkpoint after the other; finished ones are kept
+        learned.draw(drawing, step)
     stop_together(stop, device, "generate")
     stop.phase("the merging of the pictures")  # which a next start does again
     if world.is_main:
@@ -143,7 +144,7 @@ def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> Non
         if not storage.exists(task.drawn_url(index)):
             stop.phase("the drawing of a caption")  # finished ones are kept
             _draw_one(task, index)
-            stop.orderly()
+            stop.orderly("the end of a caption")
         progress.update(done)
     progress.finish()
 

@@ -37,7 +37,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
     where, plan = places.images(cfg, run), plan_of(cfg)
     check(plan, where)
-    stop.orderly()
+    stop.orderly("the writing of a part")
     mine = parts.run(plan, where, share.of(world), progress=report, stop=lambda: bool(stop))
     progress.finish()
     if mine.recognised:

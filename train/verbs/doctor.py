@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from infra import environment, node_checks, storage, stored
 from infra.config import differences
 from infra.errors import DataError, ReportedError
 from infra.job import Job
+from infra.meeting import RENDEZVOUS_S
 from infra.node_checks import Finding
 from infra.progress import table
 from infra.repository import REPOSITORY
@@ -67,6 +69,23 @@ def main(preset: str, overrides: list[str]) -> None:
     for finding in findings:
         if not finding.ok:
             raise DataError(f"inputs of {url} do not belong together: {finding.found}; {finding.advice}.")
+
+
+@contextmanager
+def fit(run: RunFolder, job: Job) -> Iterator[None]:
+    """For the block, this node is known to be fit for the job. At its end the versions that it has said are taken back: a job that is suspended and resumed
+    has the id of before, and may have another image.
+
+    Raises:
+        UnfitNode: see ``main``.
+    """
+    preflight(run)
+    try:
+        yield
+    finally:
+        if job.nodes > 1:
+            with suppress(ReportedError):  # they are too old for a later start soon
+                storage.delete(_said_versions(run, job))
 
 
 def preflight(run: RunFolder) -> None:
@@ -180,20 +199,21 @@ def same_versions(run: RunFolder, job: Job) -> Finding:
     """Whether the nodes that have come so far run the same code and libraries, this one among them. Nobody waits: of two that differ, the later one sees it.
 
     Every node writes what it has below ``preflight/`` in the run folder, in a folder named by its digest: where all have the same, the names of the files say so,
-    and none is read. Those that differ from most are the ones to leave out.
+    and none is read. Those that differ from most are the ones to leave out. What an earlier start of the job has left, whose id may be the same, is not counted.
     """
-    place, mine = run.at("preflight", job.run_id), json.dumps(producer(), sort_keys=True)
-    own = f"{hashlib.sha256(mine.encode()).hexdigest()[:12]}/node-{job.node:05d}.json"
-    storage.write_json(storage.join(place, own), {"node": node_checks.node_name(), "producer": producer()})
-    groups: dict[str, list[str]] = {}
-    names = sorted(storage.list_files(place), key=lambda name: name.rpartition("/")[2])  # among groups of one size the first node's counts
-    for name in names:
-        groups.setdefault(name.partition("/")[0], []).append(name)
+    place, own = run.at("preflight", job.run_id), _said_versions(run, job)
+    storage.write_json(own, {"node": node_checks.node_name(), "producer": producer()})
+    names = storage.list_files(place)
+    if len(_by_digest(names)) > 1:
+        written = storage.modified(own)
+        names = [name for name in names if written - _modified(storage.join(place, name)) <= RENDEZVOUS_S + LIMIT_S]
+    groups = _by_digest(names)
     usual = max(groups, key=lambda group: len(groups[group]))
-    odd = [stored.read(storage.join(place, name), NodeVersions) for group in groups if group != usual for name in groups[group]]
-    if not odd:
+    said = {group: [storage.join(place, name) for name in groups[group]] for group in groups}
+    odd = [each for group in groups if group != usual for url in said[group] if (each := stored.read_if_there(url, NodeVersions)) is not None]
+    like = next((each["producer"] for url in said[usual] if odd and (each := stored.read_if_there(url, NodeVersions)) is not None), None)
+    if like is None:
         return Finding("versions", True, f"{usual} on {len(names)} of {job.nodes} nodes so far", "equal")
-    like = stored.read(storage.join(place, groups[usual][0]), NodeVersions)["producer"]
     words = "; ".join(f"{each['node']}: {', '.join(differences(like, each['producer']))}" for each in odd)
     return Finding(
         "versions",
@@ -203,3 +223,24 @@ def same_versions(run: RunFolder, job: Job) -> Finding:
         "install the same environment on all nodes",
         tuple(str(each["node"]) for each in odd),
     )
+
+
+def _said_versions(run: RunFolder, job: Job) -> str:
+    mine = json.dumps(producer(), sort_keys=True)
+    return storage.join(run.at("preflight", job.run_id), hashlib.sha256(mine.encode()).hexdigest()[:12], f"node-{job.node:05d}.json")
+
+
+def _modified(url: str) -> float:
+    """When a node said its versions; long ago where it has taken them back meanwhile."""
+    try:
+        return storage.modified(url)
+    except DataError:
+        return 0.0
+
+
+def _by_digest(names: list[str]) -> dict[str, list[str]]:
+    """Files of nodes by what they say; among groups of one size the first node's comes first."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: name.rpartition("/")[2]):
+        groups.setdefault(name.partition("/")[0], []).append(name)
+    return groups

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.prepare import parts
+from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.merge import finish, state
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.tries import Tries
@@ -81,12 +82,24 @@ def test_when_too_many_shards_fail_the_stage_does(tmp_path: Path, plan_of: Calla
 
 
 def test_a_stop_in_mid_shard_leaves_no_part_and_no_try(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan, asked = plan_of(Shelf(boxes(12, 12))), iter([False] * 20 + [True] * 50)
+    plan, asked = plan_of(Shelf(boxes(12, 12))), iter([False] * 36 + [True] * 50)  # twice a record: whether it is wanted, and then
     assert parts.run(plan, str(tmp_path), World.single(), stop=lambda: next(asked)).written == 1
     assert len(state(plan, str(tmp_path)).open) == 1 and not list((tmp_path / "tries").rglob("*.json"))
     run(plan, str(tmp_path))
     finish(plan, str(tmp_path))
     assert len(ids(str(tmp_path))) == 24
+
+
+@pytest.mark.parametrize(("fields", "kinds"), [({"filters": {"min_words": 50}}, "filtered"), ({"share": 1e-9}, "unwanted"), ({}, "unreadable")])
+def test_a_stop_is_heard_at_records_that_are_dropped_too(tmp_path: Path, plan_of: Callable[..., Plan], fields: dict[str, Any], kinds: str) -> None:
+    """Of a set of which a thousandth passes, one that passes may be minutes away."""
+    shelf = Shelf([[Unreadable(f"id-{number}", "damaged", "") for number in range(200)]] if kinds == "unreadable" else boxes(200))
+    plan, tally, asked = plan_of(shelf, max_tries=1, **fields), Tally(), iter([False] * 10 + [True] * 300)
+    with pytest.raises(parts.Stopped):
+        list(parts.accepted(plan, plan.units[0], tally, stop=lambda: next(asked)))
+    assert 3 < tally.seen <= 10 and sum(each["count"] for each in tally.dropped.values()) == tally.seen
+    assert parts.run(plan, str(tmp_path), World.single(), stop=lambda: next(asked)).written == 0
+    assert not list(tmp_path.rglob("*.json")), "neither a part nor a try"
 
 
 @pytest.mark.parametrize("error", [UnreachableError("s3://b/box-1: failed after 6 attempts"), NoRoomError("/tmp/x: cannot be written")])

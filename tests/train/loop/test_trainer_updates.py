@@ -89,7 +89,7 @@ class Task:
         share = torch.tensor((9.0 - step) / 2)
         return Loss(share, {"loss": share, "other": torch.tensor(1.0)})
 
-    def evaluate(self, engine: Any, step: int, writer: Any) -> dict[str, float]:
+    def evaluate(self, engine: Any, step: int, *_: Any) -> dict[str, float]:
         self.evaluated.append(step)
         return {"quality": float(step)}
 

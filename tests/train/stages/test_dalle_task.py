@@ -16,6 +16,7 @@ from infra.world import World
 from tests.support.ranks import run_in_ranks
 from train.config import load_run
 from train.engines.zero.engine import ZeroEngine
+from train.ranks.leaving import Left
 from train.stages.dalle_task import DalleTask, cross_entropies
 
 CPU = torch.device("cpu")
@@ -80,6 +81,38 @@ def test_what_cannot_be_read_is_an_error_before_the_ranks_exchange_weights() -> 
     task = DalleTask(load_run("tiny", []), CPU, SimpleNamespace(), Validation())  # type: ignore[arg-type]
     with pytest.raises(DataError, match="damaged"):
         task.evaluate(Engine(), 1, None)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_that_is_left_gives_the_training_its_weights_back() -> None:
+    swaps: list[str] = []
+
+    class Engine:
+        def measure(self) -> None: ...
+        def step(self) -> None: ...
+        def restore(self) -> None: ...
+        def state(self) -> None: ...
+        def more_to_load(self) -> None: ...
+        @contextmanager
+        def averaged(self) -> Iterator[None]:
+            swaps.append("in")
+            yield
+            swaps.append("out")
+
+    def between() -> None:
+        assert swaps == ["in"]
+        raise Left
+
+    batch = {
+        "ids": ["a"],
+        "codes": torch.zeros(1, 4, dtype=torch.int64),
+        "text": torch.zeros(1, 3, dtype=torch.int64),
+        "lengths": torch.ones(1, dtype=torch.int64),
+    }
+    model = SimpleNamespace(shape=SimpleNamespace(grid=2), text_counts=lambda lengths: lengths)
+    task = DalleTask(load_run("tiny", []), CPU, model, [batch])  # type: ignore[arg-type]
+    with pytest.raises(Left):
+        task.evaluate(Engine(), 1, None, between)  # type: ignore[arg-type]
+    assert swaps == ["in", "out"]
 
 
 def test_after_an_error_an_engine_exchanges_no_weights_with_ranks_that_have_met_none() -> None:

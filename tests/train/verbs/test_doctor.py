@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from infra import node_checks, storage
+from infra import meeting, node_checks, storage
 from infra.errors import DataError
 from infra.job import Job
 from infra.node_checks import Finding
@@ -169,6 +169,28 @@ def test_nodes_must_have_equal_versions_and_the_odd_one_is_named(tmp_path: Path,
     again = RunFolder(str(tmp_path / "again"))
     report(again, 0, "a", monkeypatch)
     assert report(again, 1, "b", monkeypatch).nodes == ("gpu01",), "of two, the second"
+
+
+def test_a_resumed_job_of_the_same_id_may_have_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspend and resume keep a JobSet's uid and restart count: the versions of the start before lie in the same folder, unless it took them back."""
+    run, folder = RunFolder(str(tmp_path)), tmp_path / "preflight" / "7.0"
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    monkeypatch.setattr(doctor, "producer", lambda: {"commit": "old", "versions": {}})
+    for node in range(4):
+        job = Job("7", 0, node, 4, "a:1")
+        monkeypatch.setattr(doctor.Job, "from_env", lambda job=job: job)
+        with doctor.fit(run, job):
+            assert len(list(folder.glob("*/*.json"))) == 1, "and those before it have gone"
+    assert not list(folder.glob("*/*.json"))
+    for node in range(4):  # nodes that were killed took nothing back
+        report(run, node, "old", monkeypatch)
+    assert not report(run, 0, "new", monkeypatch).ok, "they may still be coming"
+    for left in folder.glob("*/*.json"):
+        os.utime(left, (1.0, left.stat().st_mtime - meeting.RENDEZVOUS_S - doctor.LIMIT_S - 1))
+    for node in range(4):
+        found = report(run, node, "new", monkeypatch)
+        assert found.ok and f"on {node + 1} of 4 nodes so far" in found.found, "as long after, they are of another start"
+    assert report(run, 1, "old", monkeypatch).nodes == ("gpu01",), "and one that is odd now is still seen"
 
 
 def test_a_check_that_hangs_is_a_finding_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

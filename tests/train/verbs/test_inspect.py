@@ -155,6 +155,9 @@ class FakeSource:
     def shards(self) -> Iterator[InputShard]:
         return (InputShard(f"{number}.tar", "v") for number in range(10))
 
+    def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
+        return iter(())
+
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Pair | Unreadable]:
         self.read_shards.append(shard.name)
         for row in range(10):

@@ -299,8 +299,7 @@ class Trainer:
             self._overflows += 1
         else:
             self._bad += 1
-        overflowed = self._overflows >= self.section.max_overflow_steps
-        if self._bad < self.section.max_bad_steps and not overflowed:
+        if self._bad < self.section.max_bad_steps and self._overflows < self.section.max_overflow_steps:
             return
         self._saver.wait()
         self._writer.close()

@@ -1,4 +1,4 @@
-"""What our modules say while they work, on stderr: the warnings of every process and the notes of the main one."""
+"""Logging of our modules to stderr: warnings of every process, and messages of level INFO of the main one."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _OURS = ("data_pipeline", "infra", "model", "train")
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
     def format(self, record: logging.LogRecord) -> str:
-        """The message, in a job with its time (UTC); on a terminal in place of the progress that is drawn there, which draws itself again."""
+        """The message; in a job with its time (UTC) before it. On a terminal it first erases the progress bar, which redraws itself below."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(record.created)) if in_job() else ""
         return ("\r\x1b[2K" if self.stream.isatty() else "") + when + shown.message(super().format(record))
 
 
 def in_job() -> bool:
-    """Whether a scheduler runs this process: its log is read by others, and later."""
+    """Whether a scheduler runs this process: its log is then read later, so lines need a time."""
     return bool(environment.text("LAUNCHER_JOB") or environment.text("SLURM_JOB_ID"))
 
 
 def show() -> None:
-    """Print what our modules log, bare. For processes of the launcher: without it Python shows warnings alone."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # where one process reads a checkpoint, as for an export
+    """Print what our modules log, without level and logger name. For processes of the launcher: by default Python shows warnings only."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from reading a checkpoint in one process, as for an export
     handler = _Lines()
-    main = "--worker" not in sys.argv or environment.text("RANK", "0") == "0"  # only our ranks have a number that counts
+    main = "--worker" not in sys.argv or environment.text("RANK", "0") == "0"  # RANK means something for our workers only
     for name in _OURS:
         logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if main else logging.WARNING)
-        logger.propagate = False  # some libraries give the root a handler, which would say it again
+        logger.propagate = False  # some libraries give the root logger a handler, which would print it twice

@@ -55,8 +55,8 @@ class ClusterConfig(Section):
     retries: int = Field(default=RETRIES, ge=0)
     """Consecutive crashes without progress that are retried before a job is given up."""
     kept_apart: bool = False
-    """Declares that the scheduler never runs two launchers of one stage at once. Set it only for S3 servers without conditional writes (If-None-Match), which
-    otherwise keep launchers apart."""
+    """Declares that the scheduler never runs two launchers of one stage at once. Set it only for S3 servers that lack conditional
+    writes (If-None-Match): elsewhere these writes keep launchers apart."""
     overlay: str = "cpu"
     """The kustomize overlay that the job is built on: a name below infra/k8s/overlays (cpu, gpu, kueue, kueue-topology), or any folder with a
     kustomization.yaml on top of one of them, such as infra/k8s/sites/aws."""

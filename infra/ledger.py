@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra import exit_records, run_records, storage, stored
+from infra import checkpoint_folders, exit_records, run_records, storage, stored
 from infra.errors import DivergedError, ExitCode
 from infra.run_folder import RunFolder
 
-_STEP = re.compile(r"step-([0-9]{1,15})/")
 _LOST = "lost.json"
 _GO_ON = (ExitCode.CRASH, ExitCode.REQUEUE)
 """Ends after which a scheduler starts a job again."""
@@ -39,6 +37,8 @@ class Attempt:
     """When the last of its crashed ranks ended; 0 if none crashed."""
     rendezvous: str = ""
     """host:port where its launchers met."""
+    begun: float = 0.0
+    """When it began; 0 if its begin.json is missing."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Verdict:
 
 def newest_checkpoint(run: RunFolder, stage: str) -> int:
     """Step of a stage's newest complete checkpoint, -1 where there is none."""
-    place = run.at(stage, "checkpoints")
-    steps = sorted((int(found[1]) for name in storage.list_level(place) if (found := _STEP.fullmatch(name))), reverse=True)
-    return next((step for step in steps if storage.exists(storage.join(place, f"step-{step:08d}", "meta.json"))), -1)
+    return next(checkpoint_folders.complete(run.at(stage)), -1)
 
 
 def read(run: RunFolder, stage: str) -> list[Attempt]:
@@ -99,8 +97,13 @@ def read_one(run: RunFolder, stage: str, number: int) -> Attempt:
             reason = f"{lost['reason']}; {reason}"
         end = ending(code, reason, records)
     known = {name: str(begin.get(name, "")) for name in ("run_id", "rendezvous")}
-    restart, saved, ended = int(begin.get("restart", 0)), int(begin.get("saved", -1)), float(end.get("ended", 0.0))
-    return Attempt(number, known["run_id"], restart, int(end["code"]), str(end["reason"]), saved, closed, ended, known["rendezvous"])
+    restart, saved, begun, ended = (
+        int(begin.get("restart", 0)),
+        int(begin.get("saved", -1)),
+        float(begin.get("time", 0.0)),
+        float(end.get("ended", 0.0)),
+    )
+    return Attempt(number, known["run_id"], restart, int(end["code"]), str(end["reason"]), saved, closed, ended, known["rendezvous"], begun)
 
 
 def ending(code: int, reason: str, records: Sequence[exit_records.Record]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -25,7 +24,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from infra import lease, schemas, storage
+from infra import checkpoint_folders, lease, schemas, storage
+from infra.checkpoint_folders import META as META
+from infra.checkpoint_folders import folder as folder
 from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, ReportedError, UnreachableError
 from infra.run_folder import commit, versions
@@ -38,8 +39,6 @@ from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, eve
 
 log = logging.getLogger(__name__)
 
-META = "meta.json"
-_STEP = re.compile(r"step-([0-9]{1,15})/")
 _DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 """What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
 
@@ -94,11 +93,6 @@ class Meta(Stored):
     loss_scale: _LossScale | None = None
     engine: dict[str, Any] | None = None
     plateau: _Plateau | None = None
-
-
-def folder(stage_url: str, step: int) -> str:
-    """URL of the checkpoint after ``step`` updates."""
-    return storage.join(stage_url, "checkpoints", f"step-{step:08d}")
 
 
 def save(
@@ -177,8 +171,7 @@ def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[
 
 def complete(stage_url: str) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    steps = [int(found[1]) for name in storage.list_level(storage.join(stage_url, "checkpoints")) if (found := _STEP.fullmatch(name))]
-    return sorted(step for step in steps if storage.exists(storage.join(folder(stage_url, step), META)))
+    return sorted(checkpoint_folders.complete(stage_url))
 
 
 More = Callable[[dict[str, Any]], Iterable[dict[str, Fragment]]]

@@ -25,13 +25,14 @@ from infra.stored import Count, Sha256, Stored, check
 
 INDEX = "index.json"
 PIECE_BYTES = 4 << 20
-"""Larger fragments are stored in pieces of this many bytes, each with its hash: who cuts tensors otherwise reads and checks pieces, not whole fragments."""
+"""Larger fragments are stored in pieces of this many bytes, each with its hash. A run that divides tensors differently then reads and checks only the pieces
+that it needs, not whole fragments."""
 READ_BYTES = 32 << 20
-"""Pieces that lie near each other are read in one request of at most this many bytes, longer ones in several."""
+"""Pieces that lie near each other are read by one request of at most this many bytes; a longer piece is read by several."""
 GAP_BYTES = 1 << 20
-"""Unwanted bytes between two pieces that cost less than a second request."""
+"""Two pieces with at most this many unneeded bytes between them are read together: that is cheaper than a second request."""
 READERS = 4
-"""Requests at once."""
+"""Number of simultaneous requests."""
 _TRIES = 2
 
 
@@ -51,7 +52,7 @@ class _Place:
 
 
 _Wanted = tuple[_Place, list[ReadItem]]
-"""A stored piece, and what is read of it."""
+"""A stored piece, and which parts of it are read."""
 
 
 def _done(value: Any) -> Future[Any]:
@@ -66,7 +67,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 class Chunk(Stored):
-    """Where a piece of a tensor lies: in one file of the checkpoint's folder, and nowhere else."""
+    """Where a piece of a tensor lies. The pattern allows only files of ranks, directly in the checkpoint's folder."""
 
     file: Annotated[str, Field(pattern=r"^rank-[0-9]{1,9}\.bin$")]
     start: Count
@@ -77,7 +78,7 @@ class Chunk(Stored):
 
 
 class StoredTensor(Stored):
-    """A tensor in the index."""
+    """The entry of a tensor in index.json."""
 
     dtype: Literal["float32", "float16", "bfloat16", "float64", "int16", "int32", "int64", "int8", "uint8", "bool"]
     size: Count
@@ -100,20 +101,20 @@ class Index(Stored):
 
 
 class Writer(StorageWriter):
-    """One file for each rank, and index.json by the coordinator once every rank has written."""
+    """Writes one file for each rank; when all ranks have written, the coordinator writes index.json."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
         self.digest = ""
-        """Of the index, once the coordinator has written it."""
+        """Digest of the index, once the coordinator has written it."""
         self._offsets: dict[str, int] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The URL is fixed at construction."""
+        """Nothing to do: the URL is fixed at construction."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare: storage makes folders as it writes."""
+        """Nothing to prepare: folders are created when files are written."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Cut large fragments into pieces of PIECE_BYTES."""
@@ -129,11 +130,11 @@ class Writer(StorageWriter):
         return replace(plan, items=items)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank the name of its file."""
+        """Assign the name of its file to each rank."""
         return [SavePlan(plan.items, storage_data=f"rank-{rank}.bin", planner_data=plan.planner_data) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's pieces one after another, each with its SHA-256. A rank that has none, such as a replica on another node, writes no file."""
+        """Write this rank's pieces one after another, and hash each. A rank that has no pieces, such as a replica on another node, writes no file."""
         if not plan.items:
             return _done([])
         results: list[WriteResult] = []
@@ -154,7 +155,7 @@ class Writer(StorageWriter):
         return _done(results)
 
     def _pieces(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> Iterator[memoryview]:
-        """The bytes of a plan's items in order; each notes its place and hash in ``results``."""
+        """The bytes of a plan's items in order. The place and the hash of each item are appended to ``results``."""
         position = 0
         for item in plan.items:
             tensor = planner.resolve_data(item)
@@ -180,17 +181,17 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any URL will do."""
+        """Accept any URL."""
         return True
 
 
 class Reader(StorageReader):
-    """Reads the pieces of a checkpoint that are asked for, and refuses those whose hash differs."""
+    """Reads the pieces of a checkpoint that are needed, and refuses those whose hash differs."""
 
     def __init__(self, url: str, index_digest: str) -> None:
         """
         Args:
-            index_digest: what the index must have.
+            index_digest: the digest that index.json must have.
         """
         super().__init__()
         self.url, self.index_digest = url, index_digest
@@ -201,7 +202,8 @@ class Reader(StorageReader):
         """The URL is fixed at construction."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """Torch's metadata from index.json, which is read once: torch swallows what goes wrong in here, so ``checkpoint.load`` reads first."""
+        """The metadata for torch, from index.json, which is read once. ``checkpoint.load`` calls this before torch does, because torch hides the errors that
+        this raises."""
         if self._metadata is not None:
             return self._metadata
         place = storage.join(self.url, INDEX)
@@ -220,24 +222,24 @@ class Reader(StorageReader):
         return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Ranks other than the coordinator get the metadata handed over, and need the places too."""
+        """Read index.json on the ranks that are not the coordinator: torch passes them the metadata, but they also need the places in the files."""
         if not self._places:
             self.read_metadata()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Keep the plan."""
+        """Leave the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Keep the plans."""
+        """Leave the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what is asked for into place; each stored piece that holds any of it is read and checked once.
+        """Copy what the plan asks for into the target tensors. Each stored piece that holds some of it is read and checked once.
 
         Raises:
             CheckpointError: a file is missing or too short, or the hash of a piece differs.
-            UnreachableError: the storage gives no answer.
+            UnreachableError: the storage does not answer.
         """
         wanted: dict[tuple[str, int], _Wanted] = {}
         for item in plan.items:
@@ -246,7 +248,7 @@ class Reader(StorageReader):
         for run, data in self._fetched(_runs([wanted[key] for key in sorted(wanted)])):
             for place, items in run:
                 begin = place.start - run[0][0].start
-                # A copy, so that its elements are aligned whatever lies before them in the file.
+                # Copied, so that its elements are aligned in memory, wherever the piece begins in the file.
                 stored = torch.frombuffer(bytearray(data[begin : begin + place.bytes]), dtype=place.dtype)
                 for item in items:
                     self._copy(stored, item, planner)
@@ -261,7 +263,7 @@ class Reader(StorageReader):
         return self._places[index.fqn, index.offset[0] if index.offset is not None else 0]
 
     def _fetched(self, runs: Iterator[list[_Wanted]]) -> Iterator[tuple[list[_Wanted], memoryview]]:
-        """Every run with its bytes, in order; up to READERS are under way or in memory."""
+        """Every run of neighbouring pieces with its bytes, in order. At most READERS runs are being read or held in memory."""
         waiting: deque[tuple[list[_Wanted], Job[memoryview]]] = deque()
         with ThreadPoolExecutor(READERS, "checkpoint-read") as pool:
             for run in runs:
@@ -273,7 +275,8 @@ class Reader(StorageReader):
                 yield first, job.result()
 
     def _fetch(self, run: list[_Place]) -> memoryview:
-        """The bytes of neighbours in a file, whose hashes are right. Read again before they are called damaged: S3 checks no ranges on their way."""
+        """The bytes of neighbouring pieces of a file, after their hashes were checked. If a hash differs, they are read once more: S3 has no checksum for a
+        range, so the bytes may have been damaged in transit."""
         url, start, size = storage.join(self.url, run[0].file), run[0].start, run[-1].end - run[0].start
         data = memoryview(bytearray(size))
         for _ in range(_TRIES):
@@ -296,7 +299,7 @@ class Reader(StorageReader):
 
 
 def _runs(wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
-    """Pieces in the order of files and positions, in groups that one request reads; longer ones than READ_BYTES stand alone."""
+    """Group the pieces, which are ordered by file and position, into runs that one request reads. A piece longer than READ_BYTES is a run by itself."""
     run: list[_Wanted] = []
     for each in wanted:
         if run:

@@ -1,4 +1,4 @@
-"""One small all-reduce per step for everything that ranks must agree on (docs/contracts.md, section 7)."""
+"""One small all-reduce in each step, for everything that must be the same on all ranks (docs/contracts.md, section 7)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SignalVector:
         self.device = device
 
     def exchange(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-        """Sum each slot over ranks; slots without a value contribute 0, ``heartbeat`` always 1. See ``exchange_with``."""
+        """Sum each slot over all ranks. A slot without a value contributes 0; ``heartbeat`` always contributes 1. See ``exchange_with``. Collective."""
         return self.exchange_with(values, None)[0]
 
     def exchange_with(self, values: Mapping[str, float | torch.Tensor], more: torch.Tensor | None) -> tuple[dict[str, float], list[float] | None]:

@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def generated() -> dict[str, str]:
-    """File name -> text of what is generated from the models."""
+    """File name -> generated text."""
     schema = RunConfig.model_json_schema()
     return {
         "config.schema.json": json.dumps(schema, indent=2, sort_keys=True) + "\n",
@@ -33,7 +33,7 @@ def generated() -> dict[str, str]:
 
 
 def _reference(schema: dict[str, Any]) -> str:
-    """Every section and key: type, default, meaning."""
+    """The page that lists every section and key with type, default and meaning."""
     lines = [
         "# Configuration reference",
         "",

@@ -23,8 +23,8 @@ from train.drawing import cpu_kernels
 FEW = 16
 """Up to this many rows in a pass, the kernels are at least as fast as torch's products (docs/benchmarks.md, drawing)."""
 _LARGE_LAYER, _LARGE_PASS = 1 << 21, 1 << 24
-"""Several threads are used if a layer has at least this many weights, and a pass this many multiplications with them. For less, on a busy machine, waiting for
-threads costs more than they save: a picture of the demo's model then took 1 to 40 seconds."""
+"""Several threads are used if a layer has at least this many weights, or a pass at least this many multiplications with them. For less, waiting for threads costs
+more than they save on a busy machine: a picture of the demo's model then took 1 to 40 seconds."""
 _LARGE_CHOICE = 1 << 16
 """The same limit for the number of scores among which codes are chosen."""
 _EIGHT_BITS = 127

@@ -80,7 +80,7 @@ def differences(standing: Standing, wanted: dict[str, str]) -> list[str]:
     return lines
 
 
-def plan(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> str:
+def intent(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> str:
     """What a submission will do, in words; begins with ``submit``, ``replace``, ``leave`` or ``refuse``."""
     if standing is None:
         return "submit: there is no job of this name"

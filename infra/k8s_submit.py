@@ -157,7 +157,7 @@ def shown(spec: JobSpec) -> str:
     """For ``--dry-run``: what a submission would do now, the overlay, the command, and the rendered manifests."""
     rendered = render(spec)
     try:
-        intent = k8s_standing.plan(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
+        intent = k8s_standing.intent(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
     except ConfigError as error:
         intent = f"the cluster was not asked what is there already: {error}"
     said = "".join(f"# {line}\n" for line in intent.splitlines())
@@ -176,7 +176,7 @@ def submit(spec: JobSpec) -> str:
     """
     rendered = render(spec)
     standing = k8s_standing.find(spec)
-    intent = k8s_standing.plan(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
+    intent = k8s_standing.intent(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
     if intent.startswith("refuse"):
         raise ConfigError(intent.removeprefix("refuse: "))
     if intent.startswith("leave"):

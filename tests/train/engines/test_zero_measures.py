@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.engines.zero import measures
-from train.engines.zero.shards import Gradients, Layout
+from train.engines.zero.shards import Gradients, GradientSlots
 
 
 def test_planted_values_are_counted_where_they_are() -> None:
@@ -21,7 +21,7 @@ def test_planted_values_are_counted_where_they_are() -> None:
         torch.tensor([6e4]),  # finite, beside the infinite one
     ]
     # The third is a bias, the last two lie outside of the resblocks.
-    layout = Layout([0, 1, 1, 2, 2], 3, [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
+    layout = GradientSlots([0, 1, 1, 2, 2], 3, [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
     found = Gradients(tensors, layout)
     once = measures.local(found, 3, count=True, device=torch.device("cpu"))
     both = measures.agreed((2 * once).tolist(), 3, replicas=1)  # two ranks that hold as much

@@ -59,7 +59,7 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
     return found
 
 
-class Layout:
+class GradientSlots:
     """Facts about a rank's gradients that never change. They are copied to the device once, so that reading gradients copies nothing."""
 
     def __init__(self, slots: list[int], count: int, lengths: list[int], is_block_matrix: list[bool], device: torch.device) -> None:
@@ -88,7 +88,7 @@ class Gradients:
     """This rank's reduced gradients, as pieces of parameters without padding."""
 
     tensors: list[Tensor]
-    layout: Layout
+    layout: GradientSlots
 
 
 class GradientReader:
@@ -111,7 +111,7 @@ class GradientReader:
         found_in = [tags[name].resblock for name in self.names]
         slots = [outside if block is None else block for block in found_in]
         device = torch.device("cpu") if offload else next(module.parameters()).device
-        self._layout = Layout(
+        self._layout = GradientSlots(
             slots, outside + 1, [length for *_, length in self._places], [tags[name].is_block_matrix for name in self.names], device
         )
 

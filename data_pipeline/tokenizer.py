@@ -122,7 +122,7 @@ def _refuse_other_scripts(words: Counter[str], runs: Mapping[str, int], letters:
     own = sum(len(word) * count for word, count in runs.items())
     if others > own:
         log.warning(
-            '%.0f %% of the letters in captions are none from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
+            '%.0f %% of the letters in captions are not from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
         )
 
 

@@ -123,7 +123,9 @@ def _choose_interface(job: Job) -> None:
         return
     host, _ = interfaces.split(job.rendezvous)
     if not environment.text("GLOO_SOCKET_IFNAME") and interfaces.is_loopback(socket.gethostname()) and (name := interfaces.towards(host)):
-        log.warning("%s is a name of the loopback: gloo takes %s, by which node 0 is reached (GLOO_SOCKET_IFNAME)", socket.gethostname(), name)
+        log.warning(
+            "%s resolves to the loopback interface: gloo uses %s, through which node 0 is reached (GLOO_SOCKET_IFNAME)", socket.gethostname(), name
+        )
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 

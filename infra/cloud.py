@@ -60,7 +60,9 @@ def read(url: str, most: int | None = None) -> bytes:
     if most is not None:
         found = _stat(url)
         if int(found["size"]) > most:
-            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+            raise DataError(
+                f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project."
+            )
     with cloud_errors.told(url):
         return bytes(_files(url).cat_file(_path(url)))
 
@@ -162,7 +164,7 @@ def check_creation(url: str) -> None:
     """
     if create_once(url, read(url)):
         raise ConfigError(
-            f"{url}: this server passes over the condition to create an object only once, so of several launchers none can be sure to be alone."
+            f"{url}: this server ignores the condition to create an object only once, so a launcher cannot make sure that it is the only one."
         )
 
 

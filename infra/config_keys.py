@@ -151,7 +151,7 @@ def _absolute(place: str) -> str:
         return os.path.join(os.getcwd(), place.removeprefix("./"))
     except OSError as error:
         raise ConfigError(
-            f"{place}: a relative place, and the working directory is gone ({error.strerror}); go to another one, or name it from / on."
+            f"{place}: a relative path, but the working directory does not exist any more ({error.strerror}); change to another directory, or give an absolute path."
         ) from error
 
 

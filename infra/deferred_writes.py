@@ -65,7 +65,7 @@ def _carry_out(notes: list[Path], deadline: float) -> None:
             waiting.pop(0)
         except UnreachableError as error:
             if time.monotonic() > deadline:
-                raise UnreachableError(f"storage unreachable: {error} Not written down: {'; '.join(each['what'] for each in waiting)}") from error
+                raise UnreachableError(f"storage unreachable: {error} Not recorded: {'; '.join(each['what'] for each in waiting)}") from error
             time.sleep(_PAUSE_S)
 
 

@@ -33,9 +33,9 @@ def whole(name: str, default: int | None = None, *, least: int = 0, env: Mapping
     if not given and default is not None:
         return default
     if not given:
-        raise ConfigError(f"{name} is not set: a whole number from {least} on is needed.")
+        raise ConfigError(f"{name} is not set: a whole number of at least {least} is needed.")
     if not (given.isascii() and given.isdigit()) or int(given) < least:
-        raise ConfigError(f"{name} = '{given[:_LONGEST]}': one whole number from {least} on is accepted; unset it, or set it so.")
+        raise ConfigError(f"{name} = '{given[:_LONGEST]}': accepted is a whole number of at least {least}; unset or correct it.")
     return int(given)
 
 
@@ -51,7 +51,7 @@ def seconds(name: str, default: float, env: Mapping[str, str] | None = None) -> 
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):  # false for NaN, too
-        raise ConfigError(f"{name} = '{given[:_LONGEST]}': seconds are accepted, more than 0; unset it, or set it so.")
+        raise ConfigError(f"{name} = '{given[:_LONGEST]}': accepted is a number of seconds above 0; unset or correct it.")
     return found
 
 
@@ -96,7 +96,7 @@ def temporary() -> Path:
     """
     named = text("TMPDIR")
     if named and not os.access(named, os.W_OK | os.X_OK):
-        raise ConfigError(f"TMPDIR = {named[:_LONGEST]}: no folder that can be written; make it, or unset TMPDIR.")
+        raise ConfigError(f"TMPDIR = {named[:_LONGEST]}: not a folder that can be written to; create it, or unset TMPDIR.")
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError as error:

@@ -154,7 +154,7 @@ def expand_hosts(text: str) -> list[str]:
     for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         hosts += _expand(word, text)
     if text.count("[") != text.count("]"):
-        raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+        raise ConfigError(f"'{text}' is not a host list such as node[01-04,07].")
     if not hosts:
         raise ConfigError(f"'{text}' names no host.")
     return hosts
@@ -169,7 +169,7 @@ def _expand(word: str, text: str) -> list[str]:
     for part in inside.split(","):
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
-            raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+            raise ConfigError(f"'{text}' is not a host list such as node[01-04,07].")
         names += [f"{head}{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
     return [name + rest for name in names for rest in _expand(tail, text)] if tail else names
 

@@ -106,4 +106,4 @@ def remove(spec: JobSpec, standing: Standing) -> None:
     try:
         kubectl.run([*words, "--wait=true", f"--timeout={WAIT_S}s"])
     except ConfigError as error:
-        raise ConfigError(f"{error} A pod that does not go is on a node that does not answer: docs/cluster.md, 'My node died'.") from error
+        raise ConfigError(f"{error} A pod that is not removed is on a node that does not answer: docs/cluster.md, 'My node died'.") from error

@@ -100,7 +100,7 @@ class Lease:
         except SupersededError as error:
             self.lost = str(error)
         except ReportedError as error:  # the lease expires by itself
-            log.warning("%s: the lease was not given back: %s", self.place, error)
+            log.warning("%s: the lease was not released: %s", self.place, error)
 
     def beat(self) -> None:
         """Renew the lease, and answer requests of later starts.

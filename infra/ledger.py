@@ -199,4 +199,6 @@ def refuse_a_crash_loop(run: RunFolder, stage: str, restart: int, retries: int, 
     if attempts and attempts[-1].code in _GO_ON:
         verdict = judge(attempts, saved, retries, stops)
         if verdict.code == ExitCode.DIVERGED:
-            raise DivergedError(f"{stage}: {verdict.reason}; not started again. See {run.at('exits', stage)}, and submit anew once it is mended.")
+            raise DivergedError(
+                f"{stage}: {verdict.reason}; not started again. See {run.at('exits', stage)}, and submit it again once the cause is removed."
+            )

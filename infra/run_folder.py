@@ -259,5 +259,5 @@ def place_of(config_url: str) -> dict[str, str]:
         folder = str(storage.local_path(folder).resolve())
     root, _, name = folder.rstrip("/").rpartition("/")
     if not name or root.endswith(":/"):
-        raise ConfigError(f"{config_url}: a run folder lies in a folder or below a bucket; move it there.")
+        raise ConfigError(f"{config_url}: a run folder must be inside a folder or below a bucket; move it there.")
     return {"root": root or ("/" if folder.startswith("/") else "."), "name": name}

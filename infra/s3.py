@@ -33,8 +33,8 @@ DELETE_AT_ONCE = 1000
 """Objects that one delete request names: S3's limit."""
 
 _LACK = (
-    "so of several launchers none can be sure to be alone; use a server that does (AWS, SeaweedFS, MinIO and Ceph of 2024 or later), or set "
-    "cluster.kept_apart=true where the scheduler keeps launchers apart."
+    "so a launcher cannot make sure that it is the only one; use a server that does (AWS, SeaweedFS, MinIO and Ceph of 2024 or later), or set "
+    "cluster.kept_apart=true if the scheduler never runs two launchers of a stage at a time."
 )
 
 T = TypeVar("T")
@@ -59,7 +59,9 @@ def read(url: str, most: int | None = None) -> bytes:
     def get() -> bytes:
         answer = _client().get_object(Bucket=bucket, Key=key)
         if most is not None and int(answer["ContentLength"]) > most:
-            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+            raise DataError(
+                f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project."
+            )
         return bytes(answer["Body"].read())
 
     return _retry_body(url, get)
@@ -121,7 +123,7 @@ class ObjectStream(io.RawIOBase):
                 data: bytes = self._body.read(len(buffer))
                 break
             except FlexibleChecksumError as error:
-                raise DataError(f"{self._url}: damaged on its way ({error}).") from error
+                raise DataError(f"{self._url}: damaged in transit ({error}).") from error
             except _broken_bodies() as error:
                 self._body, self._failures = None, self._failures + 1
                 if self._failures >= MAX_ATTEMPTS:
@@ -210,7 +212,7 @@ def check_creation(url: str) -> None:
         ConfigError: it ignores the condition.
     """
     if not kept_apart() and create_once(url, read(url)):
-        raise ConfigError(f"{url}: this server passes over the condition to create an object only once (If-None-Match), {_LACK}")
+        raise ConfigError(f"{url}: this server ignores the condition to create an object only once (If-None-Match), {_LACK}")
 
 
 def head(url: str) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def read_at_most(url: str, most: int) -> bytes:
     with open_stream(url) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+        raise DataError(f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project.")
     return data
 
 

@@ -26,7 +26,7 @@ def loads(text: str) -> Any:
     try:
         found = _STRICT.decode(text)
     except RecursionError:
-        raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other") from None
+        raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     _check_depth(found)
     return found
 
@@ -40,7 +40,7 @@ def loads_record(text: str) -> Any:
     try:
         return _FAST.decode(text)
     except RecursionError:
-        raise ValueError("objects and lists lie too deep in each other") from None
+        raise ValueError("objects and lists are nested too deeply") from None
 
 
 def _check_depth(value: Any) -> None:
@@ -55,7 +55,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other")
+    raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:80]!r} stands twice in one object")
+        raise ValueError(f"key {twice[:80]!r} occurs twice in one object")
     return found
 
 
@@ -81,7 +81,7 @@ def _number(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)

@@ -82,8 +82,8 @@ class Share:
         if not index:
             return cls()
         raise ConfigError(
-            f"this is {what}, and nothing says what that means for the work: give --share {divided} (LAUNCHER_SHARE) where the tasks divide one run, "
-            "or --share 0/1 where each does all of a run of its own."
+            f"this is {what}, but it is not known how its tasks divide the work: give --share {divided} (LAUNCHER_SHARE) if the tasks divide one run, "
+            "or --share 0/1 if each does all the work of a run of its own."
         )
 
     def of(self, world: World) -> World:

@@ -116,7 +116,7 @@ def lines_before(kind: Kind, rules: MaskRules) -> int:
     if not mask_kind(kind).is_transposed:
         return min(-(-offsets[-1] // rules.grid), rules.grid - 1)
     if any(d % rules.grid for d in offsets):
-        raise ValueError(f"attention kind '{kind}' is laid out transposed, so it may allow multiples of {rules.grid} alone; it allows {offsets}")
+        raise ValueError(f"attention kind '{kind}' is laid out transposed, so it may allow only multiples of {rules.grid}; it allows {offsets}")
     return 0
 
 

@@ -228,4 +228,4 @@ class Sampling:
             first = int(window.first_B[is_bad_BQ[:, 0]].min())
             last = min(first + self.window, self.total) - 1  # a state that is not finite spoils the whole pass
             place = f"position {first}" if first == last else f"positions {first} to {last}"
-            raise NotFiniteError(f"the logits of image {place} of {self.total} are no numbers")
+            raise NotFiniteError(f"the logits of image {place} of {self.total} are not finite")

@@ -62,7 +62,7 @@ def _as_data_error() -> Iterator[None]:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
         if "decompressed data too large" in str(error).lower():  # a PNG's compressed text or colour profile
-            raise BombError(f"image with metadata that unpack to far more than they are ({error}); encode it again without them.") from error
+            raise BombError(f"image whose metadata is far larger when it is decompressed ({error}); encode it again without them.") from error
         raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
 
 
@@ -84,7 +84,9 @@ def open_file(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         assert isinstance(image, ImageFile.ImageFile)
         _check_pixels(*image.size, max_pixels)
         if not (image.mode in _ALPHA_MODES or image.mode in _PLAIN_MODES or image.mode.startswith("I;16") or _is_png16(data)):
-            raise DataError(f"image of Pillow's mode '{image.mode}': its pixels are no 8 or 16 bit colours; convert it or remove it from the source.")
+            raise DataError(
+                f"image of Pillow's mode '{image.mode}': its pixels are not colours of 8 or 16 bits; convert it or remove it from the source."
+            )
         return image
 
 

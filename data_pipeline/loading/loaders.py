@@ -169,7 +169,7 @@ class ShardLoader(Generic[T, B]):
         if differing:
             parts = "; ".join(f"{name}: {state.get(name)} in the checkpoint, {now[name]} now" for name in differing)
             raise DataError(
-                f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage anew."
+                f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage from the beginning."
             )
         try:
             epoch, index = int(state["epoch"]), int(state["index"])

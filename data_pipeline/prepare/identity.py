@@ -31,6 +31,6 @@ def check(plan: Plan, images_url: str) -> None:
         return
     raise DataError(
         f"{images_url}: this set was made by {f'rule {made_by!r}' if made_by else 'the rule by which ids are absolute paths'}, and this version makes sets by "
-        f"{IDENTITY!r}. It is read and trained on as it is, and not grown: the same records would be in it twice, under two ids. Make it anew in another "
+        f"{IDENTITY!r}. It can be read and trained on, but no records can be added: the same records would be in it twice, under two ids. Prepare it again in another "
         f"place: launcher.py prepare PRESET run.name=NEW data.images=PLACE 'data.sources={[entry.url for entry in plan.entries]}'."
     )

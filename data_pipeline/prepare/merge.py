@@ -176,7 +176,7 @@ def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDAr
         first = now.quarantined[0]
         raise DataError(
             f"data.sources = {[source.url for source in plan.data.sources]}: none of the {len(plan.units)} input shards could be read. The first, "
-            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is mended, delete the folder tries beside the image sets, and run the stage "
+            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is corrected, delete the folder tries beside the image sets, and run the stage "
             "'prepare' again."
         )
     left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)

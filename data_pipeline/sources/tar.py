@@ -80,13 +80,13 @@ def _check_end(stream: BinaryIO, origin: str, position: int) -> None:
             at = position - BLOCK + zeros + next(number for number, byte in enumerate(data) if byte)
             raise DataError(
                 f"{origin}: damaged: zeros from byte {position - BLOCK} on, and more data from byte {at} on: a hole, or tars that were joined by "
-                "cat. Fetch it again, or unpack it (tar --ignore-zeros) and pack it anew."
+                "cat. Fetch it again, or unpack it (tar --ignore-zeros) and pack it again."
             )
         zeros += len(data)
     if zeros > _RECORD + 2 * BLOCK:
         raise DataError(
             f"{origin}: damaged: it ends in {zeros} bytes of zeros from byte {position - BLOCK} on, more than an archive is filled up with: a copy that "
-            "broke off. Fetch it again; if it was written with --blocking-factor, pack it anew without."
+            "broke off. Fetch it again; if it was written with --blocking-factor, pack it again without."
         )
 
 
@@ -132,7 +132,7 @@ def _number(field: bytes, origin: str, position: int) -> int:
         return 0
     if digits.isdigit() and not set(digits) & set(b"89"):
         return int(digits, 8)
-    raise DataError(f"{origin}: damaged: a size that is no number at byte {position - BLOCK}.")
+    raise DataError(f"{origin}: damaged: a size that is not a number at byte {position - BLOCK}.")
 
 
 def _name(header: bytes) -> str:
@@ -159,7 +159,7 @@ def _pax(data: bytes, name: str, size: int, origin: str, position: int) -> tuple
             name = _decode(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 20:
-                raise DataError(f"{origin}: damaged: a size that is no number before byte {position}.")
+                raise DataError(f"{origin}: damaged: a size that is not a number before byte {position}.")
             size = int(value)
         at += length
     return name, size

@@ -39,7 +39,7 @@ def check_cuda(built: str | None, recorded: str) -> None:
         SystemExit: the versions differ.
     """
     if built is not None and built != recorded:
-        raise SystemExit(f"torch was built with CUDA {built}, constraints.txt records {recorded}: freeze it anew (.ci/freeze.py), then images.lock.")
+        raise SystemExit(f"torch was built with CUDA {built}, constraints.txt records {recorded}: freeze it again (.ci/freeze.py), then images.lock.")
 
 
 def compile_stub(cache: Path) -> Path:

@@ -30,9 +30,9 @@ def write(url: str, out: str) -> list[str]:
     """
     place = locate(url)
     if place.run is None:
-        raise ConfigError(f"{url}: a package already; copy the folder.")
+        raise ConfigError(f"{url}: this is a package already; copy the folder.")
     if not out:
-        raise ConfigError("--package: where to? Give --out FOLDER.")
+        raise ConfigError("--package needs a folder to write to: give --out FOLDER.")
     if storage.exists(storage.join(out, "provenance.json")):
         raise ConfigError(f"--out {out}: a run folder; name one for the package.")
     storage.delete(storage.join(out, PACKAGE))

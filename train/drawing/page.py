@@ -110,7 +110,7 @@ class Page:
     def _prefix(self, image: bytes, settings: Settings) -> list[int]:
         if not image:
             if settings.keep_rows is not None:
-                raise UsageError("rows kept: of which image? Drop one.")
+                raise UsageError("rows to keep were given without an image; drop an image on the page.")
             return []
         whole = prompt_image.square(Image.fromarray(decode_image(image)), self.models.cfg.dvae.image_size, settings.fit)
         return prompt_image.codes(self.models, whole, settings.keep_rows)

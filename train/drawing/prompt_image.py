@@ -45,7 +45,7 @@ def square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     """
     width, height = image.size
     if max(width, height) > _MOST_STRETCH * min(width, height):
-        raise DataError(f"an image of {width} x {height} pixels is no picture to go on from; at most {_MOST_STRETCH} to 1 is accepted.")
+        raise DataError(f"an image of {width} x {height} pixels is too long to be continued; at most {_MOST_STRETCH} to 1 is accepted.")
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2

@@ -141,13 +141,13 @@ def parse_line(text: str, where: str) -> Line:
     try:
         line = strict_json.loads(text)
     except ValueError as error:
-        raise DataError(f"{where}: no line of a {SAMPLES} ({error}).") from error
+        raise DataError(f"{where}: not a line of a {SAMPLES} ({error}).") from error
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
         raise DataError(
-            f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
-            "draw the picture anew, into another --out."
+            f"{where}: not a line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
+            "draw the picture again, into another --out."
         )
-    stored.check(line, _Drawn, where, f"give one as it stands in a {SAMPLES}")
+    stored.check(line, _Drawn, where, f"give one exactly as a {SAMPLES} has it")
     return line
 
 

@@ -103,5 +103,5 @@ def replaced(settings: Settings, **values: Any) -> Settings:
     names = [field.name for field in dataclasses.fields(Settings)]
     odd = sorted(set(values) - set(names))
     if odd:
-        raise ConfigError(f"'{odd[0]}' is no setting of a drawing; accepted: {', '.join(names)}.")
+        raise ConfigError(f"'{odd[0]}' is not a setting of drawing; accepted: {', '.join(names)}.")
     return dataclasses.replace(settings, **values)

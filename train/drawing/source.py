@@ -94,8 +94,8 @@ def locate(url: str) -> Place:
         exports = {name: run.at(name, "export") for name in ("dalle", "dvae", "clip")}
         return Place(head, cfg, tokenizer=places.tokenizer(cfg, run), run=run, **exports)
     if storage.exists(storage.join(url, export.WEIGHTS)):
-        raise ConfigError(f"{url}: weights of one model alone; 'launcher.py export RUN --package --out FOLDER' writes a folder that draws by itself.")
-    raise ConfigError(f"{url}: no run folder and no package (config.json is missing); name one, for example runs/demo.")
+        raise ConfigError(f"{url}: the weights of only one model; 'launcher.py export RUN --package --out FOLDER' writes a folder with all models.")
+    raise ConfigError(f"{url}: neither a run folder nor a package (config.json is missing); name one, for example runs/demo.")
 
 
 def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False) -> Models:

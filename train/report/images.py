@@ -54,7 +54,7 @@ def read_png(data: bytes) -> Pixels:
     try:
         picture = Image.open(io.BytesIO(data)).convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{len(data)} bytes are no picture ({error})") from error
+        raise ValueError(f"{len(data)} bytes are not a picture ({error})") from error
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert("RGB"))
 
 

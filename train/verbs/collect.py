@@ -95,7 +95,7 @@ def look(run: Run, before: float, roots: list[str]) -> Findings:
     runs = _runs_below(beside)
     if run.folder.url not in runs:
         raise ConfigError(
-            f"{beside}: the runs beside {run.folder.url} cannot be listed, so nobody knows what they need; rename folders with *, ? or [."
+            f"{beside}: the runs beside {run.folder.url} cannot be listed, so it is not known what they need; rename folders with *, ? or [."
         )
     runs |= {each for root in roots for each in _runs_below(root)}
     named = frozenset(identity for each in sorted(runs) for identity in _named_by(RunFolder(each)))

@@ -94,7 +94,7 @@ def _prefix(models: Models, options: Options) -> list[int]:
     settings = options.settings
     if not options.image:
         if settings.keep_rows is not None:
-            raise UsageError("--keep-rows: of which image? Give --image too.")
+            raise UsageError("--keep-rows needs an image: give --image too.")
         return []
     rows, grid = prompt_image.kept_rows(models, settings.keep_rows), models.cfg.dvae.grid
     _say(options, f"{options.image}: its first {rows} of {grid} rows of codes are kept")
@@ -130,7 +130,7 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
         models, _ = _open(url or line["source"], options)
         picture, data = again.again(models, line)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"--again: the line lacks something ({error}); give one as it stands in {samples.SAMPLES}.") from error
+        raise ConfigError(f"--again: the line is incomplete ({error}); give one exactly as {samples.SAMPLES} has it.") from error
     target = storage.join(options.out or "again", line["file"])
     storage.write_bytes(target, data)
     found = again.verdict(line, picture, data)

@@ -45,7 +45,7 @@ def _take_down(cfg: RunConfig, run: RunFolder, sets: list[str], *, dry_run: bool
     if missed := unmatched(sets, lines):
         print(f"{len(missed)} of {len(lines)} lines of {cfg.data.takedown} name no record that is stored here: {_some(missed)}")
     if not found:
-        print(f"nothing of the list is in the sets of {run.url}")
+        print(f"no record of the list is in the sets of {run.url}")
         return
     if dry_run:
         return

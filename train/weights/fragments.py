@@ -50,7 +50,7 @@ class FragmentSaver(DefaultSavePlanner):
         items = []
         for name, fragment in self.state_dict.items():
             if not isinstance(fragment, Fragment):
-                raise CheckpointError(f"'{name}' is no fragment of a tensor: other state belongs in meta.json.")
+                raise CheckpointError(f"'{name}' is not a fragment of a tensor: other state belongs in meta.json.")
             if fragment.tensor.numel():
                 properties = TensorProperties(dtype=fragment.tensor.dtype)
                 data = TensorWriteData(chunk=_chunk(fragment), properties=properties, size=torch.Size([fragment.total]))

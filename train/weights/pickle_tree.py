@@ -85,7 +85,7 @@ def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[A
                 machine.step(operation.name, argument)
         return machine.stack.pop()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
-        raise DataError(f"{where}: damaged, or no pickle ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{where}: damaged, or not a pickle ({type(error).__name__}: {error}).") from error
 
 
 class _Machine:

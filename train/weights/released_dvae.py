@@ -73,7 +73,7 @@ def read_half(path: str) -> Module:
         names: set[str] = set()
         return Module({name: _tensor(value, path) for name, value in _named(tree, "", names)}, frozenset(names))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: damaged, or no module of the dall-e package ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{path}: damaged, or not a module of the dall-e package ({type(error).__name__}: {error}).") from error
 
 
 def join_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -66,10 +66,10 @@ def prepare(topology: Any) -> None:
         ConfigError: DeepSpeed differs from the known version.
     """
     if not deepspeed.__version__.startswith(SERIES):
-        raise ConfigError(f"deepspeed {deepspeed.__version__} is installed; train/engines/zero/ knows {SERIES}x (requirements.txt).")
+        raise ConfigError(f"deepspeed {deepspeed.__version__} is installed; train/engines/zero/ was written for {SERIES}x (requirements.txt).")
     absent = [f"{module.__name__}.{name}" for module, names in NEEDED_OF_MODULES.items() for name in names if not hasattr(module, name)]
     if absent or torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME != "comm_dtype":
-        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent) or 'comm_dtype'}.")
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ depends on: {', '.join(absent) or 'comm_dtype'}.")
     # On a CPU, DeepSpeed would compile a shared-memory collective at its first use, which takes 50 s and a compiler and gains nothing at these sizes
     # (DECISIONS.md); gloo does the same.
     __compatible_ops__["deepspeed_shm_comm"] = False
@@ -97,7 +97,7 @@ def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> 
                 if not hasattr(mapping, mark)
             ]
     if absent:
-        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent[:3])}.")
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ depends on: {', '.join(absent[:3])}.")
 
 
 def is_followed() -> bool:

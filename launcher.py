@@ -1,4 +1,4 @@
-"""The only command: ``python launcher.py STAGE PRESET [section.key=value ...]``. Runs a stage here, in one process or as agent of several ranks."""
+"""The only command: ``python launcher.py STAGE PRESET [section.key=value ...]``. Runs a stage on this machine, in one process or several, or submits a job."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def demo(
 ) -> None:
     """Run every stage in turn, from raw data to pictures and a report.
 
-    Finished stages are skipped and interrupted ones go on. Prints the projected time first, and the paths of the results last.
+    Finished stages are skipped, and interrupted ones continue. Prints the projected time first, and the paths of the results last.
     """
     from train import launch
 
@@ -104,26 +104,26 @@ def draw(
     file: Annotated[str, typer.Option(help="Captions, one a line; '-': standard input.")] = "",
     n: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal pictures.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Below 1 the likelier, above 1 the stranger.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Below 1: likelier pictures; above 1: more varied ones.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes only; 0: among all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest codes that make up this probability.")] = 1.0,
     guidance: Annotated[float, typer.Option(help="How much the caption counts; needs a model trained with dalle_fit.caption_dropout.")] = 1.0,
-    image: Annotated[str, typer.Option(help="Go on from the upper part of this image.")] = "",
-    keep_rows: Annotated[int, typer.Option(min=0, help="Rows of codes kept of --image; 0: 15 of 32.")] = 0,
+    image: Annotated[str, typer.Option(help="Complete the upper part of this image.")] = "",
+    keep_rows: Annotated[int, typer.Option(min=0, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
     rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
-    grid: Annotated[bool, typer.Option("--grid", help="Also write one picture of all.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write one picture that shows all.")] = False,
     batch: Annotated[int, typer.Option(min=0, help="Pictures drawn at once; 0: as many as memory allows.")] = 0,
-    window: Annotated[int, typer.Option(min=0, help="Codes tried in one pass; the picture is the same; 0: by the device.")] = 0,
+    window: Annotated[int, typer.Option(min=0, help="Codes guessed ahead in one pass; pictures do not change; 0: chosen by the device.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU.")] = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="On a CPU: the same bits at any --batch and --window.")] = False,
     again: Annotated[str, typer.Option(help="Draw one recorded picture again: a line of a samples.jsonl, or FILE:NUMBER.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each picture, and all else to standard error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each picture, and everything else to standard error.")] = False,
 ) -> None:
-    """Draw pictures of your own captions. Works on a finished run, one that still trains, or a package, any number of times.
+    """Draw pictures of your own captions, with a finished run, one that is still training, or a package.
 
     Example: launcher.py draw runs/demo "a red fox" "a blue house" --n 8 --grid
     """
@@ -138,11 +138,13 @@ def draw(
 @app.command()
 def play(
     run: Annotated[str, typer.Argument(help="Run folder, finished or under way, or what 'export --package' wrote; local or s3://.")],
-    host: Annotated[str, typer.Option(help="Address to serve; others than this machine see the page at 0.0.0.0, without a password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 serves the page to other machines, too, without a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 7860,
     rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip, or a folder with an exported contrastive model.")] = "none",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
-    precision: Annotated[str, typer.Option(help="As of draw.")] = "auto",
+    precision: Annotated[str, typer.Option(help="As for draw.")] = "auto",
 ) -> None:
     """Serve a page to type captions into: candidates appear row by row as they are drawn."""
     from train.verbs import play as verb
@@ -211,9 +213,9 @@ def import_dvae(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
 ) -> None:
-    """Take a dVAE from pickled modules of the dall-e package instead of training one: no code in the files is executed.
+    """Use a dVAE from pickled modules of the dall-e package instead of training one. No code in the files is executed.
 
-    In: two files, images/validation. Out: dvae/export and the marker of stage dvae, so that encode and all after it go on from there.
+    In: two files, images/validation. Out: dvae/export and the marker of stage dvae, so that encode and the later stages can follow.
     """
     from train.verbs import import_dvae as verb
 
@@ -232,7 +234,7 @@ def plan(
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
     rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
 ) -> None:
-    """Say what training the transformer takes: bytes on each GPU for every ZeRO stage and layout, bytes sent, time, days and energy; and what does not fit."""
+    """Estimate what training the transformer takes: memory of each GPU for every ZeRO stage and layout, bytes sent, time and energy; and whether it fits."""
     from train.verbs import plan as verb
 
     verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank, price=price)
@@ -240,9 +242,9 @@ def plan(
 
 @app.command()
 def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Delete the shards that hold records of the list data.takedown; prepare and encode then make them again without.
+    """Delete the shards that hold records on the list data.takedown; prepare and encode then make them again without these records.
 
-    Loaders hide the records on the list at once, whether this has run or not.
+    Loaders hide the records on the list immediately, whether this command has run or not.
     """
     from train.verbs import takedown as verb
 
@@ -256,9 +258,9 @@ def collect(
     runs: Annotated[list[str] | None, typer.Option(help="Root of runs that read this one's shared places: those go too.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is shown.")] = False,
 ) -> None:
-    """Show what a run does not need any more, and delete it with --delete: unfinished uploads, unfinished checkpoints, superseded versions of shard sets.
+    """Show what a run no longer needs, and delete it with --delete: unfinished uploads, unfinished checkpoints, superseded versions of shard sets.
 
-    Only below the run folder, only what is old, and no version that a run beside this one names. Run it while no stage works there.
+    Only old things below the run folder, and no version that a run beside this one refers to. Use it while no stage of the run is working.
     """
     from train.verbs import collect as verb
 
@@ -267,7 +269,7 @@ def collect(
 
 @app.command()
 def verdict(stage: Annotated[str, typer.Argument(help="Stage.")], preset: Preset, overrides: Overrides = None) -> None:
-    """Say what a scheduler should do after an attempt at a stage: ends with 75 to requeue, with any other code to stop. For job scripts."""
+    """For job scripts: decide what a scheduler should do after an attempt at a stage. Ends with 75 to requeue, and with any other code to stop."""
     from train import launch
 
     if stage not in STAGES:
@@ -277,7 +279,7 @@ def verdict(stage: Annotated[str, typer.Argument(help="Stage.")], preset: Preset
 
 @app.command()
 def doctor(
-    preset: Annotated[str, typer.Argument(help="Preset, .toml file or run folder: its storage and inputs are checked too.")] = "",
+    preset: Annotated[str, typer.Argument(help="Preset, .toml file or run folder, whose storage and inputs are checked, too.")] = "",
     overrides: Overrides = None,
 ) -> None:
     """Check this machine (and, under srun, all nodes of the job) in half a minute: GPUs, network, /dev/shm, disk, S3, clock, versions, inputs."""
@@ -290,14 +292,14 @@ def doctor(
 def inspect(
     url: Annotated[str, typer.Argument(help="Raw data (as in data.sources), a set, a folder of sets, a tokenizer or a run folder.")],
     out: Annotated[str, typer.Option(help="PNG file of the contact sheet; default: inspect-<name>.png here.")] = "",
-    samples: Annotated[int, typer.Option(help="Random records that the statistics are made of.")] = 500,
+    samples: Annotated[int, typer.Option(help="Number of random records for the statistics.")] = 500,
     pictures: Annotated[int, typer.Option(min=0, help="Records on the contact sheet; 0: none.")] = 48,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of records.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of records.")] = 0,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer that counts the tokens of captions; default: the run's.")] = "",
     run: Annotated[str, typer.Option(help="Run folder whose dVAE draws code sets; default: URL, if it is a run.")] = "",
     version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
     takedown: Annotated[str, typer.Option(help="Take-down list; default: the run's.")] = "",
-    count: Annotated[bool, typer.Option("--count", help="Count all records of raw data, which reads all of its index.")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Count all records of raw data, which reads its whole index.")] = False,
 ) -> None:
     """Show what is in a data set: counts, sizes, captions, sources, lineage, and a contact sheet of random records."""
     from train.verbs import inspect as verb
@@ -308,14 +310,16 @@ def inspect(
 @app.command()
 def validate(
     url: Annotated[str, typer.Argument(help="A shard set, a folder of sets, a tokenizer or a run folder; local or s3://.")],
-    images: Annotated[str, typer.Option(help="Image set, or root of image sets, that codes and tokenizer were made from; default: the run's.")] = "",
+    images: Annotated[
+        str, typer.Option(help="Image set, or folder of image sets, from which codes and tokenizer were made; default: the run's.")
+    ] = "",
     run: Annotated[str, typer.Option(help="Run folder that sets belong to; default: URL, if it is a run.")] = "",
     version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0: one for each core.")] = 0,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
     takedown: Annotated[str, typer.Option(help="Take-down list, whose images need no codes; default: the run's.")] = "",
 ) -> None:
-    """Check every file, record and reference of shard sets and tokenizers; exit code 65 names what is damaged and what to run."""
+    """Check every file, record and reference of shard sets and tokenizers; if something is damaged, says what to run and ends with 65."""
     from train.verbs import validate as verb
 
     verb.main(url, verb.Options(images, run, version, workers, decode, takedown), STOP)
@@ -347,7 +351,7 @@ def bench(
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:
-    """Run a benchmark and write its figures as JSON; floors are measured in the same run."""
+    """Run a benchmark and write its figures as JSON; the reference figures (floors) are measured in the same run."""
     from train.verbs import bench as verb
 
     verb.main(name, out, seconds)
@@ -358,7 +362,7 @@ def docs(
     demo: Annotated[str, typer.Option(help="Also write docs/demo.md and its pictures from this finished run.")] = "",
     note: Annotated[str, typer.Option(help="With --demo: a sentence below its minutes.")] = "",
 ) -> None:
-    """Regenerate what is generated in docs/: the configuration reference and its JSON Schema."""
+    """Write the generated files anew: the configuration reference, its JSON Schema, the picture of masks, and the job scripts for SLURM."""
     from train.verbs import demo_page
     from train.verbs import docs as verb
 
@@ -368,7 +372,7 @@ def docs(
 
 
 def last_line(error: ReportedError) -> str:
-    """What a person reads last: the kind of error and its message, or how to go on after a stop."""
+    """The last line of output: the kind of error and its message, or how to continue after a stop."""
     if error.exit_code == ExitCode.REQUEUE:
         return f"stopped: {str(error).rstrip('.')}. Run the same command again to go on."
     return f"{error.exit_code.name.lower()} error: {error}"
@@ -384,7 +388,7 @@ def main(arguments: list[str]) -> int:
             print(last_line(error), file=sys.stderr)
         return error.exit_code
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own complaint about the command line
+        if hasattr(error, "format_message"):  # an error of typer about the command line
             print(f"usage error: {error.format_message()} See 'launcher.py --help'.", file=sys.stderr)
             return ExitCode.USAGE
         if type(error).__name__ in ("Abort", "NoArgsIsHelpError"):

@@ -1,1 +1,1 @@
-"""Bytes to tensors and back: sources, filters, shards, text and loaders."""
+"""From image files and captions to batches of tensors: sources, filters, shard sets, the tokenizer and loaders."""

@@ -1,4 +1,4 @@
-"""What counts as a letter of a caption: the rule by which captions are split before runs of letters are merged (tokenizer.letters)."""
+"""Which characters of a caption count as letters (tokenizer.letters). Captions are split into runs of letters before byte-pair merges are applied."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ A_TO_Z = "abcdefghijklmnopqrstuvwxyz"
 
 @cache
 def split(letters: Letters) -> re.Pattern[str]:
-    """Runs of letters in a normalised caption, and every other character alone."""
+    """A pattern whose matches are the runs of letters in a normalised caption, and every other character by itself."""
     if letters == "a-z":
         return re.compile(r"[a-z]+|[^a-z]", re.DOTALL)
-    # Marks, too: the vowel signs of India's scripts and the points of Arabic and Hebrew. 're' has no class for either.
+    # Letters and marks (the vowel signs of Indian scripts, the points of Arabic and Hebrew). The module re has no class for either.
     numbers = [number for number in range(sys.maxunicode + 1) if unicodedata.category(chr(number))[0] in "LM"]
     spans = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in _spans(numbers))
     return re.compile(rf"[{spans}]+|.", re.DOTALL)
 
 
 def _spans(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """Sorted numbers as (first, last) of each unbroken run."""
+    """Sorted numbers, grouped into (first, last) of each run of consecutive ones."""
     for _, several in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in several]
         yield run[0], run[-1]
@@ -39,7 +39,12 @@ def is_run(word: str, letters: Letters) -> bool:
 
 
 def common_runs(runs: Mapping[str, int], room: int) -> Mapping[str, int]:
-    """Runs cut at all letters but the ``room`` commonest: Chinese has thousands, and the rest are spelled as bytes. Counts add up."""
+    """Keep only the ``room`` most frequent letters: runs are cut at all others, which are spelled as bytes (Chinese has thousands of letters).
+
+    Args:
+        runs: run of letters -> its count.
+        room: number of letters to keep.
+    """
     found: Counter[str] = Counter()
     for word, count in runs.items():
         for letter in word:

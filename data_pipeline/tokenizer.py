@@ -1,9 +1,9 @@
-"""Byte-pair encoding of captions (paper B.2): training, encoding with BPE dropout, exact decoding. The one importer of sentencepiece.
+"""Byte-pair encoding of captions (paper B.2): training, encoding with BPE dropout, exact decoding. Only this module imports sentencepiece.
 
-Text is split before the merges, as the paper's author describes: lower-case, then runs of the letters a to z (tokenizer.letters = "unicode": of the
-letters and marks of all scripts), and every other character alone. Only
-runs of letters go through sentencepiece's merges, so no piece mixes letters with anything else. Any other character is one piece if it is frequent
-enough to be in the vocabulary, and its UTF-8 bytes if not: no caption is lost, and nothing in a caption can pass for a control symbol.
+Before merges are applied, text is split as the paper's author describes: it is lower-cased and split into runs of the letters a to z (with
+tokenizer.letters = "unicode": of the letters and marks of all scripts) and single other characters. Only runs of letters go through sentencepiece's merges, so
+no piece mixes letters with anything else. Any other character is a piece of its own if it is frequent enough to be in the vocabulary, else it is spelled as
+its UTF-8 bytes. So every caption can be encoded, and nothing in a caption can be taken for a control symbol.
 
 Ids: 0 padding, 1 unknown (never produced), characters other than letters, 256 bytes, merges and letters.
 """
@@ -40,16 +40,16 @@ UNKNOWN = 1
 MODEL = "tokenizer.model"
 MANIFEST = "manifest.json"
 _LETTERS = A_TO_Z
-_SPACE = "\u2581"  # how sentencepiece spells a space in a piece
+_SPACE = "\u2581"  # sentencepiece writes a space in a piece as this character
 _CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
-_MEASURED = 50_000  # captions whose lengths are measured
+_MEASURED = 50_000  # size of the sample of captions whose lengths are measured
 _NUM_FIXED = 2 + 256 + len(_LETTERS)  # padding, unknown, bytes, letters
 
 
 def normalise(text: str) -> str:
-    """What a caption is before it is encoded, and what decoding gives back: Unicode NFC, lower-case; lone surrogates become U+FFFD.
+    """The form of a caption that is encoded, and that decoding returns: Unicode NFC, lower case, with lone surrogates replaced by U+FFFD.
 
-    Nothing else is touched: no space is added, merged or removed, and no other character is replaced.
+    Nothing else changes: no space is added, merged or removed, and no other character is replaced.
     """
     clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if _has_surrogate(text) else text
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", clean).lower())
@@ -60,9 +60,9 @@ def _has_surrogate(text: str) -> bool:
 
 
 def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z") -> bytes:
-    """Train on captions; equal captions (in any order), vocab and letters give equal bytes.
+    """Train a model on captions. Equal captions (in any order), ``vocab`` and ``letters`` give equal bytes.
 
-    A corpus too small for ``vocab`` pieces gives fewer; ids stay below ``vocab`` all the same.
+    If there are too few captions for ``vocab`` pieces, the model has fewer.
 
     Raises:
         ConfigError: ``vocab`` has no room for bytes and letters.
@@ -82,7 +82,7 @@ def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z
         runs = dict(common_runs(runs, (vocab - _NUM_FIXED - len(characters)) // 2))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # Words with their counts: sentencepiece sees no spaces, and so learns no merge across one.
+        # Words with their counts: sentencepiece never sees a space, so it cannot learn a merge across one.
         sentence_iterator=(f"{word}\t{count}" for word, count in sorted(runs.items())),
         input_format="tsv",
         model_writer=model,
@@ -108,10 +108,10 @@ def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z
 
 
 def _refuse_other_scripts(words: Counter[str], runs: Mapping[str, int], letters: Letters) -> None:
-    """Captions of another script would train on their bytes, six for a Russian word of three letters: better said before the long stages.
+    """Refuse captions without any letter, and warn if most letters belong to other scripts: they would be encoded as bytes (a Russian word of three as six).
 
     Raises:
-        DataError: there is no letter that tokenizer.letters calls one.
+        DataError: no caption contains a letter by ``tokenizer.letters``.
     """
     others = sum(count for word, count in words.items() if word not in runs and word.isalpha())
     if not runs:
@@ -122,27 +122,27 @@ def _refuse_other_scripts(words: Counter[str], runs: Mapping[str, int], letters:
     own = sum(len(word) * count for word, count in runs.items())
     if others > own:
         log.warning(
-            '%.0f %% of the letters in captions are none from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
+            '%.0f %% of the letters in captions are not from a to z; set tokenizer.letters = "unicode" for them', 100 * others / (own + others)
         )
 
 
 def _printable(character: str) -> bool:
-    # U+2581 is sentencepiece's space, so it stays with the byte pieces; so do spaces other than ' ' and control characters.
+    # U+2581 stands for a space in sentencepiece, so it is spelled as bytes; so are spaces other than ' ' and control characters.
     return character == " " or (character != _SPACE and character.isprintable() and not character.isspace())
 
 
 class Tokenizer:
-    """Captions to ids and back."""
+    """Encodes captions to ids, and decodes ids to text."""
 
     def __init__(self, model: bytes, max_tokens: int, letters: Letters = "a-z") -> None:
         """
         Args:
-            model: what ``train_tokenizer`` returned.
+            model: the bytes that ``train_tokenizer`` returned.
             max_tokens: length of encoded captions; longer ones are cut and counted in ``truncated``.
-            letters: what the model was trained with.
+            letters: the same as in the training of the model.
 
         Raises:
-            DataError: the bytes are no sentencepiece model.
+            DataError: the bytes are not a sentencepiece model.
         """
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -150,9 +150,9 @@ class Tokenizer:
             raise DataError(f"not a tokenizer model ({error}); delete the tokenizer folder and run the stage 'tokenizer' again.") from error
         self.max_tokens, self.letters = max_tokens, letters
         self.encoded = 0
-        """Captions encoded so far by this object."""
+        """Number of captions that this object has encoded."""
         self.truncated = 0
-        """Those of them that were cut at ``max_tokens``."""
+        """Number of these that were cut at ``max_tokens``."""
         pieces = [self._model.id_to_piece(index) for index in range(self._model.get_piece_size())]
         self._bytes = [bytes([int(piece[3:5], 16)]) if self._model.is_byte(index) else piece.encode() for index, piece in enumerate(pieces)]
         self._bytes[PAD] = self._bytes[UNKNOWN] = b""
@@ -169,11 +169,11 @@ class Tokenizer:
             for index, piece in enumerate(pieces)
             if split(letters).fullmatch(piece) and is_run(piece, letters)
         }
-        """Pieces of letters: id and score; the higher score merges first."""
+        """Piece of letters -> id and score; the pair with the highest score is merged first."""
 
     @property
     def size(self) -> int:
-        """Ids in use: all ids are below it."""
+        """Number of ids; all ids are below it."""
         return len(self._bytes)
 
     def encode(self, caption: str, dropout: float = 0.0, seed: int | None = None) -> tuple[NDArray[np.int64], int]:
@@ -181,11 +181,11 @@ class Tokenizer:
 
         Args:
             caption: any string.
-            dropout: probability with which each applicable merge is skipped (BPE dropout); 0 for inference.
-            seed: of the dropout: equal seeds give equal ids, whatever was encoded before. Needed where dropout is not 0.
+            dropout: probability with which each possible merge is skipped (BPE dropout); 0 for inference.
+            seed: seed of the dropout, needed if ``dropout`` is not 0. Equal seeds give equal ids, whatever was encoded before.
 
         Returns:
-            Ids, int64 [max_tokens], padded with 0 at the end; and how many of them are the caption's.
+            Ids, int64 [max_tokens], padded with 0 at the end; and how many of them belong to the caption.
 
         Raises:
             ValueError: dropout without a seed.
@@ -210,22 +210,22 @@ class Tokenizer:
         return out, length
 
     def spelled_in_bytes(self, caption: str) -> list[str]:
-        """Characters of a caption that are no piece of the vocabulary, each once, in order: encoded as their UTF-8 bytes."""
+        """The distinct characters of a caption, in order, that are not in the vocabulary and therefore are encoded as UTF-8 bytes."""
         words = split(self.letters).findall(normalise(caption))
         units = (unit for word in words for unit in (word if is_run(word, self.letters) else (word,)))
         return list(dict.fromkeys(unit for unit in units if unit not in self._merges and unit not in self._character_ids))
 
     def count(self, caption: str) -> int:
-        """Tokens of a caption, were it not cut at ``max_tokens``."""
+        """Number of tokens of a caption before it is cut at ``max_tokens``."""
         words = split(self.letters).findall(normalise(caption))
         return sum(
             len(self._known(word)) if is_run(word, self.letters) else 1 if word in self._character_ids else len(word.encode()) for word in words
         )
 
     def _sampled(self, word: str, dropout: float, draw: Callable[[], float]) -> list[int]:
-        """BPE of a word, each applicable merge skipped with probability ``dropout`` (Provilkov et al. 2020).
+        """BPE of a word in which each possible merge is skipped with probability ``dropout`` (Provilkov et al. 2020).
 
-        Not sentencepiece's own sampling: that adds the address of its thread to the seed, so equal seeds differ between processes.
+        sentencepiece's own sampling is not used: it mixes the address of its thread into the seed, so that equal seeds give different results in each process.
         """
         # The word starts as single letters. parts[i] is the piece that begins at letter i ("" once it has been merged into the one before), and after and before
         # link each piece to its neighbours.
@@ -246,15 +246,15 @@ class Tokenizer:
             _, left, piece = heapq.heappop(waiting)
             right = after[left]
             if not parts[left] or right >= count or parts[left] + parts[right] != piece:
-                continue  # one of the two has merged elsewhere since
+                continue  # outdated: one of the two pieces has been merged with another one meanwhile
             if draw() < dropout:
-                continue  # skipped for good, unless a neighbour's merge offers the pair again
+                continue  # this merge is skipped; a later merge beside it may offer the pair again
             parts[left], parts[right], after[left] = piece, "", after[right]
             if after[left] < count:
                 before[after[left]] = left
             offer(before[left])
             offer(left)
-        # A letter that no training caption held has no piece, and is its bytes.
+        # A letter that did not occur in the training captions has no piece, and is spelled as bytes.
         ids: list[int] = []
         for part in filter(None, parts):
             ids += [self._merges[part][0]] if part in self._merges else [self._byte_ids[value] for value in part.encode()]
@@ -269,7 +269,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; padding is skipped, and bytes that are no UTF-8 (a sampled sequence can hold such) become U+FFFD.
+        """The text of some ids; padding is skipped, and bytes that are not UTF-8 (sampled sequences may contain such) become U+FFFD.
 
         Raises:
             ValueError: an id is out of range.
@@ -282,11 +282,11 @@ class Tokenizer:
 
 
 def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Stage 'tokenizer': train on all captions of the training images, and write model and manifest (last). A finished one is kept.
+    """Stage 'tokenizer': train on all captions of the training images, and write model and manifest (last). A finished one with the same inputs is kept.
 
     Args:
-        config: the section.
-        images: the training split's image set.
+        config: the section ``tokenizer``.
+        images: the image set of the training split.
         url: place of the tokenizer.
         producer: commit and versions, for the manifest.
 
@@ -319,7 +319,7 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
                 num_captions += 1
                 if len(sample) < _MEASURED:
                     sample.append(caption)
-                elif (place := draw(num_captions)) < _MEASURED:  # reservoir: every caption is as likely to be in it
+                elif (place := draw(num_captions)) < _MEASURED:  # reservoir sampling: every caption is equally likely to be in the sample
                     sample[place] = caption
                 yield caption
 
@@ -342,7 +342,7 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
 
 
 def _lengths(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
-    """How long captions are in tokens, and which share is cut at tokenizer.max_tokens."""
+    """The mean length of captions in tokens, and the share that is cut at tokenizer.max_tokens."""
     lengths = [tokenizer.encode(caption)[1] for caption in captions]
     return {
         "captions_measured": len(lengths),
@@ -376,7 +376,7 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
     """The tokenizer of a finished stage, and its manifest.
 
     Raises:
-        DataError, ConfigError: missing, damaged, or trained for another vocabulary; of another schema.
+        DataError, ConfigError: it is missing or damaged, was trained with another vocabulary size or other letters, or has another schema.
     """
     place = storage.join(url, MANIFEST)
     try:

@@ -1,4 +1,4 @@
-"""The agent: starts the ranks of a stage on this node through torch's elastic API, and turns their end into one exit code."""
+"""The agent: starts the ranks of a stage on this node through torch's elastic API, and turns the way they end into one exit code."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRACKER_NOTES = "ignore:resource_tracker:UserWarning"
-"""What Python's own tracker says of segments of shared memory that a killed rank left, which our claims remove (data_pipeline/loading/shared_memory.py)."""
+"""Silences the warning that Python's resource tracker prints about shared memory of a killed rank. Our own claims remove those segments
+(data_pipeline/loading/shared_memory.py)."""
 _PEERS_S = 60  # nodes end within seconds of each other, or not at all
-_LOST_S = 10  # without node 0, whose ranks died with it
-_FEW = 32  # records of ranks that each other node reads where node 0 does not tell how the attempt ended
+_LOST_S = 10  # wait for records once node 0 is gone: its ranks died with it
+_FEW = 32  # rank records that a node other than 0 reads, where node 0 does not tell how the attempt ended
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Placement:
     job: Job = field(default_factory=Job)
     """This node's place in the scheduler's job."""
     retries: int | None = None
-    """Crashes in a row that are retried; None: as LAUNCHER_RETRIES says, or RETRIES."""
+    """Crashes in a row that are retried; None: LAUNCHER_RETRIES if it is set, else RETRIES."""
     trains: bool = False
-    """Whether the stage has checkpoints, by which starts that lead nowhere are known."""
+    """Whether the stage writes checkpoints; without new ones, starts in a row are known to make no progress."""
 
     @property
     def nodes(self) -> int:
@@ -70,10 +71,10 @@ def _threads(nproc: int) -> str:
 
 
 def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, str]:
-    """Run ``python ARGUMENTS`` as every rank of this node and wait for the end. A stop signal goes to the ranks, and sets ``stop``.
+    """Run ``python ARGUMENTS`` as every rank of this node and wait until all have ended. A stop signal is passed to the ranks, and sets ``stop``.
 
     Returns:
-        Exit code and reason by the ranks' records (docs/contracts.md, section 1).
+        Exit code and reason, derived from the ranks' records (docs/contracts.md, section 1).
 
     Raises:
         LostPeerError: the nodes of the job did not meet.
@@ -98,7 +99,7 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
             for rank in range(placement.nproc):
                 run.record_exit(stage, attempt, job.node * placement.nproc + rank, early.exit_code, str(early))
         signals.install(stop)  # elastic's handlers raise; srun sends SIGTERM once the first node has ended
-        # Carried out after what ranks could not write themselves: whoever reads it need not wait for more of this node.
+        # Deferred writes are carried out in order, so this summary appears after what the ranks could not write: a reader who sees it has all of this node.
         summary = exit_records.summary(job.node, placement.nproc, node_folder.exits(left))
         deferred_writes.note(f"how the ranks of node {job.node} ended", run.attempt_url(stage, attempt, f"node-{job.node}.json"), summary)
         evidence.write(run, stage, attempt, job.node, ends, killed, words)
@@ -106,8 +107,10 @@ def run_ranks(arguments: list[str], placement: Placement, run: RunFolder, stage:
 
 
 def _end_together(placement: Placement, run: RunFolder, stage: str, attempt: int, met: Meeting | None, lost: str) -> tuple[int, str]:
-    """Code and reason of an attempt whose ranks on this node have ended. Node 0 reads it from the records and tells the others; they read themselves, and not
-    all, where it says nothing."""
+    """Code and reason of an attempt whose ranks on this node have ended.
+
+    Node 0 reads the records and tells the other nodes the outcome. A node that hears nothing from node 0 reads the records itself, but only a few of them.
+    """
     if met is not None and met.job.node and not lost and (told := met.hear(2 * _PEERS_S)) is not None:
         met.close()
         return told
@@ -128,13 +131,15 @@ def _end_together(placement: Placement, run: RunFolder, stage: str, attempt: int
 
 
 def _choose_interface(job: Job) -> None:
-    """Tell gloo by which network it reaches the other nodes where it would not find out: it takes the one of the host's name."""
+    """Tell gloo which network interface reaches the other nodes. By itself it takes the interface that the host's name resolves to, which may be the loopback."""
     if job.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no name service and crosses no network
         return
     host, _ = interfaces.split(job.rendezvous)
     if not environment.text("GLOO_SOCKET_IFNAME") and interfaces.is_loopback(socket.gethostname()) and (name := interfaces.towards(host)):
-        log.warning("%s is a name of the loopback: gloo takes %s, by which node 0 is reached (GLOO_SOCKET_IFNAME)", socket.gethostname(), name)
+        log.warning(
+            "%s resolves to the loopback interface: gloo uses %s, through which node 0 is reached (GLOO_SOCKET_IFNAME)", socket.gethostname(), name
+        )
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
@@ -151,7 +156,7 @@ def _launch_config(placement: Placement, logs: str, met: Meeting | None) -> Laun
         run_id=met.start if met else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=met.place if met else "127.0.0.1:0",
-        # Said, not guessed: elastic compares names, and where nodes share one, nobody would host the store.
+        # Given explicitly: elastic would guess it by comparing host names, and where nodes share a name, nobody would host the store.
         rdzv_configs={"is_host": job.node == 0, "timeout": RENDEZVOUS_S},
         local_addr="127.0.0.1" if one_node else (host if job.node == 0 else job.address) or None,
         max_restarts=0,
@@ -168,7 +173,7 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
     how the processes of ranks of this node ended that failed first: a code, or a signal as a negative number.
 
     Raises:
-        LostPeerError: the nodes did not meet: no rank was started.
+        LostPeerError: the nodes did not meet, so no rank was started.
         StopRequested: a stop signal came before any rank was started.
     """
     from torch.distributed import DistNetworkError, DistStoreError
@@ -208,11 +213,11 @@ def _launch(config: LaunchConfig, arguments: list[str], job: Job, stop: StopFlag
 
 
 def begin(placement: Placement, run: RunFolder, stage: str, start: str = "", rendezvous: str = "") -> int:
-    """Number of a new attempt in the ledger, for node 0.
+    """Begin a new attempt in the ledger and return its number; called on node 0.
 
     Args:
-        start: id of this start, where there are several nodes.
-        rendezvous: where they meet.
+        start: id of this start; empty for a single node.
+        rendezvous: host:port where the nodes meet.
 
     Raises:
         DivergedError: this job has crashed, or was stopped, too often in a row; see ``ledger.refuse_a_crash_loop``.
@@ -226,7 +231,7 @@ def begin(placement: Placement, run: RunFolder, stage: str, start: str = "", ren
 
 
 def _begin_together(placement: Placement, run: RunFolder, stage: str, stop: StopFlag) -> tuple[int, Meeting | None]:
-    """Number of the attempt that this node takes part in, and where it meets the others: node 0 begins it and tells them.
+    """Number of the attempt that this node takes part in, and the meeting with the other nodes: node 0 begins the attempt and tells them.
 
     Raises:
         LostPeerError: node 0 did not begin.
@@ -248,7 +253,7 @@ def _begin_together(placement: Placement, run: RunFolder, stage: str, stop: Stop
 
 
 def _shutdown_timeout() -> dict[str, int]:
-    """The option that gives stopped ranks SHUTDOWN_S to save. torch 2.11 has no such option: there the default of 30 s is replaced where it is written."""
+    """The launch option that gives stopped ranks SHUTDOWN_S to save. torch 2.11 has no such option; there this replaces the default of 30 s in torch itself."""
     from torch.distributed.elastic.multiprocessing.api import PContext
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -260,16 +265,16 @@ def _shutdown_timeout() -> dict[str, int]:
 
 
 def _import_quietly() -> None:
-    """Import torch so that its C++ part reports errors alone in this process: it shows frames for every peer that ends. Ranks keep their own level."""
+    """Import torch with its C++ logging limited to errors: at its usual level it prints stack frames for every peer that ends. Ranks keep their own level."""
     if "TORCH_CPP_LOG_LEVEL" not in os.environ:
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-        import torch  # noqa: F401 (reads the level once)
+        import torch  # noqa: F401 (torch reads the level once, at import)
 
         del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def _quiet_elastic() -> None:
-    """Elastic logs a traceback for every failed rank; ours say what happened in one line, and the exit records keep the rest."""
+    """Silence elastic's traceback for every failed rank: our ranks say in one line what happened, and the exit records keep the rest."""
     quiet = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
     for name in [*quiet, *(known for known in logging.root.manager.loggerDict if known.startswith(quiet))]:  # some have a level of their own
         logging.getLogger(name).setLevel(logging.CRITICAL)

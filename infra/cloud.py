@@ -1,8 +1,8 @@
 """Objects of Google Cloud Storage (gs://bucket/key) and Azure Blob Storage (az://container/key), with the functions of ``infra/s3.py``.
 
-Both come through fsspec: gcsfs and adlfs, which are installed apart (``MISSING`` says how) and imported at first use. Credentials come by their usual ways:
+Both are reached through fsspec: gcsfs and adlfs, which are installed separately (``MISSING`` says how) and imported at first use. Credentials are found as usual:
 Google's application default credentials; AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with a key, a token or a managed identity.
-STORAGE_EMULATOR_HOST names a server other than Google's. Both libraries repeat requests that fail for a reason that may pass.
+STORAGE_EMULATOR_HOST names a server other than Google's. Both libraries retry requests that fail for a passing reason.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from infra.errors import ConfigError, DataError
 from infra.files import atomic
 
 RANGE_BYTES = 8 << 20
-"""Objects are read in ranges of so many bytes."""
+"""Objects are read in ranges of this many bytes."""
 AT_ONCE = 8
-"""Requests that are under way together, of one download or deletion."""
+"""Parallel requests of one download or deletion."""
 MISSING = {
     "gs": "pip install -c constraints.txt gcsfs google-auth-oauthlib",
     "az": "pip install -c constraints.txt adlfs",
 }
-"""What brings the library of a scheme."""
+"""The command that installs the library of a scheme."""
 _VARIABLES = {
     "gs": ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"),
     "az": (
@@ -56,17 +56,19 @@ def bucket_and_key(url: str) -> tuple[str, str]:
 
 
 def read(url: str, most: int | None = None) -> bytes:
-    """The whole object. One of more than ``most`` bytes is a DataError, and not read."""
+    """The whole object. If it is larger than ``most`` bytes it is not read; that is a DataError."""
     if most is not None:
         found = _stat(url)
         if int(found["size"]) > most:
-            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+            raise DataError(
+                f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project."
+            )
     with cloud_errors.told(url):
         return bytes(_files(url).cat_file(_path(url)))
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """``size`` bytes of an object, from ``start`` on; fewer where it ends before."""
+    """``size`` bytes of an object, from ``start`` on; fewer if the object ends earlier."""
     if size <= 0:
         return b""
     with cloud_errors.told(url):
@@ -79,7 +81,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 
 def download(url: str, local: Path, sha256: str) -> None:
-    """Copy an object to a local file, in parallel ranges. An object that changes meanwhile is a DataError."""
+    """Copy an object to a local file, in parallel ranges. If the object changes meanwhile, that is a DataError."""
     found = _stat(url)
     with atomic(local, url, sha256) as file, ThreadPoolExecutor(AT_ONCE) as pool:
         starts = range(0, int(found["size"]), RANGE_BYTES)
@@ -101,10 +103,10 @@ class ObjectStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase.
+        """See RawIOBase.
 
         Raises:
-            DataError: the object has changed meanwhile.
+            DataError: the object has changed since the stream was opened.
         """
         if not self._ahead:
             left = int(self._found["size"]) - self._position
@@ -122,13 +124,14 @@ class ObjectStream(io.RawIOBase):
 
 
 def write(url: str, data: bytes) -> None:
-    """Put an object."""
+    """Write an object."""
     with cloud_errors.told(url, writing=True):
         _files(url).pipe_file(_path(url), data)
 
 
 def upload(source: IO[bytes], url: str, size: int = 0) -> None:
-    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived. What is no local file goes through a temporary one."""
+    """Write an object from an open file, in parts if it is large; it appears once all parts have arrived. A source that is not a local file is first copied to
+    a temporary one."""
     if isinstance(name := getattr(source, "name", None), str):
         with cloud_errors.told(url, writing=True):
             _files(url).put_file(name, _path(url))
@@ -141,7 +144,7 @@ def upload(source: IO[bytes], url: str, size: int = 0) -> None:
 
 
 def create_once(url: str, data: bytes) -> bool:
-    """Put an object unless it exists: one of any number of racing callers gets True."""
+    """Write an object unless it exists: of any number of racing callers exactly one gets True."""
     writer = secrets.token_hex(16)
     with cloud_errors.told(url, writing=True):
         try:
@@ -149,19 +152,19 @@ def create_once(url: str, data: bytes) -> bool:
             return True
         except FileExistsError:
             pass
-    # A request that was sent twice may have met the object of its own first attempt: the token tells.
+    # A request that the library sent twice may have found the object of its own first attempt: the token tells.
     return ((head(url) or {}).get("Metadata") or {}).get("writer") == writer
 
 
 def check_creation(url: str) -> None:
-    """Find out by an object of our own, which exists, whether the server keeps the condition of ``create_once``.
+    """Check that the server honours the condition of ``create_once``, by trying to create an object of ours that exists already.
 
     Raises:
         ConfigError: it does not.
     """
     if create_once(url, read(url)):
         raise ConfigError(
-            f"{url}: this server passes over the condition to create an object only once, so of several launchers none can be sure to be alone."
+            f"{url}: this server ignores the condition to create an object only once, so a launcher cannot make sure that it is the only one."
         )
 
 
@@ -190,9 +193,9 @@ def list_names(url: str) -> list[str]:
 
 
 def list_objects(url: str, start: str = "", *, shallow: bool = False) -> Iterator[tuple[str, int, str]]:
-    """(name relative to ``url``, size in bytes, what changes with the content) of the objects below a prefix, sorted; see ``s3.list_objects``.
+    """(name relative to ``url``, size in bytes, version) of the objects below a prefix, sorted; see ``s3.list_objects``. The version changes with the content.
 
-    fsspec gives a listing whole: one of a million objects takes about a gigabyte of memory.
+    fsspec returns a listing in one piece: a million objects take about a gigabyte of memory.
     """
     bucket, key = bucket_and_key(url)
     prefix = f"{bucket}/{key}/" if key else f"{bucket}/"
@@ -212,7 +215,7 @@ def is_folder(url: str) -> bool:
 
 
 def delete(url: str) -> None:
-    """Delete an object; a missing one is fine."""
+    """Delete an object; it may be missing."""
     with cloud_errors.told(url, writing=True), contextlib.suppress(FileNotFoundError):
         _files(url).rm_file(_path(url))
 
@@ -225,7 +228,7 @@ def delete_all(url: str) -> None:
 
 
 def _listed(files: Any, path: str, shallow: bool) -> dict[str, dict[str, Any]]:
-    """Path -> what is known of it; empty for a prefix of nothing."""
+    """Path -> what the listing says about it; empty if nothing lies below the prefix."""
     files.invalidate_cache()
     try:
         if shallow:
@@ -236,7 +239,7 @@ def _listed(files: Any, path: str, shallow: bool) -> dict[str, dict[str, Any]]:
 
 
 def _stat(url: str) -> dict[str, Any]:
-    """Size, and what changes with the content."""
+    """Size and version (which changes with the content) of an object."""
     found = head(url)
     if found is None:
         raise cloud_errors.missing(url)
@@ -254,7 +257,7 @@ def _path(url: str) -> str:
 
 
 def _marked(url: str, writer: str) -> dict[str, Any]:
-    """How an object is given the token of its writer: adlfs leaves no room among an object's own metadata."""
+    """The option that stores the writer's token with an object. adlfs keeps an object's metadata for itself, so there the token is the content disposition."""
     return {"metadata": {"writer": writer}} if url.startswith("gs://") else {"content_settings": {"content_disposition": writer}}
 
 

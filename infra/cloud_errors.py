@@ -1,4 +1,7 @@
-"""What goes wrong with Google's and Azure's storage, as our own errors. By names of classes and numbers: the libraries may not be installed. Part of ``infra/cloud.py``."""
+"""Errors of Google's and Azure's storage, turned into our own. Part of ``infra/cloud.py``.
+
+They are recognised by class names and HTTP status numbers, because the libraries may not be installed.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ _CREDENTIALS = {
 
 
 def missing(url: str) -> MissingError:
-    """There is no such object."""
+    """The error for an object that does not exist."""
     return MissingError(f"{url}: does not exist.")
 
 
 def is_beyond_end(error: BaseException) -> bool:
-    """Whether a range was asked for that begins where the object ends, or later."""
+    """Whether the requested range begins at the end of the object or behind it."""
     return _status(error) == 416
 
 
@@ -66,7 +69,7 @@ def _explain(url: str, error: Exception, writing: bool) -> ReportedError:
 
 
 def _status(error: Any) -> int:
-    """HTTP's number, where an error has one."""
+    """The HTTP status of an error; 0 if it has none."""
     for name in ("status_code", "code", "status"):
         value = getattr(error, name, None)
         if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):

@@ -1,4 +1,4 @@
-"""Command lines that messages name, quoted so that they can be pasted whatever is in the names."""
+"""Command lines for messages, quoted so that they can be pasted whatever characters the names hold."""
 
 from __future__ import annotations
 

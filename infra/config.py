@@ -59,7 +59,7 @@ def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
 
 
 def as_typed(overrides: list[str]) -> dict[str, str]:
-    """``{"section.key": "the words behind ="}`` of overrides that TOML reads as something else than text that looks alike (dates, 1_000, 0x10)."""
+    """``{"section.key": "the text behind ="}`` for the overrides whose parsed value prints differently from what was typed (dates, 1_000, 0x10)."""
     words = dict(word.partition("=")[::2] for word in overrides)
     return {key: words[key] for key, value in ((".".join(path), value) for path, value in parse_overrides(overrides)) if str(value) != words[key]}
 
@@ -68,8 +68,8 @@ def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]
     """Build ``model`` from a parsed preset (named by ``origin`` in messages) and command-line overrides.
 
     Raises:
-        ConfigError: unknown key (the accepted ones are listed), wrong type (the key is named), a section that refuses itself, or a password in a URL, of
-            the environment's endpoints too: configurations are stored.
+        ConfigError: an unknown key (the accepted ones are listed), a wrong type (the key is named), a section whose values contradict each other, or a password
+            in a URL, here or in an endpoint that the environment sets (configurations are stored, so they may not hold one).
     """
     s3_client.refuse_passwords()
     tree = copy.deepcopy(tree)
@@ -84,10 +84,10 @@ def load(model: type[M], tree: dict[str, Any], origin: str, overrides: list[str]
 
 
 def validate(model: type[M], tree: dict[str, Any], origin: str, typed: Mapping[str, str] | None = None) -> M:
-    """Validate plain dictionaries, and turn every complaint into one that names its key and what is accepted.
+    """Validate plain dictionaries, and turn every complaint of pydantic into one that names the key and what it accepts.
 
     Args:
-        typed: values as they stand on the command line, for messages, by section.key.
+        typed: section.key -> the value as it was typed on the command line, for messages.
     """
     typed = typed or {}
     for key, text in _texts(tree):
@@ -99,7 +99,7 @@ def validate(model: type[M], tree: dict[str, Any], origin: str, typed: Mapping[s
                 f"{origin}:\n  {key}: {typed.get(key, value)} is read as a date or a time, which no key accepts; {_quoted(key, typed.get(key, str(value)))}."
             )
     try:
-        # JSON mode: 3 is a valid float and a list a valid tuple, but "3" is no number and 3.0 no integer.
+        # pydantic's JSON mode: 3 is accepted as a float and a list as a tuple, but "3" is not a number and 3.0 is not an integer.
         return model.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         lines = [_complaint(model, tree, dict(detail), typed) for detail in error.errors()]
@@ -109,7 +109,7 @@ def validate(model: type[M], tree: dict[str, Any], origin: str, typed: Mapping[s
 
 
 def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a tree, with its key."""
+    """Every string in a tree, with its key."""
     if isinstance(tree, str):
         yield key, tree
     elif isinstance(tree, dict):
@@ -121,7 +121,7 @@ def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _quoted(key: str, text: str) -> str:
-    """How to write a value so that it is text: for a shell, which takes the outer quotes away."""
+    """How to type a value so that it is read as text; the outer quotes are for the shell, which removes them."""
     return f"write '{key}=\"{text}\"' for text"
 
 

@@ -1,11 +1,11 @@
-"""What a configuration key declares about itself beside its default, and what a stored configuration means that was written before the key existed.
+"""What a configuration key declares about itself besides its default, and how a configuration that was stored before the key existed is read.
 
-A key declares, in ``json_schema_extra`` of its pydantic Field (a section may declare for all of its keys, in its ``model_config``) or in the metadata of
-a dataclass field:
+A key declares the following in ``json_schema_extra`` of its pydantic Field, or in the metadata of a dataclass field. A section can declare for all of its
+keys in its ``model_config``.
 
-    may_change   whether a run goes on with another value of it: ANY_TIME, GOING_ON, or nothing: another value is another run
-    before       its value in runs that are older than it, where that is not its default
-    place        it names files: a relative one is meant from the working directory of whoever gives it, and is stored absolute
+    may_change   whether a run may continue with another value: ANY_TIME, GOING_ON, or absent (another value is another run)
+    before       its value in runs that are older than the key, where that differs from the default
+    place        it names files: a relative path is resolved against the working directory of the caller, and stored as an absolute one
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from infra.errors import ConfigError
 
 MAY_CHANGE, BEFORE = "may_change", "before"
 ANY_TIME: JsonDict = {MAY_CHANGE: "any time"}
-"""Says how a run is computed and watched, not what it computes."""
+"""For keys that say how a run is computed and watched, not what it computes."""
 GOING_ON: JsonDict = {MAY_CHANGE: "with --go-on"}
-"""Changes what a training stage computes from its newest checkpoint on: a recorded change point (docs/stage2.md)."""
+"""For keys that change what a training stage computes; from its newest checkpoint on, and recorded as a change point (docs/stage2.md)."""
 
 PLACE: JsonDict = {"place": True}
-"""Names a file or folder."""
+"""For keys that name a file or folder."""
 
 M = TypeVar("M")
 
@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
     @property
     def before(self) -> Any:
-        """Its value before it existed."""
+        """The value that stands for the behaviour before the key existed."""
         return self.declared.get(BEFORE, self.default)
 
 
@@ -63,7 +63,7 @@ def keys(section: type[Any]) -> Iterator[Key]:
 
 
 def declared(model: type[Any], path: str) -> Mapping[str, Any]:
-    """What the key of a dotted path declares; of keys below a list, what the list does. Nothing for a key that does not exist."""
+    """What the key at a dotted path declares; a key below a list has the list's declarations. Empty for a key that does not exist."""
     found: Mapping[str, Any] = {}
     for part in path.split("."):
         key = next((key for key in keys(model) if key.name == part), None)
@@ -78,8 +78,10 @@ def declared(model: type[Any], path: str) -> Mapping[str, Any]:
 
 
 def completed(model: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the keys that it lacks, each at the value that stands for the behaviour before it existed, and without those that are
-    not stored (the place of a run: it is where its folder lies)."""
+    """A stored configuration with its missing keys filled in, each with the value that stands for the behaviour before the key existed.
+
+    Keys that are never stored are left out: where a run lies is known from its folder.
+    """
     left_out = {name for name, info in getattr(model, "model_fields", {}).items() if info.exclude}
     tree = {name: value for name, value in stored.items() if name not in left_out}
     for key in keys(model):
@@ -98,7 +100,7 @@ def completed(model: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adopted(config: M, stored: Mapping[str, Any]) -> M:
-    """A configuration that goes on with a stored one: keys that the stored one lacks, and that nobody has given a value, keep the value before they existed."""
+    """A configuration for continuing a run with a stored one: keys that the stored one lacks and that nobody has set get the value from before they existed."""
     changes: dict[str, Any] = {}
     for key in keys(type(config)):
         mine, theirs = getattr(config, key.name), stored.get(key.name, PydanticUndefined)
@@ -118,14 +120,14 @@ def adopted(config: M, stored: Mapping[str, Any]) -> M:
 
 
 def anchored(config: M, stored: M | None = None) -> M:
-    """A configuration whose relative places are absolute ones, from the working directory: what is stored means the same wherever it is read.
+    """A configuration whose relative paths are made absolute, so that what is stored means the same wherever it is read.
 
     Args:
-        config: as it was given.
-        stored: a run's own configuration, of which nothing moves: what is equal there stays as it is.
+        config: the configuration as it was given.
+        stored: the run's stored configuration; values equal to it are left as they are.
 
     Raises:
-        ConfigError: there is a relative one, and the working directory is gone.
+        ConfigError: there is a relative path, and the working directory no longer exists.
     """
     changes: dict[str, Any] = {}
     for key in keys(type(config)):
@@ -149,17 +151,17 @@ def _absolute(place: str) -> str:
         return os.path.join(os.getcwd(), place.removeprefix("./"))
     except OSError as error:
         raise ConfigError(
-            f"{place}: a relative place, and the working directory is gone ({error.strerror}); go to another one, or name it from / on."
+            f"{place}: a relative path, but the working directory does not exist any more ({error.strerror}); change to another directory, or give an absolute path."
         ) from error
 
 
 def _given(config: Any, key: Key) -> bool:
-    """Whether somebody set the key. A dataclass does not know: there, its default counts as not given."""
+    """Whether somebody set the key. A dataclass does not record that; there, a value equal to the default counts as not set."""
     return key.name in config.model_fields_set if isinstance(config, BaseModel) else getattr(config, key.name) != key.default
 
 
 def _inner(annotation: Any) -> tuple[type[Any] | None, bool]:
-    """The section that an annotation holds, and whether it is a list of them."""
+    """The section class inside an annotation, if any, and whether the annotation is a list of such sections."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return annotation, False
     if isinstance(get_origin(annotation), type) and issubclass(get_origin(annotation), Sequence):

@@ -1,6 +1,6 @@
-"""Last words of a process that the storage did not take: noted on this node, and carried out by its launcher once the storage answers again.
+"""Writes of an ending process that failed in a storage outage: noted on this node, and carried out by its launcher once the storage answers again.
 
-A rank that ends in an outage could otherwise neither say why it ended nor take back what it had begun, and would count as killed.
+Without them a rank that ends during an outage could neither record why it ended nor undo what it had begun, and would count as killed.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from infra import scratch, storage
 from infra.errors import UnreachableError
 
 PATIENCE_S = 120.0
-"""Seconds that a launcher waits for the storage after its ranks have ended, beside what its requests wait."""
+"""Seconds that a launcher waits for the storage after its ranks have ended, on top of the retries of each request."""
 _VARIABLE = "LAUNCHER_NOTES"
-_PAUSE_S = 0.5  # between attempts, which have waits of their own
+_PAUSE_S = 0.5  # between attempts; each request has retries of its own
 
 
 def note(what: str, url: str, value: Any = None) -> bool:
-    """Leave a note for the launcher of this node.
+    """Leave a write for the launcher of this node to carry out.
 
     Args:
-        what: it says, in a few words.
-        url: of the file to write; without a value, to delete.
+        what: what the write says, in a few words, for messages.
+        url: the file to write, or to delete if ``value`` is None.
         value: JSON to write.
 
     Returns:
-        Whether there is a launcher that takes notes.
+        Whether there is a launcher that carries it out.
     """
     folder = os.environ.get(_VARIABLE)
     if folder:
@@ -43,10 +43,10 @@ def note(what: str, url: str, value: Any = None) -> bool:
 
 @contextmanager
 def taking_notes() -> Iterator[None]:
-    """Take notes of this process and of its children, and carry them out at the end of the block.
+    """Collect the notes of this process and its children, and carry them out at the end of the block.
 
     Raises:
-        UnreachableError: the storage does not answer within PATIENCE_S; what is lost is named.
+        UnreachableError: the storage does not answer within PATIENCE_S; the message names what is lost.
     """
     with scratch.folder("notes-") as folder:
         os.environ[_VARIABLE] = folder
@@ -65,7 +65,7 @@ def _carry_out(notes: list[Path], deadline: float) -> None:
             waiting.pop(0)
         except UnreachableError as error:
             if time.monotonic() > deadline:
-                raise UnreachableError(f"storage unreachable: {error} Not written down: {'; '.join(each['what'] for each in waiting)}") from error
+                raise UnreachableError(f"storage unreachable: {error} Not recorded: {'; '.join(each['what'] for each in waiting)}") from error
             time.sleep(_PAUSE_S)
 
 

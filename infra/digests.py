@@ -1,4 +1,4 @@
-"""What identifies a value or a record: the digest of a value as JSON, and 64 bits for an id."""
+"""Hashes that identify a value or a record: SHA-256 of a value written as JSON, and 64 bits for an id."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def digest(value: Any) -> str:
 
 
 def id_hash(identity: str) -> int:
-    """64 bits that stand for a record's id or group (BLAKE2b). Among 250 million ids two are equal with a probability of 0.2 %."""
+    """A 64-bit hash (BLAKE2b) of a record's id or group. Among 250 million ids, the probability that any two collide is 0.2 %."""
     return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -6,28 +6,28 @@ from infra import shown
 
 
 class ExitCode(IntEnum):
-    """What a scheduler may conclude from how a command ended. The one home of these numbers."""
+    """What a scheduler may conclude from how a command ended. These numbers are defined here alone."""
 
     DONE = 0
-    """Finished; run again, it is a no-op."""
+    """Finished; running it again does nothing."""
     CRASH = 1
     """Anything without a code of its own (a lost peer, a bug): may be retried."""
     USAGE = 64
-    """The command line is off: never retry."""
+    """The command line is wrong: never retry."""
     DATA = 65
-    """Input data, a shard set or a checkpoint is missing, damaged or of another lineage: never retry."""
+    """Input data, a shard set or a checkpoint is missing, damaged or made from other inputs: never retry."""
     REQUEUE = 75
-    """Stopped by a signal; everything is saved; please requeue."""
+    """Stopped by a signal; everything is saved; requeue."""
     CONFIG = 78
     """The configuration or the run folder is wrong: never retry."""
     DIVERGED = 93
-    """No progress or diverged; the last good checkpoint is kept: never retry."""
+    """Training makes no progress or has diverged; the last good checkpoint is kept: never retry."""
 
 
 class ReportedError(Exception):
     """An error whose message is for the user: what was given, what is accepted, what to change. No traceback is shown.
 
-    Messages quote what others have written, and are stored in run folders: passwords are masked in them, and long values cut.
+    Messages quote values from users and files, and are stored in run folders: passwords in them are masked, and long values are cut.
     """
 
     exit_code = ExitCode.CRASH
@@ -43,27 +43,27 @@ class UsageError(ReportedError):
 
 
 class DataError(ReportedError):
-    """Input data or a shard set is missing, damaged or of another lineage."""
+    """Input data or a shard set is missing, damaged or made from other inputs than expected."""
 
     exit_code = ExitCode.DATA
 
 
 class MissingError(DataError):
-    """There is no such file or object. Anything else that keeps it from being read is another DataError: absence is a fact, not a fault."""
+    """There is no such file or object. A file that exists but cannot be read is another DataError."""
 
 
 class UnreachableError(DataError):
-    """The storage gives no answer, also after retries. That says nothing about the data, and may pass: unlike other DataErrors it is retried."""
+    """The storage gives no answer, even after retries. That says nothing about the data and may pass, so unlike other DataErrors it may be retried."""
 
     exit_code = ExitCode.CRASH
 
 
 class UnchangingError(DataError):
-    """What the bytes themselves say, such as columns of unknown names: reading them again cannot change it, and nobody tries."""
+    """A fault in the bytes themselves, such as unknown column names: reading again cannot help, so it is not retried."""
 
 
 class CheckpointError(DataError):
-    """A checkpoint is missing, incomplete, damaged or of another shape."""
+    """A checkpoint is missing, incomplete, damaged, or has other shapes than the model."""
 
 
 class ConfigError(ReportedError, ValueError):
@@ -73,7 +73,7 @@ class ConfigError(ReportedError, ValueError):
 
 
 class NoRoomError(ConfigError):
-    """A disk is full, or a quota used up. Another node, or somebody who makes room, may help: unlike other ConfigErrors it is retried."""
+    """A disk is full or a quota is used up. Another node may have room, or somebody may make some, so unlike other ConfigErrors it may be retried."""
 
     exit_code = ExitCode.CRASH
 
@@ -85,10 +85,10 @@ class DivergedError(ReportedError):
 
 
 class StopRequested(ReportedError):
-    """A signal asked to stop, and the state is saved.
+    """A signal asked to stop, and everything is saved.
 
     Args:
-        at_once: this process ends by itself, where it had nothing to lose: its peers have not agreed on it.
+        at_once: this process ends alone, in a phase in which it had nothing to save: the other ranks have not agreed to stop.
     """
 
     exit_code = ExitCode.REQUEUE
@@ -99,7 +99,7 @@ class StopRequested(ReportedError):
 
 
 class SupersededError(ReportedError):
-    """Another launcher has the work: nothing more is written, and that is no crash."""
+    """Another launcher has taken over the work: this one writes nothing more. That does not count as a crash."""
 
     exit_code = ExitCode.REQUEUE
 

@@ -1,11 +1,11 @@
-"""How the ranks of an attempt ended (docs/contracts.md, section 1): what is written of it, and what is read.
+"""The records of how the ranks of an attempt ended (docs/contracts.md, section 1): how they are written and read. The one parser of these files.
 
-    attempt-<k>/rank-<r>.json   a rank that ended with anything but 0 and 75, by itself and at once: others ask for its reason
-                node-<n>.json   the ranks of a node, by its launcher once all of them have ended: those that ended with 0 or 75, told apart by reason
-                lost.json       nodes that gave no sign any more, by node 0, where others may still say why they ended
-                end.json        how the attempt ended, by node 0 where all nodes have said how they did, else by who finds it without an end
+    attempt-<k>/rank-<r>.json   one rank that ended with any code but 0 and 75; written by that rank at once, because other ranks look for its reason
+                node-<n>.json   the ranks of one node that ended with 0 or 75, grouped by reason; written by its launcher once all of them have ended
+                lost.json       which nodes stopped giving signs of life; written by node 0, while other nodes may still record why they ended
+                end.json        how the attempt ended; written by node 0 once all nodes have reported, else by whoever finds the attempt without it
 
-So an attempt of 1,024 ranks on 128 nodes leaves 130 files, of which each is read once, by node 0.
+So an attempt of 1,024 ranks on 128 nodes leaves 130 files, and node 0 reads each of them once.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from infra import run_records, storage, stored
 from infra.errors import ExitCode
 
 ALIKE = (ExitCode.DONE, ExitCode.REQUEUE)
-"""Ends that need nobody's attention: they are summed up."""
+"""Exit codes that need nobody's attention: a node's ranks with these share one summary file."""
 _OWN_CODES = (ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED)
 
 Record = dict[str, Any]
 
 
 def summary(node: int, ranks: int, left: Sequence[Record]) -> dict[str, Any]:
-    """What a launcher writes of its node.
+    """The content of node-<n>.json.
 
     Args:
-        ranks: ranks that it has started, all of which have ended.
-        left: records that they left behind, by rank.
+        ranks: how many ranks the launcher has started, all of which have ended.
+        left: the records that they left on the node, ordered by rank.
     """
     groups: dict[tuple[int, str], list[list[float]]] = {}
     for record in left:
@@ -38,11 +38,11 @@ def summary(node: int, ranks: int, left: Sequence[Record]) -> dict[str, Any]:
 
 
 class Records:
-    """Records of one attempt as they come in. Each file is read once, however often one looks: what is written is not written again.
+    """The records of one attempt as they appear. Each file is read once, however often ``look`` is called: a record is never rewritten.
 
     Args:
         url: folder of the attempt.
-        most: files that are read of ranks that said why they ended; None: all.
+        most: how many of the rank-<r>.json files are read; None: all.
     """
 
     def __init__(self, url: str, most: int | None = None) -> None:
@@ -51,7 +51,7 @@ class Records:
         self._nodes: dict[str, Record] = {}
 
     def look(self) -> list[Record]:
-        """How the ranks ended, those that have, the earliest first."""
+        """The records of the ranks that have ended so far, the earliest first."""
         for name in storage.list_level(self._url):
             if name.startswith("rank-") and name not in self._ranks and (self._most is None or len(self._ranks) < self._most):
                 self._ranks[name] = stored.read(storage.join(self._url, name), run_records.RankRecord)
@@ -63,22 +63,22 @@ class Records:
         return sorted([*self._ranks.values(), *alike], key=lambda record: (record["time"], record["rank"]))
 
     def complete(self, size: int) -> bool:
-        """Whether all of ``size`` ranks have ended, by what was seen so far."""
+        """Whether all of ``size`` ranks have ended, as far as ``look`` has seen."""
         told = len(self._ranks) + sum(len(group["ranks"]) for node in self._nodes.values() for group in node["alike"])
         return max(told, sum(int(node["ranks"]) for node in self._nodes.values())) >= size
 
 
 def says_enough(records: Sequence[Record]) -> bool:
-    """Whether one has a code of its own: nothing that comes later matters."""
+    """Whether a record has a code that decides the attempt, so that later records do not matter."""
     return any(record["code"] in _OWN_CODES for record in records)
 
 
 def root_cause(records: Sequence[Record], size: int) -> tuple[int, str]:
-    """Exit code and reason of an attempt: the earliest record with a code of its own, then a rank that left none, then a crash, then 75.
+    """Exit code and reason of an attempt. In order of precedence: the earliest record with 64, 65, 78 or 93; a rank without a record; a crash; 75.
 
     Args:
         records: the earliest first.
-        size: ranks of the attempt.
+        size: number of ranks of the attempt.
     """
     for record in records:
         if record["code"] in _OWN_CODES:

@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all, with errors that name the place. ``infra/storage.py`` is what other modules use."""
+"""Local files that appear whole or not at all, and errors that name the file. Other modules use ``infra/storage.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from infra.errors import ConfigError, DataError, MissingError, NoRoomError
 log = logging.getLogger(__name__)
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-_CONTENT_S = 5.0  # for a few hundred bytes
+_CONTENT_S = 5.0  # wait for a rival to write its few hundred bytes
 TEMPORARY = ".tmp-"
 """Prefix of the names of files that are being written; listings leave them out."""
 
@@ -37,11 +37,11 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def read_errors(name: str) -> Iterator[None]:
-    """Turn an OSError into a DataError that names the file; of one that is not there, a MissingError."""
+    """Turn an OSError into a DataError that names the file; a MissingError if the file does not exist."""
     try:
         yield
     except OSError as error:
-        # Below a file there is nothing; but a file itself, asked for as a folder, is there.
+        # NotADirectoryError: 'file/name' does not exist, but a file that is opened as a folder does.
         if isinstance(error, FileNotFoundError) or (isinstance(error, NotADirectoryError) and not os.path.lexists(name)):
             raise MissingError(f"{name}: does not exist.") from error
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
@@ -49,11 +49,11 @@ def read_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a ConfigError that names the place; of a full one, a NoRoomError."""
+    """Turn an OSError into a ConfigError that names the path; a NoRoomError if the disk is full."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the file system's: a time-out of the connection that feeds the file is an OSError too
+        if error.errno is None:  # not from the file system: a time-out of the network connection that feeds the file is an OSError, too
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError(
@@ -64,7 +64,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path, origin: str = "", sha256: str = "") -> Iterator[IO[bytes]]:
-    """A temporary file beside ``path`` that becomes ``path``, synced to disk, when the block ends well; otherwise it vanishes.
+    """A temporary file beside ``path`` that is synced and renamed to ``path`` when the block ends without an error; otherwise it is deleted.
 
     Args:
         path: the file to write; missing folders are made.
@@ -93,7 +93,7 @@ def atomic(path: Path, origin: str = "", sha256: str = "") -> Iterator[IO[bytes]
 
 
 def create_once(path: Path, data: bytes) -> bool:
-    """Create a file with content unless it exists: one of any number of racing callers gets True.
+    """Create a file with content unless it exists: of any number of racing callers exactly one gets True.
 
     Raises:
         ConfigError: the place is not writable.
@@ -120,7 +120,7 @@ def create_once(path: Path, data: bytes) -> bool:
 
 
 def _create_exclusively(path: Path, data: bytes) -> bool:
-    """``create_once`` without hard links: others may see the file before its content, and wait for that."""
+    """``create_once`` without hard links: a rival may see the file before its content, and waits for the content."""
     try:
         with path.open("xb", buffering=0) as file:
             file.write(data)
@@ -147,10 +147,10 @@ def kind_of_mount(place: str) -> str:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Names of all files below a folder, relative to it, in no order; none if it is missing.
+    """Names of all files below a folder, relative to it, in no particular order; none if the folder is missing.
 
     Raises:
-        DataError: a folder in it cannot be read, which must not look like an empty one.
+        DataError: a folder in it cannot be read (which must not look like an empty folder).
     """
     with read_errors(str(folder)):
         walked = os.walk(folder, onerror=_fail)
@@ -158,12 +158,12 @@ def list_names(folder: Path) -> list[str]:
 
 
 def delete_tree(folder: Path) -> None:
-    """Delete a folder with all it holds; a missing one is fine.
+    """Delete a folder with everything in it; it may be missing.
 
     Raises:
         ConfigError: it may not be deleted, or is the root of the file system.
     """
-    if folder.resolve() == folder.resolve().parent:  # here too, because no caller's mistake may get past this line
+    if folder.resolve() == folder.resolve().parent:  # callers check it as well; this is the last line that can stop it
         raise ConfigError(f"{folder}: refusing to delete a whole bucket or file system; name a folder in it.")
     with write_errors(folder), suppress(FileNotFoundError):
         shutil.rmtree(folder)
@@ -174,12 +174,12 @@ def _beside(path: Path) -> Path:
 
 
 def _fail(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # one that was deleted meanwhile holds nothing
+    if not isinstance(error, FileNotFoundError):  # a folder that was deleted meanwhile counts as empty
         raise error
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut. Some network file systems refuse; they order names themselves."""
+    """Sync a folder, so that a new name in it survives a power cut. Some network file systems refuse; they order such changes themselves."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

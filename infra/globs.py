@@ -1,6 +1,7 @@
-"""Names that match a pattern, below any listing: ``*``, ``?`` and ``[...]`` within one folder, ``**`` for folders of any depth.
+"""Matching of names against patterns, for local folders and object stores alike: ``*``, ``?`` and ``[...]`` stay within one folder, ``**`` stands for folders
+of any depth.
 
-Listings come in the order of their full names, as S3 lists them, so that a folder copied to S3 is the same list.
+Listings are ordered by full name, as S3 orders them, so that a folder copied to S3 gives the same list.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from infra.files import read_errors
 
 _SPECIAL = "*?["
 LINK_OUTSIDE = "link outside"
-"""``FileInfo.version`` of a link to a folder that is not followed."""
+"""``FileInfo.version`` of a link to a folder that is not followed because it leads outside the allowed folders."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class FileInfo:
     """One file or object of a listing."""
 
     name: str
-    """Relative to the folder that was listed; a folder's ends with a slash."""
+    """Relative to the folder that was listed; the name of a folder ends with a slash."""
     size: int
     """In bytes."""
     version: str
-    """Changes whenever the content may have."""
+    """A string that changes whenever the content may have changed."""
 
 
 Level = Callable[[str, str], Iterator[FileInfo]]
@@ -42,7 +43,7 @@ def is_pattern(url: str) -> bool:
 
 
 def escape(url: str) -> str:
-    """A pattern that matches this URL alone."""
+    """A pattern that matches exactly this URL."""
     return "".join(f"[{character}]" if character in _SPECIAL else character for character in url)
 
 
@@ -67,7 +68,7 @@ def fixed_start(part: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot: patterns and folders leave such names out."""
+    """Whether any part of a path begins with a dot: listings leave such names out."""
     return name.startswith(".") or "/." in name
 
 
@@ -101,17 +102,17 @@ def expand(place: str, parts: list[str], level: Level, walk: Walk) -> Iterator[F
 
 
 def local_info(name: str, found: os.stat_result) -> FileInfo:
-    """What stat() says."""
+    """A local file, from what stat() says about it."""
     return FileInfo(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
 
 
 def remote_info(name: str, size: int, etag: str) -> FileInfo:
-    """What a listing or HEAD of S3 says."""
+    """An object, from what a listing or a HEAD request says about it."""
     return FileInfo(name, size, f"{size}-{etag}")
 
 
 def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
-    """Files and folders directly in a local folder, in the order of their full names; a missing folder has none. A broken link is listed."""
+    """Files and folders directly in a local folder, ordered by full name; none if the folder is missing. A broken link is listed, too."""
     if not folder.is_dir():
         return
     with read_errors(str(folder)), os.scandir(folder) as entries:
@@ -127,11 +128,11 @@ def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
 
 
 def local_walk(folder: Path, roots: tuple[str, ...] = (), above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
-    """All files below a local folder, one folder in memory at a time. Links to folders are followed, but not in circles.
+    """All files below a local folder, with one folder in memory at a time. Links to folders are followed, but not in circles.
 
     Args:
         folder: where to begin.
-        roots: real paths of the folders that a link may lead to; others are listed as files of version LINK_OUTSIDE. Empty: any folder.
+        roots: real paths of the folders that links may lead to; other links are listed as files with version LINK_OUTSIDE. Empty: links may lead anywhere.
         above: real paths of the folders above this one.
     """
     real = os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Which network this node reaches the others by, where its own name does not say it: many distributions give a host's name to the loopback."""
+"""Which network interface reaches the other nodes, where the host's own name does not tell: many distributions map it to the loopback."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import struct
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
-"""The request for an interface's IPv4 address, of Linux's sockios.h."""
+"""The ioctl for an interface's IPv4 address, from Linux's sockios.h."""
 
 
 def split(endpoint: str) -> tuple[str, int]:
-    """Host and port of ``host:port``; an IPv6 address stands in brackets there, and without them in what is returned."""
+    """Host and port of ``host:port``. An IPv6 address is written in brackets there, and returned without them."""
     host, _, port = endpoint.rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -25,7 +25,7 @@ def endpoint(host: str, port: int) -> str:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name leads to this node's loopback, and nowhere else; a name that leads nowhere does as well, for libraries fall back to it."""
+    """Whether a name resolves to this node's loopback only. A name that does not resolve counts, too, because libraries then fall back to the loopback."""
     try:
         found = {str(address[4][0]).partition("%")[0] for address in socket.getaddrinfo(name, None)}
     except OSError:
@@ -34,7 +34,7 @@ def is_loopback(name: str) -> bool:
 
 
 def towards(host: str) -> str:
-    """Name of the interface by which this node reaches a host, or that has the host's address where it is this node; '' where that cannot be known."""
+    """Name of the interface through which this node reaches a host (if the host is this node, the interface with its address); '' if that cannot be found out."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -47,7 +47,7 @@ def towards(host: str) -> str:
 
 
 def _addresses(name: str) -> set[str]:
-    """Addresses of an interface: the first of IPv4, all of IPv6."""
+    """Addresses of an interface: its first IPv4 address and all of its IPv6 addresses."""
     found = set()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         found.add(socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))[20:24]))

@@ -1,4 +1,4 @@
-"""Jobs on a cluster: what to ask a scheduler for, and which place in a job this launcher has. No torch."""
+"""Jobs on a cluster: what to ask a scheduler for, and which node of a job this launcher is. No torch."""
 
 from __future__ import annotations
 
@@ -17,50 +17,52 @@ from infra.config_keys import ANY_TIME
 from infra.errors import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 10_000
-"""Rendezvous ports: below Linux's ephemeral ones (32768), one for each job id modulo PORTS."""
+"""Rendezvous ports: FIRST_PORT plus the job id modulo PORTS, which stays below Linux's ephemeral ports (32768)."""
 RETRIES = 3
-"""Consecutive crashes without progress that are retried, where nothing else is said."""
+"""Default number of consecutive crashes without progress that are retried."""
 _NO_STEP = 0xFFFFFF00
-"""Step ids from here on are SLURM's own (batch, interactive, external): no srun stands behind them."""
+"""Step ids from here on are SLURM's own (batch, interactive, external); such a step was not started by srun."""
 
 
 class ClusterConfig(Section):
-    """What ``--on slurm`` and ``--on k8s`` ask for. Not part of a run's identity: a run goes on with other values. Site settings are in infra/slurm/site.env."""
+    """What ``--on slurm`` and ``--on k8s`` ask for. Not part of a run's identity: a run may continue with other values. Site settings are in infra/slurm/site.env."""
 
     model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     nodes: int = Field(default=1, gt=0)
     """Nodes of a training stage; each runs one launcher."""
     gpus: int = Field(default=0, ge=0)
-    """GPUs of each node of a training stage; 0 trains on CPUs. With any, a share of encode or generate, and evaluate, ask for one; prepare, tokenizer and
-    report for none."""
+    """GPUs of each node of a training stage; 0 trains on CPUs. If it is not 0, each share of encode and generate, and evaluate, asks for one GPU; prepare,
+    tokenizer and report ask for none."""
     cpus: int = Field(default=8, gt=0)
     """CPU cores of each node of a training stage."""
     memory_gib: int = Field(default=32, gt=0)
     """Memory of each node of a training stage."""
     share_cpus: int = Field(default=0, ge=0)
-    """CPU cores of the other stages, for each share; 0: a node's, divided by its GPUs."""
+    """CPU cores of each share of the other stages; 0: a node's cores divided by its GPUs."""
     share_memory_gib: int = Field(default=0, ge=0)
-    """Memory of the other stages, for each share; 0: a node's, divided by its GPUs."""
+    """Memory of each share of the other stages; 0: a node's memory divided by its GPUs."""
     disk_gib: int = Field(default=0, ge=0)
-    """Disk of a pod's own (/tmp: caches of shards, exports); a pod that takes more is evicted. 0: what the overlay says. docs/cluster.md has a formula."""
+    """Local disk of a pod (/tmp: caches of shards, exports); a pod that uses more is evicted. 0: what the overlay says. docs/cluster.md has a formula."""
     shm_gib: int = Field(default=8, gt=0)
-    """Size of /dev/shm in a pod; part of its memory."""
+    """Size of /dev/shm in a pod; it counts towards the pod's memory."""
     hours: float = Field(default=24, gt=0)
-    """Time limit of a SLURM job, also in fractions (0.5); it saves and requeues itself before. Longer than grace_s."""
+    """Time limit of a SLURM job; fractions such as 0.5 are accepted. The job saves and requeues itself before the limit. Must be longer than grace_s."""
     grace_s: int = Field(default=720, ge=660)
-    """Seconds between the signal and the end: longer than a step and a save, and than the 600 that launchers give their ranks."""
+    """Seconds between the stop signal and the kill: longer than a step and a save, and longer than the 600 s that launchers give their ranks."""
     shares: int = Field(default=4, gt=0)
     """Array tasks (SLURM) or pods (Kubernetes) of a stage whose work is divided."""
     retries: int = Field(default=RETRIES, ge=0)
-    """Consecutive crashes without progress before a job is given up."""
+    """Consecutive crashes without progress that are retried before a job is given up."""
     kept_apart: bool = False
-    """The scheduler keeps launchers of one stage apart, so that S3 need not: for servers that create no objects on condition (If-None-Match)."""
+    """Declares that the scheduler never runs two launchers of one stage at once. Set it only for S3 servers that lack conditional
+    writes (If-None-Match): elsewhere these writes keep launchers apart."""
     overlay: str = "cpu"
-    """What the job is built on: a name below infra/k8s/overlays (cpu, gpu, kueue, kueue-topology), or any folder with a kustomization.yaml on top of one of
-    them, such as infra/k8s/sites/aws."""
+    """The kustomize overlay that the job is built on: a name below infra/k8s/overlays (cpu, gpu, kueue, kueue-topology), or any folder with a
+    kustomization.yaml on top of one of them, such as infra/k8s/sites/aws."""
     topology: str = Field(default="", pattern=r"^$|^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
-    """Label of nodes that a gang's nodes should share, where Kueue places it: a level of the Topology that the queue's flavor names. Empty: what the overlay says."""
+    """Node label whose value all nodes of a training job should share, where Kueue places the job: a level of the Topology that the queue's flavor names. Empty:
+    what the overlay says."""
     tensorboard: bool = False
     """Start TensorBoard beside a stage on Kubernetes, on the run's folder."""
     image: str = Field(default="", pattern=r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
@@ -71,7 +73,7 @@ class ClusterConfig(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """This launcher's place in a job of a scheduler; outside one, the only node of a nameless job."""
+    """This launcher's place in a scheduler's job; without a scheduler, the only node of a job without a name."""
 
     id: str = ""
     """Equal on all nodes and over restarts; empty outside a scheduler."""
@@ -86,16 +88,16 @@ class Job:
 
     @property
     def run_id(self) -> str:
-        """Equal on all nodes of one start of the job. A scheduler may use it again (suspend and resume): a start has an id of its own, see
+        """The same on all nodes of one start of the job. A scheduler may reuse it (suspend and resume), so each start also has an id of its own; see
         ``infra/meeting.py``."""
         return f"{self.id}.{self.restart}" if self.id else ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Job:
-        """Read LAUNCHER_JOB, _RESTART, _NODE, _NODES, _RENDEZVOUS and _ADDRESS (pods), or what a task of srun has.
+        """Read LAUNCHER_JOB, _RESTART, _NODE, _NODES, _RENDEZVOUS and _ADDRESS (set in pods), or the variables that srun gives its tasks.
 
         Raises:
-            ConfigError: half of a declaration, or several tasks on a node.
+            ConfigError: the variables are incomplete, or srun started several tasks on a node.
         """
         if environment.text("LAUNCHER_JOB", env=env):
             job = _declared(env)
@@ -138,7 +140,7 @@ def _slurm_task(env: Mapping[str, str]) -> Job:
 
 
 def port(job: str) -> int:
-    """Rendezvous port of a job, by its id: two jobs on one node seldom meet."""
+    """Rendezvous port of a job, derived from its id, so that two jobs on one node rarely get the same one."""
     return FIRST_PORT + int(job) % PORTS
 
 
@@ -146,13 +148,13 @@ def expand_hosts(text: str) -> list[str]:
     """``"n[1-3,07],gpu"`` -> its names, in SLURM's order (``scontrol show hostnames`` without scontrol).
 
     Raises:
-        ConfigError: no host list.
+        ConfigError: the text is not a host list.
     """
     hosts: list[str] = []
     for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         hosts += _expand(word, text)
     if text.count("[") != text.count("]"):
-        raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+        raise ConfigError(f"'{text}' is not a host list such as node[01-04,07].")
     if not hosts:
         raise ConfigError(f"'{text}' names no host.")
     return hosts
@@ -167,14 +169,14 @@ def _expand(word: str, text: str) -> list[str]:
     for part in inside.split(","):
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
-            raise ConfigError(f"'{text}' is no host list such as node[01-04,07].")
+            raise ConfigError(f"'{text}' is not a host list such as node[01-04,07].")
         names += [f"{head}{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
     return [name + rest for name in names for rest in _expand(tail, text)] if tail else names
 
 
 Shape = Literal["gang", "array", "node"]
 Gpus = Literal["node", "one", "none"]
-"""What a stage asks for where there are GPUs: all of each node's, one for each share, or none."""
+"""Which GPUs a stage asks for on a cluster with GPUs: all GPUs of each node, one for each share, or none."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class JobSpec:
     run_name: str
     run_url: str
     shape: Shape
-    """gang: one launcher on each of cluster.nodes, which fail and restart together; array: cluster.shares launchers, each for itself; node: one."""
+    """gang: one launcher on each of cluster.nodes, which fail and restart together; array: cluster.shares independent launchers; node: a single launcher."""
     cluster: ClusterConfig
     gpus: Gpus = "node"
 
@@ -205,7 +207,7 @@ class JobSpec:
 
     @property
     def room(self) -> Room:
-        """What each of them asks for: a node of a gang all that a node has, anything else a part of one."""
+        """What each launcher asks for: in a gang, a whole node; otherwise a part of one."""
         whole = self.cluster
         if self.shape == "gang":
             return Room(whole.cpus, whole.memory_gib, whole.gpus)
@@ -215,7 +217,7 @@ class JobSpec:
 
     @property
     def name(self) -> str:
-        """Of the job: the same for the same stage of the same run folder, and for no other; fit for DNS."""
+        """Name of the job: the same for the same stage of the same run folder, different for any other, and valid in DNS."""
         digest = hashlib.sha256(self.run_url.encode()).hexdigest()[:6]
         run = re.sub(r"[^a-z0-9]+", "-", self.run_name.lower()).strip("-")[:24].strip("-")
         return f"{run or 'run'}-{digest}-{self.stage}"

@@ -1,6 +1,6 @@
-"""What stands in a cluster under the name of a job that is to be submitted: nothing, a live job, or one that has ended. No torch.
+"""What a cluster already holds under the name of a job that is to be submitted: nothing, a live job, or one that has ended. No torch.
 
-Names say which stage of which run folder (``JobSpec.name``), so a job of that name is this stage's, submitted before.
+The name stands for one stage of one run folder (``JobSpec.name``), so a job of that name is an earlier submission of the same stage.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from infra.errors import ConfigError
 from infra.job import JobSpec
 
 ASKED = "text-to-image/asked"
-"""Annotation of a job: what it was submitted with, as JSON. Kubernetes changes specs (defaults, webhooks, Kueue), so specs cannot be compared."""
+"""Annotation that keeps, as JSON, the values that a job was submitted with. Kubernetes changes specs (defaults, webhooks, Kueue), so specs cannot be compared."""
 _ENDS = {"Complete": "finished", "Completed": "finished", "Failed": "failed"}
 """Conditions of a Job and of a JobSet that are final."""
 WAIT_S = 900
-"""Seconds in which the pods of an ended job must be gone: longer than their grace."""
+"""Seconds that pods of an ended job get to disappear: longer than their grace period."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Standing:
 
 
 def kind(spec: JobSpec) -> str:
-    """Of the job, as kubectl takes it."""
+    """Kind of the job's object, as kubectl names it."""
     return "jobset" if spec.shape == "gang" else "job"
 
 
 def asked(spec: JobSpec, manifests: str) -> dict[str, str]:
-    """What a job is submitted with, by the keys that set it.
+    """The values that a job is submitted with, by configuration key.
 
     Args:
-        manifests: digest of all that is not a key of ours.
+        manifests: digest of the rendered manifests, which stands for everything that no key sets.
     """
     cluster, room = spec.cluster, spec.room
     counts: dict[str, Any] = {"gang": {"nodes": spec.count}, "array": {"shares": spec.count}, "node": {}}[spec.shape]
@@ -67,7 +67,7 @@ def find(spec: JobSpec) -> Standing | None:
 
 
 def differences(standing: Standing, wanted: dict[str, str]) -> list[str]:
-    """What a job was submitted with and what is asked for now, where they differ."""
+    """One line for each value that differs between the job in the cluster and the new submission."""
     if not standing.asked:
         return ["it was not submitted by launcher.py, so with what is unknown"]
     lines = [
@@ -80,8 +80,8 @@ def differences(standing: Standing, wanted: dict[str, str]) -> list[str]:
     return lines
 
 
-def plan(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> str:
-    """What a submission does, in words; begins with ``submit``, ``replace``, ``leave`` or ``refuse``."""
+def intent(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> str:
+    """What a submission will do, in words; begins with ``submit``, ``replace``, ``leave`` or ``refuse``."""
     if standing is None:
         return "submit: there is no job of this name"
     where = f"{standing.kind} {standing.name} in namespace {spec.cluster.namespace}"
@@ -97,13 +97,13 @@ def plan(spec: JobSpec, standing: Standing | None, wanted: dict[str, str]) -> st
 
 
 def remove(spec: JobSpec, standing: Standing) -> None:
-    """Delete an ended job and wait until its pods are gone: a new job of the name would otherwise meet them.
+    """Delete an ended job and wait until its pods are gone, because a new job of that name would otherwise run beside them.
 
     Raises:
-        ConfigError: they stay, as on a node that is gone.
+        ConfigError: the pods stay, for example because their node is gone.
     """
     words = ["delete", standing.kind, standing.name, f"--namespace={spec.cluster.namespace}", "--ignore-not-found", "--cascade=foreground"]
     try:
         kubectl.run([*words, "--wait=true", f"--timeout={WAIT_S}s"])
     except ConfigError as error:
-        raise ConfigError(f"{error} A pod that does not go is on a node that does not answer: docs/cluster.md, 'My node died'.") from error
+        raise ConfigError(f"{error} A pod that is not removed is on a node that does not answer: docs/cluster.md, 'My node died'.") from error

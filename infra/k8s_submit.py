@@ -22,18 +22,18 @@ NAMES = REPOSITORY / "infra" / "k8s" / "base" / "kustomizeconfig.yaml"
 IMAGE = "text-to-image-launcher"
 """The image's name in the base."""
 TOPOLOGY = "kueue.x-k8s.io/podset-preferred-topology"
-"""Annotation of a gang's pods: the label of nodes that they should share. Kueue admits none whose level its queue's flavor does not know."""
+"""Annotation of a gang's pods: the node label whose value they should share. Kueue never admits a gang that names a level its queue's flavor does not have."""
 _CONTAINER = "/spec/template/spec/containers/0"
 _GANG = "/spec/replicatedJobs/0/template"
 _DIGEST = "digest-of-the-manifests"
-"""Stands in the annotation until the manifests are rendered."""
+"""Placeholder in the annotation until the manifests are rendered and their digest is known."""
 
 
 def base(name: str) -> Path:
-    """The folder that a job is built on: one below OVERLAYS, or any other.
+    """The folder that a job is built on: a name below OVERLAYS, or the path of any other folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such folder, or it holds no kustomization.yaml.
     """
     place = OVERLAYS / name if "/" not in name and (OVERLAYS / name).is_dir() else Path(name).expanduser()
     for found in (place, REPOSITORY / place):
@@ -74,7 +74,8 @@ def overlay(spec: JobSpec) -> dict[str, Any]:
 
 
 def _patch(spec: JobSpec) -> list[dict[str, Any]]:
-    """Size of the job: nodes or shares, and what each asks for (requests = limits: no neighbour can take it). What has no key stays as the overlay has it."""
+    """JSON patch for the size of the job: nodes or shares, and the resources of each (requests = limits, so that no neighbour can use them). What no key sets
+    stays as the overlay has it."""
     cluster, count = spec.cluster, spec.count
     gang = spec.shape == "gang"
     top, variable = (_GANG, "LAUNCHER_NODES") if gang else ("", "JOB_COMPLETIONS")
@@ -86,7 +87,7 @@ def _patch(spec: JobSpec) -> list[dict[str, Any]]:
         {"op": "replace", "path": f"{top}/spec/parallelism", "value": count},
         {"op": "replace", "path": f"{pod}/spec/terminationGracePeriodSeconds", "value": cluster.grace_s},
         {"op": "replace", "path": f"{pod}/spec/volumes/0/emptyDir/sizeLimit", "value": f"{cluster.shm_gib}Gi"},
-        # The first variable of the container, see infra/k8s/base/*/job*.yaml: the number of peers must be that of the pods.
+        # The container's first variable, see infra/k8s/base/*/job*.yaml: the number of peers must equal the number of pods.
         {"op": "replace", "path": f"{top}{_CONTAINER}/env/0", "value": {"name": variable, "value": str(count)}},
         *_room(spec, f"{top}{_CONTAINER}/resources"),
     ]
@@ -94,32 +95,32 @@ def _patch(spec: JobSpec) -> list[dict[str, Any]]:
         steps.append({"op": "replace", "path": f"{pod}/spec/volumes/1/emptyDir/sizeLimit", "value": f"{cluster.disk_gib}Gi"})
     if gang and cluster.topology:
         steps.append({"op": "add", "path": f"{pod}/metadata/annotations/{_escaped(TOPOLOGY)}", "value": cluster.topology})
-    if not gang:  # one poisoned share does not stop the rest; where a quarter fail, it is not the share
+    if not gang:  # one share that always fails does not stop the others; if a quarter fail, the shares are not to blame
         steps.append({"op": "replace", "path": "/spec/maxFailedIndexes", "value": max(1, count // 4)})
     return steps
 
 
 def _room(spec: JobSpec, resources: str) -> list[dict[str, Any]]:
-    """Requests and limits, beside those that a site adds (network cards, huge pages)."""
+    """Requests and limits, added to those of the site (network cards, huge pages)."""
     room = spec.room
     steps: list[dict[str, Any]] = []
     asked = {"cpu": str(room.cpus), "memory": f"{room.memory_gib}Gi", "nvidia.com/gpu": str(room.gpus)}
     asked |= {"ephemeral-storage": f"{spec.cluster.disk_gib}Gi"} if spec.cluster.disk_gib else {}
     for part in ("requests", "limits"):
         steps += [{"op": "add", "path": f"{resources}/{part}/{_escaped(name)}", "value": value} for name, value in asked.items()]
-        if not room.gpus:  # now that it is there for certain
+        if not room.gpus:  # "remove" fails on a missing key; the "add" above makes sure that it exists
             steps.append({"op": "remove", "path": f"{resources}/{part}/{_escaped('nvidia.com/gpu')}"})
     return steps
 
 
 def _escaped(name: str) -> str:
-    """A key in a JSON pointer."""
+    """A key, escaped for a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")
 
 
 @contextlib.contextmanager
 def folder(spec: JobSpec) -> Iterator[Path]:
-    """A temporary folder that kubectl's -k reads: our overlay, and beside it a link to the chosen one (kustomize refuses absolute paths)."""
+    """A temporary folder for ``kubectl kustomize``: our overlay, and beside it a link to the chosen one (kustomize refuses absolute paths)."""
     with scratch.folder("k8s-") as room:
         place = Path(room, "overlay")
         place.mkdir()
@@ -130,10 +131,10 @@ def folder(spec: JobSpec) -> Iterator[Path]:
 
 
 def render(spec: JobSpec) -> str:
-    """All manifests of the overlay, this stage's and those it shares.
+    """All manifests of the overlay: those of this stage and those shared by all stages.
 
     Raises:
-        ConfigError: kubectl is not here, or the overlay does not build.
+        ConfigError: kubectl is not installed, or the overlay does not build.
     """
     with folder(spec) as place:
         text = kubectl.run(["kustomize", "--load-restrictor=LoadRestrictionsNone", str(place)])
@@ -141,22 +142,22 @@ def render(spec: JobSpec) -> str:
 
 
 def digest(spec: JobSpec, rendered: str) -> str:
-    """Of the manifests that a submission applies, less what they say of themselves: it tells whether their files have changed since."""
+    """Digest of the manifests that a submission applies, without the annotation that holds this digest: it shows whether their files have changed since."""
     own = [document for document in rendered.split("\n---\n") if re.search(rf"^    stage: ({spec.stage}|shared)$", document, re.M)]
     lines = [line for line in "\n".join(own).splitlines() if k8s_standing.ASKED not in line]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def selection(spec: JobSpec) -> str:
-    """Label selector of what belongs to a stage's job: itself, its account and its settings."""
+    """Label selector of a stage's objects: the job, its service account and its settings."""
     return f"stage in ({spec.stage},shared{',tensorboard' if spec.cluster.tensorboard else ''})"
 
 
 def shown(spec: JobSpec) -> str:
-    """What would happen as things stand, the overlay, what it renders to, and the command."""
+    """For ``--dry-run``: what a submission would do now, the overlay, the command, and the rendered manifests."""
     rendered = render(spec)
     try:
-        intent = k8s_standing.plan(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
+        intent = k8s_standing.intent(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
     except ConfigError as error:
         intent = f"the cluster was not asked what is there already: {error}"
     said = "".join(f"# {line}\n" for line in intent.splitlines())
@@ -165,14 +166,17 @@ def shown(spec: JobSpec) -> str:
 
 
 def submit(spec: JobSpec) -> str:
-    """Apply a stage's manifests. A job of the name that has ended is replaced; a live one is left alone, or this is refused where it differs. Returns words.
+    """Apply a stage's manifests. An ended job of the same name is replaced; a live one with the same values is left alone.
+
+    Returns:
+        What was done, in words.
 
     Raises:
-        ConfigError: kubectl refuses, or a live job has other values.
+        ConfigError: kubectl refuses, or a live job of the same name has other values.
     """
     rendered = render(spec)
     standing = k8s_standing.find(spec)
-    intent = k8s_standing.plan(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
+    intent = k8s_standing.intent(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
     if intent.startswith("refuse"):
         raise ConfigError(intent.removeprefix("refuse: "))
     if intent.startswith("leave"):
@@ -184,7 +188,7 @@ def submit(spec: JobSpec) -> str:
 
 
 def _check_topology(spec: JobSpec) -> None:
-    """A level that no Topology of the cluster has would wait in its queue for ever."""
+    """Refuse a level that no Topology of the cluster has: such a job would wait in its queue for ever."""
     if not spec.cluster.topology or spec.shape != "gang":
         return
     path = "jsonpath={.items[*].spec.levels[*].nodeLabel}"

@@ -8,14 +8,14 @@ import subprocess
 from infra.errors import ConfigError
 
 PATIENCE = "--request-timeout=20s"
-"""Of a question to a cluster; kubectl's own patience has no end."""
+"""Option for requests to a cluster: by default kubectl waits for ever."""
 
 
 def run(arguments: list[str], given: str | None = None) -> str:
-    """What kubectl prints.
+    """Run kubectl and return what it prints.
 
     Raises:
-        ConfigError: it is not here, or refuses.
+        ConfigError: it is not installed, or it fails.
     """
     try:
         done = subprocess.run(["kubectl", *arguments], input=given, capture_output=True, text=True, check=False)

@@ -1,11 +1,11 @@
-"""One writer for each stage, or share of one, in a run folder on any storage: a lease that its launcher renews (docs/contracts.md, section 10).
+"""A lease that keeps every stage, or share of a stage, to one launcher at a time, on any storage (docs/contracts.md, section 10).
 
-    <run>/locks/<stage>/00000003.json    the newest number holds; its launcher writes it anew at every beat, and last as released
-                        request-*.json   a later start of the holder's own job, which waits for it to save and end
+    <run>/locks/<stage>/00000003.json    the file with the highest number is the lease; its holder rewrites it at every beat, and finally as released
+                        request-*.json   a later start of the same job, which waits for the holder to save and end
 
-A number is created once and never used again, so of racing launchers one wins, and one that was asleep sees that it has lost. No clock is compared with another:
-a holder is given up when nothing of it has changed for as long as its lease, by the clock of the one that watches. Neither locks of the kernel nor hard links
-are needed, which not all shared file systems have and S3 has not.
+A number is created once and never used again: of launchers that race for it one wins, and a launcher that was suspended sees that it has lost. Clocks of
+different machines are never compared: whoever waits takes over when the lease file has not changed for the length of the lease, by its own clock. Kernel
+locks and hard links are not needed; some shared file systems lack them, and S3 has neither.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from infra.signals import StopFlag
 log = logging.getLogger(__name__)
 
 LEASE_S = 60.0
-"""Seconds without a sign after which a launcher may be replaced; LAUNCHER_LEASE_S."""
+"""Seconds without a beat after which a launcher may be replaced; LAUNCHER_LEASE_S."""
 BEATS = 6
-"""Signs in that time: one lost request, or a slow one, is no loss."""
+"""Beats in that time: a lost or slow request does not cost the lease."""
 PATIENCE_S = 540.0
 """Seconds that a restarted job waits for its predecessor: less than the other nodes wait for node 0."""
 GRACE_S = 20.0
-"""Seconds in which a launcher that has lost must end."""
+"""Seconds that a launcher gets to end after it has lost its lease."""
 _VARIABLE = "LAUNCHER_LEASE"
 _REQUEST = "request-"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says of its launcher."""
+    """What a lease file says about the launcher that holds it."""
 
     token: str
     node: str
     pid: int
     process: str
-    """Names the process among all that this machine has run since it was booted."""
+    """Identifies the process among all that ran on this machine since it was booted; see ``_process``."""
     job: str
     restart: int
     begun: float
-    """By the clock of its node: for people."""
+    """When it began, by the clock of its node; only shown to people."""
     lease_s: float
     beat: int = 0
     released: bool = False
@@ -68,12 +68,12 @@ class Holder:
 
 
 class Lease:
-    """A stage's lease, as its holder has it; renewed by a thread until it is closed or lost."""
+    """A stage's lease in the hands of its holder; a thread renews it until it is closed or lost."""
 
     def __init__(self, place: str, number: int, holder: Holder) -> None:
         self.place, self.number, self.holder = place, number, holder
         self.lost = ""
-        """Why it is no longer ours."""
+        """Why it is no longer ours; empty while it is."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._answered: set[str] = set()
@@ -88,7 +88,7 @@ class Lease:
         self._thread.start()
 
     def close(self) -> None:
-        """Let the next one have it at once."""
+        """Release the lease, so that the next launcher need not wait."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(self.holder.lease_s)
@@ -99,11 +99,11 @@ class Lease:
             storage.write_json(self.url, asdict(replace(self.holder, released=True)))
         except SupersededError as error:
             self.lost = str(error)
-        except ReportedError as error:  # it runs out by itself
-            log.warning("%s: the lease was not given back: %s", self.place, error)
+        except ReportedError as error:  # the lease expires by itself
+            log.warning("%s: the lease was not released: %s", self.place, error)
 
     def beat(self) -> None:
-        """Show a sign of life.
+        """Renew the lease, and answer requests of later starts.
 
         Raises:
             SupersededError: another launcher has the lease, or a later start of this job asks for it.
@@ -112,7 +112,7 @@ class Lease:
         self.holder = replace(self.holder, beat=self.holder.beat + 1)
         storage.write_json(self.url, asdict(self.holder))
         for name in [name for name in names if name.startswith(_REQUEST) and name not in self._answered]:
-            with suppress(DataError):  # withdrawn meanwhile, or no request
+            with suppress(DataError):  # withdrawn meanwhile, or damaged
                 request = stored.read(storage.join(self.place, name), Request)
                 self._answered.add(name)
                 if request["job"] == self.holder.job and int(request["restart"]) > self.holder.restart:
@@ -126,11 +126,11 @@ class Lease:
             except SupersededError as error:
                 self._lose(str(error))
                 return
-            except ReportedError as error:  # nor can another launcher take over what it cannot read
+            except ReportedError as error:  # while the storage is out, no other launcher can take over either
                 log.warning("%s: the lease was not renewed: %s", self.place, error)
 
     def _lose(self, reason: str) -> None:
-        """Stop the ranks, which find the same before they write; what does not end by itself is ended."""
+        """Stop this launcher and its ranks (which also check the lease before they write); after GRACE_S, end the process."""
         self.lost = reason
         log.warning("%s", reason)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -151,7 +151,7 @@ def lives(run_url: str, label: str, job: str, restart: int) -> bool:
 
 
 def check() -> None:
-    """Before a marker is written or anything is deleted: whether the launcher of this process still holds its lease; nothing where there is none.
+    """Check that this process's launcher still holds its lease. To be called before a marker is written or anything is deleted; does nothing without a lease.
 
     Raises:
         SupersededError: another launcher has it.
@@ -166,7 +166,7 @@ def hold(run_url: str, label: str, job: Job, stop: StopFlag | None = None) -> It
     """Hold the lease of a stage or share for the block.
 
     Raises:
-        ConfigError: another launcher has it, and this is no restart, which would wait.
+        ConfigError: another launcher has it, and this is not a restart of a job (which would wait).
         SupersededError: another launcher has it, and has not ended within PATIENCE_S.
         StopRequested: a stop signal came while this one waited.
     """
@@ -174,7 +174,7 @@ def hold(run_url: str, label: str, job: Job, stop: StopFlag | None = None) -> It
         log.warning("%s: objects are created without a condition: the scheduler keeps launchers apart (cluster.kept_apart)", run_url)
     lease = _take(storage.join(run_url, "locks", label), f"{run_url}: another launcher runs '{label}' in this folder", job, stop)
     before = environment.text(_VARIABLE)
-    os.environ[_VARIABLE] = f"{lease.place}#{lease.number}"  # for ranks
+    os.environ[_VARIABLE] = f"{lease.place}#{lease.number}"  # read by ``check`` in the ranks
     lease.start()
     try:
         yield lease
@@ -219,7 +219,7 @@ def _take(place: str, what: str, job: Job, stop: StopFlag | None) -> Lease:
 
 
 class _Watch:
-    """Looks at the newest lease again and again, and measures by one clock for how long it has not changed."""
+    """Reads the newest lease repeatedly, and measures by this machine's clock how long it has not changed."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -245,7 +245,7 @@ class _Watch:
         return self._seen is not None and self._seen[1] is not None and self.still_s > self._seen[1].lease_s
 
     def sign_s(self) -> float:
-        """Age of the last sign by the clock of the storage: good enough to refuse by, not to take over by (some mounts keep the writer's time)."""
+        """Age of the last beat by the storage's clock. Good enough to refuse a second launcher, but not to take over: some mounts store the writer's time."""
         assert self._seen is not None
         probe = storage.join(self._place, f"{storage.TEMPORARY}probe-{secrets.token_hex(8)}")
         storage.write_bytes(probe, b"")
@@ -256,10 +256,10 @@ class _Watch:
 
 
 def _look(place: str, number: int) -> list[str]:
-    """Names in the place, if this number still holds.
+    """Names of the files in the lock's folder, if this number is still the newest.
 
     Raises:
-        SupersededError: another one does.
+        SupersededError: it is not.
     """
     names = storage.list_files(place)
     newest = max(_numbers(names), default=-1)
@@ -281,7 +281,7 @@ def _file(place: str, number: int) -> str:
 
 
 def _read(place: str, number: int) -> Holder:
-    """A lease; where it is just being made on a file system that shows files before their content, one of nobody that is known."""
+    """The holder in a lease file; an unknown holder while the file is still empty, which file systems without hard links show."""
     try:
         found = stored.read(_file(place, number), LeaseRecord)
         return Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
@@ -290,7 +290,7 @@ def _read(place: str, number: int) -> Holder:
 
 
 def _forget(place: str, number: int) -> None:
-    """Drop what came before a lease that was just taken."""
+    """Delete the lease files before the one that was just taken."""
     for old in _numbers(storage.list_files(place)):
         if old <= number:
             storage.delete(_file(place, old))
@@ -301,7 +301,7 @@ def _lease_s() -> float:
 
 
 def _now() -> float:
-    """Seconds that also pass while this machine sleeps."""
+    """A monotonic clock that also advances while this machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -310,7 +310,7 @@ def _myself(job: Job) -> Holder:
 
 
 def _process(pid: int) -> str:
-    """What no other process of any machine has: the boot, the space of process numbers, the number, and the tick of the start; empty where it is gone."""
+    """An identity that no other process on any machine has: boot id, pid namespace, pid and start tick; empty if the process is gone."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")

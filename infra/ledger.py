@@ -1,32 +1,30 @@
-"""The ledger of attempts at a stage, and what follows from it: requeue, or stop (docs/contracts.md, section 1)."""
+"""The ledger of attempts at a stage, and the decision that follows from it: requeue or stop (docs/contracts.md, section 1)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra import exit_records, run_records, storage, stored
+from infra import checkpoint_folders, exit_records, run_records, storage, stored
 from infra.errors import DivergedError, ExitCode
 from infra.run_folder import RunFolder
 
-_STEP = re.compile(r"step-([0-9]{1,15})/")
 _LOST = "lost.json"
 _GO_ON = (ExitCode.CRASH, ExitCode.REQUEUE)
 """Ends after which a scheduler starts a job again."""
 STOPS = 10
-"""Starts in a row of a stage that trains, none of which moved a checkpoint: one more is not made, whether they were stopped or crashed. A machine that is
-taken away again and again before the first update saves is none to train on, and a time limit that is used up by then would requeue for ever."""
+"""A training stage may be started this many times in a row without a new checkpoint, whether the starts were stopped or crashed; then it is given up. A machine
+that is preempted before every first save is of no use for training, and a time limit that ends before it would requeue the job for ever."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a stage, by the records in ``exits/<stage>/attempt-<number>``."""
+    """One attempt at a stage, as recorded in ``exits/<stage>/attempt-<number>``."""
 
     number: int
     run_id: str
-    """Of the job's start that made it; empty outside a scheduler."""
+    """``Job.run_id`` of the start that made the attempt; empty without a scheduler."""
     restart: int
     """Restarts of its job before it; 0 is a new submission."""
     code: int
@@ -36,14 +34,16 @@ class Attempt:
     closed: bool = False
     """Whether its end was written down."""
     ended: float = 0.0
-    """When the last of its ranks did that crashed."""
+    """When the last of its crashed ranks ended; 0 if none crashed."""
     rendezvous: str = ""
-    """Where its launchers met."""
+    """host:port where its launchers met."""
+    begun: float = 0.0
+    """When it began; 0 if its begin.json is missing."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the scheduler should do: requeue on 75, end with any other code."""
+    """What the scheduler should do: requeue if the code is 75, end the job on any other."""
 
     code: int
     reason: str
@@ -51,24 +51,25 @@ class Verdict:
 
 def newest_checkpoint(run: RunFolder, stage: str) -> int:
     """Step of a stage's newest complete checkpoint, -1 where there is none."""
-    place = run.at(stage, "checkpoints")
-    steps = sorted((int(found[1]) for name in storage.list_level(place) if (found := _STEP.fullmatch(name))), reverse=True)
-    return next((step for step in steps if storage.exists(storage.join(place, f"step-{step:08d}", "meta.json"))), -1)
+    return next(checkpoint_folders.complete(run.at(stage)), -1)
 
 
 def read(run: RunFolder, stage: str) -> list[Attempt]:
-    """All attempts at a stage, oldest first; one that left no record of an end was killed. For people: what decides reads ``newest_first``."""
+    """All attempts at a stage, oldest first; an attempt without an end record was killed. For display: decisions read ``newest_first``, which is cheaper."""
     return list(newest_first(run, stage))[::-1]
 
 
 def newest_first(run: RunFolder, stage: str) -> Iterator[Attempt]:
-    """The attempts at a stage, each read when it is asked for: two small files of one whose end was written down."""
+    """The attempts at a stage, each read only when it is asked for. An attempt whose end was written down takes two small files."""
     return (read_one(run, stage, number) for number in reversed(run.attempts(stage)))
 
 
 def decisive(run: RunFolder, stage: str, saved: int) -> list[Attempt]:
-    """The newest attempts, oldest first, as far back as they can decide anything: to one that ended well, moved a checkpoint, or began a submission. For
-    the holder of the lease, or a job script whose launchers have ended: what is read of ranks here is written down, and not read again.
+    """The newest attempts, oldest first, back to the last one that matters to a decision: one that ended with a code that stops, moved a checkpoint, or was a new
+    submission.
+
+    It writes down the end of attempts that lack one, so that the ranks' records are read only once. Hence only the holder of the lease may call it, or a job
+    script whose launchers have ended.
 
     Args:
         saved: step of the newest checkpoint now.
@@ -85,7 +86,7 @@ def decisive(run: RunFolder, stage: str, saved: int) -> list[Attempt]:
 
 
 def read_one(run: RunFolder, stage: str, number: int) -> Attempt:
-    """One attempt, by what was written down of its end, else by the records of its ranks."""
+    """One attempt: its end as it was written down, else as it follows from the records of its ranks."""
     begin = stored.read_if_there(run.attempt_url(stage, number, "begin.json"), run_records.Begin) or {}
     end = stored.read_if_there(run.attempt_url(stage, number, "end.json"), run_records.End)
     closed, size = end is not None, int(begin.get("size", 1))
@@ -96,12 +97,17 @@ def read_one(run: RunFolder, stage: str, number: int) -> Attempt:
             reason = f"{lost['reason']}; {reason}"
         end = ending(code, reason, records)
     known = {name: str(begin.get(name, "")) for name in ("run_id", "rendezvous")}
-    restart, saved, ended = int(begin.get("restart", 0)), int(begin.get("saved", -1)), float(end.get("ended", 0.0))
-    return Attempt(number, known["run_id"], restart, int(end["code"]), str(end["reason"]), saved, closed, ended, known["rendezvous"])
+    restart, saved, begun, ended = (
+        int(begin.get("restart", 0)),
+        int(begin.get("saved", -1)),
+        float(begin.get("time", 0.0)),
+        float(end.get("ended", 0.0)),
+    )
+    return Attempt(number, known["run_id"], restart, int(end["code"]), str(end["reason"]), saved, closed, ended, known["rendezvous"], begun)
 
 
 def ending(code: int, reason: str, records: Sequence[exit_records.Record]) -> dict[str, Any]:
-    """What is written down of an attempt's end."""
+    """The content of end.json."""
     ended = max((float(record["time"]) for record in records if record["code"] == ExitCode.CRASH), default=0.0)
     return {"code": int(code), "reason": reason, "ended": ended}
 
@@ -112,17 +118,17 @@ def close(run: RunFolder, stage: str, attempt: Attempt) -> None:
 
 
 def write_end(run: RunFolder, stage: str, number: int, end: dict[str, Any]) -> None:
-    """The same of what ``ending`` returned."""
+    """Write end.json, with what ``ending`` returned."""
     storage.write_json(run.attempt_url(stage, number, "end.json"), end)
 
 
 def note_lost(run: RunFolder, stage: str, number: int, reason: str) -> None:
-    """Keep what node 0 alone knows of nodes that gave no sign, while others may still record why they ended."""
+    """Write lost.json: only node 0 knows which nodes went silent, and other nodes may still have to record why they ended."""
     storage.write_json(run.attempt_url(stage, number, _LOST), {"reason": reason})
 
 
 def crashes_in_a_row(attempts: list[Attempt], saved: int) -> int:
-    """Newest attempts of one submission that crashed without saving a checkpoint between them; the newest crash counts in any case.
+    """How many of one submission's newest attempts crashed in a row without saving a checkpoint in between; the newest crash counts in any case.
 
     Args:
         attempts: oldest first.
@@ -141,7 +147,7 @@ def crashes_in_a_row(attempts: list[Attempt], saved: int) -> int:
 
 
 def idle_in_a_row(attempts: list[Attempt], saved: int) -> int:
-    """Newest attempts of one submission that were to go on, by a stop or a crash, and moved no checkpoint.
+    """How many of one submission's newest attempts in a row were stopped or crashed without saving a new checkpoint.
 
     Args:
         attempts: oldest first.
@@ -161,8 +167,8 @@ def idle_in_a_row(attempts: list[Attempt], saved: int) -> int:
 def judge(attempts: list[Attempt], saved: int, retries: int, stops: int | None = None) -> Verdict:
     """What the scheduler should do after the newest attempt.
 
-    A stop by signal is requeued, a code of its own stops, a crash is requeued until ``retries`` crashes in a row saved nothing; then it is 93. So it is
-    once more than ``stops`` starts in a row moved no checkpoint, however they ended; None: of a stage that has none.
+    A stop by a signal is requeued; 64, 65, 78 and 93 end the job; a crash is requeued until more than ``retries`` crashes in a row saved nothing, and then ends
+    the job with 93. So do more than ``stops`` starts in a row without a new checkpoint, however they ended (None: the stage writes no checkpoints).
     """
     if not attempts:
         return Verdict(ExitCode.CRASH, "no attempt was begun: see the job's log")
@@ -181,10 +187,10 @@ def judge(attempts: list[Attempt], saved: int, retries: int, stops: int | None =
 
 
 def refuse_a_crash_loop(run: RunFolder, stage: str, restart: int, retries: int, stops: int | None = None) -> None:
-    """Where the scheduler itself restarts (Kubernetes): do not begin again after too many crashes, or stops, in a row.
+    """Refuse to begin after too many crashes or stops in a row. Needed where the scheduler itself restarts launchers (Kubernetes).
 
     Raises:
-        DivergedError: the limit is passed; a new submission starts counting afresh.
+        DivergedError: there were too many; a new submission starts counting afresh.
     """
     if not restart:
         return
@@ -193,4 +199,6 @@ def refuse_a_crash_loop(run: RunFolder, stage: str, restart: int, retries: int, 
     if attempts and attempts[-1].code in _GO_ON:
         verdict = judge(attempts, saved, retries, stops)
         if verdict.code == ExitCode.DIVERGED:
-            raise DivergedError(f"{stage}: {verdict.reason}; not started again. See {run.at('exits', stage)}, and submit anew once it is mended.")
+            raise DivergedError(
+                f"{stage}: {verdict.reason}; not started again. See {run.at('exits', stage)}, and submit it again once the cause is removed."
+            )

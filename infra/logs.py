@@ -1,4 +1,4 @@
-"""What our modules say while they work, on stderr: the warnings of every process and the notes of the main one."""
+"""Logging of our modules to stderr: warnings of every process, and messages of level INFO of the main one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clock(seconds: float | None = None) -> str:
 
 
 def in_job() -> bool:
-    """Whether a scheduler runs this process: its log is read by others, and later."""
+    """Whether a scheduler runs this process: its log is then read later, so lines need a time."""
     return bool(environment.text("LAUNCHER_JOB") or environment.text("SLURM_JOB_ID"))
 
 

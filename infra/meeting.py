@@ -1,10 +1,13 @@
-"""Where the launchers of a job's nodes meet: a store that node 0's process serves. It tells the others which attempt this is, keeps signs of life while
-ranks work, and tells in the end how the attempt ended, so that one node alone reads that from the run folder.
+"""The meeting of the launchers of a job's nodes: a key-value store (torch's TCPStore) served by node 0's launcher.
 
-    hello      job, restart, attempt and the id of this start, which is new at each: a scheduler's own ids may be used again (suspend and resume)
-    seat-<i>   taken once, by the launcher of node i: a node 0 of an earlier start, which still saves, has none free
-    sign-<i>   counts while node i lives
-    end        code and reason, once node 0 knows; heard counts those that have read it
+Through it node 0 tells the other nodes which attempt this is and, at the end, how it ended, so that node 0 alone reads the records in the run folder. In
+between, nodes give signs of life. The keys:
+
+    hello      job, restart, attempt and the id of this start; a scheduler may reuse its own ids (suspend and resume), this one is new for each start
+    seat-<i>   taken once, by the launcher of node i; so a node 0 of an earlier start, which is still saving, has no free seat to offer
+    sign-<i>   a counter that node i increases while it lives
+    end        code and reason, once node 0 knows them
+    heard      how many nodes have read the end
 """
 
 from __future__ import annotations
@@ -32,21 +35,21 @@ log = logging.getLogger(__name__)
 
 RENDEZVOUS_S = 600  # images are pulled and environments loaded at different speeds
 PORTS = 16
-"""Ports that node 0 tries one after another."""
+"""How many consecutive ports node 0 tries."""
 SILENT_S = 20.0
-"""Seconds without a sign after which a node is named as one that no longer answers."""
+"""Seconds without a sign of life after which a node is reported as silent."""
 HEARD_S = 10.0
-"""Seconds that node 0 stays for the others to hear how the attempt ended."""
-_SAY_S = 30.0  # between lines that say for whom one waits
-_SIGN_S = 5.0
-_LOOK_S = 5.0  # at a node 0 that may not be there yet
-_ANSWER_S = 60  # of the store
+"""Seconds that node 0 waits for the others to read how the attempt ended."""
+_SAY_S = 30.0  # between log lines that say which nodes are being waited for
+_SIGN_S = 5.0  # between signs of life
+_LOOK_S = 5.0  # time-out of connecting to node 0, which may not be there yet
+_ANSWER_S = 60  # time-out of a request to the store
 _POLL_S = 0.2
-_MUTE_S = 60.0  # between questions to somebody else's program at the port, each of which costs a thread
+_MUTE_S = 60.0  # between attempts at a port where another program listens; each attempt costs a thread
 
 
 class Meeting:
-    """One start of a job, as the launcher of one of its nodes takes part in it.
+    """One node's part in the meeting of one start of a job.
 
     Args:
         place: host:port where node 0 serves the store.
@@ -62,24 +65,24 @@ class Meeting:
         self._thread.start()
 
     def missing(self) -> list[int]:
-        """Nodes that have not come, as node 0 knows them."""
+        """Nodes that have not joined yet. For node 0."""
         return [node for node in range(1, self.job.nodes) if not self._store.check([f"seat-{node}"])]
 
     def silent(self) -> str:
-        """Which nodes no longer answer, in words; '' where all do. Of node 0."""
+        """Which nodes no longer give signs of life, in words; '' if all do. For node 0."""
         now = time.monotonic()
         gone = [(node, now - since) for node, (_, since) in sorted(self._signs.items()) if now - since > SILENT_S]
         return "; ".join(f"node {node} ({self._name(node)}) has given no sign for {age:.0f} s: it is lost, or the link to it" for node, age in gone)
 
     def tell(self, code: int, reason: str) -> None:
-        """Say how the attempt ended, and stay until the others have heard it, or HEARD_S. Of node 0."""
+        """Say how the attempt ended, and wait until the others have read it, at most HEARD_S. For node 0."""
         self._store.set("end", json.dumps([code, reason]))
         deadline, others = time.monotonic() + HEARD_S, self.job.nodes - 1 - len(self.missing())
         while self._store.add("heard", 0) < others and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     def hear(self, timeout_s: float) -> tuple[int, str] | None:
-        """How the attempt ended, as node 0 says; None where it says nothing in time."""
+        """How the attempt ended, from node 0; None if node 0 says nothing in time."""
         from torch.distributed import DistNetworkError, DistStoreError
 
         deadline = time.monotonic() + timeout_s
@@ -95,14 +98,14 @@ class Meeting:
         return None
 
     def close(self) -> None:
-        """No more signs."""
+        """Stop giving signs of life."""
         self._ended.set()
 
     def _name(self, node: int) -> str:
         return self._store.get(f"seat-{node}").decode().partition(" ")[2]
 
     def _live(self) -> None:
-        """Give signs; on node 0, say for whom it waits, and note who gives none."""
+        """Give signs of life; on node 0, log which nodes are missing, and note the signs of the others."""
         began, said = time.monotonic(), 0.0
         while not self._ended.wait(_SIGN_S):
             try:
@@ -115,7 +118,7 @@ class Meeting:
                     said = waited
                     log.warning("waiting for node %s of %d (%.0f s)", ", ".join(map(str, missing)), self.job.nodes, waited)
                 self._note(missing)
-            except Exception as error:  # the store is gone, or the network: whoever needs it finds out
+            except Exception as error:  # the store or the network is gone; the code that needs the store will report it
                 log.debug("meeting: %s", error)
                 return
 
@@ -131,10 +134,10 @@ def host(job: Job, begin: Callable[[str, str], int]) -> Meeting:
     """Open the meeting, as node 0.
 
     Args:
-        begin: begins the attempt that has this id and meets at this place; returns its number.
+        begin: called with the id of this start and the place; begins the attempt and returns its number.
 
     Raises:
-        LostPeerError: no port is free, or the name of node 0 is not this node's.
+        LostPeerError: no port is free, or the host name given for node 0 is not this node's.
     """
     store, place = _serve(job)
     start = secrets.token_hex(8)
@@ -184,7 +187,7 @@ def join(job: Job, stage: str, stop: StopFlag, recorded: Callable[[], str]) -> M
     """Find the meeting and take this node's seat, as a node other than 0.
 
     Args:
-        recorded: where the newest attempt of this start meets, by its record; '' where there is none yet.
+        recorded: returns where this start's newest attempt meets, according to its record; '' if there is none yet.
 
     Raises:
         LostPeerError: node 0 did not begin.
@@ -211,17 +214,17 @@ def join(job: Job, stage: str, stop: StopFlag, recorded: Callable[[], str]) -> M
 
 
 def _take_seat(job: Job, place: str, token: str, stop: StopFlag, mute: dict[str, float]) -> Meeting | None:
-    """The meeting at a place, if it is this start's, and has a seat for this node.
+    """The meeting at a place, if it belongs to this start and has a seat for this node.
 
     Args:
-        mute: places where something listens and says nothing that a store would say, and when that was found out.
+        mute: places where something listens that does not answer like a store, and when that was found out.
     """
     name, port = interfaces.split(place)
     try:
         socket.create_connection(
             (name, port), timeout=_LOOK_S
-        ).close()  # torch's own waiting hears no stop signal, and shows frames for every attempt
-    except OSError:  # not yet there, or its name is not
+        ).close()  # tried first: torch's client ignores stop signals while it waits, and prints stack frames for every failed attempt
+    except OSError:  # node 0, or its name in DNS, is not there yet
         return None
     try:
         answered = _asked(name, port)
@@ -236,17 +239,17 @@ def _take_seat(job: Job, place: str, token: str, stop: StopFlag, mute: dict[str,
             time.sleep(_POLL_S)
         hello: dict[str, Any] = json.loads(store.get("hello"))
         if (hello["job"], hello["restart"]) != (job.id, job.restart):
-            return None  # another job's, whose port is the same
+            return None  # another job with the same port
         if store.compare_set(f"seat-{job.node}", "", token).decode() != token:
             log.warning("%s is an earlier start of job %s, in which node %d has a place already; waiting for the new one", place, job.id, job.node)
             return None
-    except (RuntimeError, ValueError, KeyError):  # no store of ours, or one that has just ended
+    except (RuntimeError, ValueError, KeyError):  # not a store of ours, or one that has just closed
         return None
     return Meeting(job, store, place, int(hello["attempt"]), str(hello["start"]))
 
 
 def _asked(name: str, port: int) -> TCPStore | None:
-    """A store of another process; None where nothing that answers as one does listens there: torch's client would wait for ever."""
+    """A client of another process's store; None if what listens there does not answer like a store. Asked in a thread, as torch's client would wait for ever."""
     found: list[TCPStore | BaseException] = []
 
     def ask() -> None:
@@ -268,7 +271,7 @@ def _asked(name: str, port: int) -> TCPStore | None:
 def _store(name: str, port: int, *, serves: bool) -> TCPStore:
     from torch.distributed import TCPStore
 
-    # Elastic finds node 0's store in the process, and shares it.
+    # multi_tenant: elastic, in the same process, shares this store.
     wait = _ANSWER_S if serves else _LOOK_S
     store = TCPStore(name, port, is_master=serves, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=wait))
     store.set_timeout(timedelta(seconds=_ANSWER_S))

@@ -1,4 +1,4 @@
-"""This machine, measured against floors before work begins. Each check takes seconds, names its floor, and says what to do. No torch."""
+"""Checks of this machine before work begins, each against a limit. A check takes seconds, names its limit, and says what to do. No torch."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from infra.errors import ConfigError, ReportedError
 
 SHM = "/dev/shm"
 SHM_FLOOR = 512 << 20
-"""Bytes free in /dev/shm: loaders and NCCL share memory there."""
+"""Least free bytes in /dev/shm: loaders and NCCL share memory there."""
 DISK_FLOOR = 2 << 30
-"""Bytes free where temporary files go: shards in use, checkpoints on their way to s3."""
+"""Least free bytes where temporary files go: shards in use, checkpoints on their way to S3."""
 LATENCY_FLOOR_S = 5.0
-"""Seconds for writing and reading one small file in the run folder."""
+"""Most seconds for writing and reading one small file in the run folder."""
 SKEW_FLOOR_S = 60.0
-"""Seconds between this clock and the storage's: S3 refuses signatures at 900, and records of several nodes are ordered by time."""
+"""Most seconds between this clock and the storage's: S3 refuses signatures at 900, and records of several nodes are ordered by time."""
 TEMPERATURE_FLOOR_C = 85
-"""Degrees at which an idle GPU is not cooled."""
+"""An idle GPU at this many degrees is not being cooled."""
 STEP_S = 5.0
-"""Seconds of KillWait left for the update that comes before a save."""
+"""Seconds of KillWait to leave for the update that comes before a save."""
 _SMI_S = 10
 _SHM_ADVICE = "raise cluster.shm_gib (pods), mount one (mount -t tmpfs -o size=2g tmpfs /dev/shm), or delete stale files in /dev/shm"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     check: str
     ok: bool
     found: str
     floor: str = ""
     advice: str = ""
-    """What to do where it is not ok."""
+    """What to do if it is not ok."""
     nodes: tuple[str, ...] = ()
-    """Names of the nodes that it is about; none: the one that looked."""
+    """Names of the nodes that it concerns; empty: the node that checked."""
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:
-    """The scheduler's name of this node, else the host's."""
+    """The name that the scheduler gives this node, else its host name."""
     return environment.text("SLURMD_NODENAME", env=env) or environment.text("NODE_NAME", env=env) or os.uname().nodename
 
 
@@ -62,7 +62,7 @@ def exclusion(node: str, env: Mapping[str, str] = os.environ) -> str:
 
 
 def memory_and_disk() -> list[Finding]:
-    """Room in /dev/shm and in the temporary folder."""
+    """Free space in /dev/shm and in the temporary folder."""
     try:
         scratch = str(environment.temporary())
     except ConfigError as error:
@@ -83,7 +83,7 @@ def _gib(size: int) -> str:
 
 
 def run_storage(url: str) -> list[Finding]:
-    """Write, read and delete a small file in the run folder; its time stamp tells the storage's clock. A slow one has a second try: an fsync may stall."""
+    """Write, read and delete a small file in the run folder; its time stamp shows the storage's clock. A slow storage is tried twice, because an fsync may stall."""
     try:
         tries = [_try_storage(url)]
         if tries[0][1] > LATENCY_FLOOR_S:
@@ -91,7 +91,7 @@ def run_storage(url: str) -> list[Finding]:
     except ReportedError as error:
         return [Finding("storage", False, str(error), "writable", "check the endpoint, the bucket, its rights and the credentials")]
     once = _creates_once(url)
-    equal, seconds, skew = min(tries)  # other bytes in any, else the faster
+    equal, seconds, skew = min(tries)  # a try that read other bytes (False sorts first), else the faster one
     good = equal and seconds <= LATENCY_FLOOR_S
     found = f"{seconds:.2f} s" if equal else "read other bytes than it wrote"
     return [
@@ -108,7 +108,7 @@ def run_storage(url: str) -> list[Finding]:
 
 
 def _creates_once(url: str) -> list[Finding]:
-    """Whether files can be created there by one of many, which keeps launchers apart; local ones can, with or without hard links."""
+    """Whether the storage can create an object only once, which keeps launchers apart. Local file systems always can, with or without hard links."""
     if not storage.is_remote(url):
         return []
     probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
@@ -123,7 +123,7 @@ def _creates_once(url: str) -> list[Finding]:
 
 
 def _try_storage(url: str) -> tuple[bool, float, float]:
-    """Whether a small file is read as it was written, after how many seconds, and how many the storage's clock is off."""
+    """Whether a small file is read as it was written, how many seconds that took, and how many seconds the storage's clock is off."""
     probe = storage.join(url, f".doctor-{secrets.token_hex(8)}")
     data = secrets.token_bytes(1024)
     started = time.monotonic()
@@ -136,7 +136,7 @@ def _try_storage(url: str) -> tuple[bool, float, float]:
 
 
 def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Count, memory errors and temperature of this node's GPUs; nothing to say where there should be none."""
+    """Count, memory errors and temperature of this node's GPUs; no finding on a node that should have no GPU."""
     expected = environment.whole("SLURM_GPUS_ON_NODE", 0, env=env)
     query = ["nvidia-smi", "--query-gpu=index,temperature.gpu,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
     try:
@@ -159,7 +159,7 @@ def gpus(env: Mapping[str, str] = os.environ) -> list[Finding]:
 
 
 def host_name() -> list[Finding]:
-    """By which network gloo reaches other nodes, where this one's name does not say it; nothing to say where it does."""
+    """Which network gloo uses, on a node whose host name resolves to the loopback; no finding on any other."""
     name = os.uname().nodename
     if not interfaces.is_loopback(name):
         return []
@@ -171,10 +171,10 @@ def host_name() -> list[Finding]:
 
 
 def kill_wait(saves: Mapping[str, float]) -> list[Finding]:
-    """Whether SLURM's KillWait is long enough for a save, where there is a SLURM: a warning, no fault of the node.
+    """Whether SLURM's KillWait is long enough for a save; no finding without SLURM. A warning only: it is no fault of the node.
 
     Args:
-        saves: stage -> seconds that its last checkpoint took.
+        saves: stage -> seconds that its last save took.
     """
     try:
         answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
@@ -194,7 +194,7 @@ def kill_wait(saves: Mapping[str, float]) -> list[Finding]:
 
 
 def apex() -> Finding:
-    """Whether NVIDIA's apex could be used, and why not; nothing depends on it."""
+    """Whether NVIDIA's apex can be used, and if not, why. It is optional."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         why = "absent (optional: it is built from NVIDIA's sources)"

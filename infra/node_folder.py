@@ -1,7 +1,7 @@
-"""A folder on this node, from a launcher to its ranks, as long as an attempt lasts: what they would otherwise all send to, or all fetch from, the storage.
+"""A folder on this node that a launcher and its ranks share during an attempt, to save requests to the storage.
 
-Ranks leave there how they ended, where that needs nobody's attention, and their launcher writes one summary of them; of files of the run that do not change
-while an attempt lasts, the first rank that asks fetches, and the others wait for its copy.
+Ranks that end normally leave their exit records there, and the launcher writes one summary of them. Files of the run that do not change during the attempt
+are fetched by the first rank that asks; the others wait for its copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shared() -> Iterator[Path]:
 
 
 def leave_exit(record: dict[str, Any]) -> bool:
-    """Leave a rank's record for its launcher to sum up; whether there is a launcher that does."""
+    """Leave a rank's exit record for its launcher to summarise; returns whether there is such a launcher."""
     folder = environment.text(_VARIABLE)
     if not folder:
         return False
@@ -47,16 +47,16 @@ def leave_exit(record: dict[str, Any]) -> bool:
 
 
 def exits(folder: Path) -> list[dict[str, Any]]:
-    """Records that were left, by rank."""
+    """The records that were left, ordered by rank."""
     found = [json.loads(path.read_text()) for path in folder.glob(f"{_EXIT}*.json")]
     return sorted(found, key=lambda record: int(record["rank"]))
 
 
 def read_once(url: str, most: int) -> bytes:
-    """A file of at most ``most`` bytes, fetched once for all ranks of this node if it lies on S3. It must not change while the attempt lasts.
+    """A file of at most ``most`` bytes; a remote one is fetched once for all ranks of this node. It must not change during the attempt.
 
     Raises:
-        ReportedError: what the first rank met who asked; the others meet the same, and do not ask again.
+        ReportedError: what the first rank to ask got; the others get the same error without asking the storage.
     """
     if not storage.is_remote(url):
         return storage.read_at_most(url, most)
@@ -77,7 +77,7 @@ def json_once(url: str) -> Any:
 
 
 def once(name: str, produce: Callable[[], bytes]) -> bytes:
-    """What the first process of this node that asks produces, for all of them; the others wait for it. Where nobody shares a folder, each produces it."""
+    """The result of ``produce``, called by the first process of this node that asks; the others wait for it. Without a shared folder, each calls it."""
     folder = environment.text(_VARIABLE)
     if not folder:
         return produce()

@@ -1,4 +1,4 @@
-"""Which module holds the objects of a URL: S3 (``infra/s3.py``), or Google's and Azure's storage (``infra/cloud.py``)."""
+"""Chooses the module that serves a remote URL: ``infra/s3.py`` for S3, ``infra/cloud.py`` for Google's and Azure's storage."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import IO, Any, Protocol
 from infra import cloud, s3
 
 SCHEMES = ("s3", "gs", "az")
-"""Of remote URLs."""
+"""Schemes of remote URLs."""
 
 
 class Objects(Protocol):
-    """What both modules offer; see ``infra/s3.py``."""
+    """The functions that a module for an object store offers, which ``infra/s3.py`` documents.
+
+    Every function raises DataError for an object that is missing or damaged, UnreachableError if the server does not answer after retries, and ConfigError for
+    a missing bucket or refused credentials. A written object appears whole or not at all.
+    """
 
     def bucket_and_key(self, url: str) -> tuple[str, str]: ...
     def read(self, url: str, most: int | None = None) -> bytes: ...
@@ -39,7 +43,7 @@ def store(url: str) -> Objects:
 
 
 class ObjectFile(io.RawIOBase):
-    """An object of any store with random access: each read is one ranged request. Buffer it, or read in large pieces."""
+    """An object as a file with random access. Each read is one range request, so read large pieces or add a buffer."""
 
     def __init__(self, url: str, size: int) -> None:
         super().__init__()
@@ -60,10 +64,10 @@ class ObjectFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase; broken bodies are read again.
+        """See RawIOBase; transfers that break off are retried.
 
         Raises:
-            DataError: it cannot be read, also after retries.
+            DataError: it cannot be read, even after retries.
         """
         length = max(0, min(len(buffer), self._size - self._position))
         data = self._read_range(self._url, self._position, length) if length else b""

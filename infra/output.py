@@ -1,4 +1,4 @@
-"""Output that cannot end a run: a terminal or pipe that is gone, a log's full disk, and encodings that know few characters."""
+"""Makes output unable to end a run: a terminal or pipe may be gone, the disk of a log full, or the encoding unable to express a character."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ESCAPE = b"\x1b["
 
 
 class _Lasting(io.FileIO):
-    """A descriptor whose failures are dropped with what was to be written: training goes on without its log."""
+    """A file descriptor that ignores failed writes: training continues, without its log."""
 
     def write(self, data: Any) -> int:
         if _copy:
@@ -72,9 +72,9 @@ def _keep(data: bytes) -> None:
 
 
 def speak_utf8() -> None:
-    """Start this process again in Python's UTF-8 mode where the locale has another encoding: names of files and captions are UTF-8 wherever a run goes on.
+    """Start this process again in Python's UTF-8 mode if the locale has another encoding, because names of files and captions are UTF-8 on every machine.
 
-    What is printed keeps the locale's encoding, with escapes for what that does not know. The process keeps its number.
+    Printed text keeps the locale's encoding, with escapes for characters that it lacks. The process id stays the same.
     """
     if sys.getfilesystemencoding() in _UTF8:
         return
@@ -84,14 +84,15 @@ def speak_utf8() -> None:
 
 
 def last() -> None:
-    """Make stdout and stderr of this process outlast whoever reads them. To be called before anything opens a file: it would get the number of a closed stdout."""
+    """Make writes to stdout and stderr survive the end of whoever reads them. To be called before any file is opened, because a file would take the descriptor
+    number of a closed stdout."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
     sys.stdout, sys.stderr = _wrapped(1, sys.stdout), _wrapped(2, sys.stderr)
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc] # what Python flushes at its end, and what libraries keep
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc] # Python flushes these at exit, and some libraries use them
 
 
 def leave(code: int) -> NoReturn:
@@ -109,6 +110,6 @@ def _wrapped(number: int, stream: Any) -> io.TextIOWrapper:
         stream.flush()
     encoding = stream.encoding if stream is not None else "utf-8"
     raw: Any = _Lasting(number, "w", closefd=False)
-    at_once = stream is not None and stream.write_through  # python -u, PYTHONUNBUFFERED: images set it, so that logs are not late
+    at_once = stream is not None and stream.write_through  # python -u or PYTHONUNBUFFERED, which container images set
     lines = number == 2 or os.isatty(number)
     return io.TextIOWrapper(raw if at_once else io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines, write_through=at_once)

@@ -1,4 +1,4 @@
-"""Progress on a terminal (a bar) or in a log (a line now and then), and tables. With launcher.py the home of rich."""
+"""Progress on a terminal (a bar) or in a log (a line now and then), and tables. Only this file and launcher.py import rich."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _WINDOW_S = 60.0
 _REDRAW_S = 0.2
 _LOG_WIDTH = 200
 _SOON_S = 10.0
-"""Until this much time has been watched, a rate is a guess, and the end is said as a wide range."""
+"""Before this many seconds were observed, a rate is a guess, and the time to go is shown as a wide range."""
 _GUESS = 1.5
-"""How far such a guess may be off, either way."""
+"""The factor by which such a guess may be wrong, either way."""
 _STEADY = 1.2
-"""Slowest over fastest quarter of what was watched, up to which one figure says it."""
+"""If the longest estimate exceeds the shortest by no more than this factor, a single figure is shown instead of a range."""
 
 
 class Progress:
@@ -89,7 +89,7 @@ class Progress:
         self._done = done
         self._fields |= fields
         if self._shown is None and done - self._start == 1:
-            self._recent.clear()  # the first one waits for data, allocates and compiles: what it took says nothing of the next
+            self._recent.clear()  # the first unit waits for data, allocates and compiles: its duration says nothing about the next
         self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] >= _WINDOW_S:
             self._recent.popleft()
@@ -120,17 +120,17 @@ class Progress:
             self._write(self.line(finished=True))
 
     def rate(self) -> float:
-        """Units per second over the last minute (0 while nothing is known): slow spells move it, one slow step does not."""
+        """Units per second over the last minute (0 while nothing is known). A slow minute changes it, a single slow step hardly."""
         (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
         return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
 
     def eta_s(self) -> float | None:
-        """Seconds to go at the present rate, or None while that cannot be said."""
+        """Seconds to go at the present rate; None while that is not known."""
         rate = self.rate()
         return max(0, self.total - self._done) / rate if rate > 0 and self.total else None
 
     def eta_range_s(self) -> tuple[float, float] | None:
-        """Seconds to go at the fastest and at the slowest recent rate, wider while little was watched; None while nothing can be said."""
+        """Seconds to go at the fastest and at the slowest recent rate, a wider range while little was observed; None while nothing is known."""
         if not self.total or self.rate() <= 0:
             return None
         left, watched = max(0, self.total - self._done), self._recent[-1][0] - self._recent[0][0]
@@ -139,7 +139,7 @@ class Progress:
         return left / max(rates) / guess, left / min(rates) * guess
 
     def _quarters(self) -> list[float]:
-        """Rates in up to four spells of equally many marks."""
+        """Rates in up to four consecutive periods with equally many updates."""
         marks = list(self._recent)
         step = max(1, -(-(len(marks) - 1) // 4))
         ends = [*range(0, len(marks) - step, step), len(marks) - 1]
@@ -175,7 +175,7 @@ class Progress:
 
     def _open_bar(self) -> None:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=28), TextColumn("{task.fields[rest]}", markup=False))
-        # No refresh thread, and stdout and stderr stay as they are: a rank that is killed must leave no terminal half redirected.
+        # No refresh thread, and stdout and stderr are not redirected: a rank that is killed must not leave the terminal redirected.
         console = Console(file=self._stream)
         self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._task = self._bar.add_task(self.title, total=self.total or None, completed=self._start, rest="")

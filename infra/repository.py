@@ -1,4 +1,4 @@
-"""Where the checkout lies, and what is named from its root. Nothing else may count folders upwards from ``__file__``."""
+"""Where the checkout is, and paths below its root. No other module may count folders upwards from its ``__file__``."""
 
 from pathlib import Path
 

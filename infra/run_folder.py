@@ -28,7 +28,7 @@ _NO_JOB = Job()
 
 
 Allowed = Callable[[str], bool]
-"""Whether a run goes on with another value of a key."""
+"""Whether a run may continue with another value of a key."""
 
 
 def _none(key: str) -> bool:
@@ -37,8 +37,8 @@ def _none(key: str) -> bool:
 
 @cache
 def commit() -> str:
-    """The commit of this checkout, with ``+dirty`` where tracked files differ from it; ``unknown`` outside a checkout. Asked once in a process:
-    what is checked out while it runs is not what runs."""
+    """The commit of this checkout, followed by ``+dirty`` if tracked files differ from it; ``unknown`` outside a checkout. Looked up once in a process, because
+    a checkout that changes later does not change the code that runs."""
     try:
         head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
@@ -48,7 +48,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes results."""
+    """Versions of Python and of the packages that influence results."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def producer() -> dict[str, Any]:
-    """Who made an output: for manifests."""
+    """Commit and versions that made an output, for manifests."""
     return {"commit": commit(), "versions": versions()}
 
 
@@ -78,10 +78,10 @@ class RunFolder:
         return self.at("config.json")
 
     def stored(self) -> dict[str, Any] | None:
-        """The configuration that the folder holds, as it was written; None for a folder that holds no run.
+        """The configuration in the folder, as it was written; None if the folder holds no run.
 
         Raises:
-            ConfigError: a version of this code wrote the folder that writes run folders in another way.
+            ConfigError: the folder has another schema: another version of this code wrote it.
         """
         found = stored.read_if_there(self.config_url, run_records.Config)
         if found is not None:
@@ -89,10 +89,10 @@ class RunFolder:
         return found
 
     def check_schema(self) -> None:
-        """Refuse a folder of another schema: its markers and records could be misread.
+        """Refuse a folder with another schema, because its markers and records could be misread.
 
         Raises:
-            ConfigError: it is one.
+            ConfigError: it has another schema.
         """
         self._provenance()
 
@@ -108,8 +108,8 @@ class RunFolder:
         Args:
             config: the resolved configuration.
             command: the command line that made the folder, for people.
-            complete: a stored configuration -> the same with the keys that it lacks.
-            allowed: key -> whether the run goes on with another value of it: that replaces the folder's, and provenance.json keeps the change.
+            complete: returns a stored configuration with its missing keys filled in.
+            allowed: whether the run may continue with another value of a key. Such a value replaces the stored one, and provenance.json records the change.
 
         Raises:
             ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
@@ -136,12 +136,12 @@ class RunFolder:
             print(f"{self.url} goes on with other values:\n  " + "\n  ".join(changed), flush=True)
 
     def _note(self, place: str, changed: list[str]) -> None:
-        """Add to provenance.json where the folder lies now, if that is new, and what changed of its configuration."""
+        """Add to provenance.json where the folder lies now, if it has moved, and which keys of its configuration changed."""
         provenance = self._provenance()
         places = provenance.get("places", [])
         now = {"time": time.time()}
         moved = not places or places[-1]["url"] != place
-        older = provenance.get("schema") != schemas.RUN  # what is written from here on is not what that one's readers know
+        older = provenance.get("schema") != schemas.RUN  # what is written from here on is of the new schema
         provenance["schema"] = schemas.RUN
         if moved:
             provenance["places"] = [*places, {"url": place} | now]
@@ -167,7 +167,7 @@ class RunFolder:
         return found
 
     def finish(self, stage: str, **facts: Any) -> None:
-        """Mark a stage finished. The stage's last write.
+        """Mark a stage as finished: its last write.
 
         Raises:
             SupersededError: another launcher has the stage.
@@ -176,7 +176,7 @@ class RunFolder:
         storage.write_json(self.at(stage, "done.json"), {"stage": stage, "commit": commit(), "finished": time.time(), **facts})
 
     def begin_attempt(self, stage: str, **facts: Any) -> int:
-        """Number of a new attempt at a stage, counted by the exit records' folders; facts go into its begin.json."""
+        """Begin a new attempt at a stage and return its number, which follows the highest existing one; ``facts`` go into its begin.json."""
         attempt = max(self.attempts(stage), default=-1) + 1
         storage.write_json(self.attempt_url(stage, attempt, "begin.json"), {"time": time.time(), "pid": os.getpid(), **facts})
         return attempt
@@ -192,10 +192,12 @@ class RunFolder:
     def wait_for_records(
         self, stage: str, attempt: int, size: int, timeout_s: float, most: int | None = None
     ) -> tuple[list[exit_records.Record], bool]:
-        """Wait until every node has recorded how its ranks ended, or a rank a code of its own, or time is up: whoever leaves early may end the rest.
+        """Wait until every node has recorded how its ranks ended, or a rank has recorded a code that decides the attempt, or time is up.
+
+        Waiting matters because the scheduler may kill the other nodes as soon as one launcher ends.
 
         Args:
-            most: ranks of which more than that they ended is read; None: all.
+            most: how many rank-<r>.json files are read; None: all.
 
         Returns:
             The records, the earliest first, and whether all ranks have ended.
@@ -208,18 +210,19 @@ class RunFolder:
             time.sleep(_POLL_S)
 
     def records(self, stage: str, attempt: int) -> list[exit_records.Record]:
-        """How the ranks of an attempt ended, those that have, the earliest first."""
+        """The records of the ranks of an attempt that have ended, the earliest first."""
         return exit_records.Records(self.attempt_url(stage, attempt)).look()
 
     def record_exit(self, stage: str, attempt: int, rank: int, code: int, reason: str, *, alone: bool = False) -> None:
-        """Record how a rank ended; the agent's exit code follows from these records. What needs nobody's attention goes to the launcher, which sums it up.
-        In an outage the launcher does it later (``infra/deferred_writes.py``).
+        """Record how a rank ended; the agent's exit code follows from these records.
+
+        A record with code 0 or 75 goes to the launcher's summary. In a storage outage the launcher writes the record later (``infra/deferred_writes.py``).
 
         Args:
-            alone: others may not know, and look here for why this rank left them.
+            alone: this rank ends without the agreement of the others, which will look for its reason: write a file of its own in any case.
 
         Raises:
-            UnreachableError: the storage gives no answer, and no launcher takes notes.
+            UnreachableError: the storage does not answer, and there is no launcher that could write later.
         """
         url = self.attempt_url(stage, attempt, f"rank-{rank}.json")
         record = {"rank": rank, "code": int(code), "reason": shown.message(reason), "time": time.time()}
@@ -232,7 +235,7 @@ class RunFolder:
                 raise
 
     def root_cause(self, stage: str, attempt: int, size: int) -> tuple[int, str]:
-        """Exit code and reason of an attempt, by its records; see ``exit_records.root_cause``."""
+        """Exit code and reason of an attempt, from its records; see ``exit_records.root_cause``."""
         return exit_records.root_cause(self.records(stage, attempt), size)
 
     def lock(self, stage: str, job: Job = _NO_JOB, stop: StopFlag | None = None) -> contextlib.AbstractContextManager[Lease]:
@@ -248,10 +251,10 @@ def _of_known_schema(url: str, provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def place_of(config_url: str) -> dict[str, str]:
-    """``root`` and ``name`` of the run folder that a config.json lies in; nothing where it lies in none.
+    """``root`` and ``name`` of the run folder that holds a config.json; empty if it does not lie in a run folder.
 
     Raises:
-        ConfigError: the folder is a whole bucket or file system, or of another schema.
+        ConfigError: the folder is a whole bucket or file system, or has another schema.
     """
     folder, _, name = config_url.rpartition("/")
     folder = folder if "://" in config_url else folder or "."
@@ -264,9 +267,9 @@ def place_of(config_url: str) -> dict[str, str]:
         return {}
     stored.check(provenance, run_records.Provenance, url)
     _of_known_schema(url, provenance)
-    if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' name a folder, and are no names
+    if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' are paths, but not names of runs
         folder = str(storage.local_path(folder).resolve())
     root, _, name = folder.rstrip("/").rpartition("/")
     if not name or root.endswith(":/"):
-        raise ConfigError(f"{config_url}: a run folder lies in a folder or below a bucket; move it there.")
+        raise ConfigError(f"{config_url}: a run folder must be inside a folder or below a bucket; move it there.")
     return {"root": root or ("/" if folder.startswith("/") else "."), "name": name}

@@ -1,4 +1,4 @@
-"""What the JSON files of a run folder must be when they are read back; see ``infra/stored.py``."""
+"""The fields of a run folder's JSON files, against which they are checked when they are read back; see ``infra/stored.py``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _Text = Annotated[str, Field(max_length=1 << 20)]
 
 
 class Config(Stored):
-    """config.json: sections of keys. Their values are checked by the configuration itself where a run is started from it."""
+    """config.json: sections of keys. The configuration itself checks their values when a run is started from it."""
 
     __pydantic_extra__: dict[str, dict[str, Any]]
 
 
 class _Place(Stored):
-    """Where the folder lay from a time on."""
+    """Where the folder has been since a time."""
 
     url: _Text
     time: Seconds = 0.0
@@ -63,17 +63,17 @@ class End(Stored):
     code: Code
     reason: _Text
     ended: Seconds = 0.0
-    """When the last of its ranks did that crashed; 0 where none has said so."""
+    """When the last of the crashed ranks ended; 0 if none crashed."""
 
 
 class Lost(Stored):
-    """exits/<stage>/attempt-<k>/lost.json: nodes that gave no sign any more."""
+    """exits/<stage>/attempt-<k>/lost.json: nodes that stopped giving signs of life."""
 
     reason: _Text
 
 
 class Alike(End):
-    """Ranks of a node that ended alike, each with the time when it did."""
+    """Ranks of a node that ended with the same code and reason, each as [rank, time]."""
 
     ranks: list[Annotated[list[Seconds], Field(min_length=2, max_length=2)]]
 
@@ -182,7 +182,7 @@ class NodeVersions(Stored):
 
 
 class ChangePoint(Stored):
-    """A line of <stage>/changes.json, and of a checkpoint's list."""
+    """An entry of <stage>/changes.json, and of a checkpoint's list of change points."""
 
     step: Count
     changed: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
@@ -199,7 +199,7 @@ class AttentionEngine(Stored):
 
 
 class Evaluation(Stored):
-    """evaluate/metrics.json, whose figures the demo's page quotes."""
+    """evaluate/metrics.json: the figures that docs/demo.md quotes."""
 
     psnr_db: Number
     code_use: Number

@@ -1,8 +1,8 @@
-"""Objects of S3; boto3 is imported at first use. ``infra/storage.py`` is what other modules use, ``infra/s3_client.py`` makes the clients.
+"""Objects of S3. Other modules use ``infra/storage.py``; ``infra/s3_client.py`` makes the clients. boto3 is imported at first use.
 
-``S3_ENDPOINT_URL`` names a server other than AWS; credentials come by boto3's usual ways and are never logged. Errors say whether data are
-missing or broken (DataError), whether the server does not answer (UnreachableError, which is retried), or whether the bucket, the credentials or the
-endpoint are wrong (ConfigError, with the variable to set).
+``S3_ENDPOINT_URL`` names a server other than AWS; credentials are found in boto3's usual ways and are never logged. An error tells whether an object is
+missing or damaged (DataError), the server does not answer (UnreachableError, which may be retried), or the bucket, the credentials or the endpoint are wrong
+(ConfigError, with the variable to set).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from infra.errors import ConfigError, DataError, UnreachableError
 from infra.files import atomic
 
 MAX_ATTEMPTS = 6
-"""Attempts of one request (throttling, resets), and of one whole download whose body broke off."""
+"""Attempts of one request (after throttling or a reset connection), and of one download whose body broke off."""
 BACKOFF_S = 0.25
-"""Wait in seconds before a broken download is tried again; doubled each time. Failed requests wait by botocore's standard mode."""
+"""Seconds before a broken download is tried again; doubled each time. Between failed requests botocore's standard mode waits."""
 READ_TIMEOUT_S = 60.0
-"""Silence of a server in seconds after which a request counts as broken; LAUNCHER_S3_SILENCE_S. A silent server is given up after MAX_ATTEMPTS of them (6 minutes),
-whatever was to be read; nothing takes longer than twice that without bringing any byte."""
+"""Seconds without data after which a request counts as broken; LAUNCHER_S3_SILENCE_S. A silent server is given up after MAX_ATTEMPTS of them (6 minutes); no
+operation lasts longer than twice that without receiving any byte."""
 PART_BYTES, MOST_PARTS = 16 << 20, 9_000
-"""Larger files travel in parts of this many bytes (S3 accepts at least 5 MiB), or larger ones where these would be too many (S3 accepts 10,000)."""
+"""Larger files are transferred in parts of this many bytes (S3 accepts at least 5 MiB), or in larger parts if there would be too many (S3 accepts 10,000)."""
 DELETE_AT_ONCE = 1000
 """Objects that one delete request names: S3's limit."""
 
 _LACK = (
-    "so of several launchers none can be sure to be alone; use a server that does (AWS, SeaweedFS, MinIO and Ceph of 2024 or later), or set "
-    "cluster.kept_apart=true where the scheduler keeps launchers apart."
+    "so a launcher cannot make sure that it is the only one; use a server that does (AWS, SeaweedFS, MinIO and Ceph of 2024 or later), or set "
+    "cluster.kept_apart=true if the scheduler never runs two launchers of a stage at a time."
 )
 
 T = TypeVar("T")
@@ -53,20 +53,22 @@ def bucket_and_key(url: str) -> tuple[str, str]:
 
 
 def read(url: str, most: int | None = None) -> bytes:
-    """The whole object; its checksum is verified where the server keeps one. One of more than ``most`` bytes is a DataError, and not read."""
+    """The whole object; its checksum is verified if the server keeps one. If it is larger than ``most`` bytes it is not read; that is a DataError."""
     bucket, key = bucket_and_key(url)
 
     def get() -> bytes:
         answer = _client().get_object(Bucket=bucket, Key=key)
         if most is not None and int(answer["ContentLength"]) > most:
-            raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+            raise DataError(
+                f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project."
+            )
         return bytes(answer["Body"].read())
 
     return _retry_body(url, get)
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """``size`` bytes of an object, from ``start`` on."""
+    """``size`` bytes of an object, from ``start`` on; fewer if the object ends earlier."""
     bucket, key = bucket_and_key(url)
 
     def get() -> bytes:
@@ -77,7 +79,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 
 def download(url: str, local: Path, sha256: str) -> None:
-    """Copy an object to a local file, in parallel ranges if it is large. S3 checks no ranges, hence the hash (empty: none)."""
+    """Copy an object to a local file, in parallel ranges if it is large. S3 does not verify ranges, so give the expected hash (empty: unknown)."""
     bucket, key = bucket_and_key(url)
 
     def get() -> None:
@@ -88,7 +90,7 @@ def download(url: str, local: Path, sha256: str) -> None:
 
 
 class ObjectStream(io.RawIOBase):
-    """An object read from ``start`` to its end. A body that breaks off goes on where it broke, unless the object has changed meanwhile."""
+    """An object read from ``start`` to its end. If the transfer breaks off, it continues at that byte, unless the object has changed meanwhile."""
 
     def __init__(self, url: str, start: int = 0) -> None:
         super().__init__()
@@ -106,10 +108,10 @@ class ObjectStream(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase.
+        """See RawIOBase.
 
         Raises:
-            UnreachableError: MAX_ATTEMPTS requests in a row brought nothing.
+            UnreachableError: MAX_ATTEMPTS requests in a row returned no data.
             DataError: the object has changed, or its checksum is wrong.
         """
         from botocore.exceptions import FlexibleChecksumError
@@ -121,7 +123,7 @@ class ObjectStream(io.RawIOBase):
                 data: bytes = self._body.read(len(buffer))
                 break
             except FlexibleChecksumError as error:
-                raise DataError(f"{self._url}: damaged on its way ({error}).") from error
+                raise DataError(f"{self._url}: damaged in transit ({error}).") from error
             except _broken_bodies() as error:
                 self._body, self._failures = None, self._failures + 1
                 if self._failures >= MAX_ATTEMPTS:
@@ -155,21 +157,21 @@ class ObjectStream(io.RawIOBase):
 
 
 def write(url: str, data: bytes) -> None:
-    """Put an object."""
+    """Write an object."""
     bucket, key = bucket_and_key(url)
     with _errors(url):
         _client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def upload(source: IO[bytes], url: str, size: int = 0) -> None:
-    """Put an object from an open file, in parts if it is large; it appears when all parts have arrived. One that cannot be sought needs its size."""
+    """Write an object from an open file, in parts if it is large; it appears once all parts have arrived. ``size`` is needed for a source without ``seek``."""
     bucket, key = bucket_and_key(url)
     with _errors(url):
         _client().upload_fileobj(source, bucket, key, Config=_transfer(size))
 
 
 def create_once(url: str, data: bytes) -> bool:
-    """Put an object unless it exists: one of any number of racing callers gets True."""
+    """Write an object unless it exists: of any number of racing callers exactly one gets True."""
     from botocore.exceptions import ClientError
 
     bucket, key = bucket_and_key(url)
@@ -191,26 +193,26 @@ def create_once(url: str, data: bytes) -> bool:
                     raise ConfigError(
                         f"{url}: this server does not create objects on condition (If-None-Match: {s3_errors.code(error) or 501}), {_LACK}"
                     ) from error
-                # A conflict means that a rival's put is under way: ask again how it ended.
+                # A conflict means that a rival's request is under way: ask again to learn how it ended.
                 if s3_errors.code(error) not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
                     raise
-    # A request that was sent twice may have met the object of its own first attempt: the token tells.
+    # A request that boto3 sent twice may have found the object of its own first attempt: the token tells.
     return bool(((head(url) or {}).get("Metadata") or {}).get("writer") == writer)
 
 
 def kept_apart() -> bool:
-    """Whether it was declared that nobody else creates objects here at the same time; then looking first and writing after is no race."""
+    """Whether cluster.kept_apart declares that nobody else creates objects at the same time, so that looking first and writing afterwards is safe."""
     return bool(environment.whole("LAUNCHER_KEPT_APART", 0))
 
 
 def check_creation(url: str) -> None:
-    """Find out by an object of our own, which exists, whether the server keeps the condition of ``create_once``, and does not pass over it.
+    """Check that the server honours the condition of ``create_once`` and does not ignore it, by trying to create an object of ours that exists already.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it ignores the condition.
     """
     if not kept_apart() and create_once(url, read(url)):
-        raise ConfigError(f"{url}: this server passes over the condition to create an object only once (If-None-Match), {_LACK}")
+        raise ConfigError(f"{url}: this server ignores the condition to create an object only once (If-None-Match), {_LACK}")
 
 
 def head(url: str) -> dict[str, Any] | None:
@@ -239,7 +241,7 @@ def list_objects(url: str, start: str = "", *, shallow: bool = False) -> Iterato
     Args:
         url: the prefix, a folder.
         start: only names that begin with this.
-        shallow: stay in this folder; each folder in it is one item, named with a slash at its end, of size -1.
+        shallow: list this folder only; a folder in it is one item of size -1, whose name ends with a slash.
     """
     bucket, key = bucket_and_key(url)
     prefix = f"{key}/" if key else ""
@@ -263,7 +265,7 @@ def is_folder(url: str) -> bool:
 
 
 def delete(url: str) -> None:
-    """Delete an object; a missing one is fine."""
+    """Delete an object; it may be missing."""
     bucket, key = bucket_and_key(url)
     with _errors(url):
         _client().delete_object(Bucket=bucket, Key=key)
@@ -283,7 +285,7 @@ def delete_all(url: str) -> None:
 
 @dataclass(frozen=True)
 class Upload:
-    """A multipart upload that was begun and neither completed nor aborted; its parts cost room, and no listing of objects shows them."""
+    """A multipart upload that was begun and neither completed nor aborted. Its parts take up space, and no listing of objects shows them."""
 
     url: str
     upload_id: str
@@ -298,7 +300,7 @@ def unfinished_uploads(url: str) -> list[Upload]:
     found = []
     with _errors(url):
         for page in _client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            # The prefix is asked for and looked at: what follows is aborted by this list.
+            # Checked here as well, because the uploads in this list get aborted.
             found += [
                 Upload(f"s3://{bucket}/{item['Key']}", str(item["UploadId"]), float(item["Initiated"].timestamp()))
                 for item in page.get("Uploads", [])
@@ -325,7 +327,7 @@ def _client() -> Any:
 
 
 def silence_s() -> float:
-    """READ_TIMEOUT_S, or what LAUNCHER_S3_SILENCE_S says."""
+    """LAUNCHER_S3_SILENCE_S if it is set, else READ_TIMEOUT_S."""
     return environment.seconds("LAUNCHER_S3_SILENCE_S", READ_TIMEOUT_S)
 
 
@@ -336,7 +338,7 @@ def _transfer(size: int = 0) -> Any:
 
 
 def _retry_body(url: str, action: Callable[[], T]) -> T:
-    """Repeat a whole download when its body breaks off or fails its checksum: botocore retries up to the first byte of a body only."""
+    """Repeat a download when its body breaks off or fails its checksum: botocore retries a request only until the body begins."""
     from botocore.exceptions import FlexibleChecksumError
 
     broken: tuple[type[Exception], ...] = (FlexibleChecksumError, *_broken_bodies())
@@ -346,14 +348,14 @@ def _retry_body(url: str, action: Callable[[], T]) -> T:
             try:
                 return action()
             except broken:
-                if time.monotonic() > deadline:  # each of these has waited for MAX_ATTEMPTS of its own
+                if time.monotonic() > deadline:  # the server was silent, and every attempt has waited for MAX_ATTEMPTS of botocore's
                     raise
                 time.sleep(BACKOFF_S * 2**attempt)
         return action()
 
 
 def _broken_bodies() -> tuple[type[Exception], ...]:
-    """What botocore raises when a body breaks off."""
+    """The exceptions that botocore raises when a body breaks off."""
     from botocore import exceptions as found
 
     return found.IncompleteReadError, found.ReadTimeoutError, found.ResponseStreamingError

@@ -1,7 +1,7 @@
-"""Clients of S3, for weeks: one for each process and environment, made anew where its credentials have changed. Part of ``infra/s3.py``.
+"""Clients of S3 for processes that run for weeks: one for each process and environment, replaced when its credentials change. Part of ``infra/s3.py``.
 
-boto3 renews by itself what has a date of expiry: web identities, instance and container roles, ``credential_process``. It reads a credentials file once,
-though, and files are how rotated keys are mounted: here a changed file makes a new client.
+boto3 by itself renews credentials with an expiry date: web identities, instance and container roles, ``credential_process``. But it reads a credentials
+file only once, and rotated keys are usually mounted as files; so here a changed file leads to a new client.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _clients: dict[str, tuple[_Stamp, Any]] = {}
 
 
 def client(attempts: int, read_timeout_s: float) -> Any:
-    """The client of this process and environment: clients do not survive a fork, and an environment may change (in tests it does).
+    """The client of this process and environment. Clients do not survive a fork, and the environment may change (in tests it does).
 
     Args:
-        attempts: of each request.
-        read_timeout_s: silence of the server after which a request counts as broken.
+        attempts: how often each request is tried.
+        read_timeout_s: seconds without data after which a request counts as broken.
 
     Raises:
-        ConfigError: the endpoint is no URL, or there are no certificates where they are said to be.
+        ConfigError: the endpoint is not a URL, or the file of certificates does not exist.
     """
     settings = "\n".join(os.environ.get(name, "") for name in _VARIABLES)
     key = hashlib.sha256(f"{os.getpid()} {attempts} {read_timeout_s} {settings}".encode()).hexdigest()
@@ -52,7 +52,7 @@ def client(attempts: int, read_timeout_s: float) -> Any:
         if good:
             _clients[key] = (stamp, made)
         elif known is not None:
-            return known[1]  # a file that is just being written; the old keys may still do, and the next request looks again
+            return known[1]  # the file is just being written: the old keys may still work, and the next request looks again
         return made
 
 
@@ -60,7 +60,7 @@ def refuse_passwords() -> None:
     """Refuse an environment whose endpoints carry a password, before anything is stored.
 
     Raises:
-        ConfigError: the variable is named, its value masked.
+        ConfigError: one does; the message names the variable and masks its value.
     """
     for name in _ENDPOINTS:
         if shown.holds_password(os.environ.get(name, "")):
@@ -68,7 +68,7 @@ def refuse_passwords() -> None:
 
 
 def _stamp() -> _Stamp:
-    """What changes with the credentials files; mounted secrets are links that are exchanged, so the file behind counts."""
+    """A value that changes with the credentials files. Mounted secrets are replaced by changing a link, so it describes the file behind the link."""
     found = []
     for variable, usual in _FILES.items():
         try:
@@ -80,14 +80,14 @@ def _stamp() -> _Stamp:
 
 
 def _name_its_md5(params: dict[str, Any], **_: Any) -> None:
-    """Add Content-MD5, without which many servers delete nothing; boto3 sends another checksum, which AWS accepts in its place."""
+    """Add Content-MD5, without which many servers refuse to delete several objects. boto3 sends another checksum, which AWS accepts instead."""
     body = params["body"]
     digest = hashlib.md5(body if isinstance(body, bytes) else str(body).encode(), usedforsecurity=False).digest()
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _place(name: str) -> Path:
-    """A path whose ~ is HOME; as it is where nobody has one (a container under a number without a name)."""
+    """A path with ~ expanded; unchanged where there is no home folder (a container under a uid without a user name)."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -95,7 +95,11 @@ def _place(name: str) -> Path:
 
 
 def _connect(attempts: int, read_timeout_s: float, careful: bool) -> tuple[Any, bool]:
-    """A client, and whether it is worth keeping: one without credentials is not, for they may come. ``careful``: give none rather than fail."""
+    """A client, and whether to keep it; one without credentials is not kept, because credentials may appear later.
+
+    Args:
+        careful: return no client instead of failing.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -110,7 +114,7 @@ def _connect(attempts: int, read_timeout_s: float, careful: bool) -> tuple[Any, 
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=read_timeout_s,
         max_pool_connections=16,
-        s3={"addressing_style": "path"} if endpoint else None,  # bucket.host resolves on AWS, rarely elsewhere
+        s3={"addressing_style": "path"} if endpoint else None,  # the host name bucket.host resolves on AWS, but rarely elsewhere
     )
     try:
         session = boto3.session.Session()

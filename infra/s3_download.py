@@ -1,4 +1,4 @@
-"""Whole objects of S3 into files, without asking first how large they are. Part of ``infra/s3.py``."""
+"""Downloads of whole S3 objects into files, without a request that first asks for the size. Part of ``infra/s3.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ _COPY_BYTES = 1 << 20
 
 
 def into(file: IO[bytes], client: Any, bucket: str, key: str, transfer: Any) -> None:
-    """Write an object into a file: by one request if it fits into a part, whose checksum is verified where the server keeps one, else in parallel ranges.
+    """Write an object into a file. One no larger than a part takes one request, and its checksum is verified if the server keeps one; others come in parallel
+    ranges.
 
     Args:
         transfer: boto3's TransferConfig.
@@ -25,7 +26,7 @@ def into(file: IO[bytes], client: Any, bucket: str, key: str, transfer: Any) -> 
     body.close()
 
     def say(future: Any, **_: Any) -> None:
-        """What the first answer has said, and s3transfer would ask for."""
+        """Tell s3transfer what the first answer has said, so that it does not ask again."""
         future.meta.provide_transfer_size(size)
         if etag:
             future.meta.provide_object_etag(etag)

@@ -1,4 +1,4 @@
-"""What goes wrong with S3, as our own errors: data, a server that does not answer, or a configuration, with the variable to set. Part of ``infra/s3.py``."""
+"""Errors of boto3, turned into our own: of data, of a server that does not answer, or of the configuration, with the variable to set. Part of ``infra/s3.py``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _REFUSED = ("403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId"
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 MISSING = ("404", "NoSuchKey", "NotFound")
 _NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "HTTP_REQUEST", "record layer", "doesn't match")
-_PASSING = (408, 429)  # status: too slow, too often
+_PASSING = (408, 429)  # HTTP: request timeout, too many requests
 
 
 def status(error: Any) -> int:
-    """HTTP's number for a ClientError."""
+    """The HTTP status of a ClientError."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def code(error: Any) -> str:
-    """S3's word for a ClientError."""
+    """S3's error code of a ClientError, such as NoSuchKey."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -51,7 +51,7 @@ def told(url: str, attempts: int) -> Iterator[None]:
             f"{url}: the proxy does not answer ({error}); check HTTPS_PROXY and HTTP_PROXY, or name the endpoint's host in NO_PROXY."
         ) from error
     except found.SSLError as error:
-        if not any(sign in str(error) for sign in _NOT_TRUSTED):  # a connection that broke while it was being made
+        if not any(sign in str(error) for sign in _NOT_TRUSTED):  # the connection broke during the handshake
             raise UnreachableError(f"{url}: failed after {attempts} attempts ({error}); check the network and S3_ENDPOINT_URL.") from error
         raise ConfigError(
             f"{url}: no trusted connection ({error}); set AWS_CA_BUNDLE to the file of the certificates that sign the endpoint's, and check whether "
@@ -69,7 +69,7 @@ def _explain(url: str, error: Any, attempts: int) -> ReportedError:
         return ConfigError(
             f"{url}: not a valid bucket name; expected s3://bucket/prefix, the bucket in 3 to 63 lower-case letters, digits and dashes."
         )
-    if given in _EXPIRED:  # fresh ones may lie there already when a scheduler starts the job again
+    if given in _EXPIRED:  # retried, because fresh credentials may exist by the time the scheduler starts the job again
         return UnreachableError(
             f"{url}: the credentials have expired ({given}); use what is renewed: a role, a web identity, or a file named by AWS_SHARED_CREDENTIALS_FILE, "
             "which is read again when it changes."

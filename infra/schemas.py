@@ -1,11 +1,11 @@
-"""Schema numbers of stored formats: what another version of this code wrote is read, or refused with what to do, and never misread."""
+"""Schema numbers of stored formats. What another version of this code wrote is either read correctly, or refused with what to do; it is never misread."""
 
 from __future__ import annotations
 
 from infra.errors import ConfigError
 
 RUN = "run/2"
-"""Of a run folder: markers, exit records and the ledger, metrics. It stands in provenance.json. Since 2 a node sums its ranks' exit records up."""
+"""The schema of a run folder (markers, exit records, ledger, metrics), stored in provenance.json. Since 2, a node summarises its ranks' exit records."""
 OLDER_RUN = "run/1"
 """Read as well, and no longer written: a folder that is gone on with gets the number above. A folder without a number is of this one."""
 CHECKPOINT = "checkpoint/2"
@@ -17,17 +17,17 @@ TOKENIZER = "tokenizer/1"
 
 
 def require(found: object, known: str, url: str, remedy: str, *older: str) -> None:
-    """Refuse another schema than the one that is known. A configuration error, not damage: nothing falls back to an older file, or replaces this one.
+    """Refuse an unknown schema. That is a ConfigError and not damage, so that no caller falls back to an older file or replaces this one.
 
     Args:
         found: what is stored.
         known: what this version reads.
         url: where it is stored.
-        remedy: what makes it anew, as a command.
-        older: schemas that are read as well.
+        remedy: the command that makes it anew.
+        older: older schemas that this version reads as well.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the schema is not among the known ones.
     """
     if found not in (known, *older):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Temporary folders of this node. They vanish with their block; what a killed process leaves behind goes when the next launcher starts."""
+"""Temporary folders on this node. Each is deleted at the end of its block; the next launcher deletes those of killed processes when it starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from infra.errors import ConfigError
 
 @contextmanager
 def folder(prefix: str) -> Iterator[str]:
-    """A folder for the block. Its owner holds a lock on it, which ends with the process, however that ends."""
+    """A temporary folder for the block. Its process holds a lock on it, which the kernel releases however the process ends."""
     with closing(Folder(prefix)) as made:
         yield made.name
 
 
 class Folder:
-    """The same where no block encloses its use."""
+    """A temporary folder that is not bound to a block; delete it with ``close``."""
 
     def __init__(self, prefix: str) -> None:
         with _locked(_home()) as home:
@@ -38,7 +38,7 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Delete the folder; twice does no harm."""
+        """Delete the folder; may be called more than once."""
         lock, self._lock = self._lock, None
         if lock is not None:
             shutil.rmtree(self.name, ignore_errors=True)
@@ -46,7 +46,7 @@ class Folder:
 
 
 def sweep() -> list[str]:
-    """Delete the folders of processes that are gone; returns their names."""
+    """Delete the folders of processes that no longer exist; returns the folders' names."""
     home = _home()
     with _locked(home):  # nobody is between making a folder and locking it
         dead = {name: lock for name in sorted(os.listdir(home)) if (lock := _lock(os.path.join(home, name), wait=False)) is not None}
@@ -57,10 +57,10 @@ def sweep() -> list[str]:
 
 
 def _home() -> str:
-    """This user's folder of folders.
+    """The folder that holds all temporary folders of this user.
 
     Raises:
-        ConfigError: there is one that belongs to somebody else.
+        ConfigError: a folder of that name belongs to somebody else.
     """
     place = environment.temporary() / f"launcher-{os.getuid()}"
     with suppress(FileExistsError):
@@ -82,9 +82,9 @@ def _locked(place: str) -> Iterator[Path]:
 
 
 def _lock(place: str, *, wait: bool = True) -> int | None:
-    """The descriptor that holds a folder's lock; without waiting, None where another process holds it.
+    """Lock a folder and return the descriptor that holds the lock; with ``wait=False``, None if another process holds it.
 
-    A file system without locks gives a descriptor to an owner and None to who would sweep: there things stay.
+    On a file system without locks, an owner gets a descriptor that locks nothing, and ``sweep`` gets None: there, leftovers are not deleted.
     """
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""Counter-based randomness: a seed for every (seed, purpose, counters), and no generator carried along (docs/contracts.md, section 2)."""
+"""Counter-based randomness: every (seed, purpose, counters) has a seed of its own, so no generator state is carried along (docs/contracts.md, section 2)."""
 
 import hashlib
 from typing import Literal
@@ -9,7 +9,7 @@ Purpose = Literal["split", "crop", "caption", "gumbel", "bpe", "caption_dropout"
 
 
 def derive(seed: int, purpose: Purpose, *counters: int | str) -> int:
-    """A 63-bit seed from a run seed, a purpose and any counters (epoch or step, sample id): equal inputs, equal seed, everywhere."""
+    """A 63-bit seed from a run's seed, a purpose and any counters (epoch or step, sample id). Equal inputs give the same seed on every machine."""
     words = "\x1f".join([str(seed), purpose, *(f"{type(c).__name__}:{c}" for c in counters)])
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 

@@ -1,4 +1,4 @@
-"""What messages and logs show of what others have chosen: no password, no control character, and not thousands of characters of one value."""
+"""Makes values from users and files fit for messages and logs: without passwords, without control characters, and not thousands of characters long."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from collections.abc import Iterator
 from typing import Any
 
 LONGEST = 400
-"""Characters of one value in a message."""
+"""Most characters of one value in a message."""
 LONGEST_MESSAGE = 20_000
-"""Characters of a whole message."""
+"""Most characters of a whole message."""
 MASK = "***"
 NO_PASSWORDS = (
     "a URL may not carry a user, a password or a signature: they would stand in configurations and logs; "
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role instead."
 )
-"""What is said where a URL is refused for its password."""
+"""The reason in a message that refuses a URL with a password."""
 
-# In a URL, whoever stands before an @: 's3://key:secret@bucket' (secrets hold slashes), 'https://token@host'. 'http://host:9000/a@b' is none.
+# The user part of a URL, before an @: 's3://key:secret@bucket' (a secret may hold slashes), 'https://token@host'; but not in 'http://host:9000/a@b'.
 _USER = re.compile(r"""(?<=://)(?:[^\s/@:'"<>]{0,300}:(?!\d{1,5}/)[^\s'"<>]{0,2000}|[^\s/@:'"<>]{1,2000})@""")
-# What signs a request in a URL.
+# Query parameters that sign a request in a URL.
 _SIGNATURE = re.compile(
     r"""(?i)(?<=[?&])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|token|password|secret)=)[^&\s'"<>]+"""
 )
 _SECRET_NAMES = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CREDENTIALS)(?:_ID)?$")
-_SHORTEST_SECRET = 8  # shorter values are words that stand in many places
-# What moves a terminal's cursor, turns text round, or cannot be written as UTF-8. Line ends and tabs are ours.
+_SHORTEST_SECRET = 8  # shorter values may be common words, which would be masked everywhere
+# Characters that move a terminal's cursor, change the direction of text, or cannot be written as UTF-8. Our own messages use line ends and tabs.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _RUN = re.compile(rf"\S{{{LONGEST + 1},}}")
 
 
 def message(text: str) -> str:
-    """A message as it may be printed and stored; what is fine comes back as it is."""
+    """A message made fit to be printed and stored; unchanged if it is already."""
     masked = _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], mask(text))
     whole = _RUN.sub(lambda found: cut(found.group()), masked)
     return whole if len(whole) <= LONGEST_MESSAGE else f"{whole[: LONGEST_MESSAGE - 40]}… ({len(whole):,} characters)"
 
 
 def mask(text: str) -> str:
-    """Text without the passwords of URLs, signatures of requests, and what this process's environment holds as a secret."""
+    """Text in which passwords and signatures in URLs, and secrets from this process's environment, are masked."""
     if "://" in text:
         text = _SIGNATURE.sub(rf"\1{MASK}", _USER.sub(f"{MASK}@", text))
     for secret in secrets():
@@ -49,26 +49,26 @@ def mask(text: str) -> str:
 
 
 def secrets() -> Iterator[str]:
-    """Values of the environment whose names say that they are secret, such as AWS_SECRET_ACCESS_KEY; names of files are none."""
+    """Values of environment variables whose names say that they are secret, such as AWS_SECRET_ACCESS_KEY (but not AWS_WEB_IDENTITY_TOKEN_FILE)."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAMES.search(name.upper()):
             yield value
 
 
 def holds_password(text: str) -> bool:
-    """Whether a URL carries a user, a password or the signature of a request."""
+    """Whether a URL contains a user, a password or the signature of a request."""
     return "://" in text and bool(_USER.search(text) or _SIGNATURE.search(text))
 
 
 def value(given: Any, most: int = LONGEST) -> str:
-    """A value as Python writes it, cut in the middle."""
-    if isinstance(given, str) and len(given) > 4 * most:  # a megabyte is not first written out
+    """The repr of a value, shortened in the middle."""
+    if isinstance(given, str) and len(given) > 4 * most:  # do not compute the repr of a megabyte
         given = given[:most] + given[-most:]
     return cut(mask(repr(given)), most)
 
 
 def cut(text: str, most: int = LONGEST) -> str:
-    """At most ``most`` characters: of longer text the beginning, its length, and the end."""
+    """Text of at most ``most`` characters; longer text is replaced by its beginning, its length and its end."""
     if len(text) <= most:
         return text
     note = f"…({len(text):,} characters)…"
@@ -77,7 +77,7 @@ def cut(text: str, most: int = LONGEST) -> str:
 
 
 def printable(text: str, most: int) -> str:
-    """Any text as at most ``most`` printable characters; others are escaped."""
-    # Cut first: escapes of a megabyte are many megabytes.
+    """Text as at most ``most`` printable characters; characters that are not printable are escaped."""
+    # Cut before escaping: the escapes of a megabyte would take several.
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: 4 * most])
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 1] + "…"

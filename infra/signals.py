@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the tie that ends a child with its parent (docs/contracts.md, section 1)."""
+"""Handling of signals that ask a run to stop; and children that end with their parent (docs/contracts.md, section 1)."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PREEMPTION_SIGNAL = signal.SIGUSR2  # not USR1: NCCL may use it
 _IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup ignores SIGHUP before it starts us, and children inherit that
 STOP_SIGNALS = (PREEMPTION_SIGNAL, signal.SIGTERM, signal.SIGINT, *(() if _IGNORED else (signal.SIGHUP,)))
-"""SIGHUP, which a terminal sends as it closes, stops like SIGTERM, and nothing where it was ignored at the start."""
+"""A closing terminal sends SIGHUP, which stops like SIGTERM, unless it was ignored when this process started."""
 SHUTDOWN_S = 600
 """Seconds that ranks get to finish a step and save before the agent kills them."""
 
@@ -30,7 +30,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
-    """Set by the first stop signal; read at step and part boundaries. Where a process says that it has nothing to lose (``phase``), the signal ends it there."""
+    """A flag that the first stop signal sets; training reads it between steps, other work between parts.
+
+    In a phase in which the process has declared that it has nothing to save (``phase``), the signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -49,7 +52,7 @@ class StopFlag:
         """The signal handler: sets the flag.
 
         Raises:
-            StopRequested: in a phase that has nothing to lose.
+            StopRequested: in a phase that has nothing to save.
         """
         if self.received is None:
             self._since, self.struck = time.monotonic(), self._doing
@@ -143,12 +146,12 @@ class StopFlag:
 
 
 def install(flag: StopFlag | None = None) -> StopFlag:
-    """Let stop signals set a flag (a new one if none is given), then deliver those that waited (see ``block_in_children``).
+    """Let stop signals set a flag (a new one if none is given), then deliver those that are pending (see ``block_in_children``).
 
-    SLURM sends the preemption signal to every process of a step, a closing terminal SIGHUP to every one in its foreground, helpers of libraries included,
-    which they would kill: children get both blocked.
+    SLURM sends the preemption signal to every process of a step, and a closing terminal sends SIGHUP to every process in its foreground. Both would kill
+    helper processes of libraries, so children start with these two signals blocked.
     """
-    flag = StopFlag() if flag is None else flag  # one that is not set is false
+    flag = StopFlag() if flag is None else flag  # not "flag or ...": a flag that is not set is false
     for number in STOP_SIGNALS:
         signal.signal(number, flag.handle)
     _hear_for_children((PREEMPTION_SIGNAL, signal.SIGHUP))
@@ -159,22 +162,22 @@ def install(flag: StopFlag | None = None) -> StopFlag:
 def block_in_children() -> None:
     """Block all stop signals in this (the main) thread, so that children start with them blocked, while this process still hears them.
 
-    The mask of the spawning thread is inherited through exec: a signal that arrives before a child has its handler stays pending until
-    ``install`` unblocks it.
+    The signal mask of the spawning thread is inherited through exec: a signal that arrives before a child has installed its handler stays pending until the
+    child's ``install`` unblocks it.
     """
     _hear_for_children(STOP_SIGNALS)
 
 
 def _hear_for_children(numbers: Sequence[signal.Signals]) -> None:
-    """Block signals in the main thread, whose mask children inherit. A helper thread keeps them deliverable here; Python runs handlers in the main
-    thread whichever thread receives."""
+    """Block signals in the main thread, whose mask children inherit, and keep a helper thread that still receives them. Python runs handlers in the main
+    thread, whichever thread receives the signal."""
     _listener(tuple(numbers))
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 @cache
 def _listener(numbers: tuple[signal.Signals, ...]) -> threading.Thread:
-    """The thread in which these signals are never blocked: one for a process, however often its ranks are started."""
+    """The thread in which these signals are never blocked: one in a process, however often its ranks are started."""
     ready = threading.Event()
 
     def listen() -> None:
@@ -192,7 +195,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when the parent ends, so that ``kill -9`` of a launcher leaves no rank behind.
 
     Args:
-        parent: its number, by which one that ended before this call is noticed; LAUNCHER_PID by default.
+        parent: its process id, to notice a parent that ended before this call; LAUNCHER_PID by default.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     expected = parent or environment.whole("LAUNCHER_PID", 0)

@@ -1,4 +1,4 @@
-"""SLURM: the scripts in infra/slurm/ filled in on sbatch's command line, and submitted once. No torch."""
+"""SLURM: submits the scripts in infra/slurm/, with options on sbatch's command line, and never the same job twice. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infra.repository import REPOSITORY
 
 SITE = REPOSITORY / "infra" / "slurm" / "site.env"
 _EXPORTED = ("PATH", "HOME", "USER", "LANG", "TMPDIR")
-"""What a job needs of the shell that submits it, besides what is ours and the storage's."""
+"""Variables that a job needs from the shell that submits it, besides our own and the storage's."""
 _PASSED = ("LAUNCHER_", "S3_", "AWS_", "HTTP", "NO_PROXY", "http", "no_proxy")
 _TEST_S = 30.0
 _WAITS = ("--dependency=", "--kill-on-invalid-dep=")
@@ -30,14 +30,14 @@ class Queued:
 
     job: str
     state: str
-    """As squeue says it: PENDING, RUNNING ..., and for one that waits the reason."""
+    """As squeue prints it: PENDING, RUNNING ..., followed by the reason if the job waits."""
 
 
 def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
-    """The sbatch command of a job; options here win over the script's own ``#SBATCH`` lines.
+    """The sbatch command of a job; its options override the script's own ``#SBATCH`` lines.
 
     Args:
-        after: ids of jobs that must end well before it starts.
+        after: ids of jobs that must succeed before this one starts.
 
     Raises:
         ConfigError: the time limit leaves no time before the signal that ends the job.
@@ -72,17 +72,17 @@ def output(spec: JobSpec) -> str:
 
 
 def logs(spec: JobSpec) -> Path:
-    """Folder of the jobs' output: in the run folder, by the same name; or below the repository for a run on s3."""
+    """Folder of the jobs' output: ``logs`` in the run folder; for a run on a remote storage, ``logs`` in the repository."""
     return REPOSITORY / "logs" if storage.is_remote(spec.run_url) else storage.local_path(spec.run_url) / "logs"
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
-    """What the job needs besides its arguments."""
+    """Environment variables that the job needs besides its arguments."""
     return {"LAUNCHER_HOME": str(REPOSITORY), "LAUNCHER_RETRIES": str(spec.cluster.retries)}
 
 
 def shown(spec: JobSpec, after: Sequence[str] = ()) -> str:
-    """The command as one would type it, the script that it submits, and where there is a SLURM what it says to that (``sbatch --test-only``)."""
+    """For ``--dry-run``: the command as one would type it, the script that it submits, and, where SLURM is installed, the answer of ``sbatch --test-only``."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(spec).items())
     command = sbatch(spec, after)
     words = f"set -a; . {shlex.quote(str(SITE))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
@@ -92,7 +92,7 @@ def shown(spec: JobSpec, after: Sequence[str] = ()) -> str:
 def _tested(spec: JobSpec) -> str:
     if shutil.which("sbatch") is None:
         return ""
-    command = sbatch(spec)  # what it waits for has no number yet
+    command = sbatch(spec)  # without dependencies: the jobs that it would wait for have no ids yet
     try:
         done = _site(["sbatch", "--test-only", *_exports(), *command[1:]], spec, _TEST_S)
     except subprocess.TimeoutExpired:
@@ -102,10 +102,10 @@ def _tested(spec: JobSpec) -> str:
 
 
 def queued(spec: JobSpec) -> Queued | None:
-    """The job of this stage and run folder that is in the queue, if there is one.
+    """The queued or running job of this stage and run folder, if there is one.
 
     Raises:
-        ConfigError: SLURM's commands are not here.
+        ConfigError: SLURM's commands are not installed.
         LostPeerError: the controller does not answer.
     """
     lines = _run(["squeue", "--noheader", "--me", f"--name={spec.name}", "--format=%F %T %r"], spec, LostPeerError).splitlines()
@@ -117,16 +117,17 @@ def queued(spec: JobSpec) -> Queued | None:
 
 
 def submit(spec: JobSpec, record_url: str, after: Sequence[str] = ()) -> tuple[str, str]:
-    """Submit a job unless it is in the queue already, and note its id in the run folder.
+    """Submit a job unless it is in the queue already, and store its id in the run folder.
 
     Args:
-        record_url: where the id is kept, and what was asked for.
+        record_url: the file that keeps the id and the options of the submission.
+        after: ids of jobs that must succeed before this one starts.
 
     Returns:
-        Its id, and how it stands if it was in the queue; '' if it was submitted now.
+        The job's id, and its state if it was in the queue already; '' if it was submitted now.
 
     Raises:
-        ConfigError: sbatch is not here or refuses, or the job in the queue asks for other things than this one would.
+        ConfigError: sbatch is not installed or refuses, or the job in the queue was submitted with other options.
         LostPeerError: the controller does not answer.
     """
     command = sbatch(spec, after)
@@ -146,7 +147,7 @@ def submit(spec: JobSpec, record_url: str, after: Sequence[str] = ()) -> tuple[s
 def _refuse_other_values(spec: JobSpec, there: Queued, record_url: str, asked: list[str]) -> None:
     known = stored.read_if_there(record_url, run_records.Submitted)
     if known is None or known["job"] != there.job:
-        return  # submitted by hand: nobody knows with what
+        return  # submitted by hand: its options are not known
     gone, new = ([word for word in one if word not in other] for one, other in ((known["asked"], asked), (asked, known["asked"])))
     if gone or new:
         raise ConfigError(
@@ -156,7 +157,7 @@ def _refuse_other_values(spec: JobSpec, there: Queued, record_url: str, asked: l
 
 
 def _exports() -> list[str]:
-    """Where a site keeps the environment of the login node from jobs (SBATCH_EXPORT), what jobs need of it all the same."""
+    """The --export option for sites that do not pass the login node's environment to jobs (SBATCH_EXPORT): it lists the variables that jobs need."""
     asked = subprocess.run(
         ["bash", "-c", f'set -a; . {shlex.quote(str(SITE))}; printf %s "$SBATCH_EXPORT"'], capture_output=True, text=True, check=False
     ).stdout

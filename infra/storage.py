@@ -1,9 +1,9 @@
 """Files and objects by URL: local paths (also ``file:///path``), ``s3://bucket/key``, ``gs://`` and ``az://`` behind the same functions.
 
-Whatever is written appears whole or not at all; readers never see a half-written file. Large files travel in parts, broken transfers are
-repeated. ``S3_ENDPOINT_URL`` names an S3 server other than AWS; credentials come by boto3's usual ways (``AWS_ACCESS_KEY_ID`` and
-``AWS_SECRET_ACCESS_KEY``, profiles, instance roles). Every function raises DataError for what is missing or broken, and ConfigError for an
-unwritable place, a missing bucket, refused credentials or an unknown scheme.
+A file that is written appears whole or not at all; readers never see a half-written one. Large files are transferred in parts, and broken transfers are
+retried. ``S3_ENDPOINT_URL`` names an S3 server other than AWS; credentials are found in boto3's usual ways (``AWS_ACCESS_KEY_ID`` and
+``AWS_SECRET_ACCESS_KEY``, profiles, instance roles). Every function raises DataError for a missing or damaged file, and ConfigError for an unwritable place,
+a missing bucket, refused credentials or an unknown scheme.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ STREAM_BUFFER = 1 << 18
 
 
 def is_remote(url: str) -> bool:
-    """Whether ``url`` is an object of a store (True) or a local path (False).
+    """Whether ``url`` names an object of a remote store (True) or a local path (False).
 
     Raises:
-        ConfigError: another scheme, or a URL with a password in it.
+        ConfigError: the scheme is unknown, or the URL contains a password.
     """
     scheme, separator, _ = url.partition("://")
     if separator and shown.holds_password(url):
@@ -68,7 +68,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same place, whatever the working directory is."""
+    """The URL with a local path made absolute, so that it does not depend on the working directory."""
     return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
@@ -76,7 +76,7 @@ def read_bytes(url: str) -> bytes:
     """The whole file or object.
 
     Raises:
-        DataError: it is missing or cannot be read, also after retries.
+        DataError: it is missing or cannot be read, even after retries.
     """
     if is_remote(url):
         return store(url).read(url)
@@ -85,13 +85,13 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_at_most(url: str, most: int) -> bytes:
-    """The whole file or object; a DataError, and nothing of it read, if it is larger than ``most`` bytes or no regular file."""
+    """The whole file or object; a DataError if it is larger than ``most`` bytes or not a regular file."""
     if is_remote(url):
         return store(url).read(url, most)
     with open_stream(url) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise DataError(f"{url}: larger than {most:,} bytes, which no such file is; it is damaged, or not ours.")
+        raise DataError(f"{url}: larger than {most:,} bytes, but such files are never that large; it is damaged, or was not written by this project.")
     return data
 
 
@@ -99,7 +99,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
     """``size`` bytes of a file or object, from byte ``start`` on.
 
     Raises:
-        DataError: it is missing, cannot be read, or ends before.
+        DataError: it is missing, cannot be read, or is too short.
     """
     if is_remote(url):
         data = store(url).read_range(url, start, size)
@@ -125,16 +125,16 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> Any:
-    """The parsed JSON file: plain values, and none that our writers do not write (``infra/strict_json.py``).
+    """The value of a JSON file; JSON that our writers never produce is refused (``infra/strict_json.py``).
 
     Raises:
-        DataError: as read_text, or it is not JSON.
+        DataError: as read_text, or the file is not valid JSON.
     """
     return parse_json(url, read_at_most(url, strict_json.MAX_BYTES))
 
 
 def parse_json(url: str, data: bytes) -> Any:
-    """The same of what was read already."""
+    """``read_json`` for a file whose content was read already."""
     try:
         return strict_json.loads(data.decode())
     except ValueError as error:
@@ -152,7 +152,7 @@ def size(url: str) -> int:
 
 
 def stat(url: str) -> FileInfo:
-    """Size of a file or object, and what changes with its content: size and modification time, or size and ETag.
+    """Size and version of a file or object. The version changes with the content: it is made of size and modification time, or size and ETag.
 
     Raises:
         MissingError: there is no such file.
@@ -175,13 +175,13 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
 
     Args:
         url: what to list.
-        roots: real paths of the local folders that links in a local folder may lead to; empty: any.
+        roots: real paths of the folders that links in a local folder may lead to; empty: links may lead anywhere.
 
     Returns:
-        The folder to which names are relative, and the files in a stable order; none if there is nothing.
+        The folder to which names are relative, and the files in a stable order (none if nothing matches).
 
     Raises:
-        DataError: a folder cannot be read (while listing, too).
+        DataError: a folder cannot be read; may also be raised while the files are iterated.
     """
     found = None
     if not url.endswith("/"):
@@ -222,11 +222,11 @@ def _remote_walk(place: str) -> Iterator[FileInfo]:
 
 @contextmanager
 def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
-    """A file or object open for reading from byte ``start`` on, in order. What breaks off on the network goes on where it broke.
+    """A file or object, open for sequential reading from byte ``start`` on. A transfer that breaks off continues at that byte.
 
     Raises:
         MissingError: there is no such file.
-        DataError: it is not a regular file, or cannot be read (while reading, too), also after retries.
+        DataError: it is not a regular file, or cannot be read even after retries; may also be raised while reading.
     """
     if is_remote(url):
         with io.BufferedReader(store(url).ObjectStream(url, start), STREAM_BUFFER) as stream:
@@ -235,7 +235,7 @@ def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
     path = local_path(url)
     with files.read_errors(url):
         if path.exists() and not path.is_file():
-            raise DataError(f"{url}: not a regular file.")  # a pipe would block for ever, a device never end
+            raise DataError(f"{url}: not a regular file.")  # a pipe may block for ever, and a device may have no end
         with path.open("rb", buffering=STREAM_BUFFER) as file:
             file.seek(start)
             yield file
@@ -243,7 +243,7 @@ def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_seekable(url: str) -> Iterator[BinaryIO]:
-    """A file or object open for reading at any place; remote ones are fetched in the pieces that are asked for, unbuffered.
+    """A file or object, open for reading at any position. Of a remote object, every read fetches exactly the requested bytes, without a buffer.
 
     Raises:
         MissingError, DataError: as open_stream.
@@ -256,7 +256,7 @@ def open_seekable(url: str) -> Iterator[BinaryIO]:
 
 
 def modified(url: str) -> float:
-    """When a file or object was last written, by the clock of its storage: seconds since 1970. A DataError if it is missing."""
+    """When a file or object was last written: seconds since 1970, by the storage's clock. A DataError if it is missing."""
     if not is_remote(url):
         with files.read_errors(url):
             return local_path(url).stat().st_mtime
@@ -267,18 +267,19 @@ def modified(url: str) -> float:
 
 
 def list_files(url: str) -> list[str]:
-    """Names of all files below a folder or prefix, relative to it, sorted; temporary files are left out. A missing folder has none."""
+    """Names of all files below a folder or prefix, relative to it, sorted, without temporary files; none if the folder is missing."""
     names = store(url).list_names(url) if is_remote(url) else files.list_names(local_path(url))
     return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(TEMPORARY))
 
 
 def list_level(url: str) -> list[str]:
-    """Names in a folder, of folders with a slash, sorted; what lies deeper costs no request. Temporary files are left out; a missing folder has none."""
+    """Names directly in a folder, sorted, those of folders with a slash at the end; what lies deeper is not listed. Temporary files are left out; a missing
+    folder has no names."""
     return sorted(found.name for found in (_remote_level if is_remote(url) else _local_level)(url, "") if not found.name.startswith(TEMPORARY))
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a file or object; it appears whole or not at all, and missing folders are made.
+    """Write a file or object; it appears whole or not at all. Missing folders are made.
 
     Raises:
         ConfigError: the place is not writable (folder, bucket or credentials).
@@ -301,19 +302,19 @@ def write_json(url: str, value: Any) -> None:
 
 
 def create_once(url: str, data: bytes) -> bool:
-    """Create a file or object that must not exist yet: of any number of racing callers exactly one gets True, and its data stay. See write_bytes."""
+    """Create a file or object that must not exist yet: of any number of racing callers exactly one gets True, and its data are kept. See write_bytes."""
     return store(url).create_once(url, data) if is_remote(url) else files.create_once(local_path(url), data)
 
 
 def check_writable(url: str) -> None:
-    """Write and delete a probe below a folder or prefix; a missing folder is made. A ConfigError says why that cannot be."""
+    """Write and delete a test file below a folder or prefix; a missing folder is made. A ConfigError says why it is not possible."""
     probe = join(url, f"{TEMPORARY}probe-{secrets.token_hex(8)}")
     write_bytes(probe, b"")
     delete(probe)
 
 
 def delete(url: str) -> None:
-    """Delete a file or object; a missing one is fine. A ConfigError: it may not be deleted, or is a folder (see delete_prefix)."""
+    """Delete a file or object; it may be missing. A ConfigError if it cannot be deleted, or is a folder (see delete_prefix)."""
     if is_remote(url):
         store(url).delete(url)
         return
@@ -322,10 +323,10 @@ def delete(url: str) -> None:
 
 
 def delete_prefix(url: str) -> None:
-    """Delete everything below a folder or prefix, temporary files too; nothing there is fine. Not atomic: delete a marker first.
+    """Delete everything below a folder or prefix, including temporary files; there may be nothing. Not atomic: delete the marker that makes it valid first.
 
     Raises:
-        ConfigError: it may not be deleted, or is a whole bucket or file system.
+        ConfigError: it cannot be deleted, or is a whole bucket or file system.
     """
     whole = not store(url).bucket_and_key(url)[1] if is_remote(url) else local_path(url).resolve() == Path("/")
     if whole:
@@ -337,7 +338,7 @@ def delete_prefix(url: str) -> None:
 
 
 def upload_file(local: Path, url: str) -> None:
-    """Copy a local file to a URL; large ones travel in parts, and the object appears when all have arrived.
+    """Copy a local file to a URL. A large file is sent in parts, and the object appears once all have arrived.
 
     Raises:
         DataError, ConfigError: the local file is missing, or the server cannot be reached; the place is not writable.
@@ -353,15 +354,15 @@ def upload_file(local: Path, url: str) -> None:
 
 
 def download_file(url: str, local: Path, sha256: str = "") -> None:
-    """Copy a file or object to a local path; it appears there when it is complete.
+    """Copy a file or object to a local path, where it appears once it is complete.
 
     Args:
         url: what to copy.
         local: path to write; missing folders are made.
-        sha256: expected hash. Large objects come in ranges, which S3 does not check: give the hash wherever one is known.
+        sha256: expected hash. Large objects are fetched in ranges, which S3 does not verify: give the hash whenever it is known.
 
     Raises:
-        DataError: it is missing, cannot be read after retries, or its hash is another.
+        DataError: it is missing, cannot be read after retries, or has another hash.
         ConfigError: ``local`` is not writable.
     """
     if is_remote(url):
@@ -374,7 +375,7 @@ def download_file(url: str, local: Path, sha256: str = "") -> None:
 
 
 def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
-    """Copy all files below a local folder (temporary ones left out), those named in ``last``, which must be there, after all others; returns the names."""
+    """Copy all files below a local folder, except temporary ones, and return their names. Files named in ``last`` must exist and are copied after all others."""
     names = list_files(str(local))
     missing = sorted(set(last) - set(names))
     if missing:
@@ -386,7 +387,7 @@ def upload_folder(local: Path, url: str, last: Sequence[str] = ()) -> list[str]:
 
 
 def download_folder(url: str, local: Path) -> list[str]:
-    """Copy all files below a folder or prefix to a local folder; returns their names. See download_file; an object's name may lead nowhere else."""
+    """Copy all files below a folder or prefix to a local folder and return their names; see download_file. A name that leads out of the folder is refused."""
     names = list_files(url)
     if outside := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
         raise DataError(f"{url}: the object {outside[0]!r} leads out of it; rename or delete it.")

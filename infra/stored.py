@@ -1,7 +1,7 @@
-"""JSON files of ours that are read back, each checked against one description of its fields: a file that anybody may have changed is data, not state.
+"""Reads back our JSON files and checks each against a description of its fields, because anybody may have changed the file.
 
-A description is a ``Stored`` model. What passes comes back as the plain dictionary that was in the file, so that what it is equal to and what its digest is
-stay the file's own; what does not is a DataError that names the file, the field, what was found there and what to do.
+A description is a ``Stored`` model. A valid file is returned as the plain dictionary that it holds, so that comparisons and digests are those of the file
+itself. An invalid one is a DataError that names the file, the field, what was found there and what to do.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from infra import shown, storage
 from infra.errors import DataError, ExitCode, MissingError
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-"""Of records, bytes or updates."""
+"""A number of records, bytes or updates."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
 """A time or a duration."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
-"""A figure."""
+"""Any finite number."""
 
 
 def _exit_code(code: int) -> int:
@@ -31,20 +31,20 @@ Code = Annotated[int, AfterValidator(_exit_code)]
 
 
 class Stored(BaseModel):
-    """Base of the descriptions: strict types; fields that are not named may hold anything."""
+    """Base of the descriptions: types are strict; fields that a description does not name are allowed, with any value."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
 class Identified(Stored):
-    """A manifest or description of anything that has a content hash."""
+    """A manifest of anything that has a content hash."""
 
     content_hash: Annotated[str, Field(min_length=1, max_length=200)]
     parents: dict[str, str] = Field(default_factory=dict)
 
 
 def content_hash(url: str) -> str:
-    """The content hash in a manifest or description; 'none' where there is no such file.
+    """The content hash in a manifest; 'none' if there is no such file.
 
     Raises:
         DataError: it is damaged.
@@ -62,7 +62,7 @@ def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
         remedy: what to do if it is damaged.
 
     Raises:
-        DataError: it is missing, no JSON, or not of this description.
+        DataError: it is missing, not JSON, or does not match the description.
     """
     found: dict[str, Any] = storage.read_json(url)
     check(found, model, url, remedy)
@@ -70,7 +70,7 @@ def read(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any]:
 
 
 def read_if_there(url: str, model: type[Stored], remedy: str = "") -> dict[str, Any] | None:
-    """The same, or None where there is no such file: one request, and none that only asks whether it is there."""
+    """As ``read``, but None if there is no such file. It costs one request, none of which only asks whether the file exists."""
     try:
         return read(url, model, remedy)
     except MissingError:
@@ -78,7 +78,7 @@ def read_if_there(url: str, model: type[Stored], remedy: str = "") -> dict[str, 
 
 
 def read_list(url: str, model: type[Stored], remedy: str = "") -> list[dict[str, Any]]:
-    """A stored list, each of whose entries is checked; see ``read``."""
+    """A stored list; each entry is checked against the description, see ``read``."""
     found = storage.read_json(url)
     check_list(found, model, url, remedy)
     return list(found)
@@ -96,10 +96,10 @@ def check_list(found: Any, model: type[Stored], place: str, remedy: str = "") ->
 
 
 def check(found: Any, model: type[Stored], place: str, remedy: str = "") -> None:
-    """Check what was read already.
+    """Check a value that was read already.
 
     Raises:
-        DataError: it is not of this description; ``place`` names the file.
+        DataError: it does not match the description; ``place`` names the file in the message.
     """
     try:
         model.model_validate(found)

@@ -1,4 +1,4 @@
-"""An object written from pieces that are made one after another: on S3 no copy on a disk, and in memory no more than the parts on their way."""
+"""Uploads of objects whose content is produced piece by piece. On S3 this needs no copy on disk, and in memory only the parts that are being sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from infra import objects, s3
 
 
 class Pieces(io.RawIOBase):
-    """Reads an iterator of pieces as one file. Not seekable, so boto3 takes a part at a time into memory, and sends it again from there if it must."""
+    """A file that reads from an iterator of pieces. It is not seekable, so boto3 copies one part at a time into memory, from where it can send it again."""
 
     def __init__(self, pieces: Iterator[bytes | memoryview]) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Pieces(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As of RawIOBase."""
+        """See RawIOBase."""
         while not self._rest:
             piece = next(self._pieces, None)
             if piece is None:
@@ -33,6 +33,6 @@ class Pieces(io.RawIOBase):
 
 
 def upload(pieces: Iterator[bytes | memoryview], size: int, url: str) -> None:
-    """Put an object of ``size`` bytes; it appears when all of it has arrived. What the iterator raises ends the upload and comes out here."""
+    """Write an object of ``size`` bytes; it appears once all of it has arrived. An exception from the iterator ends the upload and is raised here."""
     with io.BufferedReader(Pieces(pieces), s3.PART_BYTES) as source:
         objects.store(url).upload(source, url, size)

@@ -1,7 +1,7 @@
-"""JSON that is read back: whatever the bytes, the outcome is plain values or a ValueError, in time and memory that the size bounds.
+"""A strict JSON parser for files that are read back: any input gives plain values or a ValueError, in time and memory proportional to its size.
 
-Python's own parser takes what no file of ours holds and what trips its readers: numbers that are not finite, integers without end, a key twice (of which
-the last wins in silence), lists in lists until the recursion ends the process.
+Python's own parser accepts input that our files never hold and that would break their readers: NaN and infinities, integers of any length, repeated keys
+(the last one wins silently), and nesting so deep that the recursion ends the process.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import math
 from typing import Any
 
 MAX_BYTES = 512 << 20
-"""Largest file that is parsed: the index of 250 million images has a tenth of it."""
+"""Largest file that is parsed; the index of 250 million images takes a tenth of it."""
 MAX_DEPTH = 64
-"""Objects and lists inside each other. Our files have at most ten."""
-_MOST_DIGITS = 60  # such numbers do no harm where they are only compared; whoever counts with them says how large they may be
+"""Most levels of nested objects and lists. Our files have at most ten."""
+_MOST_DIGITS = 60  # long enough for any file; descriptions of fields (infra/stored.py) set tighter bounds
 
 
 def loads(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: no JSON, or JSON that no writer of ours makes; the message says what is wrong.
+        ValueError: the text is not JSON, or is JSON that our writers never produce; the message says what is wrong.
     """
     try:
         found = _STRICT.decode(text)
     except RecursionError:
-        raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other") from None
+        raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     _check_depth(found)
     return found
 
 
 def loads_record(text: str) -> Any:
-    """The value of a small JSON text of a record, on the way to training: as ``loads``, but a repeated key and a deep nest that parses are let through.
+    """The value of a small JSON text in a record that is read during training: a faster ``loads`` that accepts repeated keys and deep nesting.
 
     Raises:
-        ValueError: no JSON, or numbers that are not finite.
+        ValueError: the text is not JSON, or holds a number that is not finite.
     """
     try:
         return _FAST.decode(text)
     except RecursionError:
-        raise ValueError("objects and lists lie too deep in each other") from None
+        raise ValueError("objects and lists are nested too deeply") from None
 
 
 def _check_depth(value: Any) -> None:
@@ -55,7 +55,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"objects and lists lie more than {MAX_DEPTH} deep in each other")
+    raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:80]!r} stands twice in one object")
+        raise ValueError(f"key {twice[:80]!r} occurs twice in one object")
     return found
 
 
@@ -81,7 +81,7 @@ def _number(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)

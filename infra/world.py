@@ -1,4 +1,4 @@
-"""Who this process is among its peers: the only reader of RANK and its relatives."""
+"""This process's place among the ranks, and this launcher's share of a stage. The only reader of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class World:
-    """Place of a process in its group."""
+    """A process's place among the ranks of its launcher's job."""
 
     rank: int
     size: int
@@ -28,10 +28,10 @@ class World:
 
     @classmethod
     def from_env(cls) -> "World":
-        """Read the variables that the launcher's agent (or torchrun) sets; a missing one is an error, never rank 0.
+        """Read the variables that the launcher's agent (or torchrun) sets. A missing one is an error; it never means rank 0.
 
         Raises:
-            ConfigError: a variable is missing or is no integer.
+            ConfigError: a variable is missing or not an integer.
         """
         try:
             rank, size, local_rank, local_size = (environment.whole(name) for name in _NAMES)
@@ -42,7 +42,7 @@ class World:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of a stage's work this launcher does, where independent launchers divide it: a SLURM array, a Kubernetes Indexed Job, or by hand."""
+    """The part of a stage's work that this launcher does, where independent launchers divide it: a SLURM array, a Kubernetes Indexed Job, or by hand."""
 
     index: int = 0
     count: int = 1
@@ -63,10 +63,11 @@ class Share:
 
     @classmethod
     def from_env(cls) -> "Share":
-        """LAUNCHER_SHARE, as ``--share`` and our job scripts set it; all of the work where nothing is set.
+        """Read LAUNCHER_SHARE, which ``--share`` and our job scripts set; all of the work if it is not set.
 
         Raises:
-            ConfigError: no share; or this is a task of an array or a pod of an Indexed Job, and nobody says whether it divides the work or sweeps over runs.
+            ConfigError: the value is not a share; or it is not set in a task of an array or a pod of an Indexed Job, where it is unclear whether the tasks
+                divide one run or each do a run of their own.
         """
         given = environment.text("LAUNCHER_SHARE")
         if given:
@@ -81,14 +82,14 @@ class Share:
         if not index:
             return cls()
         raise ConfigError(
-            f"this is {what}, and nothing says what that means for the work: give --share {divided} (LAUNCHER_SHARE) where the tasks divide one run, "
-            "or --share 0/1 where each does all of a run of its own."
+            f"this is {what}, but it is not known how its tasks divide the work: give --share {divided} (LAUNCHER_SHARE) if the tasks divide one run, "
+            "or --share 0/1 if each does all the work of a run of its own."
         )
 
     def of(self, world: World) -> World:
-        """The process's place among the ranks of all launchers, for dividing work."""
+        """The place of a process among the ranks of all launchers, by which work is divided."""
         return World(self.index * world.size + world.rank, self.count * world.size, world.local_rank, world.local_size)
 
     def label(self, stage: str) -> str:
-        """Name of the stage's share, for locks and records of attempts."""
+        """Name of this share of a stage, for locks and records of attempts."""
         return stage if self.count == 1 else f"{stage}.{self.index}-of-{self.count}"

@@ -19,7 +19,7 @@ from model.offsets import MaskRules, lines_before, mask_kind
 
 
 class Attend(Protocol):
-    """What a resblock asks of an engine."""
+    """An attention engine, as a resblock calls it. Every engine computes the same, up to rounding."""
 
     def __call__(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
         """Softmax attention under the mask of ``kind``; scores are scaled by 1/sqrt(K)."""
@@ -39,17 +39,17 @@ class DenseAttention(nn.Module):
 
 
 class StructuredAttention(nn.Module):
-    """The engine for CPUs: every line of the image (a row, or a column of a column mask) meets the text and a few lines only.
+    """The engine for CPUs: each line of the image (a row, or for a column mask a column) attends to the text and to a few lines only.
 
-    A line's queries see the keys of its own line and of the lines before it that the mask reaches, so scores are
-    [L, X, T + W] in place of [S, S]. Equal to DenseAttention up to rounding; the masks are cut out of its masks.
+    The queries of a line see the keys of the line itself and of those lines before it that the mask reaches, so the scores have shape [L, X, T + W] instead of
+    [S, S]. Equal to DenseAttention up to rounding; its masks are parts of the dense masks.
     """
 
     def __init__(self, cfg: TransformerConfig, shape: StreamShape) -> None:
         super().__init__()
         self.text_tokens, self.grid = shape.text_tokens, shape.grid
         self.lines_before: dict[str, int] = {}
-        # Explicit softmax: at these sizes it is several times as fast as the CPU's flash kernel, whose blocks are larger than a line.
+        # The softmax is explicit: at these sizes it is several times as fast as the CPU's flash kernel, whose blocks are larger than a line.
         self.bias_text: Tensor
         self.register_buffer("bias_text", torch.full((shape.text_tokens, shape.text_tokens), float("-inf")).triu(1), persistent=False)
         for kind in sorted(set(layer_kinds(cfg.layers))):
@@ -59,7 +59,7 @@ class StructuredAttention(nn.Module):
             )
             if mask_kind(kind).is_transposed:
                 mask_YXYX = mask_YXYX.permute(1, 0, 3, 2)
-            # Windows of keys, as _windows makes them: the first lines have windows that begin before the image.
+            # Windows of keys as in _windows; those of the first lines begin before the image, hence the padding.
             padded = F.pad(mask_YXYX, (0, 0, before, 0))
             window_LXW = torch.stack([padded[line, :, line : line + before + 1].flatten(1) for line in range(shape.grid)])
             self.lines_before[kind] = before
@@ -68,7 +68,7 @@ class StructuredAttention(nn.Module):
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
         text = self.text_tokens
         q_BHSK = q_BHSK * q_BHSK.shape[-1] ** -0.5
-        # split, not slices: its backward pass is one concatenation.
+        # split instead of slices, because its backward pass is a single concatenation.
         (q_BHTK, q_BHIK), (k_BHTK, k_BHIK), (v_BHTK, v_BHIK) = (t.split([text, self.grid**2], dim=2) for t in (q_BHSK, k_BHSK, v_BHSK))
         out_BHTK = (q_BHTK @ k_BHTK.transpose(-1, -2) + self.bias_text.to(q_BHSK.dtype)).softmax(-1) @ v_BHTK
         q_BHLXK = self._lines(q_BHIK, kind)

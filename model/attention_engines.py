@@ -1,4 +1,4 @@
-"""Attention engines by name. The choice is the caller's (train/machine/attention_choice.py): nothing here looks at the machine but to say what cannot run."""
+"""Attention engines by name, and which of them a device can run. The caller chooses (train/machine/attention_choice.py)."""
 
 import importlib.util
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ EngineName = Literal["dense", "flex", "structured"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 _LEAST_HEAD_FLEX = 16
-"""Triton's matrix products need 16 columns."""
+"""Smallest width of a head: Triton's matrix products need 16 columns."""
 
 
 def why_unavailable(name: EngineName, device: torch.device, cfg: TransformerConfig) -> str | None:
@@ -36,20 +36,20 @@ def why_unavailable(name: EngineName, device: torch.device, cfg: TransformerConf
 
 
 def make_engine(name: EngineName, cfg: TransformerConfig, shape: StreamShape, device: torch.device) -> nn.Module:
-    """An engine: ``engine(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK``, equal to every other up to rounding.
+    """Make an engine: ``engine(q_BHSK, k_BHSK, v_BHSK, kind) -> out_BHSK``. All engines compute the same, up to rounding.
 
     Args:
-        name: 'dense' (SDPA under the whole mask: the reference), 'structured' (short lines: CPUs) or 'flex' (block masks: GPUs).
+        name: 'dense' (SDPA under the whole mask, the reference), 'structured' (short lines, for CPUs) or 'flex' (block masks, for GPUs).
         device: where it will run.
 
     Raises:
-        ValueError: an unknown engine, or one that cannot train on the device, with the reason.
+        ValueError: the engine is unknown, or cannot train on the device; the message says why.
     """
     reason = why_unavailable(name, device, cfg)
     if reason is not None:
         raise ValueError(f"attention = '{name}': {reason}; accepted here: {', '.join(e for e in ENGINES if not why_unavailable(e, device, cfg))}")
     if name == "flex":
-        from model.flex import FlexAttention  # its compiler takes seconds to import
+        from model.flex import FlexAttention  # imported here, because its compiler takes seconds to import
 
         return FlexAttention(cfg, shape)
     return DenseAttention(cfg, shape) if name == "dense" else StructuredAttention(cfg, shape)

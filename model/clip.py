@@ -17,7 +17,7 @@ _FIRST_LOG_SCALE = math.log(1 / 0.07)
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and MLP; all positions see all positions that ``mask`` allows."""
+    """Pre-norm self-attention and MLP; every position attends to all positions that ``mask`` allows."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class Block(nn.Module):
 
 
 class Clip(nn.Module):
-    """An image tower on patches and a text tower without causality, both mean-pooled, into one embedding."""
+    """An image tower on patches, and a text tower without a causal mask; both are mean-pooled and projected into one embedding space."""
 
     def __init__(self, cfg: ClipConfig, image_size: int, text_tokens: int, text_vocab: int) -> None:
         """Build and initialise.
 
         Raises:
-            ValueError: patches do not tile the image.
+            ValueError: the image size is not a multiple of the patch size.
         """
         super().__init__()
         if image_size % cfg.patch:
@@ -82,7 +82,7 @@ class Clip(nn.Module):
         return F.normalize(self.image_head(self.image_norm(x_BGD.mean(1))), dim=1)
 
     def encode_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Text ids int64 [B, T] with caption lengths int64 [B] to unit vectors fp32 [B, E]; what lies beyond a length has no effect.
+        """Text ids int64 [B, T] with caption lengths int64 [B] to unit vectors fp32 [B, E]; ids beyond a caption's length have no effect.
 
         Raises:
             ValueError: texts of another shape.
@@ -92,7 +92,7 @@ class Clip(nn.Module):
                 f"text has shape {tuple(text_BT.shape)} with lengths {tuple(lengths_B.shape)}: "
                 f"expected [B, {self.text_tokens}] (tokenizer.max_tokens) and [B]"
             )
-        # An empty caption still has one state to pool: its first slot.
+        # An empty caption needs at least one state to pool: its first slot.
         slot_T = torch.arange(self.text_tokens, device=text_BT.device)
         is_token_BT = slot_T < lengths_B.clamp(min=1)[:, None]
         x_BTD = self.tokens(text_BT.where(slot_T < lengths_B[:, None], 0)) + self.token_positions
@@ -108,6 +108,6 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def limit_scale(self) -> None:
-        """Keep the scale at 100 or below: to be called after each update. A clamp inside ``scale`` would have no gradient beyond its limit, and a scale
-        that once passed it could never come back."""
+        """Keep the scale at or below 100; to be called after each update. A clamp inside ``scale`` would have no gradient beyond the limit, so a scale that has
+        exceeded it could never return."""
         self.log_scale.clamp_(max=_MAX_LOG_SCALE)

@@ -1,6 +1,6 @@
-"""Shapes of the networks. Plain frozen dataclasses: no torch, no pydantic, so that a GPU machine with torch alone can use them.
+"""Shapes of the networks, as plain frozen dataclasses without torch and pydantic, so that they can be used where only torch is installed.
 
-Pydantic validates them strictly where they are sections of the run configuration (``__pydantic_config__``).
+As sections of the run configuration they are validated strictly by pydantic (``__pydantic_config__``).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class DVAEConfig:
     __pydantic_config__ = _STRICT
 
     image_size: int = 256
-    """Height and width of an image in pixels. The one home of the image size."""
+    """Height and width of an image in pixels. The image size is set here only."""
     downsample: int = 8
     """Pixels per code along each axis: 2, 4, 8 or 16. The code grid is image_size / downsample."""
     groups: int = 4
@@ -37,7 +37,7 @@ class DVAEConfig:
     vocab: int = 8192
     """Number of codes."""
     pool: Literal["max", "average"] = "max"
-    """How the encoder's groups halve the picture; 'max' gave the better ELB (paper A.1)."""
+    """How the encoder's groups halve the picture: 'max' gave the better ELB (paper A.1)."""
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")
@@ -74,16 +74,16 @@ class TransformerConfig:
     conv_kernel: int = 11
     """Kernel of the convolutional mask of the last layer; odd."""
     conv_offsets: Literal["figure", "causal"] = "figure"
-    """'figure': the rule fitted to Figure 11(d), 66 offsets at 11x11 on 32x32; 'causal': the plain causal half, 61."""
+    """'figure': the rule fitted to Figure 11(d), with 66 offsets for 11x11 on 32x32; 'causal': the plain causal half of the kernel, with 61."""
     attention: Literal["auto", "dense", "flex", "structured"] = "auto"
-    """Attention engine; all compute the same. 'dense': the reference; 'structured': short lines, for CPUs; 'flex': FlexAttention's block masks, CUDA
-    only; 'auto': the fastest by the recorded measurements (train/machine/attention_records), 'dense' where there are none."""
+    """Attention engine; all compute the same. 'dense': the reference; 'structured': short lines, for CPUs; 'flex': FlexAttention's block masks, for CUDA only;
+    'auto': the fastest one according to recorded measurements (train/machine/attention_records), or 'dense' if there are none."""
     pads_in_text_loss: bool = False
-    """Whether padding positions count in the text loss, with the padding id as target. The paper is silent."""
+    """Whether padding positions count in the text loss, with the padding id as target. The paper does not say."""
     text_loss_weight: float = 0.125
-    """Weight of the text cross-entropy; the image's is the rest (paper 2.2: 1/8 and 7/8)."""
+    """Weight of the text cross-entropy; that of the image is 1 minus this (paper 2.2: 1/8 and 7/8)."""
     embedding_scale: float = 1.0
-    """Factor on the embeddings at their start. 1: as published for large models; a narrow model with a large step size learns faster at 30 (DECISIONS.md)."""
+    """Factor on the initial embeddings. 1: as published for large models; a narrow model with a large step size learns faster at 30 (DECISIONS.md)."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")
@@ -98,12 +98,12 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShape:
-    """The one stream of text and image tokens that the transformer models. Derived from the tokenizer and dvae sections."""
+    """Shape of the single stream of text and image tokens that the transformer models. Derived from the sections tokenizer and dvae."""
 
     text_tokens: int
     """Text positions (256 in the paper)."""
     text_vocab: int
-    """Size of the text vocabulary, special ids included."""
+    """Size of the text vocabulary, including special ids."""
     grid: int
     """Codes along each axis of an image."""
     image_vocab: int
@@ -115,7 +115,7 @@ class StreamShape:
 
     @property
     def states(self) -> int:
-        """Positions in all: the start vectors lie inside this count (docs/paper.md 3.4)."""
+        """Number of all positions, including the start vectors (docs/paper.md 3.4)."""
         return self.text_tokens + self.image_tokens
 
 

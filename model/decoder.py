@@ -1,5 +1,5 @@
-"""The transformer's arithmetic when it draws: states of new codes only, the text once for each caption, the past in a cache for each layer. The dVAE's
-decoder, which turns codes into pixels, is in model/dvae.py.
+"""The transformer's arithmetic when it draws. Only the states of new codes are computed; the text is computed once for each caption, and each layer caches its past
+keys and values. The dVAE's decoder, which turns codes into pixels, is in model/dvae.py.
 
 B pictures, C captions, T text and I image positions, D width, H heads, K width of a head, Q states at once, P past states, N image codes.
 """
@@ -21,10 +21,10 @@ from model.offsets import Kind, layer_kinds, mask_kind
 from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``linear(x_MD, weight_ED, bias_E)``, as torch's; another may be faster for few rows."""
+"""``linear(x_MD, weight_ED, bias_E)``, like torch's; another implementation may be faster for few rows."""
 
 _PREFILL_STATES = 1 << 14
-"""Text states computed at once: enough to fill a device, few enough for their products to fit beside the weights."""
+"""How many text states are computed at once: enough to keep a device busy, and few enough for their activations to fit beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Layer:
 
 
 class DrawingWeights:
-    """A trained transformer made ready to draw: one copy of its weights, cast once instead of in each step. Shared by any number of batches."""
+    """A trained transformer prepared for drawing: a copy of its weights that is cast once instead of in each step. Any number of batches can share it."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype | None = None, linear: Linear = F.linear) -> None:
         """
         Args:
-            model: a trained transformer; its embeddings, norms and unembedding stay its own, in fp32.
-            dtype: of the products of the resblocks; None: as the model was built.
-            linear: computes them.
+            model: a trained transformer; its embeddings, norms and unembedding are used directly, in fp32.
+            dtype: dtype of the resblocks' products; None: the one that the model was built with.
+            linear: computes these products.
         """
         self.model, self.linear = model, linear
         self.cfg: TransformerConfig = model.cfg
@@ -66,7 +66,7 @@ class DrawingWeights:
 
     @staticmethod
     def dtype_of(model: Transformer) -> torch.dtype:
-        """Of the products that a model was built for."""
+        """The dtype of the resblocks' products that a model was built with."""
         return next(block.branch_dtype for block in model.resblocks if isinstance(block, AttentionResblock))
 
     def _layer(self, kind: Kind, attention: AttentionResblock, mlp: MLPResblock) -> Layer:
@@ -106,17 +106,17 @@ class DrawingWeights:
         return self.linear(self.model.final_norm(x_RD), self.head, None)
 
     def choose(self, scores_BQN: Tensor, seeds_B: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of scores plus the noise of (seed, position, code), and its code, [B, Q] each; the scores are written over."""
+        """The maximum of scores plus the noise of (seed, position, code), and the code with that maximum, [B, Q] each. The scores are overwritten."""
         best = scores_BQN.add_(gumbel_noise(seeds_B, positions_BQ, scores_BQN.shape[-1])).max(dim=-1)
         return best.values, best.indices
 
     def drawer(self, texts: Sequence[Texts]) -> Drawer:
-        """What draws with these weights; see ``Drawer``."""
+        """A ``Drawer`` with these weights."""
         return Drawer(self, texts)
 
 
 def cache_bytes(cfg: TransformerConfig, shape: StreamShape, itemsize: int, window: int = 1) -> int:
-    """Bytes of keys and values that drawing one picture takes: of each layer what its mask still sees, and the states of one pass."""
+    """Bytes of keys and values for drawing one picture: in each layer the past states that its mask can still see, and the states of one pass."""
     return sum(2 * itemsize * cfg.width * (cache_places(kind, shape, cfg) + window) for kind in layer_kinds(cfg.layers))
 
 
@@ -127,7 +127,7 @@ def text_bytes(cfg: TransformerConfig, shape: StreamShape, itemsize: int) -> int
 
 @dataclass(frozen=True)
 class Texts:
-    """Captions, each with the same number of pictures; their pictures stand one after another."""
+    """Captions with equally many pictures each; the pictures of a caption are consecutive in the batch."""
 
     text_CT: Tensor
     lengths_C: Tensor
@@ -140,34 +140,34 @@ class Texts:
 
 
 class Drawer:
-    """The logits of next codes of a batch of pictures, pass by pass: equal to ``Transformer.logits`` up to rounding, at a fraction of its cost."""
+    """Computes the logits of the next codes of a batch of pictures, pass by pass: equal to the trained model's up to rounding, at a fraction of the cost."""
 
     prefill_states = _PREFILL_STATES
 
     def __init__(self, weights: DrawingWeights, texts: Sequence[Texts]) -> None:
-        """Read the texts in one pass.
+        """Compute the keys and values of all captions.
 
         Args:
-            weights: of the model.
-            texts: one group of pictures after another. Groups may hold different numbers of pictures for each caption: with guidance, the
-                second one is a single empty caption for all pictures.
+            weights: weights of the model.
+            texts: groups of captions, whose pictures follow each other in the batch. Groups may have different numbers of pictures for each caption: with
+                guidance, the second group is a single empty caption for all pictures.
         """
         self.weights, self.pictures = weights, sum(group.pictures for group in texts)
         shape, cfg = weights.shape, weights.cfg
         self.groups = list(texts)
         self.text = list(zip(*(self._read(group) for group in texts), strict=True))
-        """For each layer, for each group: keys and values [C, H, T, K]."""
+        """For each layer and each group: keys and values [C, H, T, K]."""
         self.past = [PastCache(layer.kind, shape, cfg, self.pictures, weights.dtype, weights.device) for layer in weights.layers]
         self._new: list[tuple[Tensor, Tensor]] = []
         self._window: Window | None = None
 
     def storages(self) -> list[Tensor]:
-        """Every tensor of keys and values that is held between passes."""
+        """All tensors of keys and values that are kept between passes."""
         text = [tensor for layer in self.text for pair in layer for tensor in pair]
         return [*text, *(t for past in self.past for t in (past.keys_BHRK, past.values_BHRK)), *(t for pair in self._new for t in pair)]
 
     def _read(self, group: Texts) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [C, H, T, K] of the captions, by layer."""
+        """Keys and values [C, H, T, K] of a group's captions, for each layer."""
         weights, text = self.weights, self.weights.shape.text_tokens
         several = max(1, self.prefill_states // text)
         parts = []
@@ -192,17 +192,17 @@ class Drawer:
         return split[0], split[1], split[2]
 
     def logits(self, codes_BI: Tensor, window: Window) -> Tensor:
-        """Logits fp32 [B, Q, N] of the codes at the window's positions, given those before each: its own pictures' known ones, or drafts.
+        """Logits fp32 [B, Q, N] of the codes at the window's positions, given all codes before each position, which may be drafts.
 
         Args:
-            codes_BI: int64; what lies at and after a window's last position is not read.
-            window: where. Positions beyond the last give logits without a meaning.
+            codes_BI: int64; codes at and after the window's last position are not read.
+            window: the positions. Logits at positions beyond the end of the picture have no meaning.
         """
         x_RD = self._run(codes_BI, window)
         return self.weights.logits(x_RD).view(self.pictures, window.length, -1)
 
     def fill(self, codes_BI: Tensor, count: int) -> None:
-        """Take the first ``count`` states, whose codes are given, in passes of one row of the picture."""
+        """Compute and keep the first ``count`` states, whose codes are given, one row of the picture in each pass."""
         for first in range(0, count, self.weights.shape.grid):
             length = min(self.weights.shape.grid, count - first)
             window = Window(torch.full((self.pictures,), first, device=codes_BI.device), length, first)
@@ -210,9 +210,9 @@ class Drawer:
             self.keep(torch.full((self.pictures,), length, device=codes_BI.device))
 
     def keep(self, counts_B: Tensor) -> None:
-        """Keep the first states of the last pass: those whose inputs were right. The pass is over.
+        """End a pass, and keep its first ``counts_B`` states, whose inputs turned out to be right.
 
-        A pass of one state that all pictures share has kept it already: its input is always right.
+        If a pass has a single state at the same position in all pictures, it is kept already, because its input is always right.
         """
         assert self._window is not None
         if self._new:
@@ -253,13 +253,13 @@ class Drawer:
         return torch.where((before_BQ < 0)[..., None], model.image_start(), x_BQD)
 
     def _before(self, window: Window) -> dict[Kind, Tensor]:
-        """Which state of a window sees which other of it, bool [Q, Q] for each mask."""
+        """Which states of a window attend to which other states of it, bool [Q, Q] for each mask."""
         step_Q = torch.arange(window.length, device=window.first_B.device)
         back_QQ = step_Q[:, None] - step_Q
         return {past.kind: (back_QQ >= 0) & past.is_allowed_I[back_QQ.clamp(min=0)] for past in self.past}
 
     def _text_scores(self, index: int, q_BHQK: Tensor) -> Tensor:
-        """Scores [B, H, Q, T] of every state with its caption: the pictures of a caption are rows of one product."""
+        """Scores [B, H, Q, T] of every state with its caption. The pictures of a caption become rows of a single matrix product."""
         parts = []
         for q_bHQK, group, (keys_CHTK, _) in zip(self._split(q_BHQK), self.groups, self.text[index], strict=True):
             rows_CHEK = _by_caption(q_bHQK, group.each)
@@ -276,7 +276,7 @@ class Drawer:
         return [x_B] if len(self.groups) == 1 else x_B.split([group.pictures for group in self.groups])
 
     def _attend_one(self, index: int, past: PastCache, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor, first: int) -> Tensor:
-        """One state of every picture, all at the same position: the past is a slice of the cache, and nothing is gathered."""
+        """Attention of one state of each picture, at the same position in all: the past is a slice of the cache, and nothing has to be gathered."""
         keys_BHPK, values_BHPK, is_seen_P = past.one_state(first)
         past_BH1P = q_BH1K @ keys_BHPK.transpose(-1, -2)
         if is_seen_P is not None:
@@ -290,7 +290,7 @@ class Drawer:
     def _attend_window(
         self, index: int, past: PastCache, q_BHQK: Tensor, k_BHQK: Tensor, v_BHQK: Tensor, is_seen_BQP: Tensor, is_before_QQ: Tensor
     ) -> Tensor:
-        """Several states of every picture, from a position of its own each."""
+        """Attention of several states of each picture, which begin at another position in each picture."""
         window = self._window
         assert window is not None
         is_column = mask_kind(past.kind).is_transposed
@@ -313,5 +313,5 @@ def _by_caption(x_BHQX: Tensor, each: int) -> Tensor:
 
 
 def _by_picture(x_CHEX: Tensor, each: int, states: int) -> Tensor:
-    """The way back from ``_by_caption``."""
+    """The inverse of ``_by_caption``."""
     return x_CHEX.unflatten(2, (each, states)).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a layer remembers of a picture that is being drawn: no more than its mask can still see.
+"""The cache of keys and values of a layer while a picture is drawn. It holds no more than the layer's mask can still see.
 
 B pictures, H heads, K width of a head, Q states at once, R places of a ring, G = W = grid, P past states.
 """
@@ -14,13 +14,13 @@ from model.offsets import Kind, mask_kind, offsets_of
 
 @dataclass(frozen=True)
 class Window:
-    """Which image states are computed in one pass: Q in a row, from a place of its own in each picture."""
+    """The image states that are computed in one pass: Q consecutive ones in each picture."""
 
     first_B: Tensor
-    """The first state of each picture, int64."""
+    """The first state of the window in each picture, int64."""
     length: int
     common: int | None = None
-    """The first state, where all pictures are at the same one."""
+    """The first state, if it is the same in all pictures."""
 
     @property
     def states_BQ(self) -> Tensor:
@@ -28,11 +28,11 @@ class Window:
 
 
 class PastCache:
-    """Keys and values of past image states of one layer.
+    """Keys and values of a layer's past image states.
 
-    A kind that is laid out in raster order (row, convolution) keeps a ring of as many places as its furthest offset; what its mask leaves out between is
-    kept as well, and not seen. A transposed kind (column) keeps all states, column by column, so that what one state reads lies together. States of the
-    present pass are no part of it: they enter once their inputs are known to be right (``keep``), so that nothing ever has to be taken back.
+    For a kind of mask in raster order (row, convolution) it is a ring buffer with as many places as the largest offset of the mask; states in between that the
+    mask excludes are stored, too, and masked. For a transposed kind (column) it holds all states, column by column, so that the states that one state attends
+    to are adjacent. States of the present pass are added only once their inputs are known to be right (``keep``), so that nothing has to be removed again.
     """
 
     def __init__(self, kind: Kind, shape: StreamShape, cfg: TransformerConfig, pictures: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,22 +42,22 @@ class PastCache:
         width = cfg.width // cfg.heads
         self.keys_BHRK = torch.zeros(pictures, cfg.heads, self.places, width, dtype=dtype, device=device)
         self.values_BHRK = torch.zeros_like(self.keys_BHRK)
-        # Made on the CPU: on a GPU, the host would wait for all that was asked of it before.
+        # Built on the CPU: on a GPU, the indexing would make the host wait for all work that is queued there.
         allowed_I = torch.zeros(shape.image_tokens, dtype=torch.bool)
         allowed_I[list(offsets)] = True
         self.is_allowed_I = allowed_I.to(device, non_blocking=True)
-        """By distance."""
+        """Whether the mask allows each raster distance."""
         back_RR = 1 + (torch.arange(self.places)[:, None] - 1 - torch.arange(self.places)) % max(1, self.places)
         ring_RR = allowed_I[back_RR.clamp(max=shape.image_tokens - 1)]
         self.ring_RR = None if mask_kind(kind).is_transposed or bool(ring_RR.all()) else ring_RR.to(device, non_blocking=True)
-        """Whether a state at place r of the ring sees each place of the full ring; None where it sees all."""
+        """Whether a state at place r of the ring attends to each place of a full ring; None if it attends to all."""
 
     def place(self, states: Tensor) -> Tensor:
-        """Where the keys of image states lie."""
+        """The places of image states in the cache."""
         return states % self.grid * self.grid + states // self.grid if mask_kind(self.kind).is_transposed else states % max(1, self.places)
 
     def one_state(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [B, H, P, K] that the one state ``first`` of every picture sees, and which of them (None: all). Views; nothing is copied."""
+        """Keys and values [B, H, P, K] for the state ``first`` of every picture, and a mask of those that it attends to (None: all). They are views, not copies."""
         if mask_kind(self.kind).is_transposed:
             begin = first % self.grid * self.grid
             span, is_seen_P = slice(begin, begin + first // self.grid), None
@@ -67,7 +67,7 @@ class PastCache:
         return self.keys_BHRK[:, :, span], self.values_BHRK[:, :, span], is_seen_P
 
     def visible(self, window: Window) -> Tensor:
-        """bool [B, Q, P]: which of the kept places (of a column layer: those of the state's column) each state of the window sees."""
+        """bool [B, Q, P]: to which places (in a column layer: places of its column) each state of the window attends."""
         states_BQ = window.states_BQ
         if mask_kind(self.kind).is_transposed:
             row_W = torch.arange(self.grid, device=states_BQ.device)
@@ -79,25 +79,25 @@ class PastCache:
         return (held_BR >= 0)[:, None] & self.is_allowed_I[back_BQR.clamp(0, len(self.is_allowed_I) - 1)] & (back_BQR < len(self.is_allowed_I))
 
     def columns(self, kept_BHRK: Tensor, window: Window) -> Tensor:
-        """Of a column layer: what lies in the column of each state of the window, [B, H, Q, W, K]."""
+        """For a column layer: the cached values in the column of each state of the window, [B, H, Q, W, K]."""
         pictures, heads, _, width = kept_BHRK.shape
         by_column = kept_BHRK.view(pictures, heads, self.grid, self.grid, width)
         index_BQ = window.states_BQ % self.grid
         return by_column.gather(2, index_BQ[:, None, :, None, None].expand(-1, heads, -1, self.grid, width))
 
     def keep_one(self, first: int, k_BH1K: Tensor, v_BH1K: Tensor) -> None:
-        """Keep the state ``first`` of every picture."""
+        """Store the state ``first`` of every picture."""
         if self.places:
             at = first % self.grid * self.grid + first // self.grid if mask_kind(self.kind).is_transposed else first % self.places
             self.keys_BHRK[:, :, at] = k_BH1K[:, :, 0]
             self.values_BHRK[:, :, at] = v_BH1K[:, :, 0]
 
     def keep(self, window: Window, counts_B: Tensor, k_BHQK: Tensor, v_BHQK: Tensor) -> None:
-        """Keep the first ``counts_B`` states of a window; of those that share a place of a ring, the last."""
+        """Store the first ``counts_B`` states of a window; of states that share a place of the ring, the last."""
         if not self.places:
             return
-        # A state that is not kept repeats one that is: to leave it out, the host would have to wait for how many there are. A picture that is finished keeps
-        # what it never reads.
+        # The number of stored states must not depend on counts_B, or the host would have to wait for its value. So instead of leaving states out, one that is
+        # stored anyway is written again. A finished picture stores states that are never read.
         last_B1 = (counts_B[:, None] - 1).clamp(min=0)
         step_BQ = torch.arange(window.length, device=counts_B.device).maximum(last_B1 - self.places + 1).minimum(last_B1)
         at_BQ = self.place(window.first_B[:, None] + step_BQ).clamp(max=self.places - 1)
@@ -107,5 +107,5 @@ class PastCache:
 
 
 def cache_places(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:
-    """Past image states that a layer keeps for a picture; the states of the present pass come on top."""
+    """How many past image states a layer caches for a picture, besides the states of the present pass."""
     return shape.image_tokens if mask_kind(kind).is_transposed else offsets_of(kind, shape, cfg)[-1]

@@ -18,7 +18,7 @@ from model.config import DVAEConfig
 from model.relaxation import GumbelNoise, argmax_codes, hard_codes, relaxed_codes
 
 EPSILON = 0.1
-"""Margin of the pixel mapping: pixels in [0, 1] land in [EPSILON, 1 - EPSILON], where the likelihood is finite (paper Eq. 3)."""
+"""Margin of the pixel mapping: pixels in [0, 1] are mapped to [EPSILON, 1 - EPSILON], where the likelihood is finite (paper Eq. 3)."""
 
 
 def map_pixels(pixels: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
 def loss(nll_B: Tensor, kl_B: Tensor, beta: float, downsample: int) -> Tensor:
     """The objective per pixel value (paper A.2): NLL per value plus beta / (3 f^2) times KL per position, averaged over the batch.
 
-    Each code position answers for 3 f^2 pixel values, hence the divisor; 192 at the paper's f = 8. It is not to be divided again.
+    The divisor is there because each code position stands for 3 f^2 pixel values (192 at the paper's f = 8). It must not be applied a second time.
     """
     return nll_B.mean() + beta / (3 * downsample**2) * kl_B.mean()
 
 
 class DVAETerms(NamedTuple):
-    """What one forward pass yields."""
+    """The results of a forward pass."""
 
     nll_B: Tensor
     """Negative log likelihood of each picture in nats per pixel value."""
@@ -63,13 +63,13 @@ class DVAETerms(NamedTuple):
 
 
 class Conv2d(nn.Module):
-    """A convolution of stride 1 that keeps the picture's size. Parameters are fp32, products are done in ``compute_dtype``."""
+    """A convolution of stride 1 that keeps the picture's size. Parameters are fp32; products are computed in ``compute_dtype``."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
         self.padding = (kernel - 1) // 2
-        # A gain of 1, not He's: the ReLUs sit inside branches whose share of the output is small.
+        # A gain of 1 instead of He's sqrt(2), because the ReLUs are inside branches that contribute little to the output.
         self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / math.sqrt(n_in * kernel**2))
         self.b = nn.Parameter(torch.zeros(n_out))
 
@@ -87,11 +87,11 @@ class ResidualBlock(nn.Module):
         widths = [n_in, hidden, hidden, hidden, n_out]
         path: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            path[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # the first one's input is the identity path's too
+            path[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # not the first, whose input is also that of the identity path
             path[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel, compute_dtype)
         self.id_path = Conv2d(n_in, n_out, 1, compute_dtype) if n_in != n_out else nn.Identity()
         self.res_path = nn.Sequential(path)
-        # Small residual branches: at initialisation the network is close to its identity paths, whatever its depth (paper 2.1).
+        # A small gain: at initialisation the network is close to its identity paths, whatever its depth (paper 2.1).
         self.gain = gain
         self.recompute = False
 
@@ -112,7 +112,7 @@ def _group(cfg: DVAEConfig, n_in: int, n_out: int, kernels: Sequence[int], compu
 
 
 def _output(n_in: int, n_out: int) -> nn.Sequential:
-    # Always fp32: a bf16 mu is off by up to 1/128, which a sharp likelihood (flat background) would punish.
+    # Always fp32: a mu in bf16 is off by up to 1/128, which would be costly where the likelihood is sharp (on a flat background).
     return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_in, n_out, 1)))
 
 
@@ -135,17 +135,17 @@ class Encoder(nn.Module):
         self.image_size = cfg.image_size
 
     def forward(self, mapped_B3YX: Tensor) -> Tensor:
-        """All logits at once: N values for each position. `DVAE` goes from the features to codes without them.
+        """All logits at once: N values for each position. `DVAE` computes codes from the features without holding them all.
 
         Raises:
-            ValueError: pictures of another size than dvae.image_size or of other than 3 channels.
+            ValueError: the pictures do not have the size dvae.image_size or not 3 channels.
         """
         last = self.blocks.get_submodule("output.conv")
         logits_BNYX: Tensor = last(self.features(mapped_B3YX))
         return logits_BNYX
 
     def features(self, mapped_B3YX: Tensor) -> Tensor:
-        """What the last convolution turns into logits, [B, C, S/f, S/f].
+        """The input of the last convolution, which computes the logits: [B, C, S/f, S/f].
 
         Raises:
             ValueError: as forward.
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         ups = cfg.downsample.bit_length() - 1
         blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(cfg.vocab, cfg.init_width, 1))
         if ups == cfg.groups:
-            # The encoder's last group works at twice the grid, so its mirror, the decoder's first, does too.
+            # The encoder's last group works at twice the resolution of the grid, and so must its mirror image, the decoder's first group.
             blocks["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
         n_in = cfg.init_width
         for i in range(1, cfg.groups + 1):
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
 
     @property
     def codebook(self) -> tuple[Tensor, Tensor]:
-        """Weight [D, N, 1, 1] and bias [D] of the first convolution: code vectors, and what is added to each."""
+        """Weight [D, N, 1, 1] and bias [D] of the first convolution: the code vectors, and the bias that is added to each."""
         first = self.blocks.get_submodule("input")
         return first.w, first.b
 
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         return x
 
     def from_codes(self, codes_BYX: Tensor) -> Tensor:
-        """As ``forward`` of the one-hot vectors of the codes, bit for bit, by looking code vectors up instead of multiplying.
+        """Equal to ``forward`` on the one-hot vectors of the codes, bit for bit, but looks the code vectors up instead of multiplying.
 
         Raises:
             ValueError: the codes are not integers [B, grid, grid].
@@ -230,10 +230,10 @@ class DVAE(nn.Module):
 
     Args:
         cfg: the sizes.
-        compute_dtype: dtype of the convolutions' products; the 1x1 convolutions around the relaxation, the decoder's last one, the
-            relaxation and the likelihood stay fp32 (paper A.3 and release).
-        min_ln_b: floor of ln b in the likelihood; the paper has none (-inf). The density of exactly flat areas (drawings on white) is
-            unbounded, so that without a floor they drown everything else in the objective, and codes fall out of use.
+        compute_dtype: dtype of the convolutions' products. The 1x1 convolutions around the relaxation, the decoder's last convolution, the relaxation and the
+            likelihood stay fp32 (paper A.3 and release).
+        min_ln_b: lower bound of ln b in the likelihood; the paper has none (-inf). The density of exactly flat areas (drawings on white) is unbounded: without
+            a bound they dominate the objective, and codes fall out of use.
     """
 
     def __init__(self, cfg: DVAEConfig, compute_dtype: torch.dtype = torch.float32, min_ln_b: float = -math.inf) -> None:
@@ -247,11 +247,11 @@ class DVAE(nn.Module):
 
         Args:
             pixels_B3YX: fp32 pictures [B, 3, S, S] in [0, 1]; fastest in channels-last order.
-            noise: of the relaxation; None decodes the true codes (argmax), through which no gradient reaches the encoder.
+            noise: noise of the relaxation; None decodes the true codes (argmax), and then no gradient reaches the encoder.
             tau: temperature of the relaxation; unused without noise.
 
         Raises:
-            ValueError: pictures of another size than dvae.image_size, or not one seed of noise for each.
+            ValueError: the pictures do not have the size dvae.image_size, or the noise does not have one seed for each picture.
         """
         mapped_B3YX = map_pixels(pixels_B3YX)
         h_BCYX = self.encoder.features(mapped_B3YX)
@@ -267,19 +267,19 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3YX: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1] -> codes [B, grid, grid], int64: argmax of the logits, no noise (paper 2.2).
+        """Pictures [B, 3, S, S] in [0, 1] -> codes [B, grid, grid], int64: the argmax of the logits, without noise (paper 2.2).
 
         Raises:
-            ValueError: pictures of another size than dvae.image_size.
+            ValueError: the pictures do not have the size dvae.image_size.
         """
         return argmax_codes(self.encoder.features(map_pixels(pixels_B3YX)), self.encoder.to_logits)
 
     @torch.no_grad()
     def decode(self, codes_BYX: Tensor) -> Tensor:
-        """Codes [B, grid, grid] -> pictures [B, 3, S, S] in [0, 1]: the mode's location, ln b is ignored (paper A.3).
+        """Codes [B, grid, grid] -> pictures [B, 3, S, S] in [0, 1]: the location of the likelihood; ln b is ignored (paper A.3).
 
         Raises:
-            ValueError: codes of another grid, or out of range.
+            ValueError: the codes have another grid, or are out of range.
         """
         low, high = (int(value) for value in codes_BYX.aminmax()) if codes_BYX.numel() else (0, 0)
         if low < 0 or high >= self.cfg.vocab:
@@ -289,16 +289,16 @@ class DVAE(nn.Module):
         return pictures(self.decoder.from_codes(codes_BYX))
 
     def groups(self) -> list[nn.Module]:
-        """The groups of residual blocks, where nearly all of the arithmetic is."""
+        """The groups of residual blocks, which do nearly all of the arithmetic."""
         return [module for half in (self.encoder, self.decoder) for name, module in half.blocks.named_children() if name.startswith("group_")]
 
     def compile_groups(self, backend: str = "inductor") -> None:
-        """Hand each group to torch.compile. The rest stays as it is: blocks of noise and codes have no shape that a compiler could fix."""
+        """Compile each group with torch.compile. The rest is not compiled, because blocks of noise and codes vary in shape."""
         for group in self.groups():
             group.compile(backend=backend, dynamic=False)
 
     def recompute_blocks(self) -> None:
-        """Keep the inputs of residual blocks alone, and compute their insides again in the backward pass."""
+        """Keep only the inputs of residual blocks for the backward pass, which computes their inner activations again."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.recompute = True

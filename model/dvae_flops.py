@@ -1,4 +1,4 @@
-"""Arithmetic of the dVAE, counted from its sizes: two operations for each product of a convolution. No torch."""
+"""Floating-point operations of the dVAE, counted from its sizes: two for each product of a convolution. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decoder_flops(cfg: DVAEConfig) -> float:
 
 
 def train_flops(cfg: DVAEConfig) -> float:
-    """Forward and backward pass of one picture: three times the forward pass, without a gradient for the picture and without recomputation."""
+    """Operations of the forward and backward pass of one picture: three times the forward pass, minus the gradient of the picture itself; without recomputation."""
     return 3.0 * (encoder_flops(cfg) + decoder_flops(cfg)) - 2.0 * _stem(cfg)
 
 
@@ -35,7 +35,7 @@ def _last_width(cfg: DVAEConfig) -> int:
 
 
 def _side(cfg: DVAEConfig, group: int) -> int:
-    """Rows and columns at which an encoder group works; its mirror in the decoder works at the same."""
+    """Rows and columns at which an encoder group works; the corresponding decoder group has the same."""
     return max(cfg.image_size // 2**group, cfg.grid)
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention with block masks: the engine for GPUs. Written against torch 2.11 to 2.15; not yet seen on a GPU.
+"""FlexAttention with block masks: the engine for GPUs. Written for torch 2.11 to 2.15; not yet run on a GPU.
 
 B batch, H heads, S states (T text, then I image), K width of a head.
 """
@@ -14,13 +14,13 @@ from model.config import StreamShape, TransformerConfig
 from model.offsets import Kind, MaskRules, is_allowed, layer_kinds, mask_kind, transposed
 
 BLOCK = 128
-"""Queries and keys of a block. A row layer touches 0.62 of the causal blocks of 128 at 256 + 1024 states, and 0.50 of those of 64."""
+"""Number of queries and of keys in a block. At 256 + 1024 states a row layer needs 0.62 of the causal blocks of 128, and 0.50 of those of 64."""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def mask_mod(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> MaskMod:
-    """The mask as FlexAttention wants it: (batch, head, query, key) -> bool, in the layout of its kind (``MaskKind.is_transposed``)."""
+    """The mask as FlexAttention needs it: (batch, head, query, key) -> bool, in the layout of its kind (``MaskKind.is_transposed``)."""
     text, grid, rules, is_transposed = shape.text_tokens, shape.grid, MaskRules.of(cfg, shape), mask_kind(kind).is_transposed
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -34,15 +34,15 @@ def mask_mod(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> MaskMod:
 
 
 def block_mask(kind: Kind, shape: StreamShape, cfg: TransformerConfig, device: torch.device | str, block: int = BLOCK) -> BlockMask:
-    """Which blocks a kernel visits, and which of them it must mask inside."""
+    """Which blocks a kernel visits, and which of these are only partly allowed, so that it must mask inside them."""
     states = shape.states
     return create_block_mask(mask_mod(kind, shape, cfg), None, None, states, states, device=str(device), BLOCK_SIZE=block)
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention, compiled; scores never reach global memory.
+    """Compiled FlexAttention, whose scores are never written to global memory.
 
-    Kinds that are laid out transposed run on transposed image states, so that their blocks are dense. On a CPU it has no backward pass.
+    For kinds of mask that are laid out transposed, image states are transposed, so that their blocks are dense. On a CPU there is no backward pass.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class FlexAttention(nn.Module):
     ) -> None:
         """
         Args:
-            compiled: False runs FlexAttention's own unfused reference, which writes all scores to memory: for tests on a CPU.
-            kernel: called as ``flex_attention``, of which it takes the place: for tests without a GPU, whose driver that one asks.
+            compiled: False runs FlexAttention's own unfused reference, which writes all scores to memory; for tests on a CPU.
+            kernel: called instead of ``flex_attention``, which needs the driver of a GPU; for tests without one.
         """
         super().__init__()
         self.cfg, self.shape, self.block = cfg, shape, block
-        # fullgraph: beyond its limit of recompilations torch would otherwise go on uncompiled, without a word.
+        # fullgraph: otherwise torch would silently run uncompiled after too many recompilations.
         self._flex: Callable[..., Any] = torch.compile(kernel, fullgraph=True) if compiled else kernel
         self._masks: dict[tuple[Kind, torch.device], BlockMask] = {}
         self.order_S: Tensor
@@ -71,5 +71,5 @@ class FlexAttention(nn.Module):
         if not mask_kind(kind).is_transposed:
             return cast(Tensor, self._flex(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place]))
         q_BHSK, k_BHSK, v_BHSK = (t.index_select(2, self.order_S) for t in (q_BHSK, k_BHSK, v_BHSK))
-        # The order is its own inverse: grid rows and columns change places.
+        # The order is its own inverse: it exchanges rows and columns of the grid.
         return cast(Tensor, self._flex(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place])).index_select(2, self.order_S)

@@ -1,4 +1,4 @@
-"""Logits and cross-entropy in fp32, in chunks of rows (paper D.2), so that the logits are in memory once at most.
+"""Logits and cross-entropy in fp32, computed in chunks of rows (paper D.2), so that at most one copy of the logits is in memory.
 
 N positions, D width, V vocabulary, R rows of a chunk.
 """
@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _LARGE_CHUNK_ELEMENTS = 1 << 26
-"""fp32 values of a chunk of logits: on a CPU about its cache, elsewhere enough to fill the device."""
+"""Number of fp32 logits in a chunk: on a CPU about the size of its cache, elsewhere enough to keep the device busy."""
 
 
 def chunk_rows(vocab: int, device_type: str) -> int:
-    """Rows of a chunk."""
+    """Number of rows in a chunk."""
     return max(1, _CHUNK_ELEMENTS.get(device_type, _LARGE_CHUNK_ELEMENTS) // vocab)
 
 
@@ -51,12 +51,12 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if len(x_ND) else torch.zeros_like(weight_VD)
         for part in _chunks(len(x_ND), len(weight_VD), x_ND.device.type):
             logits_RV = kept[0][part] if kept else torch.mm(x_ND[part], weight_VD.t())
-            # d nll / d logits = softmax - one-hot, times what comes from above.
+            # d nll / d logits = softmax - one-hot, times the incoming gradient.
             grad_RV = logits_RV.sub(log_sum_N[part, None]) if kept else logits_RV.sub_(log_sum_N[part, None])
             grad_RV = grad_RV.exp_().mul_(grads[0][part, None])
             grad_RV.scatter_add_(1, targets_N[part, None], -grads[0][part, None])
             torch.mm(grad_RV, weight_VD, out=grad_x_ND[part])
-            # The first chunk writes, so that nobody fills the largest matrix with zeros first.
+            # beta = 0 in the first chunk, so that this matrix, the largest one, need not be filled with zeros first.
             grad_weight_VD.addmm_(grad_RV.t(), x_ND[part], beta=min(part.start, 1))
             del logits_RV, grad_RV
         return grad_x_ND, grad_weight_VD, None, None
@@ -69,15 +69,15 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, keeps_l
         x_ND: states, fp32.
         weight_VD: the unembedding, fp32.
         targets_N: int64, 0 to V - 1.
-        keeps_logits: hold the logits, fp32 [N, V], from the forward to the backward pass; otherwise only a chunk of them is ever in memory, and the
-            backward pass computes them again.
+        keeps_logits: keep the logits, fp32 [N, V], from the forward to the backward pass. Otherwise only a chunk of them is in memory at a time, and the backward
+            pass computes them again.
     """
     nll_N: Tensor = _CrossEntropy.apply(x_ND, weight_VD, targets_N, keeps_logits and torch.is_grad_enabled())
     return nll_N
 
 
 class Unembedding(nn.Module):
-    """States to fp32 logits, or to the cross-entropies of targets; untied and without a bias. Weight (vocabulary, D)."""
+    """Maps states to fp32 logits, or to the cross-entropies of targets. The weight, (vocabulary, D), is not tied to the embedding, and there is no bias."""
 
     def __init__(self, width: int, vocab: int, variance: float) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Unembedding(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(variance / width))
 
     def forward(self, x_BPD: Tensor, targets_BP: Tensor | None = None, keeps_logits: bool = True) -> Tensor:
-        """Logits fp32 [..., V] of states [..., D]; with targets int64 [B, P] their cross-entropies, fp32 [B, P] (see ``cross_entropy``)."""
+        """Logits fp32 [..., V] of states [..., D]; if targets int64 [B, P] are given, their cross-entropies, fp32 [B, P] (see ``cross_entropy``)."""
         if targets_BP is None:
             return F.linear(x_BPD, self.weight)
         nll_N = cross_entropy(x_BPD.flatten(0, 1), self.weight, targets_BP.flatten(), keeps_logits=keeps_logits)

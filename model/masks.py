@@ -1,4 +1,4 @@
-"""Masks as tensors, from the rules in model/offsets.py (paper B.1, Figure 11)."""
+"""Masks as tensors, derived from the rules in model/offsets.py (paper B.1, Figure 11)."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ __all__ = ["KINDS", "Kind", "allowed_offsets", "dense_mask", "layer_kinds"]
 
 
 def dense_mask(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> Tensor:
-    """The whole mask, bool [S, S], true where query (row) may see key (column).
+    """The whole mask, bool [S, S]: true where a query (row) may attend to a key (column).
 
-    Text is causal, text sees no image, every image state sees every text state (padding included), image sees image by
-    ``is_allowed`` (paper 3.3, Figure 11).
+    Text attends causally to text and not to the image; every image state attends to all text states (including padding), and to image states by ``is_allowed``
+    (docs/paper.md 3.3, Figure 11).
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
     image_I = torch.arange(shape.image_tokens)
     distance_II = image_I[:, None] - image_I[None, :]

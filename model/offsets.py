@@ -1,5 +1,5 @@
-"""Which state may attend to which, as rules on raster distances (paper B.1, Figure 11). The one definition: dense masks, block masks, what
-drawing keeps of the past, counts and the picture in docs/ all derive from ``is_allowed``. No torch.
+"""Which image state may attend to which, as rules on raster distances (paper B.1, Figure 11). This is the only definition: dense masks, block masks, the cache used
+for drawing, counts and the picture in docs/ all derive from ``is_allowed``. No torch.
 
 S states = T text states, then I = W x W image states in raster order.
 """
@@ -17,18 +17,18 @@ ConvOffsets = Literal["figure", "causal"]
 
 @dataclass(frozen=True)
 class MaskRules:
-    """The numbers that masks are made of. A kind of mask reads those that it needs."""
+    """The parameters of masks. Each kind of mask uses those that it needs."""
 
     grid: int
-    """Image states along each axis, W."""
+    """Number of image states along each axis, W."""
     conv_kernel: int = 1
     """Side of the convolutional mask, odd."""
     conv_offsets: ConvOffsets = "figure"
-    """'figure', the rule fitted to Figure 11(d), or 'causal', the textbook causal half of the kernel."""
+    """'figure': the rule fitted to Figure 11(d); 'causal': the plain causal half of the kernel."""
 
     @classmethod
     def of(cls, cfg: TransformerConfig, shape: StreamShape) -> "MaskRules":
-        """Those of a model."""
+        """The parameters of a model's masks."""
         return cls(shape.grid, cfg.conv_kernel, cfg.conv_offsets)
 
 
@@ -53,14 +53,14 @@ class MaskKind:
     """One kind of mask between image states."""
 
     allows: Callable[[Any, MaskRules], Any]
-    """Whether an image state attends to the one ``distance`` places before it in raster order; only asked for distances of at least 0. Built from operators
-    that integers and tensors share, so that it also serves inside a compiled kernel."""
+    """Whether an image state attends to the state ``distance`` places before it in raster order; only called with distances of at least 0. It uses only operators
+    that work on both integers and tensors, so that it can be used inside a compiled kernel, too."""
     is_transposed: bool = False
-    """Whether engines lay image states out column by column for this kind (Figure 11c), because what it allows then lies in dense blocks."""
+    """Whether engines arrange image states column by column for this kind (Figure 11c), so that the allowed pairs form dense blocks."""
 
 
 MASKS: dict[Kind, MaskKind] = {"row": MaskKind(_row), "column": MaskKind(_column, is_transposed=True), "conv": MaskKind(_conv)}
-"""Figure 11. Another kind is a name in ``Kind``, an entry here, and a place in ``layer_kinds`` (docs/architecture.md, "To add X")."""
+"""The kinds of Figure 11. To add one: a name in ``Kind``, an entry here, and a place in ``layer_kinds`` (docs/architecture.md, "To add X")."""
 
 
 def mask_kind(kind: Kind) -> MaskKind:
@@ -73,7 +73,7 @@ def mask_kind(kind: Kind) -> MaskKind:
 def layer_kinds(layers: int) -> list[Kind]:
     """Mask of each self-attention layer, first to last (paper B.1): row, column, row, row, repeated; the last layer is convolutional.
 
-    The order is that of every model: no key of the configuration names it, so a run that has begun would not notice another one.
+    All models have this order, and no key of the configuration sets it: if it were changed here, existing runs would continue with other masks unnoticed.
     """
     kinds: list[Kind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers)]
     return [*kinds, "conv"]
@@ -107,16 +107,16 @@ def allowed_offsets(kind: Kind, rules: MaskRules) -> tuple[int, ...]:
 
 
 def lines_before(kind: Kind, rules: MaskRules) -> int:
-    """Lines before its own that an image state reaches: rows, or columns where the kind is laid out transposed.
+    """How many lines before its own an image state attends to. Lines are rows, or columns if the kind is laid out transposed.
 
     Raises:
-        ValueError: a transposed kind reaches beyond its column: in that layout some keys would lie after their query.
+        ValueError: a transposed kind reaches beyond its column; in that layout some keys would come after their query.
     """
     offsets = allowed_offsets(kind, rules)
     if not mask_kind(kind).is_transposed:
         return min(-(-offsets[-1] // rules.grid), rules.grid - 1)
     if any(d % rules.grid for d in offsets):
-        raise ValueError(f"attention kind '{kind}' is laid out transposed, so it may allow multiples of {rules.grid} alone; it allows {offsets}")
+        raise ValueError(f"attention kind '{kind}' is laid out transposed, so it may allow only multiples of {rules.grid}; it allows {offsets}")
     return 0
 
 
@@ -126,11 +126,11 @@ def offsets_of(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> tuple[
 
 
 def allowed_pairs(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:
-    """Pairs of query and key that a layer's mask allows: text with earlier text, images with all text, images with images by ``offsets_of``."""
+    """Number of (query, key) pairs that a layer's mask allows: text with earlier text, image with all text, and image with image by ``offsets_of``."""
     text = shape.text_tokens * (shape.text_tokens + 1) // 2
     return text + shape.image_tokens * shape.text_tokens + sum(shape.image_tokens - d for d in offsets_of(kind, shape, cfg))
 
 
 def transposed(image: Any, grid: int) -> Any:
-    """Place of an image state when the picture is read column by column (Figure 11c); its own inverse, for ints and tensors."""
+    """Position of an image state when the picture is read column by column (Figure 11c). Its own inverse; for integers and tensors."""
     return image % grid * grid + image // grid

@@ -1,11 +1,11 @@
-"""From encoder features to code vectors: logits, Gumbel-softmax, KL and the codebook's product in one piece (paper 2.1, A.3).
+"""From encoder features to code vectors: logits, Gumbel-softmax, KL and the product with the codebook, as one autograd function (paper 2.1, A.3).
 
 Shapes: R rows (code positions of all pictures, one after the other), C encoder channels, N code vocabulary, D width of a code vector,
 B batch, Y X rows and columns of the code grid.
 
-A tensor of N values for each position is far larger than anything else here: 32 MiB in fp32 for one picture of the released size. Autograd
-would keep four of them (logits, noise, relaxed codes, derivative of the KL). These functions work through blocks of rows and keep none:
-the backward pass draws the same noise again and computes each block anew.
+A tensor with N values for each position is far larger than anything else here: 32 MiB in fp32 for one picture of the released size. Autograd would keep four of
+them (logits, noise, relaxed codes, derivative of the KL). These functions process the rows in blocks and keep none: the backward pass draws the same noise again
+and recomputes each block.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 1 << 23
-"""Values of one block (32 MiB in fp32, a picture of the released size): large enough for a GPU's matrix units, and little beside the activations of a large model."""
+"""Number of values in a block (32 MiB in fp32, one picture of the released size): enough for a GPU's matrix units, and little beside a large model's activations."""
 KEPT_ELEMENTS = 1 << 21
-"""Up to so many values in all, two tensors are kept instead (16 MiB): in a small model the second computation would cost more than it saves."""
+"""If there are no more values than this in all, two tensors are kept instead (16 MiB): in a small model, recomputing would cost more than it saves."""
 
 Span = tuple[int, int]
 
 
 class GumbelNoise:
-    """Standard Gumbel noise of a batch that is drawn when it is needed, and drawn again alike.
+    """Standard Gumbel noise of a batch, drawn when it is needed; drawing it again gives the same numbers.
 
     Args:
-        seeds: one for each picture, whose noise depends on nothing else in the batch.
-        device: where it is drawn. Equal seeds give other numbers on a GPU than on a CPU.
+        seeds: one for each picture, on which alone its noise depends.
+        device: where the noise is drawn. The same seed gives other numbers on a GPU than on a CPU.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seeds, self.device = list(seeds), torch.device(device)
 
     def blocks(self, positions: int, vocab: int, spans: Sequence[Span]) -> Iterator[Tensor]:
-        """Noise [stop - start, vocab] in fp32 for each span of rows; spans follow each other from row 0, ``positions`` rows for each picture."""
+        """Noise [stop - start, vocab] in fp32 for each span of rows. The spans must be consecutive from row 0 on; each picture has ``positions`` rows."""
         generator = torch.Generator(device=self.device)
         picture = -1
         for start, stop in spans:
@@ -50,26 +50,26 @@ class GumbelNoise:
                     picture = row // positions
                     generator.manual_seed(self.seeds[picture])
                 end = min(stop, (picture + 1) * positions)
-                # exponential_ would save a logarithm, but is ten times as slow on a CPU
+                # exponential_ would save a logarithm, but it is ten times as slow on a CPU.
                 noise_rN[row - start : end - start].uniform_(generator=generator)
                 row = end
-            # Uniform numbers are multiples of 2^-24; an exact zero would become an infinity.
+            # Uniform numbers are multiples of 2^-24; an exact zero would give infinite noise.
             yield noise_rN.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
 
 class Relaxed(NamedTuple):
-    """Relaxed codes, looked up."""
+    """The results of ``relaxed_codes``."""
 
     x_BDYX: Tensor
-    """Code vectors mixed by the relaxed codes, fp32."""
+    """Code vectors, mixed with the relaxed codes as weights, fp32."""
     kl_BYX: Tensor
-    """KL divergence in nats of the plain softmax from the uniform prior, without noise or temperature (paper 2.1)."""
+    """KL divergence in nats of the softmax of the logits, without noise and temperature, from the uniform prior (paper 2.1)."""
     codes_BYX: Tensor
     """The true codes: argmax of the logits, int64."""
 
 
 class Hard(NamedTuple):
-    """True codes."""
+    """The results of ``hard_codes``."""
 
     kl_BYX: Tensor
     codes_BYX: Tensor
@@ -78,18 +78,18 @@ class Hard(NamedTuple):
 def relaxed_codes(
     h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], codebook: tuple[Tensor, Tensor], noise: GumbelNoise, tau: float, block: int = BLOCK_ELEMENTS
 ) -> Relaxed:
-    """Gumbel-softmax over the logits of ``h`` at temperature tau, times the codebook: relaxed in forward and backward, no straight-through.
+    """Gumbel-softmax over the logits of ``h`` at temperature tau, times the codebook. It is relaxed in both forward and backward pass (no straight-through).
 
     Args:
-        h_BCYX: encoder features before the last convolution, any float dtype; products are done in fp32 (paper A.3 and release).
+        h_BCYX: encoder features before the last convolution, any float dtype; products are computed in fp32 (paper A.3 and release).
         to_logits: weight [N, C, 1, 1] and bias [N] of the encoder's last convolution.
         codebook: weight [D, N, 1, 1] and bias [D] of the decoder's first convolution.
-        noise: of this batch.
+        noise: noise of this batch.
         tau: temperature.
-        block: values of N that are held at once.
+        block: most logits that are held at once.
 
     Raises:
-        ValueError: not one seed for each picture.
+        ValueError: the noise does not have one seed for each picture.
     """
     batch, _, rows, columns = h_BCYX.shape
     if len(noise.seeds) != batch:
@@ -112,20 +112,20 @@ def hard_codes(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int = BL
 
 @torch.no_grad()
 def argmax_codes(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int = BLOCK_ELEMENTS) -> Tensor:
-    """The codes of ``hard_codes`` alone, [B, Y, X], int64."""
+    """Only the codes of ``hard_codes``, [B, Y, X], int64."""
     codes_R = torch.cat([logits_rN.argmax(-1) for logits_rN in _logits(h_BCYX, to_logits, block)])
     return codes_R.view(len(h_BCYX), *h_BCYX.shape[2:])
 
 
 def _logits(h_BCYX: Tensor, to_logits: tuple[Tensor, Tensor], block: int) -> Iterator[Tensor]:
-    """Logits [r, N] of one block of rows after the other."""
+    """Logits [r, N], block by block."""
     h_RC, (w, b_N) = _rows(h_BCYX), to_logits
     for start, stop in _spans(len(h_RC), len(b_N), block):
         yield torch.addmm(b_N, h_RC[start:stop].float(), w.flatten(1).T)
 
 
 class _Relaxed(torch.autograd.Function):
-    """(h [R, C], W [N, C], b [N], codebook [D, N], b [D]) -> (x [R, D], KL [R], codes [R]). Derivatives by hand, block by block."""
+    """(h [R, C], W [N, C], b [N], codebook [D, N], b [D]) -> (x [R, D], KL [R], codes [R]), with derivatives written by hand, block by block."""
 
     @staticmethod
     def forward(
@@ -166,14 +166,14 @@ class _Relaxed(torch.autograd.Function):
             soft_rN, derivative_rN = kept if noise_rN is None else _again(h_rC, w_NC, b_N, noise_rN, tau)
             grads_r = (grad_x_RD[start:stop], grad_kl_R[start:stop])
             grad_h_RC[start:stop] = _backward_block(h_rC, w_NC, codebook_DN, soft_rN, derivative_rN, *grads_r, tau, sums)
-            del soft_rN, derivative_rN, noise_rN  # else the next block would be made beside this one
+            del soft_rN, derivative_rN, noise_rN  # free this block before the next one is computed
         return grad_h_RC, *sums, grad_x_RD.sum(0), None, None, None, None
 
 
 def _forward_block(
     h_rC: Tensor, w_NC: Tensor, b_N: Tensor, codebook_DN: Tensor, b_D: Tensor, noise_rN: Tensor, tau: float, keep: bool
 ) -> tuple[Tensor, ...]:
-    """x [r, D], negative entropy [r], codes [r]; and relaxed codes and the entropy's derivative [r, N], if they are to be kept."""
+    """x [r, D], negative entropy [r], codes [r]; and, if ``keep``, relaxed codes and the entropy's derivative [r, N]."""
     logits_rN = torch.addmm(b_N, h_rC, w_NC.T)
     total_r, derivative_rN = _negative_entropy(logits_rN)
     soft_rN = _soften(logits_rN, noise_rN, tau)
@@ -198,10 +198,10 @@ def _backward_block(
     tau: float,
     sums: tuple[Tensor, ...],
 ) -> Tensor:
-    """The gradient of a block's features; those of W, b and the codebook are added to ``sums``."""
+    """The gradient of a block's features. The gradients of W, b and the codebook are added to ``sums``."""
     grad_w_NC, grad_b_N, grad_codebook_DN = sums
     grad_codebook_DN.addmm_(grad_x_rD.T, soft_rN)
-    # Of a softmax: soft * (grad - <grad, soft>); tau divides once, on the way to the logits.
+    # The gradient of a softmax is soft * (grad - <grad, soft>); the chain rule to the logits divides by tau.
     grad_logits_rN = torch._softmax_backward_data(grad_x_rD @ codebook_DN, soft_rN, -1, soft_rN.dtype).mul_(1 / tau)
     grad_logits_rN.addcmul_(derivative_rN, grad_kl_r.unsqueeze(-1))
     grad_w_NC.addmm_(grad_logits_rN.T, h_rC)
@@ -210,7 +210,7 @@ def _backward_block(
 
 
 def _rows(h_BCYX: Tensor) -> Tensor:
-    return h_BCYX.permute(0, 2, 3, 1).flatten(0, 2)  # a view of channels-last features
+    return h_BCYX.permute(0, 2, 3, 1).flatten(0, 2)  # a view, if the features are in channels-last order
 
 
 def _spans(rows: int, vocab: int, block: int) -> list[Span]:
@@ -219,7 +219,7 @@ def _spans(rows: int, vocab: int, block: int) -> list[Span]:
 
 
 def _soften(logits_rN: Tensor, noise_rN: Tensor, tau: float) -> Tensor:
-    """softmax((logits + noise) / tau). The noise's memory is used up."""
+    """softmax((logits + noise) / tau). Overwrites the noise."""
     return F.softmax(noise_rN.add_(logits_rN).mul_(1 / tau), dim=-1)
 
 

@@ -1,7 +1,7 @@
-"""Drawing image codes from a trained transformer: the rule by which a code is drawn, one position after the other or several at once.
+"""Sampling of image codes from a trained transformer, one position after the other or several in a pass.
 
-Several at once is speculative decoding without a second model: codes are guessed (drafts), one pass computes what would be drawn at each of their
-positions, and the drafts are kept up to the first that differs (docs/drawing.md).
+Several in a pass is speculative decoding without a second model: codes are guessed (drafts), one pass computes which code would be drawn at each of these
+positions, and the drafts are kept up to the first wrong one (docs/drawing.md).
 
 B pictures, C captions, T text and I image positions, P given codes, N image codes, Q positions of a window.
 """
@@ -21,21 +21,21 @@ from model.draw_cache import Window
 
 @dataclass(frozen=True)
 class Rule:
-    """How a code is drawn from logits: the argmax, after all of this, of logits plus the noise of (seed, position, code)."""
+    """How a code is sampled from logits. After the following steps, the code is the argmax of logits plus the noise of (seed, position, code)."""
 
     temperature: float = 1.0
-    """Divides the logits; above 0 (paper: 1)."""
+    """The logits are divided by this number above 0 (paper: 1)."""
     top_k: int | None = None
-    """Among the k likeliest codes only."""
+    """Only the k likeliest codes can be drawn."""
     top_p: float | None = None
-    """Among the likeliest codes that make up this much of the probability, the code that crosses it included."""
+    """Only the likeliest codes can be drawn that together reach this probability."""
     guidance: float = 1.0
-    """s of l_empty + s (l_caption - l_empty), before all else; at 1 nothing is computed for it."""
+    """Classifier-free guidance, which comes first: the logits are l_empty + s (l_caption - l_empty) with this s; 1 costs nothing."""
 
     def check(self, shape: StreamShape) -> None:
         """
         Raises:
-            ValueError: a value that cannot be drawn with.
+            ValueError: a value is out of range.
         """
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be above 0")
@@ -47,7 +47,7 @@ class Rule:
             raise ValueError(f"guidance = {self.guidance}: accepted are numbers from 0; 1 is none")
 
     def filtered(self, logits_BQN: Tensor) -> Tensor:
-        """Logits by which a code is drawn, at the temperature, -inf where none may be; fp32."""
+        """Logits divided by the temperature, fp32, with -inf for codes that cannot be drawn."""
         logits_BQN = logits_BQN / self.temperature
         if self.top_k is not None:
             least_BQ1 = logits_BQN.topk(self.top_k, dim=-1).values[..., -1:]
@@ -62,16 +62,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What ``sample`` returns."""
+    """The result of ``sample``."""
 
     codes_BI: Tensor
     """int64, in raster order."""
     passes: int
-    """Passes of the model that drew them, prefilling apart."""
+    """Passes of the model that were needed, without those that read captions and given codes."""
 
 
 class NotFiniteError(ValueError):
-    """The model gives logits that are no numbers."""
+    """The model's logits are not finite."""
 
 
 @torch.no_grad()
@@ -86,25 +86,25 @@ def sample(
     window: int = 1,
     after_pass: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Drawn:
-    """Draw pictures of captions, as codes. A picture depends on its caption, its seed, the rule and its given codes alone.
+    """Draw the codes of pictures for captions. A picture depends only on its caption, its seed, the rule and its given codes.
 
-    Equal seeds give equal codes whatever is drawn beside and however large the window is, as long as rounding does not turn an argmax: sums in
-    matrix products depend on how many rows are computed at once. Bits of the logits are the same where captions, pictures and window are as many.
+    Equal seeds give equal codes whatever else is drawn and whatever the window is, unless rounding changes an argmax, because sums in matrix products depend on
+    how many rows are computed at once. With the same numbers of captions and pictures and the same window, logits are equal bit for bit.
 
     Args:
-        weights: of a trained transformer.
+        weights: weights of a trained transformer.
         text_CT: text ids, int64 [C, T].
-        lengths_C: tokens of each caption, int64 [C].
-        seeds: of each picture; a multiple of C. The pictures of a caption stand one after another, and share its text.
-        rule: how codes are drawn.
-        prefix_BP: given codes, int64 [B, P], the first of each picture (paper 2.9: the upper part of a photo).
-        window: positions computed in one pass. Above 1, all but the first are drafts, and those are kept that come out as they went in, and the
-            one after them: the very codes that come one at a time, in fewer passes.
-        after_pass: hears of the codes so far, int64 [B, I], and how many of each picture are drawn, [B]; an error that it raises ends the drawing.
+        lengths_C: number of tokens of each caption, int64 [C].
+        seeds: one for each picture; as many pictures for each caption. The pictures of a caption are consecutive.
+        rule: how codes are sampled.
+        prefix_BP: given codes, int64 [B, P], the first ones of each picture (paper 2.9: the upper part of a photo).
+        window: positions computed in one pass. If it is above 1, all positions but the first have drafts as input. Drafts that the pass confirms are kept, and
+            so is the code after them: the same codes as one at a time, in fewer passes.
+        after_pass: called with the codes so far, int64 [B, I], and how many of each picture are drawn, [B]. An error that it raises ends the drawing.
 
     Raises:
-        ValueError: seeds, lengths or given codes that do not fit the captions; a rule or window that cannot be drawn with.
-        NotFiniteError: logits that are no numbers; the position is named.
+        ValueError: seeds, lengths or given codes do not fit the captions; the rule or the window is out of range.
+        NotFiniteError: logits are not finite; the message names the position.
     """
     run = begin(weights, text_CT, lengths_C, seeds, rule, prefix_BP=prefix_BP, window=window)
     while not run.is_done:
@@ -125,7 +125,7 @@ def begin(
     prefix_BP: Tensor | None = None,
     window: int = 1,
 ) -> Sampling:
-    """Read the captions and the given codes; arguments and errors as those of ``sample``."""
+    """Compute the captions and the given codes, and return what draws the rest; arguments and errors as for ``sample``."""
     shape = weights.shape
     _check(shape, text_CT, lengths_C, seeds, prefix_BP, window)
     rule.check(shape)
@@ -152,22 +152,22 @@ def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequen
 
 
 class Sampling:
-    """The codes of a batch on their way. Of picture b the first ``known_B[b]`` codes are final, those after them drafts."""
+    """A batch of pictures that is being drawn. The first ``known_B[b]`` codes of picture b are final; those after them are drafts."""
 
     def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int) -> None:
         self.drawer, self.rule, self.seeds_B, self.window = drawer, rule, seeds_B, window
         shape, pictures = drawer.weights.shape, len(seeds_B)
-        # Copies: 2 with guidance, where each picture is computed with its caption and with the empty one.
+        # copies is 2 with guidance, where each picture is computed with its caption and with the empty caption.
         self.total, self.grid, self.copies = shape.image_tokens, shape.grid, drawer.pictures // pictures
         given = 0 if prefix_BP is None else prefix_BP.shape[1]
         self.codes_BI = torch.zeros(pictures, self.total, dtype=torch.int64, device=seeds_B.device)
         if prefix_BP is not None:
             self.codes_BI[:, :given] = prefix_BP
         self.known_B = torch.full((pictures,), given, device=seeds_B.device)
-        # Least: final codes of the picture that has the fewest.
+        # least: the number of final codes of the picture that has the fewest.
         self.least, self.passes = given, 0
         self._drafted_B = self.known_B.clone()
-        """Positions before it hold drafts already."""
+        """Positions below this already hold drafts from an earlier pass."""
         if 0 < given < self.total:
             drawer.fill(self._repeated(self.codes_BI), given)
 
@@ -179,7 +179,7 @@ class Sampling:
         return x_B if self.copies == 1 else x_B.repeat(self.copies, *[1] * (x_B.ndim - 1))
 
     def step(self) -> None:
-        """One pass of the model."""
+        """Run one pass of the model."""
         self.passes += 1
         common = self.least if self.window == 1 else None
         window = Window(self.known_B, self.window, common)
@@ -199,7 +199,7 @@ class Sampling:
             self._accept(drawn_BQ, window)
 
     def _draft(self, window: Window) -> None:
-        """Where there is no draft from an earlier pass yet: the code above."""
+        """Fill positions without a draft from an earlier pass with the code above them."""
         for step in range(self.window - 1):
             at_B1 = (window.first_B + step)[:, None].clamp(max=self.total - 1)
             above_B1 = self.codes_BI.gather(1, (at_B1 - self.grid).clamp(min=0))
@@ -207,7 +207,7 @@ class Sampling:
             self.codes_BI.scatter_(1, at_B1, torch.where(has_none_B1, above_B1, self.codes_BI.gather(1, at_B1)))
 
     def _accept(self, drawn_BQ: Tensor, window: Window) -> None:
-        """Keep the drafts that came out as they went in, and the code after them; the rest of what came out are the next drafts."""
+        """Keep the drafts that the pass has confirmed, and the code after them; the other codes of the pass become the next drafts."""
         states_BQ = window.states_BQ
         at_BQ = states_BQ.clamp(max=self.total - 1)
         is_same_BQ = (self.codes_BI.gather(1, at_BQ) == drawn_BQ) & (states_BQ < self.total)
@@ -223,9 +223,9 @@ class Sampling:
 
     def _refuse_no_numbers(self, best_BQ: Tensor, window: Window) -> None:
         is_bad_BQ = ~best_BQ.isfinite() & (window.states_BQ < self.total)
-        # A draft that was wrong may have led there: only the first position of a pass is sure to be drawn.
+        # Only the first position counts: at later ones a wrong draft may be the cause.
         if bool(is_bad_BQ[:, 0].any()):
             first = int(window.first_B[is_bad_BQ[:, 0]].min())
-            last = min(first + self.window, self.total) - 1  # one state that is no number spoils all of its pass
+            last = min(first + self.window, self.total) - 1  # a state that is not finite spoils the whole pass
             place = f"position {first}" if first == last else f"positions {first} to {last}"
-            raise NotFiniteError(f"the logits of image {place} of {self.total} are no numbers")
+            raise NotFiniteError(f"the logits of image {place} of {self.total} are not finite")

@@ -1,7 +1,7 @@
-"""The one door to scaled_dot_product_attention, and the seam for its kernel.
+"""The only caller of scaled_dot_product_attention, and the place to replace its kernel.
 
-Which kernel runs is torch's choice, for which it asks the CUDA driver. ``with_kernel`` takes that choice over: where there is no driver (tests on fake CUDA
-tensors), and where one kernel is to be compared with another.
+Which kernel runs is decided by torch, which asks the CUDA driver for it. ``with_kernel`` overrides that decision: where there is no driver (in tests on fake CUDA
+tensors), or to compare kernels.
 
 B batch, H heads, S states, K width of a head.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# On CUDA the fallback of scaled_dot_product_attention would write all scores to memory: without a kernel that does not, it is an error.
+# On CUDA, torch's fallback would write all scores to memory. Limited to these kernels, it raises an error instead.
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -33,7 +33,7 @@ def attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, mask: Tensor | 
     """Softmax attention by torch's best kernel, or by that of ``with_kernel``.
 
     Args:
-        fused: on CUDA, an error rather than a kernel that writes all scores to memory.
+        fused: on CUDA, raise an error rather than use a kernel that writes all scores to memory.
     """
     if _chosen:
         return _chosen[-1](q_BHSK, k_BHSK, v_BHSK, mask, is_causal)
@@ -45,7 +45,7 @@ def attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, mask: Tensor | 
 
 @contextmanager
 def with_kernel(kernel: Kernel) -> Iterator[None]:
-    """Inside, every call of ``attention`` in this process goes to this kernel."""
+    """Inside the block, every call of ``attention`` in this process uses this kernel."""
     _chosen.append(kernel)
     try:
         yield

@@ -1,7 +1,7 @@
 """The decoder-only transformer over one stream of text and image tokens (paper 2.2, 2.4, B.1; Child et al. 2019, section 5.2).
 
 B batch, T text positions, I image positions, S = T + I states, D width, H heads, K width of a head, V text vocabulary, N image codes.
-Parameters are kept as docs/contracts.md, section 4, says.
+The layout of parameters is specified in docs/contracts.md, section 4.
 """
 
 import math
@@ -20,7 +20,7 @@ from model.config import StreamShape, TransformerConfig
 from model.head import Unembedding
 from model.offsets import Kind, layer_kinds
 
-# Initialisation of the same group's published code (distribution augmentation); the paper is silent.
+# Initialisation as in code that the same group has published (distribution augmentation); the paper does not give it.
 _WEIGHT_VARIANCE = 0.125
 _TOKEN_STD = 0.013
 _POSITION_STD = 0.01
@@ -29,7 +29,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class _Scale(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a factor and, if asked, rid of Inf and NaN."""
+    """The identity, whose gradient is multiplied by a factor; with ``filters``, infinities and NaN in the gradient become 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float | Tensor, filters: bool) -> Tensor:
@@ -53,12 +53,12 @@ def leave(x: Tensor, scale: float | Tensor, filters: bool) -> Tensor:
 
 
 def _is_idle(scale: float | Tensor, filters: bool) -> bool:
-    # A tensor may live on a device: looking at its value would wait for that device.
+    # The scale may be a tensor on a device; reading its value would wait for the device.
     return not filters and not isinstance(scale, Tensor) and scale == 1.0
 
 
 class Projection(nn.Module):
-    """A matrix and a bias, kept in fp32 and cast to the dtype of the input. Stored (out, in), or (in, out) if ``transposed``."""
+    """A matrix and a bias, stored in fp32 and cast to the dtype of the input. The matrix is stored as (out, in), or (in, out) if ``transposed``."""
 
     def __init__(self, inputs: int, outputs: int, std: float, *, transposed: bool = False) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Projection(nn.Module):
 
 
 class Table(nn.Module):
-    """Learned vectors, (count, D): looked up by ids, or all of them."""
+    """Learned vectors, (count, D); returns those of some ids, or all."""
 
     def __init__(self, count: int, width: int, std: float) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class Table(nn.Module):
 class Resblock(nn.Module):
     """``x + branch(norm(x))``: identity path and norm in fp32, the branch in its own dtype, with the two gradient points of Figure 4.
 
-    ``gradient_scale`` multiplies every parameter gradient inside the block (the norm's too), whose owner has to divide it out again;
-    a float, or a 0-dimensional tensor on the device of the states. At 1 with ``filter_gradients`` off the gradient points vanish.
+    ``gradient_scale`` multiplies every parameter gradient inside the block (including the norm's); the optimizer has to divide by it again. It is a float, or a
+    0-dimensional tensor on the device of the states. With scale 1 and ``filter_gradients`` off, the gradient points do nothing.
     """
 
     def __init__(self, norm: nn.Module, branch_dtype: torch.dtype) -> None:
@@ -100,7 +100,7 @@ class Resblock(nn.Module):
 
     @abstractmethod
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
-        """What the block adds, from normalised states [B, S, D] in the branch's dtype to [B, S, D]."""
+        """What the block adds to the states, [B, S, D], computed from normalised states [B, S, D] in the branch's dtype."""
 
     def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
         """One block on fp32 states [B, S, D]."""
@@ -117,7 +117,7 @@ class AttentionResblock(Resblock):
         self.kind, self.heads = kind, cfg.heads
         std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
         self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std) for _ in range(3))
-        # Half the variance over all layers: the residual sum keeps its size, whatever the depth.
+        # Half the variance, divided by the number of layers, so that the size of the residual sum does not depend on the depth.
         self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers))
 
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
@@ -128,7 +128,7 @@ class AttentionResblock(Resblock):
 
 
 class MLPResblock(Resblock):
-    """Two matrices with a quick GELU between them; four times as wide inside."""
+    """Two matrices with a quick GELU between them; the inner width is four times the outer one."""
 
     def __init__(self, cfg: TransformerConfig, norm: nn.Module, branch_dtype: torch.dtype) -> None:
         super().__init__(norm, branch_dtype)
@@ -142,11 +142,11 @@ class MLPResblock(Resblock):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """Written by hand: it keeps one tensor for the backward pass where autograd keeps three, in fewer passes over memory."""
+    """Written by hand, because it keeps one tensor for the backward pass where autograd keeps three, and needs fewer passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        scaled = x * 1.702  # kept in place of x, which nothing else needs
+        scaled = x * 1.702  # kept instead of x, which nothing else needs
         ctx.save_for_backward(scaled)
         return F.silu(scaled).mul_(1 / 1.702)
 
@@ -164,11 +164,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """Text and image tokens to the negative log-likelihood of each.
 
-    State j of the text predicts text token j from the tokens before it; state p of the image predicts code p from the whole text and the
-    codes before it. The start vectors lie inside the counts (docs/paper.md 3.4): text slot 0 is start-of-text, slot j is token j - 1 with its
-    position; image slot 0 is start-of-image, slot p is code p - 1 with its row and column. A text slot without a token holds that
-    position's own learned padding vector, which image states do see. The last text token of a caption that fills all positions is
-    predicted, but never seen.
+    State j of the text predicts text token j from the tokens before it; state p of the image predicts code p from the whole text and the codes before it. The
+    start vectors are included in the numbers of positions (docs/paper.md 3.4): the input of text slot 0 is start-of-text, that of slot j is token j - 1 with its
+    position; the input of image slot 0 is start-of-image, that of slot p is code p - 1 with its row and column. A text slot without a token holds a learned
+    padding vector of its position, to which image states do attend. If a caption fills all text positions, its last token is predicted but is never an input.
     """
 
     def __init__(
@@ -189,8 +188,8 @@ class Transformer(nn.Module):
             branch_dtype: arithmetic of the residual branches; everything else is fp32.
             norm: makes a norm of a given width; layer norm with eps 1e-5 if None.
             attend: the attention engine (a module, if it holds buffers); DenseAttention if None.
-            checkpoint_every: keep the states before every n-th resblock only, and recompute the n resblocks between (and the logits) in the backward
-                pass (paper 2.4 recomputes each resblock: 1); 0 keeps everything.
+            checkpoint_every: keep only the states before every n-th resblock, and recompute the resblocks in between (and the logits) in the backward pass (paper
+                2.4 recomputes each resblock: 1); 0 keeps everything.
         """
         super().__init__()
         self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
@@ -230,7 +229,7 @@ class Transformer(nn.Module):
         return torch.cat([start_B1D, self.image_tokens(codes_BP) + place_PD], dim=1)
 
     def states(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> Tensor:
-        """Final states before the last norm, fp32 [B, S, D]."""
+        """States after all resblocks and before the last norm, fp32 [B, S, D]."""
         x_BSD = torch.cat([self.embed_text(text_BT, lengths_B), self.embed_image(codes_BI[:, :-1])], dim=1)
         if not self.checkpoint_every or not torch.is_grad_enabled():
             return self._run(0, len(self.resblocks), x_BSD)
@@ -252,17 +251,17 @@ class Transformer(nn.Module):
         return text_BTD, image_BID
 
     def forward(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]; means are the caller's, over its own counts.
+        """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]. The caller takes means, with its own denominators.
 
         Text positions that do not count (see ``text_counts``) are exactly 0.
 
         Args:
-            text_BT: text ids, int64 [B, T]; what lies beyond a caption's length is ignored.
-            lengths_B: tokens of each caption, int64 [B], 0 to T.
+            text_BT: text ids, int64 [B, T]; ids beyond a caption's length are ignored.
+            lengths_B: number of tokens of each caption, int64 [B], 0 to T.
             codes_BI: image codes in raster order, int64 [B, I].
 
         Raises:
-            ValueError: wrong shapes; ids or lengths out of range (looked for on CPU tensors only: elsewhere it would cost a wait).
+            ValueError: shapes are wrong, or ids or lengths out of range (which is checked for CPU tensors only, because on a device the host would have to wait).
         """
         text_BTD, image_BID = self.predicting_states(text_BT, lengths_B, codes_BI)
         keeps_logits = not self.checkpoint_every
@@ -273,7 +272,7 @@ class Transformer(nn.Module):
         return text_nll_BT, self.image_unembedding(image_BID, codes_BI, keeps_logits)
 
     def text_counts(self, lengths_B: Tensor) -> Tensor:
-        """Text positions of each caption that count in the loss, int64 [B]: the denominator of the text loss is their global sum."""
+        """Number of text positions of each caption that count in the loss, int64 [B]. Their sum over all ranks is the denominator of the text loss."""
         return torch.full_like(lengths_B, self.shape.text_tokens) if self.cfg.pads_in_text_loss else lengths_B
 
     def _check(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> None:
@@ -302,18 +301,18 @@ def _check_range(what: str, ids: Tensor, bound: int, key: str) -> None:
 
 @dataclass(frozen=True)
 class ParameterTag:
-    """What training must know of a parameter."""
+    """What training needs to know about a parameter."""
 
     resblock: int | None
-    """Index of its resblock, 0 to 2 * layers - 1 (attention even, MLP odd); None outside of resblocks."""
+    """Index of its resblock, 0 to 2 * layers - 1 (attention even, MLP odd); None outside resblocks."""
     decays: bool
-    """Whether weight decay applies: matrices and tables (rank above 1, as in openai/distribution_augmentation), not gains and biases."""
+    """Whether weight decay applies: to matrices and tables (rank above 1, as in openai/distribution_augmentation), not to gains and biases."""
     is_block_matrix: bool
-    """Whether it is a matrix of a resblock: what 16-bit storage and moments, fp16 on the wire and gradient compression apply to (paper D.2)."""
+    """Whether it is a matrix of a resblock. 16-bit storage and moments, fp16 messages and gradient compression apply to these only (paper D.2)."""
 
 
 def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
-    """A tag for every parameter of the model, by name, from the structure alone (shapes may be partitioned away)."""
+    """A tag for every parameter of the model, by name. Derived from the structure only, because under ZeRO 3 shapes are partitioned."""
     tags = {}
     for name, _ in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")

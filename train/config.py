@@ -1,4 +1,4 @@
-"""The run configuration: every section, checked against each other. No torch."""
+"""The run configuration: all sections, and the checks between them. No torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PRESETS = Path(__file__).parent / "presets"
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 UnscaledPrecision = Literal["auto", "bf16", "fp32"]
-"""Of stages without loss scaling."""
+"""For stages without loss scaling."""
 
 
 class RunSection(Section):
-    """Name, place and seed of a run. Name and root say where a new run is made; of a run folder that is named they follow from where it lies, and are not
-    stored in it: a folder that is renamed, moved or copied is the run that it is named by."""
+    """Name, place and seed of a run. Name and root say where a new run is made. They are not stored: for an existing run folder they follow from its path, so
+    that a folder can be renamed, moved or copied."""
 
     name: str = Field(default="run", pattern=r"^[^/\x00-\x1f]*[^./\x00-\x1f][^/\x00-\x1f]*$", exclude=True)
     """Name of the run: its folder under root."""
@@ -41,8 +41,8 @@ class FitSection(WatchingSection):
     steps: int = Field(default=1000, gt=0, json_schema_extra=GOING_ON)
     """Optimizer updates."""
     on_change: Literal["recomputed", "kept", "restarted"] = Field(default="recomputed", json_schema_extra=ANY_TIME)
-    """What becomes of the schedule of the step size where the run goes on with other values (--go-on): 'recomputed', as if the new values had held from the
-    start; 'kept', it ends where it would have ended, and stays there; 'restarted', it begins anew, warm-up included, over the updates that are left."""
+    """What happens to the schedule of the step size when the run continues with other values (--go-on). 'recomputed': as if the new values had applied from the
+    start. 'kept': it ends where it would have ended, and stays there. 'restarted': it begins again, warm-up included, over the remaining updates."""
     batch: int = Field(default=512, gt=0, json_schema_extra=GOING_ON)
     """Samples per update, over all processes and micro-batches."""
     accumulation: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
@@ -53,18 +53,18 @@ class FitSection(WatchingSection):
     eval_every: int = Field(default=1000, gt=0, json_schema_extra=ANY_TIME)
     """Updates between evaluations on the validation split; the last update always evaluates."""
     eval_samples: int = Field(default=1024, gt=0)
-    """Validation samples of one evaluation (fewer if there are fewer)."""
+    """Most validation samples of one evaluation."""
     save_every: int = Field(default=1000, gt=0, json_schema_extra=ANY_TIME)
     """Updates between checkpoints; the last update always saves."""
     keep: int = Field(default=2, gt=0, json_schema_extra=ANY_TIME)
-    """Checkpoints kept."""
+    """Newest checkpoints that are kept."""
     keep_every: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
-    """The first checkpoint at or after each multiple of this many updates is kept for good; 0: none are."""
+    """The first checkpoint at or after each multiple of this many updates is kept permanently; 0: none."""
     max_bad_steps: int = Field(default=3, gt=0, json_schema_extra=ANY_TIME)
-    """Updates with non-finite losses or gradients, without a good one between them, before the run ends with exit code 93."""
+    """After this many consecutive updates with non-finite losses or gradients the run ends with exit code 93."""
     max_overflow_steps: int = Field(default=500, gt=0, json_schema_extra=ANY_TIME)
-    """The same for updates whose scaled gradients overflowed: a scale of the transformer falls by one division in each scales.window updates,
-    so this must span several windows."""
+    """The same for consecutive updates whose scaled gradients overflowed. A scale of the transformer is divided at most once in scales.window updates, so this
+    must span several windows."""
 
 
 class DvaeFit(FitSection):
@@ -73,19 +73,19 @@ class DvaeFit(FitSection):
     activation_checkpointing: bool = Field(default=False, json_schema_extra=ANY_TIME)
     """Recompute activations inside residual blocks in the backward pass."""
     compile: bool = False
-    """Hand the groups of residual blocks to torch.compile: a minute or more at the start (on a CPU it needs a C++ compiler)."""
+    """Compile the groups of residual blocks with torch.compile, which takes a minute or more at the start (and a C++ compiler on a CPU)."""
     lr: float = Field(default=1e-4, gt=0, json_schema_extra=GOING_ON)
     """Initial step size."""
     lr_final: float = Field(default=1.25e-6, ge=0, json_schema_extra=GOING_ON)
     """Final step size, by half-cosine."""
     warmup_steps: int = Field(default=0, ge=0, json_schema_extra=GOING_ON)
-    """Updates of linear warm-up on top of the schedule; the paper has none."""
+    """Updates of linear warm-up, in addition to the schedule; the paper has none."""
     clip_norm: float | None = Field(default=None, gt=0, json_schema_extra=GOING_ON)
     """Clip gradients to this global norm; the paper does not."""
     min_ln_b: float | None = Field(default=None)
-    """Floor of ln b in the likelihood; the paper has none. Drawings with exactly flat areas need one: their density is unbounded, and drowns the rest."""
+    """Lower bound of ln b in the likelihood; the paper has none. Drawings with exactly flat areas need one, because their density would be unbounded and dominate."""
     lr_steps: int = Field(default=1_200_000, gt=0, json_schema_extra=GOING_ON)
-    """Updates of the step-size schedule; held afterwards."""
+    """Updates of the step-size schedule; constant afterwards."""
     beta: float = Field(default=6.6, ge=0)
     """KL weight, before the division by 3 * downsample**2."""
     beta_steps: int = Field(default=5_000, gt=0)
@@ -97,32 +97,32 @@ class DvaeFit(FitSection):
     tau_schedule: Literal["cosine", "linear"] = "cosine"
     """How the temperature falls; 'linear' typically diverged (paper 2.1)."""
     warn_perplexity: float = Field(default=0.05, ge=0, le=1)
-    """Warn of a collapsing codebook where the perplexity of the codes is below this share of dvae.vocab."""
+    """Warn of a collapsing codebook if the perplexity of the codes is below this share of dvae.vocab."""
     weight_decay: float = Field(default=1e-4, ge=0, json_schema_extra=GOING_ON)
     """AdamW's weight decay."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the parameters."""
     scale_min: float = Field(default=9 / 8, ge=1)
-    """Listing 1: smallest resize target over the image size."""
+    """Listing 1: smallest resize target, divided by the image size."""
     scale_max: float = Field(default=12 / 8, ge=1)
-    """Listing 1: largest resize target over the image size."""
+    """Listing 1: largest resize target, divided by the image size."""
 
 
 class EncodeSection(Section):
-    """Writing of code tokens."""
+    """Encoding of images as codes."""
 
     crops: int = Field(default=1, gt=0)
-    """Crops per image by Listing 2, each a sub-set; epoch e reads crop e mod crops."""
+    """Crops of each image by Listing 2, each in a shard set of its own; epoch e reads crop e mod crops."""
     batch: int = Field(default=64, gt=0)
-    """Images per forward pass; the last of a part is padded, so that codes depend on the part alone."""
+    """Images per forward pass; the last batch of a part is padded, so that codes depend on their part only."""
     precision: Precision = "fp32"
-    """Arithmetic of the heavy products, as in the training stages. It is part of what codes are made from: another one encodes anew."""
+    """Arithmetic of the large matrix products, as in the training stages. Codes depend on it: with another value they are made again."""
     threads: int = Field(default=1, gt=0)
-    """Threads of one process for the arithmetic on a CPU. Last bits of sums depend on it, so it is fixed, and part of what codes are made from; use more processes."""
+    """Threads of a process for arithmetic on a CPU. The last bits of sums depend on it, so with another value codes are made again; use more processes instead."""
     decoders: int = Field(default=2, gt=0)
-    """Threads of one process that decode the next images meanwhile."""
+    """Threads of a process that decode the next images meanwhile."""
     scale_max: float = Field(default=9 / 8, ge=1)
-    """Listing 2: largest resize target over the image size."""
+    """Listing 2: largest resize target, divided by the image size."""
     min_code_use: float = Field(default=0.0, ge=0, le=1)
     """Refuse a dVAE that uses a smaller share of its codes on validation images."""
 
@@ -131,27 +131,27 @@ class DalleFit(FitSection):
     """Training of the transformer (paper B.2)."""
 
     init_from: str = Field(default="", json_schema_extra=PLACE)
-    """Start from the weights of this export (a folder or s3 prefix with model.safetensors); a checkpoint of the run goes before it."""
+    """Start from the weights of this export (a folder or s3 prefix with model.safetensors). Ignored once the run has a checkpoint."""
     attention_records: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
-    """Folder with a site's own measurements ('launcher.py bench model --out FOLDER'), which dalle.attention = 'auto' reads beside those that come with the code; empty: none."""
+    """Folder with a site's own measurements ('launcher.py bench model --out FOLDER'), which dalle.attention = 'auto' uses besides those in the code; empty: none."""
     lr: float = Field(default=4.5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
     warmup_steps: int = Field(default=5_000, ge=0, json_schema_extra=GOING_ON)
     """Updates of linear warm-up."""
     schedule: Literal["cosine", "plateau"] = "cosine"
-    """After the warm-up: half a cosine to lr_final, or halvings at plateaus of the training loss (paper B.2)."""
+    """Step size after the warm-up: half a cosine down to lr_final, or halved at plateaus of the training loss (paper B.2)."""
     lr_final: float = Field(default=0.0, ge=0, json_schema_extra=GOING_ON)
     """'cosine': step size at the last update."""
     halvings: int = Field(default=5, ge=0, json_schema_extra=GOING_ON)
-    """'plateau': largest number of halvings."""
+    """'plateau': most halvings."""
     halve_at: tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=GOING_ON)
-    """'plateau', by hand: halve after exactly these updates instead."""
+    """'plateau': halve after exactly these updates instead of at plateaus."""
     plateau_window: int = Field(default=2_000, gt=0, json_schema_extra=GOING_ON)
-    """'plateau': updates whose mean loss is compared."""
+    """'plateau': updates of a window; the mean losses of windows are compared."""
     plateau_patience: int = Field(default=3, gt=0, json_schema_extra=GOING_ON)
     """'plateau': windows without progress before a halving."""
     plateau_threshold: float = Field(default=1e-3, ge=0, json_schema_extra=GOING_ON)
-    """'plateau': smallest relative progress of a window over the best one."""
+    """'plateau': least relative improvement over the best window that counts as progress."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay."""
     beta2: float = Field(default=0.96, ge=0, lt=1)
@@ -161,16 +161,16 @@ class DalleFit(FitSection):
     clip_norm: float = Field(default=4.0, gt=0, json_schema_extra=GOING_ON)
     """Clip gradients to this global norm."""
     optimizer: Literal["paper", "apex"] = "paper"
-    """AdamW with the paper's details, or NVIDIA apex's FusedAdam (a GPU, fp32 moments, no ceiling of the variance; an error where it cannot be
-    constructed)."""
+    """AdamW with the paper's details, or NVIDIA apex's FusedAdam (needs a GPU and fp32 moments, has no upper limit of the variance; an error if apex cannot be
+    used)."""
     norm: Literal["torch", "apex"] = "torch"
-    """Layer norm: torch's, or NVIDIA apex's FusedLayerNorm (a GPU; an error where it cannot be constructed). Weights and exports are the same."""
+    """Layer norm of torch, or NVIDIA apex's FusedLayerNorm (needs a GPU; an error if apex cannot be used). Weights and exports are the same."""
     clip_variance: float | None = Field(default=5.0, gt=0)
-    """Ceiling of Adam's variance estimate; nothing for none."""
+    """Upper limit of Adam's variance estimate; None: no limit."""
     moments: Literal["fp32", "16-bit"] = "fp32"
     """Storage of Adam's moments of block matrices: '16-bit' is 1-6-9 for the mean and 0-6-10 for the variance (paper B.2)."""
     numerics_every: int = Field(default=100, gt=0, json_schema_extra=ANY_TIME)
-    """Updates between points of the series of each resblock: scale, overflows, gradient norm, shares of zero and subnormal values of the reduced gradients."""
+    """Updates between logged points of each resblock: scale, overflows, gradient norm, and the shares of zero and subnormal values in reduced gradients."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the iterate average."""
     ema_every: int = Field(default=25, gt=0)
@@ -178,24 +178,24 @@ class DalleFit(FitSection):
     activation_checkpointing: bool = Field(default=True, json_schema_extra=ANY_TIME)
     """Recompute activations inside resblocks in the backward pass."""
     checkpoint_every: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
-    """Resblocks recomputed together where activation_checkpointing is on: states are kept before every n-th one."""
+    """With activation_checkpointing: resblocks that are recomputed together; activations are kept before every n-th resblock."""
     caption_dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=GOING_ON)
-    """Share of training samples that lose their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Drawn anew
-    in each epoch and never stored."""
+    """Share of training samples without their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Other samples in each
+    epoch."""
 
 
 class ZeroSection(Section):
-    """DeepSpeed ZeRO; keys carry DeepSpeed's names where it has them."""
+    """DeepSpeed ZeRO. Keys have DeepSpeed's names where it has such a key."""
 
     model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     stage: Literal[1, 2, 3] = 2
     """ZeRO stage."""
     sharding: Literal["flat", "node"] = "flat"
-    """'node': shard over the processes of a node and replicate between nodes (paper 2.5); 'flat': shard over all."""
+    """'node': shard over the processes of a node and replicate between nodes (paper 2.5); 'flat': shard over all processes."""
     weights: Literal["auto", "fp16", "cast"] = "auto"
-    """Storage of block matrices with dalle_fit.precision = "fp16": true fp16 parameters, or fp32 ones cast inside the resblock. 'auto': what takes
-    fewer bytes on the stage, which is fp16 on all three (docs/architecture.md)."""
+    """Storage of block matrices with dalle_fit.precision = "fp16": fp16 parameters, or fp32 parameters that are cast inside the resblock. 'auto': whichever
+    takes fewer bytes on the ZeRO stage, which is fp16 on all three (docs/architecture.md)."""
     offload_optimizer: bool = False
     """Keep masters and moments in CPU memory, and update there."""
     overlap_comm: bool = False
@@ -203,44 +203,44 @@ class ZeroSection(Section):
     reduce_bucket_size: int = Field(default=50_000_000, gt=0)
     """Elements per gradient reduction."""
     allgather_bucket_size: int = Field(default=50_000_000, gt=0)
-    """Elements per parameter gather on stages 1 and 2, where torch cannot gather into one tensor; DeepSpeed asks that first, and every torch that we take can."""
+    """Stages 1 and 2: elements per parameter gather, if torch cannot gather into one tensor. Without effect: every supported torch can."""
     use_multi_rank_bucket_allreduce: bool = True
-    """Stages 1 and 2: reduce by one all-reduce instead of a reduction to each owner: fewer, larger messages, up to twice the traffic."""
+    """Stages 1 and 2: reduce with one all-reduce instead of one reduction to each owner: fewer and larger messages, but up to twice the traffic."""
     stage3_prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
     """Stage 3: elements gathered ahead."""
     stage3_param_persistence_threshold: int = Field(default=0, ge=0)
-    """Stage 3: parameters of at most so many elements are never partitioned."""
+    """Stage 3: parameters of at most this many elements are never partitioned."""
     stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=0)
-    """Stage 3: elements of gathered parameters held at once."""
+    """Stage 3: most elements of gathered parameters at a time."""
     stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
-    """Stage 3: a parameter used again within so many elements is not released."""
+    """Stage 3: a parameter that is used again within this many elements is not released."""
 
 
 class ScaleSection(Section):
-    """Gradient scales of the transformer's resblocks, for dalle_fit.precision = "fp16" (paper D.1). Exponents of two, on top of the number of shares of
-    the global batch (processes times micro-batches; the paper's M)."""
+    """Gradient scales of the transformer's resblocks, for dalle_fit.precision = "fp16" (paper D.1). Values are exponents of two; scales are further multiplied by
+    the number of micro-batches in the global batch, over all processes (the paper's M)."""
 
     scope: Literal["resblock", "global", "none"] = "resblock"
     """One scale for each resblock, one for all of them, or none."""
     initial: float = 13
     """Exponent at the start."""
     growth_updates: int = Field(default=1000, gt=0)
-    """Updates without overflow in which a scale doubles."""
+    """Updates without overflow over which a scale doubles."""
     division: float = Field(default=0.5, gt=0)
-    """What an overflow takes off the exponent: 0.5 divides by the square root of 2."""
+    """Subtracted from the exponent after an overflow: 0.5 divides the scale by the square root of 2."""
     window: int = Field(default=125, gt=0)
-    """Updates within which a scale is not divided again."""
+    """A scale is divided at most once within this many updates."""
     lowest: float = 7
     """Lowest exponent."""
     highest: float = 24
     """Highest exponent."""
     before_reduction: float = 0
-    """Exponent of the constant by which each process multiplies its resblocks' gradients before they are summed (paper D.3), to keep their sums within fp16.
-    DeepSpeed itself divides by the number of processes that shard, before it sums; this comes on top."""
+    """Exponent of a constant by which each process multiplies its resblocks' gradients before they are summed (paper D.3), to keep the sums within fp16.
+    DeepSpeed also divides by the number of sharding processes before it sums; this constant comes on top."""
     filter: bool = True
     """Set non-finite activation gradients to zero where they enter and leave a resblock (Figure 4)."""
     skip: Literal["all", "resblock"] = "all"
-    """What a non-finite parameter gradient skips: the whole update (paper E.2), or its resblock's part of it."""
+    """What is skipped if a parameter gradient is not finite: the whole update (paper E.2), or the update of its resblock."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -253,7 +253,7 @@ class ClipFit(FitSection):
     """Training of the contrastive model."""
 
     precision: UnscaledPrecision = "auto"
-    """Arithmetic of the heavy products. 'auto': bf16 where a probe finds it at least 1.3 times as fast as fp32."""
+    """Arithmetic of the large matrix products. 'auto': bf16 if a probe finds it at least 1.3 times as fast as fp32."""
     lr: float = Field(default=5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
     warmup_steps: int = Field(default=100, ge=0, json_schema_extra=GOING_ON)
@@ -272,29 +272,29 @@ class GenerateSection(Section):
     captions: tuple[str, ...] = ()
     """Captions to draw; empty: captions of the validation split."""
     num_captions: int = Field(default=16, gt=0)
-    """Validation captions to draw, each of another concept, when captions is empty."""
+    """If captions is empty: number of validation captions to draw, each of another concept."""
     num_known_captions: int = Field(default=0, ge=0)
-    """Captions of the most frequent training concepts to draw besides, when captions is empty."""
+    """If captions is empty: number of captions of the most frequent training concepts to draw in addition."""
     candidates: int = Field(default=8, gt=0)
     """Pictures per caption (512 in the paper), before reranking."""
     batch: int = Field(default=32, gt=0)
-    """Pictures drawn at once by one process."""
+    """Pictures that a process draws at once."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature (1 in the paper)."""
     top_k: int = Field(default=0, ge=0)
-    """Draw among the k likeliest codes only; 0: among all."""
+    """Sample only from the k likeliest codes; 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw among the likeliest codes that make up this much of the probability; 1: among all."""
+    """Sample only from the likeliest codes that together have this probability; 1: from all."""
     guidance: float = Field(default=1.0, ge=0)
-    """s of l_empty + s (l_caption - l_empty), the logits that are drawn from; 1: none. Needs dalle_fit.caption_dropout."""
+    """Classifier-free guidance: codes are sampled from the logits l_empty + s (l_caption - l_empty) with this s; 1: off. Needs dalle_fit.caption_dropout."""
     window: int = Field(default=1, ge=0)
-    """Codes of a picture computed in one pass: drafts, of which those are kept that come out as they went in. The pictures are the same; 0: by the device."""
+    """Codes of a picture computed in one pass: guesses ahead (drafts), which are kept if the pass confirms them. Pictures do not change; 0: chosen by the device."""
     show: int = Field(default=4, gt=0)
     """Pictures per caption shown in the report, best first."""
     checkpoints: int = Field(default=4, ge=0, json_schema_extra={BEFORE: 0})
-    """Of the transformer's checkpoints that are kept (dalle_fit.keep, keep_every), draw the first captions with at most so many, for the report and TensorBoard."""
+    """Most kept checkpoints of the transformer (dalle_fit.keep, keep_every) with which the first captions are drawn, too, for the report and TensorBoard."""
     nearest_among: int = Field(default=20_000, gt=0)
-    """Training images searched for each picture's nearest."""
+    """Number of training images that are searched for the nearest one of each picture."""
 
 
 class EvaluateSection(Section):
@@ -305,15 +305,15 @@ class EvaluateSection(Section):
     batch: int = Field(default=64, gt=0)
     """Samples per forward pass."""
     lpips_weights: tuple[str, ...] = Field(default=(), json_schema_extra=PLACE)
-    """Files with the weights of LPIPS, for reconstructions of the dVAE: torchvision's AlexNet or VGG-16 and the linear heads (.safetensors or .pth). Empty: not measured."""
+    """Files with the weights of LPIPS, to measure reconstructions: torchvision's AlexNet or VGG-16, and the linear heads (.safetensors or .pth). Empty: not measured."""
     frechet_net: Literal["none", "inception-cleanfid", "inception-torch-fidelity", "efficientnet-lite0"] = "none"
-    """Feature network of the Fréchet distance of reconstructions. Only the two Inception networks give an FID; 'efficientnet-lite0' is an offline stand-in under its own name."""
+    """Feature network of the Fréchet distance of reconstructions. Only the Inception networks give an FID; 'efficientnet-lite0' needs no download, and is reported under its own name."""
     frechet_weights: str = Field(default="", json_schema_extra=PLACE)
-    """File with that network's weights; 'efficientnet-lite0' finds those of its package."""
+    """File with the weights of that network; 'efficientnet-lite0' uses those in its package."""
 
 
 class RunConfig(Section):
-    """All sections. Stages take this; everything below takes the smallest section that it needs."""
+    """All sections. Stages take this; the code below them takes the smallest section that it needs."""
 
     run: RunSection = RunSection()
     data: DataConfig = DataConfig()
@@ -331,7 +331,7 @@ class RunConfig(Section):
     clip_fit: ClipFit = ClipFit()
     generate: GenerateSection = GenerateSection()
     evaluate: EvaluateSection = EvaluateSection()
-    # What a scheduler is asked for is no part of the run: it stays out of config.json, and a run goes on with other values.
+    # What a scheduler is asked for is not part of the run: it is not stored in config.json, and may change.
     cluster: ClusterConfig = Field(default=ClusterConfig(), exclude=True)
 
     @model_validator(mode="after")
@@ -360,15 +360,15 @@ class RunConfig(Section):
         return self
 
     def stream_shape(self) -> StreamShape:
-        """Shape of the token stream, from the sections that own its numbers."""
+        """Shape of the token stream, from the sections that define its numbers."""
         return StreamShape(text_tokens=self.tokenizer.max_tokens, text_vocab=self.tokenizer.vocab, grid=self.dvae.grid, image_vocab=self.dvae.vocab)
 
 
 def read_preset(preset: str) -> tuple[dict[str, Any], str]:
-    """The sections of a preset, and where they were read: a name under train/presets, a .toml file, or a run folder (its config.json).
+    """The sections of a preset, and where they were read from: a name in train/presets, a .toml file, or a run folder (its config.json).
 
-    Of a run folder, run.root and run.name are where it lies now. Keys that a stored configuration lacks have their value before they existed.
-    A ConfigError lists the known names where there is no such preset.
+    For a run folder, run.root and run.name follow from its path, and keys that it lacks get the value that stands for the behaviour before they existed.
+    If there is no such preset, a ConfigError lists the known names.
     """
     named = PRESETS / f"{preset}.toml"
     if "/" not in preset and named.is_file():

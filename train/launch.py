@@ -1,4 +1,4 @@
-"""What the command line does with a stage: resolve the configuration, show it, claim the run folder, and start ranks. No torch here."""
+"""Runs a stage from the command line: resolves and shows the configuration, claims the run folder, and starts ranks or submits a job. No torch here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from train.verbs import doctor
 
 
 class StageFailed(ReportedError):
-    """A stage ended with a code other than 0; the message is the root cause, or empty where it was shown already."""
+    """A stage ended with a code other than 0. The message is the root cause, or empty if that was shown already."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class StageFailed(ReportedError):
 
 
 def default_nproc(stage: Stage) -> int:
-    """One process for each GPU; on a CPU two, or one on a single core."""
+    """One process for each GPU; on a machine without GPUs two, or one if it has a single core."""
     if not stage.parallel:
         return 1
     visible = environment.visible_devices()
@@ -62,10 +62,10 @@ def stage(
     restarts: int = 0,
     go_on: bool = False,
 ) -> None:
-    """Run one stage, in this process or as agent of several; see ``launcher.py``.
+    """Run one stage in this process, or start several ranks for it and wait for them; see ``launcher.py``.
 
     Raises:
-        ReportedError: with the exit code of docs/contracts.md, section 1.
+        ReportedError: carries an exit code of docs/contracts.md, section 1.
     """
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
@@ -124,7 +124,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
 
 
 def _times(own: float | None, elapsed: float) -> str:
-    """How long a stage took: its own seconds over all attempts, which the report shows too, and then the wall-clock time of this attempt."""
+    """How long a stage took: its own seconds over all attempts, as in the report, followed by the wall-clock time of this attempt."""
     if own is None:
         return duration(elapsed)
     if own > elapsed:
@@ -133,10 +133,10 @@ def _times(own: float | None, elapsed: float) -> str:
 
 
 def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:
-    """Whether a finished stage was made from older weights than are there: it is made again.
+    """Whether a finished stage was made from older weights than those that exist now, so that it must run again.
 
     Raises:
-        DataError: it trains, and what it has learnt from the older ones is not thrown away unasked.
+        DataError: it is a training stage, whose result is not thrown away without being asked for.
     """
     old = lineage.out_of_date(cfg, run, name)
     if old and STAGES[name].trains:
@@ -174,10 +174,10 @@ def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str
 
 
 def verdict(name: str, preset: str, overrides: list[str]) -> None:
-    """Say what a scheduler should do after an attempt at a stage, through the exit code; see ``train/run/cluster.py``.
+    """Tell a scheduler, through the exit code, what to do after an attempt at a stage; see ``train/run/cluster.py``.
 
     Raises:
-        Judged: with any code but 0.
+        Judged: carries any code except 0.
     """
     from infra.job import RETRIES
     from train.run.cluster import Judged, Start
@@ -198,7 +198,7 @@ def _refuse_if_stopped(stop: StopFlag) -> None:
 
 
 def command(name: str, run: RunFolder, nproc: int, restarts: int = 0) -> list[str]:
-    """The command line that repeats a stage of an existing run folder."""
+    """The command line that runs a stage of an existing run folder again."""
     return [sys.executable, str(LAUNCHER), name, run.url, *_options(nproc, restarts)]
 
 
@@ -207,7 +207,7 @@ def _options(nproc: int, restarts: int) -> list[str]:
 
 
 def describe(cfg: RunConfig, preset: str) -> str:
-    """The resolved configuration as TOML-like lines, those that differ from the preset marked."""
+    """The resolved configuration as TOML-like lines; values that differ from the preset are marked."""
     tree, _ = read_preset(preset)
     base = json.loads(to_json(RunConfig.model_validate_json(json.dumps(tree))))
     ours = json.loads(to_json(cfg))
@@ -224,7 +224,7 @@ def describe(cfg: RunConfig, preset: str) -> str:
 
 
 def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: bool, stop: StopFlag, restarts: int = 0) -> None:
-    """Chain all stages, each in a process of its own; see ``launcher.py``."""
+    """Run all stages in turn, each in a process of its own; see ``launcher.py``."""
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
     _check_target(on)
@@ -256,7 +256,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
 
 
 def _run_child(arguments: list[str], stop: StopFlag) -> None:
-    """Run a stage's launcher, pass stop signals on to it, and end as it ends."""
+    """Run a stage's launcher as a child, pass stop signals on to it, and end with its code."""
     variables = os.environ | {"LAUNCHER_PID": str(os.getpid())}
     child = subprocess.Popen(arguments, env=variables, start_new_session=True)
     passed = False
@@ -271,4 +271,4 @@ def _run_child(arguments: list[str], stop: StopFlag) -> None:
     if code < 0:
         raise StageFailed(ExitCode.CRASH, f"{arguments[2]}: killed by signal {-code}; run the same command again to go on.")
     if code:
-        raise StageFailed(code, "")  # its launcher has said why, and that line stays the last
+        raise StageFailed(code, "")  # its launcher has printed the reason, which should remain the last line

@@ -1,1 +1,1 @@
-"""Looking at shard sets afterwards: integrity of parts and sets, statistics, records drawn at random."""
+"""Inspection of finished shard sets: integrity checks of parts and sets, statistics, and random records."""

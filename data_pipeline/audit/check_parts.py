@@ -1,4 +1,4 @@
-"""Checks of shard sets, part by part: hashes, markers, ids, records. Problems are collected, never raised: one damaged file hides no other."""
+"""Integrity checks of a shard set, part by part: hashes, markers, ids, records. Problems are collected and not raised, so that one damaged file hides no other."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from infra.digests import id_hash
 from infra.errors import DataError, UnreachableError
 from infra.seeds import derive
 
-_TOLD = 3  # record problems of one file that are told one by one
+_TOLD = 3  # how many record problems of one file are listed; the others are only counted
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with one file."""
+    """A fault of one file."""
 
     file: str
     what: str
     delete: tuple[str, ...] = ()
-    """URLs that must go so that their stage writes them again."""
+    """URLs to delete, so that their stage writes them again."""
     stage: str = ""
-    """Stage that writes the file, where it is another than the set's."""
+    """The stage that writes the file, if it is not the one that writes the set."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the records of a set must keep to."""
+    """The rules against which the records of a set are checked."""
 
     schema: str
     settings: Mapping[str, Any]
-    """Of the manifest."""
+    """The settings in the manifest."""
     vocab: int = 0
-    """Size of the codebook; 0: not known, and not checked."""
+    """Size of the codebook; 0: unknown, so codes are not checked against it."""
     decode: bool = False
     """Decode every image."""
 
 
 @dataclass(frozen=True)
 class PartJob:
-    """One part to check; all that a worker process needs."""
+    """One part to check: everything that a worker process needs."""
 
     set_url: str
     part: Mapping[str, Any]
     """The manifest's entry: name, count, files."""
     entries: tuple[Mapping[str, Any], ...]
-    """The part's shards in the index of the set."""
+    """The entries of the part's shards in the set's index."""
     rules: Rules
     version_url: str
     """Folder of the version's index and manifest."""
     images: PartJob | None = None
-    """Of a part of codes: the part of images that it was made from, for the sizes of images."""
+    """For a part of codes: the part of images that it was made from, to know the sizes of the images."""
 
     @property
     def place(self) -> str:
@@ -86,7 +86,7 @@ class PartResult:
 
 @dataclass
 class _Columns:
-    """What the side files of a part repeat of its records."""
+    """The columns of a part's records that its side files repeat."""
 
     ids: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
@@ -94,7 +94,7 @@ class _Columns:
 
 
 def check_part(job: PartJob) -> PartResult:
-    """Check one part: marker against manifest, files against hashes, index against shards, records against the rules, side files against records.
+    """Check one part: its marker against the manifest, files against hashes, index against shards, records against the rules, side files against the records.
 
     Raises:
         UnreachableError: the storage gives no answer, and would give none for the next file either.
@@ -103,7 +103,7 @@ def check_part(job: PartJob) -> PartResult:
     result = PartResult()
     result.problems += [Problem(storage.join(job.place, DONE), what, (job.place,)) for what in _marker_problems(job)]
     with _local(job, result) as (folder, sound):
-        # The part's own index says where its rows are, as long as it is sound; the set's is to say the same.
+        # If the part's own index is intact it says where the rows are, and the set's index must agree with it.
         try:
             entries = _own_entries(job, folder) if INDEX in sound else list(job.entries)
         except DataError as error:
@@ -117,14 +117,14 @@ def check_part(job: PartJob) -> PartResult:
         for entry in entries:
             name = entry["raw_data"]["basename"].partition("/")[2]
             if name not in sound:
-                whole = False  # told already, by its hash
+                whole = False  # reported already: its hash is wrong
                 continue
             found = _check_shard(job, folder / name, entry, sizes, columns)
             result.problems += found
             whole = whole and not found
         result.records = len(columns.ids)
         result.ids = np.array(columns.ids, U64)
-        if whole:  # records that could not be read would look like differences
+        if whole:  # otherwise records that could not be read would look like differences
             result.problems += [
                 Problem(storage.join(job.place, name), what, (job.place,)) for name, what in _side_problems(job, folder, sound, columns)
             ]
@@ -134,7 +134,7 @@ def check_part(job: PartJob) -> PartResult:
 
 
 def _side_problems(job: PartJob, folder: Path, sound: set[str], columns: _Columns) -> Iterator[tuple[str, str]]:
-    """What index, ids.u64, prints.u64 and the file of captions say against the records."""
+    """Where the index, ids.u64, prints.u64 and the captions file disagree with the records."""
     count = len(columns.ids)
     if count != job.part["count"]:
         yield INDEX, f"names shards of {count} records, the manifest counts {job.part['count']}"
@@ -172,7 +172,7 @@ def _marker_problems(job: PartJob) -> Iterator[str]:
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 yield f"has another hash of {name} than the manifest: the part was written again after the set was merged"
-    except UnreachableError:  # says nothing about the file, least of all that it should go
+    except UnreachableError:  # says nothing about the file, which must not be deleted because of it
         raise
     except DataError as error:
         yield _without_place(error, place)
@@ -180,7 +180,7 @@ def _marker_problems(job: PartJob) -> Iterator[str]:
 
 @contextmanager
 def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
-    """The part's folder on this machine, and the names of its files whose size and hash are right; the others become problems."""
+    """The part's folder on this machine, and the names of the files in it whose size and hash are right. The others are added to the problems."""
     remote = storage.is_remote(job.place)
     with scratch.folder("validate-") as room:
         folder = Path(room) if remote else storage.local_path(job.place)
@@ -214,7 +214,7 @@ def _local(job: PartJob, result: PartResult) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _own_entries(job: PartJob, folder: Path) -> list[Mapping[str, Any]]:
-    """The part's index, with the names that its shards have in the set's index."""
+    """The entries of the part's own index, with shard names as in the set's index."""
     found: list[Mapping[str, Any]] = list(read_part_index(str(folder / INDEX)))
     return [{**entry, "raw_data": {**entry["raw_data"], "basename": f"{job.part['name']}/{entry['raw_data']['basename']}"}} for entry in found]
 
@@ -244,12 +244,12 @@ def read_shard(path: Path, entry: Mapping[str, Any], schema: str, place: str) ->
 
     Args:
         path: the file.
-        entry: of the index.
-        schema: of the set.
+        entry: the shard's entry in the index.
+        schema: schema of the set.
         place: URL of the file, for messages.
 
     Raises:
-        DataError: other columns, or the file's own table of offsets or a row is broken.
+        DataError: the columns are not those of the schema, or the file's table of offsets or a row is damaged.
     """
     check_columns(schema, entry, place)
     rows = ShardRows(path, entry, place)
@@ -264,8 +264,8 @@ def record_problem(record: Mapping[str, Any], rules: Rules, size: tuple[int, int
 
     Args:
         record: columns and values.
-        rules: of the set.
-        size: (width, height) of the image that codes were made from; (0, 0): there is no such image; None: not known.
+        rules: the rules of the set.
+        size: (width, height) of the image that the codes were made from; (0, 0): there is no such image; None: unknown.
     """
     captions = record["captions"]
     if not record["id"]:
@@ -313,7 +313,7 @@ def crop_problem(crop: CropBox, image_size: int, size: tuple[int, int] | None) -
 
     Args:
         crop: the box.
-        image_size: side of the crop in pixels; 0: not known.
+        image_size: side of the crop in pixels; 0: unknown.
         size: as in ``record_problem``.
     """
     left, top, right, bottom = crop.box
@@ -332,7 +332,7 @@ def crop_problem(crop: CropBox, image_size: int, size: tuple[int, int] | None) -
 
 
 def image_sizes(job: PartJob) -> dict[str, tuple[int, int]] | None:
-    """Id -> (width, height) of a part of images; None if a file of it is damaged (the check of its own set tells which)."""
+    """Id -> (width, height) for the images of a part; None if one of its files is damaged (the check of the image set reports it)."""
     sizes = {}
     with _local(job, PartResult()) as (folder, sound):
         try:

@@ -1,4 +1,4 @@
-"""Checks of a shard set as a whole: manifest, index, versions, excluded positions, and that every id is shown once."""
+"""Integrity checks of a shard set as a whole: manifest, index, versions, excluded positions, and that no id appears twice."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from infra.errors import DataError, UnreachableError
 
 @dataclass
 class Layout:
-    """What the files of a set beside its parts say."""
+    """The content of a set's files outside its parts."""
 
     url: str
     version_url: str = ""
     """Folder of the version."""
     manifest: dict[str, Any] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
-    """Of the index."""
+    """Entries of the index."""
     excluded: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Positions of stored records that are not part of the version."""
+    """Positions of stored records that do not belong to the version."""
     problems: list[Problem] = field(default_factory=list)
 
     def jobs(self, rules: Rules) -> list[PartJob]:
@@ -43,11 +43,11 @@ class Layout:
 
 
 def read_layout(url: str, version: str = "") -> Layout:
-    """Read and check what lies beside the parts of a set.
+    """Read and check the files of a set outside its parts.
 
     Args:
         url: place of the set.
-        version: start of a content hash; empty: the newest.
+        version: first characters of a content hash; empty: the newest version.
     """
     layout = Layout(url)
     try:
@@ -65,14 +65,14 @@ def read_layout(url: str, version: str = "") -> Layout:
     except DataError as error:
         name, _, what = str(error).partition(": ")
         layout.problems.append(Problem(name, what.rstrip(".")))
-    # A version that is there is not written again, nor its copies if the newest manifest is the same.
+    # Both must be deleted: a merge does not write an existing version again, nor the copies at the top if the newest manifest is the same.
     wrong = tuple(place for place in (storage.join(url, MANIFEST), layout.version_url) if place)
     layout.problems = [replace(problem, delete=wrong) for problem in layout.problems]
     return layout
 
 
 def _copies(layout: Layout) -> list[Problem]:
-    """The newest version's files, and their copies at the top, which readers of other programs open."""
+    """Compare the newest version's files with their copies at the top of the set, which other programs read."""
     found, name = [], layout.version_url.rpartition("/")[2]
     if read_manifest(storage.join(layout.version_url, MANIFEST)) != layout.manifest:
         found.append(Problem(storage.join(layout.url, MANIFEST), f"is not the manifest of version {name}, which it names"))
@@ -106,7 +106,7 @@ def _sums(layout: Layout, place: str, index: str) -> list[Problem]:
     samples = sum(int(shard["samples"]) for shard in layout.shards)
     if samples != manifest["stored"]:
         found.append(Problem(index, f"lists {samples} records, the manifest {manifest['stored']}"))
-    # Where a part lies says nothing of what it holds: names are not in the hash.
+    # The hash covers what parts hold, and not their names.
     parts_only = [{key: value for key, value in part.items() if key != "name"} for part in manifest["parts"]]
     content = {key: value for key, value in manifest.items() if key not in ("content_hash", "producer")} | {"parts": parts_only}
     if digest(content) != manifest["content_hash"]:
@@ -119,7 +119,7 @@ def _sums(layout: Layout, place: str, index: str) -> list[Problem]:
 
 
 def shown_ids(layout: Layout, ids: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """The ids (as in ids.u64) of all parts in order, without the excluded ones."""
+    """The ids (as in ids.u64) of all parts in order, without those of excluded records."""
     joined = np.concatenate([*ids, np.zeros(0, U64)])
     return np.delete(joined, layout.excluded[layout.excluded < len(joined)])
 
@@ -134,5 +134,5 @@ def read_ids(layout: Layout) -> list[NDArray[np.uint64]]:
 
 
 def repeated(ids: NDArray[np.uint64]) -> int:
-    """How many ids too many there are: records that would be shown twice."""
+    """How many records repeat the id of another one, and so would be read twice."""
     return len(ids) - len(np.unique(ids))

@@ -1,6 +1,6 @@
-"""Looking into data without reading all of it: random rows of a shard set, and the first records of a few input shards of a source.
+"""Samples of data without reading all of it: random rows of a shard set, and records from the beginning of a few input shards of a source.
 
-A row of a set costs two small reads, of its two offsets and of its bytes, so a set of any size on S3 shows itself in seconds.
+A row of a set costs two small reads, one for its offsets and one for its bytes, so that this takes seconds for a set of any size on S3.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from data_pipeline.sources.pairs import Pair, Source, Unreadable
 from infra.seeds import generator
 
 SOURCE_SHARDS = 8
-"""Input shards of a source from which records are taken."""
-_SPREAD = 2  # a sample of n records of an input shard is drawn from its first 2 n
+"""How many input shards of a source are sampled."""
+_SPREAD = 2  # n records of an input shard are drawn from its first 2 n
 
 
 def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``count`` random records (all, if there are fewer) of those that a reader would show, in the order of the set.
+    """``count`` random records (all, if there are fewer) of the visible ones, in the order of the set.
 
     Raises:
         DataError: a file is missing, truncated or damaged.
@@ -31,25 +31,25 @@ def random_rows(images_or_codes: ShardSet, count: int, seed: int = 0) -> list[di
 
 
 def visible_positions(stored: int, removed: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Sorted random positions, without repetition, of 0 to ``stored`` - 1 that are not in ``removed`` (sorted): int64, at most ``count``."""
+    """At most ``count`` distinct random positions from 0 to ``stored`` - 1 that are not in ``removed`` (which is sorted): int64, sorted."""
     visible = stored - len(removed)
     rng = generator(seed, "sample", "inspect")
     ranks = np.sort(rng.choice(visible, min(count, visible), replace=False)) if visible > 0 else np.zeros(0, np.int64)
-    # The k-th visible position is k plus the removed ones before it; removed[i] - i visible ones lie before removed[i].
+    # The k-th visible position is k plus the number of removed positions before it; removed[i] - i visible positions lie before removed[i].
     return (ranks + np.searchsorted(removed - np.arange(len(removed)), ranks, side="right")).astype(np.int64)
 
 
 @dataclass
 class SourceSample:
-    """What a look into a source has found."""
+    """A sample of a source's records."""
 
     shards: int
-    """Input shards that the source lists."""
+    """Number of input shards of the source."""
     pairs: list[Pair] = field(default_factory=list)
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Reason -> records, among those that were read for the sample."""
+    """Reason -> number of unreadable records among those that were read."""
     looked_into: int = 0
-    """Input shards from which the sample comes."""
+    """Number of input shards that were sampled."""
 
 
 def sample_source(source: Source, count: int, seed: int = 0) -> SourceSample:
@@ -63,7 +63,7 @@ def sample_source(source: Source, count: int, seed: int = 0) -> SourceSample:
     chosen = sorted(rng.choice(len(listed), min(len(listed), SOURCE_SHARDS), replace=False))
     found = SourceSample(shards=len(listed), looked_into=len(chosen))
     for left, index in zip(range(len(chosen), 0, -1), chosen, strict=True):
-        quota = -(-(count - len(found.pairs)) // left)  # what short shards lack, later ones make up for
+        quota = -(-(count - len(found.pairs)) // left)  # later shards make up for short ones
         pairs: list[Pair] = []
         for item in source.read(listed[index], lambda group: True):
             if isinstance(item, Unreadable):
@@ -78,7 +78,7 @@ def sample_source(source: Source, count: int, seed: int = 0) -> SourceSample:
 
 
 def count_source(source: Source) -> tuple[int, Counter[str]]:
-    """Records of a source by reading its whole index and no image, and records that cannot be read, by reason.
+    """The number of records of a source, and of unreadable records by reason. Reads its whole index but no image.
 
     Raises:
         DataError: the source is missing or empty, or an input shard is broken.

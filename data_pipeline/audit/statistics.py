@@ -1,4 +1,4 @@
-"""Statistics of captions, pictures and codes, for people: pure functions from samples to rows of tables."""
+"""Statistics of captions, pictures and codes, as rows of tables for display. All functions are pure."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 Row = dict[str, object]
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_LONGEST = 100_000  # characters of a caption in which words are looked for
+_LONGEST = 100_000  # characters of a caption that are searched for words
 _QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Text for a terminal and for pictures: one line without control, bidi or surrogate characters, cut at ``limit`` characters."""
+    """Text for a terminal or a picture: one line of at most ``limit`` characters, without control, bidi or surrogate characters."""
     words = " ".join(text[: 4 * limit].split())
     clean = "".join("\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") else character for character in words)
     return clean if len(clean) <= limit and len(text) <= 4 * limit else clean[: limit - 1] + "…"
 
 
 def quantiles(values: Sequence[float] | NDArray[np.generic]) -> Row:
-    """Least, 5 %, median, 95 %, most and mean of some numbers; whole where the numbers are. Nothing for no numbers."""
+    """Least, 5 %, median, 95 %, most and mean of some numbers, as integers if the numbers are. Empty if there are none."""
     array = np.asarray(values)
     if not array.size:
         return {}
@@ -41,9 +41,9 @@ def caption_rows(captions: Sequence[Sequence[str]], tokens: Sequence[int] = (), 
     """How many captions records have, and how long they are.
 
     Args:
-        captions: of each record.
-        tokens: of each caption, where a tokenizer is known.
-        max_tokens: above it a caption is truncated.
+        captions: the captions of each record.
+        tokens: number of tokens of each caption; empty without a tokenizer.
+        max_tokens: longer captions are truncated.
     """
     flat = [caption for some in captions for caption in some]
     rows: list[Row] = [
@@ -59,7 +59,7 @@ def caption_rows(captions: Sequence[Sequence[str]], tokens: Sequence[int] = (), 
 
 
 def frequent_words(captions: Iterable[Sequence[str]], count: int) -> list[tuple[str, int]]:
-    """The ``count`` most frequent words (lower-case) and the number of captions that hold each."""
+    """The ``count`` most frequent words (lower-case), each with the number of captions that contain it."""
     seen: Counter[str] = Counter()
     for some in captions:
         for caption in some:
@@ -72,7 +72,7 @@ def picture_rows(sizes: Sequence[tuple[int, int]], sizes_bytes: Sequence[int]) -
 
     Args:
         sizes: (width, height) in pixels.
-        sizes_bytes: of the files.
+        sizes_bytes: sizes of the image files.
     """
     return [
         {"pictures": "width (pixels)", **quantiles([width for width, _ in sizes])},
@@ -84,11 +84,11 @@ def picture_rows(sizes: Sequence[tuple[int, int]], sizes_bytes: Sequence[int]) -
 
 
 def code_rows(codes: Sequence[NDArray[np.uint16]], vocab: int) -> list[Row]:
-    """How code sequences use the codebook.
+    """How records of codes use the codebook.
 
     Args:
         codes: uint16 [grid * grid] of each record.
-        vocab: size of the codebook; 0 where it is not known.
+        vocab: size of the codebook; 0 if unknown.
     """
     counts_N = np.bincount(np.concatenate(codes)) if codes else np.zeros(0, np.int64)
     used, total = int((counts_N > 0).sum()), int(counts_N.sum())
@@ -116,7 +116,7 @@ def code_rows(codes: Sequence[NDArray[np.uint16]], vocab: int) -> list[Row]:
 
 
 def share_rows(values: Iterable[str], name: str, most: int = 20) -> list[Row]:
-    """Frequencies of words such as sources and licences, the most frequent first."""
+    """Frequencies of values such as sources and licences, the most frequent first."""
     counts = Counter(values)
     total = sum(counts.values())
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -128,5 +128,5 @@ def share_rows(values: Iterable[str], name: str, most: int = 20) -> list[Row]:
 
 
 def token_lengths(captions: Iterable[Sequence[str]], encode: Callable[[str], tuple[object, int]]) -> list[int]:
-    """Tokens of each caption, by a tokenizer's ``encode`` that does not truncate."""
+    """The number of tokens of each caption; ``encode`` must be one that does not truncate."""
     return [encode(caption)[1] for some in captions for caption in some]

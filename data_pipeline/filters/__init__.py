@@ -1,1 +1,1 @@
-"""Which pairs are kept: rules about captions and pictures, each with a reason, and near-duplicates."""
+"""Decides which pairs are kept: filters of captions and images, each with its reason, and the search for duplicates."""

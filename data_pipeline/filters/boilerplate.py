@@ -79,20 +79,20 @@ _HINT_WORDS = """
     digital exif processed lead creator applemark monday tuesday wednesday thursday friday saturday sunday
 """
 _HINTS = frozenset(_HINT_WORDS.split())
-"""Captions without a digit or another of ``_SIGNS`` in which none of these words occurs hold no boilerplate: most are through after this."""
+"""A caption with none of these words and without ``_SIGNS`` (digits and the like) holds no boilerplate. This test is fast, and enough for most captions."""
 _NUMBER = re.compile(r"(?<!\w)[#№]?\d[\d.,:/\-]*(?!\w)")
 _WORD = re.compile(r"[^\W\d_]+")
 _FILLER_WORDS = (
     "a an the of on in at by to from for with and or is was it its this that my our your no s st nd rd th am pm est pst gmt utc jpg jpeg png"
 )
 _FILLER = frozenset(_FILLER_WORDS.split())
-_MAX_CHARACTERS = 2000  # enough to tell, and a bound on the time of any caption
+_MAX_CHARACTERS = 2000  # enough to decide, and it bounds the time for any caption
 
 
 def is_boilerplate(caption: str) -> bool:
-    """Whether boilerplate covers at least half of the letters of a caption (its first 2,000 characters), and fewer than two other words say something.
+    """Whether boilerplate makes up at least half of the letters of a caption (of its first 2,000 characters), and fewer than two meaningful words remain.
 
-    Bare numbers count for nothing: 'Boeing 747' is no boilerplate, '12345' is.
+    Bare numbers do not count: 'Boeing 747' is no boilerplate, but '12345' is.
     """
     text = caption[:_MAX_CHARACTERS]
     if not _SIGNS.search(text) and _HINTS.isdisjoint(_WORD.findall(text.lower())):

@@ -1,6 +1,6 @@
-"""Filters of captions: pure functions from a caption to the reason why it is dropped, or None. Cheapest first; any string is fine.
+"""Filters of captions: pure functions that return the reason why a caption is dropped, or None. The cheapest run first, and any string is accepted.
 
-``max_characters`` runs before whatever reads the words, so that a caption of a megabyte costs no more than its length.
+``too_long`` runs before the filters that look at words, so that a caption of a megabyte costs little time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff]"
 )
 _BROKEN = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd-\uffff]"  # control characters but tab, line feed and carriage return; lost characters
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd-\uffff]"  # control characters except tab, line feed and carriage return; replacement characters
     r"|</?[A-Za-z][^<>]{0,500}>|<!--|&(?:[A-Za-z]{2,8}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});"
 )
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _MIN_REPETITION_WORDS = 6
-"""Of fewer words, some repeat by chance ('the cat on the mat')."""
+"""In shorter captions words repeat by chance ('the cat on the mat')."""
 _MIN_CAPITALS_WORDS = 4
-"""A caption of fewer words may be a name."""
+"""A shorter caption may be a name."""
 
 
 def unstorable(caption: str, config: FilterConfig) -> str | None:
-    """It holds a lone surrogate, which UTF-8 cannot write. Always on."""
+    """It contains a lone surrogate, which cannot be encoded as UTF-8. Always on."""
     return "broken text" if _SURROGATE.search(caption) else None
 
 
@@ -46,12 +46,12 @@ def too_long(caption: str, config: FilterConfig) -> str | None:
 
 
 def broken(caption: str, config: FilterConfig) -> str | None:
-    """Control characters, U+FFFD, HTML tags or entities: something went wrong on the way here."""
+    """Control characters, U+FFFD, HTML tags or entities: signs of an earlier error in processing."""
     return "broken text" if config.broken_text and _BROKEN.search(caption) else None
 
 
 def too_short(caption: str, config: FilterConfig) -> str | None:
-    """Fewer words than ``min_words``. A word is anything between spaces with a letter or a digit; where a script puts no spaces, two letters."""
+    """Fewer words than ``min_words``. A word is anything between spaces that contains a letter or a digit; in scripts without spaces, two letters are a word."""
     if config.min_words == 0:
         return None
     words = sum(max(1, len(SPACELESS.findall(word)) // 2) for word in caption.split() if any(map(str.isalnum, word)))
@@ -84,7 +84,7 @@ def capitalised(caption: str, config: FilterConfig) -> str | None:
 
 
 def blocked(caption: str, config: FilterConfig) -> str | None:
-    """It holds a word or a phrase of the list ``blocked_words``. Case does not matter; whole words only."""
+    """It contains a word or phrase of the list ``blocked_words``, as whole words and in any case."""
     if not config.blocked_words:
         return None
     words, phrases = blocked_words(config.blocked_words)
@@ -127,10 +127,10 @@ def caption_reason(caption: str, config: FilterConfig) -> str | None:
 
 @lru_cache(maxsize=4)
 def blocked_words(url: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Single words, and phrases as ' word word ', of a list: one a line, '#' before comments. Read once a process.
+    """The single words of a list, and its phrases as ' word word '. The file has one entry a line and '#' before comments; it is read once in a process.
 
     Raises:
-        DataError: the list is missing or no UTF-8 text.
+        DataError: the list is missing or not UTF-8 text.
     """
     try:
         listed = storage.read_text(url)

@@ -1,7 +1,7 @@
-"""Duplicates among all parts: what one input shard cannot see. Found when parts are merged, from 32 bytes a record; the records stay where they are.
+"""Duplicates across all parts, which no single input shard can show. They are found when parts are merged, from 32 bytes a record; records are not moved.
 
-The order is the validation split and then the training split, each in the order of the plan; of equal records the first one counts. Appended data come
-last, so they never hide what was there before, but for training images that a new validation image overlaps.
+Records are ordered: first the validation split, then the training split, each in the order of the plan. Of equal records the first is kept. Appended data
+come last, so they never hide older records, except training images that overlap a new validation image.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ U64 = NDArray[np.uint64]
 
 @dataclass
 class Found:
-    """Records that do not count."""
+    """The records that are hidden as duplicates."""
 
     validation: NDArray[np.int64]
     """Sorted positions in the validation split."""
     train: NDArray[np.int64]
     """Sorted positions in the training split."""
     pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """Reason -> (position, position of the record that it repeats) in validation followed by training."""
+    """Reason -> (position, position of the record that it repeats), counted over the validation split followed by the training split."""
 
 
 def find(ids: tuple[U64, U64], prints: tuple[U64, U64], filters: FilterConfig) -> Found:
@@ -39,8 +39,8 @@ def find(ids: tuple[U64, U64], prints: tuple[U64, U64], filters: FilterConfig) -
 
     Args:
         ids: id hashes of validation and training records.
-        prints: content and perceptual hashes of both, uint64 [count, 2 or more].
-        filters: which searches are on.
+        prints: content and perceptual hashes of both, uint64 [count, 2 or more columns].
+        filters: says which searches are on.
     """
     count = len(ids[0])
     both, content = np.concatenate(ids), np.concatenate([part[:, 0] for part in prints])
@@ -59,7 +59,7 @@ def find(ids: tuple[U64, U64], prints: tuple[U64, U64], filters: FilterConfig) -
         hide(EXACT, first_equal(content), everywhere)
     near = filters.near_duplicate_bits >= 0
     if near or filters.validation_overlap:
-        visible = np.flatnonzero(~hidden)  # what is hidden already must not hide others
+        visible = np.flatnonzero(~hidden)  # a record that is hidden already must not hide others
         perceptual = np.concatenate([part[:, 1] for part in prints])
         border = int(np.searchsorted(visible, count))
         blocks = [visible] if filters.validation_overlap else [visible[:border], visible[border:]]
@@ -77,7 +77,7 @@ def find(ids: tuple[U64, U64], prints: tuple[U64, U64], filters: FilterConfig) -
 
 
 def first_equal(values: U64) -> NDArray[np.int64]:
-    """For each value the index of the first equal one, or -1 where it is itself the first."""
+    """For each value the index of the first equal one; -1 if it is the first itself."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     earliest = first[inverse.reshape(-1)].astype(np.int64)
     return np.where(earliest == np.arange(len(values)), -1, earliest)

@@ -1,8 +1,8 @@
-"""From a pair to a record worth storing, or to the reason why it is dropped (paper, appendix C; Sharma et al. 2018).
+"""Turns a pair into a record to store, or into the reason why it is dropped (paper, appendix C; Sharma et al. 2018).
 
-Captions are judged one by one: those that fail are left out, and the record goes when none is left. Then the image is judged by its header, and
-decoded last. Each filter is a pure function with a fixed reason, on or off by ``FilterConfig``. Duplicates are not judged here: they need the other
-records, and are found by the two hashes of ``Accepted``.
+Captions are judged one by one: those that fail are left out, and a record without any caption left is dropped. Then the image is judged by its header, and
+decoded last. Each filter is a pure function with a fixed reason, and is switched by ``FilterConfig``. Duplicates are not found here, because that takes all
+records; they are found later, from the two hashes of ``Accepted``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from infra import shown
 from infra.errors import DataError
 
 EXAMPLE_LENGTH = 200
-"""Characters of ``Dropped.example``."""
+"""Most characters of ``Dropped.example``."""
 
-_VERSION = 1  # version of the filters' behaviour: raising it makes every record be judged again
+_VERSION = 1  # version of the filters' behaviour: raise it to have every record judged again
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Accepted:
     """A pair to store."""
 
     pair: Pair
-    """Its captions are those that passed."""
+    """The pair, with only those captions that passed."""
     width: int
-    """Of ``image`` in pixels, as it is shown (upright)."""
+    """Width of ``image`` in pixels when it is shown upright."""
     height: int
     content_hash: int
-    """Unsigned 64 bits of the image file as found and the captions that passed: equal for exact duplicates."""
+    """64-bit hash of the original image file and the captions that passed: equal for exact duplicates."""
     perceptual_hash: int
-    """Unsigned 64 bits; few of them differ between near-duplicates (perceptual.py)."""
+    """64-bit hash that differs in few bits between near-duplicates (``perceptual_hash.py``)."""
     image: bytes = field(repr=False)
-    """The image file as found, or encoded again where it is larger than the limits."""
+    """The original image file, or a new encoding if that exceeds the limits."""
     dropped_captions: Counter[str] = field(default_factory=Counter)
     """Reason -> number of captions left out."""
 
@@ -53,16 +53,16 @@ class Dropped:
     """A pair that is not stored."""
 
     reason: str
-    """Short and fixed."""
+    """One of a fixed set of short texts."""
     example: str
-    """What failed, in at most ``EXAMPLE_LENGTH`` printable characters: the caption, the size, the decoder's complaint."""
+    """What failed, in at most ``EXAMPLE_LENGTH`` printable characters: the caption, the size, or the decoder's message."""
     dropped_captions: Counter[str] = field(default_factory=Counter)
     """Reason -> number of captions that failed."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before it is decoded."""
+    """What is known about an image before it is decoded."""
 
     width: int
     height: int
@@ -71,11 +71,11 @@ class Header:
     kinds: frozenset[str]
     """Some of config.ImageKind."""
     min_side: int
-    """data.min_side: what training needs."""
+    """data.min_side, the shorter side that training needs."""
 
 
 def fingerprint(config: FilterConfig) -> str:
-    """Everything that judging depends on besides the pair and ``min_side``: the settings, the word list's content, this code, its libraries.
+    """A hash of everything that the judgement depends on besides the pair and ``min_side``: settings, the content of the word list, this code, its libraries.
 
     Raises:
         DataError: the list of blocked words cannot be read.
@@ -86,12 +86,12 @@ def fingerprint(config: FilterConfig) -> str:
 
 
 def image_format(header: Header, config: FilterConfig) -> str | None:
-    """Not one of ``formats``."""
+    """Its format is not among ``formats``."""
     return None if header.format in config.formats else "image format"
 
 
 def refused_kind(header: Header, config: FilterConfig) -> str | None:
-    """One of ``refuse``."""
+    """It is of a kind that ``refuse`` names."""
     return next((f"{kind} image" for kind in config.refuse if kind in header.kinds), None)
 
 
@@ -110,11 +110,11 @@ HEADER_FILTERS: tuple[Callable[[Header, FilterConfig], str | None], ...] = (imag
 
 
 def judge(pair: Pair, config: FilterConfig, min_side: int) -> Accepted | Dropped:
-    """Run all filters on one pair. Never raises on what a pair holds.
+    """Run all filters on one pair. Nothing that a pair contains raises an error.
 
     Args:
-        pair: from a source.
-        config: the section.
+        pair: a pair from a source.
+        config: the section ``filters``.
         min_side: smallest shorter side of an image in pixels.
 
     Raises:
@@ -141,7 +141,7 @@ def _judge_image(pair: Pair, config: FilterConfig, min_side: int, counts: Counte
     """Judge the image of a pair whose captions passed."""
     try:
         file = open_file(pair.image, config.max_pixels)
-        # An MPO of a phone is a JPEG with previews behind it.
+        # An MPO, which phones write, is a JPEG with previews after it.
         form = "jpeg" if file.format == "MPO" else str(file.format).lower()
         header = Header(*shown_size(file), form, frozenset(kinds(file, pair.image)), min_side)
         for check in HEADER_FILTERS:
@@ -154,7 +154,7 @@ def _judge_image(pair: Pair, config: FilterConfig, min_side: int, counts: Counte
         if is_invisible(image):
             return Dropped("invisible image", _describe(header), counts)
         prints = perceptual_hash(to_grey(image), pair.image)
-        del image, file  # memory, should the image be decoded once more
+        del image, file  # free memory before the image may be decoded again
         stored, (width, height) = shrink(pair.image, (header.width, header.height), form, config, min_side)
     except BombError as error:
         return Dropped("decompression bomb", printable(str(error)), counts)
@@ -164,7 +164,7 @@ def _judge_image(pair: Pair, config: FilterConfig, min_side: int, counts: Counte
 
 
 def content_hash(pair: Pair) -> int:
-    """Unsigned 64 bits of the image file and the captions. No two lists of captions run into each other."""
+    """64-bit hash of the image file and the captions. Each caption is hashed with its length, so that different lists of captions give different input."""
     digest = hashlib.blake2b(pair.image, digest_size=8)
     for caption in pair.captions:
         text = caption.encode()

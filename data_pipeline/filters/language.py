@@ -1,4 +1,4 @@
-"""Tells which language a caption is in. The only importer of the language identifier, CLD2 (pycld2: the model is in the wheel, nothing is fetched)."""
+"""Identifies the language of a caption. Only this module imports the identifier, CLD2 (pycld2, whose wheel contains the model: nothing is downloaded)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from infra.errors import ConfigError
 MIN_WORDS = 4
 """Captions with fewer words are too short to judge by their words; only their script counts."""
 
-_BEST_EFFORT_WORDS = 6  # captions with at least this many words: CLD2's best guess is used even where it calls itself unsure
-_MAX_CHARACTERS = 2000  # enough to tell a language, and a bound on the time of any caption
+_BEST_EFFORT_WORDS = 6  # for captions with at least this many words CLD2's best guess is used even if it is unsure
+_MAX_CHARACTERS = 2000  # enough to identify a language, and it bounds the time for any caption
 _ENGLISH = ("en",)
 _ALIKE = {
     "en": {"sco"},
@@ -30,7 +30,7 @@ _ALIKE = {
     "sr": {"hr", "bs"},
     "bs": {"hr", "sr"},
 }
-"""Other names that CLD2 gives to captions of a language: it takes some plain English for Scots."""
+"""Other languages for which CLD2 mistakes captions of a language: some plain English for Scots, for example."""
 _SCRIPTS = {
     "CYRILLIC": ("ru", "uk", "be", "bg", "mk", "sr", "kk", "ky", "mn", "tg", "tt", "uz", "ba"),
     "ARABIC": ("ar", "fa", "ur", "ps", "sd", "ug", "ku"),
@@ -59,7 +59,7 @@ _SCRIPTS = {
     "MYANMAR": ("my",),
     "TIBETAN": ("bo", "dz"),
 }
-"""First words of the Unicode names of letters -> languages that are written in them; every other language is taken for Latin."""
+"""Script, as the first word of its letters' Unicode names -> languages written in it. Every other language counts as written in Latin letters."""
 _OTHER_SCRIPTS = frozenset(language for languages in _SCRIPTS.values() for language in languages)
 _ALSO_LATIN = frozenset(("sr", "uz", "ku", "kk"))
 _LETTER = re.compile(r"[^\W\d_]")
@@ -70,20 +70,20 @@ _NOT_WORD = re.compile(r"[^\w\s'’-]")
 
 
 def identifier() -> str:
-    """Name and version of the identifier: what it accepts may change with it."""
+    """Name and version of the identifier, because its judgements may change with them."""
     return f"pycld2 {version('pycld2')}"
 
 
 def is_english(caption: str) -> bool:
-    """``speaks`` English."""
+    """``speaks`` for English."""
     return speaks(caption, _ENGLISH)
 
 
 def speaks(caption: str, languages: tuple[str, ...]) -> bool:
-    """False where most letters are of other scripts than these languages', or where CLD2 finds another language; captions that are too short to judge by
-    their words are kept.
+    """Whether a caption may be in one of some languages.
 
-    Any string is accepted. The judgement is made on the first 2,000 characters.
+    False if most letters belong to scripts of other languages, or if CLD2 identifies another language. Captions too short to judge by their words count as True.
+    Any string is accepted; only its first 2,000 characters are looked at.
 
     Raises:
         ConfigError: CLD2 does not know one of the languages.
@@ -105,9 +105,9 @@ def speaks(caption: str, languages: tuple[str, ...]) -> bool:
 @dataclass(frozen=True)
 class _Accepted:
     codes: frozenset[str]
-    """CLD2's names of the languages."""
+    """CLD2's codes of the languages."""
     scripts: frozenset[str]
-    """First words of the names of their letters."""
+    """Their scripts, by the first words of their letters' Unicode names."""
 
 
 @lru_cache(maxsize=8)
@@ -124,14 +124,14 @@ def _accepted(languages: tuple[str, ...]) -> _Accepted:
 
 @lru_cache(maxsize=65536)
 def _script(letter: str) -> str:
-    """The first word of a letter's name: LATIN, CYRILLIC, CJK; its full-width form is the same letter."""
+    """The first word of a letter's Unicode name: LATIN, CYRILLIC, CJK. A full-width Latin letter counts as LATIN."""
     if _LATIN.match(letter):
         return "LATIN"
     return unicodedata.name(letter, "").partition(" ")[0]
 
 
 def _language(text: str, accepted: frozenset[str], best_effort: bool) -> str:
-    """ISO 639 code of the main language, 'un' if undecided, an accepted one if it has any part in the text."""
+    """The code of an accepted language if CLD2 finds one anywhere in the text, else that of the main language; 'un' if CLD2 is undecided."""
     _, _, details = pycld2.detect(text, isPlainText=True, bestEffort=best_effort)
     codes = [code for _, code, _, _ in details]
     return next((code for code in codes if code in accepted), codes[0])

@@ -1,9 +1,9 @@
-"""Which 64-bit hashes lie within a Hamming distance of an earlier one: exact, by multi-index hashing (Norouzi et al. 2012).
+"""Finds the 64-bit hashes that lie within a Hamming distance of an earlier one. The search is exact; it uses multi-index hashing (Norouzi et al. 2012).
 
-Cut into m bands, two hashes at distance ``bits`` agree in some band up to ``bits // m`` flipped bits. So each hash looks up, for each band and each
-such flip, the hashes that share the band, and only those are compared in full.
+If hashes are cut into m bands, two hashes at distance ``bits`` differ in at most ``bits // m`` bits in at least one band. So for each band and each way to
+flip that many bits, a hash looks up the hashes with the flipped band, and only those are compared in full.
 
-Letters: N hashes, U distinct ones, R of them at a time, C comparisons.
+Letters: N hashes, U distinct hashes, R of these at a time, A of these with a match in the band, C comparisons, E comparisons with an earlier hash.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BITS = 7
-"""Distances beyond this would need many more look-ups."""
+"""Larger distances would need many more look-ups."""
 
-_BANDS = (3, 4, 5)  # at most 22 bits a band: the table of its values stays small
+_BANDS = (3, 4, 5)  # numbers of bands to choose from; a band has at most 22 bits, so that the table of its values stays small
 _ROWS = 1 << 20  # look-ups at a time
 _COMPARISONS = 1 << 21  # comparisons at a time
 _LOOK_UP_COST = 3.0  # cost of one look-up, measured in comparisons
@@ -40,7 +40,7 @@ def near_duplicates(hashes_N: NDArray[np.uint64], bits: int) -> NDArray[np.int64
         raise ValueError(f"bits = {bits}: expected 0 to {MAX_BITS}")
     if hashes_N.ndim != 1 or hashes_N.dtype != np.uint64:
         raise ValueError(f"hashes of dtype {hashes_N.dtype} and shape {hashes_N.shape}: expected a vector of uint64")
-    # Equal hashes are settled first, so that no cluster of them makes the comparisons quadratic.
+    # Equal hashes are merged first, because a cluster of them would make the number of comparisons quadratic.
     values_U, first_U, rank_N = np.unique(hashes_N, return_index=True, return_inverse=True)
     arrival_U = np.argsort(first_U)
     nearest_U = first_U.astype(np.int64)
@@ -51,7 +51,7 @@ def near_duplicates(hashes_N: NDArray[np.uint64], bits: int) -> NDArray[np.int64
 
 
 def _nearest(values_U: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """For each of distinct values in order of arrival the smallest position of a value within ``bits``; its own if no earlier one is."""
+    """For each of some distinct values, in order of arrival: the smallest position of a value within ``bits`` of it; its own position if there is none before."""
     count = len(values_U)
     best_U = np.arange(count)
     bands = min(_BANDS, key=lambda number: _cost(count, bits, number))
@@ -70,7 +70,7 @@ def _nearest(values_U: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
 
 
 def _cost(count: int, bits: int, bands: int) -> float:
-    """Of all look-ups and comparisons, for hashes spread evenly."""
+    """Expected cost of all look-ups and comparisons, if the hashes are evenly distributed."""
     width = 64 // bands
     look_ups = bands * sum(comb(width, flips) for flips in range(bits // bands + 1))
     return look_ups * (_LOOK_UP_COST + count / 2**width)
@@ -85,7 +85,7 @@ def _look_up(
     ends_R: NDArray[np.int64],
     bits: int,
 ) -> None:
-    """Compare the values from ``row`` on, each with those of its range of ``order_U``, and lower ``best_U`` where an earlier one is within ``bits``."""
+    """Compare each value from ``row`` on with the values in its range of ``order_U``, and lower ``best_U`` where an earlier value lies within ``bits``."""
     asking_A = np.flatnonzero(ends_R > starts_R)
     starts_A, widths_A = starts_R[asking_A], (ends_R - starts_R)[asking_A]
     sums_A = np.cumsum(widths_A)
@@ -114,7 +114,7 @@ def _distance(a_C: NDArray[np.uint64], b_C: NDArray[np.uint64]) -> NDArray[np.ui
 
 
 def _count_bits(x_C: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    """Numbers of bits set, for numpy before 2.0."""
+    """The number of set bits of each value, for numpy before 2.0."""
     ones, pairs, fours = (np.uint64(pattern) for pattern in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F))
     x_C = x_C - ((x_C >> np.uint64(1)) & ones)
     x_C = (x_C & pairs) + ((x_C >> np.uint64(2)) & pairs)

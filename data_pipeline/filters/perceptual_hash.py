@@ -1,7 +1,7 @@
-"""The perceptual hash: 64 bits that survive encoding, scaling and mild changes of brightness, and differ between different pictures.
+"""The perceptual hash of a picture: 64 bits that hardly change with encoding, scaling and mild changes of brightness, but differ between different pictures.
 
-It is the well-known pHash: 32 x 32 grey levels, their 8 x 8 lowest DCT coefficients, each a bit: above the median or not. In integers, so that
-machines agree. Half of the bits are set, hence distances are even.
+It is the well-known pHash: the picture is reduced to 32 x 32 grey levels, and each of the 8 x 8 lowest DCT coefficients gives a bit, which says whether it is
+above their median. It is computed in integers, so that all machines agree. Half of the bits are set, so distances are even.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 DECODE_SIDE = 64
-"""Pictures of which both sides are at least this are enough: a JPEG may be decoded at a smaller scale."""
+"""A picture with both sides at least this long is large enough, so a JPEG may be decoded at a reduced scale."""
 
 FLAT = 2.0
 """Standard deviation of the grey levels below which a picture has no structure to hash."""
@@ -28,8 +28,8 @@ def perceptual_hash(grey_YX: NDArray[np.uint8], file: bytes) -> int:
 
     Args:
         grey_YX: its grey levels.
-        file: its encoded bytes. A picture that is flat (one colour, a faint gradient) has no structure: its bits would be those of the noise, or
-            the same for every colour. It gets a digest of these bytes instead, and so equals nothing but itself.
+        file: its encoded bytes. A flat picture (one colour, a faint gradient) has no structure to hash: its bits would come from noise, or be the same for
+            every colour. Its hash is a digest of these bytes instead, which equals no other picture's.
     """
     small_SS = np.asarray(Image.fromarray(grey_YX).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))
     if small_SS.std() < FLAT:

@@ -1,4 +1,4 @@
-"""Images that are larger than a record should be: encoded again, and smaller."""
+"""Re-encodes images that exceed the size limits of a record."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.images.files import load_file, open_file, to_pixels
 
 JPEG_QUALITY = 95
-"""Of images that were lossy before; the others stay lossless, as PNG."""
+"""Quality of images that were lossy before; the others stay lossless, as PNG."""
 
 _LOSSY = ("jpeg", "webp")
-_MARGIN = 0.95  # the file shrinks a little less than its area does
+_MARGIN = 0.95  # a file shrinks a little less than the area of its image
 
 
 def shrink(data: bytes, size: tuple[int, int], form: str, config: FilterConfig, min_side: int) -> tuple[bytes, tuple[int, int]]:
-    """An image file within ``max_image_bytes`` and ``max_side``, as far as its shorter side stays at least ``min_side``.
+    """Bring an image file within ``max_image_bytes`` and ``max_side``, as far as that is possible with a shorter side of at least ``min_side``.
 
     Args:
-        data: the file as found; it comes back untouched where it is within the limits.
+        data: the original file; it is returned unchanged if it is within the limits.
         size: (width, height) in pixels, upright.
         form: one of config.ImageFormat.
-        config: holds the limits.
+        config: contains the limits.
         min_side: in pixels.
 
     Returns:
-        The file and its (width, height). What is encoded again is upright RGB on white without metadata.
+        The file and its (width, height). A re-encoded image is upright RGB on white, without metadata.
 
     Raises:
         DataError: the image cannot be decoded.
@@ -43,7 +43,7 @@ def shrink(data: bytes, size: tuple[int, int], form: str, config: FilterConfig, 
         target = (max(1, round(scale * size[0])), max(1, round(scale * size[1])))
         encoded = _encode(image if target == size else image.resize(target, Image.Resampling.BICUBIC), form)
         if target == size and len(encoded) >= len(data) and scale == smallest:
-            return data, size  # its sides may not shrink further, and encoding it again made the file larger
+            return data, size  # it may not be scaled down further, and encoding it again made the file larger
         if not 0 < config.max_image_bytes < len(encoded) or scale == smallest:
             return encoded, target
         scale *= _MARGIN * sqrt(config.max_image_bytes / len(encoded))

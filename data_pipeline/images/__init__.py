@@ -1,1 +1,1 @@
-"""Picture files into arrays of pixels: decoding, area resize, the crops of the paper."""
+"""From image files to arrays of pixels: decoding, area resize, and the paper's crops."""

@@ -1,10 +1,10 @@
-"""AREA resizing as TensorFlow has it with ``align_corners=True``, of a part of the result, compiled by numba.
+"""AREA resizing as in TensorFlow with ``align_corners=True``, computed for a part of the result only, and compiled by numba.
 
-One axis, ``in`` to ``out`` pixels, has the scale ``s = (in - 1) / (out - 1)``; output pixel i is the integral of the piecewise constant input over
-``[i s, (i + 1) s]``, divided by s. For in > out this s exceeds in / out, so the last interval reaches past the last pixel, which is then repeated.
+Along one axis of ``in`` input and ``out`` output pixels the scale is ``s = (in - 1) / (out - 1)``. Output pixel i is the integral of the piecewise constant
+input over ``[i s, (i + 1) s]``, divided by s. For in > out, s exceeds in / out, so the last interval ends past the last pixel, which is then repeated.
 
-The axes are independent, so an output pixel needs a few neighbouring rows and columns only: its taps. Libraries fall short here: the AREA of OpenCV is
-the other one (corners not aligned) and slower, matrix products multiply by zeros. DECISIONS.md has the figures.
+The axes are independent, so an output pixel depends on a few neighbouring rows and columns only, its taps. Libraries do not do the same: OpenCV's AREA does
+not align corners (and is slower), and matrix products multiply mostly by zeros. DECISIONS.md has the figures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _UNROLLED = (3,)
-"""Numbers of taps with loops of their own: three serve any scale up to two, where most pictures are."""
+"""Numbers of taps for which the loops are compiled separately. Three taps suffice for any scale up to two, which most pictures have."""
 _COMPILING = threading.Lock()
 
 Pixels = NDArray[np.uint8]
@@ -38,7 +38,7 @@ def taps(size_in: int, size_out: int) -> tuple[NDArray[np.int64], NDArray[np.flo
     """
     if not 0 < size_out <= size_in:
         raise ValueError(f"area resize from {size_in} to {size_out} pixels: expected 0 < output <= input")
-    # In units of 1 / (out - 1) input pixels every border is an integer, so no rounding can invent a tap.
+    # In units of 1 / (out - 1) input pixels all borders are integers, so that rounding cannot add a tap.
     span, cell = (size_in - 1, size_out - 1) if size_out > 1 else (size_in, 1)
     if span == 0:
         span = cell = 1
@@ -46,7 +46,7 @@ def taps(size_in: int, size_out: int) -> tuple[NDArray[np.int64], NDArray[np.flo
     lowest = starts // cell
     count = int(((starts + span + cell - 1) // cell - lowest).max())
     if count < min(_UNROLLED) <= size_in:
-        count = min(_UNROLLED)  # taps beyond the last one have weight zero
+        count = min(_UNROLLED)  # the additional taps have weight zero
     cells = lowest + np.arange(count)
     overlap = np.minimum(starts + span, (cells + 1) * cell) - np.maximum(starts, cells * cell)
     shares = np.maximum(overlap, 0) / span
@@ -61,7 +61,7 @@ def taps(size_in: int, size_out: int) -> tuple[NDArray[np.int64], NDArray[np.flo
 
 
 def resize(image: Pixels, box: tuple[int, int, int, int], side: int, offset: tuple[int, int], target: int, flip: bool = False) -> Pixels:
-    """Resize a square of an image to ``side`` x ``side`` pixels and return ``target`` x ``target`` pixels of that, rounded half to even.
+    """Resize a square of an image to ``side`` x ``side`` pixels and return a part of ``target`` x ``target`` pixels of it, rounded half to even.
 
     Args:
         image: uint8 [height, width, 3].
@@ -87,7 +87,7 @@ def resize(image: Pixels, box: tuple[int, int, int, int], side: int, offset: tup
     columns = columns - start
     if flip:
         columns, column_weights = columns[::-1].copy(), column_weights[::-1].copy()
-    # One byte more: pixels are stored four bytes at a time, of which the next pixel overwrites the last.
+    # One byte longer, because pixels are written four bytes at a time; the next pixel overwrites the fourth.
     out = np.empty(target * target * 3 + 1, np.uint8)
     rows = np.ascontiguousarray(image).reshape(height, width * 3)
     _kernel(weights.shape[1])(rows, top + first[y : y + target], weights[y : y + target], (left + start) * 3, 3 * columns, column_weights, out)
@@ -95,14 +95,14 @@ def resize(image: Pixels, box: tuple[int, int, int, int], side: int, offset: tup
 
 
 def _kernel(count: int) -> Callable[..., None]:
-    """The loops of ``resize`` for ``count`` taps an axis, compiled once a process (about a second, or read from numba's cache), for any thread."""
+    """The compiled loops of ``resize`` for ``count`` taps. They are compiled once in a process (about a second, or read from numba's cache); thread-safe."""
     with _COMPILING:
         return _compiled(count if count in _UNROLLED else 0)
 
 
 @lru_cache
 def _compiled(known: int) -> Callable[..., None]:
-    import numba  # 0.2 s that those who never cut a picture need not wait
+    import numba  # here, because the import takes 0.2 s, which processes that never resize need not spend
     from numba import float32, int64, types, uint8
 
     def read_only(dtype: Any, axes: int) -> Any:
@@ -110,29 +110,29 @@ def _compiled(known: int) -> Callable[..., None]:
 
     indices, weights = read_only(int64, 1), read_only(float32, 2)
     signature = types.void(read_only(uint8, 2), indices, weights, int64, indices, weights, uint8[::1])
-    # No fastmath: neither another order of sums nor fused products, so that a pixel does not depend on what the machine's processor can do.
+    # No fastmath, which reorders sums and fuses products: pixels must not depend on the features of the processor.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     settings: Any = numba.config
-    before, settings.SLP_VECTORIZE = settings.SLP_VECTORIZE, 1  # joins the channels of a pixel; numba leaves it off by default
+    before, settings.SLP_VECTORIZE = settings.SLP_VECTORIZE, 1  # vectorises over the channels of a pixel; off by default in numba
     try:
         return numba.njit(signature, cache=True, **options)(_loops(known))
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return numba.njit(signature, **options)(_loops(known))  # nowhere to write: compiled in each process
+        return numba.njit(signature, **options)(_loops(known))  # numba's cache is not writable: compile in each process
     finally:
         settings.SLP_VECTORIZE = before
 
 
 def _loops(known: int) -> Callable[..., None]:
-    """The loops of ``resize`` in the part of Python that numba compiles; ``known`` taps an axis, or any number where it is 0."""
-    from numba import uintp  # unsigned places, which numba does not check for being negative
+    """The loops of ``resize``, in the subset of Python that numba compiles, for ``known`` taps; 0: for any number of taps."""
+    from numba import uintp  # unsigned indices, for which numba skips the test for negative ones
 
     def loops(rows: Any, row_first: Any, row_weights: Any, start: Any, columns: Any, column_weights: Any, out: Any) -> None:
         height, width = row_first.shape[0], columns.shape[0]
         count = known if known else row_weights.shape[1]
         needed = max(columns[0], columns[width - 1]) + 3 * count
-        line = np.zeros(needed + 1, np.float32)  # some input rows, averaged into one
+        line = np.zeros(needed + 1, np.float32)  # the weighted sum of some input rows
         place = uintp(0)
         for y in range(height):
             row = rows[row_first[y], start : start + needed]
@@ -145,7 +145,7 @@ def _loops(known: int) -> Callable[..., None]:
                 for x in range(needed):
                     line[x] += weight * np.float32(row[x])
             for x in range(width):
-                # Four channels, of which the fourth is of no use, fill a vector as three do not.
+                # Four channels (the fourth is not used) fill a vector register; three would not be vectorised.
                 red = green = blue = more = np.float32(0)
                 at = uintp(columns[x])
                 for tap in range(count):

@@ -1,6 +1,6 @@
-"""Decoding, and the paper's two augmentations (Listings 1 and 2). No torch.
+"""Decoding of images, and the paper's two augmentations (Listings 1 and 2). No torch.
 
-A picture is drawn, then cut: ``dvae_crop``, ``transformer_crop`` and ``center_crop`` choose a ``CropBox`` from an image's size, ``cut`` applies it.
+A crop is first drawn, then cut: ``dvae_crop``, ``transformer_crop`` and ``center_crop`` choose a ``CropBox`` for an image's size, and ``cut`` applies it.
 ``picture`` does both for an image file.
 """
 
@@ -19,15 +19,15 @@ from data_pipeline.images.jpeg import decode_jpeg, jpeg_size
 from infra.errors import DataError
 
 Decoding = Literal["exact", "fast"]
-"""'exact': the pixels of the paper. 'fast': chroma of JPEG files is repeated, not interpolated, where the resize then averages it."""
+"""'exact': the pixels as in the paper. 'fast': halved chroma of a JPEG file is repeated instead of interpolated, if the resize averages it afterwards."""
 
 _FAST_SHRINK = 1.25
-"""Smallest ratio of resize at which 'fast' differs from 'exact': below it the difference on photographs is above -45 dB."""
+"""'fast' applies if a picture is shrunk by at least this factor; at smaller ones its error on photographs would exceed -45 dB."""
 
 
 @dataclass(frozen=True)
 class CropBox:
-    """How a picture was cut from a stored image: enough to cut it again."""
+    """How a crop was taken from a stored image: everything needed to take it again."""
 
     box: tuple[int, int, int, int]
     """Square in stored pixels: left, top, right, bottom."""
@@ -49,7 +49,7 @@ class CropBox:
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode an image file into RGB as it is meant to be seen: upright by its EXIF orientation, the first frame, 8 bits, on white.
+    """Decode an image file into RGB as it is meant to be shown: upright by its EXIF orientation, the first frame, 8 bits, on white.
 
     Raises:
         DataError: not an image, damaged, or larger than ``MAX_PIXELS``.
@@ -63,7 +63,7 @@ def cut(image: Pixels, crop: CropBox, target: int) -> Pixels:
     """Apply a crop box: square, AREA resize, ``target`` x ``target`` crop, flip. Equal inputs give equal pixels.
 
     Raises:
-        ValueError: the box is not a square of the image, or the crop not a part of the resized square.
+        ValueError: the box is not a square inside the image, or the crop reaches out of the resized square.
     """
     return resize(image, crop.box, crop.resize, crop.offset, target, crop.flip)
 
@@ -73,10 +73,13 @@ Draw = Callable[[tuple[int, int]], CropBox]
 
 
 def picture(data: bytes, draw: Draw, target: int, decoding: Decoding = "exact") -> tuple[Pixels, CropBox]:
-    """Decode an image file, draw a crop box for its size, and cut it: the picture [target, target, 3] and its crop box.
+    """Decode an image file, draw a crop box for its size, and cut it.
+
+    Returns:
+        The picture [target, target, 3] and its crop box.
 
     Raises:
-        DataError: as ``decode`` and ``draw`` raise.
+        DataError: the file cannot be decoded, or the image is too small for the crop.
     """
     size = jpeg_size(data, MAX_PIXELS)
     if size is None:
@@ -96,9 +99,9 @@ def dvae_crop(size: tuple[int, int], target: int, scale_min: float, scale_max: f
     Args:
         size: (width, height) of the stored image in pixels.
         target: side of the result in pixels.
-        scale_min: smallest resize target over ``target`` (paper: 9/8).
-        scale_max: largest resize target over ``target`` (paper: 12/8).
-        rng: generator of this image and epoch.
+        scale_min: smallest resize target, divided by ``target`` (paper: 9/8).
+        scale_max: largest resize target, divided by ``target`` (paper: 12/8).
+        rng: generator for this image and epoch.
 
     Raises:
         DataError: the shorter side is below ``target``.
@@ -118,8 +121,8 @@ def transformer_crop(size: tuple[int, int], target: int, scale_max: float, rng: 
     Args:
         size: (width, height) of the stored image in pixels.
         target: side of the result in pixels.
-        scale_max: largest resize target over ``target`` (paper: 9/8).
-        rng: generator of this image and crop.
+        scale_max: largest resize target, divided by ``target`` (paper: 9/8).
+        rng: generator for this image and crop.
 
     Raises:
         DataError: the shorter side is below ``target``.
@@ -137,7 +140,7 @@ def _middle(slack: int, rng: np.random.Generator) -> int:
 
 
 def center_crop(size: tuple[int, int], target: int) -> CropBox:
-    """The central square, resized to ``target``: the one view that evaluation uses.
+    """The central square, resized to ``target``: the only crop that evaluation uses.
 
     Raises:
         DataError: the shorter side is below ``target``.

@@ -1,7 +1,7 @@
-"""Opening image files that anybody may have made. Whatever the bytes, the outcome is pixels or a DataError, in bounded memory.
+"""Opens image files of unknown origin. Whatever the bytes, the result is pixels or a DataError, in bounded memory.
 
-How each kind of image is shown: of several frames or pages the first; by EXIF orientation upright; transparency on white; palettes and grey
-levels as the colours they stand for; 16 bits by their upper 8; CMYK by Pillow's plain formula. Colour profiles are not applied.
+How special images are converted: of several frames or pages the first is taken; EXIF orientation turns the image upright; transparent images are put on
+white; palettes and grey levels become RGB; of 16 bits the upper 8 are kept; CMYK is converted by Pillow's plain formula. Colour profiles are not applied.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from infra.errors import DataError
 
-# Pillow's own limit on pixels is a warning up to twice its value, and ours come first. Set once, for catch_warnings() is not safe in threads.
+# Our own limits on pixels come first; between once and twice Pillow's limit it would only warn. Set globally, because catch_warnings() is not thread-safe.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is opened at all. Pillow knows forty formats more, some of which run other programs; and AVIF is not in every build of it."""
+"""The formats that are opened at all. Pillow knows forty more, some of which start other programs; AVIF is missing in some builds of Pillow."""
 
 MAX_SCANS = 100
-"""Scans of a JPEG. Progressive ones have about ten; each costs a pass over the whole image, so that thousands stall a decoder."""
+"""Most scans of a JPEG. Progressive files have about ten. Each scan costs a pass over the whole image, so thousands would stall the decoder."""
 
 WEBP_DIVISOR = 2
-"""WebP files may have this much fewer pixels than others: its decoder holds four copies."""
+"""The limit on pixels is divided by this for WebP, whose decoder holds four copies of the image."""
 
-_STRIP_PIXELS = 2_000_000  # larger images are converted in strips, so that no second copy of them is made
+_STRIP_PIXELS = 2_000_000  # larger images are converted in strips, to avoid a second full copy
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _IMAGE_WIDTH = 256
@@ -51,7 +51,7 @@ _UPRIGHT = {
 
 
 class BombError(DataError):
-    """A file that asks for far more memory or time than an image of its size may."""
+    """A file that would take far more memory or time to decode than its size justifies."""
 
 
 @contextmanager
@@ -61,8 +61,8 @@ def _as_data_error() -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
-        if "decompressed data too large" in str(error).lower():  # texts and profiles of a PNG
-            raise BombError(f"image with metadata that unpack to far more than they are ({error}); encode it again without them.") from error
+        if "decompressed data too large" in str(error).lower():  # a PNG's compressed text or colour profile
+            raise BombError(f"image whose metadata is far larger when it is decompressed ({error}); encode it again without them.") from error
         raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
 
 
@@ -70,11 +70,11 @@ def open_file(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header of an image file; nothing is decoded yet.
 
     Raises:
-        BombError: more than ``max_pixels`` pixels, or more than ``MAX_SCANS`` scans.
-        DataError: not an image of one of ``FORMATS``, a damaged header, or pixels of 32 bits.
+        BombError: it has more than ``max_pixels`` pixels or more than ``MAX_SCANS`` scans.
+        DataError: it is not of one of the ``FORMATS``, its header is damaged, or its pixels have 32 bits a channel.
     """
     with _as_data_error():
-        _check_pixels(*_webp_size(data), max_pixels // WEBP_DIVISOR)  # before opening, which already reserves the canvas
+        _check_pixels(*_webp_size(data), max_pixels // WEBP_DIVISOR)  # before Image.open, which already allocates the canvas of a WebP
         if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
             raise BombError(f"JPEG of {data.count(bytes([0xFF, 0xDA]))} scans: at most {MAX_SCANS} are accepted; encode it again.")
         try:
@@ -84,7 +84,9 @@ def open_file(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         assert isinstance(image, ImageFile.ImageFile)
         _check_pixels(*image.size, max_pixels)
         if not (image.mode in _ALPHA_MODES or image.mode in _PLAIN_MODES or image.mode.startswith("I;16") or _is_png16(data)):
-            raise DataError(f"image of Pillow's mode '{image.mode}': its pixels are no 8 or 16 bit colours; convert it or remove it from the source.")
+            raise DataError(
+                f"image of Pillow's mode '{image.mode}': its pixels are not colours of 8 or 16 bits; convert it or remove it from the source."
+            )
         return image
 
 
@@ -93,8 +95,8 @@ def load_file(image: ImageFile.ImageFile, grey_of_side: int = 0) -> Image.Image:
 
     Args:
         image: the opened file.
-        grey_of_side: where the format can do it cheaply (JPEG), decode to grey levels at the smallest scale with both sides at least this;
-            every byte is still read. 0: as it is.
+        grey_of_side: if the format can do it cheaply (JPEG), decode to grey levels, at the smallest scale whose sides are both at least this long; the whole
+            file is still read. 0: decode as usual.
 
     Raises:
         DataError: the file is damaged or truncated.
@@ -105,40 +107,40 @@ def load_file(image: ImageFile.ImageFile, grey_of_side: int = 0) -> Image.Image:
             image.draft("L", (grey_of_side, grey_of_side))
         image.load()
         if image.format == "BMP" and image.mode == "RGBA" and is_invisible(image):
-            image.putalpha(255)  # many programs write 32 bits and leave the last eight empty: they mean colours, not nothing
+            image.putalpha(255)  # many programs write 32-bit BMP with an unused alpha channel of zeros: the image is meant to be opaque
         return image if turn is None else image.transpose(turn)
 
 
 def shown_size(image: ImageFile.ImageFile) -> tuple[int, int]:
-    """(width, height) of an opened file as ``load_file`` turns it."""
-    # Versions of Pillow differ in whether the size of a TIFF is upright before it is decoded; its tags are not.
+    """(width, height) that an opened file has after ``load_file`` has turned it upright."""
+    # Before a TIFF is decoded, image.size is upright in some versions of Pillow and not in others; the tags never are.
     width, height = (_tag(image, _IMAGE_WIDTH), _tag(image, _IMAGE_LENGTH)) if image.format == "TIFF" else image.size
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation of an opened file, 1 to 8; 1 where there is none before the pixels, or garbage."""
+    """EXIF orientation of an opened file, 1 to 8; 1 if there is none before the pixels, or if it is damaged."""
     try:
         if image.format == "TIFF":
             found = _tag(image, _ORIENTATION)
         else:
             found = image.getexif().get(_ORIENTATION) if "exif" in image.info else 1
-    except Exception:  # garbage in EXIF does not make an image unreadable
+    except Exception:  # an image with damaged EXIF data is still readable
         return 1
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def kinds(image: ImageFile.ImageFile, data: bytes) -> set[str]:
-    """Which kinds of config.ImageKind an opened file is; whether it is 'transparent' shows when it is decoded (``is_transparent``).
+    """Which of the kinds config.ImageKind an opened file is. Whether it is 'transparent' is only known once it is decoded (``is_transparent``).
 
     Raises:
-        DataError: what follows the first frame is damaged.
+        DataError: the file is damaged after its first frame.
     """
     with _as_data_error():
         bits = _tag(image, _BITS_PER_SAMPLE)
         deep = image.mode.startswith("I") or _is_png16(data) or (max(bits) if isinstance(bits, tuple) and bits else 0) > 8
         found = {
-            # A phone's MPO is a JPEG with previews behind it, no animation.
+            # An MPO, which phones write, is a JPEG with previews after it, and no animation.
             "animated": image.format != "MPO" and getattr(image, "is_animated", False),
             "cmyk": image.mode == "CMYK",
             "16-bit": deep,
@@ -157,7 +159,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def is_invisible(image: Image.Image) -> bool:
-    """Whether every pixel of a decoded image is fully transparent: on white, nothing of it would be seen."""
+    """Whether every pixel of a decoded image is fully transparent, so that nothing would be seen on white."""
     if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
         return False
     return all(strip.convert("RGBA").getchannel("A").getextrema()[1] == 0 for _, strip in _strips(image))
@@ -204,7 +206,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255; a tRNS chunk of one level is not worth a second path
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255. A single transparent level (tRNS) is ignored here
         levels = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -238,6 +240,6 @@ def _is_png16(data: bytes) -> bool:
 
 
 def _tag(image: Image.Image, number: int) -> Any:
-    """A tag of a TIFF file, None where it has none or is no TIFF."""
+    """A tag of a TIFF file; None if the file lacks it or is not a TIFF."""
     tags = getattr(image, "tag_v2", None)
     return tags.get(number) if image.format == "TIFF" and tags is not None else None

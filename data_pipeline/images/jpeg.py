@@ -1,4 +1,4 @@
-"""JPEG files through libjpeg-turbo directly: the same pixels as Pillow in half the time. Uncommon files are left to Pillow."""
+"""Decodes JPEG files with libjpeg-turbo directly: the same pixels as Pillow, in half the time. Uncommon files are left to Pillow."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _ORIENTATION_BYTES = (b"\x01\x12", b"\x12\x01")
 
 
 def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Width and height of a JPEG file for ``decode_jpeg``.
+    """(width, height) of a JPEG file that ``decode_jpeg`` can decode.
 
-    None leaves it to others: another format, more than ``max_pixels``, too many scans, other colours than brightness and its differences, to be turned.
+    None if Pillow must decode it: it has another format, more than ``max_pixels`` pixels, too many scans, colours other than YCbCr or grey, or an orientation
+    other than upright.
     """
     if not data.startswith(_START) or data.count(b"\xff\xda") > MAX_SCANS:
         return None
@@ -35,10 +36,10 @@ def decode_jpeg(data: bytes, fast: bool = False) -> NDArray[np.uint8] | None:
 
     Args:
         data: the file.
-        fast: halved chroma is repeated, not interpolated.
+        fast: repeat halved chroma instead of interpolating it.
 
     Returns:
-        uint8 [height, width, 3], RGB; None if the file is damaged in whatever way.
+        uint8 [height, width, 3], RGB; None if the file is damaged in any way.
     """
     try:
         # Strict: libjpeg's warnings are errors.
@@ -48,7 +49,7 @@ def decode_jpeg(data: bytes, fast: bool = False) -> NDArray[np.uint8] | None:
 
 
 def _is_upright(data: bytes) -> bool:
-    """Whether no marker before the picture says that it is to be turned or mirrored; False if the markers cannot be followed."""
+    """Whether no marker before the image data says that the image must be turned or mirrored; False if the markers cannot be parsed."""
     position = 2
     while data[position : position + 1] == b"\xff":
         kind = data[position + 1]
@@ -70,5 +71,5 @@ def _may_turn(block: bytes) -> bool:
     try:
         exif.load(block)
         return exif.get(_ORIENTATION) not in (None, 1)
-    except Exception:  # Pillow raises almost anything on hostile bytes; it shall decide again, with the file
+    except Exception:  # Pillow raises almost anything on hostile bytes; leave the file to it
         return True

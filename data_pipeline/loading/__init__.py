@@ -1,1 +1,1 @@
-"""Shard sets into batches: order, workers, shared memory, cache, transforms."""
+"""From shard sets to batches: the order of samples, worker processes, shared memory, the shard cache, transforms."""

@@ -1,9 +1,9 @@
-"""Loaders: shard sets to batches, in one global order for any number of ranks, workers and nodes.
+"""Loaders: batches from shard sets, in one global order that does not depend on the number of ranks, workers and nodes.
 
-The order is endless: epoch 0 of set 0, epoch 1 of set 1, ... (set e mod number of sets), each in the order of ``order.py``. Global batch k is samples
-[k B, (k + 1) B) of it; rank r of R takes every R-th sample, from r on. Batches run across the ends of epochs: nothing is dropped, padded or repeated.
-The position is an epoch and a place in its stored order, so a run resumes to the sample on any number of ranks, workers and nodes, and also when records
-were taken down meanwhile.
+The order is endless: epoch 0 of set 0, epoch 1 of set 1, and so on (epoch e reads set e mod number of sets), each in the order that ``order.py`` defines.
+Global batch k consists of samples [k B, (k + 1) B) of this order; rank r of R takes every R-th of them, from r on. Batches cross the ends of epochs: nothing
+is dropped, padded or repeated. A position is an epoch and a place in its stored order, so that a run resumes at the exact sample on any number of ranks,
+workers and nodes, even if records were taken down meanwhile.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ Batch = dict[str, Any]
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
-_COPY = 1 << 32  # what the second use of a record in an epoch (weights above 1) adds to the epoch of its transform
-_serial = itertools.count()  # loaders are made in the same order on every rank, so this number is the same on all of them
+# With a weight above 1 a record is used several times in an epoch. Transforms draw their random numbers by (epoch, id), so copy c of a record passes
+# epoch + c * _COPY as its epoch: every copy gets other random numbers.
+_COPY = 1 << 32
+_serial = itertools.count()  # loaders are made in the same order on every rank, so a loader has the same number on all of them
 
 
 def _cache_folder(place: str | Path) -> Path:
-    """A run folder may itself be on S3; shards are cached on this machine in any case."""
+    """The parent folder of caches: ``cache`` in a local run folder, else this machine's temporary folder, because shards are always cached locally."""
     local = bool(str(place)) and not storage.is_remote(str(place))
     return storage.local_path(str(place)) / "cache" if local else Path(tempfile.gettempdir())
 
@@ -71,24 +73,24 @@ class ShardLoader(Generic[T, B]):
         """
         Args:
             sets: epoch e reads sets[e mod len(sets)].
-            cache_dir: folder for shards of s3:// sets (the system's temporary folder if this is no local path); each loader of each process group
+            cache_dir: folder for cached shards of remote sets (the system's temporary folder if this is not a local path); each loader of each process group
                 makes its own sub-folder. Local sets are read in place.
             world: this process; all ranks make the same loaders in the same order.
             batch: samples of one global batch.
             seed: run.seed.
-            transform: (record, epoch) -> sample. Further copies of a record in one epoch come with another number in place of the epoch.
+            transform: (record, epoch) -> sample. Further copies of a record in one epoch are passed another number in place of the epoch.
             collate: samples of this rank -> batch.
             shuffle: False keeps the order of the records.
-            batch_key: the configuration's name of ``batch``, for messages.
-            workers: processes of this rank that make batches; 0: this thread does.
-            prefetch: batches that each of them prepares ahead.
-            cache_bytes: limit of the cached shards of s3:// sets on each node; 0: none.
-            block: samples among which a sample may move, at least.
-            weights: source of shards -> samples of an epoch per record; 1 where nothing is said.
+            batch_key: the configuration key of ``batch``, for messages.
+            workers: processes of this rank that make batches; 0: ``next`` makes them itself.
+            prefetch: batches that each worker prepares ahead.
+            cache_bytes: limit in bytes of cached shards of remote sets on each node; 0: no limit.
+            block: least number of samples that are shuffled among each other.
+            weights: source -> how often each of its records is used in an epoch; 1 for sources that are not in it.
 
         Raises:
-            ConfigError: the batch does not divide over the ranks, the environment has other ranks, or a cache or shared memory is too small.
-            DataError: no set, or an empty one.
+            ConfigError: the batch does not divide over the ranks, the environment describes other ranks, or the cache or shared memory is too small.
+            DataError: there is no set, or one is empty.
         """
         if batch % world.size:
             raise ConfigError(f"{batch_key} = {batch} does not divide over {world.size} processes; use a multiple of {world.size}.")
@@ -116,12 +118,12 @@ class ShardLoader(Generic[T, B]):
         """The next batch of this rank: ``batch / world.size`` samples.
 
         Raises:
-            DataError: a shard is missing or damaged; it is named, and nothing is skipped.
+            DataError: a shard is missing or damaged; the message names it, and nothing is skipped.
             ReportedError: a worker process was killed.
         """
         if self._num_workers:
             if self._source is None:
-                self._source = Workers(self._share, self._num_workers, self._prefetch)
+                self._source = Workers(self._batches_of, self._num_workers, self._prefetch)
             try:
                 batch = self._source.next()
             except BaseException:
@@ -134,7 +136,7 @@ class ShardLoader(Generic[T, B]):
 
     @property
     def worker_pids(self) -> list[int]:
-        """Process numbers of the workers that run now."""
+        """Process ids of the running workers."""
         return [] if self._source is None else self._source.pids
 
     @property
@@ -143,15 +145,16 @@ class ShardLoader(Generic[T, B]):
         return self._endless.advance(*self._position)[0]
 
     def state(self) -> dict[str, Any]:
-        """Where the loader stands; JSON-able, the same on every rank, and valid on any number of ranks, workers and nodes.
+        """The loader's position, as JSON-able values: the same on every rank, and valid on any number of ranks, workers and nodes.
 
-        ``index`` counts the stored samples of the epoch that lie behind, records that are taken down among them: so it means the same when others are.
+        ``index`` counts the stored samples of the epoch that were passed, including those of removed records. So it keeps its meaning when the list of removed
+        records changes.
         """
         epoch, drawn = self._position
         return {"epoch": epoch, "index": self._endless.epoch(epoch).cursor(drawn), **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
-        """What a position depends on."""
+        """Everything that the meaning of a position depends on."""
         sets = [shard_set.content_hash for shard_set in self.sets]
         return {"seed": self._seed, "shuffle": self._shuffle, "block": self._block, "weights": self._weights, "sets": sets}
 
@@ -166,7 +169,7 @@ class ShardLoader(Generic[T, B]):
         if differing:
             parts = "; ".join(f"{name}: {state.get(name)} in the checkpoint, {now[name]} now" for name in differing)
             raise DataError(
-                f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage anew."
+                f"the loader's position is of another order of samples ({parts}); go back to those shard sets and that seed, or start the stage from the beginning."
             )
         try:
             epoch, index = int(state["epoch"]), int(state["index"])
@@ -177,7 +180,7 @@ class ShardLoader(Generic[T, B]):
         self._position = (epoch, drawn)
 
     def close(self) -> None:
-        """End the workers, and remove cached shards and shared memory; again is fine. What is forgotten is closed when the process ends."""
+        """End the workers, and remove cached shards and shared memory. May be called again; a loader that is never closed is closed when the process ends."""
         self._stop_workers()
         for cache in self._caches:
             cache.close()
@@ -187,8 +190,8 @@ class ShardLoader(Generic[T, B]):
             self._source.close()
             self._source = None
 
-    def _share(self, worker: int, workers: int) -> Iterator[B]:
-        """This rank's batches worker, worker + workers, ... from the present position on."""
+    def _batches_of(self, worker: int, workers: int) -> Iterator[B]:
+        """The batches of this rank that a worker makes: numbers worker, worker + workers, ... from the present position on."""
         position = self._endless.advance(*self._position, worker * self._batch)
         while True:
             yield self._make(position)
@@ -206,7 +209,7 @@ class ShardLoader(Generic[T, B]):
         return self._collate(samples)
 
     def _enter(self, epoch: int, drawn: int) -> None:
-        """Tell the caches when another block begins: which shards it reads, and which ones the block after it."""
+        """When a new block begins, tell the caches which shards it reads, and which shards the next block will read."""
         order = self._endless.epoch(epoch)
         block = order.block_of(drawn)
         if self._entered == (epoch, block):
@@ -230,17 +233,17 @@ def _order(shard_set: ShardSet, weights: Mapping[str, float], seed: int, block: 
 
 
 def _limit(shard_set: ShardSet, order: Order, cache_bytes: int, processes: int) -> int:
-    """The limit for shards that have arrived, so that all together stay within ``cache_bytes``: those on their way are not counted by streaming.
+    """The limit to give to streaming, which does not count shards that are being downloaded: ``cache_bytes`` minus room for these downloads.
 
     Raises:
-        ConfigError: the shards that are read and those that are fetched ahead would push each other out.
+        ConfigError: the limit is so low that shards fetched ahead would evict shards in use.
     """
     if not cache_bytes or not storage.is_remote(shard_set.url):
         return 0
     sizes = np.array([shard.entry["raw_data"]["bytes"] for shard in shard_set.shards], np.int64)
     first = order.epoch(0)
     largest = max((int(sizes[first.shards_of(block)].sum()) for block in range(first.num_blocks)), default=0)
-    underway = 2 * processes * int(sizes.max())  # each process reads, and looks ahead
+    underway = 2 * processes * int(sizes.max())  # each process may download one shard to read and one ahead
     needed = max(min(int(sizes.sum()), 2 * largest), 4 * int(sizes.max())) + underway
     if cache_bytes < needed:
         raise ConfigError(
@@ -251,7 +254,7 @@ def _limit(shard_set: ShardSet, order: Order, cache_bytes: int, processes: int) 
 
 
 class SequentialReader(Generic[T, B]):
-    """Batches for evaluation: at most ``limit`` records, evenly spaced over the set, dealt to ranks in turn; the same ones in every run and pass."""
+    """Batches for evaluation: at most ``limit`` records, evenly spaced over the set and dealt to ranks in turn. They are the same in every run and pass."""
 
     def __init__(
         self,
@@ -268,13 +271,13 @@ class SequentialReader(Generic[T, B]):
         Args:
             shard_set: what to read.
             world: this process.
-            limit: records of all ranks together.
-            batch: records of one batch of this rank; the last may be smaller.
-            transform: (record, 0) -> sample.
+            limit: most records of all ranks together.
+            batch: records of one batch of this rank; the last batch may be smaller.
+            transform: called with (record, 0) -> sample.
             collate: samples -> batch.
-            cache_dir: local folder for shards of an s3:// set; empty: the system's temporary folder.
-            mix_seed: batches of a random order (all samples of this rank are held in memory), for measures that compare the samples of a batch: records
-                that stand together are alike. None keeps the order of the set.
+            cache_dir: local folder for shards of a remote set; empty: the system's temporary folder.
+            mix_seed: batch the samples in a random order, for measures that compare samples within a batch, because neighbouring records are often alike. All
+                samples of this rank are then held in memory. None keeps the order of the set.
 
         Raises:
             DataError: the set's index is missing.
@@ -285,7 +288,7 @@ class SequentialReader(Generic[T, B]):
         self._folder = storage.local_path(shard_set.url) if not storage.is_remote(shard_set.url) else self._make_cache(world, cache_dir)
         taken = min(limit, shard_set.count)
         self.indices = [position * shard_set.count // taken for position in range(world.rank, taken, world.size)]
-        """Positions among the set's visible records of this rank's, ascending. Ranks' numbers differ by at most one."""
+        """Positions of this rank's records among the visible records of the set, ascending. The ranks' numbers of records differ by at most one."""
 
     def _make_cache(self, world: World, cache_dir: str | Path) -> Path:
         claim = Claim(World(world.rank, world.size, 0, 1), next(_serial), _cache_folder(cache_dir))
@@ -294,7 +297,7 @@ class SequentialReader(Generic[T, B]):
         return claim.cache
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Number of batches of this rank."""
         return -(-len(self.indices) // self._batch)
 
     def __iter__(self) -> Iterator[B]:
@@ -309,7 +312,7 @@ class SequentialReader(Generic[T, B]):
         """The records themselves.
 
         Raises:
-            DataError: a shard file is missing or damaged; it is named.
+            DataError: a shard file is missing or damaged; the message names it.
         """
         ends = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64)
         if (named := int(ends[-1]) if len(ends) else 0) != self._set.stored:
@@ -337,13 +340,13 @@ class SequentialReader(Generic[T, B]):
 
 
 def image_collate(samples: list[Sample]) -> Batch:
-    """Samples of images -> ids (list), pixels float32 [B, 3, H, W] in [0, 1], and with captions text int64 [B, T] and lengths int64 [B]."""
+    """Collate image samples: ids (list), pixels float32 [B, 3, H, W] in [0, 1], and, if they have captions, text int64 [B, T] and lengths int64 [B]."""
     batch: Batch = {"ids": [sample["id"] for sample in samples], "pixels": to_pixels(np.stack([sample["pixels"] for sample in samples]))}
     return batch | _texts(samples) if "text" in samples[0] else batch
 
 
 def code_collate(samples: list[Sample]) -> Batch:
-    """Samples of codes -> ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]."""
+    """Collate code samples: ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]."""
     codes_BI = torch.from_numpy(np.stack([sample["codes"] for sample in samples]))
     return {"ids": [sample["id"] for sample in samples], "codes": codes_BI} | _texts(samples)
 

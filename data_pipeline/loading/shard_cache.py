@@ -1,8 +1,8 @@
-"""Shards of a set on this node, checked before use: StreamingDataset downloads, shares among processes and evicts; its order is not used.
+"""The shards of a set on this node, verified before use. StreamingDataset downloads, evicts and shares them among processes; its order is not used.
 
-Every shard file, local or downloaded, is read and hashed once on each node before a row of it is used. That costs a thousandth of decoding it, brings it
-into the page cache, and is why no damaged file is ever trained on, whichever run left it there. Nothing here waits for another rank: a shard that another
-process is preparing is waited for through a lock of the kernel's, so a process that fails or is killed gives the shard back.
+Every shard file, local or downloaded, is read and hashed once on each node before any row of it is used. That costs a thousandth of the time to decode it,
+brings it into the page cache, and ensures that no damaged file is trained on, whichever run left it there. No rank depends on another one being alive: a
+process waits for a shard that another process is preparing with a kernel lock, which the kernel releases if that process fails or is killed.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from infra.world import World
 log = logging.getLogger(__name__)
 
 FETCHES = 2
-"""Downloads of a shard whose hash is wrong. Broken transfers are repeated by storage itself, with back-off."""
+"""How often a shard is downloaded if its hash is wrong. Transfers that break off are retried by the storage layer itself, with back-off."""
 _OPEN_FILES = 256
-_PATIENCE_S = 10.0  # for a download that is under way when the cache is closed
+_PATIENCE_S = 10.0  # wait for a download that is under way when the cache is closed
 _FLOCK = "hhqqi4x"  # Linux's struct flock on 64 bits: type, whence, start, length, pid
-_RETRIES = 8  # how often a shard may be evicted between its preparation and its opening
+_RETRIES = 8  # how often a shard may be evicted between being prepared and being opened
 
 
 class DamagedShard(DataError):
-    """A shard whose hash is wrong also when it is fetched again: trying once more is no use."""
+    """A shard whose hash is wrong even after a second download, so that further tries are pointless."""
 
 
 def fetch(url: str, entry: dict[str, Any], path: Path) -> None:
-    """Download a shard and check it; it appears at ``path`` when it is whole and right.
+    """Download a shard and verify it; it appears at ``path`` once it is complete and its hash is right.
 
     Raises:
-        DataError: it is missing, or cannot be read after retries; the object is named.
-        DamagedShard: its hash is wrong, also when fetched again.
+        DataError: it is missing, or cannot be read after retries; the message names the object.
+        DamagedShard: its hash is wrong, even after another download.
     """
     arriving = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     for attempt in range(1, FETCHES + 1):
@@ -68,10 +68,10 @@ def fetch(url: str, entry: dict[str, Any], path: Path) -> None:
 
 
 def check_local(url: str, entry: dict[str, Any], path: Path) -> None:
-    """Check a shard of a local set.
+    """Verify a shard of a local set.
 
     Raises:
-        DataError: it is missing or cannot be read; the file is named.
+        DataError: it is missing or cannot be read; the message names the file.
         DamagedShard: its hash is wrong.
     """
     if not path.is_file():
@@ -82,10 +82,10 @@ def check_local(url: str, entry: dict[str, Any], path: Path) -> None:
 
 
 def check_world(world: World) -> None:
-    """Refuse a process whose environment, by which streaming finds its place, is of another rank; it would silently be rank 0 of 1.
+    """Refuse a process whose environment describes another rank: streaming reads its rank there, and without variables it silently takes rank 0 of 1.
 
     Raises:
-        ConfigError: what the environment says.
+        ConfigError: they differ; the message says what the environment describes.
     """
     found = mosaic.World.detect()
     if (found.rank, found.num_ranks, found.ranks_per_node) != (world.rank, world.size, world.local_size):
@@ -96,7 +96,7 @@ def check_world(world: World) -> None:
 
 
 class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships no types
-    """The files of one version of a set. The index is the version's, not the file index.json, and downloads go through our storage."""
+    """The files of one version of a set. Its index is that of the version and not the file index.json, and downloads use our storage layer."""
 
     def __init__(self, shard_set: ShardSet, local: Path) -> None:
         remote = storage.is_remote(shard_set.url)
@@ -108,7 +108,7 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         return [_file_of(shard, self.local) for shard in self._set.shards]
 
     def set_up_local(self, shards: list[MDSReader], cache_usage_per_shard: Any) -> None:
-        """No shard counts as present: whatever lies there is checked before its first use."""
+        """Overridden to do nothing: no shard counts as present, so that every file is verified before its first use."""
 
     def get_index_size(self) -> int:
         return 0
@@ -117,7 +117,7 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         name = shard.raw_data.basename
         entry = {"raw_data": {"bytes": shard.raw_data.bytes, "hashes": shard.raw_data.hashes}}
         url, path = storage.join(self._set.url, name), self._folder / name
-        # Asked here and not earlier: the thread that looks ahead may have found out while this one waited for its turn.
+        # Checked here and not earlier: the thread that looks ahead may have found the damage while this thread waited for the lock.
         if name in self._damaged:
             raise self._damaged[name]
         try:
@@ -133,15 +133,15 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
 
 def _file_of(shard: Shard, local: str) -> MDSReader:
     raw = shard.entry["raw_data"]
-    # Not MDSReader.from_json, which copies the whole entry: of 25,000 shards that is 0.1 GB in every process.
+    # Not MDSReader.from_json, which copies the whole entry: for 25,000 shards that is 0.1 GB in every process.
     return MDSReader(local, None, [], [], [], None, [], FileInfo(raw["basename"], raw["bytes"], raw["hashes"]), shard.samples, None, None)
 
 
 @contextmanager
 def _locked_byte(path: str, number: int, blocking: bool) -> Iterator[bool]:
-    """One byte of a file, locked against all threads and processes; the kernel lets go of it with the process.
+    """Lock one byte of a file against all threads and processes; the kernel releases the lock when the process ends.
 
-    Gives False if another has it and ``blocking`` is not set. FileLock would need a file for each of up to 25,000 shards.
+    Yields False if it is locked already and ``blocking`` is not set. FileLock would need a file for each of up to 25,000 shards.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     place = (os.SEEK_SET, number, 1, 0)
@@ -153,24 +153,24 @@ def _locked_byte(path: str, number: int, blocking: bool) -> Iterator[bool]:
             return
         try:
             yield True
-        finally:  # closing is not enough: a process that was forked meanwhile has a copy of the descriptor
+        finally:  # closing the descriptor is not enough, because a process that was forked meanwhile has a copy of it
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, *place))
     finally:
         os.close(descriptor)
 
 
 class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
-    """StreamingDataset whose shards are prepared one by one; a failure is an error here and now, not a silent end of an epoch."""
+    """A StreamingDataset whose shards are prepared one by one, and where a failure raises an error at once instead of ending the epoch silently."""
 
     cache_filelock = True
-    """streaming asks for this name before it makes another lock for each call."""
+    """If an attribute of this name exists, streaming does not make a new lock for each call."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._making, self._maker = threading.Lock(), -1
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        with self._making:  # one lock for both threads of a process: each process needs its own
+        with self._making:  # a forked process needs a FileLock of its own, which both of its threads share
             if self._maker != os.getpid():
                 self._cache_filelock, self._maker = FileLock(self._cache_filelock_path), os.getpid()
         with _locked_byte(f"{self._cache_filelock_path}_shards", shard_id, blocking) as mine:
@@ -180,13 +180,13 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
     def _prepare(self, shard_id: int) -> None:
         """Prepare a shard that no other thread or process is preparing."""
         if self._shard_states[shard_id] == ShardState.PREPARING:
-            self._shard_states[shard_id] = ShardState.REMOTE  # whoever was at it was killed, and streaming would wait for ever
+            self._shard_states[shard_id] = ShardState.REMOTE  # the process that was preparing it was killed; streaming would wait for it for ever
         try:
             super().prepare_shard(shard_id)
         except Exception as error:
             self._shard_states[shard_id] = ShardState.REMOTE
             self._cache_filelock.release(force=True)
-            if isinstance(error, ValueError) and not isinstance(error, ConfigError):  # streaming's word for a cache that is full of shards in use
+            if isinstance(error, ValueError) and not isinstance(error, ConfigError):  # streaming raises it if the cache is full of shards in use
                 raise ConfigError(f"data.cache_bytes = {self.cache_limit}: {error}") from error
             raise
 
@@ -194,37 +194,37 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
         return bool(self._shard_states[shard_id] == ShardState.LOCAL)
 
     def touch(self, shards: Sequence[int]) -> None:
-        """Note that shards are in use, so that others are evicted first."""
+        """Mark shards as in use, so that others are evicted first."""
         if self.cache_limit:
             self._shard_access_times.numpy()[list(shards)] = time.time_ns()
 
     def release(self) -> None:
-        """Let go of the segments of shared memory."""
+        """Release the segments of shared memory."""
         arrays = [self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr, self._shard_states, self._shard_access_times]
         for segment in [self._locals_shm, *(array.shm for array in arrays)]:
             segment.cleanup()
 
 
 class ShardCache:
-    """Opens shards of one set by number. Made by all ranks of a node together; used by each on its own, and by processes forked from it."""
+    """Opens shards of one set by number. All ranks of a node construct it together; then each uses it independently, as do processes forked from the rank."""
 
     def __init__(self, shard_set: ShardSet, cache_dir: Path, world: World, serial: int, cache_bytes: int = 0) -> None:
         """
         Args:
             shard_set: what to read.
-            cache_dir: where the folder for shards of an s3:// set is made; it is this job's own, and empty. Local sets are read in place.
+            cache_dir: where the folder for shards of a remote set is made, which is empty and used by this job only. Local sets are read in place.
             world: this process.
             serial: number of the loader, the same on all ranks.
-            cache_bytes: limit of the cache on each node; 0: none.
+            cache_bytes: limit of the cache on each node; 0: no limit.
 
         Raises:
-            ConfigError: the limit has no room for four shards, or another job of this machine has the same identity.
+            ConfigError: the limit is too low for four shards, or another job on this machine has the same identity.
         """
         self._set, self._remote = shard_set, storage.is_remote(shard_set.url)
         self._claim = Claim(world, serial, cache_dir if self._remote else None)
         folder = storage.local_path(shard_set.url) if self._claim.cache is None else self._claim.cache
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # nobody looks for segments before those of a killed group are gone
+            dist.barrier()  # segments of a killed group must be removed before any rank looks for segments
         try:
             with _names_of(self._claim), _no_table_of_samples():
                 self._dataset = _Dataset(
@@ -243,7 +243,7 @@ class ShardCache:
         self._open: OrderedDict[int, ShardRows] = OrderedDict()
         self._end = weakref.finalize(self, _let_go, self._dataset, self._claim, os.getpid())
         self._thread: threading.Thread | None = None
-        self._round = 0  # of looking ahead; the thread of a former one ends
+        self._round = 0  # counts calls of ``use``; a thread that looks ahead for an earlier call ends
 
     @property
     def folder(self) -> Path:
@@ -251,10 +251,10 @@ class ShardCache:
         return self._folder
 
     def rows(self, shard: int) -> ShardRows:
-        """A shard, ready to be read; it is waited for if it is on its way.
+        """A shard, ready to be read; waits for it if it is being downloaded.
 
         Raises:
-            DataError: it is missing, damaged, or cannot be downloaded; it is named.
+            DataError: it is missing, damaged, or cannot be downloaded; the message names it.
         """
         found = self._open.get(shard)
         if found is None:
@@ -272,13 +272,13 @@ class ShardCache:
                 return ShardRows(self._folder / this.basename, this.entry, storage.join(self._set.url, this.basename))
             if not self._remote:
                 break
-            self._dataset.prepare_shard(shard)  # evicted, or deleted by somebody: it is here in name only
+            self._dataset.prepare_shard(shard)  # its state says that it is here, but it was evicted, or somebody has deleted it
         raise DataError(
             f"{storage.join(self._set.url, this.basename)}: vanished from {self._folder} while in use; raise data.cache_bytes, or find who deletes there."
         )
 
     def use(self, now: Sequence[int], ahead: Iterable[int] = ()) -> None:
-        """Say which shards are read from now on, and which ones after them: others are closed, and these are prepared in a thread."""
+        """Say which shards will be read from now on, and which ones after them. All others are closed; these are prepared by a thread."""
         for shard in set(self._open) - set(now):
             self._open.pop(shard).close()
         self._dataset.touch(now)
@@ -288,7 +288,7 @@ class ShardCache:
         self._thread.start()
 
     def touch(self) -> None:
-        """Note that the open shards are in use."""
+        """Mark the open shards as in use."""
         self._dataset.touch(list(self._open))
 
     def _look_ahead(self, this_round: int, shards: list[int]) -> None:
@@ -299,30 +299,30 @@ class ShardCache:
                 if not self._dataset.has(shard):
                     self._dataset.prepare_shard(shard, blocking=False)
             except Exception as error:
-                # Whoever needs the shard tries again, and has the error then.
+                # Not raised: when the shard is needed it is prepared again, and the error appears then.
                 if self._round == this_round:
                     log.warning("looking ahead: %s", error)
                 return
 
     def close(self) -> None:
-        """Close files, and in the process that opened the cache remove its shared memory and folder; again is fine."""
+        """Close files; in the process that made the cache, remove its shared memory and folder, too. May be called again."""
         self._round += 1
         if self._thread is not None:
-            self._thread.join(_PATIENCE_S)  # it may be amid a download into the folder that goes
+            self._thread.join(_PATIENCE_S)  # it may be downloading into the folder that is about to be removed
         while self._open:
             self._open.popitem()[1].close()
         self._end()
 
 
 def _let_go(dataset: _Dataset, claim: Claim, owner: int) -> None:
-    if os.getpid() == owner:  # not in a worker, which has a copy of all this
+    if os.getpid() == owner:  # not in a forked worker, which has a copy of this finalizer
         dataset.release()
         claim.release()
 
 
 @contextmanager
 def _names_of(claim: Claim) -> Iterator[None]:
-    """streaming looks for a free number from 0 on, among other jobs' segments; here it finds the claimed one only."""
+    """Let streaming use the claimed number for its segments. By itself it would search for a free number from 0 on, among other jobs' segments."""
     original = mosaic.prefix._each_prefix_int
     mosaic.prefix._each_prefix_int = lambda: iter([claim.number])
     try:
@@ -333,7 +333,7 @@ def _names_of(claim: Claim) -> Iterator[None]:
 
 @contextmanager
 def _no_table_of_samples() -> Iterator[None]:
-    """streaming would make a table of all samples (8 bytes each in every rank: 2 GB of 250 million) for an access that is not used here."""
+    """Keep streaming from building a table of all samples, which we do not use (8 bytes a sample in every rank: 2 GB for 250 million)."""
     original = mosaic.dataset.Spanner
     mosaic.dataset.Spanner = lambda sizes: None
     try:

@@ -1,8 +1,8 @@
-"""Shared memory of this machine: what loaders put there has a name of its own, and what a killed one left behind is removed, but nobody else's.
+"""Names of loaders' shared memory on this machine: unique for each loader, so that what a killed loader left behind can be removed, and nothing else.
 
-Each group of ranks on a node claims a number for each of its loaders; all names of a loader begin with it. The claim is a file that the node's first
-rank keeps locked while it lives, in a folder of this user. A claim that nobody holds is stale: its segments, lock files and cached shards go. What is
-not claimed there (other users, other programs that use streaming, containers that share /dev/shm) is never touched.
+Each group of ranks on a node claims a number for each of its loaders, with which all names of the loader begin. The claim is a file in a folder of this user,
+which the node's first rank keeps locked while it lives. A claim that nobody has locked is stale: its segments, lock files and cached shards are removed.
+Anything without a claim (of other users, other programs that use streaming, containers that share /dev/shm) is never touched.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from infra.world import World
 log = logging.getLogger(__name__)
 
 SEGMENTS = Path("/dev/shm")
-"""Where Linux shows segments of shared memory as files."""
+"""The folder in which Linux shows segments of shared memory as files."""
 LEAST_BYTES = 8 << 20
-"""Room without which no loader starts."""
+"""A loader does not start with less free shared memory."""
 PATIENCE_S = 5.0
-"""How long a claim waits for another process to let go of its file."""
+"""How long a claim waits for another process to release the lock on its file."""
 _ADVICE = (
     "give it more room: docker run --shm-size=16g (or --ipc=host); Kubernetes: a volume 'emptyDir: {medium: Memory}' mounted at /dev/shm; "
     "elsewhere: mount -o remount,size=16g /dev/shm"
@@ -41,10 +41,10 @@ def check_room(needed: int = LEAST_BYTES, purpose: str = "the state of the loade
 
     Args:
         needed: bytes that must be free.
-        purpose: of these bytes, for the message.
+        purpose: what needs them, for the message.
 
     Raises:
-        ConfigError: with what to change.
+        ConfigError: the message says what to change.
     """
     if not os.access(SEGMENTS, os.W_OK | os.X_OK):
         state = "cannot be written" if SEGMENTS.is_dir() else "does not exist"
@@ -60,26 +60,26 @@ def _free_bytes() -> int:
 
 
 class Claim:
-    """The number that begins the names of one loader of one group of ranks on this node."""
+    """The claim on a number, with which all names of one loader of one group of ranks on this node begin."""
 
     def __init__(self, world: World, serial: int, cache: Path | None = None) -> None:
         """
         Args:
-            world: this process. Its local rank 0 holds the claim, and removes what stale ones left.
+            world: this process. Local rank 0 holds the claim, and removes what stale claims left behind.
             serial: number of the loader in this process, the same on all ranks.
             cache: parent of the loader's folder of cached shards, if it has one.
 
         Raises:
-            ConfigError: another running job of this machine has the same identity.
+            ConfigError: another running job on this machine has the same identity.
         """
         environment = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
-        if not environment[1]:  # no port to tell groups apart: ranks of one node have their parent in common
+        if not environment[1]:  # without a port, groups are told apart by the parent process of their ranks
             environment.append(str(os.getppid()))
         alone = [str(os.getpid())] if world.local_size == 1 else []
         words = [*environment, *alone, str(os.getuid()), str(world.rank // world.local_size), str(serial)]
         self.key = hashlib.blake2b("\x1f".join(words).encode(), digest_size=6).hexdigest()
         self.cache = cache / f"loader-{self.key}" if cache is not None else None
-        """Folder of cached shards, in use by this claim alone."""
+        """Folder of cached shards, which only this claim uses."""
         self._held: int | None = None
         self._owner = os.getpid()
         if world.local_rank == 0:
@@ -88,7 +88,7 @@ class Claim:
 
     @property
     def number(self) -> int:
-        """What names in shared memory begin with, in decimal."""
+        """The number with which names in shared memory begin."""
         return int(self.key, 16)
 
     def _take(self) -> None:
@@ -108,15 +108,15 @@ class Claim:
                     f"{path} is held by a running process: another job on this machine has the same MASTER_ADDR, MASTER_PORT and run id "
                     f"({os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}); start jobs through launcher.py, or give each its own port."
                 )
-            time.sleep(0.05)  # for a process that removes what is stale to let go
+            time.sleep(0.05)  # another process may hold it briefly, to remove stale claims
         self._held = descriptor
-        _remove(descriptor, self.key)  # a killed group may have had the very same key
+        _remove(descriptor, self.key)  # a killed group may have had the same key
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"cache": str(self.cache or "")}).encode(), 0)
 
     def release(self) -> None:
-        """Remove what the claim stands for, and give it back; again is fine."""
-        if self._held is not None and self._owner == os.getpid():  # not in a worker, which has a copy of this
+        """Remove the loader's segments and folder, and give the claim back. May be called again."""
+        if self._held is not None and self._owner == os.getpid():  # not in a forked worker, which has a copy of this object
             descriptor, self._held = self._held, None
             _remove(descriptor, self.key)
             (_folder() / self.key).unlink(missing_ok=True)
@@ -124,7 +124,7 @@ class Claim:
 
 
 def clean_stale() -> list[str]:
-    """Remove what killed loaders of this user left on this machine: segments, lock files, cached shards. Returns their keys."""
+    """Remove what killed loaders of this user left on this machine (segments, lock files, cached shards), and return their keys."""
     removed = []
     for path in sorted(_folder().glob("[0-9a-f]" * 12)):
         with suppress(OSError):  # removed by another process, or still held
@@ -143,10 +143,10 @@ def clean_stale() -> list[str]:
 
 
 def _remove(claim: int, key: str) -> None:
-    """Remove what a claim, which the caller holds, stands for."""
+    """Remove the segments, lock files and cached shards of a claim that the caller holds."""
     for path in _names(key):
         path.unlink(missing_ok=True)
-    with suppress(ValueError):  # a claim whose holder was killed at once says nothing
+    with suppress(ValueError):  # the file is empty if its holder was killed before it wrote to it
         cache = json.loads(os.pread(claim, 1 << 16, 0))["cache"]
         if cache and Path(cache).name == f"loader-{key}":
             shutil.rmtree(cache, ignore_errors=True)
@@ -162,7 +162,7 @@ def _folder() -> Path:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the file at that path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

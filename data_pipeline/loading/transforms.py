@@ -1,4 +1,4 @@
-"""Transforms of loaders: (record, epoch) -> sample. Random numbers come from (seed, purpose, epoch, id) alone, so any sample can be made again."""
+"""Transforms of loaders: (record, epoch) -> sample. Random numbers depend only on (seed, purpose, epoch, id), so any sample can be made again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from data_pipeline.tokenizer import Tokenizer
 from infra.seeds import derive, generator
 
 Record = Mapping[str, Any]
-"""One record of a shard set: its columns by name. Columns that are not asked for are not decoded."""
+"""One record of a shard set: its columns by name. A column is decoded only when it is read."""
 Sample = dict[str, Any]
-"""What collation stacks: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
+"""The input of collation: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
 
 
 def dvae_transform(
     image_size: int, scale_min: float, scale_max: float, seed: int, decoding: crops.Decoding = "exact"
 ) -> Callable[[Record, int], Sample]:
-    """Image records by Listing 1, for the dVAE: pixels uint8 [H, W, 3] and id."""
+    """For the dVAE: image records cropped by Listing 1. Samples have pixels (uint8 [H, W, 3]) and id."""
 
     def transform(record: Record, epoch: int) -> Sample:
         rng = generator(seed, "crop", epoch, record["id"])
@@ -35,7 +35,7 @@ def dvae_transform(
 def pair_transform(
     image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0, decoding: crops.Decoding = "exact"
 ) -> Callable[[Record, int], Sample]:
-    """Image records by Listing 2 with one of their captions, for the contrastive model: pixels, text, length and id."""
+    """For the contrastive model: image records cropped by Listing 2, with one of their captions. Samples have pixels, text, length and id."""
     encode = caption_transform(tokenizer, seed, dropout)
 
     def transform(record: Record, epoch: int) -> Sample:
@@ -48,7 +48,7 @@ def pair_transform(
 
 
 def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False) -> Callable[[Record, int], Sample]:
-    """One caption of a record, drawn by (seed, epoch, id) or the first one, encoded with BPE dropout: text int64 [T] and length."""
+    """One caption of a record (drawn by (seed, epoch, id), or the first one), encoded with BPE dropout. Samples have text (int64 [T]) and length."""
 
     def choose(record: Record, epoch: int) -> Sample:
         captions = record["captions"]
@@ -62,9 +62,9 @@ def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, fir
 def code_transform(
     tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False, caption_dropout: float = 0.0
 ) -> Callable[[Record, int], Sample]:
-    """Code records with one of their captions (or the first), for the transformer: text, length, codes int64 [I] and id.
+    """For the transformer: code records with one of their captions (or the first). Samples have text, length, codes (int64 [I]) and id.
 
-    With caption_dropout that share of samples, drawn by (seed, epoch, id), has a caption of length 0 (for classifier-free guidance).
+    A share ``caption_dropout`` of the samples, drawn by (seed, epoch, id), gets a caption of length 0, for classifier-free guidance.
     """
     encode = caption_transform(tokenizer, seed, dropout, first_caption)
 
@@ -78,7 +78,7 @@ def code_transform(
 
 
 def view_transform(image_size: int, tokenizer: Tokenizer | None = None) -> Callable[[Record, int], Sample]:
-    """The view of evaluation, with nothing random: the central crop, and the first caption if there is a tokenizer."""
+    """For evaluation: the central crop, and the first caption if there is a tokenizer. Nothing is random."""
 
     def transform(record: Record, epoch: int) -> Sample:
         picture, _ = crops.picture(record["image"], partial(crops.center_crop, target=image_size), image_size)

@@ -1,7 +1,7 @@
-"""Batches made by worker processes: torch's DataLoader over forked processes, with errors that stay what they are and ends that are noticed.
+"""Batches made by worker processes: torch's DataLoader with forked processes, whose errors keep their class and whose death is noticed.
 
-Worker w of W makes batches w, w + W, ...; DataLoader hands them out in that order. A worker's own error is raised here as it was; a worker that was
-killed is an error that names it; workers die with their parent, and leave stop signals to it.
+Worker w of W makes batches w, w + W, ...; DataLoader returns them in order. An error in a worker is raised in this process with its class and message. If a
+worker is killed, the error names it. Workers end with their parent, and ignore stop signals, which the parent handles.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _running: weakref.WeakSet[Workers[Any]] = weakref.WeakSet()
 
 
 class _Failure:
-    """An error on its way from a worker. Raised there, it would come as text with a traceback in it, and of another class."""
+    """An error sent from a worker as a value. If the worker raised it, DataLoader would turn it into an error of another class, with a traceback as text."""
 
     def __init__(self, error: ReportedError) -> None:
         self.error = error
 
 
 class _Flag:
-    """An event without a lock. A worker that is killed while it asks multiprocessing's Event keeps its lock, and the parent would wait for that forever."""
+    """An event without a lock. A worker that is killed while it reads multiprocessing's Event keeps the lock, and the parent would wait for it for ever."""
 
     def __init__(self) -> None:
         self._byte = mmap.mmap(-1, 1)  # anonymous and shared: forked processes see the same byte
@@ -51,13 +51,13 @@ class _Flag:
 
 
 class _Context(ForkContext):
-    """Forked processes: shard caches and transforms are shared, not pickled."""
+    """Forks worker processes, so that shard caches and transforms are shared and need not be pickled."""
 
-    def Event(self) -> _Flag:  # type: ignore[override]  # DataLoader makes one, which tells workers to end
+    def Event(self) -> _Flag:  # type: ignore[override]  # DataLoader makes one, to tell workers to end
         return _Flag()
 
 
-class _Share(IterableDataset):  # type: ignore[type-arg]
+class _WorkerBatches(IterableDataset):  # type: ignore[type-arg]
     """The batches of one worker."""
 
     def __init__(self, make: Callable[[int, int], Iterator[Any]], prefetch: int) -> None:
@@ -84,44 +84,45 @@ def _bytes_of(batch: Any) -> int:
 
 
 class Workers(Generic[B]):
-    """Worker processes, forked from this one, that make batches ahead."""
+    """Worker processes, forked from this one, that prepare batches ahead."""
 
     def __init__(self, make: Callable[[int, int], Iterator[B]], workers: int, prefetch: int) -> None:
         """
         Args:
-            make: (worker, number of workers) -> that worker's batches, without end.
+            make: (worker, number of workers) -> an endless iterator over that worker's batches.
             workers: processes, at least 1.
             prefetch: batches that each prepares ahead.
         """
         parent = os.getpid()
         loader = DataLoader(
-            _Share(make, prefetch),
+            _WorkerBatches(make, prefetch),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=_Context(),
             worker_init_fn=lambda worker: _settle(parent),
-            generator=torch.Generator(),  # DataLoader draws a seed, and must not draw it from the generator of the weights
+            generator=torch.Generator(),  # DataLoader draws a seed, which must not advance torch's global generator
         )
         self._iterator = iter(loader)
         self._processes = list(self._iterator._workers)
         self._asked = False
-        # A forgotten one goes before its DataLoader, which would ask the workers to end through a queue that may be gone already, then by SIGTERM.
+        # If this object is never closed, its workers must end before its DataLoader is collected: that would tell them through a queue which may be gone already,
+        # and then send SIGTERM, which they ignore.
         self._finalizer = weakref.finalize(self, _kill, self._processes, parent)
         _running.add(self)
         _hold_back_torchs_handler()
 
     @property
     def pids(self) -> list[int]:
-        """Process numbers of the workers."""
+        """Process ids of the workers."""
         return [process.pid for process in self._processes]
 
     def next(self) -> B:
         """The next batch.
 
         Raises:
-            ReportedError: a worker's own (DataError, ...), or one that says which worker was killed.
+            ReportedError: the worker's error (DataError, ...), or one that says which worker was killed.
         """
         try:
             self._asked = True
@@ -145,17 +146,17 @@ class Workers(Generic[B]):
         return batch
 
     def close(self) -> None:
-        """End the workers; again is fine."""
+        """End the workers. May be called again."""
         if self._processes and self._processes[0]._parent_pid == os.getpid():
             self._iterator._shutdown_workers()
-            self._finalizer()  # for those in a long download
+            self._finalizer()  # kills those that are still busy, for example with a long download
         self._processes = []
         _running.discard(self)
 
 
 def _kill(processes: list[Any], parent: int) -> None:
-    """End what is left of the workers: they do not hear SIGTERM."""
-    if os.getpid() == parent:  # not in another worker, which has a copy of this
+    """Kill the workers that still run; they ignore SIGTERM."""
+    if os.getpid() == parent:  # not in another worker, which has a copy of this finalizer
         for process in processes:
             if process.is_alive():
                 process.kill()
@@ -163,20 +164,20 @@ def _kill(processes: list[Any], parent: int) -> None:
 
 
 def _hold_back_torchs_handler() -> None:
-    """A worker's end is found by ``next``: torch's handler of SIGCHLD would raise wherever the process is then, within an update or a save."""
+    """Limit torch's handler of SIGCHLD to the time in which a batch is awaited: it raises wherever the process happens to be, perhaps in an update or a save."""
     found = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is threading.main_thread() and callable(found) and getattr(found, "func", None) is not _if_asked:
         signal.signal(signal.SIGCHLD, partial(_if_asked, found))
 
 
 def _if_asked(handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
-    """Handle a signal as ``handler`` does while a batch is waited for, and not at all at other times."""
+    """Pass a signal to ``handler`` while a batch is awaited; ignore it at other times."""
     if any(workers._asked for workers in _running):
         handler(number, frame)
 
 
 def _settle(parent: int) -> None:
-    """In a new worker: stop signals are the parent's business (it wants batches until it has saved), and its end is the worker's."""
+    """Set up a new worker: it ignores stop signals, because the parent needs batches until it has saved, and it ends when the parent ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent)
@@ -188,6 +189,6 @@ def _end(code: int | None) -> str:
 
 @atexit.register
 def _close_all() -> None:
-    """Before multiprocessing would wait for workers that do not hear SIGTERM."""
+    """Close all workers at exit, before multiprocessing sends them SIGTERM, which they ignore, and waits."""
     for workers in list(_running):
         workers.close()

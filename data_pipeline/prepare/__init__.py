@@ -1,1 +1,1 @@
-"""Sources into image shards: the plan, its parts, drop counts, and the merge."""
+"""From sources to image shards: the plan of the work, its parts, counts of dropped records, and the merge."""

@@ -60,7 +60,7 @@ class RecordsDigest:
 
 
 class Content(stored.Stored):
-    """A record."""
+    """A record of what a unit's files contain."""
 
     part: stored.Sha256
     """Digest that names the part."""
@@ -69,11 +69,11 @@ class Content(stored.Stored):
     shard: str
     sizes: str
     facts: Annotated[dict[str, Any], Field(max_length=100)]
-    """Of the plan that made the part."""
+    """``Plan.facts`` of the plan that made the part."""
 
 
 class _Place(NamedTuple):
-    """A record, by its name."""
+    """The name of a record, in its four components."""
 
     unit: str
     shape: str
@@ -116,13 +116,13 @@ class Contents:
         return _grouped(self._places, attrgetter("unit"))
 
     def inputs(self, unit: Unit) -> str:
-        """The digest that names a unit's part: its own, or that of a part that was made from the same bytes, as far as it is recorded."""
+        """The digest that names a unit's part: the unit's own digest, or that of a part that is recorded to have been made from the same bytes."""
         own, shape = self.plan.inputs(unit), self.plan.shape(unit)
         place = self._by_inputs.get((shape[:16], own[:16])) if shape else None
         return own if place is None or place.part == own[:16] else str(self._read(place)["part"])
 
     def candidates(self, unit: Unit) -> list[str]:
-        """Digests of finished parts that a look at the bytes of a unit's files may turn out to be its own; none where that is known already."""
+        """Digests of finished parts that may be the unit's, which only a look at the bytes of its files can tell; empty if that is known already."""
         own, shape = self.plan.inputs(unit), self.plan.shape(unit)
         if not shape or (shape[:16], own[:16]) in self._by_inputs:
             return []
@@ -176,7 +176,7 @@ class Contents:
         return f"another value of {', '.join(nearest)}" if nearest else "its part was deleted, or never finished"
 
     def is_done(self, inputs: str) -> bool:
-        """Whether the part is there, in both splits."""
+        """Whether the part is finished in both splits."""
         return all(part_done(storage.join(self.images, split), inputs) for split in SPLITS)
 
     def _unit(self, unit: Unit) -> str:

@@ -1,4 +1,4 @@
-"""Counts of what became of pairs: by part, and added up over parts."""
+"""Counts of how many pairs were kept and dropped, and why: for a part, and added up over parts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _LONGEST = 200  # characters of an example
 
 @dataclass
 class Tally:
-    """What became of pairs, with up to five examples of each reason."""
+    """How many pairs were seen and dropped, with up to five examples of each reason."""
 
     seen: int = 0
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reason -> count and examples (id, why)."""
     dropped_captions: Counter[str] = field(default_factory=Counter)
-    """Reason -> captions left out of records."""
+    """Reason -> number of captions that were left out of records."""
     taken_down: set[int] = field(default_factory=set)
     """``id_hash`` of records that were left out because they are on the take-down list."""
     not_read: Counter[str] = field(default_factory=Counter)
-    """Suffix -> members of tars that belong to no record. They are none of ``seen``."""
+    """Suffix -> number of tar members that belong to no record. They are not counted in ``seen``."""
 
     @property
     def kept(self) -> int:
-        """Pairs that were seen and not dropped: every record is one or the other."""
+        """Number of pairs that were not dropped."""
         return self.seen - sum(entry["count"] for entry in self.dropped.values())
 
     def drop(self, reason: str, identity: str, why: str = "") -> None:
@@ -34,7 +34,7 @@ class Tally:
         self.add(reason, 1, [{"id": identity[:_LONGEST], "why": why[:_LONGEST]}])
 
     def add(self, reason: str, count: int, examples: list[dict[str, str]]) -> None:
-        """Count several."""
+        """Count several dropped pairs."""
         entry = self.dropped.setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += count
         entry["examples"] = (entry["examples"] + examples)[:_EXAMPLES]

@@ -1,4 +1,4 @@
-"""The rule by which records get ids and splits. A set has one; ids of two rules are never mixed."""
+"""The rule that gives records their ids and splits. A set has one rule; ids of two rules are never mixed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from data_pipeline.prepare.plan import Plan
 
 IDENTITY = "2: ids below their source; split by the group given, else by the bytes of the image"
-"""The rule for records that bring no id and no group. Manifests name it, where a source other than the drawings is in the set (they bring both)."""
+"""The rule for records without an id and a group of their own. Manifests name it, unless the set holds drawings only, which have both."""
 
 
 def check(plan: Plan, images_url: str) -> None:
-    """Refuse to grow a set that was made by another rule.
+    """Refuse to add to a set that was made by another rule.
 
     Raises:
         DataError: there is such a set, or its manifest is damaged.
@@ -31,6 +31,6 @@ def check(plan: Plan, images_url: str) -> None:
         return
     raise DataError(
         f"{images_url}: this set was made by {f'rule {made_by!r}' if made_by else 'the rule by which ids are absolute paths'}, and this version makes sets by "
-        f"{IDENTITY!r}. It is read and trained on as it is, and not grown: the same records would be in it twice, under two ids. Make it anew in another "
+        f"{IDENTITY!r}. It can be read and trained on, but no records can be added: the same records would be in it twice, under two ids. Prepare it again in another "
         f"place: launcher.py prepare PRESET run.name=NEW data.images=PLACE 'data.sources={[entry.url for entry in plan.entries]}'."
     )

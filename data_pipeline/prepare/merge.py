@@ -1,4 +1,4 @@
-"""The end of the stage 'prepare': all parts become a version of both image sets. One process at a time needs to; doing it again changes nothing."""
+"""The end of the stage 'prepare': all parts become a new version of both image sets. Only one process does this; repeating it changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from infra.errors import DataError
 
 SUMMARY = "summary.json"
 _SHOWN = 5
-_FEW = 1000  # records of which validation may hold none by chance
+_FEW = 1000  # of up to this many records, by chance none may fall into the validation split
 _SETTINGS = {
     "image too small": "Add larger images, or lower data.min_side",
     "beyond data.share": "Raise data.share",
@@ -40,25 +40,25 @@ _SETTINGS = {
     "missing image": "Check where the paths of the images begin: beside the table, or absolute",
     "image is a web address": "Run img2dataset on it, and name its output folder",
 }
-"""Reason -> what lets such records in."""
+"""Reason -> the setting to change so that such records are kept."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where the units stand."""
+    """Which units are done, given up, and open."""
 
     done: list[tuple[Unit, str]]
-    """Each with the digest that names its part."""
+    """Finished units, each with the digest that names its part."""
     markers: dict[str, list[dict[str, Any]]]
-    """Split -> markers of the units that are done."""
+    """Split -> markers of the finished units."""
     quarantined: list[dict[str, Any]]
     """Shard, reason and number of tries of each unit that was given up."""
     open: list[tuple[Unit, str]]
-    """Neither done nor given up."""
+    """Units that are neither done nor given up."""
 
 
 def state(plan: Plan, images_url: str) -> State:
-    """Look up every unit."""
+    """Look up the state of every unit."""
     contents = Contents(plan, images_url)
     inputs = [contents.inputs(unit) for unit in plan.units]
     found = {split: read_markers(storage.join(images_url, split), inputs) for split in SPLITS}
@@ -80,16 +80,16 @@ def state(plan: Plan, images_url: str) -> State:
 
 
 def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Merge the parts of all processes into a version of the two sets, and write ``summary.json`` beside them.
+    """Merge the parts of all processes into a new version of the two sets, and write ``summary.json`` beside them.
 
     Returns:
         The summary: seen, splits (count, groups, sources, licenses, version), dropped (reason -> count, examples), dropped_captions, quarantined,
-        groups_in_both, credits, files (source -> listed, read, pictures, not_read by suffix), not_read (members of tars by suffix), and with
-        data.takedown takedown (lines of the list, how many of them name no record, examples of such lines). What is seen is
-        either dropped or in one of the splits; what is listed is read, a picture beside a table, or not read.
+        groups_in_both, credits, files (source -> listed, read, pictures, not_read by suffix), not_read (tar members by suffix), and, if data.takedown is
+        set, takedown (number of its lines, how many of them name no record, examples of these). Every pair that was seen is either dropped or in one of the
+        splits; every file that was listed was read, is a picture beside a table, or was not read.
 
     Raises:
-        DataError: a unit is not finished, too many are quarantined, a split is empty, or the set there was made by another rule of ids.
+        DataError: a unit is not finished, too many are quarantined, a split is empty, or the existing set was made by another rule of ids.
     """
     check(plan, images_url)
     now = state(plan, images_url)
@@ -141,13 +141,13 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
 
 
 def files(plan: Plan) -> dict[str, Any]:
-    """Source -> what became of its files; of sources that have files."""
+    """Source -> how many of its files were listed, read and not read; for sources that consist of files."""
     pairs = zip(plan.data.sources, plan.sources, strict=True)
     return {entry.url: source.census.to_json() for entry, source in pairs if source.census.listed}
 
 
 def _draft(images_url: str, split: str, now: State) -> ShardSet:
-    """The set before its duplicates are known."""
+    """The set of all parts, before duplicates are excluded."""
     markers = now.markers[split]
     parts = [
         {"name": part_name(inputs), "source": "", "count": marker["count"], "files": marker["files"]}
@@ -157,7 +157,7 @@ def _draft(images_url: str, split: str, now: State) -> ShardSet:
 
 
 def _takedown(plan: Plan, stored: list[NDArray[np.uint64]], now: State) -> dict[str, Any]:
-    """What became of the lines of the take-down list: each names a record that is stored and hidden, or that was left out, or none at all."""
+    """Which lines of the take-down list name a record (one that is stored but hidden, or one that was left out), and which name none."""
     gone = [hashed for marker in now.markers["train"] for hashed in marker["extra"].get("taken_down", ())]
     lines = takedown_lines(plan.data.takedown)
     missed = without_match(lines, plan.bases, [*stored, np.array(gone, np.uint64)])
@@ -176,7 +176,7 @@ def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDAr
         first = now.quarantined[0]
         raise DataError(
             f"data.sources = {[source.url for source in plan.data.sources]}: none of the {len(plan.units)} input shards could be read. The first, "
-            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is mended, delete the folder tries beside the image sets, and run the stage "
+            f"{first['shard']}: {first['reason'].rstrip('.')}. Once that is corrected, delete the folder tries beside the image sets, and run the stage "
             "'prepare' again."
         )
     left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)
@@ -188,7 +188,7 @@ def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDAr
 
 
 def _advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
-    """What to change so that a split holds something."""
+    """What to change so that the split is not empty."""
     if left:  # all records went to the other split
         other = next(name for name in SPLITS if name != split)
         if any(entry.split == other for entry in plan.entries):
@@ -240,7 +240,7 @@ def _credits(plan: Plan, now: State) -> list[str]:
 
 
 def _terms(name: str, now: State) -> str:
-    """What the records of a source say of their licence, where nothing else is known; nothing is made up."""
+    """The licences that a source's records name, for sources whose licence is not known otherwise."""
     licenses: Counter[str] = Counter()
     for markers in now.markers.values():
         for marker in markers:

@@ -1,4 +1,4 @@
-"""What a plan would do, before it does it: which parts are there, which inputs are looked at, which parts are made and why. No record is read."""
+"""What a plan would do: which parts exist already, which inputs would be hashed, which parts would be made, and why. No record is read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from data_pipeline.prepare.plan import Plan, Unit, spread
 
 _PARALLEL = 16
 _ASKED = 200
-"""Units of which the reason is looked up: each costs a few small files."""
+"""For how many units the reason is looked up: each takes a few small files."""
 
 
 @dataclass
 class Outlook:
-    """Units by what becomes of them."""
+    """Counts of units, by what the plan would do with them."""
 
     there: int = 0
     looked_at: int = 0
@@ -25,7 +25,7 @@ class Outlook:
     made: int = 0
     made_bytes: int = 0
     asked: int = 0
-    """Of those that are made, how many were asked why."""
+    """For how many of the units to make ``why`` was looked up."""
     why: Counter[str] = field(default_factory=Counter)
 
 

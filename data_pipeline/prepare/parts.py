@@ -1,7 +1,7 @@
 """Stage 'prepare': input shards -> filters -> split by group -> image parts, and the merge of all parts into ``<images>/train`` and ``<images>/validation``.
 
-Work is divided by input shard, so one process, several, a SLURM array or a Kubernetes Indexed Job do the same: ``run`` in each of them, ``finish`` in
-whichever is last. Each input shard gives one part in each split, and everything that concerns several shards (duplicates) is left to ``finish``.
+Work is divided by input shards. A single process, several, a SLURM array and a Kubernetes Indexed Job all do the same: each process calls ``run``, and the
+last one calls ``finish`` (``merge.py``). Each input shard gives one part in each split; what concerns several shards (duplicates) is left to ``finish``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Stop = Callable[[], bool]
 BEYOND_SHARE = "beyond data.share"
-"""Why records are left out that no filter has judged."""
+"""The reason of records that are left out before any filter has judged them."""
 
 
 class Stopped(Exception):
@@ -46,14 +46,14 @@ class Share:
     """What one process did."""
 
     units: int
-    """Units of all processes."""
+    """Number of units of all processes."""
     written: int = 0
     skipped: int = 0
-    """Finished already."""
+    """Units that were finished already."""
     recognised: int = 0
-    """Of those, units of whose inputs the time or the ETag alone had changed."""
+    """Those of the skipped units whose inputs had changed in time or ETag only."""
     quarantined: int = 0
-    """Given up after data.max_tries."""
+    """Units that were given up after data.max_tries."""
 
 
 def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int], None] | None = None, stop: Stop | None = None) -> Share:
@@ -94,13 +94,13 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
                 except _Poisoned as error:
                     if isinstance(error.__cause__, UnchangingError):
                         record_failure(begun, str(error), unchanging=True)
-                        queue.appendleft(unit)  # tried again right away, so that it is quarantined now rather than at the next start
+                        queue.appendleft(unit)  # looked at again at once, so that it is quarantined now and not only at the next start
                         continue
                     log.warning("%s: try %d of %d failed: %s", unit.shard.name, len(failed) + 1, plan.data.max_tries, error)
                     record_failure(begun, str(error))
-                    queue.append(unit)  # after everything else: what broke it may pass
+                    queue.append(unit)  # tried again after all others, because the cause may have passed by then
                     continue
-                except ReportedError:  # an outage, a full disk, a place that refuses: none of the shard's doing
+                except ReportedError:  # an outage, a full disk, a place that is not writable: no fault of the shard
                     withdraw(begun)
                     raise
                 tries.clear()
@@ -118,7 +118,7 @@ def run(plan: Plan, images_url: str, world: World, progress: Callable[[int, int]
 
 
 def refuse_too_many(plan: Plan, quarantined: int, reason: str) -> None:
-    """End the stage when so many shards fail that it cannot be the shards.
+    """End the stage if so many shards fail that the cause must lie elsewhere.
 
     Raises:
         DataError: more than data.max_quarantined.
@@ -150,7 +150,7 @@ def _write(plan: Plan, unit: Unit, inputs: str, contents: Contents, stop: Stop) 
         contents.record(unit, inputs, records.hexdigest())
         validation.finish(counts["validation"].to_json())
         about = {"tally": tally.to_json(), "shard": unit.shard.name} | ({"taken_down": sorted(tally.taken_down)} if tally.taken_down else {})
-        train.finish(counts["train"].to_json() | about)  # carries the tally of both
+        train.finish(counts["train"].to_json() | about)  # with the counts of both splits
 
 
 class _Counts:
@@ -190,7 +190,7 @@ def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None
             continue
         try:
             verdict = judge(pair, plan.filters, plan.min_side)
-        except Exception as error:  # one hostile record must cost neither its shard nor the run
+        except Exception as error:  # a single hostile record must not fail its shard or the run
             log.exception("%s: a filter failed", pair.id)
             tally.drop("a filter failed", pair.id, f"{type(error).__name__}: {error}")
             continue

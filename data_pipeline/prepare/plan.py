@@ -1,4 +1,4 @@
-"""What the stage 'prepare' has to do: the input shards of all sources, and what each one's records depend on."""
+"""The work of the stage 'prepare': the input shards of all sources, and everything that the records of each depend on."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from infra.digests import digest
 from infra.seeds import derive
 
 SPLITS = ("train", "validation")
-_VERSION = 2  # version of a part's content: raising it makes finished parts be written again
+_VERSION = 2  # version of the content of parts: raise it to have finished parts written again
 _KEYS = {
     "filters": "filters",
     "seed": "run.seed",
     **{key: f"data.{key}" for key in ("render_size", "min_side", "validation_share", "share", "shard_bytes")},
 }
-_AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # these filters need all parts, and change none
+_AT_MERGE = {"duplicates": True, "near_duplicate_bits": 0, "validation_overlap": True}  # filters that run at the merge and do not change parts
 
 
 def split_of(group: str, seed: int, validation_share: float) -> str:
-    """'validation' or 'train', by a stable hash of the group: adding data never moves a sample."""
+    """'validation' or 'train', by a stable hash of the group, so that adding data never moves a record to the other split."""
     return "validation" if derive(seed, "split", group) < validation_share * 2**63 else "train"
 
 
@@ -47,7 +47,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sources and units. Every process makes the same plan from the same inputs."""
+    """Sources and units of work. Every process makes the same plan from the same inputs."""
 
     data: DataConfig
     filters: FilterConfig
@@ -58,14 +58,14 @@ class Plan:
 
     @cached_property
     def entries(self) -> tuple[SourceConfig, ...]:
-        """The entries of data.sources, each with the name that comes before the ids of its records."""
+        """The entries of data.sources, each with the name that is the prefix of its records' ids."""
         return named(self.data.sources)
 
     @cached_property
     def carves(self) -> bool:
-        """Whether validation is cut out of what is called train: no source brings anything else, and none was told to.
+        """Whether the validation split is taken from records that are marked as train: no source has other records, and none is configured otherwise.
 
-        Known from the names of the input shards, so that every process decides alike.
+        Decided by the names of the input shards, so that every process decides alike.
         """
         said = set[str]()
         for unit in self.units:
@@ -88,16 +88,16 @@ class Plan:
         return {entry.name: storage.glob(entry.url)[0] for entry in self.entries if not entry.is_emoji}
 
     def wanted(self, group: str) -> bool:
-        """Whether records of this group are used: the first ``data.share`` of groups by stable hash."""
-        # Not the hash of the split: the first groups by that one would all be validation.
+        """Whether records of this group are used: a share ``data.share`` of all groups, chosen by a stable hash."""
+        # Another hash than that of the split, by which the first groups would all belong to validation.
         return self.data.share >= 1 or derive(self.seed, "split", "kept", group) < self.data.share * 2**63
 
     def group(self, pair: Pair) -> str:
-        """The key of the split: the group that the record gives, else its image, which is the same in whatever form it comes."""
+        """The key that decides the split: the group that the record names, else a hash of its image file, which does not depend on the kind of source."""
         return pair.group if pair.given else f"image/{blake2b(pair.image, digest_size=16).hexdigest()}"
 
     def split(self, source: int, brought: str, group: str) -> str:
-        """The split of a record: what it brings, unless validation has to come from what is called train."""
+        """The split of a record: the one that it names, unless validation has to be taken from records marked as train."""
         if brought and not (self.carves and not self.entries[source].split):
             return brought
         return split_of(group, self.seed, self.data.validation_share)
@@ -143,7 +143,7 @@ class Plan:
         return entry.model_dump(mode="json", exclude=unnamed)
 
     def facts(self, unit: Unit) -> dict[str, Any]:
-        """What the unit's part depends on besides the bytes of its input, in words: by it a later plan says why it makes the part again."""
+        """What the unit's part depends on besides the bytes of its input, by key, so that a later plan can say why it makes the part again."""
         source = {f"data.sources: {key}": value for key, value in self._source(unit).items()}
         keys = {_KEYS.get(key, key): value for key, value in self._shaping.items()}
         if look := self.look(unit):
@@ -154,13 +154,13 @@ class Plan:
         """The part of a unit.
 
         Args:
-            unit: of this plan.
-            inputs: what the part is made from: ``inputs(unit)``, or what has the same content (``data_pipeline/prepare/contents.py``).
+            unit: a unit of this plan.
+            inputs: the digest that names the part: ``inputs(unit)``, or that of an input with the same content (``data_pipeline/prepare/contents.py``).
         """
         return Part(inputs, self.data.sources[unit.source].url)
 
     def settings(self) -> dict[str, Any]:
-        """What shaped the set; goes to the manifests."""
+        """The settings that shaped the set, for its manifests."""
         rule = {} if all(entry.is_emoji for entry in self.entries) else {"identity": IDENTITY, "bases": self.bases}
         return {**rule, **self._shaping, "sources": [source.url for source in self.data.sources], "filters": self.filters.model_dump(mode="json")}
 
@@ -178,7 +178,7 @@ class Plan:
 
 
 def named(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-    """Sources with names: of those that bring none the first has none, and each further one a number."""
+    """Sources with their names filled in: of those without a name the first gets the empty name, and each further one a number."""
     found, number = [], 0
     for entry in sources:
         if entry.name or entry.is_emoji:
@@ -193,9 +193,9 @@ def make_plan(data: DataConfig, filters: FilterConfig, image_size: int, seed: in
     """List the input shards of every source; no record is read.
 
     Args:
-        data: the section.
-        filters: the section.
-        image_size: side in pixels of what training will cut; the default of data.min_side.
+        data: the section ``data``.
+        filters: the section ``filters``.
+        image_size: side in pixels of the crops that training will take; the default of data.min_side.
         seed: run.seed.
 
     Raises:

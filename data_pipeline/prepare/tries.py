@@ -1,4 +1,4 @@
-"""Tries at input shards, recorded beside the sets: a shard that fails again and again, or kills its reader, is quarantined and the rest goes on."""
+"""Tries at reading input shards, recorded beside the sets: a shard that fails repeatedly, or kills its reader, is quarantined, and the others go on."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Tries:
 
     @property
     def url(self) -> str:
-        """Folder of the records; without it the unit is tried afresh."""
+        """Folder of the records; if it is deleted the unit is tried afresh."""
         return storage.join(self.images_url, _FOLDER, part_name(self.inputs))
 
     def failed(self) -> list[dict[str, Any]]:
-        """Records of tries that did not succeed, in order."""
+        """Records of the tries that failed, in order."""
         return [stored.read(storage.join(self.url, name), Try) for name in storage.list_files(self.url)]
 
     def spent(self, failed: list[dict[str, Any]], max_tries: int) -> bool:
-        """Whether no try is left: there were enough, or the last one met what another try cannot change."""
+        """Whether no try is left: there were ``max_tries``, or the last one failed for a reason that another try cannot change."""
         return len(failed) >= max_tries or bool(failed and failed[-1].get("unchanging"))
 
     def begin(self, number: int) -> str:
-        """Record that a try begins. A reader that is killed leaves the record as it is: that counts as a failure.
+        """Record that a try begins. If the reader is killed, the record stays as it is and counts as a failure.
 
         Returns:
             URL of the record.
@@ -55,20 +55,20 @@ class Tries:
         return place
 
     def clear(self) -> None:
-        """Forget all tries: the unit is done."""
+        """Delete the records of all tries, because the unit is done."""
         storage.delete_prefix(self.url)
 
 
 def record_failure(place: str, reason: str, *, unchanging: bool = False) -> None:
-    """Say why the try that ``begin`` recorded failed, and whether another one would meet the same."""
+    """Record why the try that ``begin`` recorded failed, and whether another try would fail for the same reason."""
     storage.write_json(place, stored.read(place, Try) | {"reason": shown.message(reason)} | ({"unchanging": True} if unchanging else {}))
 
 
 def withdraw(place: str) -> None:
-    """Forget a try that was stopped from outside. In an outage the launcher does it later (``infra/deferred_writes.py``).
+    """Delete the record of a try that was stopped from outside. In an outage the launcher does it later (``infra/deferred_writes.py``).
 
     Raises:
-        UnreachableError: the storage gives no answer, and no launcher takes notes.
+        UnreachableError: the storage does not answer, and there is no launcher that could do it later.
     """
     try:
         storage.delete(place)

@@ -1,1 +1,1 @@
-"""Shard sets on storage: rows, parts, versions, deletion. MDS and manifests are known here alone."""
+"""Shard sets on storage: rows, parts, versions, deletion. Only this room knows the format of MDS files and manifests."""

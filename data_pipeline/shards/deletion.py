@@ -1,4 +1,5 @@
-"""Versions of a shard set that nobody needs any more, and the parts that no other version has. What is unfinished is never touched: it may be under way."""
+"""Deletion in a shard set: superseded versions with the parts that no other version has, and parts with records that were taken down. Unfinished parts are
+never touched, because another process may be writing them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _VERSION = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Superseded:
-    """What may be deleted of one shard set."""
+    """The superseded versions of one shard set, and the parts that go with them."""
 
     set_url: str
     versions: list[str]
@@ -27,7 +28,7 @@ class Superseded:
     """Names of the parts that only these versions have."""
 
     def carry_out(self) -> None:
-        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
+        """Delete the parts first and then the versions: after an interruption the versions still tell which parts are left to delete."""
         for part in self.parts:
             links.check(storage.join(self.set_url, part, DONE))
             storage.delete(storage.join(self.set_url, part, DONE))
@@ -39,18 +40,18 @@ class Superseded:
 
 
 def plan_superseded(set_url: str, pinned: frozenset[str], before: float) -> Superseded | None:
-    """Look for versions of a set that are not the newest, not pinned, and were made before a time; None if there are none.
+    """Find the versions of a set that are not the newest, not pinned, and older than a given time; None if there are none.
 
     Args:
         set_url: place of the shard set.
-        pinned: content hashes that somebody names: of other sets and of anything else among them does no harm.
-        before: seconds since 1970, by the clock of the storage.
+        pinned: content hashes to keep, because somebody refers to them; hashes of other things among them do no harm.
+        before: seconds since 1970, by the storage's clock.
 
     Raises:
-        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+        DataError: a manifest cannot be read, or holds an invalid name of a part; then nothing may be deleted.
     """
     if not storage.exists(storage.join(set_url, MANIFEST)):
-        return None  # nothing was merged here yet, or a take-down is under way
+        return None  # nothing was merged yet, or a purge is under way
     newest = str(read_manifest(storage.join(set_url, MANIFEST))["content_hash"])
     needed, dropped, versions = _parts(storage.join(set_url, MANIFEST)), set[str](), []
     for name in storage.list_files(storage.join(set_url, VERSIONS)):
@@ -73,18 +74,18 @@ def _parts(url: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Purge:
-    """What deleting the records of a take-down list means for one shard set."""
+    """The parts and versions of one shard set that must be deleted to remove the records of a take-down list."""
 
     set_url: str
     records: int
-    """Records that are on the list."""
+    """Number of records that are on the list."""
     parts: list[str]
-    """Parts that hold them."""
+    """Names of the parts that hold such records."""
     versions: list[str]
     """URLs of the versions that have such parts."""
 
     def carry_out(self) -> None:
-        """Delete these parts, and then the versions, by which a plan made after an interruption still finds what is left of the parts."""
+        """Delete the parts first and then the versions: after an interruption the versions still tell which parts are left to delete."""
         storage.delete(storage.join(self.set_url, MANIFEST))
         for part in self.parts:
             links.check(storage.join(self.set_url, part, DONE))
@@ -97,12 +98,12 @@ class Purge:
 
 
 def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
-    """Look up which parts of a set hold records of these ids, in any version; None if there are none.
+    """Find the parts of any version of a set that hold records with these ids; None if there are none.
 
-    Parts without their marker count too: a purge that was interrupted has begun to delete them.
+    A part without its marker counts, too: an interrupted purge has begun to delete it.
 
     Raises:
-        DataError: a manifest cannot be read, or names a part as no part is named. Nothing may be deleted by it then.
+        DataError: a manifest cannot be read, or holds an invalid name of a part; then nothing may be deleted.
     """
     names = [name for name in storage.list_files(storage.join(set_url, VERSIONS)) if name.endswith(f"/{MANIFEST}")]
     affected: dict[str, int] = {}
@@ -121,7 +122,7 @@ def plan_purge(set_url: str, ids: frozenset[str]) -> Purge | None:
 
 
 def unmatched(set_urls: list[str], lines: list[str]) -> list[str]:
-    """Lines of a take-down list that name no record of any version of some sets.
+    """The lines of a take-down list that name no record in any version of some sets.
 
     Raises:
         DataError: a manifest or a file of ids cannot be read.

@@ -1,4 +1,4 @@
-"""Links inside of a set on disk. A set may come from anybody: what is read, written and deleted by the names in it lies in its own folder."""
+"""Guards against links in a set on disk. A set may come from anybody, so the files that its names refer to must lie inside its own folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from infra import storage
 from infra.errors import DataError
 
 _INSIDE = re.compile(r"part-[0-9a-f]{1,64}|versions|tries|inputs|[0-9a-f]{16}")
-"""Folders of a set, and of the image sets' common place."""
+"""Names of the folders in a set, and of those beside the image sets."""
 
 
 def check(url: str) -> None:
-    """Refuse a file or folder of a set that a link leads out of it. The set's own folder may be a link: whoever named it meant it.
+    """Refuse a file or folder of a set that is, or lies behind, a link out of the set. The set's own folder may be a link, because the user has named it.
 
     Raises:
-        DataError: it leads elsewhere.
+        DataError: a link leads out of the set.
     """
     if storage.is_remote(url):
         return

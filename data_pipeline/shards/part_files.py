@@ -1,4 +1,4 @@
-"""Reading the files of whole parts: each is checked against its hash in the manifest first, and nothing unpacks without a bound."""
+"""Reads the files of parts: each is verified against its hash in the manifest first, and decompression is bounded."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from infra.errors import DataError
 INDEX = "index.json"
 U64 = np.dtype("<u8")
 _SMALLEST_LIMIT = 1 << 20  # smaller files are read whole, so that damage is reported as a wrong hash and not as a wrong size
-_LONGEST_LINE = 16 << 20  # bytes: longest line, the captions of one record
+_LONGEST_LINE = 16 << 20  # bytes of a line, which holds the captions of one record
 
 
 def unpack_captions(data: bytes, count: int, place: str) -> Iterator[list[str]]:
-    """The lines of a file of captions, one by one, so that a file which unpacks to gigabytes does not fill the memory.
+    """The captions in a captions file, record by record, so that a file which unpacks to gigabytes does not fill the memory.
 
     Args:
-        data: of the file.
-        count: records of its part.
+        data: content of the file.
+        count: number of records of its part.
         place: its URL, for messages.
 
     Raises:
-        DataError: it is no such file, or has another number of lines.
+        DataError: it is not a captions file, or has another number of lines.
     """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -52,7 +52,7 @@ def unpack_captions(data: bytes, count: int, place: str) -> Iterator[list[str]]:
 
 
 def sha256_of(part: Mapping[str, Any], name: str, url: str) -> str:
-    """Hash of a part's file in the manifest of the set at ``url``.
+    """The hash of a part's file, according to the manifest of the set at ``url``.
 
     Raises:
         DataError: the part has no such file.
@@ -70,7 +70,7 @@ def read_checked(url: str, sha256: str, most: int, *, once: bool = False) -> byt
         once: every rank needs it: those of a node fetch it once.
 
     Raises:
-        DataError: it is missing or larger, or its hash is another.
+        DataError: it is missing or larger, or has another hash.
     """
     links.check(url)
     data = node_folder.read_once(url, most) if once else storage.read_at_most(url, most)
@@ -88,7 +88,7 @@ def read_u64(url: str, sha256: str, count: int, *, once: bool = False) -> NDArra
     """``count`` numbers of 64 bits; ``once`` as of ``read_checked``.
 
     Raises:
-        DataError: the file is missing or damaged, or holds another number of them.
+        DataError: the file is missing or damaged, or holds another count of numbers.
     """
     data = read_checked(url, sha256, max(8 * count, _SMALLEST_LIMIT), once=once)
     if len(data) != 8 * count:
@@ -97,7 +97,7 @@ def read_u64(url: str, sha256: str, count: int, *, once: bool = False) -> NDArra
 
 
 def read_row(url: str, entry: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One row of one shard file, read without the others.
+    """One row of a shard file, read without the rest of the file.
 
     Raises:
         DataError: the file is missing, truncated or damaged at this row.
@@ -110,12 +110,12 @@ def read_row(url: str, entry: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 
 def read_records(set_url: str, part: Mapping[str, Any], schema: str) -> Iterator[dict[str, Any]]:
-    """All records of a part as dictionaries of columns, in order; one on S3 is copied to this machine first.
+    """All records of a part as dictionaries of columns, in order. A remote part is copied to this machine first.
 
     Args:
         set_url: place of the set.
-        part: the manifest's entry.
-        schema: of the set.
+        part: the part's entry in the manifest.
+        schema: schema of the set.
 
     Raises:
         DataError: a file is missing or damaged, or holds other columns.

@@ -1,4 +1,4 @@
-"""Writing one part of a shard set: shards and side files in a temporary folder, then everything to its place, the marker last."""
+"""Writes the parts of a shard set. A part is made in a temporary folder and then copied to its place, the marker last."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from infra.files import write_errors
 if TYPE_CHECKING:
     from data_pipeline.shards.mosaic import MDSWriter  # imports torch, so it is imported only where shards are written
 
-_HASH = "xxh64"  # what StreamingDataset checks on download; manifests carry SHA-256
+_HASH = "xxh64"  # the hash that StreamingDataset verifies on download; manifests hold SHA-256
 
 
 class PartWriter:
-    """Writes one part: shards and side files into a temporary folder, then everything to its place, the marker last.
+    """Writes one part: shards and side files in a temporary folder, then everything to its place, the marker last.
 
-    Equal records give equal bytes, so two processes that write the same part at once do no harm; no record at all is fine.
+    Equal records give equal bytes, so two processes may write the same part at the same time. A part may have no records.
     """
 
     def __init__(self, set_url: str, inputs_hash: str, shard_bytes: int = 1 << 26) -> None:
         """
         Args:
             set_url: place of the shard set.
-            inputs_hash: digest of all that the part is made from; names the part.
+            inputs_hash: digest of everything that the part is made from; it names the part.
             shard_bytes: size limit of one shard file in bytes.
         """
         self.place = storage.join(set_url, part_name(inputs_hash))
@@ -53,7 +53,7 @@ class PartWriter:
         self._folder.close()
 
     def add(self, record: Record) -> None:
-        """Append a record; all records of a part are of one kind.
+        """Append a record; all records of a part must have the same schema.
 
         Raises:
             NoRoomError: the temporary folder is full.
@@ -72,10 +72,10 @@ class PartWriter:
             self._captions.append(json.dumps(record.captions, ensure_ascii=True))
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write what is left, upload, and mark the part done.
+        """Finish the last shard and the side files, upload everything, and mark the part as done.
 
         Args:
-            extra: JSON-able, kept in the marker (counts, reasons).
+            extra: JSON-able facts to keep in the marker (counts, reasons).
 
         Returns:
             The marker: inputs, count, files (name, bytes, sha256), shards (as in index.json), extra.
@@ -99,7 +99,7 @@ class PartWriter:
         (folder / IDS).write_bytes(np.array(self._ids, U64).tobytes())
         if self._prints:
             (folder / PRINTS).write_bytes(np.array(self._prints, U64).tobytes())
-            # No name and no time in the header: equal captions are equal bytes.
+            # mtime=0 and no file name in the gzip header, so that equal captions give equal bytes.
             (folder / CAPTIONS).write_bytes(gzip.compress("".join(f"{line}\n" for line in self._captions).encode(), 6, mtime=0))
         files = [{"name": name, **_fingerprint(folder / name)} for name in storage.list_files(str(folder))]
         shards = json.loads((folder / INDEX).read_text())["shards"]
@@ -109,7 +109,7 @@ class PartWriter:
 
 
 class _Inline(ThreadPoolExecutor):
-    """Runs what is submitted at once. The writer's threads serve uploads, which are ours; and it sleeps a second whenever one has not started yet."""
+    """Runs submitted functions immediately. MDSWriter uses threads only for uploads, which we do ourselves, and sleeps a second while one has not started."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

@@ -1,9 +1,9 @@
-"""Rows of MDS shard files, fast: one read a row, and only the columns that are asked for are decoded. No streaming, no torch.
+"""A fast reader of rows in MDS shard files: one read for each row, and a column is decoded only when it is needed. No streaming, no torch.
 
-Files are read, not mapped: a disk that fails under a mapping, or a file that is cut short, would end the process with SIGBUS and no message.
+Files are read and not memory-mapped: with a mapping, a failing disk or a truncated file would end the process with SIGBUS and without a message.
 
-An MDS file is little-endian: uint32 n, n + 1 uint32 offsets, a JSON header, rows; a row is the uint32 sizes of its columns of variable size, then all
-columns. Encodings are those of our record types: str, bytes, json, int, and ndarray with dtype and shape.
+An MDS file is little-endian: uint32 n, n + 1 uint32 offsets, a JSON header, the rows. A row holds the sizes (uint32) of its columns of variable size, then all
+columns. The supported encodings are those of our records: str, bytes, json, int, and ndarray with dtype and shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from infra import shown, strict_json
 from infra.errors import DataError
 
 HASH = "xxh64"
-"""The hash of shard files in an index, by streaming's name."""
+"""The hash of shard files in an index, by the name that streaming gives it."""
 _CHUNK = 1 << 20
 
 Decoder = Callable[[bytes], Any]
@@ -35,7 +35,7 @@ def check_file(path: Path, entry: Mapping[str, Any], name: str) -> str:
     """What is wrong with a shard file, in words; '' if it has the size and hash of its index entry.
 
     Raises:
-        DataError: the entry has no hash, or the file cannot be read; ``name`` is what the message calls it.
+        DataError: the entry has no hash, or the file cannot be read; messages call the file ``name``.
     """
     raw = entry["raw_data"]
     expected = raw["hashes"].get(HASH)
@@ -56,20 +56,20 @@ def check_file(path: Path, entry: Mapping[str, Any], name: str) -> str:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Columns of the rows of a file."""
+    """The layout of a file's rows."""
 
     columns: dict[str, tuple[int, Decoder]]
-    """Name -> place in a row, and how to decode it."""
+    """Name of a column -> its position in a row, and its decoder."""
     sizes: tuple[int, ...]
-    """Bytes of each column; 0 where the row says."""
+    """Size of each column in bytes; 0 for a variable size."""
     variable: tuple[int, ...]
-    """Places of columns of variable size."""
+    """Positions of the columns of variable size."""
     head: struct.Struct
-    """Their sizes."""
+    """The head of a row, which holds the sizes of these columns."""
 
 
 class Row(Mapping[str, Any]):
-    """One record; a column is decoded when it is asked for. Arrays are read-only."""
+    """One record; a column is decoded when it is accessed. Arrays are read-only."""
 
     __slots__ = ("_data", "_ends", "_layout", "_name")
 
@@ -101,11 +101,11 @@ class Row(Mapping[str, Any]):
 
 
 def row_decoder(entry: Mapping[str, Any], name: str) -> Callable[[bytes], Row]:
-    """A function that decodes the bytes of one row, for callers that fetch single rows by range; it raises DataError where the bytes are no such row.
+    """A function that decodes the bytes of one row, for callers that fetch single rows with a range request. It raises DataError if the bytes are damaged.
 
     Args:
         entry: the shard's entry in the index.
-        name: what messages call the shard.
+        name: name of the shard in messages.
 
     Raises:
         DataError: a column has an unknown encoding.
@@ -120,13 +120,13 @@ class ShardRows:
     def __init__(self, path: Path, entry: Mapping[str, Any], name: str) -> None:
         """
         Args:
-            path: the file; it must have been checked (``check_file``): rows are trusted to be what was written.
+            path: the file, which must have been verified with ``check_file``, because rows are not verified again.
             entry: its entry in the index.
-            name: what messages call it.
+            name: name of the file in messages.
 
         Raises:
             FileNotFoundError: there is no such file.
-            DataError: it is no MDS file of this entry, or has a column of an unknown encoding.
+            DataError: the file does not match its entry, or has a column with an unknown encoding.
         """
         self._name, self._samples = name, int(entry["samples"])
         self._layout = _layout(entry, name)
@@ -152,7 +152,7 @@ class ShardRows:
     def __getitem__(self, row: int) -> Row:
         """
         Raises:
-            DataError: the file cannot be read any more, or the row is not what its columns say.
+            DataError: the file can no longer be read, or the row is damaged.
         """
         begin, end = self._offsets[row], self._offsets[row + 1]
         try:
@@ -162,7 +162,7 @@ class ShardRows:
         return Row(data, self._layout, lambda: f"{self._name}, row {row}")
 
     def close(self) -> None:
-        """Let go of the file; closing twice is fine."""
+        """Close the file; may be called more than once."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -186,7 +186,7 @@ def _layout(entry: Mapping[str, Any], name: str) -> _Layout:
 
 
 def _decoder(encoding: str, column: str, name: str) -> tuple[Decoder, int]:
-    """How to decode a column, and its size in bytes (0: each row says)."""
+    """The decoder of a column, and its size in bytes (0: it varies)."""
     if encoding in _PLAIN:
         return _PLAIN[encoding]
     kind, _, rest = encoding.partition(":")
@@ -216,7 +216,7 @@ def _box(data: bytes) -> dict[str, Any]:
 
 
 _MEANINGS: dict[tuple[str, str], Decoder] = {("captions", "json"): _captions, ("crop", "json"): _box}
-"""Columns that stages use unchecked, so they are checked here: anything but a list of texts is refused before training sees it."""
+"""Decoders of columns whose values stages use without a check, so that wrong values (captions that are not a list of texts) never reach training."""
 _NUMBERS = tuple(f"{kind}{bits}" for kind in ("uint", "int", "float") for bits in (8, 16, 32, 64) if (kind, bits) != ("float", 8))
 _PLAIN: dict[str, tuple[Decoder, int]] = {
     "str": (lambda data: data.decode(), 0),

@@ -1,7 +1,8 @@
-"""What the manifest, the index and the markers of a shard set must be: checked once, where each is opened, for whatever is read, written or deleted by them.
+"""The fields of a shard set's manifests, indexes and markers. Each file is checked against them when it is opened, before anything is read, written or deleted
+by what it says.
 
-A set may come from anybody. Names in it are one path component, so that nothing outside of the set is ever read, written or deleted; encodings are ours, so
-that nothing in it is executed (MDS knows ``pkl``) or unpacked without a bound (MDS knows compressed shards); every field has its type.
+A set may come from anybody. Names in it are single path components, so that nothing outside the set is ever read, written or deleted. Encodings are limited to
+ours, so that nothing in it is executed (MDS has an encoding ``pkl``) or unpacked without a bound (MDS has compressed shards). Every field is typed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ IMAGE_COLUMNS = {
     "width": "int",
     "height": "int",
 }
-"""Columns of schema image/1, with their encodings."""
+"""Columns of schema image/1 -> their encodings."""
 _FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}"
 _SHARD = rf"{_FILE}\.mds"
 _VERSION = re.compile(r"[0-9a-f]{1,64}")
@@ -49,7 +50,7 @@ def _part_name(name: str) -> str:
 
 
 class Part(Stored):
-    """A part, as the manifest names it."""
+    """The entry of a part in the manifest."""
 
     name: Annotated[str, AfterValidator(_part_name)]
     source: Annotated[str, Field(pattern=_TEXT)]
@@ -58,7 +59,7 @@ class Part(Stored):
 
 
 class Excluded(Stored):
-    """Positions that are no part of the version."""
+    """Which stored records do not belong to the version."""
 
     count: Count
     sha256: Sha256
@@ -66,14 +67,14 @@ class Excluded(Stored):
 
 
 class Manifest(Stored):
-    """manifest.json of a set, at the top and in versions/."""
+    """manifest.json of a set: at its top, and in the folder of each version."""
 
     schema_: Annotated[str, Field(alias="schema", pattern=r"^[a-z]+/[0-9]{1,9}$")]
     count: Count
     stored: Count
     content_hash: Sha256
     parts: Annotated[list[Part], FailFast()]
-    """A name may come twice: codes of two equal parts of images, such as two empty ones, are one part."""
+    """A name may occur twice: two equal parts of images, such as two empty ones, share one part of codes."""
     excluded: Excluded
     parents: dict[str, Annotated[str, Field(pattern=_TEXT)]]
     settings: dict[str, Any]
@@ -142,12 +143,12 @@ class Marker(Stored):
 
 
 def code_columns(length: int) -> dict[str, str]:
-    """Columns of schema codes/1 with their encodings, for pictures of ``length`` codes."""
+    """Columns of schema codes/1 -> their encodings, for pictures of ``length`` codes."""
     return {"id": "str", "captions": "json", "codes": f"ndarray:uint16:{length}", "crop": "json", "crop_index": "int", "seed": "int"}
 
 
 def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """Column -> encoding that a shard of a schema has; of how many codes, its index entry says."""
+    """Column -> encoding of a shard with this schema. The number of codes is taken from the index entry."""
     if schema.startswith("image/"):
         return IMAGE_COLUMNS
     encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
@@ -156,10 +157,10 @@ def columns_of(schema: str, entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_columns(schema: str, entry: Mapping[str, Any], place: str) -> None:
-    """Refuse a shard whose records are not of a schema, before one is read.
+    """Refuse a shard whose columns are not those of the schema, before any record is read.
 
     Raises:
-        DataError: the first column that differs is named.
+        DataError: they differ; the message names the first such column.
     """
     found, expected = dict(zip(entry["column_names"], entry["column_encodings"], strict=True)), columns_of(schema, entry)
     if found != expected:
@@ -174,7 +175,7 @@ def read_manifest(url: str, *, once: bool = False) -> dict[str, Any]:
         once: of a version, which never changes: the ranks of a node fetch it once.
 
     Raises:
-        DataError: it is missing or damaged, or names a part or a file that lies elsewhere. Nothing may be read, written or deleted by it then.
+        DataError: it is missing or damaged, or names a part or file outside the set; then nothing may be read, written or deleted by it.
     """
     return _read(url, Manifest, once=once)
 
@@ -183,7 +184,7 @@ def read_index(url: str) -> list[dict[str, Any]]:
     """The shards in the index of a version, which never changes: the ranks of a node fetch it once.
 
     Raises:
-        DataError: it is missing or damaged, names a file that lies elsewhere, or has columns whose reading would run code.
+        DataError: it is missing or damaged, names a file outside the set, or has columns that would execute code when they are read.
     """
     return list(_read(url, Index, once=True)["shards"])
 
@@ -215,7 +216,7 @@ def version_folder(content_hash: str, digits: int) -> str:
     """Name of a version's folder.
 
     Raises:
-        DataError: not the beginning of a content hash; a name such as '..' would lead elsewhere.
+        DataError: it is not the beginning of a content hash (a name such as '..' would lead out of the set).
     """
     if not _VERSION.fullmatch(content_hash):
         raise DataError(f"version '{content_hash}': expected the hexadecimal digits of a content hash, as 'launcher.py inspect' shows them.")

@@ -1,10 +1,10 @@
-"""Shard sets: parts of MDS shards that never change once written, and versions that say which parts and records make up the set.
+"""Shard sets. A set consists of parts, whose MDS shards never change once written, and of versions, which say which parts and records belong to the set.
 
     <set>/part-<16 hex>/shard.00000.mds  index.json  ids.u64  [prints.u64  captions.jsonl.gz]  done.json
     <set>/versions/<16 hex>/index.json  excluded.u64  manifest.json      one folder for each version, see data_pipeline/shards/versions.py
     <set>/index.json  manifest.json                                      copies of the newest version; manifest.json is the very last write
 
-docs/contracts.md, section 3, is the specification.
+docs/contracts.md, section 3, specifies the format.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ImageRecord:
     group: str
     split: str
     prints: tuple[int, int] = (0, 0)
-    """Content hash and perceptual hash, 64 bits each: for the search of duplicates; no column."""
+    """Content hash and perceptual hash, 64 bits each, for the search for duplicates. Not a column."""
 
     schema = IMAGE_SCHEMA
 
@@ -64,7 +64,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class CodeRecord:
-    """Code tokens of one crop of one image, schema codes/1."""
+    """The codes of one crop of one image, schema codes/1."""
 
     id: str
     captions: list[str]
@@ -85,12 +85,12 @@ Record = ImageRecord | CodeRecord
 
 
 def part_name(inputs_hash: str) -> str:
-    """Folder of the part that is made from these inputs."""
+    """Name of the folder of the part that is made from these inputs."""
     return f"part-{inputs_hash[:_NAME_DIGITS]}"
 
 
 def read_marker(set_url: str, inputs_hash: str) -> dict[str, Any] | None:
-    """The marker of the part that is made from these inputs, or None if it is not finished.
+    """The marker of the part that is made from these inputs; None if the part is not finished.
 
     Raises:
         DataError: it is damaged.
@@ -121,9 +121,9 @@ class Shard:
     """Its name below the set: 'part-.../shard.00000.mds'."""
     samples: int
     source: str
-    """The entry of data.sources that it came from."""
+    """The entry of data.sources that its records came from."""
     entry: dict[str, Any]
-    """Its description in index.json."""
+    """Its entry in index.json."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ class ShardSet:
     url: str
     manifest: dict[str, Any]
     taken_ids: frozenset[str] = frozenset()
-    """Ids on the take-down list, relative to their source or absolute."""
+    """Ids on the take-down list, as paths relative to their source or absolute."""
 
     @property
     def stored(self) -> int:
-        """Records in the shard files, visible or not."""
+        """Number of records in the shard files, whether visible or not."""
         return int(self.manifest["stored"])
 
     @property
@@ -146,7 +146,7 @@ class ShardSet:
 
     @property
     def version_url(self) -> str:
-        """Folder of this version's index, exclusions and manifest."""
+        """Folder of this version's index, list of excluded records, and manifest."""
         return version_url(self.url, self.content_hash)
 
     @property
@@ -156,7 +156,7 @@ class ShardSet:
 
     @cached_property
     def count(self) -> int:
-        """Records that a reader sees."""
+        """Number of visible records."""
         return self.stored - len(self.removed)
 
     @cached_property
@@ -164,7 +164,7 @@ class ShardSet:
         """All shard files, in order.
 
         Raises:
-            DataError: the index is missing or damaged, or is not of this manifest.
+            DataError: the index is missing or damaged, or does not match the manifest.
         """
         url = storage.join(self.version_url, INDEX)
         entries = schemas.read_index(url)
@@ -179,12 +179,12 @@ class ShardSet:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Position of each part's first record, and the number of stored records at the end: int64 [parts + 1]."""
+        """Position of each part's first record, followed by the number of stored records: int64 [parts + 1]."""
         return np.cumsum([0, *(part["count"] for part in self.parts)], dtype=np.int64)
 
     @cached_property
     def excluded(self) -> NDArray[np.int64]:
-        """Sorted positions of stored records that are not part of this version (duplicates, repeated ids).
+        """Sorted positions of stored records that do not belong to this version (duplicates, repeated ids).
 
         Raises:
             DataError: the file is missing or damaged.
@@ -210,16 +210,16 @@ class ShardSet:
 
     @cached_property
     def removed(self) -> NDArray[np.int64]:
-        """Sorted positions of all records that no reader may show: excluded or taken down."""
+        """Sorted positions of all records that are not visible, because they are excluded or taken down."""
         return np.union1d(self.excluded, self.taken_down) if len(self.taken_down) else self.excluded
 
     def removed_rows(self, part: int) -> NDArray[np.int64]:
-        """Rows of one part that no reader may show."""
+        """The rows of one part that are not visible."""
         begin, end = np.searchsorted(self.removed, self.starts[part : part + 2])
         return self.removed[begin:end] - self.starts[part]
 
     def id_hashes(self) -> list[NDArray[np.uint64]]:
-        """``id_hash`` of every stored record, an array for each part.
+        """``id_hash`` of every stored record, as one array for each part.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -231,7 +231,7 @@ class ShardSet:
         return [values.reshape(-1, 3) for values in self._side_files(PRINTS, 3)]
 
     def group_hashes(self) -> Iterator[NDArray[np.uint64]]:
-        """Hash of the group of every stored image, part by part; of a large set a few parts are in memory at a time.
+        """Group hash of every stored image, part by part; only a few parts are in memory at a time.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -249,7 +249,7 @@ class ShardSet:
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for begin in range(
                 0, len(parts), _PARALLEL
-            ):  # in groups: given all parts at once, the pool would read ahead of a slow consumer without bound
+            ):  # in groups, because with all parts at once the pool would read ahead of a slow consumer without limit
                 yield from pool.map(read, parts[begin : begin + _PARALLEL])
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -258,7 +258,7 @@ class ShardSet:
             yield from self.read_part(part)
 
     def read_part(self, part: int) -> Iterator[dict[str, Any]]:
-        """Visible records of one part in order, as dictionaries of columns. Every file is checked against its hash first.
+        """The visible records of one part in order, as dictionaries of columns. Every file is verified against its hash first.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -286,10 +286,10 @@ class ShardSet:
                     yield captions
 
     def rows_at(self, positions: Sequence[int] | NDArray[np.int64]) -> list[dict[str, Any]]:
-        """A few stored records, visible or not, in the order given; of each only its own bytes are read, two small reads a record.
+        """The stored records at some positions, visible or not, in the given order. Only their own bytes are read, with two small reads a record.
 
         Raises:
-            DataError: a file is missing, truncated, or damaged there.
+            DataError: a file is missing, truncated, or damaged at such a position.
         """
         shards = self.shards
         ends_S = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
@@ -311,23 +311,23 @@ def version_url(set_url: str, content_hash: str) -> str:
     """Folder of one version.
 
     Raises:
-        DataError: the hash is none.
+        DataError: ``content_hash`` is not a hash.
     """
     return storage.join(set_url, VERSIONS, schemas.version_folder(content_hash, _NAME_DIGITS))
 
 
 def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = None, version: str = "", takedown: str = "") -> ShardSet:
-    """Open a version of a shard set, and refuse one that is not what the caller needs.
+    """Open a version of a shard set; a set with another schema or other parents than expected is refused.
 
     Args:
         url: place of the shard set.
         schema: IMAGE_SCHEMA or CODES_SCHEMA.
-        expect_parents: kind -> content hash, of every parent that the caller has an opinion on.
+        expect_parents: kind -> content hash, for every parent that must match.
         version: content hash of the version; empty: the newest.
         takedown: URL of the take-down list (data.takedown); empty: none.
 
     Raises:
-        DataError: no such version, a damaged manifest, another schema, other parents, or no take-down list where one is named.
+        DataError: there is no such version, its manifest is damaged, its schema or parents are others, or the take-down list does not exist.
     """
     stage = "prepare" if schema == IMAGE_SCHEMA else "encode"
     place = storage.join(version_url(url, version) if version else url, MANIFEST)
@@ -354,17 +354,17 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
 
 
 def read_takedown(url: str) -> frozenset[str]:
-    """Ids on a take-down list: a text file, one id a line. An empty URL is no list.
+    """Ids on a take-down list: a text file with one id a line. An empty URL means no list.
 
     Raises:
         DataError: the list is missing or is not UTF-8.
     """
-    # A line as it is, and without the spaces around it: an id may begin with one, and a hand may have typed some.
+    # Both the line itself and the line without surrounding spaces: an id may begin with a space, or spaces may have been typed by mistake.
     return frozenset(each for line in takedown_lines(url) for each in (line, line.strip()))
 
 
 def takedown_lines(url: str) -> list[str]:
-    """The lines of a take-down list that are not blank, each once, in order. An empty URL is no list.
+    """The distinct lines of a take-down list that are not blank, in order. An empty URL means no list.
 
     Raises:
         DataError: as read_takedown.

@@ -1,4 +1,4 @@
-"""The two spellings of an id that is a place: relative to its source, and absolute. A take-down list may hold either, of an older set or a newer one."""
+"""The two spellings of an id that is a path: relative to its source (newer sets) and absolute (older sets). A take-down list may hold either."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from infra.digests import id_hash
 
 
 def bases_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name of a source ('' for the first) -> the folder to which its ids are relative, by the settings in a manifest.
+    """Name of a source ('' for the first) -> the folder to which its ids are relative, from the settings in a manifest.
 
-    Sets whose ids are absolute name their sources alone; a file among them stands for its folder.
+    Manifests of sets with absolute ids have no "bases" but list their sources; of a pattern, the fixed part of its path is taken.
     """
     if isinstance(settings.get("bases"), dict):
         return {str(name): str(base) for name, base in settings["bases"].items()}
@@ -25,10 +25,10 @@ def bases_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def spellings(lines: frozenset[str], bases: dict[str, str]) -> frozenset[str]:
-    """Ids of a take-down list in both spellings, relative to their source and absolute: an old list fits a new set, and the reverse.
+    """The ids of a take-down list in both spellings, so that an old list fits a new set, and a new list an old set.
 
     Args:
-        lines: of the list.
+        lines: lines of the list.
         bases: name of a source ('' for the first) -> the folder to which its ids are relative.
     """
     found = set(lines)
@@ -45,11 +45,11 @@ def spellings(lines: frozenset[str], bases: dict[str, str]) -> frozenset[str]:
 
 
 def without_match(lines: list[str], bases: dict[str, str], ids: list[NDArray[np.uint64]]) -> list[str]:
-    """Lines of a take-down list that name no record, in neither spelling.
+    """The lines of a take-down list that match no record in either spelling.
 
     Args:
-        lines: of the list, as they stand there.
-        bases: as of ``spellings``.
+        lines: unchanged lines of the list.
+        bases: as for ``spellings``.
         ids: ``id_hash`` of all records.
     """
     named = [[id_hash(each) for each in spellings(frozenset({line, line.strip()}), bases)] for line in lines]

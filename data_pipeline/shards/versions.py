@@ -1,4 +1,4 @@
-"""Versions of a shard set: finished parts plus the positions of records that do not count. Merging is idempotent, and old versions stay readable."""
+"""Versions of a shard set: a version lists finished parts, and the positions of records that are excluded. Merging is idempotent; old versions stay readable."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _PARALLEL = 16  # looks at markers, each of which may be a request to S3
 
 @dataclass(frozen=True)
 class Part:
-    """A part that a version is to hold."""
+    """A part of a version."""
 
     inputs: str
-    """Digest of what it is made from."""
+    """Digest of everything that it is made from."""
     source: str
     """The entry of data.sources that its records came from."""
 
@@ -59,17 +59,17 @@ def merge(
     producer: Mapping[str, Any] | None = None,
     excluded: NDArray[np.int64] | None = None,
 ) -> ShardSet:
-    """Make a version of finished parts, and make it the newest. Merging the same again changes nothing; other versions stay as they are.
+    """Make a version from finished parts, and make it the newest. Merging the same parts again changes nothing, and other versions are not touched.
 
     Args:
         set_url: place of the shard set.
-        parts: in order.
-        markers: of these parts, from ``collect``.
+        parts: the parts, in order.
+        markers: the markers of these parts, from ``collect``.
         schema: IMAGE_SCHEMA or CODES_SCHEMA.
         settings: what shaped the records (part of the content hash).
         parents: kind -> content hash of what the records were made from.
         producer: commit and versions (not part of the content hash).
-        excluded: sorted positions of stored records that are not part of the version.
+        excluded: sorted positions of stored records that do not belong to the version.
     """
     hidden = np.empty(0, np.int64) if excluded is None else excluded
     stored = sum(marker["count"] for marker in markers)
@@ -85,7 +85,7 @@ def merge(
     }
     manifest = facts | {"content_hash": digest(facts), "producer": dict(producer or {})}
     for entry, part in zip(manifest["parts"], parts, strict=True):
-        entry["name"] = part_name(part.inputs)  # where a part lies says nothing of what it holds, so it is not in the hash
+        entry["name"] = part_name(part.inputs)  # added after hashing: the name of a part is not part of the content
     place = version_url(set_url, str(manifest["content_hash"]))
     index = {"version": 2, "shards": _all_shards(parts, markers)}
     links.check(storage.join(place, MANIFEST))
@@ -134,15 +134,15 @@ def write_set(
     sources: Sequence[str] = (),
     excluded: NDArray[np.int64] | None = None,
 ) -> ShardSet:
-    """Write and merge a whole set at once, for benchmarks and tests.
+    """Write and merge a whole set, for benchmarks and tests.
 
     Args:
         url: place of the set.
-        parts: records of each part.
+        parts: the records of each part.
         schema: IMAGE_SCHEMA or CODES_SCHEMA.
         settings: part of the content hash.
         shard_bytes: size limit of one shard file in bytes.
-        sources: of each part; empty: all of one source without a name.
+        sources: the source of each part; empty: all parts have the source ''.
         excluded: as for ``merge``.
     """
     targets = [Part(f"{number:05d}", sources[number] if sources else "") for number in range(len(parts))]

@@ -1,1 +1,1 @@
-"""Where pairs of picture and captions come from: one module a kind of source."""
+"""Sources of captioned images: one module for each kind."""

@@ -1,4 +1,4 @@
-"""Arrow files: folders that ``save_to_disk`` of Hugging Face's datasets wrote. One file is a shard; its batches are read one by one."""
+"""Arrow files in a folder written by ``save_to_disk`` of Hugging Face's datasets. Each file is an input shard; its batches are read one by one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DESCRIPTIONS = ("dataset_dict.json", "state.json", "dataset_info.json")
 _SEEKABLE = b"ARROW1"
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 _BATCH_ROWS = 32
-"""Rows with images that are Python objects at once; the batch around them is as large as its writer made it (1,000 rows by default)."""
+"""How many rows with images are converted to Python objects at once. A whole record batch, as its writer made it (1,000 rows by default), is in memory too."""
 
 
 class ArrowSource:
-    """The .arrow files of a folder, or those that a pattern names."""
+    """The .arrow files of a folder, or those that match a pattern."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.name = config.url
@@ -36,10 +36,10 @@ class ArrowSource:
         self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
-        """Files sorted by name.
+        """One input shard for each file, sorted by name.
 
         Raises:
-            DataError: there is no Arrow file, or a selection of rows is stored beside one.
+            DataError: there is no Arrow file, or a folder stores a selection of rows instead of the rows themselves.
         """
         self.census = census = Census()
         files = []
@@ -67,7 +67,7 @@ class ArrowSource:
         """The rows of a file.
 
         Raises:
-            DataError: not an Arrow file, damaged, or without columns of images and captions.
+            DataError: it is not an Arrow file, is damaged, or has no columns of images and captions.
         """
         return with_images(self._drafts(shard, wanted))
 
@@ -85,7 +85,7 @@ class ArrowSource:
         return self.origin.version(f"arrow/1 pyarrow {pyarrow.__version__}")
 
     def _refuse_selection(self, name: str) -> None:
-        """Old versions of datasets stored which rows are meant, and in which order, in a file of its own."""
+        """Refuse a folder with an index file that selects and orders the rows, which old versions of datasets wrote; it is not read here."""
         url = self.origin.part(name)
         if name.endswith("state.json"):
             state = storage.read_json(url)
@@ -119,15 +119,15 @@ class ArrowSource:
 
 @contextmanager
 def _open(url: str) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """The schema of an Arrow file, in the stream or the file format, and its batches.
+    """The schema and the batches of an Arrow file, in the stream format or the file format.
 
     Raises:
-        DataError: it is missing, no Arrow file, or damaged (while it is read, too).
+        DataError: it is missing, not an Arrow file, or damaged; may also be raised while it is read.
     """
     size = storage.size(url)
     seekable = size > len(_SEEKABLE) and storage.read_range(url, 0, len(_SEEKABLE)) == _SEEKABLE
     if not seekable and (size < len(_END) or storage.read_range(url, size - len(_END), len(_END)) != _END):
-        # A stream that breaks off between two batches would otherwise pass for a complete one.
+        # pyarrow takes a stream that breaks off between two batches for a complete one.
         raise DataError(f"{url}: not an Arrow file, or truncated: the end marker of an Arrow stream is missing; fetch it again.")
     with storage.open_seekable(url) if seekable else storage.open_stream(url) as stream:
         try:

@@ -1,4 +1,4 @@
-"""What Parquet files and Arrow files share: which columns matter, and from rows to pairs."""
+"""Shared by the readers of Parquet and Arrow files: the choice of columns, and the conversion of rows to pairs."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a file."""
+    """The columns of a file that are read."""
 
     image: str
-    """Bytes, a path, or a struct of both (bytes, path), as Hugging Face's datasets writes it."""
+    """The column of images: bytes, paths, or structs of both (bytes, path), which Hugging Face's datasets writes."""
     is_struct: bool
     is_path: bool
     captions: tuple[str, ...]
     about: tuple[str, ...]
-    """Further columns, read as what a record says about itself."""
+    """Further columns with facts about a record, such as id, group and licence."""
 
     @property
     def names_files(self) -> bool:
-        """Whether rows may name image files beside the table: a struct without bytes does so too."""
+        """Whether rows may name image files beside the table; a struct whose bytes are empty does so, too."""
         return self.is_path or self.is_struct
 
     def read(self, with_image: bool) -> list[str]:
-        """Names of the columns that are read; without images for a look at the groups of records."""
+        """Names of the columns to read; without images when only the groups of records are needed."""
         image = [self.image] if with_image or self.is_path else [f"{self.image}.path"] if self.is_struct else []
         return list(dict.fromkeys([*self.captions, *self.about, *image]))
 
 
 def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
-    """The columns of a file that matter.
+    """Choose the columns of a file that are read.
 
     Raises:
-        DataError: it has none of images or captions, or they are of a type that holds none.
+        DataError: there is no column of images or of captions, or its type cannot hold them.
     """
     config, names = origin.config, list(schema.names)
     image, captions = find_image(names, config), find_captions(names, config)
@@ -100,7 +100,7 @@ class Rows:
         origin.took("column", columns.image, columns.captions)
 
     def found(self, batches: Iterable[Any], first: int, *, with_image: bool) -> Iterator[Draft | Pair | Unreadable]:
-        """Wanted records of batches of rows, the first of which is number ``first`` of the file; without images for a look at their groups."""
+        """The wanted records in batches of rows, of which the first row has the number ``first`` in the file; without images when only groups are needed."""
         self._asked = {number: answer for number, answer in self._asked.items() if number >= first}
         for batch in batches:
             for number, row in enumerate(_rows(batch), first):
@@ -110,7 +110,7 @@ class Rows:
                 except BadRecord as bad:
                     yield Unreadable(self.origin.id(place), bad.reason, bad.why)
                     continue
-                # Rows that were looked at without their image come again: nobody is asked twice about one record.
+                # A row that was looked at without its image is read again: do not call ``wanted`` twice for one record, because it counts records.
                 if number not in self._asked:
                     self._asked[number] = self._wanted((record.pair if isinstance(record, Draft) else record).group)
                 if self._asked[number]:
@@ -139,12 +139,12 @@ class Rows:
 
 
 def _rows(batch: Any) -> Iterator[Row | None]:
-    """The rows of a batch; None for one whose strings are not UTF-8."""
+    """The rows of a batch; None for a row whose strings are not UTF-8."""
     try:
         yield from batch.to_pylist()
         return
     except UnicodeDecodeError:
-        pass  # raised before the first row is out
+        pass  # raised before any row was yielded
     for number in range(batch.num_rows):
         try:
             yield batch.slice(number, 1).to_pylist()[0]

@@ -1,4 +1,4 @@
-"""COCO's captions: ``annotations/captions_*.json``, whose images lie in a folder beside it. A run of images is a shard."""
+"""COCO's captions: ``annotations/captions_*.json``, with images in a folder beside it. Each input shard is a run of consecutive images."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _NAME = re.compile(r"(^|/)captions?_([^/]*)\.json$", re.IGNORECASE)
 
 
 def is_captions(name: str) -> bool:
-    """Whether a file holds captions in COCO's form, by its name; instances_*.json and the like hold none."""
+    """Whether a file holds captions in COCO's format, judged by its name; instances_*.json and the like hold none."""
     return _NAME.search(name) is not None
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """One file: its images in order, and the captions of each."""
+    """The content of one file: its images in order, and the captions of each."""
 
     images: list[dict[str, Any]]
     captions: dict[Any, list[Any]]
     strays: list[Any] = field(default_factory=list)
-    """Annotations of images that are not listed, by their ids."""
+    """Ids of images that have captions but are not listed."""
 
 
 class CocoSource:
-    """The captions_*.json files of a folder that holds the images too."""
+    """The captions_*.json files of a folder that also holds the images."""
 
     def __init__(self, config: SourceConfig, records_per_part: int) -> None:
         self.name = config.url
@@ -55,10 +55,10 @@ class CocoSource:
         self._load = lru_cache(1)(self._annotations)
 
     def shards(self) -> Iterator[InputShard]:
-        """Runs of images. The files of captions are read for it; they are one JSON value each.
+        """Runs of consecutive images. This reads the captions files whole, because each is a single JSON value.
 
         Raises:
-            DataError: there is no such file, or one is not what its name says.
+            DataError: there is no captions file, or one is not in COCO's format.
         """
         self.census = census = Census()
         files, folders = [], dict[str, None]()
@@ -86,7 +86,7 @@ class CocoSource:
         """The images of a run, each with all of its captions.
 
         Raises:
-            DataError: the file of captions is missing or damaged.
+            DataError: the captions file is missing or damaged.
         """
         name = shard.name.rpartition("@")[0]
         found = self._load(name, shard.version)
@@ -132,7 +132,7 @@ class CocoSource:
         return Annotations(images, captions, list(strays))
 
     def _folder(self, name: str, folders: list[str], found: Annotations) -> str:
-        """The folder of the images, relative to the base: named as the file is (captions_val2017.json: val2017), else the first that holds one."""
+        """The folder of the images, relative to the base: the one named like the file (val2017 for captions_val2017.json), else the first that holds an image."""
         match = _NAME.search(name)
         named = match[2] if match else ""
         paths = [path for image in found.images[:4] if (path := text_in(image, "file_name"))]

@@ -1,4 +1,4 @@
-"""Usual names of the columns, keys and fields that hold images and captions. docs/data.md lists them; a test keeps that list."""
+"""Usual names of the columns, keys and fields that hold images and captions. docs/data.md lists them; a test keeps that list true."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.config import SourceConfig
 
 CAPTION_NAMES = ("captions?", "texts?|txt", "alt_?text|sentences?", "description|prompt", "title|raw|comments?")
-"""Patterns of names, the first kind that is found wins: 'caption', or 'caption_0', 'caption_1' ..."""
+"""Patterns of names, in order of precedence. A number may follow a name: 'caption', or 'caption_0', 'caption_1' ..."""
 IMAGE_NAMES = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "img_path", "image_file", "file_name", "filename"),
     *("file", "filepath", "file_path", "path", "image_url", "url", "image_name"),
@@ -19,7 +19,8 @@ _CAPTIONS = tuple(re.compile(rf"({name})(_?\d+)?", re.IGNORECASE) for name in CA
 
 
 def caption_values(value: Any) -> list[str]:
-    """The captions in a cell: a string, a list of strings, one of structs with a usual name, or a list written as JSON. Anything else holds none."""
+    """The captions in a cell: a string, a list of strings, structs with a field of a usual name (or a list of these), or a list written as JSON. Any other value
+    holds none."""
     if isinstance(value, str):
         if value.startswith("[") and value.endswith("]"):
             try:
@@ -41,14 +42,14 @@ def _of_struct(value: Any) -> list[str]:
 
 
 def usual_captions(names: Iterable[str]) -> tuple[str, ...]:
-    """All names of the first kind of usual names of captions that is among ``names``."""
+    """Those of ``names`` that match the first pattern of CAPTION_NAMES with any match."""
     listed = list(names)
     found = (tuple(name for name in listed if usual.fullmatch(name)) for usual in _CAPTIONS)
     return next(filter(None, found), ())
 
 
 def find_image(names: Iterable[str], config: SourceConfig) -> str:
-    """The column of images: the one that is configured, else the first of the usual names; empty if there is none."""
+    """The column of images: the configured one, else the first one with a usual name; empty if there is none."""
     listed = list(names)
     if config.image:
         return config.image if config.image in listed else ""
@@ -57,7 +58,7 @@ def find_image(names: Iterable[str], config: SourceConfig) -> str:
 
 
 def find_captions(names: Iterable[str], config: SourceConfig) -> tuple[str, ...]:
-    """The columns of captions: those that are configured, else all of one usual name ('caption', or 'caption_0', 'caption_1' ...)."""
+    """The columns of captions: the configured ones, else all with the same usual name ('caption', or 'caption_0', 'caption_1' ...)."""
     listed = list(names)
     if config.captions:
         return tuple(name for name in config.captions if name in listed)

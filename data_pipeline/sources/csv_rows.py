@@ -1,4 +1,4 @@
-"""Rows of CSV files, strictly: a quote that is opened and never rightly closed costs its own line, and reading starts again at the next."""
+"""A strict reader of CSV rows: if a quote is opened and not properly closed, only that line is lost, and reading resumes at the next line."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from data_pipeline.sources.tar_metadata import lines_of
 BOM = b"\xef\xbb\xbf"
 
 Cells = tuple[int, int, list[str], str]
-"""Start, end, cells, and the problem of one row."""
+"""One row: its first byte, the byte after its last, its cells, and what is wrong with it ('' if nothing is)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a row of this file looks like: by it, rows that a stray quote swallowed are told from a caption of several lines."""
+    """The shape of this file's rows, which tells a caption of several lines from rows that a stray quote has swallowed."""
 
     columns: int = 0
-    """Cells of a row; 0: not known yet."""
+    """Number of cells of a row; 0: not known yet."""
     image: int = -1
     """Position of the cell that names the image."""
 
 
 class _TooLong(Exception):
-    """A row takes more bytes than any row may."""
+    """A row has more bytes than the limit."""
 
 
 def csv_rows(stream: BinaryIO, at: int, limit: int, delimiter: str = ",", shape: Shape | None = None) -> Iterator[Cells]:
-    """Each row that is not blank, of a stream that stands at byte ``at``, the start of a row."""
+    """Each row that is not blank. The stream is positioned at byte ``at``, where a row starts."""
     shape = shape or Shape()
     source = lines_of(stream, at, limit)
     waiting: deque[tuple[int, bytes | None, int]] = deque()
@@ -67,7 +67,7 @@ def csv_rows(stream: BinaryIO, at: int, limit: int, delimiter: str = ",", shape:
                 if taken and _swallowed(cells, [as_text(data, start), *(as_text(more[1] or b"", 1) for more in taken)], delimiter, shape)
                 else ""
             )
-        except (csv.Error, _TooLong):  # a stray quote, a lone carriage return, or a cell above csv's limit
+        except (csv.Error, _TooLong):  # a stray quote, a lone carriage return, or a cell that exceeds csv's limit
             cells, problem = [], BAD_ROW
         if problem:
             waiting.extendleft(reversed(taken))
@@ -77,7 +77,7 @@ def csv_rows(stream: BinaryIO, at: int, limit: int, delimiter: str = ",", shape:
 
 
 def _swallowed(cells: list[str], lines: list[str], delimiter: str, shape: Shape) -> bool:
-    """Whether a row of several lines is the work of a stray quote: it has too few or too many cells, or one of its lines is a row by itself."""
+    """Whether a row of several lines comes from a stray quote: it has too few or too many cells, or one of its lines is a row by itself."""
     if not shape.columns:
         return False
     return len(cells) != shape.columns or any(_is_row(line, delimiter, shape) for line in lines[1:])
@@ -90,7 +90,7 @@ def _is_row(line: str, delimiter: str, shape: Shape) -> bool:
         return False
     if len(cells) != shape.columns or not 0 <= shape.image < len(cells):
         return False
-    # The end of a caption of several lines may be followed by an image; in a row by itself the image comes before the quote.
+    # The last line of a caption may be followed by the cell of its image; in a row by itself, the image comes before any quote.
     quoted = next((number for number, cell in enumerate(cells) if '"' in cell), len(cells))
     return shape.image < quoted and cells[shape.image].strip().lower().endswith(IMAGE_SUFFIXES)
 

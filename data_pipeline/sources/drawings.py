@@ -1,4 +1,4 @@
-"""The embedded data: about 8,000 named drawings in two styles, from packages with open licences. The one importer of those packages."""
+"""The embedded data: about 8,000 named drawings in two styles, from packages with open licences. Only this module imports those packages."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Style:
     name: str
     package: str
     adjective: str
-    """The word that captions use for this style."""
+    """The adjective for this style in captions."""
     extra: str
-    """A further way to say it, after the noun."""
+    """A phrase for this style that follows the noun."""
     license: str
     author: str
 
@@ -65,7 +65,7 @@ STYLES = {
 
 
 def credits() -> dict[str, str]:
-    """Source name -> credit line: title, author, licence, package and version, and what was changed."""
+    """Name of a source -> its credit line: title, author, licence, package and version, and what was changed."""
     lines = {}
     for style in STYLES.values():
         title = "Twemoji" if style.name == "twemoji" else "OpenMoji"
@@ -95,10 +95,10 @@ def _is_flag(codes: str) -> bool:
 
 
 def concept(codes: str) -> str:
-    """The concept of a drawing, readable: its name without skin tone, gender and direction. All drawings of one concept share a split."""
+    """The concept of a drawing, as readable text: its name without skin tone, gender and direction. All drawings of a concept are in the same split."""
     kept = [_PERSONS.get(code, code) for code in codes.split("-") if code not in _DROPPED_FROM_CONCEPT]
     words: list[str] = []
-    for code in kept:  # a joiner whose partner was dropped goes as well
+    for code in kept:  # drop a joiner, too, if the code after it was dropped
         if code != _JOINER or (words and words[-1] != _JOINER):
             words.append(code)
     while words and words[-1] == _JOINER:
@@ -109,10 +109,10 @@ def concept(codes: str) -> str:
 
 
 def _plain_name(codes: str) -> tuple[str, list[str]]:
-    """The name in natural words, without skin tones; and the skin tones."""
+    """The name in natural words, without skin tones, and the skin tones."""
     name = _names()[codes]
     tones = [match["tone"] for match in _SKIN.finditer(name)]
-    if not _SKIN.sub("", name):  # the five patches of skin colour
+    if not _SKIN.sub("", name):  # the five skin tone swatches
         return name.replace("_", " "), []
     name = _SKIN.sub("", name)
     for family in ("couple_with_heart", "kiss", "family"):
@@ -202,7 +202,7 @@ _SPELLED_VOWEL = "AEFHILMNORSX"
 
 
 def with_article(name: str) -> str:
-    """``name`` with a or an where English wants one: 'a red apple', 'an eagle', 'an ATM sign', 'a unicorn', 'grapes'."""
+    """``name`` with 'a' or 'an' where English needs an article: 'a red apple', 'an eagle', 'an ATM sign', 'a unicorn', 'grapes'."""
     head = _HEAD_ENDS.split(name)[0].strip()
     plural = head.endswith("s") and not _SINGULAR_S.search(head)
     if name.replace(" ", "_") in _MASS or plural or _PLURAL_START.match(name):
@@ -242,7 +242,7 @@ def captions(codes: str, style: Style) -> tuple[str, ...]:
 
 
 class EmojiSource:
-    """Twemoji (flat) and OpenMoji (outlined), rendered on white. A handle is 'style/file name without suffix', a shard consecutive handles."""
+    """Twemoji (flat) and OpenMoji (outlined), rendered on white. A drawing's key is 'style/file name without suffix'; an input shard is a run of keys."""
 
     name = "emoji"
 
@@ -250,10 +250,10 @@ class EmojiSource:
         self.render_size = render_size
         self.records_per_part = records_per_part
         self.split = split
-        self.census = Census()  # packages hold much else
+        self.census = Census()  # stays empty: the packages hold many other files
 
     def keys(self) -> list[str]:
-        """Handles of all drawings that have a name, sorted within each style; nothing is rendered."""
+        """Keys of all drawings that have a name, sorted within each style; nothing is rendered."""
         handles = []
         for style in STYLES.values():
             stems = sorted(entry.name.removesuffix(".svg") for entry in style.folder().iterdir() if entry.name.endswith(".svg"))
@@ -261,7 +261,7 @@ class EmojiSource:
         return handles
 
     def shards(self) -> Iterator[InputShard]:
-        """Consecutive handles, ``records_per_part`` at a time. Their files are those of the installed packages: see version()."""
+        """Runs of ``records_per_part`` consecutive keys. Their files belong to the installed packages, which version() names."""
         keys = self.keys()
         for start in range(0, len(keys), self.records_per_part):
             some = tuple(keys[start : start + self.records_per_part])
@@ -271,7 +271,7 @@ class EmojiSource:
         """Render the drawings of wanted groups.
 
         Raises:
-            DataError: a handle names no drawing of the installed packages.
+            DataError: a key names no drawing of the installed packages.
         """
         return (self.pair(key) for key in shard.keys if wanted(self.group(key)))
 
@@ -283,7 +283,7 @@ class EmojiSource:
         """Render one drawing as RGB PNG.
 
         Raises:
-            DataError: the handle names no drawing of the installed packages.
+            DataError: the key names no drawing of the installed packages.
         """
         style_name, _, stem = key.partition("/")
         codes = codes_of(stem)
@@ -307,7 +307,7 @@ class EmojiSource:
         return f"emoji/{concept(codes_of(key.partition('/')[2]))}"
 
     def url(self, name: str) -> str:
-        """A drawing is no file of its own to whoever asks: its package stands for it (see version())."""
+        """The name itself: a drawing has no file that could be hashed; version() covers its package."""
         return name
 
     def version(self) -> str:
@@ -319,14 +319,14 @@ class EmojiSource:
 
 
 def codes_of(stem: str) -> str:
-    """File name of a drawing without suffix -> its code points, four digits or more, without variation selectors."""
+    """The code points in the file name of a drawing, with at least four digits each, without variation selectors."""
     return "-".join(code.rjust(4, "0") for code in stem.upper().split("-") if code != _VARIATION)
 
 
 def render(svg: str, size: int) -> bytes:
     """Render an SVG document on white as an RGB PNG of ``size`` x ``size`` pixels."""
     bitmap = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
-    # The background makes every pixel opaque; without the alpha channel files are read 1.6 times as fast.
+    # The background makes every pixel opaque, so the alpha channel is dropped: files without it are read 1.6 times as fast.
     image = Image.open(io.BytesIO(bitmap)).convert("RGB")
     if image.size != (size, size):  # a drawing that is not square keeps its aspect ratio
         canvas = Image.new("RGB", (size, size), "white")

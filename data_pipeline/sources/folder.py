@@ -1,4 +1,4 @@
-"""A folder of images with same-named .txt files, one caption a line, or .json files; local or s3://."""
+"""Folders of images with captions in .txt files of the same name (one caption a line) or .json files; local or remote."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from infra.storage import FileInfo
 
 _TEXTS = (".txt", ".json")
 _SPREAD = 4
-"""A run holds between 1/4 and 4 times the number of records aimed at."""
+"""A run holds between 1/4 and 4 times the desired number of records."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image, and the caption files of its name."""
+    """An image, and the caption files with its name."""
 
     image: FileInfo
     texts: tuple[FileInfo, ...]
@@ -47,7 +47,7 @@ class Item:
 
 
 class FolderSource:
-    """Images below a folder, or those that a pattern names ('photos/*.jpg'), and their captions. A run of names is a shard."""
+    """Images below a folder, or those that match a pattern ('photos/*.jpg'), and their captions. An input shard is a run of consecutive names."""
 
     def __init__(self, config: SourceConfig, records_per_part: int) -> None:
         self.name = config.url
@@ -56,10 +56,11 @@ class FolderSource:
         self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
-        """Runs of names, cut where the hash of a name says so: a new image changes the run it falls into, and rarely a second.
+        """Runs of names, whose borders are decided by a hash of the name at the border: so a new image changes only the run in which it falls, and rarely a
+        second one.
 
         Raises:
-            DataError: the folder is missing, or holds no image, or none that has captions; when all is listed.
+            DataError: the folder is missing, holds no image, or none with captions. Raised after the whole listing.
         """
         self.census = Census()
         run: list[Item] = []
@@ -79,7 +80,7 @@ class FolderSource:
         yield _shard(run)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
-        """The records of a run of names; images are read after their captions, and only of wanted groups.
+        """The records of a run of names; images are read after their captions, and only those of wanted groups.
 
         Raises:
             DataError: a file cannot be read for a reason that may pass.
@@ -103,7 +104,7 @@ class FolderSource:
         return self.origin.version("folder/3")
 
     def _items(self) -> Iterator[Item]:
-        """Images with their caption files, as they are listed."""
+        """Images with their caption files, in the order of the listing."""
         last = self.name.rpartition("/")[2]
         if not last.lower().endswith(IMAGE_SUFFIXES):
             yield from _grouped(self.origin.files(), self.census)
@@ -123,7 +124,7 @@ class FolderSource:
 
     def _draft(self, item: Item) -> Draft | Unreadable:
         name = item.image.name
-        shown = name.encode("utf-8", "backslashreplace").decode()  # a local name may hold any bytes
+        shown = name.encode("utf-8", "backslashreplace").decode()  # names of local files may contain any bytes
         try:
             url = self.origin.inside(self.origin.url(name))
             texts = [self._read(text.name) for text in item.texts if text.name.lower().endswith(".txt")]
@@ -132,7 +133,7 @@ class FolderSource:
         except BadRecord as bad:
             return Unreadable(self.origin.id(shown), bad.reason, bad.why)
         split = _split(shown)
-        # The group has no URL in it: a folder that moves keeps its split.
+        # The group does not contain the URL, so that records keep their split when the folder is moved.
         return Draft(self.origin.pair(shown, row, captions, split, f"folder/{shown.rpartition('.')[0]}"), url)
 
     def _read(self, name: str) -> bytes:
@@ -155,15 +156,15 @@ def _digest(facts: list[tuple[str, str]] | list[tuple[str, int]]) -> str:
 
 
 def _split(name: str) -> str:
-    """The split that a folder names: a picture called test.jpg is one like others."""
+    """The split that the name of a folder says; the name of the file itself is ignored, because a picture may be called test.jpg."""
     return split_of_name(f"{name.rpartition('/')[0]}/")
 
 
 def _grouped(files: Iterator[FileInfo], census: Census) -> Iterator[Item]:
-    """Images with the caption files of their names, from a listing in the order of full names; ``census`` counts all files.
+    """Images with the caption files of the same name, from a listing ordered by full name; ``census`` counts all files.
 
-    In that order the files of one folder that share their name up to the first dot follow each other, but for the content of folders whose
-    names begin likewise: at most one such group is open for each folder above the current one.
+    In that order, files of one folder that share their name up to the first dot follow each other, interrupted only by the content of folders whose names begin
+    in the same way. So at most one group is open for each folder above the current one.
     """
     opened: list[tuple[str, str, list[FileInfo]]] = []  # folder, name up to the first dot, files
     for file in chain(files, [None]):
@@ -192,7 +193,7 @@ def _matched(files: list[FileInfo], census: Census) -> Iterator[Item]:
     read = set[str]()
     for file in files:
         if file.name.lower().endswith(IMAGE_SUFFIXES) and file.version != globs.LINK_OUTSIDE:
-            # .txt before .json, and 'a.txt' before 'A.TXT': the order in which captions are taken.
+            # The order of captions: .txt before .json, and 'a.txt' before 'A.TXT'.
             beside = sorted(
                 texts.get(file.name.rpartition(".")[0], ()),
                 key=lambda text: (_TEXTS.index(text.name[text.name.rindex(".") :].lower()), text.name.swapcase()),

@@ -1,4 +1,4 @@
-"""Tars and tables that are compressed with gzip, read as if they were not."""
+"""Transparent decompression of gzipped tars and tables."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _BUFFER = 1 << 18
 
 @contextmanager
 def unzipped(stream: BinaryIO, url: str) -> Iterator[BinaryIO]:
-    """A stream of the content if the URL's name says gzip and its first bytes do; else the stream itself.
+    """The decompressed stream if both the URL's suffix and the first bytes say gzip; else the stream itself.
 
     Raises:
-        DataError: damaged or truncated (while reading, too).
+        DataError: the data are damaged or truncated; may also be raised while reading.
     """
     if not url.lower().endswith((".gz", ".tgz")):
         yield stream
         return
     head = stream.read(len(_MAGIC))
-    if head != _MAGIC:  # '.gz' in the name alone, as of downloads that unpacked it on their way
+    if head != _MAGIC:  # only the name says gzip, because the downloading program has unpacked it
         yield cast(BinaryIO, io.BufferedReader(cast(Any, _Chained(head, stream)), _BUFFER))
         return
     with gzip.GzipFile(fileobj=cast(BinaryIO, io.BufferedReader(cast(Any, _Chained(head, stream)), _BUFFER))) as plain:
@@ -34,7 +34,7 @@ def unzipped(stream: BinaryIO, url: str) -> Iterator[BinaryIO]:
 
 
 class _Chained(io.RawIOBase):
-    """Bytes that were read from a stream, and the rest of it."""
+    """A stream that returns bytes which were already read from another stream, and then the rest of it."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = head, rest
@@ -50,7 +50,7 @@ class _Chained(io.RawIOBase):
 
 
 class _Checked(io.RawIOBase):
-    """Turns the complaints of gzip into those of the pipeline."""
+    """Turns errors of gzip into DataErrors."""
 
     def __init__(self, plain: gzip.GzipFile, url: str) -> None:
         self._plain, self._url = plain, url

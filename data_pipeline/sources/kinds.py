@@ -1,6 +1,6 @@
-"""The kinds of sources: one entry for each says how it is opened, by what names it is found, and what messages and docs call it.
+"""The kinds of sources. The entry of a kind says how it is opened, by which file names it is recognised, and what messages and docs call it.
 
-To add one: an entry here, its module, its name in ``SourceConfig.kind``, and a block in docs/data.md (docs/architecture.md, "To add a source").
+To add a kind: an entry here, its module, its name in ``SourceConfig.kind``, and a block in docs/data.md (docs/architecture.md, "To add a source").
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ class Kind:
     """As in ``SourceConfig.kind``."""
     opener: Callable[[SourceConfig, DataConfig], Source]
     suffixes: tuple[str, ...]
-    """A URL that ends so, or a folder that holds such a file, is of this kind, unless an earlier kind says the same."""
+    """A URL with such a suffix, or a folder with such a file, is of this kind, unless an earlier kind matches as well."""
     holds: str
-    """What it is a folder or pattern of, for messages."""
+    """What the folder or pattern consists of, for messages."""
     unit: str
-    """What one input shard is, for docs/data.md."""
+    """What an input shard of this kind is, for docs/data.md."""
     is_named: Callable[[str], bool] = lambda name: False
-    """Whether a file in a folder shows this kind by its whole name."""
+    """Whether a file belongs to this kind by its whole name."""
 
     def shows(self, name: str) -> bool:
-        """Whether a file is one of this kind."""
+        """Whether a file of this name belongs to this kind."""
         return name.lower().endswith(self.suffixes) or self.is_named(name)
 
 
 def _emoji(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.drawings import EmojiSource  # imported late: only this source needs its packages
+    from data_pipeline.sources.drawings import EmojiSource  # imported here, because only this source needs its packages
 
     return EmojiSource(data.render_size, data.records_per_part, "" if config.split == "hash" else config.split)
 
 
 def _parquet(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.parquet import ParquetSource  # pyarrow takes a second to import
+    from data_pipeline.sources.parquet import ParquetSource  # imported here, because pyarrow takes a second to import
 
     return ParquetSource(config, data.records_per_part)
 
 
 def _arrow(config: SourceConfig, data: DataConfig) -> Source:
-    from data_pipeline.sources.arrow import ArrowSource  # imported late: pyarrow takes a second
+    from data_pipeline.sources.arrow import ArrowSource  # as above
 
     return ArrowSource(config)
 
@@ -82,7 +82,7 @@ KINDS = (
     ),
     Kind("emoji", _emoji, (), "drawings that come with packages ('emoji')", "`data.records_per_part` drawings"),
 )
-"""In the order in which a folder is told by what it holds: the .parquet, .json and .jsonl files beside tars describe them."""
+"""In order of precedence when a folder holds files of several kinds: .parquet, .json and .jsonl files beside tars only describe the tars."""
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 EMOJI, FOLDER, WEBDATASET = (BY_NAME[name] for name in ("emoji", "folder", "webdataset"))

@@ -1,4 +1,4 @@
-"""From an entry of ``data.sources`` to the reader of what it names."""
+"""Opens the entries of ``data.sources``, and recognises their kind."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from infra import storage
 from infra.errors import DataError
 
 LOOK = 10_000
-"""Names among which captions beside images are looked for, and several kinds of files are told apart. Behind more images than that, any other kind
-of file decides."""
+"""How many names of a listing are examined to recognise a kind. If all of these are images without captions, the first file of another kind after them
+decides."""
 
 
 def open_source(config: SourceConfig, data: DataConfig) -> Source:
-    """The reader of one entry of ``data.sources``; its kind is told from file names unless ``kind`` gives it.
+    """The reader of an entry of ``data.sources``. Its kind is recognised from file names unless ``kind`` is set.
 
     Raises:
-        DataError: there is nothing at its URL, or nothing that can be read.
+        DataError: there is nothing at its URL, or nothing of a known kind.
     """
     return BY_NAME[config.kind or find_kind(config.url)].opener(config, data)
 
 
 def find_kind(url: str) -> str:
-    """The kind of a source, by the names of the files that a URL names.
+    """The kind of a source, recognised from the names of its files.
 
-    Tars come first: the .parquet, .json and .jsonl files beside them describe them. Then images with captions of the same name, beside which
-    img2dataset leaves .parquet files too. Then the other kinds in the order of ``KINDS``.
+    Tars come first, because .parquet, .json and .jsonl files beside them only describe them. Then images with captions of the same name, beside which
+    img2dataset also leaves .parquet files. Then the other kinds, in the order of ``KINDS``.
 
     Raises:
-        DataError: nothing is there, or nothing that can be read.
+        DataError: there is nothing at the URL, or nothing of a known kind.
     """
     if url == "emoji":
         return EMOJI.name
@@ -44,7 +44,7 @@ def find_kind(url: str) -> str:
     names = (info.name for info in infos)
     first = list(islice(names, LOOK))
     found = _kind_of(first)
-    if found is FOLDER and not _captioned(first):  # images alone, so far: what says something about them may come behind them
+    if found is FOLDER and not _captioned(first):  # only images so far: the file with their captions may come after them
         found = next((kind for name in names for kind in KINDS if kind.shows(name) and kind is not FOLDER), FOLDER)
     if found is not None:
         return found.name
@@ -55,7 +55,7 @@ def find_kind(url: str) -> str:
 
 
 def _links(url: str) -> tuple[str, ...]:
-    """The folder itself: a link that leads out of it shows no kind."""
+    """The folder itself, so that links which lead out of it are not followed to recognise a kind."""
     return () if storage.is_remote(url) else (str(storage.local_path(url).resolve()),)
 
 

@@ -1,4 +1,5 @@
-"""What all records of one source share: where their names begin, how far their paths may lead, and what stands for what a record does not say."""
+"""What all records of a source have in common: the folder of their names, the places that their paths may lead to, and defaults for what a record does not
+say."""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ from infra.storage import FileInfo
 log = logging.getLogger(__name__)
 
 _MAX_KEY_BYTES = 1024  # S3's limit on the length of an object's name
-_MAX_NAME = 64  # longest name of a source or licence: they are counted and listed, so there must be few
-_FOLDERS = 4096  # whose real paths are remembered
+_MAX_NAME = 64  # longest name of a source or licence; they are counted and listed, so longer texts are not taken as names
+_FOLDERS = 4096  # how many folders' real paths are cached
 
 
 class Origin:
-    """What all records of one configured source share."""
+    """What all records of one entry of ``data.sources`` have in common."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
         self._said: set[str] = set()
         self.columns: dict[tuple[str, str, tuple[str, ...]], None] = {}
-        """What this process has taken for images and captions: 'column', 'key' or 'member', the image's, and the captions'."""
+        """What this process has used as images and captions: 'column', 'key' or 'member', the one of the image, and those of the captions."""
         self._real = lru_cache(_FOLDERS)(os.path.realpath)
 
     @cached_property
@@ -41,7 +42,7 @@ class Origin:
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
-        """Where files may lie: real paths and normalised s3:// prefixes of the base, of what the source names, and of its ``roots``."""
+        """Where files may be: real paths and normalised remote prefixes of the base, of the source's URL, and of its ``roots``."""
         named = () if globs.is_pattern(self.config.url) else (self.config.url,)
         return tuple(dict.fromkeys(self.real(url) for url in (self.base, *named, *self.config.roots)))
 
@@ -51,18 +52,18 @@ class Origin:
 
     @property
     def links(self) -> tuple[str, ...]:
-        """Local folders that links to folders may lead to."""
+        """The local ones of ``roots``, to which links to folders may lead."""
         return tuple(root for root in self.roots if not storage.is_remote(root))
 
     def took(self, what: str, image: str, captions: Iterable[str]) -> None:
-        """Note where images and captions were found; the dry run says it."""
+        """Note where images and captions were found; ``--dry-run`` reports it."""
         self.columns[what, image, tuple(captions)] = None
 
     def url(self, name: str) -> str:
         return storage.join(self.base, name)
 
     def real(self, url: str) -> str:
-        """Where a URL leads: links and '..' are resolved."""
+        """A URL with links and '..' resolved."""
         if storage.is_remote(url):
             scheme, _, place = url.partition("://")
             return f"{scheme}://{posixpath.normpath(place)}"
@@ -71,10 +72,10 @@ class Origin:
         return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path
 
     def inside(self, url: str) -> str:
-        """A URL that may be read, as it is.
+        """The URL unchanged, if it may be read.
 
         Raises:
-            BadRecord: it lies, or leads by a link, outside of the source and of its ``roots``.
+            BadRecord: it lies, or leads by a link, outside the source and its ``roots``.
         """
         found = self.real(url)
         if globs.is_below(found, self.roots):
@@ -85,10 +86,10 @@ class Origin:
         raise BadRecord(OUTSIDE, f"add {allowed} to the source in data.sources to read it")
 
     def part(self, name: str) -> str:
-        """The URL of a file of the listing on which a shard is built.
+        """The URL of one of the source's own files.
 
         Raises:
-            DataError: it leads outside.
+            DataError: it is a link that leads outside the source.
         """
         try:
             return self.inside(self.url(name))
@@ -96,21 +97,22 @@ class Origin:
             raise DataError(f"{self.url(name)}: a link that leads outside of the source; {bad.why}.") from None
 
     def id(self, place: str) -> str:
-        """The id of a record that brings none: its place below the source, after the source's name if it has one. A source that moves keeps it."""
+        """The id of a record without an id of its own: the source's name, if it has one, and the record's place relative to the source. It does not change when
+        the source is moved."""
         return f"{self.config.name}:{place}" if self.config.name else place
 
     def pair(self, place: str, row: Mapping[str, Any], captions: tuple[str, ...], split: str, group: str = "") -> Pair:
         """A pair without its image.
 
         Args:
-            place: where the record lies, as file/entry relative to the base: its id and its group unless it brings better.
-            row: what it says about itself: id, group, sha256, md5, url, source, license, split.
-            captions: as of distinct().
-            split: what the file's name says, for records that do not say.
-            group: what it is grouped by if it says nothing about that.
+            place: where the record is, as file/entry relative to the base; its id and group, unless the row has better ones.
+            row: what the record says about itself: id, group, sha256, md5, url, source, license, split.
+            captions: from distinct().
+            split: the split according to the file's name, for records that name none.
+            group: the group of records that name none.
         """
         own = text_in(row, "id", "uid")
-        # A number is unique within its file at most.
+        # An id that is a number is unique within its file at best.
         local = f"{place.rpartition('/')[0]}/{own}".lstrip("/") if own.isdigit() else place
         source = text_in(row, "source")
         license = text_in(row, "license", "licence", "LICENSE").strip("?")
@@ -128,14 +130,14 @@ class Origin:
         )
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
-        """What the caption columns of a row hold."""
+        """The captions in the caption columns of a row."""
         return [caption for name in find_captions(row, self.config) for caption in caption_values(row[name])]
 
     def image_url(self, path: str, folder: str) -> str:
         """The URL of an image that a row names, relative to ``folder`` unless it is absolute.
 
         Raises:
-            BadRecord: it is an address on the web (a hint is logged once), no possible path, or outside of the source.
+            BadRecord: it is a web address (a hint is logged once), not a valid path, or outside the source.
         """
         path = clean(path)
         scheme, separator, _ = path.partition("://")
@@ -152,17 +154,17 @@ class Origin:
         url = path if separator or path.startswith("/") else storage.join(folder, path)
         try:
             found = self.inside(url)
-        except ValueError:  # no possible path to the operating system
+        except ValueError:  # not a valid path for the operating system
             raise BadRecord(BAD_PATH) from None
         return self.real(found) if storage.is_remote(found) else found
 
     def credits(self) -> dict[str, str]:
-        """As of Source."""
+        """See Source."""
         terms = f"licence {self.config.license}" if self.config.license else "the licence of each record is what it says itself, else not recorded"
         return {self.config.url: f"Images and captions from {self.config.url}; {terms}."}
 
     def version(self, reader: str) -> str:
-        """As of Source: everything that is configured but the weight, which changes no record, and the place, which may change."""
+        """See Source. Contains the whole entry except the weight, which changes no record, and the URL, which may change."""
         return f"{reader} {self.config.model_dump_json(exclude={'weight', 'url'} | self.config.at_default())}"
 
     def _say(self, key: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What sources yield: captioned images, records that cannot be read, and the shards in which both are found."""
+"""The protocol of sources, and what they yield: captioned images, unreadable records, and the input shards that hold them."""
 
 import re
 from collections import Counter
@@ -17,38 +17,38 @@ class Pair:
     """One captioned image before filters and splits."""
 
     id: str
-    """Unique among all sources, and stable: the same record has the same id in every run."""
+    """Unique over all sources, and stable: the same record has the same id in every run."""
     captions: tuple[str, ...]
-    """At least one, the fullest first."""
+    """At least one caption, the most detailed first."""
     image: bytes
-    """An encoded image file, as found or rendered."""
+    """An encoded image file, read or rendered."""
     source: str
     """Name of the source, for example 'twemoji' or the URL of a folder."""
     license: str
     """SPDX identifier, or 'unknown'."""
     group: str
-    """What is kept or left out together by ``data.share``; and, where it is ``given``, the key of the split: pairs of one group never lie in
-    different splits, unless they bring their own."""
+    """Pairs of one group are kept or left out together by ``data.share``. If the group is ``given`` it also decides the split: pairs of one group are then
+    never in different splits, unless the records name their splits."""
     split: str = ""
-    """'train' or 'validation' where the source brings its own, else empty."""
+    """'train' or 'validation' if the source names the split, else empty."""
     given: bool = field(default=True, compare=False)
-    """Whether the record says its group. Others are split by the bytes of their image, whatever form they came in."""
+    """Whether the record names its group. If not, its split is decided by the bytes of its image."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """One record that cannot be read. It is counted under its reason, and the rest of its shard goes on."""
+    """A record that cannot be read. It is counted under its reason; the other records of its shard are not affected."""
 
     id: str
     reason: str
     """One of ``data_pipeline.sources.rows_to_pairs.REASONS``."""
     why: str = ""
-    """What would make it readable, where that is a setting."""
+    """The setting that would make it readable, if there is one."""
 
 
 @dataclass(frozen=True)
 class NotRead:
-    """Members of a shard that belong to no record, by suffix. They are counted, so that nothing in a shard vanishes silently."""
+    """Members of a shard that belong to no record. They are counted by suffix, so that nothing in a shard is ignored silently."""
 
     suffix: str
     count: int = 1
@@ -63,7 +63,7 @@ OUTSIDE = "(link to a folder outside)"
 
 
 def suffix_of(name: str) -> str:
-    """What a file that is not read is counted under: '.cls', '.csv.gz', '(no suffix)'."""
+    """The suffix under which a file that is not read is counted: '.cls', '.csv.gz', '(no suffix)'."""
     last = name.lower().rpartition("/")[2]
     found = _SUFFIX.search(last)
     if found is None or not last[: found.start()]:
@@ -73,18 +73,18 @@ def suffix_of(name: str) -> str:
 
 @dataclass
 class Census:
-    """Counts every file of a source as read, as a picture that rows may name, or as not read. Complete once all shards are listed."""
+    """Counts of a source's files: each is read, or is a picture that rows may name, or is not read. Complete once all shards are listed."""
 
     read: int = 0
     """Files whose content is read: images and their captions, tables, tars."""
     pictures: int = 0
-    """Image files beside tables, which rows name or do not."""
+    """Image files beside tables, whether rows name them or not."""
     not_read: Counter[str] = field(default_factory=Counter)
-    """Suffix -> files that are of no kind that is read here."""
+    """Suffix -> number of files that this kind of source does not read."""
 
     @property
     def listed(self) -> int:
-        """All files."""
+        """Number of all files."""
         return self.read + self.pictures + self.not_read.total()
 
     def pass_over(self, name: str, version: str = "") -> None:
@@ -120,19 +120,22 @@ class InputShard:
 
 
 class Source(Protocol):
-    """A list of shards that is cheap to make, and a way to read one of them, in any process."""
+    """A source of captioned images: it lists its input shards, which must be cheap, and reads any one of them, in any process.
+
+    Listing and reading are deterministic: every process gets the same shards in the same order, and the same records from a shard whose version is unchanged.
+    """
 
     name: str
-    """``Pair.source`` of records that bring none."""
+    """``Pair.source`` of records that name none."""
     census: Census
-    """Of the listing that ``shards()`` made last."""
+    """Counts of the files in the last listing by ``shards()``."""
 
     def url(self, name: str) -> str:
-        """Where one of the files of a shard lies."""
+        """URL of one of a shard's files."""
         ...
 
     def shards(self) -> Iterator[InputShard]:
-        """The shards in a stable order. Files are listed, records are not read.
+        """The shards, in a stable order. Files are listed, but records are not read.
 
         Raises:
             DataError: the source is missing or empty.
@@ -140,14 +143,15 @@ class Source(Protocol):
         ...
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
-        """The records of a shard in a stable order, and what lies among them that belongs to no record.
+        """The records of a shard in a stable order, and counts of what belongs to no record.
 
         Args:
             shard: one of ``shards()``.
-            wanted: asked once for the group of each record, before its image is fetched or rendered where that can be avoided; others are left out.
+            wanted: called exactly once with the group of each readable record, if possible before its image is fetched or rendered; if it returns False the record
+                is left out.
 
         Raises:
-            DataError: the shard as a whole is broken, or cannot be reached.
+            DataError: the shard as a whole is damaged, or cannot be read. A single unreadable record is yielded as Unreadable instead.
         """
         ...
 
@@ -160,9 +164,9 @@ class Source(Protocol):
         ...
 
     def credits(self) -> dict[str, str]:
-        """Source name of a record -> one line naming author, licence and origin; names that records bring themselves are not in it."""
+        """``Pair.source`` -> a line that names author, licence and origin. Names that records themselves give as their source are not in it."""
         ...
 
     def version(self) -> str:
-        """What all shards depend on besides their files: settings, code, package versions."""
+        """Everything that the records of all shards depend on besides their files: settings, version of the code, package versions."""
         ...

@@ -1,4 +1,4 @@
-"""Parquet files with embedded images or with paths. Row groups are read in small batches, and only the columns that matter."""
+"""Parquet files with embedded images or with paths of images. Row groups are read in small batches, and only the needed columns."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from infra.storage import FileInfo
 
 SUFFIXES = (".parquet",)
 BATCH_ROWS = 32
-"""Rows with embedded images that are in memory at once."""
+"""How many rows with embedded images are in memory at once."""
 BATCH_ROWS_WITHOUT_IMAGES = 1024
 READ_BYTES = 1 << 20
-"""Bytes of a column that are read at once from a local file."""
+"""How many bytes of a column are read at once from a local file."""
 REMOTE_READ_BYTES = 8 << 20
-"""The same from S3: each is a request."""
+"""The same for a remote file, where each read is a request."""
 
 
 class ParquetSource:
-    """The .parquet files of a folder, or those that a pattern names. A range of row groups is a shard."""
+    """The .parquet files of a folder, or those that match a pattern. An input shard is a range of row groups."""
 
     def __init__(self, config: SourceConfig, records_per_part: int) -> None:
         self.name = config.url
@@ -39,7 +39,7 @@ class ParquetSource:
         self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
-        """Ranges of row groups of about the aimed-at number of records; only the ends of the files are read. A file that is broken is one shard.
+        """Ranges of row groups with about the desired number of records. Only the ends of the files are read; a damaged file is one shard.
 
         Raises:
             DataError: there is no Parquet file.
@@ -74,10 +74,10 @@ class ParquetSource:
                     census.pass_over(info.name)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
-        """The rows of some row groups. Row groups without a wanted record are passed over without reading their images.
+        """The rows of some row groups. The images of row groups without a wanted record are not read.
 
         Raises:
-            DataError: not a Parquet file, damaged, or without columns of images and captions.
+            DataError: it is not a Parquet file, is damaged, or has no columns of images and captions.
         """
         return with_images(self._drafts(shard, wanted))
 
@@ -146,7 +146,7 @@ def _all_embedded(metadata: Any, image: str) -> bool:
 
 
 def _batches(file: Any, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:
-    """One row group in pieces; without images for a look at the groups of its records."""
+    """One row group, batch by batch; without images when only the groups of its records are needed."""
     rows = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES
     return file.iter_batches(rows, row_groups=[group], columns=columns.read(with_image), use_threads=False)  # type: ignore[no-any-return]
 
@@ -156,7 +156,7 @@ def _open(url: str) -> Iterator[Any]:
     """A Parquet file, whose columns are read piece by piece.
 
     Raises:
-        DataError: it is missing, not a Parquet file, or damaged (while it is read, too).
+        DataError: it is missing, not a Parquet file, or damaged; may also be raised while it is read.
     """
     buffer = REMOTE_READ_BYTES if storage.is_remote(url) else READ_BYTES
     with storage.open_seekable(url) as stream:

@@ -1,4 +1,4 @@
-"""What the readers of folders, tables, Parquet and tars share: from a row of named values to a Pair, and images by path."""
+"""Shared by the readers of folders, tables, Parquet files and tars: parts of the conversion from a row of named values to a Pair, and reading images by path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_IMAGE_BYTES = 128 << 20
 MAX_TEXT_BYTES = 16 << 20
 """Larger caption files, metadata and lines of tables are not read."""
 FETCHES = 16
-"""Images on S3 that are fetched at once."""
+"""How many remote images are fetched at once."""
 
 MISSING_IMAGE = "missing image"
 NO_CAPTION = "no caption"
@@ -46,13 +46,15 @@ REASONS = (
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "validation"),  # a test split: never used for training
+    **dict.fromkeys(
+        ("val", "valid", "validation", "dev", "test", "testing"), "validation"
+    ),  # a test split must never be trained on, so it counts as validation
 }
 _LOST_FOR_GOOD = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL)
 
 
 class BadRecord(Exception):
-    """One record cannot be read; ``reason`` is one of REASONS, and ``why`` names a setting that would change it, where there is one."""
+    """A record cannot be read. ``reason`` is one of REASONS; ``why`` names the setting that would make it readable, if there is one."""
 
     def __init__(self, reason: str, why: str = "") -> None:
         super().__init__(reason)
@@ -60,7 +62,7 @@ class BadRecord(Exception):
 
 
 def clean(text: str) -> str:
-    """Strips spaces, and removes lone surrogates, which JSON can express and UTF-8 cannot."""
+    """Strip white space, and replace lone surrogates, which JSON can express but UTF-8 cannot."""
     text = text.strip()
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
@@ -71,7 +73,7 @@ def caption_lines(data: bytes) -> list[str]:
 
 
 def distinct(captions: Iterable[str]) -> tuple[str, ...]:
-    """Cleaned captions, each once, in order, without empty ones.
+    """The distinct cleaned captions in order, without empty ones.
 
     Raises:
         BadRecord: none is left.
@@ -83,10 +85,10 @@ def distinct(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        BadRecord: it is something else, or nested too deeply.
+        BadRecord: it is not a JSON object, or is nested too deeply.
     """
     try:
         found = json.loads(data)
@@ -98,7 +100,7 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 
 def text_in(row: Mapping[str, Any], *names: str) -> str:
-    """The first of the named values that is a string or an integer and not empty."""
+    """The first of the named values that is an integer or a string that is not empty, as text; else empty."""
     for name in names:
         value = row.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -109,12 +111,12 @@ def text_in(row: Mapping[str, Any], *names: str) -> str:
 
 
 def split_word(word: str) -> str:
-    """The split that a word names: 'val', 'training' ...; else empty."""
+    """The split that a word such as 'val' or 'training' stands for; else empty."""
     return _SPLITS.get(word.lower(), "")
 
 
 def split_of_name(name: str) -> str:
-    """The split that a file's path names: 'train-00000.tar', 'val2017/00000.tar', but not 'trains.csv' or 'val-thorens/a.tar'; else empty."""
+    """The split according to a file's path, as in 'train-00000.tar' or 'val2017/00000.tar', but not in 'trains.csv' or 'val-thorens/a.tar'; else empty."""
     folder, _, last = name.lower().rpartition("/")
     words = [re.split(r"[-_.\d]", last, maxsplit=1)[0], *(part.rstrip("0123456789") for part in reversed(folder.split("/")))]
     return next((_SPLITS[word] for word in words if word in _SPLITS), "")
@@ -122,17 +124,17 @@ def split_of_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """A pair whose image is still to be read."""
+    """A pair whose image has not been read yet, and the URL of the image."""
 
     pair: Pair
     url: str
 
 
 def read_limited(url: str, limit: int, missing: str, large: str) -> bytes:
-    """A whole small file.
+    """Read a small file whole.
 
     Raises:
-        BadRecord: it is missing (reason ``missing``), larger than ``limit`` (reason ``large``), or may not be opened.
+        BadRecord: it is missing (reason ``missing``), larger than ``limit`` (reason ``large``), or can never be opened.
         DataError: it cannot be read for a reason that may pass.
     """
     try:
@@ -151,9 +153,9 @@ def read_limited(url: str, limit: int, missing: str, large: str) -> bytes:
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], is_remote: Callable[[T], bool]) -> Iterator[R]:
-    """``function`` of each item, in order; several at once ahead of the consumer where the item lies on S3."""
+    """``function`` of each item, in order. For remote items several calls run in parallel, ahead of the consumer."""
     waiting: deque[tuple[T, Future[R] | None]] = deque()
-    pool = ThreadPoolExecutor(FETCHES)  # starts threads when there is work for them
+    pool = ThreadPoolExecutor(FETCHES)  # starts its threads only when there is work
     try:
         for item in items:
             waiting.append((item, pool.submit(function, item) if is_remote(item) else None))
@@ -167,10 +169,10 @@ def in_order(function: Callable[[T], R], items: Iterable[T], is_remote: Callable
 
 
 def with_images(drafts: Iterable[Draft | Pair | Unreadable]) -> Iterator[Pair | Unreadable]:
-    """Read the images of drafts, in order; an image that cannot be read makes its record Unreadable.
+    """Read the images of drafts, in order. A record whose image cannot be read becomes Unreadable.
 
     Raises:
-        DataError: one cannot be read for a reason that may pass.
+        DataError: an image cannot be read for a reason that may pass.
     """
 
     def read(draft: Draft | Pair | Unreadable) -> Pair | Unreadable:
@@ -190,10 +192,10 @@ def named_by(drafts: Iterable[Draft | Pair | Unreadable]) -> Iterator[str]:
 
 
 def join_captions(said: list[str], texts: Iterable[bytes]) -> tuple[str, ...]:
-    """Captions of a metadata file, then those of caption files. A file that repeats one of the former is one caption, whatever lines it has.
+    """The captions in metadata, followed by those in caption files. A caption file whose whole content repeats a caption of the metadata adds none.
 
     Raises:
-        BadRecord: there is none.
+        BadRecord: there is no caption.
     """
     known = {clean(caption) for caption in said}
     lines = []

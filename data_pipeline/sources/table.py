@@ -1,7 +1,7 @@
-"""Tables of image paths and captions: .jsonl, .csv and .tsv files. Byte ranges of a file are shards, and none holds half a record.
+"""Tables of image paths and captions: .jsonl, .csv and .tsv files. An input shard is a byte range of a file, cut so that no record is divided.
 
-A record that names the same image as the one before it is a further caption of that image: the five rows of a picture are one pair. The first
-such run of rows that begins after a boundary opens the next range, so every range can be read without the one before it.
+Consecutive rows that name the same image are captions of that image: five such rows become one pair. A range begins with the first run of such rows that
+starts after its lower bound, so every range can be read without the one before it.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from infra.errors import DataError, UnchangingError, UnreachableError
 PLAIN = (".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN))
 NAMES = ("captions.txt",)
-"""Tables that go by their name: Flickr8k's, a CSV."""
+"""Tables that are recognised by their whole name: Flickr8k's, which is a CSV file."""
 FOLDERS = ("", "images", "Images", "image", "imgs", "img", "pictures", "photos", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
-"""Folders beside a table in which its images are looked for; the first that holds one of the first rows' is that of all."""
+"""Folders beside a table in which its images may be. The first one that holds an image of one of the first rows is used for all rows."""
 BYTES_PER_RECORD = 256
-"""A usual row: ranges hold about the aimed-at number of records."""
+"""Assumed size of a row, by which ranges get about the desired number of records."""
 MAX_RUN = 64
-"""Rows in sequence that name one image; further ones are counted as unreadable."""
+"""Most consecutive rows of one image; further ones are counted as unreadable."""
 
 Row = dict[str, Any]
 _DELIMITERS = ",;|\t"
-_SHOWN = 40  # cells of a row, and characters of a cell, in a message
-_LOOKED_AT = 4  # rows whose images are looked for
+_SHOWN = 40  # most cells of a row, and most characters of a cell, in a message
+_LOOKED_AT = 4  # how many rows' images are searched for in FOLDERS
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row: the bytes it takes, and its values by column, or why it has none."""
+    """One row: its byte range, and its values by column, or why it cannot be read."""
 
     start: int
     end: int
@@ -67,7 +67,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Header:
-    """Columns of a CSV or TSV file, those of images and captions, and where its first record starts."""
+    """The columns of a CSV or TSV file, those of images and captions among them, and the byte where its first record starts."""
 
     columns: tuple[str, ...]
     image: str
@@ -76,7 +76,7 @@ class Header:
 
 
 class TableSource:
-    """The tables of a folder, or those that a pattern names. Image paths are relative to their table, absolute, or s3:// URLs."""
+    """The tables of a folder, or those that match a pattern. Paths of images are relative to their table, absolute, or remote URLs."""
 
     def __init__(self, config: SourceConfig, records_per_part: int) -> None:
         self.name = config.url
@@ -85,8 +85,8 @@ class TableSource:
         self.census = Census()
 
     def shards(self) -> Iterator[InputShard]:
-        """Byte ranges. Each table is read once, to learn whether the rows of each image stand together (``table_copies``), and where the records of
-        a CSV file begin, whose quoted cells may hold newlines.
+        """Byte ranges. Each table is read once, to find out whether the rows of each image are consecutive (``table_copies``), and, in CSV files, where records
+        begin, because quoted cells may contain newlines.
 
         Raises:
             DataError: there is no table.
@@ -109,7 +109,7 @@ class TableSource:
                 table = self.table(info.name, info.version)
             except UnreachableError:
                 raise
-            except DataError:  # its reader says what is wrong, and the others go on
+            except DataError:  # reading this shard will report the error, and other tables are not affected
                 yield InputShard(f"{info.name}@0", info.version, span=(0, info.size))
                 continue
             size = storage.size(table.url) if table.is_copy else info.size
@@ -137,10 +137,10 @@ class TableSource:
         return (found for found in table.drafts(*shard.span) if isinstance(found, Unreadable) or wanted(found.pair.group))
 
     def table(self, name: str, version: str) -> Table:
-        """A table, or the copy in which the rows of each image stand together.
+        """A table, or its sorted copy if the rows of an image are not consecutive.
 
         Raises:
-            DataError: it leads outside of the source, cannot be read, or its columns of images and captions cannot be told.
+            DataError: it leads outside the source, cannot be read, or its columns of images and captions are unknown.
         """
         table = Table(self.origin, name)
         copy = table_copies.ordered(table, version)
@@ -157,12 +157,12 @@ class TableSource:
 
 
 def is_table(name: str) -> bool:
-    """Whether a file is a table, by its name."""
+    """Whether a file is a table, judged by its name."""
     return name.lower().endswith(SUFFIXES) or name.rpartition("/")[2] in NAMES
 
 
 class Table:
-    """One file."""
+    """One table, or its copy on this machine."""
 
     def __init__(self, origin: Origin, name: str, copy: str = "") -> None:
         self.origin, self.name = origin, name
@@ -179,7 +179,7 @@ class Table:
 
     @cached_property
     def delimiter(self) -> str:
-        """What stands between the cells of a CSV file: a comma, unless its first row names columns with another one between them."""
+        """The delimiter of a CSV file: a comma, unless the first row has known column names when it is split at another delimiter."""
         with storage.open_stream(self.url) as stream:
             first = next(lines_of(stream, 0, MAX_TEXT_BYTES), (0, b""))[1] or b""
         text = as_text(first, 0)
@@ -191,7 +191,7 @@ class Table:
 
     @cached_property
     def folder(self) -> str:
-        """The folder to which the paths of images are relative: the table's own, or one of FOLDERS in it."""
+        """The folder to which the paths of images are relative: that of the table, or one of FOLDERS in it."""
         own = self.origin.url(self.name).rpartition("/")[0]
         paths = []
         for record in self._records(0):
@@ -210,10 +210,11 @@ class Table:
 
     @cached_property
     def header(self) -> Header:
-        """The first row if it holds usual or configured names; else columns are numbers, and the first row must tell image from caption.
+        """The first row, if it contains usual or configured names of columns. Otherwise columns are numbered, and the first row must show which of them holds
+        images.
 
         Raises:
-            DataError: neither.
+            DataError: the columns of images and captions cannot be recognised in either way.
         """
         config = self.origin.config
         with storage.open_stream(self.url) as stream:
@@ -243,9 +244,9 @@ class Table:
         return Header(numbers, image, captions, 0)
 
     def boundaries(self, step: int) -> list[int]:
-        """Starts of records, the first at or after each multiple of ``step``; the whole file is read for it."""
+        """The starts of records at which ranges begin: the first at or after each multiple of ``step``. This reads the whole file."""
         found = [0]
-        with suppress(DataError):  # its reader says what is wrong with its header
+        with suppress(DataError):  # an unknown header is reported when the shard is read
             _ = self.header
         with storage.open_stream(self.url) as stream:
             for start, _, _, _ in self._cells(stream, 0):
@@ -254,8 +255,11 @@ class Table:
         return found
 
     def drafts(self, start: int, end: int) -> Iterator[Draft | Unreadable]:
-        """The runs of rows that belong to a byte range: those that begin after the run of its first row, up to the run of the next range's
-        first row, which is included. The first range has its first run too."""
+        """The runs of rows that belong to a byte range.
+
+        The run that contains the first row of a range belongs to the range before it (except in the first range), because it may have begun there. So a range
+        ends with the run of the next range's first row.
+        """
         number, past, previous, run = -1, False, "", list[Record]()
         for record in self._records(start):
             image = self._image(record)
@@ -276,10 +280,10 @@ class Table:
             yield self._draft(run)
 
     def _records(self, at: int) -> Iterator[Record]:
-        """Records from the first that starts at byte ``at`` or later; of CSV files, ``at`` is a start."""
+        """The records from the first one that starts at byte ``at`` or later. In CSV files a record must start at ``at``."""
         back = 1 if at and not self.is_csv else 0
         if self.has_columns:
-            _ = self.header  # sets the shape of a row, by which rows that a stray quote swallowed are recognised
+            _ = self.header  # sets self._shape, by which rows that a stray quote has swallowed are recognised
         with storage.open_stream(self.url, at - back) as stream:
             if not self.has_columns:
                 found = self._objects(stream, at - back)
@@ -300,7 +304,7 @@ class Table:
                 yield Record(start, start, {}, bad.reason)
 
     def rows(self) -> Iterator[tuple[Record, str]]:
-        """All records, each with the image that it names, or nothing."""
+        """All records, each with the image that it names ('' if it names none)."""
         return ((record, self._image(record)) for record in self._records(0))
 
     def _named(self, start: int, end: int, cells: list[str], problem: str) -> Record:
@@ -355,6 +359,6 @@ def _nth(cells: tuple[str, ...], number: int) -> str:
 
 
 def _unquoted(cell: str) -> str:
-    """TSV files have no quotes by custom; a cell that is quoted as in CSV is taken as such."""
+    """A cell of a TSV file without quotes. TSV usually has none, but a cell that is quoted as in CSV is unquoted."""
     inner = cell[1:-1].replace('""', "")
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell

@@ -1,7 +1,7 @@
-"""Copies of tables that cannot be read as they are: compressed ones, and those in which the rows of an image do not stand together.
+"""Local copies of tables that cannot be read in place: compressed ones, and those in which the rows of an image are not consecutive.
 
-A copy is made once for each version of a table on each machine, in a folder of the system's temporary files; its rows are sorted on disk, by SQLite,
-in memory that does not grow with their number. In memory of the search for rows that stand apart: eight bytes a row.
+A copy is made once for each version of a table on each machine, in a folder of the system's temporary folder. SQLite sorts the rows on disk, in bounded memory.
+To find out whether rows are consecutive takes eight bytes of memory a row.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from infra.files import write_errors
 if TYPE_CHECKING:
     from data_pipeline.sources.table import Table
 
-_VERSION = 1  # version of the sorted copies: raising it sorts every table again
-_CACHE_KIB = 64 << 10  # of SQLite
+_VERSION = 1  # version of the sorted copies: raise it to have every table sorted again
+_CACHE_KIB = 64 << 10  # SQLite's page cache
 
 
 def ordered(table: Table, version: str) -> str:
-    """Path of the copy in which the rows of each image stand together; empty: the table itself is such a one.
+    """Path of a plain copy of the table in which the rows of each image are consecutive; empty if the table itself is like that.
 
     Args:
-        table: as it is.
-        version: of its content.
+        table: the original table.
+        version: version of its content.
 
     Raises:
-        DataError: it cannot be read, or its columns of images and captions cannot be told.
+        DataError: it cannot be read, or its columns of images and captions are unknown.
         NoRoomError: there is no room for the copy.
     """
     config = table.origin.config
@@ -71,12 +71,12 @@ def ordered(table: Table, version: str) -> str:
 
 @cache
 def folder() -> Path:
-    """Where copies lie: a folder that nobody else can write to."""
+    """The folder of copies, to which nobody else can write."""
     place = Path(tempfile.gettempdir(), f"tables-{os.getuid()}")
     with write_errors(place):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = place.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022 or place.is_symlink():  # somebody else was here before
+    if found.st_uid != os.getuid() or found.st_mode & 0o022 or place.is_symlink():  # somebody else has made a folder of that name
         return Path(tempfile.mkdtemp(prefix="tables-"))
     return place
 
@@ -91,7 +91,7 @@ def _stand_together(table: Table) -> bool:
     seen, previous = array("Q"), ""
     for _, image in table.rows():
         if not image:
-            continue  # a row that cannot be read tears nothing apart
+            continue  # an unreadable row does not separate the rows of an image
         if image != previous:
             seen.append(int.from_bytes(hashlib.blake2b(image.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little"))
         previous = image
@@ -101,7 +101,7 @@ def _stand_together(table: Table) -> bool:
 
 
 def _sort(table: Table, copy: Path) -> None:
-    """Write the rows in the order of their images, and those of one image in the order in which they stand."""
+    """Write the rows sorted by image, those of one image in their original order."""
     words = secrets.token_hex(4)
     database, unfinished = copy.with_suffix(f".{words}.sqlite"), copy.with_suffix(f".{words}.part")
     try:
@@ -124,7 +124,7 @@ def _sort(table: Table, copy: Path) -> None:
 
 @contextmanager
 def _full_disk() -> Iterator[None]:
-    """SQLite's only complaint about a folder that it has just been given is that there is no room."""
+    """Turn SQLite's OperationalError into an OSError of a full disk: in a new folder that we own, it can have no other cause."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -137,7 +137,7 @@ def _head(table: Table) -> bytes:
 
 
 def _raw(table: Table) -> Iterator[tuple[bytes, bytes]]:
-    """Image and bytes of each row. One that cannot be read is replaced by a short one that cannot be read either, whatever follows it."""
+    """The image and the bytes of each row. An unreadable row is replaced by a short row that is unreadable, too, whatever follows it in the sorted file."""
     broken = b'"."."\n' if table.is_csv else b"." + b"\t" * len(table.header.columns) + b"\n" if table.has_columns else b"{\n"
     with storage.open_stream(table.url) as stream:
         at = 0

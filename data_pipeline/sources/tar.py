@@ -1,5 +1,8 @@
-"""Members of a tar, in one pass over a stream that cannot seek. Unlike tarfile, which takes a damaged header, zeros in the middle or a missing end
-for the end, it knows a broken archive from a complete one: what follows the end marker are zeros that fill up a record, and nothing else."""
+"""Reads the members of a tar in one pass over a stream without seeking, and tells a damaged archive from a complete one.
+
+Python's tarfile takes a damaged header, zeros in the middle, or a missing end for the end of the archive. Here the end marker must be there, followed by
+nothing but the zeros that fill up a record.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import BinaryIO
 from infra.errors import DataError
 
 BLOCK = 512
-_MAX_HEADER_BYTES = 1 << 20  # longest long-name or pax header that is read
+_MAX_HEADER_BYTES = 1 << 20  # longest long-name or pax header that is accepted
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _SKIPPED_BYTES = 1 << 20
 _RECORD = 20 * BLOCK
-"""Bytes to which tar fills up an archive with zeros, unless told otherwise."""
+"""tar fills up an archive with zeros to a multiple of this many bytes, by default."""
 
 
 def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Iterator[tuple[str, int, bytes | None]]:
@@ -23,10 +26,10 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
     Args:
         stream: the archive; read once, from its start.
         origin: its name, for messages.
-        limit: of a member's name: the most bytes that are read; the content of a larger member is None.
+        limit: returns, for the name of a member, the most bytes to read; the content of a larger member is None.
 
     Raises:
-        DataError: not a tar, damaged, or truncated (its end marker is missing).
+        DataError: it is not a tar, is damaged, or truncated (the end marker is missing).
     """
     position, long_name, long_size = 0, "", -1
     while True:
@@ -67,9 +70,9 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
 
 
 def _check_end(stream: BinaryIO, origin: str, position: int) -> None:
-    """Nothing but zeros follows a block of zeros, and no more than fill up the archive.
+    """Check that only zeros follow a block of zeros, and no more of them than needed to fill up the archive.
 
-    A header after zeros may begin a second archive, or be the first that a hole in this one has spared: no reader can tell, and both lose records.
+    A header after zeros may begin a second archive, or follow a hole in this one. No reader can tell these apart, and in both cases records would be lost.
     """
     zeros = BLOCK
     while data := stream.read(_SKIPPED_BYTES):
@@ -77,13 +80,13 @@ def _check_end(stream: BinaryIO, origin: str, position: int) -> None:
             at = position - BLOCK + zeros + next(number for number, byte in enumerate(data) if byte)
             raise DataError(
                 f"{origin}: damaged: zeros from byte {position - BLOCK} on, and more data from byte {at} on: a hole, or tars that were joined by "
-                "cat. Fetch it again, or unpack it (tar --ignore-zeros) and pack it anew."
+                "cat. Fetch it again, or unpack it (tar --ignore-zeros) and pack it again."
             )
         zeros += len(data)
     if zeros > _RECORD + 2 * BLOCK:
         raise DataError(
             f"{origin}: damaged: it ends in {zeros} bytes of zeros from byte {position - BLOCK} on, more than an archive is filled up with: a copy that "
-            "broke off. Fetch it again; if it was written with --blocking-factor, pack it anew without."
+            "broke off. Fetch it again; if it was written with --blocking-factor, pack it again without."
         )
 
 
@@ -116,12 +119,12 @@ def _checksum_is_right(header: bytes) -> bool:
     except ValueError:
         return False
     blanked = header[:148] + b" " * 8 + header[156:]
-    # Some old writers summed signed bytes.
+    # Some old programs add up signed bytes.
     return expected == sum(blanked) or expected == sum(blanked) - 256 * sum(byte > 127 for byte in blanked)
 
 
 def _number(field: bytes, origin: str, position: int) -> int:
-    """Octal digits, or base 256 where the first bit is set."""
+    """A number in octal digits, or in base 256 if the first bit is set."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
@@ -129,7 +132,7 @@ def _number(field: bytes, origin: str, position: int) -> int:
         return 0
     if digits.isdigit() and not set(digits) & set(b"89"):
         return int(digits, 8)
-    raise DataError(f"{origin}: damaged: a size that is no number at byte {position - BLOCK}.")
+    raise DataError(f"{origin}: damaged: a size that is not a number at byte {position - BLOCK}.")
 
 
 def _name(header: bytes) -> str:
@@ -143,7 +146,7 @@ def _decode(name: bytes) -> str:
 
 
 def _pax(data: bytes, name: str, size: int, origin: str, position: int) -> tuple[str, int]:
-    """Name and size that a pax header ('length key=value' lines) sets; else those given."""
+    """Name and size from a pax header ('length key=value' lines); the given ones if it does not set them."""
     at = 0
     while at < len(data):
         digits, space, _ = data[at : at + 20].partition(b" ")
@@ -156,7 +159,7 @@ def _pax(data: bytes, name: str, size: int, origin: str, position: int) -> tuple
             name = _decode(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 20:
-                raise DataError(f"{origin}: damaged: a size that is no number before byte {position}.")
+                raise DataError(f"{origin}: damaged: a size that is not a number before byte {position}.")
             size = int(value)
         at += length
     return name, size

@@ -1,6 +1,6 @@
-"""Metadata beside tars: ``metadata*.jsonl`` files whose lines describe images by ``shard`` (a tar's name) and ``file_name`` (a member's).
+"""Metadata beside tars: ``metadata*.jsonl`` files, whose lines describe images by ``shard`` (name of a tar) and ``file_name`` (name of a member).
 
-Each file is read once, in order, to learn where the lines of each tar lie; then only these are read. In memory: the lines of one tar.
+Each file is read once to find out where the lines about each tar are; after that only these lines are read. The lines of one tar are held in memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ PATTERN = "metadata*.jsonl"
 
 @dataclass
 class Place:
-    """Where the lines about one tar lie."""
+    """Where the lines about one tar are."""
 
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
-    """(URL of a file, first byte, byte after the last), merged where lines follow each other."""
+    """(URL of a file, first byte, byte after the last); ranges of consecutive lines are merged."""
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
-    """Of the lines: a tar's version changes with what is said about it, not with lines about others."""
+    """Digest of these lines, so that a tar's version changes with the lines about it and not with those about other tars."""
 
 
 def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> Iterator[tuple[int, bytes | None]]:
-    """(byte at which it starts, line) for each line of a stream that stands at ``start``; None for one longer than ``limit``."""
+    """(first byte, line) for each line of a stream that is positioned at ``start``; the line is None if it is longer than ``limit``."""
     while line := stream.readline(limit):
         begun, length, whole = start, len(line), line.endswith(b"\n") or len(line) < limit
         while not line.endswith(b"\n") and len(line) == limit:
@@ -43,12 +43,12 @@ def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> I
 
 
 def is_one(name: str) -> bool:
-    """Whether a file is such a metadata file, by its name."""
+    """Whether a file is such a metadata file, judged by its name."""
     return fnmatchcase(name.rpartition("/")[2], PATTERN)
 
 
 def find(folder: str, origin: Origin) -> dict[str, Place]:
-    """Name of a tar -> where its metadata lie, for the metadata files directly in a folder. Other .jsonl files of that name are left alone."""
+    """Name of a tar -> where its metadata are, from the metadata files directly in a folder. Lines without ``shard`` and ``file_name`` are ignored."""
     found: dict[str, Place] = {}
     base, infos = storage.glob(storage.join(globs.escape(folder), PATTERN))
     for info in infos:
@@ -56,7 +56,7 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
         try:
             origin.inside(url)
         except BadRecord:
-            continue  # a link that leads outside; the origin has said so
+            continue  # a link that leads outside, which the origin has reported
         with storage.open_stream(url) as stream:
             for start, line in lines_of(stream):
                 try:
@@ -80,10 +80,10 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
 
 
 def rows(place: Place) -> dict[str, dict[str, Any]]:
-    """Name of an image in the tar -> its line, with the key of the split as its group.
+    """Name of an image in the tar -> its line, with a group that decides its split.
 
-    ``label`` with ``source`` says what is shown, in whichever style: images of one label share a group. ``group`` in such lines is a kind of
-    picture ('photo', 'people'), under which a hash would put thousands of images on one side, and is dropped.
+    ``source`` and ``label`` together say what is shown, whatever the style: images with the same label share a group. A ``group`` in these lines is a kind of
+    picture ('photo', 'people'), which would put thousands of images into the same split, so it is dropped.
     """
     found = {}
     for url, start, end in place.ranges:
@@ -91,7 +91,7 @@ def rows(place: Place) -> dict[str, dict[str, Any]]:
             for at, line in lines_of(stream, start):
                 if at >= end:
                     break
-                row = parse_object(line or b"")  # has been read before
+                row = parse_object(line or b"")  # cannot fail: ``find`` has parsed the line
                 row.pop("group", None)
                 if text_in(row, "label"):
                     row["group"] = f"{text_in(row, 'source')}/{text_in(row, 'label').replace(' ', '_')}"

@@ -1,5 +1,7 @@
-"""WebDataset tars, plain or gzipped, read as streams: members that share their name up to the first dot are one record. img2dataset's output is read as
-it is. Names with further dots ('photo 1.2.jpg') are cut at the first dot after which comes an extension that is read."""
+"""WebDataset tars, plain or gzipped, read as streams. Members that share their name up to the first dot make up one record; this fits img2dataset's output.
+
+A name with further dots ('photo 1.2.jpg') is cut at the first dot that is followed by a known extension.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,17 @@ from infra.errors import DataError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PENDING_BYTES = 256 << 20
-"""Members that wait for others of their record further on in the tar; when they are more, the oldest are given up."""
+"""Most bytes of incomplete records, which wait for members further on in the tar; beyond that the oldest are given up."""
 
 
 @dataclass
 class Sample:
-    """The members of one record, as far as they have come."""
+    """The members of one record that have been read so far."""
 
     plain: str = ""
-    """Key up to the first dot, where that is another one: the record of that key may own these members."""
+    """The name up to its first dot. If that is not the record's key, the members may belong to the record with that key instead."""
     seen: set[str] = field(default_factory=set)
-    """Extensions that have come since the key came last."""
+    """Extensions read since the key was last repeated."""
     image_name: str = ""
     image: bytes | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
@@ -59,16 +61,16 @@ class Sample:
 
 
 class WebDatasetSource:
-    """The tars of a folder, or those that a pattern names; each is a shard."""
+    """The tars of a folder, or those that match a pattern; each is an input shard."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.name = config.url
         self.origin = Origin(config)
         self.census = Census()
-        self._companions = cache(lambda folder: tar_metadata.find(folder, self.origin))
+        self._metadata_in = cache(lambda folder: tar_metadata.find(folder, self.origin))
 
     def shards(self) -> Iterator[InputShard]:
-        """Tars sorted by name. Their versions cover the lines about them in metadata files beside them.
+        """The tars, sorted by name. The version of a tar covers the lines about it in metadata files.
 
         Raises:
             DataError: there is no tar.
@@ -92,7 +94,7 @@ class WebDatasetSource:
             yield InputShard(info.name, info.version + said, splits=splits, files=(info.name,), sizes=f"{info.size}{said}", bytes=info.size)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
-        """Records in the order in which they are complete.
+        """The records, in the order in which they become complete.
 
         Raises:
             DataError: the tar is missing, truncated or damaged.
@@ -118,7 +120,7 @@ class WebDatasetSource:
 
     def _place(self, name: str) -> tar_metadata.Place | None:
         folder, _, tar_name = name.rpartition("/")
-        return self._companions(self.origin.url(folder)).get(tar_name)
+        return self._metadata_in(self.origin.url(folder)).get(tar_name)
 
 
 class _Reader:
@@ -146,7 +148,7 @@ class _Reader:
                 current, repeated = key, set()
             closed = key in self.done or key in self.given_up
             seen = repeated if closed else self.pending.setdefault(key, Sample(_key(name)[0])).seen
-            if extension in seen or (key in self.done and not seen):  # a record of this key began before
+            if extension in seen or (key in self.done and not seen):  # a second record with this key begins
                 yield Unreadable(self._id(key), REPEATED_KEY)
                 seen.clear()
                 repeated = seen
@@ -157,7 +159,8 @@ class _Reader:
         yield from self._end()
 
     def _end(self) -> Iterator[Found]:
-        """What is incomplete when the tar is through; members of further dots whose first part is a record of its own belong to that."""
+        """Records that are incomplete at the end of the tar. Members with further dots in their names, whose first part is the key of another record, count as not
+        read."""
         known = self.done | self.pending.keys()
         for key in list(self.pending):
             sample = self.pending[key]
@@ -172,11 +175,11 @@ class _Reader:
         self._forget(key)
 
     def _key(self, name: str) -> tuple[str, str]:
-        """Key and extension of a member, cut at the first dot after which comes an extension that is read; no extension if there is none."""
+        """Key and extension of a member, cut at the first dot that is followed by a known extension; both empty if there is none."""
         extension = _key(name)[1]
         while extension and not self._is_read(extension):
             extension = extension.partition(".")[2]
-        # The extension was compared in lower case; the key is as it stands in the tar.
+        # Extensions are compared in lower case; the key keeps its case.
         return (name.removeprefix("./").rsplit(".", extension.count(".") + 1)[0], extension) if extension else ("", "")
 
     def _limit(self, name: str) -> int:
@@ -212,7 +215,7 @@ class _Reader:
             sample.metadata = content
 
     def _emit(self, key: str, last: bool = False) -> Iterator[Found]:
-        """The record of a key if its members are complete; the last time, whatever they are."""
+        """The record of a key, if its members are complete; with ``last``, even if they are not."""
         sample = self.pending.get(key)
         if sample is None or not (last or sample.is_whole() or self._row(sample)):
             return
@@ -258,7 +261,7 @@ class _Reader:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Path up to the first dot of its last part, and what follows in lower case; nothing of a hidden file or folder."""
+    """A member's path up to the first dot of its last part, and the rest in lower case; both empty for a hidden file or folder."""
     name = name.removeprefix("./")
     folder, _, last = name.rpartition("/")
     stem, _, extension = last.partition(".")

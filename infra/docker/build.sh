@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # build.sh TARGET TAG [options of docker build]: build the image from the bases in images.lock. TARGET: launcher or apex.
-# LOCKED=1 refuses bases without a digest, as a build that others are to repeat should.
+# LOCKED=1 refuses bases without a digest: set it for builds that others should be able to repeat.
 set -euo pipefail
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ $# -ge 2 ] && [[ $1 =~ ^(launcher|apex)$ ]] || {

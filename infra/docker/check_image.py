@@ -1,6 +1,7 @@
-"""The last step of an image's build: the environment imports, torch's CUDA is the recorded one, and what Triton compiles at its first use compiles here.
+"""The last step of an image's build. It checks that the environment imports, that torch's CUDA version is the recorded one, and that what Triton compiles at its
+first use can be compiled here.
 
-No GPU and no driver is needed: an empty library stands for the driver's, of which a launcher's link wants no more than the name.
+No GPU and no driver is needed: an empty library stands in for the driver's, because linking needs no more of it than the name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DRIVER = "libcuda.so.1"
 
 
 def recorded_cuda(constraints: str) -> str:
-    """CUDA's version that the locked torch was built with, from the head of constraints.txt (.ci/freeze.py writes it).
+    """The CUDA version that the locked torch was built with, from the head of constraints.txt (.ci/freeze.py writes it).
 
     Raises:
         SystemExit: there is no such line.
@@ -32,13 +33,13 @@ def recorded_cuda(constraints: str) -> str:
 
 
 def check_cuda(built: str | None, recorded: str) -> None:
-    """A CUDA build of torch must be of the recorded version; a CPU build (None) has none.
+    """A CUDA build of torch must have the recorded CUDA version; a CPU build (None) has none.
 
     Raises:
-        SystemExit: another one.
+        SystemExit: the versions differ.
     """
     if built is not None and built != recorded:
-        raise SystemExit(f"torch was built with CUDA {built}, constraints.txt records {recorded}: freeze it anew (.ci/freeze.py), then images.lock.")
+        raise SystemExit(f"torch was built with CUDA {built}, constraints.txt records {recorded}: freeze it again (.ci/freeze.py), then images.lock.")
 
 
 def compile_stub(cache: Path) -> Path:
@@ -62,13 +63,13 @@ def compile_stub(cache: Path) -> Path:
         libraries=driver.libraries,
         ccflags=["-Wl,-z,lazy", f"-Wl,-rpath,{cache}"],
     )
-    sys.setdlopenflags(os.RTLD_LAZY)  # the driver's functions are looked for when they are called, which needs a GPU
+    sys.setdlopenflags(os.RTLD_LAZY)  # the driver's functions are resolved only when they are called, which needs a GPU
     assert build._load_module_from_path("cuda_utils", library).launch
     return Path(library)
 
 
 def main() -> None:
-    """Every check, with a line for each."""
+    """Run every check and print a line for each."""
     for name in IMPORTS:
         importlib.import_module(name)
     print(f"imported: {', '.join(IMPORTS)}")

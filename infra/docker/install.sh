@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install.sh VENV FOLDER: make an environment from the requirements.txt and constraints.txt in FOLDER, less what its unneeded.txt names. Needs Python 3.11 or
-# 3.12 with venv.
-# TORCH_INDEX: index that torch comes from, where it is not the usual one. PIP_CONFIG_FILE and its relatives work as ever.
+# install.sh VENV FOLDER: make an environment from the requirements.txt and constraints.txt in FOLDER, without the packages in its unneeded.txt. Needs Python
+# 3.11 or 3.12 with venv.
+# TORCH_INDEX: the package index for torch, if it is not the default one. pip's own variables (PIP_CONFIG_FILE ...) work as usual.
 set -euo pipefail
 venv=$1 folder=$2
 python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
@@ -13,7 +13,7 @@ pip=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-chec
 [ -z "${TORCH_INDEX:-}" ] || PIP_INDEX_URL=$TORCH_INDEX "${pip[@]}" torch torchvision
 "${pip[@]}" -r "$folder/requirements.txt"
 "$venv/bin/python" -m pip check
-# After the check, which rightly misses them.
+# Only after "pip check", which would report them as missing.
 sed 's/#.*//' "$folder/unneeded.txt" | xargs "$venv/bin/python" -m pip uninstall -q -y
-# Nothing compiles at run time on a read-only file system; byte code now.
+# Compile byte code now: at run time the file system may be read-only.
 "$venv/bin/python" -m compileall -q "$venv/lib" > /dev/null || true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# lock.sh: ask the registries what the images of images.lock are today, and write their digests there. Needs docker with buildx; commit what changed.
-# An image that cannot be asked for keeps its line, and the script ends with 1.
+# lock.sh: look up the present digests of the images in images.lock and write them there. Needs docker with buildx; commit what changed.
+# An image whose registry does not answer keeps its line, and the script ends with 1.
 set -euo pipefail
 lock=$(dirname "${BASH_SOURCE[0]}")/images.lock
 command -v docker > /dev/null || {

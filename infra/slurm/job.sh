@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What all *.sbatch files share; they source it. One launcher for each node under srun, then a verdict by the ledger in the run folder.
+# Shared by all *.sbatch files, which source it. It starts one launcher on each node with srun; then the ledger in the run folder decides how the job ends.
 # Needs bash, SLURM, and env of coreutils (8.31 or later keeps early signals; older ones ignore them).
 set -euo pipefail
 
@@ -24,19 +24,19 @@ choose_runtime() {
     esac
 }
 
-# A signal may come before Python has a handler: blocked, it waits for one; ignored (an old env), it is lost; by default, it would kill.
+# A signal may come before Python has installed its handler. Blocked, it waits for the handler; ignored (with an old env), it is lost; otherwise it would kill.
 early_signals=(env "--block-signal=USR2,TERM,INT")
 "${early_signals[@]}" true 2> /dev/null || early_signals=(bash -c 'trap "" USR2 TERM INT; exec "$@"' early)
 
 # run_stage STAGE RUN_FOLDER_OR_PRESET [section.key=value...]
 run_stage() {
     choose_runtime
-    case ${2:-} in # a run folder by hand, as it was named where it was submitted
+    case ${2:-} in # a relative run folder is meant from the folder of the submission
         '' | /* | *://*) ;;
         *) [ ! -e "$SLURM_SUBMIT_DIR/$2" ] || set -- "$1" "$SLURM_SUBMIT_DIR/$2" "${@:3}" ;;
     esac
-    export SLURM_EXPORT_ENV=ALL # sites with SBATCH_EXPORT=NONE: what was read above is for the tasks, too
-    case $1 in # the tasks of an array divide the work of these; any other stage takes a task of a sweep for a job of its own
+    export SLURM_EXPORT_ENV=ALL # for sites with SBATCH_EXPORT=NONE: the tasks need the variables that were read above
+    case $1 in # the tasks of an array divide the work of these stages; for any other stage each task is a job of its own (a sweep)
         prepare | encode | generate)
             if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -z "${LAUNCHER_SHARE:-}" ]; then
                 export LAUNCHER_SHARE=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))/${SLURM_ARRAY_TASK_COUNT:-0}
@@ -44,23 +44,23 @@ run_stage() {
             ;;
     esac
     echo "== $1: job $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRAY_TASK_ID)}, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-    trap '' TERM # scancel and requeues send it here too; the ranks have theirs, and the verdict waits for them
+    trap '' TERM # scancel and requeues send it to this script, too, which must wait for the ranks and give the verdict
     local srun code=0
-    # The number of nodes is the job's own, also where an array task has one. No --wait: the first node to end waits for the others by itself.
+    # No --wait: a launcher that ends first waits for the others by itself.
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --label "${container[@]}" \
         "${early_signals[@]}" "${wrap[@]}" python launcher.py "$@" &
     srun=$!
     trap 'kill -USR2 "$srun" 2> /dev/null || true' USR2 # srun passes USR2 on to its tasks; TERM would kill them
-    while :; do # a trap interrupts wait
-        wait "$srun" || true # a signal ends this with its own code, which says nothing of srun
+    while :; do # a trap interrupts "wait", so wait again while srun lives
+        wait "$srun" || true # after a signal this code is the signal's, not srun's
         kill -0 "$srun" 2> /dev/null || break
     done
-    trap '' USR2 # there is nobody left to pass it on to
-    wait "$srun" || code=$? # bash keeps srun's
+    trap '' USR2 # srun has ended
+    wait "$srun" || code=$? # bash remembers srun's code
     end "$code" "$@"
 }
 
-# end SRUN_CODE STAGE ...: what the ledger says decides, in whatever order the nodes ended; srun's code is only for the log.
+# end SRUN_CODE STAGE ...: the ledger decides, because srun's code depends on the order in which the nodes ended; that code is only logged.
 end() {
     local srun_code=$1 code=0
     shift
@@ -70,16 +70,16 @@ end() {
     case $code in
         0 | 64 | 65 | 78 | 93) exit "$code" ;;
         75) ;;
-        *) # no verdict (the file system is away?): a crash, retried as often as the job allows
+        *) # no verdict, perhaps because the file system is gone: counts as a crash, retried as often as the job allows
             [ "${SLURM_RESTART_COUNT:-0}" -lt "${LAUNCHER_RETRIES:-3}" ] || exit "$code"
             ;;
     esac
-    # What SLURM is ending already stays cancelled (scancel), or is requeued by SLURM (scontrol requeue, a lost node): a running job requeues itself.
+    # A job that SLURM is ending already stays cancelled (scancel), or is requeued by SLURM (scontrol requeue, a lost node). Any other requeues itself here.
     [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || superseded || scontrol requeue "$SLURM_JOB_ID"
     exit 75
 }
 
-# Whether SLURM, which has lost this node, has started the job again elsewhere: it would be the newer start that a requeue ends.
+# Whether SLURM had lost contact to this node and has started the job again elsewhere: a requeue from here would end that newer start.
 superseded() {
     local restarts
     restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' | head -n 1)

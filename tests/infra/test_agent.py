@@ -233,7 +233,7 @@ def test_what_a_rank_could_not_record_in_an_outage_is_recorded_by_its_agent(
         assert output == "ended: 93 rank 0: storage unreachable: diverged\n"
     else:
         assert output.startswith("ended: 1 storage unreachable: s3://") and "answered SlowDown" in output
-        assert output.endswith(" Not written down: rank 0 ended with 93, diverged; how the ranks of node 0 ended\n") and output.count("\n") == 1
+        assert output.endswith(" Not recorded: rank 0 ended with 93, diverged; how the ranks of node 0 ended\n") and output.count("\n") == 1
 
 
 def test_a_process_without_a_launcher_leaves_no_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

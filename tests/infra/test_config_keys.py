@@ -119,7 +119,7 @@ def test_a_relative_place_needs_a_working_directory(tmp_path: Path, monkeypatch:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     os.rmdir(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="shared: a relative place, and the working directory is gone"):
+    with pytest.raises(ConfigError, match="shared: a relative path, but the working directory does not exist any more"):
         load_run("tiny", ["data.images=shared"])
     assert load_run("tiny", ["data.images=/shared"]).data.images == "/shared"
 

@@ -83,19 +83,19 @@ MATRIX = [
     # Empty is unset; a number is one whole number.
     (threads, {"OMP_NUM_THREADS": ""}, 2),
     (threads, {"OMP_NUM_THREADS": " 3 "}, 3),
-    (threads, {"OMP_NUM_THREADS": "4,2"}, r"OMP_NUM_THREADS = '4,2': one whole number from 1 on"),
+    (threads, {"OMP_NUM_THREADS": "4,2"}, r"OMP_NUM_THREADS = '4,2': accepted is a whole number of at least 1"),
     (threads, {"OMP_NUM_THREADS": "0"}, r"OMP_NUM_THREADS = '0'"),
     (threads, {"OMP_NUM_THREADS": "٣"}, r"OMP_NUM_THREADS = '٣'"),
     (retries, {"LAUNCHER_RETRIES": ""}, 3),
     (retries, {"LAUNCHER_RETRIES": "-1"}, r"LAUNCHER_RETRIES = '-1'"),
     (hang, {"LAUNCHER_HANG_S": ""}, 540.0),
     (hang, {"LAUNCHER_HANG_S": "1.5"}, 1.5),
-    (hang, {"LAUNCHER_HANG_S": "soon"}, r"LAUNCHER_HANG_S = 'soon': seconds are accepted"),
+    (hang, {"LAUNCHER_HANG_S": "soon"}, r"LAUNCHER_HANG_S = 'soon': accepted is a number of seconds above 0"),
     (hang, {"LAUNCHER_HANG_S": "nan"}, r"LAUNCHER_HANG_S = 'nan'"),
     (job, {"LAUNCHER_JOB": "", "LAUNCHER_NODES": ""}, ("", 0, 1)),
     (job, {"LAUNCHER_JOB": "a", "LAUNCHER_RESTART": "", "LAUNCHER_NODES": ""}, ("a", 0, 1)),
     (job, {"LAUNCHER_JOB": "a", "LAUNCHER_RESTART": "x"}, r"LAUNCHER_RESTART = 'x'"),
-    (job, {"LAUNCHER_JOB": "a", "LAUNCHER_NODES": "0"}, r"LAUNCHER_NODES = '0': one whole number from 1 on"),
+    (job, {"LAUNCHER_JOB": "a", "LAUNCHER_NODES": "0"}, r"LAUNCHER_NODES = '0': accepted is a whole number of at least 1"),
     (job, TASK | {"SLURM_RESTART_COUNT": ""}, ("7", 0, 1)),
     (job, TASK | {"SLURM_RESTART_COUNT": "two"}, r"inside srun, but SLURM_RESTART_COUNT = 'two'"),
     (job, TASK | {"SLURM_NODEID": ""}, r"inside srun, but SLURM_NODEID is not set"),
@@ -114,7 +114,7 @@ MATRIX = [
         {"HOME": "/h", "USER": "u", "AWS_PROFILE": None, "OMP_NUM_THREADS": None},
     ),
     (checked, {"OMP_NUM_THREADS": "1,1"}, r"OMP_NUM_THREADS"),
-    (checked, {"TMPDIR": "/nowhere/at/all"}, r"TMPDIR = /nowhere/at/all: no folder that can be written"),
+    (checked, {"TMPDIR": "/nowhere/at/all"}, r"TMPDIR = /nowhere/at/all: not a folder that can be written to"),
 ]
 
 

@@ -50,7 +50,7 @@ def test_cuda_is_that_of_the_locked_torch_in_every_place() -> None:
 
 def test_another_cuda_than_the_recorded_one_is_refused_and_a_cpu_build_is_not() -> None:
     CHECK.check_cuda(None, "13.2")
-    with pytest.raises(SystemExit, match=r"torch was built with CUDA 12\.8, constraints\.txt records 13\.2: freeze it anew"):
+    with pytest.raises(SystemExit, match=r"torch was built with CUDA 12\.8, constraints\.txt records 13\.2: freeze it again"):
         CHECK.check_cuda("12.8", "13.2")
     with pytest.raises(SystemExit, match=r"no line '# torch\.version\.cuda: \.\.\.'; write the file with \.ci/freeze\.py"):
         CHECK.recorded_cuda("torch==2.15.0\n")

@@ -59,7 +59,7 @@ def test_a_host_list_names_as_many_hosts_as_it_has_numbers(numbers: list[int], w
     assert expand_hosts(text) == [f"node{n:0{width}d}" for n in numbers] + ["last"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("n[1-", "no host list"), ("n[a-b]", "no host list"), ("", "names no host")])
+@pytest.mark.parametrize(("text", "message"), [("n[1-", "not a host list"), ("n[a-b]", "not a host list"), ("", "names no host")])
 def test_what_is_no_host_list_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         expand_hosts(text)
@@ -94,7 +94,7 @@ def test_helpers_of_a_launcher_survive_the_signal_that_slurm_sends_to_every_proc
         (TASK | {"SLURM_NODEID": "x"}, "inside srun, but SLURM_NODEID = 'x'"),
         (TASK | {"SLURM_STEP_NUM_TASKS": "16"}, "16 tasks on 2 nodes: one launcher for each node"),
         (POD | {"LAUNCHER_NODE": "2"}, "node 2 of 2"),
-        (POD | {"LAUNCHER_NODE": "one"}, "LAUNCHER_NODE = 'one': one whole number"),
+        (POD | {"LAUNCHER_NODE": "one"}, "LAUNCHER_NODE = 'one': accepted is a whole number"),
         (POD | {"LAUNCHER_RENDEZVOUS": ""}, "needs LAUNCHER_RENDEZVOUS"),
     ],
 )

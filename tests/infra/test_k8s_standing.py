@@ -114,7 +114,7 @@ def test_pods_that_do_not_go_are_named_and_nothing_is_applied_over_them(cluster:
     stands(cluster, spec(), "Failed")
     (cluster / "stuck").touch()
     with pytest.raises(
-        ConfigError, match=r"timed out waiting for the condition A pod that does not go is on a node that does not answer: docs/cluster\.md"
+        ConfigError, match=r"timed out waiting for the condition A pod that is not removed is on a node that does not answer: docs/cluster\.md"
     ):
         k8s_submit.submit(spec())
     assert "apply" not in verbs(cluster)

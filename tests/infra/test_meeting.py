@@ -181,7 +181,7 @@ def test_gloo_is_given_the_interface_towards_node_0_where_the_hosts_name_is_the_
     monkeypatch.setattr(interfaces, "is_loopback", lambda name: True)
     monkeypatch.setattr(interfaces, "towards", lambda host: f"eth-{host}")
     agent._choose_interface(job(1, 1, host="10.0.0.9"))
-    assert agent.os.environ["GLOO_SOCKET_IFNAME"] == "eth-10.0.0.9" and "is a name of the loopback: gloo takes eth-10.0.0.9" in caplog.text
+    assert agent.os.environ["GLOO_SOCKET_IFNAME"] == "eth-10.0.0.9" and "resolves to the loopback interface: gloo uses eth-10.0.0.9" in caplog.text
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     agent._choose_interface(job(1, 1))
     assert agent.os.environ["GLOO_SOCKET_IFNAME"] == "ib0", "what a site says, counts"

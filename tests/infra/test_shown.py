@@ -103,9 +103,9 @@ def test_a_value_of_5000_characters_is_cut_in_complaints_and_differences() -> No
     [
         ("[" * 5000 + "]" * 5000, "more than 64 deep"),
         ("[" * 100 + "]" * 100, "more than 64 deep"),
-        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
-        ('{"a": NaN}', "NaN is no number"),
-        ("-Infinity", "-Infinity is no number"),
+        ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ("-Infinity", "-Infinity is not a JSON number"),
         ("1e999", "is not finite"),
         ("9" * 5000, "an integer of 5000 digits"),
         ('{"a":', "Expecting value"),

@@ -169,7 +169,7 @@ def test_a_stream_of_an_object_that_changes_meanwhile_is_refused(server: Scripte
 
 def test_a_stream_with_a_wrong_checksum_is_refused_at_its_end(server: ScriptedServer) -> None:
     server.script = [lambda handler: handler.answer(200, CONTENT, headers={"x-amz-checksum-crc32": "AAAAAA=="})]
-    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: damaged on its way"):
+    with storage.open_stream(URL) as stream, pytest.raises(DataError, match=r"object\.bin: damaged in transit"):
         stream.read()
 
 
@@ -276,7 +276,7 @@ def test_a_server_without_conditions_is_refused_or_declared(server: ScriptedServ
 
 def test_a_server_that_passes_over_the_condition_is_found_out(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.script = [lambda handler: handler.answer(200, CONTENT if handler.command == "GET" else b"")]  # whatever is asked, it is done
-    with pytest.raises(ConfigError, match=r"passes over the condition to create an object only once \(If-None-Match\), so of several launchers"):
+    with pytest.raises(ConfigError, match=r"ignores the condition to create an object only once \(If-None-Match\), so a launcher cannot"):
         s3.check_creation(URL)
     (lack,) = node_checks._creates_once("s3://bucket/run")
     assert not lack.ok and "If-None-Match" in lack.found and "kept_apart" in lack.advice

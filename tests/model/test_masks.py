@@ -145,7 +145,7 @@ def test_every_kind_of_mask_is_in_the_table_and_says_how_far_it_reaches_in_its_l
     assert [lines_before(kind, rules) for kind in KINDS] == [1, 0, 2]
     assert [lines_before("conv", MaskRules(2, 11)), lines_before("row", MaskRules(8))] == [1, 1]
     monkeypatch.setitem(MASKS, "column", MaskKind(MASKS["row"].allows, is_transposed=True))
-    with pytest.raises(ValueError, match=r"'column' is laid out transposed, so it may allow multiples of 8 alone; it allows \(0, 1, 2"):
+    with pytest.raises(ValueError, match=r"'column' is laid out transposed, so it may allow only multiples of 8; it allows \(0, 1, 2"):
         lines_before("column", rules)
 
 

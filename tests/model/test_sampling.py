@@ -167,7 +167,7 @@ def test_guidance_of_one_computes_nothing_and_of_zero_forgets_the_caption() -> N
 def test_logits_that_are_no_numbers_end_the_drawing_and_name_the_position(window: int, place: str) -> None:
     model = wide(layers=1)
     model.image_columns.weight[2] = float("nan")
-    with pytest.raises(NotFiniteError, match=f"the logits of image {place} of 16 are no numbers"):
+    with pytest.raises(NotFiniteError, match=f"the logits of image {place} of 16 are not finite"):
         draw([1, 2, 3, 4], model=model, window=window)
 
 

@@ -292,7 +292,7 @@ def test_a_missing_variable_of_the_world_is_an_error_and_not_rank_zero(monkeypat
         World.from_env()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "one")
-    with pytest.raises(ConfigError, match=r"RANK = 'one': one whole number .*Ranks are started by"):
+    with pytest.raises(ConfigError, match=r"RANK = 'one': accepted is a whole number .*Ranks are started by"):
         World.from_env()
 
 

@@ -1,6 +1,6 @@
-"""What a checkpoint costs training: the stall of a save, and all that it slows down afterwards. ``launcher.py bench checkpoint``
+"""What a checkpoint costs training: the time that a save blocks it, and how much it slows down later updates. ``launcher.py bench checkpoint``
 
-The real engine and the real saver, on a folder of this machine; updates on random data. Needs the whole environment.
+Uses the real engine and the real checkpointer, a local folder, and random data. Needs all dependencies.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from train.ranks.device import set_up
 from train.weights.checkpointer import Checkpointer
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
-"""Preset and precision by device."""
+"""Device -> preset and precision."""
 BETWEEN = 20
-"""Updates between two saves."""
+"""Number of updates between two saves."""
 
 
 def run(options: Options) -> Result:
-    """Updates without a save and updates after one, in turn, for about ``seconds`` a turn or ``BETWEEN`` updates, whichever is longer."""
+    """Measure updates without a save and updates after a save in turns. A turn takes about ``seconds``, or ``BETWEEN`` updates if that is longer."""
     preset, precision = PRESETS[options.device]
     cfg = load_run(preset, [f"dalle_fit.precision={precision}", "dalle_fit.accumulation=1"])
     world, device = World.single(), set_up(World.single())
@@ -37,7 +37,7 @@ def run(options: Options) -> Result:
     result = start("checkpoint", "Checkpoints: the stall of a save, written beside training", options, **names)
 
     def update(before_step: Callable[[], float]) -> tuple[float, float]:
-        """Seconds in all, and those in which it waited for the copies of a save."""
+        """Make an update. Returns its seconds, and how many of them it waited for the copies of a save."""
         began = time.perf_counter()
         engine.micro_batch(last=True)
         engine.backward(micro_batch())
@@ -55,14 +55,14 @@ def run(options: Options) -> Result:
             return time.perf_counter() - began
 
         def settle() -> float:
-            """On a GPU the host does not wait for the copies: its queue does, which is empty here but for them."""
+            """Wait for the copies. On a GPU the engine only lets the queue wait for them, so here this process waits for the queue, which holds nothing else."""
             began = time.perf_counter()
             saver.settle()
             if options.device == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - began
 
-        for step in range(2):  # makes the moments, the buffers of the copies, and all that first updates make
+        for step in range(2):  # the first updates create the moments, the buffers for copies, and so on
             update(settle)
             save(step)
         settle()
@@ -88,7 +88,7 @@ def run(options: Options) -> Result:
 def _write_down(
     result: Result, state: dict[str, Tensor], options: Options, plain: Sequence[float], stalls: Sequence[float], costs: Sequence[float]
 ) -> None:
-    """The figures of the saves, beside the floor: a plain copy of as many bytes."""
+    """Add the figures of the saves, and the floor: a plain copy of the same number of bytes."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Code loader: records/s of a worker, its memory, and what the demo's transformer waits for it. ``python -m train.bench.data_codes``"""
+"""The loader of codes: records/s of a worker, its memory, and how long the demo's transformer waits for it. ``python -m train.bench.data_codes``"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WORDS = (
 
 
 def run(options: Options) -> Result:
-    """Records/s of one worker beside the rate at which the same bytes are read; memory; share of a training step that is waiting."""
+    """Measure records/s of one worker, the rate at which the same bytes can be read, memory, and the fraction of a training step that is spent waiting."""
     result = start("data-codes", "Code loader", options, records=RECORDS, grid=GRID, batch=BATCH, caption_words="5 to 25", captions=3)
     with tempfile.TemporaryDirectory() as folder, threads(1):
         shard_set = make_set(folder)
@@ -64,7 +64,7 @@ def run(options: Options) -> Result:
 
 
 def make_set(folder: str, records: int = RECORDS, grid: int = GRID) -> ShardSet:
-    """A generated code set of three captions a record."""
+    """Generate a code set with three captions in each record."""
     rng, words = np.random.default_rng(0), _WORDS.split()
 
     def record(number: int) -> CodeRecord:
@@ -76,7 +76,7 @@ def make_set(folder: str, records: int = RECORDS, grid: int = GRID) -> ShardSet:
 
 
 def untokenised(seed: int) -> Callable[[Record, int], Sample]:
-    """Codes and the drawn caption as text."""
+    """A transform that returns the codes, and the chosen caption as text."""
 
     def transform(record: Record, epoch: int) -> Sample:
         captions = record["captions"]
@@ -87,7 +87,7 @@ def untokenised(seed: int) -> Callable[[Record, int], Sample]:
 
 
 def codes_collate(samples: list[Sample]) -> dict[str, Any]:
-    """Ids, captions, and codes uint16 [B, I]."""
+    """Collate samples to ids, captions, and codes uint16 [B, I]."""
     codes_BI = torch.from_numpy(np.stack([sample["codes"] for sample in samples]))
     return {"ids": [sample["id"] for sample in samples], "captions": [sample["caption"] for sample in samples], "codes": codes_BI}
 
@@ -111,7 +111,7 @@ def _loader(shard_set: ShardSet, transform: Callable[[Record, int], Sample], col
 
 @contextlib.contextmanager
 def _one_rank() -> Iterator[None]:
-    """A benchmark is one process, whatever started it."""
+    """Act as a single rank inside the block, whatever environment variables the process was started with."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -126,7 +126,7 @@ def _rate(shard_set: ShardSet, transform: Callable[[Record, int], Sample], colla
 
 
 def _memory(result: Result, shard_set: ShardSet, transform: Callable[[Record, int], Sample]) -> None:
-    """Memory of a worker that is its own: pages that it shares with its parent do not count."""
+    """Measure the private memory of a worker: pages that it shares with its parent do not count."""
     with _loader(shard_set, transform, code_collate, 1, BATCH) as loader:
         for _ in range(RECORDS // BATCH):
             loader.next()
@@ -136,7 +136,7 @@ def _memory(result: Result, shard_set: ShardSet, transform: Callable[[Record, in
 
 
 def _waiting(result: Result, shard_set: ShardSet, tokenizer: Tokenizer, options: Options) -> None:
-    """Share of a step that the demo's transformer waits for a batch."""
+    """Measure the fraction of a step that the demo's transformer waits for a batch."""
     batch, transform = 16, code_transform(tokenizer, 0, dropout=0.1)
     step = training_step(TransformerConfig(layers=4, width=128, heads=4), _DEMO_SHAPE, batch, "fp32", options.device, "structured")
     shares, rates = [], []

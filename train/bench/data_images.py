@@ -1,6 +1,6 @@
-"""Images into pictures: decoding and Listing 2 against libjpeg-turbo alone, torchvision and webdataset. ``python -m train.bench.data_images``
+"""Decoding images and cropping them as in Listing 2 of the paper, compared with libjpeg-turbo, torchvision and webdataset. ``python -m train.bench.data_images``
 
-All in one thread, from 1,000 generated files in memory (webdataset reads them from a tar in the page cache, as it must).
+Everything runs in one thread, on 1,000 generated files in memory. Only webdataset must read them from a tar file, which is in the page cache.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _EXACT, _FAST = "decode + Listing 2, exact", "decode + Listing 2, fast"
 _TORCHVISION, _WEBDATASET = "torchvision: Pillow + RandomResizedCrop + ToTensor", "webdataset: Pillow + RandomResizedCrop + ToTensor"
 _UNIT = "images/s"
 Work = Callable[[int, bytes], object]
-"""Does something with the file of an index."""
+"""Called with an index and the file of this index."""
 
 
 def run(options: Options) -> Result:
-    """Images/s of each, in one thread."""
+    """Measure images/s of each implementation, in one thread."""
     return compare(photographs.files(), options)
 
 
@@ -75,7 +75,7 @@ def compare(files: list[bytes], options: Options) -> Result:
 
 
 def _take_turns(files: list[bytes], works: dict[str, Work], options: Options) -> dict[str, Figure]:
-    """Images/s of each work. They take turns, a few images each: what else the machine does then hits all alike, and ratios stay true."""
+    """Images/s of each work. They take turns of a few images each, so that other load on the machine affects all equally, and ratios stay correct."""
     turns = 4 * options.runs
     once = replace(options, seconds=options.seconds / turns, runs=1)
     rates: dict[str, list[float]] = {name: [] for name in works}
@@ -87,7 +87,7 @@ def _take_turns(files: list[bytes], works: dict[str, Work], options: Options) ->
 
 
 def _chunks(files: list[bytes], work: Work) -> Callable[[], None]:
-    """Does work(index, file) for the next files of an endless round, a chunk a call."""
+    """A function that does the work for the next chunk of files; after the last file it starts again with the first."""
     turn: Iterator[tuple[int, bytes]] = itertools.cycle(enumerate(files))
 
     def chunk() -> None:
@@ -107,7 +107,7 @@ def _ours(files: list[bytes]) -> dict[str, Work]:
     image = decode(files[0])
     return {
         _DECODE: lambda _, file: simplejpeg.decode_jpeg(file),
-        # At an eighth, nearly all that is left is reading the entropy-coded bits: nobody can skip them.
+        # At an eighth of the size, nearly all of the work is the entropy decoding, which no decoder can skip.
         _ENTROPY: lambda _, file: simplejpeg.decode_jpeg(file, min_height=1, min_width=1),
         _EXACT: lambda index, file: picture(file, _draw(index), _TARGET),
         _FAST: lambda index, file: picture(file, _draw(index), _TARGET, "fast"),
@@ -126,7 +126,7 @@ def _difference(files: list[bytes]) -> Figure:
 
 
 def _theirs(files: list[bytes], folder: Path) -> dict[str, Work]:
-    from torchvision import transforms  # two seconds
+    from torchvision import transforms  # imported here because it takes two seconds
 
     augment = transforms.Compose([transforms.RandomResizedCrop(_TARGET), transforms.ToTensor()])
     bytes_only = transforms.Compose([transforms.RandomResizedCrop(_TARGET), transforms.PILToTensor()])
@@ -142,7 +142,7 @@ def _theirs(files: list[bytes], folder: Path) -> dict[str, Work]:
 
 
 def _webdataset(files: list[bytes], path: Path, augment: Callable[[Any], Any]) -> Any:
-    """An endless webdataset of the files, with Pillow and torchvision's transforms as its documentation has it."""
+    """An endless webdataset of the files, with Pillow and torchvision's transforms, as in the documentation of webdataset."""
     with tarfile.open(path, "w") as tar:
         for index, file in enumerate(files):
             member = tarfile.TarInfo(f"{index:08d}.jpg")

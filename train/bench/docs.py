@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from docs/benchmarks/*.json, and figures from nowhere else. ``python -m train.bench.docs``"""
+"""Writes docs/benchmarks.md, whose figures come only from docs/benchmarks/*.json. ``python -m train.bench.docs``"""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def schema_text() -> str:
 
 
 def render(folder: Path) -> str:
-    """The page as Markdown: a section for each benchmark, a part for each device.
+    """The page as Markdown: a section for each benchmark, and in it a part for each device.
 
     Raises:
-        ValueError: a file is no result of a benchmark; it is named.
+        ValueError: a file does not hold the result of a benchmark; the message names it.
     """
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
     parts = [_HEAD]
@@ -54,7 +54,7 @@ def check(value: Any) -> None:
     """Check parsed JSON against the schema of results.
 
     Raises:
-        ValueError: the place, what is there and what is expected.
+        ValueError: it does not conform. The message names the place, what is there and what is expected.
     """
     error = best_match(Draft202012Validator(JSON_SCHEMA).iter_errors(value))
     if error is not None:

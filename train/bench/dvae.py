@@ -1,4 +1,4 @@
-"""The dVAE, training and encoding, against the matrix rate of the same run and against the released package run plainly. ``python -m train.bench.dvae``"""
+"""Training and encoding of the dVAE, compared with the matrix rate of the same run and with the released package. ``python -m train.bench.dvae``"""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SIZES = {
     "cpu": (DVAEConfig(image_size=64, width=64, vocab=2048), 8),
     "cuda": (DVAEConfig(), 16),
 }
-"""Configuration and batch by device. On a CPU the released network with a quarter of its width, on small pictures."""
+"""Device -> configuration and batch. On a CPU, the released network with a quarter of its width, on small pictures."""
 _TAU, _BETA, _SEED = 0.5, 6.6, 0
 Work = Callable[[], object]
 
 
 def run(options: Options) -> Result:
-    """Images/s of training steps and of encoding by dtype; on a CPU in one thread."""
+    """Measure images/s of training steps and of encoding for each dtype; on a CPU in one thread."""
     cfg, batch = _SIZES[options.device]
     return compare(cfg, batch, options)
 
@@ -111,9 +111,9 @@ def encoding(cfg: DVAEConfig, batch: int, dtype: torch.dtype, device: str) -> Wo
 
 
 def _released(cfg: DVAEConfig, device: str) -> tuple[Any, Any] | None:
-    """Encoder and decoder of the package in this size; None where it is not installed.
+    """Encoder and decoder of the released package in this size; None if it is not installed.
 
-    Its parameters train as they come: its argument requires_grad has no effect when False, and fails when True.
+    Its parameters are trainable by default. Its argument requires_grad is not used: False has no effect, and True raises an error.
     """
     try:
         dall_e = import_module("dall_e")
@@ -124,7 +124,7 @@ def _released(cfg: DVAEConfig, device: str) -> tuple[Any, Any] | None:
 
 
 def plain_step(encoder: Any, decoder: Any, cfg: DVAEConfig, batch: int, device: str) -> Work:
-    """One update of the package's modules, written down from the paper's formulas with what torch offers."""
+    """A function that makes one update of the package's modules, written after the paper's formulas with plain torch operations."""
     optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=1e-4)
     pixels_B3YX = _pixels(cfg, batch, device)
 
@@ -143,7 +143,7 @@ def plain_step(encoder: Any, decoder: Any, cfg: DVAEConfig, batch: int, device: 
 
 
 def plain_encoding(encoder: Any, cfg: DVAEConfig, batch: int, device: str) -> Work:
-    """Codes by the package's encoder, as its notebook computes them."""
+    """A function that computes codes with the package's encoder, as its notebook does."""
     pixels_B3YX = _pixels(cfg, batch, device)
 
     def encode() -> Tensor:

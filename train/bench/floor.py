@@ -1,4 +1,4 @@
-"""Floors of a machine: what its matrix units and its memory can do. ``python -m train.bench.floor``"""
+"""What the matrix units and the memory of a machine can do; other benchmarks are compared with it. ``python -m train.bench.floor``"""
 
 import os
 
@@ -10,7 +10,7 @@ _SLOW = (256, 256, 256)
 
 
 def run(options: Options) -> Result:
-    """Matrix rates by dtype and copy bandwidth; on a CPU with one thread and with all cores."""
+    """Measure matrix rates for each dtype, and the bandwidth of a copy; on a CPU with one thread and with all cores."""
     large = options.device == "cuda"
     result = start("floor", "Floors: matrix products and copies", options, matmul="8192^3" if large else "1024^3, fp16 256^3")
     counts = [1] if large else sorted({1, os.cpu_count() or 1})

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the result, its JSON schema and its file. torch and the standard library only.
+"""What all benchmarks share: the result, its JSON schema and its file. Needs only torch and the standard library.
 
 So a benchmark of a model runs on a machine that has nothing but torch: ``python -m train.bench.<name>`` from the root of the checkout.
 """
@@ -27,7 +27,7 @@ SCHEMA = "bench/1"
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure over another of the same run."""
+    """One figure divided by another of the same run."""
 
     value: float
     of: str
@@ -35,7 +35,7 @@ class Ratio:
     to: str
     """Name of the denominator, in floor, measured or peers."""
     goal: float | None = None
-    """What we want it to be at least."""
+    """The ratio should be at least this."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
     """What was measured: sizes, dtypes, threads."""
     floor: dict[str, Figure] = field(default_factory=dict)
-    """What the machine can do, measured in the same run."""
+    """What the machine can do at best, measured in the same run."""
     measured: dict[str, Figure] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     peers: dict[str, Figure] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Result:
 
 
 def start(name: str, title: str, options: Options, **settings: Any) -> Result:
-    """A result with everything but figures."""
+    """A result that has everything but figures."""
     return Result(
         name=name,
         title=title,
@@ -81,14 +81,14 @@ def start(name: str, title: str, options: Options, **settings: Any) -> Result:
         versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)},
         commit=_commit(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
-        # A shared machine is no secret: what else ran explains a wide range.
+        # Recorded because other load on the machine explains a wide range of the figures.
         settings=settings | {"load_at_start": round(os.getloadavg()[0], 1)},
     )
 
 
 def _commit() -> str:
-    """Commit of the checkout, with ``+dirty`` where tracked files differ; ``unknown`` on a machine that was given the files alone.
-    As infra.run_folder has it, which needs more than torch."""
+    """Commit of the checkout, with ``+dirty`` if tracked files differ; ``unknown`` if the files were copied without the repository.
+    The same as in infra.run_folder, which cannot be used here because it needs more than torch."""
     try:
         head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
@@ -141,12 +141,12 @@ JSON_SCHEMA["required"] = sorted(JSON_SCHEMA["properties"])
 
 
 def to_json(result: Result) -> str:
-    """A result as sorted JSON; figures with five significant digits. NaN and infinity are refused (ValueError)."""
+    """A result as sorted JSON, with figures of five significant digits. NaN and infinity raise a ValueError."""
     return json.dumps(_rounded(asdict(result)), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write a result as ``<name>-<device>.json``, in place of an earlier one."""
+    """Write a result as ``<name>-<device>.json``, replacing an earlier one."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{result.name} {result.device['name']} {result.device.get('cores', '')}".lower()).strip("-")
     path = folder / f"{slug}.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def write(result: Result, folder: Path) -> Path:
 
 
 def main(run: Callable[[Options], Result]) -> None:
-    """Command line of a benchmark module: run it, print the result, and write it where asked."""
+    """The command line of a benchmark module: runs it, prints the result, and writes it if a folder is given."""
     parser = argparse.ArgumentParser(description="Run a benchmark and print its result as JSON.")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=Options.device)

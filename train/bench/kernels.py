@@ -1,4 +1,5 @@
-"""Our Triton kernels compiled for real GPUs, without one: registers, spills and shared memory as NVIDIA's assembler counts them. ``python -m train.bench.kernels``"""
+"""Compiles our Triton kernels for real GPUs, without having one. Shows registers, spills and shared memory as NVIDIA's assembler counts them.
+``python -m train.bench.kernels``"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100 and H200, B200."""
 GRADIENTS = {"fp32": "*fp32", "fp16": "*fp16"}
-"""As the reduction leaves them; with bf16 products they are fp32."""
+"""Dtypes of gradients after the reduction; with bf16 products they are fp32."""
 _WARP = 32
 
 
@@ -31,15 +32,15 @@ class Variant:
     moments: str
     """'fp32' or '16-bit'."""
     gradient: str
-    """Of GRADIENTS; a copy of the master has its dtype."""
+    """One of GRADIENTS. If a copy of the master weights is written, it has the same dtype."""
     copies: bool
-    """Whether a copy of the master is written."""
+    """Whether a copy of the master weights is written."""
 
     def __str__(self) -> str:
         return f"AdamW, {self.moments} moments, {self.gradient} gradients{', with a copy' if self.copies else ''}"
 
     def source(self) -> ASTSource:
-        """What Triton compiles: types of the arguments, and what is constant."""
+        """The input of Triton's compiler: the types of the arguments, and the constants."""
         packed = self.moments == "16-bit"
         codes, dtype = "*i16" if packed else "*fp32", GRADIENTS[self.gradient]
         pointers = {"p_ptr": "*fp32", "grad_ptr": dtype, "mean_ptr": codes, "variance_ptr": codes, "copy_ptr": dtype if self.copies else "*fp32"}
@@ -48,7 +49,7 @@ class Variant:
         constants |= dict(zip(("v_largest", "v_smallest"), (UNSIGNED_0610.largest, UNSIGNED_0610.smallest), strict=True))
         constants |= {"packed": packed, "copies": self.copies, "block": adamw_kernel._BLOCK}
         signature = {**pointers, "n": "i32", **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(constants, "constexpr")}
-        aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}  # as torch allocates
+        aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}  # the alignment of memory that torch allocates
         return ASTSource(adamw_kernel._kernel, signature, constexprs=constants, attrs=aligned)
 
 
@@ -57,12 +58,12 @@ VARIANTS = tuple(Variant(moments, gradient, copies) for moments in ("fp32", "16-
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes of a GPU."""
+    """The resources of a GPU that a kernel uses."""
 
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     spills: int
-    """Bytes of a thread that do not fit into registers: stores and loads."""
+    """Bytes that a thread stores to and loads from memory because its registers are not enough."""
     shared: int
     """Bytes of shared memory of a block."""
     cubin: int
@@ -70,7 +71,7 @@ class Usage:
 
 
 def compiled(variant: Variant, capability: int) -> Usage:
-    """Compile a kernel for a compute capability, down to machine code. No GPU is asked."""
+    """Compile a kernel for a compute capability, down to machine code. Needs no GPU."""
     kernel = triton.compile(variant.source(), target=GPUTarget("cuda", capability, _WARP), options=adamw_kernel.OPTIONS)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
@@ -86,7 +87,7 @@ def compiled(variant: Variant, capability: int) -> Usage:
 
 
 def _assembler() -> str:
-    """ptxas, as Triton's wheel brings it."""
+    """The path of ptxas, which comes with Triton's wheel."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     return str(next(path for name in ("ptxas-blackwell", "ptxas") if (path := folder / name).exists()))
 

@@ -1,6 +1,6 @@
-"""Bytes of live tensors, and what activation checkpointing saves of them. ``launcher.py bench memory``
+"""Bytes of live tensors, and how much of them activation checkpointing saves. ``launcher.py bench memory``
 
-Counted, not sampled: every storage that an operation makes is followed until it is freed, so the figures are the same on every machine and in every run.
+The bytes are counted, not sampled: every storage is followed from its creation until it is freed. So the figures are the same on every machine and in every run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SIZES = {
     "cpu": (TransformerConfig(layers=8, width=256, heads=4), StreamShape(text_tokens=64, text_vocab=2048, grid=16, image_vocab=1024), 2),
     "cuda": (TransformerConfig(layers=24, width=2048, heads=32), StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192), 4),
 }
-"""Configuration, stream and batch by device."""
+"""Device -> configuration, shape of the stream, and batch."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of all tensors that operations return inside the block: bytes alive now, and at most."""
+    """Follows the storages of all tensors that operations return inside the block: counts the bytes that exist now, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,15 +42,15 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def follow(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until it is freed; one that is counted already is left alone."""
-        if tensor.device.type == "meta":  # describes a shape and holds nothing
+        """Count a tensor's storage until it is freed, unless it is already counted."""
+        if tensor.device.type == "meta":  # only describes a shape, without memory
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
             return
         size = self._seen[key] = storage.nbytes()
-        self.now += size  # threads switch at calls, and one in between would lose what another thread frees
+        self.now += size  # one statement without a call: threads switch at calls, and what another thread frees in between would be lost
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key)
 
@@ -64,9 +64,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
-    """Bytes of one forward and backward pass on random tokens, beyond what was alive before: kept at the end of the forward pass, and at most.
+    """Bytes of one forward and backward pass on random tokens, in addition to those before: at the end of the forward pass, and at the peak.
 
-    Parameters' gradients are among the second where they are not there already.
+    The peak includes the gradients of parameters, unless they existed before.
     """
     shape = model.shape
     text_BT = torch.randint(shape.text_vocab, (batch, shape.text_tokens), device=device)
@@ -77,7 +77,7 @@ def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
     for tensor in (*model.parameters(), *gradients, *model.buffers(), text_BT, lengths_B, codes_BI):
         live.follow(tensor)
     before = live.now
-    gc.collect()  # so that what stood in cycles before is not freed, or made anew, in between
+    gc.collect()  # so that reference cycles from before are not freed during the measurement
     with live:
         live.restart()
         text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
@@ -89,7 +89,7 @@ def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
 
 
 def build(cfg: TransformerConfig, shape: StreamShape, engine: EngineName, dtype: str, checkpoint_every: int, device: str) -> Transformer:
-    """A model with an engine by name."""
+    """Build a model with the named attention engine."""
     torch.manual_seed(0)
     place = torch.device(device)
     attend = make_engine(engine, cfg, shape, place)
@@ -97,7 +97,7 @@ def build(cfg: TransformerConfig, shape: StreamShape, engine: EngineName, dtype:
 
 
 def run(options: Options) -> Result:
-    """Bytes of forward + backward, without checkpointing and with every n resblocks recomputed together."""
+    """Measure the bytes of a forward and backward pass, without checkpointing and with n resblocks recomputed together."""
     cfg, shape, batch = _SIZES[options.device]
     engine: EngineName = "structured" if options.device == "cpu" else "flex"
     sizes = {"layers": cfg.layers, "width": cfg.width, "heads": cfg.heads, "states": shape.states, "batch": batch, "dtype": "bf16", "engine": engine}
@@ -105,7 +105,7 @@ def run(options: Options) -> Result:
     for every in (0, 1, 2, 4, 8):
         name = f"checkpoint every {every}" if every else "no checkpointing"
         model = build(cfg, shape, engine, "bf16", every, options.device)
-        train_peak(model, batch, options.device)  # gradients exist from now on, as in every step but the first
+        train_peak(model, batch, options.device)  # creates the gradients, which exist in every training step but the first
         kept, peak = train_peak(model, batch, options.device)
         result.measured[f"kept by the forward pass, {name}"] = _megabytes(kept)
         result.measured[f"peak, {name}"] = _megabytes(peak)

@@ -1,4 +1,5 @@
-"""Training step of the transformer against the matrix rate of the same run and against dalle-pytorch; attention by engine. ``python -m train.bench.model``"""
+"""The training step of the transformer, compared with the matrix rate of the same run and with dalle-pytorch; and attention with each engine.
+``python -m train.bench.model``"""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ _SMALL = (
     (TransformerConfig(layers=4, width=32, heads=2, conv_kernel=3), StreamShape(text_tokens=16, text_vocab=400, grid=4, image_vocab=32), 8),
     (TransformerConfig(layers=4, width=128, heads=4, conv_kernel=5), StreamShape(text_tokens=40, text_vocab=1000, grid=16, image_vocab=512), 16),
 )
-"""Sizes of the presets tiny and demo, with the batch of one process: attention only."""
+"""Sizes of the presets tiny and demo, with the batch of one process. Only their attention is measured."""
 
 
 def run(options: Options) -> Result:
-    """On a CPU: the 8-layer, 512-wide model beside the peer. On CUDA: see train/bench/model_cuda.py."""
+    """On a CPU, measure the model with 8 layers and width 512, and the peer. On CUDA, see train/bench/model_cuda.py."""
     if options.device == "cuda":
         from train.bench.model_cuda import run_cuda
 
@@ -40,9 +41,10 @@ def compare(
     options: Options,
     small: tuple[tuple[TransformerConfig, StreamShape, int], ...] = (),
 ) -> Result:
-    """Tokens/s of forward + backward + AdamW for each shape: ours by dtype, the peer's by dtype and attention; milliseconds of attention by engine.
+    """Measure tokens/s of forward pass + backward pass + AdamW for each shape: ours for each dtype, the peer's for each dtype and attention. Also milliseconds of
+    attention for each engine.
 
-    The peer's dtypes are all tried on the first shape, and the faster one runs on the others.
+    On the first shape, all dtypes of the peer are measured; on the others, only the faster one.
     """
     count = os.cpu_count() or 1
     sizes = {"layers": cfg.layers, "width": cfg.width, "heads": cfg.heads, "batch": batch, "text_vocab": shapes[0].text_vocab}

@@ -1,4 +1,5 @@
-"""The 1.2-billion-parameter model on one GPU: tokens/s, share of the matrix rate, attention against causal kernels, peak memory. Not yet seen on a GPU."""
+"""The model with 1.2 billion parameters on one GPU: tokens/s, fraction of the matrix rate, attention compared with causal kernels, peak memory. Not yet run on a
+GPU."""
 
 from __future__ import annotations
 
@@ -25,16 +26,16 @@ from train.planning.hardware import find_by_device_name
 _CFG = TransformerConfig(layers=24, width=2048, heads=32)
 _SHAPE = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
 _BATCH = {0: 8, 1: 16}
-"""Samples at once by checkpoint_every."""
+"""checkpoint_every -> samples in a batch."""
 _GOALS = {0: 0.6, 1: 0.5}
-"""Useful arithmetic over the measured matrix rate, by checkpoint_every."""
+"""checkpoint_every -> goal for the rate of useful arithmetic, as a fraction of the measured matrix rate."""
 LLM_FOUNDRY_TFLOPS = 401.0
 """What llm-foundry publishes for an H100 and a model of 1.3 billion parameters at 2,048 tokens, without recomputation."""
 _GOAL_OVER_FLEX_CAUSAL, _GOAL_OVER_SDPA = 1 / 0.6, 1.0
 
 
 def run_cuda(options: Options) -> Result:
-    """See the module."""
+    """Run the benchmark; see the module's docstring."""
     result = start(
         "model", "Model: training step and attention", options, layers=_CFG.layers, width=_CFG.width, heads=_CFG.heads, states=_SHAPE.states
     )
@@ -81,9 +82,9 @@ def _step(result: Result, engine: EngineName, dtype: str, every: int, options: O
 
 
 def _attention(result: Result, options: Options) -> None:
-    """Our engines, FlexAttention by block size, and causal kernels on the same tensors."""
+    """Measure our engines, FlexAttention with several block sizes, and causal kernels on the same tensors."""
     batch = _BATCH[0]
-    # Written as one engine by one, so that one which does not fit or does not compile leaves the others' figures.
+    # The engines are measured one by one, so that the others' figures are kept if one does not fit into memory or does not compile.
     result.measured |= attention_times.times(_CFG, _SHAPE, batch, ("bf16", "fp16"), options)
     causal = _causal_kernels()
     for name, kernel in causal.items():
@@ -106,12 +107,12 @@ def _attention(result: Result, options: Options) -> None:
         rivals = [name for name in result.peers if name.startswith(words)]
         if rivals:
             fastest = min(rivals, key=lambda name: result.peers[name].value)
-            # Milliseconds: theirs over ours is how many times as fast we are.
+            # Both are times, so theirs divided by ours says how many times as fast ours is.
             result.ratio(f"{words}, over ours", fastest, best, goal=goal)
 
 
 def _dense_by(result: Result, backend: SDPBackend, batch: int, options: Options) -> None:
-    """The dense engine by one of the two kernels among which torch chooses."""
+    """Measure the dense engine with one of the two kernels among which torch chooses."""
 
     def kernel(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         with sdpa_kernel([backend]):
@@ -127,7 +128,7 @@ def _dense_by(result: Result, backend: SDPBackend, batch: int, options: Options)
 
 
 def _causal_kernels() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """What a dense causal model would call, by name."""
+    """Name -> attention function that a dense causal model would call."""
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 

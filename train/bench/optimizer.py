@@ -1,4 +1,4 @@
-"""AdamW of the paper against a copy of as many bytes: an update is bound by memory. ``python -m train.bench.optimizer``"""
+"""The paper's AdamW, compared with a copy of the same number of bytes, because memory bandwidth limits an update. ``python -m train.bench.optimizer``"""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _KINDS = (
     ("16-bit moments", torch.int16, False, 2 * 4 + 4 * 2 + 4),
     ("16-bit moments and weights", torch.int16, True, 2 * 4 + 4 * 2 + 4 + 2),
 )
-"""Name, dtype of the moments, whether there is an fp16 copy of the master, bytes an element."""
+"""Name, dtype of the moments, whether there is an fp16 copy of the master weights, and bytes for each element."""
 _GOALS = {"fp32 moments": (1.0, 2.0), "16-bit moments": (0.5, 8.0), "16-bit moments and weights": (None, None)}
-"""On a CPU: over a copy, and over the same update in torch's operations."""
+"""Goals on a CPU for the rate, divided by that of a copy, and by that of the same update in torch's operations."""
 _HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.5, count=100)
 
 
 def run(options: Options) -> Result:
-    """Bytes/s of an update with fp32 and with 16-bit moments; on a CPU in one thread. A master is read and written, so are both moments; a gradient
-    is read, and a 16-bit copy of the master written."""
+    """Measure bytes/s of an update with fp32 and with 16-bit moments; on a CPU in one thread. Counted are the master weights and both moments, which are read and
+    written, the gradient, which is read, and the 16-bit copy of the master weights, which is written."""
     count = _COUNT[options.device]
     result = start("optimizer", "Optimizer: AdamW with 16-bit moments", options, elements=count, threads=1)
     with threads(1):

@@ -1,6 +1,6 @@
-"""dalle-pytorch 1.6.6 from PyPI as a peer: the DALLE module alone, imported with stand-ins for what its tokenizers and VQGANs would load.
+"""dalle-pytorch 1.6.6 from PyPI, for comparison: only its DALLE module, imported with stand-ins for the packages that its tokenizers and VQGANs would load.
 
-``make bench-peers`` installs it without its dependencies (requirements-peers.txt); it is never a requirement of ours.
+``make bench-peers`` installs it without its dependencies (requirements-peers.txt). Nothing in this repository needs it but comparisons.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from infra.repository import REPOSITORY
 from model.config import StreamShape, TransformerConfig
 
-# Imported at the top of its modules and never called on the way to a training step.
+# Its modules import these at the top, but a training step never calls them.
 _STAND_INS: dict[str, tuple[str, ...]] = {
     "pkg_resources": ("get_distribution",),
     "omegaconf": ("OmegaConf",),
@@ -35,17 +35,17 @@ _STAND_INS: dict[str, tuple[str, ...]] = {
 
 
 def folders() -> list[Path]:
-    """Where peers may be installed: $PEERS, or the folder that ``make bench-peers`` fills."""
+    """The folders in which peers may be installed: $PEERS, and the one that ``make bench-peers`` fills."""
     return [Path(os.environ.get("PEERS") or REPOSITORY / ".venv-peers")]
 
 
 def find(package: str) -> Path | None:
-    """The folder to import a peer's package from; None if it is not installed."""
+    """The folder from which a peer's package can be imported; None if it is not installed."""
     return next((folder for folder in folders() if (folder / package / "__init__.py").is_file()), None)
 
 
 def load() -> Any:
-    """The module ``dalle_pytorch``.
+    """Import the module ``dalle_pytorch``.
 
     Raises:
         ValueError: it is not installed.
@@ -61,7 +61,7 @@ def load() -> Any:
             setattr(module, member, lambda *_: None) if member.islower() else setattr(module, member, type(member, (torch.nn.Module,), {}))
         sys.modules[name] = module
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # last: what we have installed ourselves goes first
+        sys.path.append(str(folder))  # at the end, so that our own packages have priority
     try:
         return importlib.import_module("dalle_pytorch")
     finally:
@@ -70,24 +70,24 @@ def load() -> Any:
 
 
 def attention_pattern(layers: int) -> tuple[str, ...]:
-    """Its nearest to the paper's pattern: row, column, row, row, ..., with convolution last."""
+    """The pattern of its attention layers that is most similar to the paper's: row, column, row, row, ..., with convolution last."""
     return (*("axial_col" if i % 4 == 1 else "axial_row" for i in range(layers - 1)), "conv_like")
 
 
 def build(cfg: TransformerConfig, shape: StreamShape, attention: tuple[str, ...], *, text_ids: int) -> Any:
-    """Its model (a torch module) of equal depth, width, heads and image vocabulary.
+    """Build its model (a torch module) with the same depth, width, heads and image vocabulary as ours.
 
     Args:
         cfg: sizes.
         shape: the token stream.
-        attention: kinds of attention, layer by layer, over and over.
-        text_ids: ids of text, padding (0) included; it adds a padding id of its own for each position.
+        attention: kinds of attention of the layers; repeated if there are more layers.
+        text_ids: number of ids of text, padding (0) included; the peer adds a padding id for each position.
 
     Raises:
         ValueError: it is not installed.
     """
     peer = load()
-    # A VAE that is never run: the model asks it for the number of codes and the size of the grid.
+    # This VAE is never run: the model only asks it for the number of codes and the size of the grid.
     vae = peer.DiscreteVAE(image_size=8 * shape.grid, num_tokens=shape.image_vocab, num_layers=3, hidden_dim=8, codebook_dim=8)
     return peer.DALLE(
         dim=cfg.width,
@@ -104,13 +104,14 @@ def build(cfg: TransformerConfig, shape: StreamShape, attention: tuple[str, ...]
 def training_step(
     cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str, attention: tuple[str, ...]
 ) -> Callable[[], None]:
-    """A function that does one update of its model of equal depth, width, heads and vocabularies; reduced precision by autocast, as it is meant to be used.
+    """A function that does one update of its model with the same depth, width, heads and vocabularies as ours. Lower precision uses autocast, as its authors
+    intend.
 
     Raises:
         ValueError: it is not installed.
     """
     torch.manual_seed(0)
-    text_ids = shape.text_vocab - shape.text_tokens  # with those that it adds, as many as ours
+    text_ids = shape.text_vocab - shape.text_tokens  # with the padding ids that it adds, as many as ours
     model = build(cfg, shape, attention, text_ids=text_ids).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     text_BT = torch.randint(1, text_ids, (batch, shape.text_tokens), device=device)
@@ -127,9 +128,9 @@ def training_step(
 
 
 def drawing_step(cfg: TransformerConfig, shape: StreamShape) -> Callable[[], object]:
-    """A function that computes the logits of one code with its cache, in the middle of a picture, in fp32; again and again at the same place.
+    """A function that computes the logits of one code in the middle of a picture, with its cache and in fp32. Every call computes the same position.
 
-    Its own ``generate_images`` hands the cache on only where it is guided.
+    Its own ``generate_images`` uses the cache only with guidance.
 
     Raises:
         ValueError: it is not installed.
@@ -151,5 +152,5 @@ def drawing_step(cfg: TransformerConfig, shape: StreamShape) -> Callable[[], obj
 
 
 def _copied(cache: dict[object, object]) -> dict[object, object]:
-    """Its queues of shifted tokens change in place; its keys and values are replaced."""
+    """A copy of its cache. Only the queues of shifted tokens are copied, because they change in place; keys and values are replaced by new tensors."""
     return {key: copy.copy(value) for key, value in cache.items()}

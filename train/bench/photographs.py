@@ -1,7 +1,7 @@
-"""JPEG files with the statistics of photographs, for benchmarks of decoding: made from a seed, so that no data set needs to be fetched.
+"""Generates JPEG files with the statistics of photographs, for benchmarks of decoding. They are made from a seed, so that no data set must be downloaded.
 
-What matters to a decoder is how many coefficients a block has. Photographs have amplitudes that fall as one over the frequency, less near the limit of
-the lens, edges where things hide each other, colour that varies less than brightness, and some noise of the sensor.
+The speed of a decoder depends on how many coefficients the blocks have. In photographs, amplitudes are proportional to one over the frequency and smaller near the
+limit of the lens; there are edges where objects hide each other; colour varies less than brightness; and the sensor adds some noise.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _LEAVES = 40
 _SENSOR_NOISE = 1.0
 """Standard deviation, in levels."""
 _FALL = 1.25
-"""Amplitudes fall as frequency to this power: 1.0 to 1.3 in photographs."""
+"""Amplitudes are proportional to one over the frequency to this power, which is 1.0 to 1.3 in photographs."""
 _LUMA_CHROMA = np.array([[1.0, 0.2, 0.12], [1.0, -0.06, -0.15], [1.0, -0.12, 0.24]], dtype=np.float32)
-"""Red, green and blue of three independent fields, of which the first is brightness."""
+"""The red, green and blue parts of three independent fields, the first of which is brightness."""
 
 
 def files(count: int = 1000, seed: int = SEED) -> list[bytes]:
-    """``count`` JPEG files of 500 x 375 pixels, quality 90 and halved chroma; kept in the temporary folder for the next call."""
+    """``count`` JPEG files of 500 x 375 pixels with quality 90 and halved chroma. They are kept in the temporary folder for the next call."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"bench-photographs-{os.getuid()}-{code}-{seed}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -39,19 +39,19 @@ def _kept(path: Path, seed: int, index: int) -> bytes:
     if not path.exists():
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_bytes(encode(photograph(seed, index)))
-        partial.rename(path)  # a killed benchmark leaves no half file under the final name
+        partial.rename(path)  # so that a killed benchmark leaves no incomplete file under the final name
     return path.read_bytes()
 
 
 def encode(pixels_YX3: NDArray[np.uint8], quality: int = QUALITY) -> bytes:
-    """A JPEG file with chroma halved on both axes, as cameras and the web have it."""
+    """Encode a JPEG file with chroma halved on both axes, as is usual for cameras and the web."""
     out = io.BytesIO()
     Image.fromarray(pixels_YX3).save(out, "JPEG", quality=quality, subsampling="4:2:0")
     return out.getvalue()
 
 
 def photograph(seed: int, index: int, width: int = WIDTH, height: int = HEIGHT) -> NDArray[np.uint8]:
-    """Picture ``index``: a ground of one-over-f noise, half hidden by ellipses of other colours; uint8 [height, width, 3]."""
+    """Picture ``index``: a background of one-over-f noise, half of it hidden by ellipses of other colours; uint8 [height, width, 3]."""
     rng = np.random.default_rng((seed, index))
     field_YX3 = _one_over_f(rng, height, width)
     for _ in range(_LEAVES):
@@ -63,7 +63,7 @@ def photograph(seed: int, index: int, width: int = WIDTH, height: int = HEIGHT) 
 
 
 def _hide(field_YX3: NDArray[np.float32], rng: np.random.Generator) -> None:
-    """Lay an ellipse over the field, in place. Its size follows a power law: many small things, few large ones, and edges at every scale."""
+    """Draw an ellipse over the field, in place. Sizes follow a power law, so there are many small and few large ellipses, and edges at every scale."""
     height, width = field_YX3.shape[:2]
     radius = 0.02 * height * rng.uniform(0.02, 1) ** -0.9
     cy, cx, squeeze, tilt = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(0.4, 1), rng.uniform(0, np.pi)
@@ -79,7 +79,7 @@ def _hide(field_YX3: NDArray[np.float32], rng: np.random.Generator) -> None:
 
 
 def _one_over_f(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
-    """Fields [height, width, 3] whose amplitudes fall as one over the frequency, and faster near the finest detail."""
+    """Fields [height, width, 3] whose amplitudes are proportional to one over the frequency, and smaller near the highest frequencies."""
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     frequency = np.sqrt(fy * fy + fx * fx)
     frequency[0, 0] = np.inf

@@ -1,4 +1,4 @@
-"""The same update in torch's operations, a dozen passes over chunks that fit into a cache: what the compiled one on a CPU is measured against, and equals bit for bit."""
+"""The same update in torch's operations: a dozen passes over chunks that fit into a cache. The compiled update on a CPU is compared with it, and gives the same bits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from train.optimizer.adamw import Hyper
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 
 CHUNK = 1 << 16
-"""Elements handled at a time: two to four times as fast as whole tensors."""
+"""Number of elements handled at a time: two to four times as fast as whole tensors."""
 
 
 def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
-    """As ``train.optimizer.adamw.update``."""
+    """See ``train.optimizer.adamw.update``."""
     given = (p, grad, mean, variance) if copy is None else (p, grad, mean, variance, copy)
-    # A copy is written chunk by chunk, as the other tensors are.
+    # The copy, too, is written chunk by chunk.
     for chunks in zip(*(t.detach().view(-1).split(CHUNK) for t in given), strict=True):
         _chunk(chunks[0], chunks[1], chunks[2], chunks[3], hyper)
         if copy is not None:

@@ -1,4 +1,4 @@
-"""Drawing codes: milliseconds a code and codes/s against what reading the weights and the cache costs. ``python -m train.bench.sample``"""
+"""Drawing codes: milliseconds for a code and codes/s, compared with the time of reading the weights and the cache. ``python -m train.bench.sample``"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LEAST_BUFFER, _MOST_BUFFER = 1 << 28, 1 << 31
 
 
 def run(options: Options) -> Result:
-    """Candidates of one caption, and single pictures in windows of drafts; on a CPU with all cores."""
+    """Measure several candidates of one caption, and single pictures with windows of drafts; on a CPU with all cores."""
     cfg, shape, batches = _SIZES[options.device]
     return compare(cfg, shape, batches, options)
 
@@ -83,13 +83,13 @@ def _one(result: Result, weights: DrawingWeights, label: str, pictures: int, cap
 
 
 def _ready(model: Transformer, dtype: torch.dtype, *, eight_bits: bool = False) -> DrawingWeights:
-    """As pictures are drawn on a CPU. Imported here: its kernels need numba, and a machine with a GPU is measured with torch alone."""
+    """The weights as they are prepared for drawing on a CPU. Imported here, because the kernels need numba, and on a GPU the benchmark needs only torch."""
     weights: DrawingWeights = import_module("train.drawing.cpu_drawer").ready(model, dtype, eight_bits=eight_bits)
     return weights
 
 
 def _more_on_a_cpu(result: Result, model: Transformer, options: Options) -> None:
-    """Weights of eight bits, torch's own products, and the peer."""
+    """Measure weights of eight bits, torch's own products, and the peer."""
     result.measured["batch 1, int8"] = measure(drawing_step(_ready(model, torch.float32, eight_bits=True), 1, 1, "cpu"), 1, "codes/s", options)
     result.ratio("int8 over fp32", "batch 1, int8", "batch 1")
     result.measured["batch 1, torch's products"] = measure(drawing_step(DrawingWeights(model), 1, 1, "cpu"), 1, "codes/s", options)
@@ -103,7 +103,7 @@ def _more_on_a_cpu(result: Result, model: Transformer, options: Options) -> None
 
 
 def drawing_step(weights: DrawingWeights, pictures: int, captions: int, device: str) -> Callable[[], object]:
-    """A function that draws one code of each picture in the middle of it, again and again at the same place."""
+    """A function that draws one code in the middle of each picture. Every call draws at the same position."""
     shape = weights.shape
     middle = shape.image_tokens // 2 + shape.grid // 2
     text_CT = torch.zeros(captions, shape.text_tokens, dtype=torch.int64, device=device)
@@ -119,7 +119,7 @@ def drawing_step(weights: DrawingWeights, pictures: int, captions: int, device: 
 
 
 def drawing_pass(weights: DrawingWeights, window: int, device: str) -> Callable[[], object]:
-    """A function that computes one pass of several states in the middle of one picture, again and again at the same place."""
+    """A function that computes one pass over several positions in the middle of one picture. Every call computes the same positions."""
     shape = weights.shape
     text_CT = torch.zeros(1, shape.text_tokens, dtype=torch.int64, device=device)
     drawer = weights.drawer([Texts(text_CT, torch.tensor([min(8, text_CT.shape[1])], device=device), 1)])
@@ -131,7 +131,7 @@ def drawing_pass(weights: DrawingWeights, window: int, device: str) -> Callable[
 
 
 def step_bytes(weights: DrawingWeights, pictures: int, captions: int = 1) -> float:
-    """Bytes that one code of each picture must read: the weights, each caption's text once, and what the masks allow of the past."""
+    """Bytes that must be read to draw one code of each picture: the weights, each caption's keys and values once, and the earlier positions that the masks allow."""
     cfg, shape, size = weights.cfg, weights.shape, weights.dtype.itemsize
     matrices = sum(t.numel() for layer in weights.layers for t in (layer.qkv, layer.post, layer.mlp_1, layer.mlp_2))
     head = weights.model.image_unembedding.weight.numel() * 4
@@ -140,7 +140,7 @@ def step_bytes(weights: DrawingWeights, pictures: int, captions: int = 1) -> flo
 
 
 def step_flops(weights: DrawingWeights, pictures: int) -> float:
-    """Operations of products of one code of each candidate."""
+    """Operations of the matrix products for one code of each picture."""
     cfg, shape = weights.cfg, weights.shape
     matrices = sum(t.numel() for layer in weights.layers for t in (layer.qkv, layer.post, layer.mlp_1, layer.mlp_2))
     attention = sum(2 * cfg.width * (shape.text_tokens + len(offsets_of(kind, shape, cfg))) for kind in layer_kinds(cfg.layers))
@@ -148,14 +148,14 @@ def step_flops(weights: DrawingWeights, pictures: int) -> float:
 
 
 def read_rate(options: Options) -> Figure:
-    """GB/s of reading a buffer of four times the last cache, with the present number of threads."""
+    """GB/s of reading a buffer four times as large as the last-level cache, with the current number of threads."""
     count = min(_MOST_BUFFER, max(_LEAST_BUFFER, 4 * last_cache())) if options.device == "cpu" else _MOST_BUFFER
     buffer = torch.zeros(count // 4, device=options.device)
     return measure(lambda: float(buffer.sum()), 1e-9 * count, "GB/s", options)
 
 
 def last_cache() -> int:
-    """Bytes of the last cache of a CPU, as Linux has it; 0 where it does not say."""
+    """Bytes of the CPU's last-level cache according to Linux; 0 if that is not known."""
     try:
         text = max(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")).joinpath("size").read_text().strip()
         return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]

@@ -23,7 +23,7 @@ def run(name: str, options: Options | None = None) -> Result:
     """Run a benchmark by name.
 
     Raises:
-        ValueError: there is none of that name; the known ones are listed.
+        ValueError: there is none of that name; the message lists the known ones.
     """
     if name not in BENCHES:
         raise ValueError(f"benchmark '{name}' is not known; accepted: {', '.join(sorted(BENCHES))}")

@@ -1,4 +1,4 @@
-"""One training step of a transformer, as benchmarks time it."""
+"""The training step of a transformer that benchmarks measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.machine.rates import Figure
 
 
 def scaled(figure: Figure, factor: float, unit: str) -> Figure:
-    """A figure in another unit."""
+    """Convert a figure to another unit."""
     return Figure(figure.value * factor, figure.min * factor, figure.max * factor, unit, figure.runs)
 
 

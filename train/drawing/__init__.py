@@ -1,1 +1,1 @@
-"""Drawing what is asked for: what to draw with, how, and what is written down of it."""
+"""Draws pictures for captions: opens the models, applies the settings, and records what was drawn."""

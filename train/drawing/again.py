@@ -1,4 +1,4 @@
-"""Drawing a recorded picture again, alone: the same codes and the same file."""
+"""Draws a recorded picture again, by itself: the same codes and the same file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from train.machine.rates import threads
 
 
 def again(models: Models, line: Line) -> tuple[Picture, bytes]:
-    """The picture of a line, and its file. Its batch is as large as it was, filled with this caption, and it stands in its old place: sums of
-    matrix products depend on how many rows are computed at once, and on nothing else of the other rows. What was drawn deterministically is drawn alone.
+    """The picture of a line of samples.jsonl, and its file. Rounding in matrix products depends on how many rows are computed at once, though not on their
+    content. So the picture is drawn at its old position in a batch of the old size, filled with the same caption. If it was drawn with ``deterministic``, it is
+    drawn alone.
 
     Raises:
-        DataError: the line names other weights.
+        DataError: the line names other weights than the model has.
     """
     for kind in ("dalle", "dvae", "tokenizer"):
         if line["weights"].get(kind) != models.lineage[kind]:
@@ -31,7 +32,7 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
         shaped = shaped | {"captions": 1, "each": 1, "place": 0}
     prefix = shape.pop("prefix", [])
     settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
-    # Repeats of the wanted candidate: its seed is what counts, and the others' pictures are thrown away.
+    # All pictures of the batch are copies of the wanted candidate; all but one are thrown away.
     batch = Batch((line["caption"],) * shaped["captions"], (line["candidate"],) * shaped["each"])
     with threads(shaped["threads"]):
         found = draw_batch(models, batch, settings, prefix)[shaped["place"]]
@@ -39,7 +40,7 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
 
 
 def verdict(line: Line, picture: Picture, data: bytes) -> str:
-    """Whether it came out the same, for people."""
+    """Say whether the picture is the same as the recorded one."""
     if hashlib.sha256(data).hexdigest() == line["sha256"]:
         return "the same codes and the same file"
     if picture.codes_hash == line["codes_sha256"]:

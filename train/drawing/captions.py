@@ -1,4 +1,4 @@
-"""Captions as people give them, and what they should hear about them."""
+"""Reads captions from the command line or a file, and makes notes about those that the tokenizer cannot represent well."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from infra import storage
 from infra.errors import DataError
 
 _SHOWN = 8
-"""Letters of a caption, or characters, that a note quotes."""
+"""A note quotes at most this many characters."""
 
 
 def read_captions(given: Sequence[str], file: str) -> list[str]:
-    """The captions of a command line and of a file ('-': of standard input), one a line, each once; blank lines of a file are none.
+    """The captions of the command line and of a file ('-': standard input) with one in each line. Repeated captions and blank lines are left out.
 
     Raises:
-        DataError: the file is missing, or no UTF-8.
+        DataError: the file is missing, or is not UTF-8.
     """
     found = list(given)
     if file:
@@ -30,7 +30,7 @@ def read_captions(given: Sequence[str], file: str) -> list[str]:
 
 
 def notes(tokenizer: Tokenizer, caption: str) -> list[str]:
-    """What a person should know of a caption before they wonder about its pictures."""
+    """Notes about a caption that explain why its pictures may be unexpected."""
     quoted = f"'{shortened(caption)}'"
     if not caption.strip():
         return [f"the caption {quoted} is empty: its pictures are of anything."]
@@ -48,6 +48,6 @@ def notes(tokenizer: Tokenizer, caption: str) -> list[str]:
 
 
 def shortened(caption: str, letters: int = 60) -> str:
-    """A caption as one line that can be printed: control characters escaped, long ones cut."""
+    """A caption as one printable line: control characters are escaped, and a long caption is cut."""
     line = "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in caption[: letters + 1])
     return line if len(line) <= letters else line[: letters - 1] + "…"

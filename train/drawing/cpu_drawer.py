@@ -1,4 +1,4 @@
-"""Drawing on a CPU: passes of few states go through the compiled kernels, those of many through torch; weights may be of eight bits.
+"""Drawing on a CPU: passes over few positions use compiled kernels, larger ones use torch. Weights may have eight bits.
 
 B pictures, C captions, R rows = B x Q states of a pass, D width, E outputs, I image positions, N codes.
 """
@@ -21,33 +21,33 @@ from model.transformer import Transformer
 from train.drawing import cpu_kernels
 
 FEW = 16
-"""Rows of a pass up to which the kernels are as fast as torch's products (docs/benchmarks.md, drawing)."""
+"""Up to this many rows in a pass, the kernels are at least as fast as torch's products (docs/benchmarks.md, drawing)."""
 _LARGE_LAYER, _LARGE_PASS = 1 << 21, 1 << 24
-"""Weights of a layer, or multiplications with them in a pass, from which on other threads help. Below, waiting for them costs more than they save where
-the machine is busy: a picture of the demo's model took 1 to 40 seconds then."""
+"""Several threads are used if a layer has at least this many weights, or a pass at least this many multiplications with them. For less, waiting for threads costs
+more than they save on a busy machine: a picture of the demo's model then took 1 to 40 seconds."""
 _LARGE_CHOICE = 1 << 16
-"""The same, of scores among which codes are chosen."""
+"""The same limit for the number of scores among which codes are chosen."""
 _EIGHT_BITS = 127
 _MATRICES = ("qkv", "post", "mlp_1", "mlp_2")
 
 Matrix = tuple[Any, Any, Any]
-"""Weight [E, D], a factor of each output, and bias, as arrays."""
+"""Weight [E, D], a scale for each output, and bias, as arrays."""
 
 
 class CpuWeights(DrawingWeights):
-    """Weights in fp32, or rounded to eight bits with a factor for each output; products sum in fp32 either way."""
+    """Weights in fp32, or rounded to eight bits with a scale for each output. Sums are in fp32 in both cases."""
 
     def __init__(self, model: Transformer, *, eight_bits: bool = False, deterministic: bool = False) -> None:
         """
         Args:
             model: a trained transformer on the CPU.
             eight_bits: round the matrices.
-            deterministic: compute each picture by sums that do not depend on what is drawn beside it, however many these are: slower in large batches.
+            deterministic: compute each picture by sums that do not depend on the other pictures of the batch or on their number. Slower in large batches.
         """
         super().__init__(model, torch.float32)
         count = torch.get_num_threads()
         cpu_kernels.use_threads(count)
-        torch.set_num_threads(count)  # numba's start sets it to all cores where both use one OpenMP library
+        torch.set_num_threads(count)  # if both use the same OpenMP library, starting numba has set it to all cores
         self.eight_bits, self.deterministic = eight_bits, deterministic
         rows: dict[str, list[Matrix]] = {name: [] for name in _MATRICES}
         for place, layer in enumerate(self.layers):
@@ -55,7 +55,7 @@ class CpuWeights(DrawingWeights):
             for name in _MATRICES:
                 matrix, rounded[name] = self._matrix(getattr(layer, name), getattr(layer, name + "_bias"))
                 rows[name].append(matrix)
-            # The values that the kernels see, for passes that torch computes.
+            # For passes that torch computes: the same rounded values that the kernels use.
             self.layers[place] = dataclasses.replace(layer, **rounded)
         self.matrices = [tuple(rows[name][place] for name in _MATRICES) for place in range(len(self.layers))]
         self.head_matrix, self.head = self._matrix(self.head.detach(), torch.zeros(len(self.head)))
@@ -63,7 +63,7 @@ class CpuWeights(DrawingWeights):
         self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm)) for layer in self.layers]
 
     def _matrix(self, weight_ED: Tensor, bias_E: Tensor) -> tuple[Matrix, Tensor]:
-        """For the kernels, and what its values are."""
+        """A matrix in the form that the kernels take, and its values, which may be rounded, as a tensor."""
         if not self.eight_bits:
             return (_array(weight_ED), np.ones(len(weight_ED), np.float32), _array(bias_E)), weight_ED
         scale_E = weight_ED.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / _EIGHT_BITS
@@ -84,11 +84,11 @@ class CpuWeights(DrawingWeights):
 
 
 class CpuDrawer(Drawer):
-    """As ``Drawer``, through the kernels where a pass is of few rows."""
+    """A ``Drawer`` that uses the kernels for passes of few rows."""
 
     def __init__(self, weights: CpuWeights, texts: Sequence[Texts]) -> None:
         if weights.deterministic:
-            self.prefill_states = 1  # captions too are read one by one
+            self.prefill_states = 1  # the tokens of captions are computed one by one too
         super().__init__(weights, texts)
         self._cpu = weights
         shape, cfg, tables = weights.shape, weights.cfg, weights.model
@@ -97,7 +97,7 @@ class CpuDrawer(Drawer):
         caption_B = np.concatenate(of_group)
         self._texts = []
         for index, groups in enumerate(self.text):
-            # One tensor for all groups, of which theirs are parts.
+            # One tensor for all groups; the groups' tensors are views of it.
             whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*groups, strict=True)]
             sizes = [len(group.text_CT) for group in texts]
             self.text[index] = tuple(zip(*(part.split(sizes) for part in whole), strict=True))
@@ -151,7 +151,7 @@ class CpuDrawer(Drawer):
             places = (self._first_B, self._offsets[index], grid, is_transposed)
             weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.matrices[index])
             cpu_kernels.layer(x_RD, *weights, self._texts[index], (keys, values), places, scratch, qkv_RE)
-            if is_one:  # its input is right for sure
+            if is_one:  # its input is certain, not a draft
                 cpu_kernels.keep(qkv_RE, keys, values, self._first_B, ones_B, grid, is_transposed)
         return torch.from_numpy(x_RD)
 
@@ -161,7 +161,7 @@ class CpuDrawer(Drawer):
         cpu_kernels.use_threads(1 if is_small else torch.get_num_threads())
 
     def _scratch(self, rows: int, layers: int) -> tuple[Any, list[Any]]:
-        """What a pass writes over: states of three widths, and queries, keys and values of so many layers."""
+        """Buffers that a pass may overwrite: states of three widths, and queries, keys and values of ``layers`` layers."""
         key = (rows, layers)
         if key not in self._buffers:
             width = self.weights.cfg.width
@@ -171,14 +171,14 @@ class CpuDrawer(Drawer):
 
 
 def ready(model: Transformer, dtype: torch.dtype, *, eight_bits: bool = False, deterministic: bool = False) -> DrawingWeights:
-    """A transformer made ready to draw where it lies."""
+    """Prepare a transformer for drawing, on the device where it is."""
     if model.image_start.weight.is_cuda or dtype != torch.float32:
         return DrawingWeights(model, dtype)
     return CpuWeights(model, eight_bits=eight_bits, deterministic=deterministic)
 
 
 def _is_one(window: Window) -> bool:
-    """Whether its state is the next of every picture, and therefore kept at once."""
+    """Whether the window is only the next position of every picture, whose keys and values can be kept immediately."""
     return window.length == 1 and window.common is not None
 
 

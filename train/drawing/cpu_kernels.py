@@ -1,7 +1,7 @@
-"""The arithmetic of drawing on a CPU where few states are computed at once, compiled by numba: a layer is one call, and reads its weights once.
+"""The arithmetic of drawing on a CPU for few positions at a time, compiled by numba: one call computes a layer, and reads its weights once.
 
-torch's own products of one row reach a third of what memory gives, and each of its many small operations costs as much as the arithmetic inside.
-Every state is computed by the same sums in the same order, whatever is computed beside it: bits do not depend on batches or windows.
+Torch's products of one row reach a third of the memory bandwidth, and the overhead of each of its many small operations is as large as the arithmetic.
+Every position is computed by the same sums in the same order, whatever else is computed in the pass, so the result does not depend on batches or windows.
 
 R rows = B pictures x Q states of each, D width, E outputs, H heads, K width of a head, C captions of T states, P places of past states, N codes.
 """
@@ -18,16 +18,16 @@ from numba import prange
 from model import gumbel
 
 PLAIN, ADDED, GELU = 0, 1, 2
-"""What becomes of a product: it replaces what stood there, is added to it, or goes through quick GELU first."""
+"""What is done with a product: it replaces the output, is added to it, or replaces it after quick GELU."""
 
-# Sums may be taken lane by lane and products fused; that there are no NaNs may not be assumed, because those have to come out.
+# The compiler may reorder sums and fuse products. It must not assume that there are no NaNs, because they have to reach the output.
 _FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 _GELU_SLOPE = np.float32(1.702)
 _LOG2_E = np.float32(1.44269504)
-# 2^r for r in [-0.5, 0.5], to 2e-7 of itself (Cephes, exp2f).
+# 2^r for r in [-0.5, 0.5], with a relative error of 2e-7 (Cephes, exp2f).
 _POWERS = tuple(np.float32(x) for x in (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1))
 _LN_2, _ONE, _HALF = np.float32(6.931472028550421e-1), np.float32(1), np.float32(0.5)
-# log(1 + z) for 1 + z in [sqrt(1/2), sqrt(2)], to 1e-7 of itself (Cephes, logf); and log(2) in two parts, of which the first has few bits.
+# log(1 + z) for 1 + z in [sqrt(1/2), sqrt(2)], with a relative error of 1e-7 (Cephes, logf); and log(2) as the sum of two numbers, the first with few bits.
 _LOGS = tuple(
     np.float32(x)
     for x in (
@@ -50,7 +50,7 @@ _LARGEST_POWER, _BIAS, _MANTISSA_BITS = np.float32(126), np.int32(127), np.int32
 
 
 def _compiled(**options: Any) -> Callable[[Any], Any]:
-    """As numba.njit, its result kept on disk where there is a place for it."""
+    """numba.njit that keeps its result on disk, if there is a folder that it can write to."""
 
     def compile_(function: Any) -> Any:
         settings = {"fastmath": _FAST_MATH, "error_model": "numpy"} | options
@@ -65,13 +65,13 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
 
 
 def use_threads(count: int) -> None:
-    """As torch.set_num_threads; at most as many as there are cores."""
+    """Like torch.set_num_threads, but at most as many as there are cores."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 @_compiled()
 def _exp(x: Any) -> Any:
-    """e^x in operations that a compiler can do for several numbers at once, which a call of the C library is not."""
+    """e^x, written so that the compiler can vectorise it, which it cannot do with a call of the C library."""
     y = x * _LOG2_E
     y = y if y > -_LARGEST_POWER else -_LARGEST_POWER
     y = y if y < _LARGEST_POWER else _LARGEST_POWER
@@ -144,7 +144,7 @@ def _softmax(scores_P: Any, count: int) -> None:
 
 @_compiled()
 def place_of(state: int, places: int, grid: int, is_transposed: bool) -> int:
-    """As ``PastCache.place``."""
+    """See ``PastCache.place``."""
     return state % grid * grid + state // grid if is_transposed else state % places
 
 
@@ -153,7 +153,8 @@ def _attend(
     qkv_RE: Any, text_k_CHTK: Any, text_v_CHTK: Any, caption_B: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, offsets: Any, grid: int,
     is_transposed: bool, out_RD: Any,
 ) -> None:  # fmt: skip
-    """Text first, then image states by age: in this order at any window, whether a state is past or of the same pass."""
+    """Sums over the text first, and then over image positions from the oldest on. The order is the same for any window, whether a position is in the cache or is
+    computed in the same pass."""
     pictures, heads, places, head_width = past_k_BHPK.shape
     width, text, states = heads * head_width, text_k_CHTK.shape[2], qkv_RE.shape[0] // pictures
     for bh in prange(pictures * heads):
@@ -199,7 +200,7 @@ def _add(out_K: Any, weight: Any, value_K: Any) -> None:
 
 @_compiled()
 def keep(qkv_RE: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, counts_B: Any, grid: int, is_transposed: bool) -> None:
-    """Keep the first states of a pass, in the order of their age."""
+    """Store keys and values of the first positions of a pass in the cache, the oldest first."""
     pictures, heads, places, head_width = past_k_BHPK.shape
     width, states = heads * head_width, qkv_RE.shape[0] // pictures
     if places == 0:
@@ -214,7 +215,7 @@ def keep(qkv_RE: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, counts_B
 
 @_compiled()
 def embed(codes_BI: Any, first_B: Any, codes_ND: Any, rows_WD: Any, columns_WD: Any, start_1D: Any, out_RD: Any) -> None:
-    """Input states of image slots, of which slot 0 holds the start and the others the code before them; those beyond the last repeat it."""
+    """Input states of image slots. Slot 0 holds the start, every other slot the code before it. Slots beyond the last repeat the last."""
     pictures, grid = first_B.shape[0], rows_WD.shape[0]
     states = out_RD.shape[0] // pictures
     for b in range(pictures):
@@ -230,16 +231,16 @@ def embed(codes_BI: Any, first_B: Any, codes_ND: Any, rows_WD: Any, columns_WD: 
 
 @_compiled()
 def layer(x_RD: Any, norms: Any, eps: Any, matrices: Any, texts: Any, past: Any, places: Any, scratch: Any, qkv_RE: Any) -> None:
-    """One layer on states ``x``, in place.
+    """Compute one layer on the states ``x``, in place.
 
     Args:
         norms: weight and bias of the norms before attention and before the MLP.
-        eps: of both norms.
+        eps: epsilon of both norms.
         matrices: (weight, scale, bias) of queries, keys and values, of the projection after attention, and of the two of the MLP.
         texts: keys, values [C, H, T, K], and the caption of each picture.
         past: keys and values [B, H, P, K].
-        places: first state of each picture, distances that the mask allows, the furthest first, grid, whether columns lie together.
-        scratch: [R, D], [R, D], [R, 4 D].
+        places: the first position of each picture; the distances that the mask allows, the largest first; the grid; whether the cache stores column by column.
+        scratch: buffers [R, D], [R, D], [R, 4 D].
         qkv_RE: receives queries, keys and values.
     """
     (weight_1, bias_1), (weight_2, bias_2) = norms
@@ -279,7 +280,7 @@ def _log_near_one(z: Any) -> Any:
 
 @_compiled()
 def _log(x: Any) -> Any:
-    """Of a positive, normal number, without a call of the C library."""
+    """Logarithm of a positive, normal number, without a call of the C library."""
     above = np.int32(np.float32(x).view(np.int32) - _SQRT_HALF_BITS)
     power = np.int32(above >> _MANTISSA_BITS)
     z = np.int32(np.float32(x).view(np.int32) - np.int32(power << _MANTISSA_BITS)).view(np.float32) - _ONE
@@ -289,7 +290,7 @@ def _log(x: Any) -> Any:
 
 @_compiled()
 def _uniform(key: Any, counter: Any) -> Any:
-    """As in ``gumbel_noise``, of a mixed seed and a counter."""
+    """A uniform number from a mixed seed and a counter, as in ``gumbel_noise``."""
     x = counter * _WEYL + key
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
@@ -299,7 +300,7 @@ def _uniform(key: Any, counter: Any) -> Any:
 
 @_compiled()
 def _gumbel(uniform: Any) -> Any:
-    # Neither min() nor a choice between two calls: both keep the loop around them from becoming one of vectors.
+    # Not min(), and not a choice between two calls: with either, the compiler cannot vectorise the loop around this.
     u = uniform if uniform < _LARGEST else _LARGEST
     is_near = np.float32(u < _NEAR)
     return -_log(-(_log_near_one(-u) * is_near + _log(_ONE - u) * (_ONE - is_near)))
@@ -307,11 +308,11 @@ def _gumbel(uniform: Any) -> Any:
 
 @_compiled(parallel=True)
 def choose(scores_RN: Any, keys_R: Any, positions_R: Any, best_R: Any, code_R: Any) -> None:
-    """The largest of scores plus noise and its code; NaN where a score is none."""
+    """For each row, the largest sum of score and noise, and its code. NaN if a score is NaN."""
     for r in prange(scores_RN.shape[0]):
         scores, base = scores_RN[r], np.uint64(positions_R[r]) << _CODE_BITS
         uniform = np.empty(scores.shape[0], np.float32)
-        for n in range(scores.shape[0]):  # in two loops, each of which becomes one of vectors
+        for n in range(scores.shape[0]):  # two loops, because the compiler can vectorise each of them
             uniform[n] = _uniform(keys_R[r], base + np.uint64(n + 1))
         for n in range(scores.shape[0]):
             scores[n] += _gumbel(uniform[n])

@@ -1,4 +1,4 @@
-"""Codes and pictures for captions, in batches that fit into memory. Behind ``launcher.py draw``, ``load(...).draw`` and the stage generate."""
+"""Draws codes and pictures for captions, in batches that fit into memory. Used by ``launcher.py draw``, ``load(...).draw`` and the stage generate."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from train.drawing.source import Models
 from train.report.images import to_array
 
 _CPU_BYTES, _CPU_PICTURES = 1 << 30, 64
-"""On a CPU a batch takes at most this much, and so many pictures: beyond them nothing gets faster, and the first picture comes later."""
+"""Limits of memory and pictures of a batch on a CPU. Larger batches are not faster, and their first picture comes later."""
 _SHARE_OF_FREE = 0.5
 _CPU_ROWS, _GPU_ROWS, _GPU_WINDOW = 8, 1 << 12, 16
-"""States that a pass computes for about the price of one: that of reading the weights."""
+"""How many positions a pass computes in about the time of one: reading the weights takes most of it."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture, and all that shaped its bits."""
+    """A drawn picture, and everything on which its bits depend."""
 
     caption: str
     candidate: int
@@ -37,7 +37,7 @@ class Picture:
     pixels_YXC: NDArray[np.uint8]
     codes_I: NDArray[np.int64]
     shaped_by: dict[str, Any]
-    """Precision, device, threads, and the batch: captions, pictures of each, which of them this one is, and the window."""
+    """Precision, device, threads, and the batch: how many captions, how many pictures of each, which of them this one is, and the window."""
 
     @property
     def codes_hash(self) -> str:
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures drawn at once: the same candidates of several captions, or some candidates of one."""
+    """Pictures that are drawn together: the same candidates of several captions, or some candidates of one."""
 
     captions: tuple[str, ...]
     candidates: tuple[int, ...]
@@ -57,11 +57,11 @@ class Batch:
 
 
 Listen = Callable[[Batch, Tensor, Tensor], None]
-"""Called after each pass with the codes so far, int64 [B, I], and how many of each picture are drawn; may raise to end the drawing."""
+"""Called after each pass with the codes so far, int64 [B, I], and how many codes of each picture are drawn. May raise an exception to end the drawing."""
 
 
 def plan(captions: Sequence[str], candidates: Sequence[int], width: int) -> Iterator[Batch]:
-    """Batches of at most ``width`` pictures. Several captions share one only with all of their candidates, so that each caption of a batch has equally many."""
+    """Divide the pictures into batches of at most ``width``. A batch has several captions only if it holds all candidates of each, so that each has equally many."""
     several = max(1, width // len(candidates))
     for start in range(0, len(captions), several):
         some = tuple(captions[start : start + several])
@@ -70,15 +70,15 @@ def plan(captions: Sequence[str], candidates: Sequence[int], width: int) -> Iter
 
 
 def batch_width(models: Models, settings: Settings) -> int:
-    """Pictures drawn at once: what was asked for, or what memory allows."""
+    """How many pictures are drawn together: the number in the settings, or as many as memory allows."""
     if settings.batch:
         return settings.batch
     cfg, shape = models.cfg.dalle, models.weights.shape
     copies = 1 if settings.guidance == 1 else 2
     window = max(1, settings.window)
-    logits = 4 * 4 * window * shape.image_vocab  # with their noise, and a copy or two
+    logits = 4 * 4 * window * shape.image_vocab  # logits, their noise, and up to two copies
     each = copies * (cache_bytes(cfg, shape, models.weights.dtype.itemsize, window) + logits)
-    each += text_bytes(cfg, shape, models.weights.dtype.itemsize)  # at worst each picture has a caption of its own
+    each += text_bytes(cfg, shape, models.weights.dtype.itemsize)  # the worst case: each picture has its own caption
     if models.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(models.device)
         return max(1, int(_SHARE_OF_FREE * free) // each)
@@ -86,7 +86,7 @@ def batch_width(models: Models, settings: Settings) -> int:
 
 
 def _available() -> int:
-    """Bytes of memory that this machine can give; a great many where it does not say."""
+    """Bytes of free memory of this machine; a very large number if that is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -95,7 +95,7 @@ def _available() -> int:
 
 
 def window_of(models: Models, settings: Settings, pictures: int) -> int:
-    """Positions of each picture computed in one pass."""
+    """How many positions of each picture a pass computes."""
     rows = _GPU_ROWS if models.device.type == "cuda" else _CPU_ROWS
     return settings.window or max(1, min(_GPU_WINDOW, models.weights.shape.grid, rows // pictures))
 
@@ -112,13 +112,13 @@ def draw(
     """Draw ``settings.n`` pictures of each caption, batch by batch.
 
     Args:
-        prefix: codes of a given image, its first rows.
-        candidates: only these; None: all.
+        prefix: codes of the first rows of a given image.
+        candidates: draw only these; None: all.
         listen: see Listen.
 
     Raises:
-        ConfigError: settings that this model cannot be drawn with.
-        CheckpointError: its weights give logits that are no numbers.
+        ConfigError: this model cannot draw with these settings.
+        CheckpointError: the logits are NaN, because the weights are damaged.
     """
     settings.check(models.cfg)
     wanted = list(range(settings.n)) if candidates is None else list(candidates)
@@ -129,7 +129,7 @@ def draw(
 
 
 def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequence[int] = (), listen: Listen | None = None) -> list[Picture]:
-    """One batch; see ``draw``."""
+    """Draw one batch; see ``draw``."""
     encoded = [models.tokenizer.encode(caption) for caption in batch.captions]
     text_CT = torch.from_numpy(np.stack([ids for ids, _ in encoded])).to(models.device)
     lengths_C = torch.tensor([length for _, length in encoded], device=models.device)
@@ -167,14 +167,14 @@ def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequenc
 
 
 def decode(models: Models, codes_BI: Tensor) -> list[NDArray[np.uint8]]:
-    """Pictures, uint8 [S, S, 3], of codes. One at a time: a picture's bits depend on its codes alone."""
+    """Decode codes to pictures, uint8 [S, S, 3]. They are decoded one at a time, so that the bits of a picture depend only on its codes."""
     grid = models.weights.shape.grid
     return [to_array(models.dvae.decode(codes_I.view(1, grid, grid))[0]) for codes_I in codes_BI]
 
 
 @torch.no_grad()
 def score(models: Models, pictures: Sequence[Picture]) -> list[float]:
-    """How well each picture fits its caption, by the contrastive model: cosines."""
+    """How well each picture fits its caption according to the contrastive model: the cosines of their embeddings."""
     assert models.clip is not None
     out = []
     for picture in pictures:

@@ -1,4 +1,4 @@
-"""Drawings on disk: what is drawn already is kept, what is missing is drawn and written as it comes, and a grid shows them all."""
+"""Drawings on disk: existing pictures are kept, missing ones are drawn and written as soon as they are finished, and a grid shows all of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from train.report.images import Pixels, grid, png_bytes, read_png
 
 @dataclass(frozen=True)
 class Gallery:
-    """Drawings of one model with the same settings, below one folder."""
+    """Drawings of one model with the same settings, in one folder."""
 
     models: Models
     settings: Settings
     out: str
     prefix: tuple[int, ...] = ()
-    """Codes of a given image."""
+    """Codes of the first rows of a given image."""
     format: str = "png"
 
     @property
@@ -36,7 +36,7 @@ class Gallery:
         return self.settings.shape() | ({"prefix": list(self.prefix)} if self.prefix else {})
 
     def folder(self, caption: str) -> Folder:
-        """Where a caption's drawing lies: another value of anything that shapes it is another folder."""
+        """The folder of a caption's pictures. Its name depends on everything that the pictures depend on."""
         judge = self.models.lineage.get("clip", "none")
         lineage = {kind: found for kind, found in self.models.lineage.items() if kind != "clip"}
         return samples.folder(
@@ -44,13 +44,13 @@ class Gallery:
         )
 
     def draw(self, captions: Sequence[str], stop: StopFlag, drawn: Callable[[str, list[Line]], None]) -> int:
-        """Draw what is missing of each caption; returns how many pictures that were.
+        """Draw the missing pictures of each caption; return how many there were.
 
         Args:
-            drawn: hears of each caption that is complete, with its lines.
+            drawn: called for each caption that is complete, with its lines.
 
         Raises:
-            StopRequested: a signal; finished pictures are written, and the same call draws the rest.
+            StopRequested: a signal came. Finished pictures have been written, and the same call draws the rest.
         """
 
         def listen(batch: Batch, codes_BI: Tensor, known_B: Tensor) -> None:
@@ -73,7 +73,7 @@ class Gallery:
         return [line for line in place.lines() if storage.exists(storage.join(place.url, line["file"]))]
 
     def _missing(self, lines: dict[str, list[Line]]) -> Iterator[tuple[list[str], list[int]]]:
-        """Captions that lack the same candidates, with these."""
+        """Groups of captions that lack the same candidates, with these candidates."""
         groups: dict[tuple[int, ...], list[str]] = {}
         for caption, found in lines.items():
             left = tuple(sorted(set(range(self.settings.n)) - {line["candidate"] for line in found}))
@@ -83,7 +83,7 @@ class Gallery:
             yield several, list(left)
 
     def _write(self, pictures: list[Picture], lines: dict[str, list[Line]]) -> list[str]:
-        """Write pictures, then the lists of their captions; returns the captions that are complete now."""
+        """Write pictures, then the lists of their captions; return the captions that are complete now."""
         models = self.models
         scores = score(models, pictures) if models.clip is not None else [None] * len(pictures)
         changed = dict.fromkeys(picture.caption for picture in pictures)
@@ -96,7 +96,7 @@ class Gallery:
         return [caption for caption in changed if len(lines[caption]) == self.settings.n]
 
     def grid(self, captions: Sequence[str]) -> str:
-        """Write a grid of all drawings, a row for each caption, best first; returns its URL, which names all that is in it."""
+        """Write a grid of all drawings, a row for each caption, the best first. Returns its URL, whose name depends on everything that is in the grid."""
         folders = [self.folder(caption) for caption in captions]
         rows = [[self._pixels(place, line) for line in ranked(place.lines())] for place in folders]
         name = hashlib.sha256("".join(place.key for place in folders).encode()).hexdigest()[:12]
@@ -109,5 +109,5 @@ class Gallery:
 
 
 def ranked(lines: Sequence[Line]) -> list[Line]:
-    """Best first; in the order of candidates where nothing was ranked."""
+    """The lines with the best first; in the order of candidates if they were not ranked."""
     return sorted(lines, key=lambda line: (-(line["score"] or 0.0), line["candidate"]))

@@ -1,4 +1,4 @@
-"""``launcher.py export RUN --package``: one folder that draws anywhere, with a model card in the layout of the Hugging Face hub."""
+"""``launcher.py export RUN --package``: writes a folder that can draw without the run, with a model card in the layout of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from train.weights import export
 SCHEMA = "package/1"
 CARD = "README.md"
 _SECTIONS = {"run": ("seed",), "dalle_fit": ("caption_dropout",)}
-"""Of these sections only so much is needed to draw; where the data lay, and how training went, stays at home."""
+"""The only keys of these sections that drawing needs. The others are left out, because they say where the data is and how training went."""
 _WHOLE = ("tokenizer", "dvae", "dalle", "clip")
 
 
 def write(url: str, out: str) -> list[str]:
-    """Write a package, its marker last; returns the names of what is in it. The contrastive model comes along if the run has one.
+    """Write a package; package.json, which marks it as complete, is written last. Returns the names of its parts. The contrastive model is included if the run has
+    one.
 
     Raises:
-        ConfigError: no run, or no place for the package.
+        ConfigError: there is no run, or the package cannot be written there.
         DataError: the run has no weights yet, or they do not belong together.
     """
     place = locate(url)
     if place.run is None:
-        raise ConfigError(f"{url}: a package already; copy the folder.")
+        raise ConfigError(f"{url}: this is a package already; copy the folder.")
     if not out:
-        raise ConfigError("--package: where to? Give --out FOLDER.")
+        raise ConfigError("--package needs a folder to write to: give --out FOLDER.")
     if storage.exists(storage.join(out, "provenance.json")):
         raise ConfigError(f"--out {out}: a run folder; name one for the package.")
     storage.delete(storage.join(out, PACKAGE))
@@ -68,7 +69,7 @@ def _copy(source: str, target: str, names: tuple[str, ...]) -> None:
 def _config(place: Place) -> dict[str, Any]:
     whole = json.loads(to_json(place.cfg))
     found = {name: whole[name] for name in _WHOLE} | {name: {key: whole[name][key] for key in keys} for name, keys in _SECTIONS.items()}
-    found["run"]["name"] = place.cfg.run.name  # a run's own configuration holds no name: the folder's is its
+    found["run"]["name"] = place.cfg.run.name  # the configuration that a run stores holds no name: the run is named by its folder
     return found
 
 

@@ -1,6 +1,6 @@
-"""The page to type captions into (``launcher.py play``): candidates appear row by row as they are drawn, then ranked, with what drew them.
+"""The web page on which captions can be entered (``launcher.py play``): candidates appear row by row while they are drawn, and are then ranked.
 
-One drawing at a time, because it takes the whole machine; one that its reader has left ends. The page asks for nothing outside this process.
+Only one drawing runs at a time, because it uses the whole machine; it ends if its browser disconnects. The page loads nothing from outside this process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from train.drawing.source import Models
 from train.report.images import Pixels, png_bytes
 
 MOST = 64
-"""Pictures of one caption that the page draws."""
+"""The largest number of pictures that the page draws for one caption."""
 _LARGEST_FORM = 64 << 20
 _NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; form-action 'self'"
@@ -45,9 +45,10 @@ class Page:
     def __init__(self, models: Models, guidance: float = 1.0, *, only_local: bool = True) -> None:
         """
         Args:
-            models: what draws; where it holds a contrastive model, candidates are ranked by it.
-            guidance: that the page begins with.
-            only_local: answer only to names of this machine: another site's page that resolves to it is turned away.
+            models: the models to draw with; if they include a contrastive model, it ranks the candidates.
+            guidance: the guidance scale that the page shows at first.
+            only_local: answer only requests that name this machine as localhost or by its loopback address. This refuses pages of other sites whose name
+                was made to resolve to this machine.
         """
         self.models, self.guidance, self.only_local = models, guidance, only_local
         self._drawing = threading.Lock()
@@ -88,7 +89,7 @@ class Page:
         return text.replace("MOST", str(MOST)).replace("GUIDANCE", f"{self.guidance:g}").replace("ABOUT", html.escape(about))
 
     def _draw(self, form: dict[str, str], image: bytes) -> Iterator[Message]:
-        """Messages of one drawing: its candidates so far after each row, and all of them at the end."""
+        """The messages of one drawing: after each row the candidates so far, and at the end all of them."""
         try:
             caption, settings = form.get("caption", ""), _settings(form)
             settings.check(self.models.cfg)
@@ -109,7 +110,7 @@ class Page:
     def _prefix(self, image: bytes, settings: Settings) -> list[int]:
         if not image:
             if settings.keep_rows is not None:
-                raise UsageError("rows kept: of which image? Drop one.")
+                raise UsageError("rows to keep were given without an image; drop an image on the page.")
             return []
         whole = prompt_image.square(Image.fromarray(decode_image(image)), self.models.cfg.dvae.image_size, settings.fit)
         return prompt_image.codes(self.models, whole, settings.keep_rows)
@@ -137,14 +138,14 @@ class Page:
             pass
         except ReportedError as error:
             messages.put({"error": str(error)})
-        except Exception as error:  # a page that only falls silent helps nobody
+        except Exception as error:  # shown on the page: otherwise it would just stop
             messages.put({"error": f"{type(error).__name__}: {error}"})
             raise
         finally:
             messages.put(None)
 
     def _so_far(self, codes_BI: Tensor, rows: int) -> Iterator[Pixels]:
-        """Pictures whose first rows are drawn; below them they are white."""
+        """The pictures so far: below the rows that are drawn they are white."""
         grid = self.models.weights.shape.grid
         is_known_I = torch.arange(codes_BI.shape[1], device=codes_BI.device) < rows * grid
         for pixels_YXC in decode(self.models, codes_BI.where(is_known_I, codes_BI[:, :1])):
@@ -162,7 +163,7 @@ class Page:
 def _settings(form: dict[str, str]) -> Settings:
     """
     Raises:
-        UsageError: a field that is no number.
+        UsageError: a field is not a number.
     """
     try:
         given = Settings(
@@ -184,7 +185,7 @@ def _message(caption: str, pixels_YXC: Pixels) -> Message:
 
 
 def _finished(picture: Picture, worth: float | None = None) -> Message:
-    """A seed is a string: numbers of scripts in a browser end at 53 bits."""
+    """The message with a finished picture. Its seed is a string, because numbers in a browser's scripts are exact only up to 53 bits."""
     return _message(picture.caption, picture.pixels_YXC) | {"candidate": picture.candidate, "seed": str(picture.seed), "score": worth}
 
 

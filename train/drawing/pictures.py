@@ -1,4 +1,4 @@
-"""Python in five lines: ``from train.drawing.pictures import load; pictures = load("runs/mine").draw(["a red fox"], n=4, seed=0)``."""
+"""Drawing from Python: ``from train.drawing.pictures import load; pictures = load("runs/mine").draw(["a red fox"], n=4, seed=0)``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.drawing.source import Models, open_models
 
 
 class Artist:
-    """A model that draws. Made by ``load``; draws any number of times."""
+    """A model that draws pictures, made by ``load``. Can be used any number of times."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -22,21 +22,21 @@ class Artist:
     def draw(
         self, captions: str | Sequence[str], n: int = 1, seed: int = 0, *, image: str | Image.Image | None = None, **settings: Any
     ) -> list[Image.Image]:
-        """Draw pictures, those of a caption one after another; with a reranker the best first.
+        """Draw pictures. They are ordered by caption; with a reranker, the best of each caption comes first.
 
         Args:
-            captions: one, or several.
-            n: pictures of each.
-            seed: equal seeds give equal pictures; those of ``launcher.py draw --seed``.
-            image: an image whose upper part is kept and completed: a path, a URL or a PIL image.
+            captions: one caption, or several.
+            n: number of pictures for each caption.
+            seed: the same seed gives the same pictures, which are also those of ``launcher.py draw --seed``.
+            image: an image whose upper part is kept, and whose rest is drawn: a path, a URL or a PIL image.
             settings: temperature, top_k, top_p, guidance, keep_rows, fit, batch, window; see ``train.drawing.settings.Settings``.
 
         Returns:
             PIL images; ``image.info`` holds caption, seed and score.
 
         Raises:
-            ConfigError: a setting that this model cannot be drawn with.
-            DataError: an image that cannot be read.
+            ConfigError: this model cannot draw with one of the settings.
+            DataError: the image cannot be read.
         """
         models = self.models
         given = replaced(Settings(n=n, seed=seed), **settings)
@@ -61,16 +61,16 @@ class Artist:
 
 
 def load(url: str, *, device: str = "", precision: str = "auto", rerank: str = "none", deterministic: bool = False) -> Artist:
-    """Open a model to draw with: a run folder, finished or under way, or what ``launcher.py export RUN --package`` wrote; local or s3://.
+    """Open a model to draw with: that of a run, which may still be training, or of a package that ``launcher.py export RUN --package`` wrote; local or s3://.
 
     Args:
-        url: where it lies.
+        url: the run folder or the package.
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
         precision: 'auto', 'fp32', 'bf16', 'fp16', or 'int8' on a CPU.
         rerank: 'none', 'clip', or a folder with an exported contrastive model.
-        deterministic: a picture's bits do not depend on batches and windows; on a CPU.
+        deterministic: make the bits of a picture independent of batches and windows; only on a CPU.
 
     Raises:
-        ConfigError, DataError: there is nothing to draw with; the message says what is missing.
+        ConfigError, DataError: there is no model to draw with; the message says what is missing.
     """
     return Artist(open_models(url, device, precision, rerank, deterministic=deterministic))

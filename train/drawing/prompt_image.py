@@ -1,4 +1,4 @@
-"""A given image as the first rows of a picture's codes (paper 2.9): any size, cut or shrunk to the model's square."""
+"""Turns a given image into the first rows of a picture's codes (paper 2.9). The image may have any size; it is cropped or shrunk to the model's square."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from train.drawing.settings import Fit
 from train.drawing.source import Models
 
 _KEPT = 15 / 32
-"""Of the rows, where nobody says how many: as the paper has it."""
+"""The fraction of the rows that is kept by default, as in the paper."""
 _MOST_STRETCH = 64
-"""An image may be so many times as long as it is wide; beyond that no pixel of it would be left."""
+"""The longer side of an image may be at most this many times the shorter one; for a longer image, less than a pixel would be left."""
 
 
 def kept_rows(models: Models, keep_rows: int | None) -> int:
-    """Rows of codes that are taken from the image."""
+    """How many rows of codes are taken from the image."""
     grid = models.cfg.dvae.grid
     return max(1, min(grid - 1, round(_KEPT * grid))) if keep_rows is None else keep_rows
 
 
 def read(url: str, size: int, fit: Fit) -> Image.Image:
-    """An image file as a square of ``size`` pixels.
+    """Read an image file as a square of ``size`` pixels.
 
     Raises:
-        DataError: it is missing, broken, too large or too long; the file is named.
+        DataError: the file is missing or damaged, or the image is too large or too long; the message names the file.
     """
     data = storage.read_bytes(url)
     try:
@@ -38,14 +38,14 @@ def read(url: str, size: int, fit: Fit) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
-    """The central square of an image ('crop'), or all of it on white ('letterbox'), at ``size`` pixels; small ones are enlarged.
+    """The central square of an image ('crop'), or the whole image on a white square ('letterbox'), scaled to ``size`` pixels.
 
     Raises:
-        DataError: it is much longer than wide, or wider than long.
+        DataError: one side of the image is much longer than the other.
     """
     width, height = image.size
     if max(width, height) > _MOST_STRETCH * min(width, height):
-        raise DataError(f"an image of {width} x {height} pixels is no picture to go on from; at most {_MOST_STRETCH} to 1 is accepted.")
+        raise DataError(f"an image of {width} x {height} pixels is too long to be continued; at most {_MOST_STRETCH} to 1 is accepted.")
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2

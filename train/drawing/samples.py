@@ -1,4 +1,4 @@
-"""What is written down of a drawing: a folder for each caption, its pictures, and samples.jsonl, from which any of them can be drawn again alone."""
+"""How drawings are stored: a folder for each caption, with its pictures and samples.jsonl, from which each of them can be drawn again by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Text = Annotated[str, Field(max_length=1 << 16)]
 
 
 class _ShapedBy(stored.Stored):
-    """What shaped the last bits of a picture; by it a machine is put to work."""
+    """Everything on which the last bits of a picture depend. A picture is drawn again with these values, so their sizes are limited."""
 
     captions: _Few
     each: _Few
@@ -45,7 +45,7 @@ class _ShapedBy(stored.Stored):
 
 
 class _Drawn(stored.Stored):
-    """A line. The name of its file is one that ``put`` gives: a line may come from anybody, and nothing is written or read elsewhere because of it."""
+    """A line of samples.jsonl. A line may come from a stranger, so the pattern of ``file`` allows only names that ``put`` gives: no other file is read or written."""
 
     key: _Text
     caption: _Text
@@ -63,17 +63,17 @@ class _Drawn(stored.Stored):
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of one caption's drawing."""
+    """The folder of one caption's pictures."""
 
     url: str
     key: str
-    """Digest of all that shapes it."""
+    """Digest of everything on which the pictures depend."""
 
     def lines(self) -> list[Line]:
-        """What is drawn already, by candidate.
+        """The lines of the pictures that exist, by candidate.
 
         Raises:
-            DataError: the file is none of ours.
+            DataError: the file was not written by this program, or is damaged.
         """
         place = storage.join(self.url, SAMPLES)
         if not storage.exists(place):
@@ -81,19 +81,19 @@ class Folder:
         return [line for line in read_lines(place) if line["key"] == self.key]
 
     def write(self, lines: Sequence[Line]) -> None:
-        """Replace the list; its pictures are there already."""
+        """Replace samples.jsonl. The pictures must have been written before."""
         text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for line in lines)
         storage.write_text(storage.join(self.url, SAMPLES), text)
 
 
 def folder(out: str, caption: str, key: str) -> Folder:
-    """Where a drawing lies: named by its caption for people, and by its key."""
+    """The folder of a caption's pictures, named by the caption, so that people find it, and by the key."""
     name = re.sub(r"[^a-z0-9]+", "-", caption.lower())[:_NAME_LETTERS].strip("-") or "caption"
     return Folder(storage.join(out, f"{name}-{key[:_KEY_LETTERS]}"), key)
 
 
 def encoded(picture: Picture, form: str) -> bytes:
-    """The file of a picture; both formats keep every bit of it."""
+    """Encode a picture as a file. Both formats are lossless."""
     if form == "png":
         return png_bytes(picture.pixels_YXC)
     buffer = io.BytesIO()
@@ -126,33 +126,33 @@ def read_lines(url: str) -> list[Line]:
     """The lines of a samples.jsonl.
 
     Raises:
-        MissingError: there is none.
-        DataError: it is none.
+        MissingError: the file does not exist.
+        DataError: it is not a samples.jsonl.
     """
     return [parse_line(text, f"{url}, line {number}") for number, text in enumerate(storage.read_text(url).splitlines(), 1)]
 
 
 def parse_line(text: str, where: str) -> Line:
-    """One line.
+    """Parse one line of a samples.jsonl.
 
     Raises:
-        DataError: it is none of a samples.jsonl.
+        DataError: it is not such a line.
     """
     try:
         line = strict_json.loads(text)
     except ValueError as error:
-        raise DataError(f"{where}: no line of a {SAMPLES} ({error}).") from error
+        raise DataError(f"{where}: not a line of a {SAMPLES} ({error}).") from error
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
         raise DataError(
-            f"{where}: no line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
-            "draw the picture anew, into another --out."
+            f"{where}: not a line of a {SAMPLES}: its schema is {line.get('schema') if isinstance(line, dict) else None!r}, not '{SCHEMA}'; "
+            "draw the picture again, into another --out."
         )
-    stored.check(line, _Drawn, where, f"give one as it stands in a {SAMPLES}")
+    stored.check(line, _Drawn, where, f"give one exactly as a {SAMPLES} has it")
     return line
 
 
 def find_line(given: str) -> Line:
-    """The line that a person means: its text, or FILE:NUMBER of a samples.jsonl (from 1), or FILE with one line.
+    """Find the line that the command line names: by its text, as FILE:NUMBER of a samples.jsonl (counted from 1), or as FILE if it has only one line.
 
     Raises:
         DataError: there is no such line.

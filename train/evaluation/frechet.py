@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class FeatureSums:
-    """Sums of features and of their products, over any number of batches and ranks, in float64."""
+    """Sums features and their products over any number of batches and ranks, in float64."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sums = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, features_BD: Tensor) -> None:
-        """Take in a batch."""
+        """Add the features of a batch."""
         wide_BD = features_BD.double()
         self._sums[0] += wide_BD.sum(0)
         self._sums[1:].addmm_(wide_BD.T, wide_BD)
@@ -27,7 +27,7 @@ class FeatureSums:
         """Mean [D] and unbiased covariance [D, D] over all ranks. Collective.
 
         Raises:
-            ValueError: fewer than two pictures.
+            ValueError: fewer than two pictures were added.
         """
         sums, count = self._sums.clone(), self._count.clone()
         if dist.is_initialized():
@@ -42,7 +42,8 @@ class FeatureSums:
 
 
 def frechet_distance(a: tuple[NDArray[np.float64], NDArray[np.float64]], b: tuple[NDArray[np.float64], NDArray[np.float64]]) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two (mean, covariance). Biased upwards for few pictures: compare equal numbers only."""
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two pairs (mean, covariance). For few pictures the result is too large, so compare only distances that
+    were measured with equally many."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     root_a = _root(cov_a)
     # C_a C_b and root_a C_b root_a have the same eigenvalues, and the second is symmetric.

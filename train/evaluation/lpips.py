@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1), by the package ``lpips``, with weights from files: nothing is downloaded."""
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1). Computed by the package ``lpips`` with weights from files; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from train.evaluation.weight_files import read_weights
 
 _KEY = "evaluate.lpips_weights"
 _KINDS = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
-"""Trunks by the shape of their first convolution."""
+"""Shape of the first convolution -> the network that has it."""
 
 
 class Lpips(nn.Module):
-    """Distance of pictures in [0, 1]: differences of unit-length features of five layers, weighted by channel.
+    """The distance of pictures with values in [0, 1]: squared differences of the normalised features of five layers, weighted by channel.
 
     Args:
         tensors: weights of the trunk (``features.0.weight`` as in torchvision, or ``net.slice1.0.weight`` as in the lpips package) and of the heads
@@ -25,7 +25,7 @@ class Lpips(nn.Module):
 
     Raises:
         ConfigError: the package is not installed.
-        DataError: weights are missing, or of neither network.
+        DataError: weights are missing, or do not belong to one of the two networks.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -37,7 +37,7 @@ class Lpips(nn.Module):
             raise DataError(f"the first convolution has the shape {shape}: {_KEY} takes AlexNet (64, 3, 11, 11) or VGG-16 (64, 3, 3, 3).")
         kind = _KINDS[shape]
         try:
-            import lpips  # optional, and slow to import
+            import lpips  # imported here because it is optional and takes long to import
         except ImportError as error:
             raise ConfigError(f"{_KEY} needs the package lpips, which is optional: pip install 'lpips>=0.1.4,<0.2' scipy ({error}).") from error
         self.model: nn.Module = lpips.LPIPS(pretrained=False, pnet_rand=True, net=kind, verbose=False)  # random weights, all replaced below
@@ -51,11 +51,11 @@ class Lpips(nn.Module):
 
     @classmethod
     def from_files(cls, paths: Sequence[str]) -> Lpips:
-        """Weights of all files together.
+        """Read the weights from several files, which together must hold all.
 
         Raises:
-            ConfigError: as Lpips.
-            DataError: as read_weights and Lpips.
+            ConfigError: see Lpips.
+            DataError: see read_weights and Lpips.
         """
         tensors: dict[str, Tensor] = {}
         for path in paths:
@@ -64,7 +64,7 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def forward(self, a_B3YX: Tensor, b_B3YX: Tensor) -> Tensor:
-        """LPIPS of each pair of pictures, [B]."""
+        """The distance of each pair of pictures, [B]."""
         distance_B111: Tensor = self.model(a_B3YX, b_B3YX, normalize=True)
         return distance_B111.flatten()
 

@@ -1,4 +1,4 @@
-"""Differences of pictures, pixel by pixel: PSNR and SSIM. Shapes: B batch, C channels, Y X rows and columns; values in [0, 1]."""
+"""Similarity of pictures by their pixels: PSNR and SSIM. Shapes: B batch, C channels, Y X rows and columns; values in [0, 1]."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def psnr(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
 def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
     """Structural similarity of each picture, [B], at most 1 (Wang et al. 2004).
 
-    Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, each channel by itself, mean over the positions where the whole
-    window lies inside.
+    With a Gaussian window of 11 x 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03. Each channel is compared by itself; the result is the mean over channels
+    and over the positions at which the whole window lies inside the picture.
 
     Raises:
-        ValueError: pictures smaller than the window.
+        ValueError: the pictures are smaller than the window.
     """
     channels, rows, columns = a_BCYX.shape[1:]
     if min(rows, columns) < _WINDOW:

@@ -1,4 +1,4 @@
-"""What a dVAE makes of pictures: both ELBs, reconstructions from true and relaxed codes, use of the codebook. Collective over ranks.
+"""Measures how a dVAE reconstructs pictures: both ELBs, reconstructions from discrete and from relaxed codes, use of the codebook. Collective.
 
 Shapes: B batch, N code vocabulary, Y X rows and columns; pictures in [0, 1].
 """
@@ -25,30 +25,30 @@ from train.evaluation.lpips import Lpips
 from train.evaluation.pixels import psnr, ssim
 
 SHOWN = 12
-"""Pictures of the grid of reconstructions."""
+"""Number of pictures in the grid of reconstructions."""
 _SSIM_SIDE = 11
 
 Forward = Callable[[Tensor, GumbelNoise | None, float], DVAETerms]
 
 
 def noise_of(seed: int, purpose: Literal["gumbel", "evaluate"], ids: list[str], device: torch.device, *counters: int) -> GumbelNoise:
-    """Noise of named pictures: each one's depends on (seed, purpose, counters, id) alone (docs/contracts.md, section 2)."""
+    """The noise for pictures with these ids. The noise of a picture depends only on (seed, purpose, counters, id) (docs/contracts.md, section 2)."""
     return GumbelNoise([derive(seed, purpose, *counters, name) for name in ids], device)
 
 
 @dataclass
 class Judges:
-    """Networks that judge reconstructions; absent ones measure nothing."""
+    """The networks that compare reconstructions with originals. What a missing one would measure is left out."""
 
     lpips: Lpips | None = None
     net: FeatureNet | None = None
 
     @classmethod
     def load(cls, section: EvaluateSection, device: torch.device) -> Judges:
-        """Those that the configuration names.
+        """Load the networks that the configuration names.
 
         Raises:
-            DataError, ConfigError: their weights or packages are missing.
+            DataError, ConfigError: weights or packages are missing.
         """
         lpips = Lpips.from_files(section.lpips_weights).to(device) if section.lpips_weights else None
         net = None if section.frechet_net == "none" else feature_net(section.frechet_net, section.frechet_weights, device)
@@ -57,24 +57,24 @@ class Judges:
 
 @dataclass
 class Reconstruction:
-    """Figures and pictures of one evaluation."""
+    """The metrics and pictures of one evaluation."""
 
     values: dict[str, float]
     counts_N: Tensor
     """How often each code was chosen, over all ranks."""
     samples: int
     shown: list[list[Tensor]] = field(default_factory=list)
-    """Rows of pictures [3, Y, X] of this rank: originals, from true codes, from relaxed codes."""
+    """Three rows of this rank's pictures [3, Y, X]: originals, reconstructions from discrete codes, reconstructions from relaxed codes."""
 
 
 @torch.no_grad()
 def reconstruct(
     forward: Forward, cfg: DVAEConfig, batches: Iterable[dict[str, Any]], seed: int, tau: float, judges: Judges, device: torch.device
 ) -> Reconstruction:
-    """Measure on ``batches`` (ids, pixels). Equal values on all ranks.
+    """Measure on ``batches`` of (ids, pixels). The metrics are the same on all ranks.
 
-    ELBs are in nats per pixel value, at beta = 1, where they bound the likelihood: -(NLL + KL / (3 f^2)); 'relaxed' at temperature tau.
-    PSNR, SSIM, LPIPS and the Fréchet distance compare originals with what their true codes decode to.
+    ELBs are in nats per pixel value, with beta = 1, for which they bound the likelihood: -(NLL + KL / (3 f^2)). The 'relaxed' one is at temperature tau.
+    PSNR, SSIM, LPIPS and the Fréchet distance compare the originals with the reconstructions from discrete codes.
     """
     names = ["images", "nll_true", "nll_relaxed", "kl", "psnr", "psnr_relaxed"]
     names += ["ssim"] if cfg.image_size >= _SSIM_SIDE else []
@@ -93,7 +93,7 @@ def reconstruct(
         rows += [judges.lpips(drawn_B3YX, pixels_B3YX)] if judges.lpips is not None else []
         sums += torch.stack([row.double().sum() for row in rows])
         flat = true.codes_BYX.flatten()
-        counts_N.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU in every batch
+        counts_N.scatter_add_(0, flat, torch.ones_like(flat))  # torch.bincount would wait for the GPU in every batch
         for total, some_B3YX in zip(features, (pixels_B3YX, drawn_B3YX), strict=False):
             assert judges.net is not None
             total.add(judges.net.features(some_B3YX))

@@ -1,4 +1,4 @@
-"""Weights of judging networks from files that a user names."""
+"""Reads weights of evaluation networks from files that the configuration names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from infra.errors import DataError
 
 
 def read_weights(path: str, key: str) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a torch file of tensors alone (nothing else in it is loaded).
+    """Read tensors by name from a .safetensors file, or from a torch file that holds only tensors: other objects are refused, and not loaded.
 
     Args:
         path: the file.
-        key: the configuration key that names it, for messages.
+        key: the configuration key that names the file, for messages.
 
     Raises:
-        DataError: the file is missing, or holds anything but tensors.
+        DataError: the file is missing, or holds something that is not a tensor.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file ({key}).")

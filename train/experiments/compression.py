@@ -1,10 +1,10 @@
-"""What compression between machines costs in training loss, on real codes: ``python -m train.experiments.compression RUN --name NAME``.
+"""Measures how much training loss gradient compression between machines costs, on real codes: ``python -m train.experiments.compression RUN --name NAME``.
 
-RUN is a finished run of the stages tokenizer and encode. The machines are simulated in one process: each has a part of the batch, a gradient and error buffers of its
-own, and every matrix is cut into as many shards as a machine has GPUs, by the rules of the engine (train/engines/zero/compression). Sums are exact, factors are fp32,
-so what differs between arms is the algorithm. Arms: exact; total ranks, by the share of the width; at one rank also a warm start instead of the fixed Q, and Gram-Schmidt instead of
-Householder. All arms of a seed have the same weights and batches. The file is written after each training, and the same command goes on from it; ``--arms`` takes
-some of them.
+RUN is a run whose stages tokenizer and encode are finished. The machines are simulated in one process. Each has its part of the batch, its gradient and its error
+buffers, and every matrix is divided into as many shards as a machine has GPUs, as in the engine (train/engines/zero/compression). Sums are exact and factors are fp32,
+so arms differ only in the algorithm. The arms are: exact; several total ranks, as fractions of the width; and at one rank also a warm start instead of the fixed Q, and
+Gram-Schmidt instead of Householder. All arms of a seed have the same initial weights and batches. The file is written after each training, and the same command
+continues from it; ``--arms`` selects some of the arms.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Arm:
     """One way to train."""
 
     gpus: int = 2
-    """Of a machine: shards of a matrix, and the m of the formula."""
+    """GPUs of a machine: the number of shards of a matrix, and the m of the formula."""
     share: float = 0.0
-    """Total rank over the width; 0: exact."""
+    """Total rank divided by the width; 0: exact."""
     warm: bool = False
-    """Q of an update is the projection of the next, as in the first PowerSGD."""
+    """Whether the Q of an update is the projection of the next update, as in the original PowerSGD."""
     gram_schmidt: bool = False
 
     @property
@@ -66,11 +66,11 @@ ARMS = (
     *(Arm(8, share) for share in SHARES),
 )
 REPEATED = ("exact", Arm(2, MAIN).name)
-"""Arms that train with every seed; others with the first."""
+"""Arms that are trained with every seed; the others only with the first."""
 
 
 def gram_schmidt(p: Tensor) -> Tensor:
-    """Orthonormal columns in fp32 by the classical recursion, which loses them where columns are nearly dependent."""
+    """Orthonormal columns in fp32, by the classical recursion. It is inaccurate if columns are nearly dependent."""
     columns: list[Tensor] = []
     for index in range(p.shape[-1]):
         column = p[..., index]
@@ -81,7 +81,7 @@ def gram_schmidt(p: Tensor) -> Tensor:
 
 
 class Compressor:
-    """All machines' errors of one shape of blocks, [machines, n, rows, cols], lying down."""
+    """Compresses all blocks of one shape, and holds the error buffers of all machines, [machines, n, rows, cols], transposed so that rows <= cols."""
 
     def __init__(self, arm: Arm, machines: int, blocks: int, shape: tuple[int, int, int], seed: int) -> None:
         rows, cols, rank = shape
@@ -89,7 +89,7 @@ class Compressor:
         self.q0 = torch.stack([low_rank.gaussian(cols, rank, derive(seed, "compression", "experiment", rows, index)) for index in range(blocks)])
 
     def __call__(self, gradients: Tensor) -> Tensor:
-        """What all machines apply of their gradients; the errors keep the rest."""
+        """The compressed sum of the gradients, which all machines apply; the rest stays in the error buffers."""
         self.errors += gradients
         p = torch.stack([low_rank.left(errors, self.q0) for errors in self.errors]).sum(0)
         p = gram_schmidt(p) if self.arm.gram_schmidt else low_rank.orthonormal(p)
@@ -102,7 +102,7 @@ class Compressor:
 
 
 class Machines:
-    """The gradients of all machines, and what an arm makes of them."""
+    """Sums the gradients of all machines, as an arm does it."""
 
     def __init__(self, model: Transformer, arm: Arm, machines: int, seed: int) -> None:
         self.model, self.arm, self.machines = model, arm, machines
@@ -126,7 +126,7 @@ class Machines:
         self.compressors = {shape: Compressor(arm, machines, len(places), shape, seed) for shape, places in self.places.items()}
 
     def summed(self, gradients: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The gradient that is applied, from each machine's."""
+        """The gradient that is applied, computed from those of the machines."""
         total = {name: torch.stack([one[name] for one in gradients]).sum(0) for name in gradients[0]}
         for shape, places in self.places.items():
             stacked = torch.stack([torch.stack([_lying(one[name], start, block) for name, start, block in places]) for one in gradients])
@@ -151,7 +151,7 @@ class Options:
 
 
 def train(cfg: RunConfig, run: RunFolder, arm: Arm, options: Options, seed: int) -> dict[str, Any]:
-    """One training: its losses by tenths of the updates, and its seconds with and without what compression takes."""
+    """Train once. Returns the mean loss of each tenth of the updates, and the seconds with and without compression."""
     cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"seed": seed})})
     tokenizer, _ = open_tokenizer(cfg, run)
     loader = dalle_batches.training(cfg, run, World.single(), tokenizer, cfg.dalle_fit.batch)
@@ -190,7 +190,7 @@ def train(cfg: RunConfig, run: RunFolder, arm: Arm, options: Options, seed: int)
 
 
 def _gradients(model: Transformer, batch: dict[str, Any], machines: int, text_weight: float) -> tuple[float, list[dict[str, Tensor]]]:
-    """The loss of a batch, and each machine's share of its gradient."""
+    """The loss of a batch, and the part of its gradient that each machine computes."""
     text, lengths, codes = batch["text"], batch["lengths"], batch["codes"]
     texts, images = float(model.text_counts(lengths).sum().clamp(min=1)), float(codes.numel())
     loss, found = 0.0, []
@@ -205,10 +205,10 @@ def _gradients(model: Transformer, batch: dict[str, Any], machines: int, text_we
 
 
 def experiment(cfg: RunConfig, run: RunFolder, options: Options, seeds: Sequence[int], arms: Sequence[str], out: Path) -> dict[str, Any]:
-    """All arms, written after each training; trainings that ``out`` holds already are not repeated.
+    """Train all arms, and write the file after each training. Trainings that ``out`` already holds are not repeated.
 
     Raises:
-        SystemExit: ``out`` holds trainings of other options.
+        SystemExit: ``out`` holds trainings with other options.
     """
     shape = {"layers": cfg.dalle.layers, "width": cfg.dalle.width, "batch": cfg.dalle_fit.batch, "clip_norm": cfg.dalle_fit.clip_norm}
     settings = json.loads(json.dumps(asdict(options) | shape | {"codes": cfg.stream_shape().image_tokens, "vocab": cfg.dvae.vocab}))
@@ -230,7 +230,7 @@ def experiment(cfg: RunConfig, run: RunFolder, options: Options, seeds: Sequence
 
 
 def main(words: Sequence[str]) -> None:
-    """Train the arms and write their file; the table goes to standard output."""
+    """Train the arms and write their file; print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m train.experiments.compression", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,7 +1,9 @@
-"""Step times with exact sums and with compression between two machines of two processes, at several bandwidths: ``python -m train.experiments.compression_network``.
+"""Measures the time of updates with exact sums and with compression, between two machines with two processes each, at several bandwidths:
+``python -m train.experiments.compression_network``.
 
-The machines are network namespaces of this one, joined by a virtual cable whose rate a token bucket bounds (root, ``ip`` and ``tc``). Each configuration trains the real
-engine for some updates at each rate, and the cable's own counter says what went over it. Figures go to compression-network.json in docs/experiments.
+The machines are network namespaces on this machine, connected by a virtual cable whose rate a token bucket limits (needs root, ``ip`` and ``tc``). With each
+configuration the real engine makes some updates at each rate, and the counter of the cable tells how many bytes were sent. The figures are written to
+compression-network.json in docs/experiments.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from train.config_compression import CompressionSection
 SHAPE = StreamShape(text_tokens=16, text_vocab=64, grid=4, image_vocab=64)
 CONFIG = TransformerConfig(layers=2, width=256, heads=8, conv_kernel=3)
 RATES = (20, 50, 100, 200, 500, 0)
-"""Mbit/s; 0: without a bound."""
+"""Mbit/s; 0: no limit."""
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {},
     "r/d 0.25, 1-6-9": {"method": "powersgd", "rank": 64, "wire": "1-6-9"},
@@ -46,12 +48,12 @@ _WARM, _UPDATES, _PROCESSES = 1, 3, 2
 
 
 def main(words: Sequence[str]) -> None:
-    """Lay the cable, start the processes, write what rank 0 found."""
+    """Set up the cable, start the processes, and write the figures that rank 0 measured."""
     parser = argparse.ArgumentParser(prog="python -m train.experiments.compression_network", description=__doc__)
     parser.add_argument("--out", type=Path, default=DOCS / "experiments" / "compression-network.json")
     parser.add_argument("--rates", type=int, nargs="+", default=list(RATES), help="Mbit/s; 0: unbounded")
     given = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are removed
     spaces = [f"machine-{os.getpid()}-{node}" for node in range(2)]
     try:
         _lay(spaces)
@@ -106,7 +108,7 @@ def _start(spaces: Sequence[str], folder: str, rates: Sequence[int]) -> None:
 
 
 def worker(folder: str, rates: Sequence[int]) -> None:
-    """One process: every way at every rate."""
+    """Run one process: measures every configuration at every rate."""
     torch.set_num_threads(1)
     world = World.from_env()
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder, "store")), world.size), rank=world.rank, world_size=world.size)
@@ -134,7 +136,7 @@ def _engine(world: World, section: CompressionSection) -> Any:
 
 
 def _bound(world: World, rate: int) -> None:
-    """Bound what a machine sends: by its first process, and only after all have sent what they had to."""
+    """Limit the rate at which a machine sends. Done by its first process, after all processes have finished sending."""
     dist.barrier()
     if world.local_rank == 0:
         subprocess.run(["tc", "qdisc", "del", "dev", _CABLE, "root"], check=False, capture_output=True)
@@ -145,7 +147,8 @@ def _bound(world: World, rate: int) -> None:
 
 
 def _measure(engine: Any) -> dict[str, Any]:
-    """Medians over updates: seconds of the passes, of the exchange between machines, of the whole; bytes of a machine over the cable; what compression counted."""
+    """Medians over updates: seconds of the forward and backward passes, of the exchange between machines, and of the whole update; bytes that a machine sends over the
+    cable; and the bytes that compression counts."""
     parts: list[tuple[float, float, float]] = []
     text, lengths, codes = torch.randint(64, (2, 16)), torch.tensor([16, 9]), torch.randint(64, (2, 16))
     begin = 0
@@ -176,7 +179,7 @@ def _measure(engine: Any) -> dict[str, Any]:
 
 
 def _sent() -> int:
-    """Bytes that this machine has sent over the cable, headers and acknowledgements included."""
+    """How many bytes this machine has sent over the cable, headers and acknowledgements included."""
     found = subprocess.run(["ip", "-s", "-j", "link", "show", _CABLE], check=True, capture_output=True, text=True)
     return int(json.loads(found.stdout)[0]["stats64"]["tx"]["bytes"])
 

@@ -1,4 +1,4 @@
-"""The part of docs/experiments.md on compression between machines, from what train/experiments/compression.py wrote."""
+"""Renders the part of docs/experiments.md on compression between machines, from the files of train/experiments/compression.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 GOAL = 0.01
-"""Nats over exact, at the end and at every tenth, within which the paper's claim of no loss counts as seen."""
+"""The paper claims that nothing is lost. The claim counts as confirmed if the loss is at most so many nats above exact, at the end and in every tenth."""
 _ABOUT = """Made by `python -m train.experiments.compression RUN`: {machines} machines simulated in one process on real codes, each with m GPUs that hold one shard of every matrix, and error
 buffers of its own; factors in fp32. **sent** is what travels of the matrices' gradients, by the formula r(m + 2)/(2dm) and as the real shards have it; **loss** the mean training loss of the last tenth of
 the updates, **over exact** what it has more than the exact arm of the same seed, and **worst tenth** the most that any tenth has. ± is the standard error over the seeds.
@@ -24,7 +24,7 @@ def section(found: dict[str, Any]) -> str:
 
 
 def table(runs: Sequence[dict[str, Any]], width: int = 0) -> str:
-    """Arms as a Markdown table."""
+    """The arms as a Markdown table."""
     lines = [
         "| arm | rank | sent, formula | sent | loss | over exact | worst tenth | summing and compressing, of the time | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -46,7 +46,7 @@ def table(runs: Sequence[dict[str, Any]], width: int = 0) -> str:
 
 
 def over_exact(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[float] | None:
-    """By tenth, what a training has more than the exact one of its seed; None if that is missing."""
+    """For each tenth, the loss of a training minus that of the exact one with the same seed; None if the exact one is missing."""
     exact = [one for one in runs if one["arm"] == "exact" and one["seed"] == run["seed"]]
     return [mine - base for mine, base in zip(run["tenths"], exact[0]["tenths"], strict=True)] if exact else None
 
@@ -77,7 +77,7 @@ def _bytes(row: dict[str, Any]) -> str:
 
 
 def crossover(rows: Sequence[dict[str, Any]]) -> str:
-    """Between which rates compression stops paying."""
+    """Say between which two rates compression stops saving time."""
     times = {(row["way"], row["mbit_s"] or float("inf")): row["update_s"] for row in rows}
     words = []
     for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "exact"):
@@ -92,7 +92,7 @@ def crossover(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """The smallest rank without a gap, for each number of GPUs, among arms of the paper's algorithm."""
+    """Say for each number of GPUs which is the smallest rank without a loss, among the arms with the paper's algorithm."""
     words = []
     for gpus in sorted({run["gpus"] for run in runs if run["rank"]}):
         plain = [run for run in runs if run["gpus"] == gpus and run["rank"] and run["arm"].count(",") == 1]

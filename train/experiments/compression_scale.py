@@ -1,5 +1,5 @@
-"""The table of docs/compression.md: 12B on 128 machines of 8 GPUs, with and without compression between them: ``python -m train.experiments.compression_scale``. By the formulas of
-``plan``; no torch."""
+"""Prints the table of docs/compression.md: the model with 12 billion parameters on 128 machines of 8 GPUs, with and without compression between them:
+``python -m train.experiments.compression_scale``. Uses the formulas of ``plan``; needs no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RANK = 896
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of GPU with a network."""
+    """A kind of GPU, and the network of its machines."""
 
     gpu: str
     gbit_s: float
-    """Of a whole machine, in one direction."""
+    """Rate of a whole machine's network, in one direction."""
 
 
 MACHINES = (
@@ -35,7 +35,7 @@ MACHINES = (
 
 
 def table() -> str:
-    """One row for each machine and way."""
+    """The table, with one row for each kind of machine and each way of sending."""
     cfg = load_run("12B", ["zero.stage=3", "zero.sharding=node"])
     lines = [
         "| GPU | Gbit/s of a machine | gradients | MB a GPU | compute, s | inside, s | between, s | compressing, s | update, s | if overlapped, s |",

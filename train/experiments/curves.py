@@ -1,4 +1,4 @@
-"""A training of stage 1 as a table of its evaluations: both ELBs as the temperature falls, and what reconstructions and the codebook make of it."""
+"""Shows a training of the dVAE as a table of its evaluations: both ELBs, reconstructions and the use of the codebook, while the temperature falls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ likely one, so that true codes end up a little better.
 
 
 def collect(url: str) -> dict[str, Any]:
-    """The evaluations of a finished run's stage dvae, and the settings beside them. No place on anybody's machine is among them.
+    """The evaluations of a finished stage dvae, and its settings, without paths of the machine that it ran on.
 
     Raises:
         DataError: stage prepare or dvae has not finished.
@@ -54,7 +54,7 @@ def collect(url: str) -> dict[str, Any]:
 
 
 def _at(points: list[Point], step: int) -> float | None:
-    """The value logged last, up to an update: not every evaluation falls on a logged one."""
+    """The value that was logged last at or before an update, because not at every evaluation something is logged."""
     return next((point.value for point in reversed(points) if point.step <= step), None)
 
 
@@ -82,7 +82,7 @@ def _settings(cfg: RunConfig) -> dict[str, Any]:
 
 
 def section(found: dict[str, Any]) -> str:
-    """The part of the page for one such file, as Markdown."""
+    """The section of the page for one such file, as Markdown."""
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(found["settings"].items()))
     total, licenses = found["images"]["count"], sorted(found["images"]["licenses"].items(), key=lambda item: -item[1])
     named = ", ".join(f"{count:,} {name}" for name, count in licenses)
@@ -98,7 +98,7 @@ def section(found: dict[str, Any]) -> str:
 
 
 def _shown(count: int) -> list[int]:
-    """Positions of the first evaluations, where most happens, and of others up to the last at even distances."""
+    """Which evaluations are shown: the first ones, in which values change most, and evenly spaced ones up to the last."""
     if count <= _ROWS:
         return list(range(count))
     head = _ROWS // 3

@@ -1,7 +1,7 @@
-"""The paper's claims about stage 1 as small experiments: ``python -m train.experiments.page PRESET [section.key=value ...]`` and ``... --render``.
+"""Small experiments on the paper's claims about the dVAE: ``python -m train.experiments.page PRESET [section.key=value ...]`` and ``... --render``.
 
-``... --curves RUN`` writes down one training instead (train/experiments/curves.py). Each variant is a run of stage dvae on the same images, and differs from the first in one thing. Figures go to docs/experiments/<name>.json, and
-docs/experiments.md is made from those files and from nowhere else.
+Each variant is a run of stage dvae on the same images, and differs from the first variant in one setting. ``... --curves RUN`` records one training instead
+(train/experiments/curves.py). The figures are written to docs/experiments/<name>.json, and docs/experiments.md is made only from these files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "linear temperature": ("dvae_fit.tau_schedule=linear",),
     "average pooling": ("dvae.pool=average",),
 }
-"""Name -> what differs from the first, which has beta 6.6, a cosine temperature and max-pooling."""
+"""Name -> the setting that differs from the first variant, which has beta 6.6, a cosine schedule of the temperature, and max-pooling."""
 PAPER = ("dvae_fit.beta=6.6", "dvae_fit.tau_schedule=cosine", "dvae.pool=max")
 FIGURES = {
     "psnr": "PSNR, dB",
@@ -67,7 +67,7 @@ _LONG_ENOUGH = 1000
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the variants and write their figures; or render the page."""
+    """Run the variants and write their figures, or render the page."""
     parser = argparse.ArgumentParser(description="Train the dVAE in the variants of the paper's claims.")
     parser.add_argument("preset", nargs="?", help="preset, .toml file or run folder")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every variant")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(preset: str, overrides: Sequence[str], nproc: int) -> dict[str, Any]:
-    """Train every variant, each in its own run folder beside a common one with the images."""
+    """Train every variant in a run folder of its own; all read the images from a common folder."""
     cfg = load_run(preset, list(overrides))
     name = cfg.run.name
     images = storage.join(cfg.run.root, f"{name}-images")
@@ -97,7 +97,7 @@ def run(preset: str, overrides: Sequence[str], nproc: int) -> dict[str, Any]:
         slug = re.sub(r"[^a-z0-9]+", "-", title)
         words = [*PAPER, *overrides, *changes, f"run.name={name}-{slug}", f'data.images="{images}"']
         variant = run_folder(load_run(preset, words))
-        _launch("prepare", preset, words, 1)  # the first writes the images, the others find them
+        _launch("prepare", preset, words, 1)  # the first variant writes the images, the others find them
         began = time.monotonic()
         code = _launch("dvae", preset, words, nproc)
         done = variant.done("dvae") or {"summary": {}}
@@ -116,12 +116,12 @@ def run(preset: str, overrides: Sequence[str], nproc: int) -> dict[str, Any]:
         "lr": fit.lr,
         "seed": cfg.run.seed,
     }
-    shown = [word for word in overrides if not word.startswith("run.root=")]  # a place on somebody's machine
+    shown = [word for word in overrides if not word.startswith("run.root=")]  # a path of this machine, which does not belong on the page
     return {"name": name, "settings": settings | {"overrides": shown}, "rows": rows, "producer": producer()}
 
 
 def _launch(stage: str, preset: str, words: Sequence[str], nproc: int) -> int:
-    """The exit code of a stage; 93 (diverged) is a result, anything else but 0 an error."""
+    """Run a stage, and return its exit code. 93 (diverged) is a valid result; any other code but 0 is an error."""
     command = [sys.executable, str(LAUNCHER), stage, preset, *words, "--nproc", str(nproc)]
     code = subprocess.run(command, check=False).returncode
     if code not in (ExitCode.DONE, ExitCode.DIVERGED):
@@ -146,13 +146,13 @@ def render(folder: Path) -> str:
 
 
 def _of_kind(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The files of a kind, in the order of their names; those that name none hold variants."""
+    """The files of a kind, in the order of their names. A file that names no kind holds variants."""
     everything = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
     return [one for one in everything if one.get("kind", "variants") == kind]
 
 
 def table(found: dict[str, Any]) -> str:
-    """The rows of one file as a Markdown table."""
+    """The variants of one file as a Markdown table."""
     lines = ["| variant | " + " | ".join(FIGURES.values()) + " | end | minutes |", "|---|" + "---:|" * len(FIGURES) + "---|---:|"]
     for title, row in found["rows"].items():
         cells = [f"{row['figures'][key]:.4g}" if key in row["figures"] else "–" for key in FIGURES]

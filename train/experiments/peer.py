@@ -1,10 +1,11 @@
-"""Our stage dalle against dalle-pytorch: equal codes, captions, depth, width, heads, batch, time and machine: ``python -m train.experiments.peer RUN``.
+"""Compares our stage dalle with dalle-pytorch, at equal codes, captions, depth, width, heads, batch, time and machine: ``python -m train.experiments.peer RUN``.
 
-RUN is a finished run of the stages tokenizer, dvae and encode; its configuration and words like ``dalle.layers=6`` shape both models. Ours trains through
-``launcher.py dalle`` in a folder of its own below RUN/against, for as many updates as a probe says that the minutes hold; the peer then gets exactly the
-minutes that ours took in the end (with ``--at-once`` the minutes given, of which ours aims at 98 %). Updates and the fetching of batches count as time in both halves, checkpoints in ours; evaluations, the
-start and all probes do not. ``--at-once`` runs both halves at the same time, each on cores of its own; ``--only`` repeats one half. Figures go to
-docs/experiments/against-dalle-pytorch-NAME.json, where NAME is the run's; ``python -m train.experiments.page --render`` makes the page.
+RUN is a run whose stages tokenizer, dvae and encode are finished. Its configuration and words like ``dalle.layers=6`` determine both models. Ours is trained by
+``launcher.py dalle`` in a new folder below RUN/against. A probe estimates how many updates fit into the given minutes. The peer then gets exactly the minutes that
+ours has taken; with ``--at-once`` it gets the given minutes, of which ours aims at 98 %. In both halves, updates and the loading of batches count as time, in ours
+also checkpoints; evaluations, the start and probes do not count. ``--at-once`` runs both halves at the same time, each on its own cores; ``--only`` repeats one
+half. Figures are written to docs/experiments/against-dalle-pytorch-NAME.json, where NAME is the run's name; ``python -m train.experiments.page --render`` makes the
+page.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ HALVES = ("ours", "peer")
 ORDERS = ("one after the other", "at the same time, each on cores of its own")
 _CPU = torch.device("cpu")
 _FIRST_PROBE = 20
-"""Updates of the first probe of ours; the second one takes the probe's minutes."""
+"""Number of updates in our first probe; the second probe takes the minutes given for probes."""
 _MARGIN = 0.98
-"""Share of the minutes that ours is meant to fill: neighbours come and go."""
+"""The fraction of the minutes that our training aims at, because other load on the machine may slow it down."""
 
 
 def main(words: Sequence[str]) -> None:
-    """Run one half or both, and write the figures of each as soon as it is there."""
+    """Run one half or both, and write the figures of each as soon as it has ended."""
     parser = argparse.ArgumentParser(prog="python -m train.experiments.peer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", help="folder of a run with codes")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for both halves")
@@ -71,13 +72,13 @@ def main(words: Sequence[str]) -> None:
         at_once(words, given.threads, out)
         print(peer_page.section(json.loads(out.read_text())))
         return
-    keep_memory()  # for the peer: our stages do so themselves
+    keep_memory()  # for the peer; our stages call it themselves
     probe = given.probe_minutes or given.minutes / 20
     settings = settings_of(cfg, run, given.minutes, given.threads, given.overrides) | {"halves": ORDERS[given.at_once]}
     found = read(out, settings, given.only)
     if given.only != "peer":
         ours = train_ours(cfg, run, given.overrides, given.minutes, probe, given.threads)
-        found = read(out, settings, given.only) | {"ours": ours}  # read anew: the other half may have come meanwhile
+        found = read(out, settings, given.only) | {"ours": ours}  # read again, because the other half may have been written meanwhile
         write(out, found)
     if given.only != "ours":
         minutes = found["ours"]["minutes"] if "ours" in found else given.minutes
@@ -88,12 +89,12 @@ def main(words: Sequence[str]) -> None:
 
 
 def at_once(words: Sequence[str], cores: int, out: Path) -> None:
-    """Run this command for both halves, each in a process bound to ``cores`` cores of its own. ``out`` is replaced when both are there; until then
-    figures are in a file beside it, whose name ends with ``.new``.
+    """Run this command for both halves, each in a process that is bound to ``cores`` cores of its own. ``out`` is replaced when both have ended; until then the
+    figures are in a file whose name has ``.new`` at its end.
 
     Raises:
         ConfigError: there are fewer than twice as many cores.
-        SystemExit: a half failed; with its exit code, when the other one has ended too.
+        SystemExit: a half failed. Raised when the other half has ended too, with the exit code of the failed one.
     """
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2 * cores:
@@ -105,18 +106,18 @@ def at_once(words: Sequence[str], cores: int, out: Path) -> None:
     halves = []
     try:
         for place, half in enumerate(HALVES):
-            os.sched_setaffinity(0, allowed[place * cores :][:cores])  # what a child inherits
+            os.sched_setaffinity(0, allowed[place * cores :][:cores])  # the child process inherits it
             halves.append(subprocess.Popen([sys.executable, "-m", "train.experiments.peer", *words, "--out", str(new), "--only", half]))
     finally:
         os.sched_setaffinity(0, allowed)
     codes = [half.wait() for half in halves]
     if any(codes):
-        raise SystemExit(max(abs(code) for code in codes))  # a signal's number is negative
+        raise SystemExit(max(abs(code) for code in codes))  # the code of a process that a signal ended is negative
     new.replace(out)
 
 
 def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """What both halves share. No place on anybody's machine is among it."""
+    """The settings that both halves have in common, without paths of this machine."""
     places.require(run, "tokenizer", "encode")
     codes, validation = open_codes(cfg, run, 0, "train"), open_codes(cfg, run, 0, "validation")
     shape = cfg.stream_shape()
@@ -144,10 +145,10 @@ def settings_of(cfg: RunConfig, run: RunFolder, minutes: float, cores: int, over
 
 
 def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any]:
-    """What is there of the half that is not run now, or nothing.
+    """The recorded figures of the half that is not run now; empty if there are none, or if both are run.
 
     Raises:
-        ConfigError: that half was run with other settings; the differences are listed.
+        ConfigError: that half was run with other settings; the message lists the differences.
     """
     found: dict[str, Any] = {"kind": "peer", "settings": settings}
     if only is None or not out.exists():
@@ -185,7 +186,7 @@ def _rounded(value: Any) -> Any:
 
 
 def train_ours(cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes: float, probe_minutes: float, cores: int) -> dict[str, Any]:
-    """Find the number of updates, train, and judge both sets of weights."""
+    """Find the number of updates, train, and evaluate both sets of weights."""
     load = [os.getloadavg()[0]]
     precision: str = cfg.dalle_fit.precision
     updates, rates = _FIRST_PROBE, []
@@ -212,24 +213,24 @@ def train_ours(cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes
 
 
 def words_of(cfg: RunConfig, updates: int) -> list[str]:
-    """Words that make a training of so many updates: its warm-up, its evaluations at updates that are logged, and no evaluation more."""
+    """The overrides for a training with ``updates`` updates: its warm-up, and evaluations only at updates that are logged."""
     every = cfg.dalle_fit.log_every
     distance = max(1, round(updates / EVALUATIONS / every)) * every
     return [f"dalle_fit.steps={updates}", f"dalle_fit.warmup_steps={round(WARMUP * updates)}", f"dalle_fit.eval_every={distance}"]
 
 
 def launch(cfg: RunConfig, run: RunFolder, kind: str, words: Sequence[str], cores: int) -> RunFolder:
-    """Run stage dalle in a new folder ``<run>/against/<kind>-<number>`` that reads the codes and the tokenizer of ``run``; that folder.
+    """Run stage dalle in a new run folder ``<run>/against/<kind>-<number>``, with the codes and the tokenizer of ``run``. Returns the new folder.
 
     Raises:
-        SystemExit: the stage failed; with its exit code.
+        SystemExit: the stage failed; the exit code is that of the stage.
     """
     root, number = run.at("against"), 0
     while storage.list_files(storage.join(root, f"{kind}-{number}")):
         number += 1
     place = RunFolder(storage.join(root, f"{kind}-{number}"))
     for marker in (("tokenizer", "done.json"), ("encode", "done.json"), ("dvae", "export", "config.json")):
-        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # what the stage asks of a run before it opens its codes
+        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # the stage requires these files of a run before it opens codes
     inputs = [f'data.codes="{cfg.data.codes or run.at("codes")}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']
     named = [f'run.root="{root}"', f'run.name="{kind}-{number}"', *inputs]
     command = [sys.executable, str(LAUNCHER), "dalle", run.url, *words, *named, "--nproc", str(cores)]
@@ -240,13 +241,14 @@ def launch(cfg: RunConfig, run: RunFolder, kind: str, words: Sequence[str], core
 
 
 def training_seconds(run: RunFolder) -> float:
-    """Seconds of a finished stage dalle in updates, in waiting for batches and in saving."""
+    """The seconds that a finished stage dalle spent on updates, on waiting for batches and on saving."""
     series = read_metrics(run.url, "dalle")
     return sum(series[f"goodput/{name}_s"][-1].value for name in ("data", "step", "save"))
 
 
 def curve(url: str) -> list[Point]:
-    """The evaluations of a finished stage dalle, against training time: an evaluation lasts from the logged point of its update to its own."""
+    """The evaluations of a finished stage dalle over training time. The time of an evaluation, which is subtracted, is that between the metrics of its update and its
+    own metrics."""
     series = read_metrics(url, "dalle")
     logged = {point.step: point.time for point in series["train/loss"]}
     evaluations = [point for point in series["eval/loss_image"] if point.step in logged]
@@ -258,7 +260,7 @@ def curve(url: str) -> list[Point]:
 
 
 def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[str, float]], int]:
-    """Averaged and raw weights of the last checkpoint on validation samples, in one process as the peer is; and the number of parameters."""
+    """Evaluate the averaged and the raw weights of the last checkpoint on validation samples, in one process as for the peer. Also returns the number of parameters."""
     tokenizer, _ = open_tokenizer(cfg, run)
     reader = dalle_batches.validation(cfg, run, World.single(), tokenizer, cfg.evaluate.samples)
     dtype = branch_dtype(cfg.dalle_fit.precision, _CPU, run, World.single())
@@ -273,7 +275,7 @@ def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[st
 
 
 def _precision(run: RunFolder, given: str) -> str:
-    """What 'auto' became in a run: the probe decides, and the training does as it did."""
+    """The precision that 'auto' stands for in a run. The probe run has decided it, and the training must use the same."""
     return str(stored.read(run.at("precision.json"), PrecisionChoice)["precision"]) if given == "auto" else given
 
 

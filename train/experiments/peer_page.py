@@ -1,4 +1,4 @@
-"""The parts of docs/experiments.md on dalle-pytorch, and their pictures, from what train/experiments/peer.py wrote."""
+"""Renders the parts of docs/experiments.md on dalle-pytorch, and their pictures, from the files of train/experiments/peer.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ no averaged weights. The caption gain is what shuffled captions cost, in nats pe
 
 
 def section(found: dict[str, Any]) -> str:
-    """One file as Markdown; a half that is missing is shown as such."""
+    """One file as Markdown. A missing half is shown as missing."""
     settings = found["settings"]
     shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(settings.items()) if key not in ("overrides", "run", "halves"))
     words = f" with `{' '.join(settings['overrides'])}`" if settings["overrides"] else ""
@@ -48,7 +48,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """By how much ours is lower, in words."""
+    """Say by how much our loss is lower."""
     if "ours" not in found or "peer" not in found:
         return f"The other half is missing: `python -m train.experiments.peer RUN --only {'peer' if 'ours' in found else 'ours'}`."
     theirs = found["peer"]["final"]["raw"]["nats_per_code"]
@@ -59,24 +59,24 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def stem(run: str) -> str:
-    """Name of the files about a run, without a suffix."""
+    """The name of the files about a run, without suffix."""
     return f"against-dalle-pytorch-{run}"
 
 
 def picture_place(found: dict[str, Any]) -> str:
-    """Where its picture lies, below docs/."""
+    """The path of its picture, relative to docs/."""
     return f"pictures/{stem(found['settings']['run'])}.svg"
 
 
 def picture(found: dict[str, Any]) -> str:
-    """The curves of both as an SVG file."""
+    """The curves of both halves as an SVG file."""
     names = {"ours": "ours, averaged weights", "peer": "dalle-pytorch"}
     series = [Line(name, [(minutes, nats) for minutes, _, nats in found[half]["curve"]]) for half, name in names.items() if half in found]
     return alone(lines(stem(found["settings"]["run"]), "validation nats per image code", series, across="minutes of training"))
 
 
 def _probes(found: dict[str, Any]) -> str:
-    """What its probes chose from."""
+    """The settings among which the peer's probes chose."""
     probes = found["peer"]["probes"] if "peer" in found else []
     rates, attentions = (sorted({probe[key] for probe in probes}) for key in ("lr", "attention"))
     patterns = f" and of the attention patterns {' and '.join(attentions)}" if len(attentions) > 1 else ""

@@ -1,8 +1,8 @@
-"""dalle-pytorch trained on our code batches for a given time, with what a fair user would choose for it: the peer's half of train/experiments/peer.py.
+"""Trains dalle-pytorch on our batches of codes for a given time, with settings that are good for it: the peer's half of train/experiments/peer.py.
 
-What is chosen by probes that its time is not charged for: fp32 or bf16 autocast, whichever makes more updates; then its step size (and its attention
-pattern, where several are given), by validation after a short training with the whole schedule. It also gets our order of samples, AdamW with our decays,
-our warm-up and cosine, and the allocator setting that our stages use.
+Probes, which do not count as training time, choose fp32 or bf16 autocast, whichever makes more updates; and then its learning rate, and its attention pattern if
+several are given, by the validation loss after a short training with the complete schedule. It also gets our order of samples, AdamW with our weight decays, our
+warm-up and cosine schedule, and the allocator setting that our stages use.
 
 B batch, T text positions, I image positions, C channels of its logits: text ids, padding ids of positions, image codes.
 """
@@ -36,13 +36,13 @@ from train.stages.dalle_task import cross_entropies
 
 ATTENTIONS = ("full", "axial")
 RATES = (3e-4, 1e-3, 3e-3, 6e-3)
-"""Peak step sizes to choose from; the first is its train_dalle.py's."""
+"""Peak learning rates to choose from; the first is that of its train_dalle.py."""
 CLIP_NORM = 0.5
-"""Its train_dalle.py's."""
+"""The value of its train_dalle.py."""
 WARMUP = 0.05
-"""Share of the training that warms up, of ours as of the peer's."""
+"""The fraction of the training that is warm-up, in both halves."""
 EVALUATIONS = 12
-"""Points of a curve, of ours as of the peer's."""
+"""Number of points of a curve, in both halves."""
 _RATE_S = 10.0
 _CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ Point = tuple[float, int, float]
 
 @dataclass(frozen=True)
 class Choice:
-    """How it trains."""
+    """The settings with which the peer is trained."""
 
     attention: str
     precision: str
@@ -60,17 +60,17 @@ class Choice:
 
 
 def layers_of(attention: str, layers: int) -> tuple[str, ...]:
-    """Kinds of its attention layers for a word of ATTENTIONS."""
+    """The kinds of its attention layers for an entry of ATTENTIONS."""
     return ("full",) if attention == "full" else peer_dalle.attention_pattern(layers)
 
 
 def its_text(text_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """Our caption ids as it wants them: the same ids, and 0 wherever there is no token, which it replaces by that position's padding id."""
+    """Convert our caption ids to its form: the same ids, but 0 where there is no token. It replaces 0 by the padding id of the position."""
     return text_BT.where(torch.arange(text_BT.shape[1]) < lengths_B[:, None], 0)
 
 
 class Peer:
-    """Its model, asked as ours is."""
+    """Its model with the interface of ours."""
 
     def __init__(self, cfg: RunConfig, choice: Choice) -> None:
         torch.manual_seed(derive(cfg.run.seed, "init"))
@@ -80,14 +80,14 @@ class Peer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def loss(self, batch: Batch) -> Tensor:
-        """Its own training loss, with its own weights (1/8 text, 7/8 image; padding counts in the text's part)."""
+        """Its training loss with its weights (1/8 text, 7/8 image; padding counts as text)."""
         with self._arithmetic():
             total: Tensor = self.model(its_text(batch["text"], batch["lengths"]), batch["codes"], return_loss=True)
         return total
 
     def losses(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I], as our transformer gives it: image codes among image codes alone, text
-        ids among text ids and padding ids, and 0 where there is no text token."""
+        """Negative log-likelihood of each token in nats, fp32 [B, T] and [B, I], as our transformer computes it: image codes are normalised over image codes, text ids
+        over text ids and padding ids; 0 where there is no text token."""
         text_BT, ids = its_text(text_BT, lengths_B), self.model.num_text_tokens
         with self._arithmetic():
             logits_BSC = self.model(text_BT, codes_BI).float()
@@ -100,7 +100,7 @@ class Peer:
 
 
 def step_size(share: float, peak: float) -> float:
-    """After a share of the training time: linear warm-up, then half a cosine to zero, which ends with the time."""
+    """The learning rate after a fraction of the training time: linear warm-up, then half a cosine that reaches zero at the end."""
     if share < WARMUP:
         return peak * max(share, 1e-3) / WARMUP
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - WARMUP) / (1 - WARMUP))))
@@ -109,7 +109,7 @@ def step_size(share: float, peak: float) -> float:
 def train(
     peer: Peer, loader: Loader, cfg: RunConfig, minutes: float, lr: float, evaluate: Callable[[], float], evaluations: int = EVALUATIONS
 ) -> list[Point]:
-    """Update for so many minutes, and evaluate at even distances and at the end. Batches count as time, evaluations do not."""
+    """Train for ``minutes``, and evaluate at even distances and at the end. The loading of batches counts as time, evaluations do not."""
     fit = cfg.dalle_fit
     named = [(name, p) for name, p in peer.model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(decay_groups(named, fit.weight_decay), lr=0.0, betas=(fit.beta1, fit.beta2), fused=True)
@@ -132,7 +132,7 @@ def train(
 
 
 def update_rates(cfg: RunConfig, attention: str) -> dict[str, float]:
-    """Updates/s by precision, on random data: the best of several runs, for a neighbour's load makes updates slower, never faster."""
+    """Precision -> updates/s on random data. The best of several runs, because other load on the machine can only make updates slower."""
     found = {}
     for name in ("fp32", "bf16"):
         kinds = layers_of(attention, cfg.dalle.layers)
@@ -142,12 +142,12 @@ def update_rates(cfg: RunConfig, attention: str) -> dict[str, float]:
 
 
 def best(tried: Iterable[tuple[Choice, float]]) -> Choice:
-    """The choice with the fewest nats; one that diverged is never the best, unless all have."""
+    """The choice with the lowest loss. One that diverged is chosen only if all have."""
     return min(tried, key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)[0]
 
 
 def run(cfg: RunConfig, run: RunFolder, minutes: float, probe_minutes: float, cores: int, attentions: Iterable[str]) -> dict[str, Any]:
-    """Choose, train for ``minutes``, and judge it on the validation samples of ours.
+    """Choose the settings, train for ``minutes``, and evaluate on our validation samples.
 
     Raises:
         ValueError: it is not installed.
@@ -183,17 +183,17 @@ def run(cfg: RunConfig, run: RunFolder, minutes: float, probe_minutes: float, co
 
 
 def figures(peer: Peer, reader: Iterable[Batch]) -> dict[str, float]:
-    """What an experiment reports of a model; see ``report_of``."""
+    """The figures that the experiment reports of a model; see ``report_of``."""
     return report_of(cross_entropies(peer.losses, reader, _CPU, lambda lengths_B: lengths_B))
 
 
 def report_of(measured: dict[str, float]) -> dict[str, float]:
-    """Of all cross-entropies those that both halves report, in nats."""
+    """Select the cross-entropies that both halves report, in nats."""
     return {"nats_per_code": measured["loss_image"], "nats_shuffled": measured["loss_image_shuffled"], "caption_gain": measured["caption_gain"]}
 
 
 def version() -> str:
-    """Of the installed package."""
+    """The version of the installed package."""
     found = peer_dalle.find("dalle_pytorch")
     named = metadata.distributions(name="dalle-pytorch", path=[str(found)]) if found else ()
     return next((each.version for each in named), "unknown")

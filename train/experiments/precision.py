@@ -1,12 +1,12 @@
-"""The paper's argument for gradient scales, on a deep narrow model of this machine's size: ``python -m train.experiments.precision --name NAME``.
+"""Tests the paper's argument for gradient scales with a deep and narrow model that this machine can train: ``python -m train.experiments.precision --name NAME``.
 
-Arms: fp32; fp16 with one global scale; fp16 with a scale for each resblock; the same with 16-bit moments. For each exponent floor: the share of gradient
-values of each resblock that fp16 lost (exactly zero where fp32 has a value), and the training losses (paper 2.4, Figures 4 and 12).
+The arms are: fp32; fp16 with one global scale; fp16 with a scale for each resblock; the same with 16-bit moments. For each exponent floor, the figures are the
+fraction of each resblock's gradient values that fp16 lost (exactly zero, but not in fp32), and the training losses (paper 2.4, Figures 4 and 12).
 
-The paper saw underflow above a billion parameters. Where it does not occur at our size, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
-bits in all fp16 arms alike: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. Scales start
-where a long run would have brought them. No DeepSpeed. ``--seeds 0 1 2`` repeats all arms with other weights and data. The file is written after each
-run, and the same command goes on from it.
+The paper observed underflow above a billion parameters. If it does not occur in our smaller model, ``--floors 0 4 8`` raises the exponent floor of fp16 by so many
+bits, in all fp16 arms: values below the raised smallest normal number are rounded to multiples of the raised smallest subnormal one. Scales start at the values that
+they would have after a long run. DeepSpeed is not used. ``--seeds 0 1 2`` repeats all arms with other initial weights and data. The file is written after each run,
+and the same command continues from it.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Options:
     lr: float = 2e-3
     seed: int = 0
     growth_updates: int = 200
-    """Updates of a doubling. The paper's 1000 belong to runs of 430,000; 50 cost a seventh of all updates by overflow."""
+    """Number of updates after which a scale is doubled. The paper's 1000 are for runs of 430,000 updates; with 50, a seventh of all updates was lost to overflows."""
     window: int = 8
     ceiling: int = 44
-    """Highest exponent of a scale. The paper's 24 fits fp16 as it is; where the floor is raised, it would hide what the range decides."""
+    """Largest exponent of a scale. The paper's 24 is right for normal fp16; with a raised floor, this limit would hide the effect of the range."""
 
 
 class _Floor(torch.autograd.Function):
-    """Identity whose gradient is rounded as an fp16 with a raised exponent floor would."""
+    """The identity, whose gradient is rounded as in an fp16 format with a raised exponent floor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
@@ -89,13 +89,13 @@ class _Floor(torch.autograd.Function):
 
 
 def raise_floor(x: Tensor, bits: int) -> Tensor:
-    """Values of an fp16 whose smallest normal and subnormal numbers are 2**bits times larger; other values stay."""
+    """Round small values as in an fp16 format whose smallest normal and subnormal numbers are 2**bits times larger; larger values stay."""
     step = _SMALLEST * 2.0**bits
     return torch.where(x.abs() < _SMALLEST_NORMAL * 2.0**bits, (x.float() / step).round() * step, x.float()).to(x.dtype)
 
 
 class Run:
-    """One arm at one exponent floor."""
+    """The training of one arm at one exponent floor."""
 
     def __init__(self, arm: Arm, options: Options, floor: int) -> None:
         torch.manual_seed(options.seed)
@@ -117,7 +117,7 @@ class Run:
         self.skipped = 0
 
     def gradients(self, step: int) -> float:
-        """Forward and backward pass of a batch, with gradients left scaled; the loss."""
+        """Run the forward and backward pass of a batch, leave the gradients scaled, and return the loss."""
         values = self.scales.values() if self.scales is not None else [1.0] * len(self.model.resblocks)
         for block, value in zip(self.model.resblocks, values, strict=True):
             block.gradient_scale = value  # type: ignore[assignment]
@@ -129,7 +129,7 @@ class Run:
         return float(loss.detach())
 
     def settle(self, step: int) -> None:
-        """Bring the scales at once to where a long run would find them: as high as a batch's gradients allow without an overflow, less one bit."""
+        """Set the scales to the values that they would have after a long run: one bit less than the largest with which the gradients of a batch do not overflow."""
         if self.scales is None:
             return
         rules, bad = self.scales.rules, [True] * len(self.model.resblocks)
@@ -146,7 +146,7 @@ class Run:
         self.scales.exponents = [max(e - 1, float(rules.lowest)) for e in self.scales.exponents]
 
     def update(self, step: int) -> float:
-        """One update; the loss before it."""
+        """Make one update, and return the loss before it."""
         loss = self.gradients(step)
         values = [*(self.scales.values() if self.scales is not None else [1.0] * len(self.model.resblocks)), 1.0]
         bad, squares = [False] * len(values), 0.0
@@ -181,7 +181,8 @@ def _install_floor(model: nn.Module, tags: dict[str, Any], floor: int) -> None:
 
 
 def batch_of(step: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions, and pictures whose first row repeats the caption and whose codes follow from the code above, with a tenth of noise."""
+    """Random captions and pictures. The first row of a picture repeats the caption, and every other code follows from the code above it, except a tenth, which are
+    random."""
     generator = torch.Generator().manual_seed(1000 * options.seed + step)
     text = torch.randint(0, SHAPE.text_vocab, (options.batch, SHAPE.text_tokens), generator=generator)
     codes = torch.randint(0, SHAPE.image_vocab, (options.batch, SHAPE.image_tokens), generator=generator)
@@ -193,7 +194,7 @@ def batch_of(step: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lost_shares(run: Run, step: int) -> list[float]:
-    """For each resblock: the share of its matrices' gradient values that are exactly zero, though they are not in fp32 at the same weights."""
+    """For each resblock, the fraction of its matrices' gradient values that are exactly zero, although they are not in fp32 with the same weights."""
     reference = Run(Arm("fp32", torch.float32), run.options, 0)
     reference.model.load_state_dict(run.model.state_dict())
     reference.gradients(step)
@@ -209,10 +210,10 @@ def lost_shares(run: Run, step: int) -> list[float]:
 
 
 def experiment(options: Options, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """All arms at all floors (fp32 once), for each seed, written after each run; runs that ``out`` holds already are not repeated.
+    """Train all arms at all floors (fp32 once) for each seed, and write the file after each run. Runs that ``out`` already holds are not repeated.
 
     Raises:
-        SystemExit: ``out`` holds runs of other options, or of another version of the code.
+        SystemExit: ``out`` holds runs with other options, or from another version of the code.
     """
     settings = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in ("seed", "floors")}))
     model = Run(ARMS[0], options, 0).model
@@ -240,7 +241,7 @@ def experiment(options: Options, seeds: Sequence[int], out: Path) -> dict[str, A
 
 def _run(arm: Arm, options: Options, floor: int) -> dict[str, Any]:
     run = Run(arm, options, floor)
-    run.settle(0)  # a small run has no time for the climb
+    run.settle(0)  # a short run has no time to double its scales up to there
     losses = [run.update(step) for step in range(options.updates)]
     tail = losses[-max(1, options.updates // 10) :]
     result: dict[str, Any] = {
@@ -259,7 +260,7 @@ def _run(arm: Arm, options: Options, floor: int) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """Run it and write one JSON file, or render the page of those that there are; a table goes to standard output."""
+    """Run the experiment, write its JSON file and print a table; or render the page from the existing files."""
     parser = argparse.ArgumentParser(prog="python -m train.experiments.precision", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--name", default="deep", help="name of the JSON file below docs/experiments/precision")
     parser.add_argument("--docs", type=Path, default=DOCS)

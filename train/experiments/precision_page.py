@@ -1,4 +1,4 @@
-"""docs/precision.md and its pictures, from the files that ``train.experiments.precision`` wrote: ``python -m train.experiments.precision --render``."""
+"""Renders docs/precision.md and its pictures from the files of ``train.experiments.precision``: ``python -m train.experiments.precision --render``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ All figures are means over the seeds; after ± stands the standard error of the 
 the first seed. With one seed a difference of a few thousandths of a nat says nothing.
 """
 _LONG_ENOUGH = 300
-"""Updates. The task is learned within 200 to 300."""
+"""Number of updates within which the task is learned; it takes 200 to 300."""
 _ALT = {"loss": "losses", "lost": "lost values", "floors": "losses by floor"}
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")
 
@@ -58,7 +58,7 @@ def _section(name: str, found: dict[str, Any], kinds: Sequence[str]) -> str:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """The runs of one file as a Markdown table, a row for all seeds of an arm at a floor."""
+    """The runs of one file as a Markdown table, with one row for all seeds of an arm at a floor."""
     base = {run["seed"]: run["last_tenth"] for run in runs if run["arm"] == "fp32"}
     rows = ["| arm | floor | loss | over fp32 | lost: first | mean | last | skipped | scales |", "|---|" + "---:|" * 7 + "---|"]
     for (floor, arm), same in by_arm(runs).items():
@@ -72,7 +72,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def by_arm(runs: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Runs that differ by their seed alone, by floor and arm; floors rise, arms keep their order."""
+    """(floor, arm) -> its runs, which differ only in their seed. Floors are in ascending order, arms in their given order."""
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: int(run["floor_bits"])):
         found.setdefault((int(run["floor_bits"]), run["arm"]), []).append(run)
@@ -85,7 +85,7 @@ def _exponents(run: dict[str, Any]) -> str:
 
 
 def _telling_floor(runs: Sequence[dict[str, Any]]) -> int:
-    """The floor at which the losses of the fp16 arms, as means over seeds, are furthest apart."""
+    """The floor at which the losses of the fp16 arms, averaged over seeds, differ most."""
     losses: dict[int, list[float]] = {}
     for (floor, arm), same in by_arm(runs).items():
         if arm != "fp32":
@@ -94,7 +94,8 @@ def _telling_floor(runs: Sequence[dict[str, Any]]) -> int:
 
 
 def pictures(name: str, found: dict[str, Any]) -> dict[str, str]:
-    """SVG files by kind: 'loss' over updates and 'lost' over resblocks, of fp32 and of the arms where they differ most; of several floors 'floors', the loss over them."""
+    """Kind -> SVG file: 'loss' over updates and 'lost' over resblocks, of fp32 and of the fp16 arms at the floor at which they differ most; if there are several
+    floors, also 'floors', the loss over floors."""
     floor = _telling_floor(found["runs"])
     grouped = by_arm(found["runs"])
     shown = [same[0] for (bits, arm), same in grouped.items() if arm == "fp32" or bits == floor]
@@ -115,8 +116,8 @@ def pictures(name: str, found: dict[str, Any]) -> dict[str, str]:
 
 
 def alone(svg: str) -> str:
-    """A plot that was made for a page, as a file of its own."""
-    svg = str(svg)  # Html's own replace would escape what it puts in
+    """Turn a plot that was made for an HTML page into a separate SVG file."""
+    svg = str(svg)  # the method ``replace`` of Html would escape the new text
     for index, colour in enumerate(_COLOURS):
         svg = svg.replace(f"var(--s{index})", colour)
     return svg.replace("<svg ", '<svg width="560" font-family="sans-serif" color="#64748b" ', 1) + "\n"

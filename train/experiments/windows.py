@@ -1,6 +1,6 @@
-"""Passes and seconds that windows of drafts save on a trained model: ``python -m train.experiments.windows RUN CAPTION ... [--out FILE]``.
+"""Measures how many passes and seconds windows of drafts save with a trained model: ``python -m train.experiments.windows RUN CAPTION ... [--out FILE]``.
 
-Every picture is drawn alone, at each window, by the same seeds; the codes must be the same ones. Figures of docs/drawing.md.
+Every picture is drawn alone, with each window and the same seeds; the codes must be the same. Gives the figures in docs/drawing.md.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ WINDOWS = (1, 2, 4, 8, 16)
 
 
 def compare(models: Models, captions: Sequence[str], settings: Settings, windows: Sequence[int] = WINDOWS) -> dict[str, Any]:
-    """Passes and seconds of one picture, as means over captions, by window; and how many codes a window changed, which is none unless rounding turned one.
+    """For each window, passes and seconds of a picture, averaged over captions; and how many codes it changed, which can be more than none only through rounding.
 
     Raises:
-        ConfigError: settings that this model cannot be drawn with.
+        ConfigError: this model cannot draw with these settings.
     """
     settings.check(models.cfg)
     rows: dict[int, dict[str, float]] = {}
@@ -66,7 +66,7 @@ def _draw(models: Models, caption: str, settings: Settings, window: int) -> Draw
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description="Passes and seconds that windows of drafts save on a trained model.")
     parser.add_argument("run", help="what launcher.py draw accepts")
     parser.add_argument("captions", nargs="+")

@@ -1,10 +1,10 @@
-"""What a training stage measures: lines of JSON (one file for each attempt) and TensorBoard events. The only importer of tensorboard.
+"""Writes and reads the metrics of a training stage: lines of JSON (one file for each attempt) and TensorBoard events. Nothing else imports tensorboard.
 
     <run>/<stage>/metrics/attempt-<k>.jsonl     {"step": 120, "time": 1735689600.0, "values": {"train/loss": 0.412}}
     <run>/tensorboard/<stage>/                  events
 
-A killed writer loses at most the line that it was writing. Both kinds of file are local; for a run folder on s3 they are written to a temporary
-folder, and ``flush`` uploads them.
+A killed process loses at most the line that it was writing. Both kinds of file are written locally: if the run folder is on s3, they are written to a
+temporary folder, and ``flush`` uploads them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Point(NamedTuple):
     """One value of one series."""
 
     step: int
-    """Updates done when it was measured."""
+    """How many updates had been made when it was measured."""
     value: float
     """May be NaN or infinite."""
     time: float
@@ -46,21 +46,21 @@ _GROUPS = {
     "goodput": "6 goodput",
     "numerics": "8 numerics",
 }
-"""First part of a metric's name -> its group in TensorBoard."""
+"""First part of a metric's name -> the group under which TensorBoard shows it. The numbers put the groups in order."""
 _DEBUG = ("data/samples",)
 _JUDGED_BY = ("train/loss", "eval/loss", "perf/mfu")
-"""What TensorBoard's table of hyperparameters shows beside them, where a run has it."""
+"""Metrics that TensorBoard shows beside the hyperparameters, in those runs that have them."""
 
 
 class MetricsWriter:
-    """Writer of one attempt at one stage. Only the main rank's is enabled; any other does nothing.
+    """Writes the metrics of one attempt at one stage. Only the main rank's writer is enabled; the others do nothing.
 
     Args:
         run_url: the run folder, local or s3://.
         stage: name of the stage's folder.
         attempt: number of the attempt; see ``next_attempt``.
-        enabled: False makes every call do nothing and touches no file.
-        lines: False for a stage that measures nothing, and has pictures and text alone.
+        enabled: if False, every call does nothing and no file is touched.
+        lines: False for a stage that logs only pictures and text, and no numbers.
     """
 
     def __init__(self, run_url: str, stage: str, attempt: int, enabled: bool = True, *, lines: bool = True) -> None:
@@ -84,7 +84,7 @@ class MetricsWriter:
             self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of a step. The line reaches the operating system before this returns."""
+        """Log the values of a step. When this returns, the operating system has the line: it survives a kill of the process."""
         if self._lines is None:
             return
         plain = {name: float(value) for name, value in values.items()}
@@ -96,7 +96,7 @@ class MetricsWriter:
             events.add_scalar(shown_as(name), value, global_step=step, walltime=now)
 
     def images(self, step: int, name: str, array_HWC: NDArray[np.uint8]) -> None:
-        """Log a picture (uint8, [H, W, 3]) to TensorBoard, which shows it no larger than it is: see ``enlarged`` of train/report/images.py."""
+        """Log a picture (uint8, [H, W, 3]) to TensorBoard, which does not enlarge small ones: use ``enlarged`` of train/report/images.py first."""
         if self.enabled:
             self._open_events(step).add_image(name, array_HWC, global_step=step, dataformats="HWC")
 
@@ -106,21 +106,21 @@ class MetricsWriter:
             self._open_events(step).add_text(name, text, global_step=step)
 
     def describe(self, step: int, config: Mapping[str, Any], parents: Mapping[str, str]) -> None:
-        """What is trained, from what: the configuration and the lineage as text, and the stage's own keys as TensorBoard's hyperparameters."""
+        """Log what is trained and from which inputs: the configuration and the lineage as text, and the stage's own keys as TensorBoard's hyperparameters."""
         if not self.enabled:
             return
         self.text(step, "configuration", _code(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)))
         self.text(step, "lineage", _code("\n".join(f"{kind}: {digest}" for kind, digest in sorted(parents.items())) or "made from nothing else"))
         from torch.utils.tensorboard.summary import hparams
 
-        # SummaryWriter.add_hparams would put them into a run of their own, with each metric a second time.
+        # SummaryWriter.add_hparams would create a second TensorBoard run for them, in which each metric appears again.
         sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero")]
         flat = {key: value for name in sections for key, value in _leaves(name, config[name])}
         for part in hparams(flat, dict.fromkeys(map(shown_as, _JUDGED_BY))):
             self._open_events(step).file_writer.add_summary(part, step)
 
     def flush(self) -> None:
-        """Bring everything to disk, and to s3 where the run folder lies there."""
+        """Write everything to disk, and upload it if the run folder is on s3."""
         if self._lines is not None:
             self._lines.flush()
         if self._events is not None:
@@ -150,22 +150,22 @@ class MetricsWriter:
 
     def _open_events(self, step: int) -> Any:
         if self._events is None:
-            # Imported here: it brings torch and takes seconds, which a reader of metrics need not spend.
+            # Imported only here, because it imports torch, which takes seconds: programs that only read metrics are spared that.
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            # From this step on, TensorBoard hides what an earlier attempt had written: the rule of read_metrics.
+            # From this step on, TensorBoard hides what earlier attempts have written, as read_metrics does.
             self._events = SummaryWriter(str(self._events_path), purge_step=step)
         return self._events
 
 
 def shown_as(name: str) -> str:
-    """The tag of a metric in TensorBoard, which sorts groups by name: what is read first stands first, sums over hashed ids last."""
+    """The tag of a metric in TensorBoard. TensorBoard sorts groups by name, so names get a number in front: the most important group comes first."""
     group, slash, rest = name.partition("/")
     if not slash:
         return name
     if name in _DEBUG:
         return f"9 debug/{rest}"
-    if "_row_" in rest:  # a figure for each row of codes: many, and read after the mean
+    if "_row_" in rest:  # one series for each row of image tokens: many, and less important than their mean
         return f"2 validation rows/{rest}"
     if rest.partition("_")[0] == "loss" and group in ("train", "eval"):
         return f"1 loss/{group} {rest}"
@@ -173,7 +173,7 @@ def shown_as(name: str) -> str:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, bool | str | float | int]]:
-    """Keys of a section as TensorBoard takes them: plain values, lists as JSON."""
+    """The keys of a section in the form that TensorBoard accepts: plain values as they are, lists as JSON."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(f"{name}.{key}", inner)
@@ -182,17 +182,17 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, bool | str | float | i
 
 
 def _code(text: str) -> str:
-    """As Markdown shows it letter by letter."""
+    """Indent text so that Markdown shows it as code, unchanged."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def next_attempt(run_url: str, stage: str) -> int:
-    """The number that no attempt at this stage has used for its metrics: 0, 1, ..."""
+    """The number of the next file of metrics: one more than the largest in use, 0 for the first."""
     return max(_attempts(run_url, stage), default=-1) + 1
 
 
 def newest_attempt_times(run_url: str, stage: str) -> dict[int, float]:
-    """Step -> when it was last logged (seconds since 1970), in the newest attempt alone; empty where there is none."""
+    """Step -> when the newest attempt logged it last (seconds since 1970). Empty if there is no attempt."""
     attempts = _attempts(run_url, stage)
     if not attempts:
         return {}
@@ -201,13 +201,14 @@ def newest_attempt_times(run_url: str, stage: str) -> dict[int, float]:
 
 
 def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
-    """All series of a stage, each in order of steps, attempts merged.
+    """All series of a stage, each in the order of steps, with its attempts merged.
 
-    An attempt that starts at step s repeats what earlier ones did from s on, so their values of later steps were lost and are dropped, in every
-    series; those of s itself give way to its own, and stay where it has none: it may have had nothing left to do but to finish. A last line that a killed writer left incomplete is ignored.
+    An attempt whose first step is s repeats the work of earlier attempts from s on. So their values of steps after s are dropped, in every series. At s itself
+    its own value replaces theirs, if it has one: an attempt that only had to finish the stage may have none. Incomplete lines, which a killed process leaves,
+    are ignored.
 
     Raises:
-        DataError: a file is there and cannot be read.
+        DataError: a file exists and cannot be read.
     """
     kept: list[tuple[int, float, dict[str, float]]] = []
     limit: float = math.inf
@@ -223,7 +224,7 @@ def read_metrics(run_url: str, stage: str) -> dict[str, list[Point]]:
 
 
 def throughput(count: float, seconds: float) -> float:
-    """Things per second; 0 where no time has passed."""
+    """``count`` per second; 0 if no time has passed."""
     return count / seconds if seconds > 0 else 0.0
 
 
@@ -243,10 +244,10 @@ def _read_lines(data: bytes) -> Iterator[tuple[int, float, dict[str, float]]]:
             found = strict_json.loads_record(line.decode())
             yield int(found["step"]), float(found["time"]), {str(name): float(value) for name, value in found["values"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            # The line that a killed writer was writing, or a damaged one. Each line stands alone: the others are good.
+            # An incomplete line that a killed process left, or a damaged one. Lines do not depend on each other, so the others are used.
             continue
 
 
 def _to_json(value: float) -> float | str:
-    """JSON has no NaN: such values are strings that float() reads."""
+    """JSON has no NaN and no infinity: such values become strings that ``float()`` reads."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""What the training loop asks of a stage: where batches come from, how one becomes a loss, what is scheduled and evaluated."""
+"""What a stage must provide to the training loop: the source of batches, the loss of a batch, the schedules and the evaluation."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ Batch = dict[str, Any]
 
 
 class Loader(Protocol):
-    """An endless stream of this rank's micro-batches, with a position that can be saved."""
+    """An endless stream of this rank's micro-batches, whose position can be saved and restored."""
 
     def next(self) -> Batch:
         """The next micro-batch: tensors by name, and the samples' ids under "ids"."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """The position in the stream, as JSON values: the same on all ranks, and valid on any number of them."""
+        """The position in the stream, as JSON values. It is the same on all ranks, and a run with another number of ranks can be restored from it."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a position that ``state`` returned."""
+        """Continue from a position that ``state`` returned."""
         ...
 
 
 @dataclass
 class Loss:
-    """One micro-batch's contribution."""
+    """What one micro-batch contributes to an update."""
 
     total: Tensor
-    """This rank's share of the global mean: shares sum to it over ranks and micro-batches."""
+    """This micro-batch's part of the global mean loss: the sum over all ranks and micro-batches of the update is that mean."""
     sums: dict[str, Tensor]
-    """Shares of the logged means, likewise."""
+    """Its parts of the logged means, by name; they sum in the same way."""
 
 
 class Task(Protocol):
-    """What differs between the models."""
+    """The part of training that differs between the models. One object for each stage and rank."""
 
     metrics: tuple[str, ...]
-    """Names of the shares that ``loss`` returns."""
+    """The names in ``Loss.sums``, the same for every micro-batch."""
     unit: str
-    """What throughput counts: images or tokens."""
+    """What the throughput counts: images or tokens."""
 
     curve: Curve | None
-    """The updates that the schedule of the step size spans; None: all of the section's."""
+    """The range of updates over which the learning rate schedule runs; None: from the first update to the section's last."""
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Values scheduled at an update; must hold 'lr'."""
+        """The scheduled values of an update; the learning rate 'lr' must be one of them. The same on all ranks."""
         ...
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
-        """Global denominators of an update over all ranks and micro-batches (docs/contracts.md, section 5)."""
+        """What the sums of an update are divided by to become means, counted over all ranks and micro-batches (docs/contracts.md, section 5). Collective."""
         ...
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:
-        """This rank's share of one micro-batch's loss.
+        """Forward pass of one micro-batch. The caller runs the backward pass.
 
         Args:
             step: number of the update.
-            at: the values of ``schedule`` at that update.
-            denominators: what ``denominators`` returned for all micro-batches of the update.
+            at: what ``schedule`` returned for this update.
+            denominators: what ``denominators`` returned for all micro-batches of this update.
         """
         ...
 
@@ -81,7 +81,7 @@ class Task(Protocol):
         ...
 
     def units(self, batch: Batch) -> int:
-        """Units of one local micro-batch, for throughput."""
+        """How many units (see ``unit``) one micro-batch of this rank holds."""
         ...
 
 

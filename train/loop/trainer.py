@@ -1,4 +1,4 @@
-"""The one training loop. Stages differ in their Task: how a batch becomes a loss, what is scheduled, what is evaluated."""
+"""The training loop of all stages. What differs between stages is in their Task: the loss, the schedules, the evaluation."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from train.weights.fragments import full_shape
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 6.0  # an evaluation or a save may take that many times as long as the watchdog's limit for a step
+_PATIENCE = 6.0  # an evaluation or a save may take this many times the watchdog's limit for an update
 RESTORE_PATIENCE = 20.0
-"""So may reading a checkpoint or an export (three hours), and all that is tried before one is whole."""
+"""Reading a checkpoint or an export may take this many times that limit (three hours), with all checkpoints that are tried before one is undamaged."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished training run has to say."""
+    """The result of a finished training run."""
 
     evaluation: dict[str, float]
-    """The last evaluation."""
+    """Metrics of the last evaluation."""
     seconds: float
-    """Time in training over all attempts, less what was lost with them."""
+    """Training time over all attempts, without the work that was lost when attempts ended before a save."""
     units_per_s: float
-    """Throughput of the last attempt, over its updates; 0 if it made none."""
+    """Throughput of the last attempt during its updates; 0 if it made none."""
     updates: int
-    """Updates in all."""
+    """Number of updates, over all attempts."""
 
 
 @dataclass
@@ -73,19 +73,19 @@ class Trainer:
     stop: StopFlag
     device: torch.device
     meta: dict[str, Any] = field(default_factory=dict)
-    """Facts for meta.json: configuration and lineage."""
+    """What is added to meta.json of every checkpoint: configuration and lineage."""
     flops_per_unit: float = 0.0
-    """Useful arithmetic of one unit, forward and backward; 0: not counted."""
+    """Floating-point operations of the forward and backward pass of one unit; 0: not counted."""
     peak_flops: float = 0.0
-    """What one process could do of it in a second, for perf/mfu; only the main rank needs it."""
+    """The most that one process could do of them in a second, for perf/mfu. Only the main rank needs it."""
     plateau: Plateau | None = None
-    """Halves the scheduled step size at plateaus of the training loss, if there is one."""
+    """If given, halves the scheduled learning rate at plateaus of the training loss."""
 
     def run_to_end(self) -> Outcome:
         """Train from the newest checkpoint to section.steps.
 
         Raises:
-            StopRequested: a stop signal came; the state is saved.
+            StopRequested: a stop signal came; the state was saved.
             DivergedError: too many consecutive updates were bad (section.max_bad_steps, section.max_overflow_steps); the last checkpoint is kept.
         """
         try:
@@ -94,7 +94,7 @@ class Trainer:
             self.stop.orderly("the end of training")
             raise
         finally:
-            watchdog.rest()  # who handles the error may take its time
+            watchdog.rest()  # handling the error may take longer than an update
 
     def _train(self) -> Outcome:
         url = self.run.at(self.stage)
@@ -104,7 +104,7 @@ class Trainer:
         self._changes: list[dict[str, Any]] = []
         self._evaluation_owed = False
         self.stop.phase("the restoring of a checkpoint")
-        with watchdog.expecting(RESTORE_PATIENCE):  # and nothing until the first update, which may have much to compile
+        with watchdog.expecting(RESTORE_PATIENCE):  # afterwards no limit until the first update is done: it may have much to compile
             step = self._restore()
         self._write_from(step)
         self._vector = SignalVector((*self.task.metrics, "samples"), self.device, self.world)
@@ -171,7 +171,7 @@ class Trainer:
             self._writer.text(step, "change point", change_points.described(point))
 
     def _has_begun(self, started: float) -> None:
-        """After the first update there is something to save: a stop is heard at the end of an update from here on."""
+        """From the first update on there is something to save: a stop signal now takes effect at the end of an update."""
         if self.stop.name:
             self.stop.orderly("an update")
             if self.world.is_main:
@@ -208,7 +208,7 @@ class Trainer:
             raise StopRequested(f"{self.stage}: stopped by a signal during the evaluation of update {step}; nothing was lost.") from None
 
     def _account(self, step: int) -> None:
-        """The last words of an attempt: where its time went."""
+        """Print and log what the attempt spent its time on, and close the metrics."""
         watchdog.rest()
         if self.world.is_main:
             self._writer.scalars(step, self._goodput.metrics())
@@ -216,7 +216,7 @@ class Trainer:
         self._writer.close()
 
     def _update(self, step: int, started: float) -> tuple[dict[str, float], dict[str, float]]:
-        """One optimizer update: fetch, forward, backward, agree, step."""
+        """One optimizer update: fetch the batches, forward and backward passes, reduce the signals over all ranks, step."""
         at = self.task.schedule(step)
         if self.plateau is not None:
             at["lr"] *= self.plateau.factor
@@ -288,8 +288,14 @@ class Trainer:
         return logged | {f"numerics/{name}": float(count) for name, count in self._counts.items() if count}
 
     def _count_bad(self, step: int, update: Update, *, forward_ok: bool) -> None:
-        """Count bad updates by kind since the last good one: overflows of scaled gradients are answered by a smaller scale, and may go on for longer than
-        other ones; also those that only their resblock sat out."""
+        """Count the bad updates since the last good one, by kind, and give up after too many.
+
+        Overflows of scaled gradients have a limit of their own, a larger one: after each the scale is reduced, which takes some updates. They count even
+        if only one resblock skipped the update.
+
+        Raises:
+            DivergedError: there were too many.
+        """
         self._counts["forward_non_finite"] += not forward_ok
         self._counts["gradient_overflow"] += forward_ok and (update.overflow or not update.applied)
         if forward_ok and update.applied and not update.overflow:
@@ -334,7 +340,7 @@ class Trainer:
         return int(meta["step"])
 
     def _go_on(self, meta: dict[str, Any]) -> None:
-        """Begin a change point where the run goes on with other values than its checkpoint was made with, and follow those that it went through."""
+        """If the configuration differs from the checkpoint's, start a change point here; apply the change points that the run already has."""
         if "config" not in meta or "config" not in self.meta:
             return
         earlier = len(meta.get("changes", []))
@@ -352,10 +358,10 @@ class Trainer:
             log.warning("%s: goes on %s", self.stage, change_points.described(point))
 
     def _adopt(self, parents: dict[str, str]) -> None:
-        """Go on with the parents of a checkpoint: what it was trained on must be what is there; what it started from need not be there any more.
+        """Take over the lineage of a checkpoint. The inputs must be the ones that it was trained on; only the weights that it was initialised from may be gone.
 
         Raises:
-            CheckpointError: it was made from other inputs.
+            CheckpointError: it was trained on other inputs.
         """
         mine = self.meta.setdefault("parents", {})
         odd = sorted(kind for kind in (mine.keys() | parents.keys()) - {"init_from"} if mine.get(kind) != parents.get(kind))
@@ -384,12 +390,12 @@ class Trainer:
         began = time.perf_counter()
         self._saver.save(step, self.engine.fragments(to_load=False), facts, ready=self.engine.average.wait)
         self._stall_s = time.perf_counter() - began
-        if self._saver.seconds:  # of the one before, which is written by now
+        if self._saver.seconds:  # the time of the previous save, which has ended by now
             self._writer.scalars(step, {"perf/save_s": self._saver.seconds})
         self._writer.flush()
 
     def _settle(self, step: int) -> float:
-        """Let the copies of a checkpoint come to an end before the step that follows it changes their tensors, and return the seconds waited."""
+        """Wait until the tensors of a save have been copied, because the step that follows changes them; return the seconds waited."""
         settled = self._saver.settle()
         stall_s, self._stall_s = self._stall_s + settled, 0.0
         if stall_s:

@@ -1,1 +1,1 @@
-"""What a machine can do: rates, dtypes, recorded attention times. Needs no more than torch."""
+"""What a machine can do: measured rates, fast dtypes, recorded times of attention. Needs no library but torch."""

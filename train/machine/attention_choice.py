@@ -1,4 +1,4 @@
-"""Which attention engine runs: the one that dalle.attention names, or the fastest by recorded measurements (attention_records/model-*.json)."""
+"""Chooses the attention engine: the one that dalle.attention names, or the fastest according to recorded times (attention_records/model-*.json)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.machine.rates import describe_device, name_of
 log = logging.getLogger(__name__)
 
 RECORDS = Path(__file__).with_name("attention_records")
-"""Files of ``launcher.py bench model`` that come with the code, of which only the times of attention are read."""
+"""Records of ``launcher.py bench model`` that come with the code. Only the times of attention in them are read."""
 _UNMEASURED: EngineName = "dense"
 
 
@@ -35,7 +35,7 @@ class Record:
 
 
 def read_records(kind: str, folder: Path | str = "") -> list[Record]:
-    """Every recorded time of an engine on devices of a kind ('cpu' or 'cuda'): those of a site's folder, if one is given, before those of the code.
+    """All recorded times on devices of a kind ('cpu' or 'cuda'): first those of the user's own folder, if one is given, then those that come with the code.
 
     Raises:
         ConfigError: the folder holds no record.
@@ -49,17 +49,17 @@ def read_records(kind: str, folder: Path | str = "") -> list[Record]:
     for path in [*own, *sorted(RECORDS.glob("model-*.json"))]:
         result = json.loads(path.read_text())
         if result["device"]["kind"] == kind:
-            # The best of the timed runs: a neighbour's load makes times longer, never shorter.
+            # The shortest of the timed runs, because other load on the machine can only make times longer.
             points = ((attention_times.parse(name), figure["min"]) for name, figure in result["measured"].items())
             found += [Record(point, ms, result["device"]["name"], path.name) for point, ms in points if point is not None]
     return found
 
 
 def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dtype: torch.dtype, folder: Path | str = "") -> EngineName:
-    """The engine to run, said in the log with its reason.
+    """The engine to use. The choice and its reason are logged.
 
     Args:
-        folder: a site's own records (dalle_fit.attention_records).
+        folder: a folder with the user's own records (dalle_fit.attention_records).
 
     Raises:
         ConfigError: dalle.attention names an engine that cannot train on the device; the message says why.
@@ -86,14 +86,14 @@ def choose(cfg: TransformerConfig, shape: StreamShape, device: torch.device, dty
 
 
 def _nearest(records: list[Record], device: str, dtype: str, cfg: TransformerConfig, shape: StreamShape) -> list[Record]:
-    """The records of one file, dtype, shape and pattern of layers that are most like what will run; one for each engine."""
+    """The recorded times that are most similar to what will run, by device, dtype, shape and pattern of layers: all from one file, one for each engine."""
 
     wanted = pattern_shares(layer_pattern(cfg.layers))
 
     def unlikeness(record: Record) -> tuple[float, ...]:
         point = record.point
         shares = pattern_shares(point.pattern)
-        # fp16 and bf16 move the same bytes; where one is not measured, the other stands for it.
+        # fp16 and bf16 move the same number of bytes, so a time of one serves for the other if that was not measured.
         other_dtype = 0 if point.dtype == dtype else 1 if "fp32" not in (point.dtype, dtype) else 2
         states = point.text_tokens + point.grid**2
         return (

@@ -1,4 +1,4 @@
-"""Time of attention alone, by engine: what `dalle.attention = "auto"` reads. Part of ``launcher.py bench model``."""
+"""Times of attention alone, for each engine: what `dalle.attention = "auto"` chooses by. Part of ``launcher.py bench model``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _NAME = re.compile(r"attention (\w+) (fp32|bf16|fp16), (\d+)\+(\d+)x\d+ states, 
 
 
 def layer_pattern(layers: int) -> str:
-    """The masks of a model's layers, counted: '2 row 1 column 1 conv'. A time is a mean over such layers, and means nothing for another pattern."""
+    """The masks of a model's layers with their counts: '2 row 1 column 1 conv'. A recorded time is the mean over these layers, so it is valid only for this
+    pattern."""
     kinds = layer_kinds(layers)
     return " ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
 
 
 def pattern_shares(pattern: str) -> dict[str, float]:
-    """Share of each kind of mask among the layers of a pattern."""
+    """Fraction of the layers of a pattern that have each kind of mask."""
     words = pattern.split()
     counts = {kind: int(count) for count, kind in zip(words[::2], words[1::2], strict=True)}
     return {kind: count / sum(counts.values()) for kind, count in counts.items()}
@@ -31,7 +32,7 @@ def pattern_shares(pattern: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class AttentionPoint:
-    """What was timed."""
+    """What a time was measured of."""
 
     engine: EngineName
     dtype: str
@@ -39,11 +40,11 @@ class AttentionPoint:
     grid: int
     head: int
     pattern: str
-    """Of the layers over which the time is a mean (``layer_pattern``)."""
+    """The layers over which the time is the mean, as ``layer_pattern`` writes them."""
 
     @classmethod
     def of(cls, engine: EngineName, dtype: str, cfg: TransformerConfig, shape: StreamShape) -> AttentionPoint:
-        """What is timed of a model."""
+        """The point that a model's time belongs to."""
         return cls(engine, dtype, shape.text_tokens, shape.grid, cfg.width // cfg.heads, layer_pattern(cfg.layers))
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class AttentionPoint:
 
 
 def parse(figure: str) -> AttentionPoint | None:
-    """The point that a figure's name describes; None if it is of something else."""
+    """The point that the name of a figure describes; None if the figure is not a time of attention."""
     found = _NAME.fullmatch(figure)
     if found is None or found[1] not in ENGINES:
         return None
@@ -60,14 +61,14 @@ def parse(figure: str) -> AttentionPoint | None:
 
 
 def milliseconds(rate: Figure) -> Figure:
-    """A rate of calls a second as time of a call."""
+    """Convert a rate in calls per second to the time of one call."""
     return Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
 
 
 def mean_step(
     engine: Callable[..., torch.Tensor], cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], None], int]:
-    """A function that runs attention of every layer of a model, forward and backward; and the number of layers."""
+    """A function that runs the attention of every layer of a model once, forward and backward, and the number of layers."""
     head = cfg.width // cfg.heads
     qkv = [torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     seed = torch.randn(batch, shape.states, cfg.heads, head, device=device, dtype=dtype).transpose(1, 2)
@@ -81,7 +82,7 @@ def mean_step(
 
 
 def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[str, ...], options: Options) -> dict[str, Figure]:
-    """Milliseconds of one layer, forward and backward, mean over a model's layers, for every engine that runs on the device."""
+    """Time of one layer's attention, forward and backward, as the mean over a model's layers, for every engine that runs on the device."""
     found = {}
     device = torch.device(options.device)
     for engine in ENGINES:

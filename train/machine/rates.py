@@ -1,4 +1,4 @@
-"""Rates of a machine, measured: repeated runs with their median, matrix products, copies; and what the device is. Needs no more than torch."""
+"""Measures the rates of a machine: the median of repeated runs, matrix products, copies. Also describes the device. Needs no library but torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """'cpu' or 'cuda'."""
     seconds: float = 1.0
-    """Time given to each measured figure."""
+    """Time spent on each figure."""
     runs: int = 5
-    """Runs that share this time; a figure is their median."""
+    """Number of runs that share this time; the figure is their median."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Figure:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """Name and size of the device: the GPU's, or the processor's as Linux names it."""
+    """Name and size of the device: the GPU, or the processor as Linux names it."""
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         return {"kind": "cuda", "name": found.name, "memory_gib": round(found.total_memory / 2**30), "cores": found.multi_processor_count}
@@ -64,7 +64,7 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def measure(work: Callable[[], object], amount: float, unit: str, options: Options) -> Figure:
-    """Rate in ``unit`` (so much a second) of ``work``, each call of which does ``amount``: one call to warm up, then ``runs`` timed runs."""
+    """Measure the rate of ``work`` in ``unit`` per second, where each call does ``amount`` units: one call to warm up, then ``runs`` timed runs."""
     work()
     rates = sorted(_rate(work, amount, options.device, options.seconds / options.runs) for _ in range(options.runs))
     return Figure(value=statistics.median(rates), min=rates[0], max=rates[-1], unit=unit, runs=options.runs)
@@ -75,7 +75,7 @@ def _rate(work: Callable[[], object], amount: float, device: str, seconds: float
     while True:
         work()
         calls += 1
-        # On a GPU the queue must not outgrow the time: every call waits, and probes are large enough for that not to matter.
+        # On a GPU, _now waits for the call to end, so that not more is queued than the time allows. The work is large enough for the wait not to matter.
         elapsed = _now(device) - began
         if elapsed >= seconds:
             return amount * calls / elapsed
@@ -89,7 +89,7 @@ def _now(device: str) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch with ``count`` threads inside the block."""
+    """Let torch use ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -99,7 +99,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def matmul_rate(dtype: torch.dtype, options: Options, size: tuple[int, int, int] | None = None) -> Figure:
-    """GFLOP/s of a matrix product [m, k] x [k, n] with the present number of threads; the default size suits the device."""
+    """GFLOP/s of a matrix product [m, k] x [k, n] with the current number of threads. The default size depends on the device."""
     m, k, n = size or ((8192, 8192, 8192) if options.device == "cuda" else (1024, 1024, 1024))
     a, b = (torch.randn(shape, device=options.device).to(dtype) for shape in ((m, k), (k, n)))
     out = torch.empty(m, n, dtype=dtype, device=options.device)
@@ -107,7 +107,7 @@ def matmul_rate(dtype: torch.dtype, options: Options, size: tuple[int, int, int]
 
 
 def copy_rate(options: Options) -> Figure:
-    """GB/s of a large copy, read and written bytes both counted, with the present number of threads."""
+    """GB/s of a large copy with the current number of threads; bytes read and bytes written are both counted."""
     count = (1 << 30) if options.device == "cuda" else (1 << 27)
     source = torch.zeros(count, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
@@ -115,9 +115,10 @@ def copy_rate(options: Options) -> Figure:
 
 
 def probe(seconds: float = 1.0) -> dict[str, float]:
-    """GFLOP/s of this process's matrix products by dtype, on the CPU with the present number of threads, in about ``seconds``.
+    """GFLOP/s of matrix products for each dtype, on the CPU with the current number of threads. Takes about ``seconds``.
 
-    The shape is that of a small transformer's MLP. The dtypes take turns, and each keeps its best turn: a neighbour's load hits them alike.
+    The shape is that of a small transformer's MLP. The dtypes are measured in turns, and the best turn of each counts, so that other load on the machine affects
+    them equally.
     """
     turns, names = 3, ("fp32", "bf16")
     options = Options(device="cpu", seconds=seconds / (2 * turns * len(names)), runs=1)

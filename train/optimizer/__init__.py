@@ -1,1 +1,1 @@
-"""The paper's AdamW with its number formats, weight averages and the loss scale."""
+"""The paper's AdamW with its 16-bit number formats, weight averages, and the loss scale."""

@@ -1,7 +1,7 @@
 """AdamW as the paper runs it: variance clipped to 5, decoupled decay, moments in fp32 or in the 16-bit formats (paper B.2; docs/paper.md 3.7, 4).
 
-Under ZeRO each parameter here is the fp32 master of a flat shard (train/optimizer/protocol.py). A gradient is multiplied by its group's ``factor`` where it is
-read, so it is read once, and never rewritten.
+Under ZeRO each parameter here is the fp32 master copy of a flat shard (train/optimizer/protocol.py). A gradient is multiplied by its group's ``factor`` when it
+is read. So it is read only once, and never written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from train.optimizer.protocol import ShardGroup
 
 @dataclass(frozen=True)
 class Hyper:
-    """Numbers of one update of one group."""
+    """The numbers that one update of one group needs."""
 
     lr: float
     beta1: float
@@ -25,11 +25,11 @@ class Hyper:
     eps: float
     weight_decay: float
     clip_variance: float
-    """Ceiling of the variance estimate; infinity for none."""
+    """Upper limit of the variance estimate; infinity: no limit."""
     factor: float
-    """Multiplies the gradient first."""
+    """The gradient is multiplied by it first."""
     count: int
-    """Updates, this one included: for the bias corrections."""
+    """Number of updates, this one included, for the bias corrections."""
 
     @property
     def correction1(self) -> float:
@@ -41,9 +41,9 @@ class Hyper:
 
 
 class PaperAdamW(torch.optim.Optimizer):
-    """See the module; speaks ``train.optimizer.protocol.OnePassOptimizer``.
+    """See the module's docstring. Implements ``train.optimizer.protocol.OnePassOptimizer``.
 
-    Moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or int16 codes of 1-6-9 and 0-6-10 where the group is packed.
+    The moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or for packed groups int16 tensors in the formats 1-6-9 and 0-6-10.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
@@ -57,7 +57,7 @@ class PaperAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every group that is not to be skipped."""
+        """Update all groups but those whose ``skip`` is set."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -65,7 +65,7 @@ class PaperAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, group: ShardGroup, p: Tensor, grads: Sequence[Tensor], copy: Tensor | None = None) -> None:
-        """See the protocol. Raises: ValueError: the gradients are more or fewer than p's elements."""
+        """See the protocol. Raises: ValueError: the gradients do not have as many elements as p."""
         if group["skip"]:
             return
         if (count := sum(grad.numel() for grad in grads)) != p.numel():
@@ -89,10 +89,10 @@ class PaperAdamW(torch.optim.Optimizer):
 
 
 def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
-    """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, moments fp32 or both int16; the new p goes to
-    ``copy`` as well."""
+    """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, the moments both fp32 or both int16. The new p is also
+    written to ``copy``."""
     if p.is_cuda:
-        from train.optimizer import adamw_kernel as compiled  # triton is only there with a CUDA build of torch
+        from train.optimizer import adamw_kernel as compiled  # needs triton, which comes only with CUDA builds of torch
     else:
         from train.optimizer import adamw_cpu as compiled  # type: ignore[no-redef]  # numba takes a moment to import
     compiled.update(p, grad, mean, variance, hyper, copy)

@@ -13,7 +13,7 @@ from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610, Format
 
 _BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": True}
-"""Products are fused with sums, as torch's operations on a CPU do it; said here, because Triton's default changes with its versions."""
+"""Products are fused with sums, as in torch's operations on a CPU. Set explicitly, because Triton's default depends on its version."""
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         v = _decode(v, 10, False)
     m = m + (g - m) * (1.0 - beta1)
     v = v * beta2 + g * g * (1.0 - beta2)
-    v = tl.where(v > clip, clip, v)  # a minimum would make the ceiling of what is no number
+    v = tl.where(v > clip, clip, v)  # tl.minimum would turn NaN into the limit
     p = p * decay - step * m / (tl.sqrt(v) * inverse_correction + eps)
     tl.store(p_ptr + at, p, mask=inside)
     if copies:
@@ -77,7 +77,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any, copy: Tensor | None = None) -> None:
-    """As ``train.optimizer.adamw.update``; the launch waits for nothing. ``hyper`` is a ``train.optimizer.adamw.Hyper``."""
+    """``train.optimizer.adamw.update`` for tensors on a GPU. Does not wait for the GPU. ``hyper`` is a ``train.optimizer.adamw.Hyper``."""
     n = p.numel()
     if not n:
         return

@@ -1,4 +1,5 @@
-"""The loops of train/optimizer/adamw_cpu.py, in the part of Python that numba compiles, and what they need of LLVM: fused products, and floats as their bits."""
+"""The loops of train/optimizer/adamw_cpu.py, in the subset of Python that numba compiles, and the LLVM operations that they need: fused multiply-add, and access to
+the bits of a float."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
@@ -78,11 +79,11 @@ _decode_variance, _encode_variance = _decoder(UNSIGNED_0610), _encoder(UNSIGNED_
 
 
 def plain_moments(grad, mean, variance, mean_out, variance_out, factor, weight1, beta2, weight2, clip):
-    """New moments in fp32, in their place and beside it."""
+    """Compute the new moments in fp32; they are written in place and to the two output arrays."""
     for i in range(grad.shape[0]):
         g = grad[i] * factor
         m, v = mean[i], fused(weight2 * g, g, variance[i] * beta2)
-        # As torch.lerp: from the nearer end.
+        # Like torch.lerp, which starts from the nearer of the two ends.
         m = fused(weight1, g - m, m) if weight1 < np.float32(0.5) else fused(weight1 - np.float32(1), g - m, g)
         v = clip if v > clip else v
         mean[i] = mean_out[i] = m
@@ -90,7 +91,7 @@ def plain_moments(grad, mean, variance, mean_out, variance_out, factor, weight1,
 
 
 def packed_moments(grad, mean, variance, mean_out, variance_out, factor, weight1, beta2, weight2, clip):
-    """New moments, in their place as codes, and beside it as they are before they are rounded to codes."""
+    """Compute the new moments; they are written in place as 16-bit codes, and to the two output arrays in fp32, as they are before rounding."""
     for i in range(grad.shape[0]):
         g = grad[i] * factor
         m, v = _decode_mean(mean[i]), fused(weight2 * g, g, _decode_variance(variance[i]) * beta2)
@@ -101,6 +102,6 @@ def packed_moments(grad, mean, variance, mean_out, variance_out, factor, weight1
 
 
 def step(p, mean, root, inverse_correction, eps, decay, rate):
-    """New master weights."""
+    """Compute the new master weights, in place."""
     for i in range(p.shape[0]):
         p[i] = p[i] * decay + (rate * mean[i]) / (root[i] * inverse_correction + eps)

@@ -1,7 +1,7 @@
-"""NVIDIA apex's fused optimizer and layer norm, where they are configured and can really be constructed. Not yet seen on a GPU.
+"""The fused optimizer and layer norm of NVIDIA apex, for configurations that ask for them. Not yet run on a GPU.
 
-The package called apex on the index is an unrelated web toolkit; a build without its CUDA extensions imports, but cannot construct. Both are told apart
-here by constructing.
+The package called apex on the Python package index is an unrelated web toolkit, and a build of apex without its CUDA extensions can be imported but not used.
+So these functions find out by constructing the objects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HOW = "build NVIDIA's apex from its sources with APEX_CPP_EXT=1 APEX_CUDA_EXT=1
 
 
 def layer_norm(key: str) -> Callable[[int], nn.Module]:
-    """Maker of apex's FusedLayerNorm (eps 1e-5) by width.
+    """A function that makes apex's FusedLayerNorm (eps 1e-5) of a given width.
 
     Raises:
         ConfigError: it cannot be constructed here; the reason, and the key that asked for it.
@@ -34,7 +34,7 @@ def layer_norm(key: str) -> Callable[[int], nn.Module]:
 
 
 def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float, key: str) -> ShardOptimizer:
-    """apex's FusedAdam: fp32 moments, no ceiling of the variance. It has no ``apply``, so DeepSpeed's own step runs it.
+    """apex's FusedAdam, with fp32 moments and no limit of the variance. It has no method ``apply``, so DeepSpeed's own step calls it.
 
     Raises:
         ConfigError: it cannot be constructed here; the reason, and the key that asked for it.
@@ -45,7 +45,7 @@ def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float
     from apex.optimizers import FusedAdam
 
     class ApexAdamW(FusedAdam):
-        """One group at a time, with its factor applied and its count set, as our engine expects."""
+        """Updates one group at a time, and applies the group's factor and the engine's count of updates, as our engine requires."""
 
         state_names = ("exp_avg", "exp_avg_sq")
         count = 1
@@ -60,7 +60,7 @@ def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
-            """Update every group that is not to be skipped."""
+            """Update all groups but those whose ``skip`` is set."""
             groups = self.param_groups
             for group in groups:
                 if group["skip"]:
@@ -69,7 +69,7 @@ def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float
                     if p.grad is not None:
                         p.grad.mul_(group["factor"])
                         self.moments(group, p)
-                group["step"] = self.count - 1  # it adds one
+                group["step"] = self.count - 1  # FusedAdam adds one
                 self.param_groups = [group]
                 super().step()
             self.param_groups = groups
@@ -79,7 +79,7 @@ def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float
 
 
 def report() -> dict[str, str]:
-    """Each part -> 'available', or why it is not. ``doctor`` runs this module, in a process of its own, for it."""
+    """Each part -> 'available', or why it is not. ``doctor`` runs this module in a separate process to get this."""
     return {"apex FusedAdam": _adam_problem() or "available", "apex FusedLayerNorm": _norm_problem() or "available"}
 
 
@@ -106,7 +106,7 @@ def _problem(construct: Callable[[], None]) -> str:
         construct()
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    except Exception as error:  # whatever a half-built extension raises
+    except Exception as error:  # a half-built extension may raise anything
         return f"it cannot be constructed ({type(error).__name__}: {error})"
     return ""
 

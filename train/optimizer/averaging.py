@@ -1,4 +1,4 @@
-"""Iterate averaging: an exponential moving average of parameters or of their shards, beside the optimizer (paper A.2 and B.2)."""
+"""Iterate averaging: an exponential moving average of parameters, or of shards of them (paper A.2 and B.2)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Average:
-    """fp32 averages of named tensors: a <- decay * a + (1 - decay) * p, at every ``every``-th update.
+    """fp32 averages of named tensors: a <- decay * a + (1 - decay) * p, after every ``every``-th update.
 
-    Starts at the first values it sees. dVAE: decay 0.999 at every update (A.2); transformer: 0.99 at every 25th (B.2), kept in CPU memory.
+    The initial average is the tensors' value at construction. dVAE: decay 0.999 at every update (A.2); transformer: 0.99 at every 25th (B.2), in CPU memory.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], decay: float, every: int = 1, *, on_cpu: bool = False) -> None:
         """
         Args:
-            tensors: what to average, by name; they must stay where they are.
-            on_cpu: keep the averages in CPU memory, and let a thread do the arithmetic beside the next forward and backward passes. GPU tensors are copied
-                to pinned memory by a side stream, and no step waits; CPU tensors (offloaded masters) are read where they are, before the next step.
+            tensors: what to average, by name. They must keep their memory.
+            on_cpu: keep the averages in CPU memory, and compute them in a thread during the next forward and backward passes. GPU tensors are copied to pinned
+                memory on a side stream, and no step waits for that; CPU tensors (offloaded master weights) are read directly, before the next step.
         """
         self.decay, self.every = decay, every
         self._live = dict(tensors)
@@ -30,7 +30,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the tensors after ``updates`` updates, if it is this update's turn."""
+        """Add the present values of the tensors to the averages, if ``updates`` is a multiple of ``every``."""
         if updates % self.every:
             return
         if self._copier is not None:
@@ -39,12 +39,12 @@ class Average:
         _mix(list(self.values.values()), [p.detach().float() for p in self._live.values()], 1 - self.decay)
 
     def before_step(self) -> None:
-        """To be called before the tensors change: the next step follows what is under way (on a GPU its queue waits, the host does not)."""
+        """Must be called before the tensors change: what still reads them is finished first. On a GPU, the current stream waits, not this process."""
         if self._copier is not None:
             self._copier.order()
 
     def wait(self) -> None:
-        """Finish what is under way; needed before the values are read."""
+        """Wait for the computation that is running, if one is. Must be called before the averages are read."""
         if self._copier is not None:
             self._copier.wait()
 
@@ -55,7 +55,7 @@ def _mix(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
 
 
 class _Copier:
-    """Mixes tensors into averages in a thread; GPU tensors from a copy in pinned memory, made on a side stream. That part was not yet seen on a GPU."""
+    """Computes averages in a thread. GPU tensors are first copied to pinned memory on a side stream; this part was not yet run on a GPU."""
 
     def __init__(self, live: dict[str, Tensor]) -> None:
         self.live = list(live.values())
@@ -68,7 +68,7 @@ class _Copier:
         self.job: Future[None] | None = None
 
     def start(self, averages: list[Tensor], weight: float) -> None:
-        """Copy, then mix. Waits only if the mixing of ``every`` updates ago is not done."""
+        """Start the copies and the averaging. Waits only if the previous averaging, ``every`` updates ago, is not finished."""
         self.wait()
         if self.on_gpu:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -84,14 +84,14 @@ class _Copier:
         _mix(averages, [source.detach().float() for source in self.sources], weight)
 
     def order(self) -> None:
-        """Let what follows on this stream, or on this CPU, follow the reading of the tensors."""
+        """Let everything that follows on this stream, or on the CPU, wait until the tensors have been read."""
         if self.on_gpu:
             torch.cuda.current_stream().wait_event(self.copied)
         else:
             self.wait()
 
     def wait(self) -> None:
-        """Finish the job under way."""
+        """Wait for the averaging that is running, if one is."""
         if self.job is not None:
             self.job.result()
             self.job = None

@@ -9,9 +9,9 @@ _GROWTH_EVERY = 2000
 
 
 class LossScale:
-    """Halved when gradients overflow, doubled after ``growth_every`` updates without one. Powers of two: scaling rounds nothing.
+    """A scale that is halved when gradients overflow, and doubled after ``growth_every`` updates without an overflow. It is a power of two, so scaling is exact.
 
-    The same on every rank, because all see the same reduced gradients.
+    It is the same on every rank, because all ranks see the same reduced gradients.
     """
 
     def __init__(self, value: float = _FIRST, growth_every: int = _GROWTH_EVERY) -> None:
@@ -21,7 +21,8 @@ class LossScale:
         self._good = 0
 
     def update(self, *, finite: bool) -> bool:
-        """Take in the fate of an update. True if gradients overflowed and a smaller scale may help: at the smallest one the numbers themselves are bad."""
+        """Adapt the scale after an update. True if gradients overflowed and a smaller scale may help. False at the smallest scale: then the gradients themselves are
+        not finite."""
         if finite:
             self._good += 1
             if self._good == self.growth_every:
@@ -34,9 +35,9 @@ class LossScale:
         return smaller
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; JSON-able."""
+        """What a checkpoint stores, as JSON values."""
         return {"value": self.value, "good": self._good, "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self.value, self._good, self.skipped = float(state["value"]), int(state["good"]), int(state["skipped"])

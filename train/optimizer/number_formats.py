@@ -3,8 +3,8 @@
     1-6-9    +-2**(e - 60) * (1 + m / 512)     bit 15 sign, 14 to 9 exponent, 8 to 0 significand; largest 15.984375
     0-6-10     2**(e - 60) * (1 + m / 1024)    bits 15 to 10 exponent, 9 to 0 significand;        largest 15.9921875
 
-Bias 60, no subnormals, no infinities, no NaN: code 0 is zero (so exactly 2**-60 cannot be held), magnitudes below the smallest become zero, larger
-ones and infinities saturate, NaN becomes the largest value. Rounding is to nearest, ties away from zero. Codes are kept in int16 tensors, as bits.
+The bias is 60. There are no subnormals, infinities or NaN. Code 0 is zero, so 2**-60 itself cannot be stored. Magnitudes below the smallest become zero, those above
+the largest and infinities become the largest, NaN becomes the largest value. Rounding is to nearest, ties away from zero. Codes are stored as the bits of int16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Format:
 
     name: str
     significand: int
-    """Bits of the significand."""
+    """Number of bits of the significand."""
     signed: bool
 
     @property
@@ -39,16 +39,16 @@ class Format:
 
     @property
     def shift(self) -> int:
-        """Bits of a float32's significand that the format drops."""
+        """How many bits of a float32's significand the format drops."""
         return _FLOAT_SIGNIFICAND - self.significand
 
     @property
     def rebias(self) -> int:
-        """What to subtract from a shifted float32 to get a code."""
+        """What is subtracted from the shifted bits of a float32 to get a code."""
         return (_FLOAT_BIAS - _BIAS) << self.significand
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (int16) of floating-point values."""
+        """Convert floating-point values to codes (int16)."""
         x = x.float()
         low = -self.largest if self.signed else 0.0
         bits = x.nan_to_num(self.largest, self.largest, low).clamp(low, self.largest).view(torch.int32)
@@ -60,7 +60,7 @@ class Format:
         return code.to(torch.int16)
 
     def decode(self, code: Tensor) -> Tensor:
-        """Values (float32) of codes."""
+        """Convert codes to values (float32)."""
         bits = code.to(torch.int32) & 0xFFFF
         magnitude = bits & 0x7FFF if self.signed else bits
         value = torch.where(magnitude == 0, 0, (magnitude + self.rebias) << self.shift)
@@ -70,6 +70,6 @@ class Format:
 
 
 SIGNED_169 = Format("1-6-9", 9, True)
-"""Of Adam's mean, and of what PowerSGD sends."""
+"""For Adam's mean, and for what PowerSGD sends."""
 UNSIGNED_0610 = Format("0-6-10", 10, False)
-"""Of Adam's variance."""
+"""For Adam's variance."""

@@ -1,1 +1,1 @@
-"""Bytes, operations and hours of a training run, before any GPU is taken. No torch."""
+"""Estimates the memory, operations and hours of a training run, without a GPU. Needs no torch."""

@@ -1,6 +1,6 @@
-"""Bytes of activations in one process: what the forward pass keeps, and what the backward pass holds at most. No torch.
+"""Bytes of activations in one process: what the forward pass keeps for the backward pass, and the peak during the backward pass. Needs no torch.
 
-Every formula lists the tensors that autograd holds, and is compared with counted bytes of real runs (tests/train/planning/test_planning.py).
+Every formula adds up the tensors that autograd holds. Tests compare the formulas with the bytes of real runs (tests/train/planning/test_planning.py).
 B samples, S = T + I states, D width, H heads, K width of a head, V and N vocabularies, L lines of the image, W lines of a window.
 """
 
@@ -16,47 +16,47 @@ _FP32, _INT64 = 4, 8
 
 @dataclass(frozen=True)
 class Run:
-    """What one process computes at once."""
+    """The computation of one micro-batch in one process."""
 
     cfg: TransformerConfig
     shape: StreamShape
     batch: int
     """Samples of a micro-batch."""
     branch_bytes: int
-    """Bytes of a value inside the residual branches: 2 or 4."""
+    """Bytes of an element inside the residual branches: 2 or 4."""
     engine: str
     """Attention engine."""
     checkpoint_every: int = 0
-    """Resblocks recomputed together; 0: none."""
+    """Number of resblocks that are recomputed together in the backward pass; 0: nothing is recomputed."""
     casts_weights: bool = True
     """Whether fp32 weights are cast inside the resblocks; autograd then holds the 16-bit copies."""
     chunk_elements: int = 1 << 26
-    """fp32 values of a chunk of logits (model/head.py)."""
+    """Number of fp32 elements in a chunk of logits (model/head.py)."""
 
     @property
     def positions(self) -> int:
-        """States of all samples, times width."""
+        """Elements of the stream: positions of all samples times the width."""
         return self.batch * self.shape.states * self.cfg.width
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of one cast weight; 0 where nothing is cast."""
+        """Bytes of one cast weight; 0 if weights are not cast."""
         return self.branch_bytes if self.casts_weights and self.branch_bytes != _FP32 else 0
 
 
 def kept_by_attention(run: Run, kind: Kind) -> int:
-    """Inside one attention resblock, beyond its input: the norm's result, q, k, v, what the engine keeps, and cast weights."""
+    """Bytes kept in one attention resblock, without its input: the norm's result, q, k, v, what the engine keeps, and cast weights."""
     width, size = run.cfg.width, run.branch_bytes
     return size * run.positions + _norm_statistics(run) + _engine_keeps(run, kind) + run.cast_bytes * 4 * width * (width + 1)
 
 
 def _engine_keeps(run: Run, kind: Kind) -> int:
-    """q, k, v and the result in the form that the engine keeps them."""
+    """Bytes of q, k, v and the result, in the form in which the engine keeps them."""
     cfg, shape, size = run.cfg, run.shape, run.branch_bytes
     log_sums = _FP32 * run.batch * cfg.heads * shape.states
-    if run.engine == "dense":  # the mask becomes one of numbers
+    if run.engine == "dense":  # the mask is stored as numbers
         return 4 * size * run.positions + log_sums + size * shape.states**2
-    if run.engine == "flex":  # transposed q, k, v, result; and the result in raster order
+    if run.engine == "flex":  # q, k, v and the result, transposed; and the result in raster order
         return (5 if mask_kind(kind).is_transposed else 4) * size * run.positions + log_sums
     text, image, lines = shape.text_tokens, shape.image_tokens, _window_lines(run, kind)
     head = cfg.width // cfg.heads
@@ -66,12 +66,12 @@ def _engine_keeps(run: Run, kind: Kind) -> int:
 
 
 def _window_lines(run: Run, kind: Kind) -> int:
-    """Lines of keys that a line of queries meets in the structured engine."""
+    """How many lines of keys a line of queries is compared with in the structured engine."""
     return lines_before(kind, MaskRules.of(run.cfg, run.shape)) + 1
 
 
 def kept_by_mlp(run: Run) -> int:
-    """Inside one MLP resblock, beyond its input: the norm's result, both sides of the GELU, and cast weights."""
+    """Bytes kept in one MLP resblock, without its input: the norm's result, input and output of the GELU, and cast weights."""
     width = run.cfg.width
     return run.branch_bytes * 9 * run.positions + _norm_statistics(run) + run.cast_bytes * (8 * width**2 + 5 * width)
 
@@ -81,7 +81,7 @@ def _norm_statistics(run: Run) -> int:
 
 
 def _head_states(run: Run) -> int:
-    """Of the final norm and both heads, without the logits: input, statistics, the states by head, log-sums and targets."""
+    """Bytes of the final norm and both heads without the logits: input, statistics, the states of each head, log-sums and targets."""
     return 2 * _FP32 * run.positions + _norm_statistics(run) + (_FP32 + _INT64) * run.batch * run.shape.states
 
 
@@ -91,12 +91,12 @@ def _logits(run: Run) -> int:
 
 
 def _resblocks(run: Run) -> list[int]:
-    """Bytes kept inside each resblock, beyond its input."""
+    """Bytes kept in each resblock, without its input."""
     return [size for kind in layer_kinds(run.cfg.layers) for size in (kept_by_attention(run, kind), kept_by_mlp(run))]
 
 
 def kept_by_forward(run: Run) -> int:
-    """Bytes that live from the forward to the backward pass, parameters aside."""
+    """Bytes that are kept from the forward to the backward pass, without parameters."""
     inside, state = _resblocks(run), _FP32 * run.positions
     if run.checkpoint_every:
         groups = -(-len(inside) // run.checkpoint_every)
@@ -105,9 +105,9 @@ def kept_by_forward(run: Run) -> int:
 
 
 def peak(run: Run) -> int:
-    """Most bytes at once during forward and backward, parameters and their gradients aside.
+    """Largest number of bytes at any time during the forward and backward passes, without parameters and their gradients.
 
-    One of two moments: a head's backward pass, or the widest point inside the backward pass of the last group of resblocks.
+    The peak is at one of two points: in the backward pass of a head, or in that of a group of resblocks.
     """
     return max(_peak_in_head(run), _peak_in_blocks(run))
 
@@ -115,7 +115,10 @@ def peak(run: Run) -> int:
 def _peak_in_head(run: Run) -> int:
     shape, width = run.shape, run.cfg.width
     moments, gone = [], 0
-    for positions, vocab in ((shape.image_tokens, shape.image_vocab), (shape.text_tokens, shape.text_vocab)):  # the image's head comes first
+    for positions, vocab in (
+        (shape.image_tokens, shape.image_vocab),
+        (shape.text_tokens, shape.text_vocab),
+    ):  # the backward pass of the image's head comes first
         chunk = _FP32 * min(max(1, run.chunk_elements // vocab), run.batch * positions) * vocab
         moments.append(chunk + _FP32 * width * (run.batch * positions + vocab) - gone)
         gone += 0 if run.checkpoint_every else _FP32 * run.batch * positions * vocab
@@ -123,7 +126,7 @@ def _peak_in_head(run: Run) -> int:
 
 
 def _peak_in_blocks(run: Run) -> int:
-    """The widest point of the backward pass: each group is computed anew (if it is checkpointed), then given back resblock by resblock."""
+    """The peak in the backward pass of the resblocks. Each group is first recomputed, if it is checkpointed, and its memory is then freed resblock by resblock."""
     inside, state = _resblocks(run), _FP32 * run.positions
     kinds = layer_kinds(run.cfg.layers)
     size = run.checkpoint_every or len(inside)
@@ -133,22 +136,22 @@ def _peak_in_blocks(run: Run) -> int:
         held = before * state
         for index in range(first, min(first + size, len(inside))):
             held += state + inside[index]
-            # Beside what is kept: the gradient of the stream, and what the resblock's widest operation needs.
+            # In addition to what is kept: the gradient of the stream, and what the resblock's most expensive operation needs.
             widest = max(widest, held + state + (_backward_of_mlp(run) if index % 2 else _backward_of_engine(run, kinds[index // 2])))
     return widest
 
 
 def _backward_of_mlp(run: Run) -> int:
-    """In the second matrix's backward pass: gradients of the GELU's result and of the matrix itself."""
+    """Bytes in the backward pass of the second matrix: the gradients of the GELU's result and of the matrix."""
     return run.branch_bytes * 4 * (run.positions + run.cfg.width**2)
 
 
 def _backward_of_engine(run: Run, kind: Kind) -> int:
-    """Gradients of q, k, v and the result or, without a fused kernel, of the scores."""
+    """Bytes of the gradients of q, k, v and the result or, without a fused kernel, of the scores."""
     cfg, shape, size = run.cfg, run.shape, run.branch_bytes
     if run.engine != "structured":
         return 4 * size * run.positions
-    # In the softmax's backward pass two tensors of its size are made; the gradient of the windows of values is there, the result is gone.
+    # The backward pass of the softmax creates two tensors of its size. At that time the gradient of the windows of values exists, and the result is freed.
     head, lines = cfg.width // cfg.heads, _window_lines(run, kind)
     scores = shape.image_tokens * (shape.text_tokens + lines * shape.grid)
     return size * run.batch * cfg.heads * (2 * scores + (lines * shape.image_tokens - shape.states) * head)

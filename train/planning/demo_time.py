@@ -1,7 +1,8 @@
-"""How long the demo will take here: a probe of about 20 seconds with the real networks and engines, before anything else runs. No torch.
+"""Estimates how long the demo will take on this machine, by a probe of about 20 seconds with the real networks and engines. Needs no torch.
 
-An estimate has these parts, which recorded demos bear out (docs/demo.md; tests/train/planning/test_demo_time.py): updates at the probe's rates, collectives included; starts of
-processes, as the probe's own took; loading, evaluations and saves; and the other stages, whose recorded seconds are scaled by how fast this machine is.
+The estimate has these parts, which agree with recorded demos (docs/demo.md; tests/train/planning/test_demo_time.py): updates at the probe's rates, collectives
+included; starts of processes, which take as long as the probe's start; loading, evaluations and saves; and the other stages, whose recorded seconds are scaled by
+the speed of this machine.
 """
 
 from __future__ import annotations
@@ -19,42 +20,42 @@ from infra.run_folder import RunFolder
 from train.config import DalleFit, DvaeFit, RunConfig
 
 PROBE_S = 8.0
-"""Seconds of measured work: this long for the dVAE and the transformer together, in as many processes as the demo uses."""
+"""Seconds of measured updates, for the dVAE and the transformer together, in as many processes as the demo uses."""
 _TRAININGS = ("dvae", "dalle")
 _REFERENCE_RATES = {"dvae": 114.0, "dalle": 82.0}
-"""Samples/s of the demo's trainings where the figures below were recorded: two cores of an AMD EPYC, two processes."""
+"""Samples/s of the demo's trainings on the machine on which the figures below were recorded: two cores of an AMD EPYC, two processes."""
 _LOADING = 0.03
-"""Of the time of updates: batches that are waited for (5.6 of 158 s in the dVAE's training, 1 % in the transformer's)."""
+"""Waiting for batches, as a fraction of the time of updates (5.6 of 158 s in the dVAE's training, 1 % in the transformer's)."""
 _EVALUATION = 0.5
-"""An evaluated sample over a trained one: two forward passes, of the three that an update's arithmetic makes, on larger batches."""
+"""Time of an evaluated sample divided by that of a trained one: two forward passes, on larger batches, instead of the arithmetic of three."""
 _SAVE_S = 0.15
 _QUIET_SHARE = 0.9
-"""Of its cores' time, what a process of the probe gets on a quiet machine; the rest are waits for the other process."""
+"""The fraction of its cores' time that a process of the probe uses on an idle machine; the rest is spent waiting for the other process."""
 _BUSY = 1.25
-"""Loaded over quiet, from which on the projection is a range."""
+"""If the time under the present load is at least this many times that on an idle machine, the projection is a range."""
 _TELLING_S = 20.0
 _MOST_OFF = 1.5
-"""How far, either way, the ends of a range lie from its middle at most."""
+"""The ends of a range are at most this factor away from its middle."""
 _START_S = 5.0
-"""Of a stage's launcher itself, before it starts ranks."""
+"""Seconds that a stage's launcher takes before it starts ranks."""
 _CLIP_IMAGES_S, _PICTURES_S = 600.0, 3.3
 _OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, "report": 2.0}
-"""Recorded seconds of the other stages with the demo's data, starts aside."""
+"""Recorded seconds of the other stages with the demo's data, without the starts of processes."""
 
 
 class Projection:
-    """What the unfinished stages will take: a range where other programs take turns on this machine, mended by what each stage then took.
+    """The time that the unfinished stages will take: a range if other programs use this machine. It is corrected by the time that each stage then took.
 
     Args:
-        quiet: seconds of each stage, were the machine ours.
-        loaded: the same if it stays as it is.
-        words: what is said instead, where nothing was measured.
+        quiet: seconds of each stage if no other program used the machine.
+        loaded: seconds of each stage under the present load.
+        words: text to show instead, if nothing was measured.
     """
 
     def __init__(self, quiet: Mapping[str, float], loaded: Mapping[str, float], words: str = "") -> None:
         self.quiet, self.loaded, self._words = dict(quiet), dict(loaded), words
         self._told: list[tuple[float, float]] = []
-        """(seconds taken, seconds projected) of each stage that says something of the machine."""
+        """(seconds taken, seconds projected) of each finished stage that was long enough to tell the speed of the machine."""
 
     def __str__(self) -> str:
         if self._words:
@@ -71,7 +72,7 @@ class Projection:
         )
 
     def took(self, stage: str, seconds: float) -> None:
-        """A stage has ended; short ones, mostly starts of processes, say little of the machine."""
+        """Take note of the time that a stage took. Short stages are ignored, because they consist mostly of starts of processes."""
         middle = self._middle(stage)
         if middle and seconds >= _TELLING_S:
             self._told.append((seconds, middle))
@@ -79,9 +80,10 @@ class Projection:
         self.loaded.pop(stage, None)
 
     def to_go_s(self) -> tuple[float, float] | None:
-        """Fewest and most seconds to go, or None before a stage has said something of the machine.
+        """Least and most seconds that are left, or None before a stage of some length has ended.
 
-        What all of them took over what was projected, so that a long stage counts more than the short one after it; a range as wide as they disagree.
+        The projection is scaled by the time that all ended stages took, divided by their projected time, so that long stages count more than short ones. The range is
+        as wide as the single stages differ in this factor.
         """
         if not self._told:
             return None
@@ -92,7 +94,7 @@ class Projection:
         return left / off, left * off
 
     def to_go(self) -> str:
-        """', about 13 minutes to go', or a range of minutes; '' before a stage has said something of the machine."""
+        """', about 13 minutes to go', or a range of minutes; '' before a stage of some length has ended."""
         found = self.to_go_s()
         if found is None:
             return ""
@@ -107,7 +109,7 @@ class Projection:
 
 
 def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
-    """Measure updates of both networks in ``nproc`` processes at once, and project what the unfinished stages will take."""
+    """Measure updates of both networks in ``nproc`` processes, and project how long the unfinished stages will take."""
     trainings = [name for name in _TRAININGS if run.done(name) is None]
     if not trainings:
         return Projection({}, {}, "two or three minutes (both trainings are finished)")
@@ -126,9 +128,9 @@ def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: M
     """Seconds of each unfinished stage.
 
     Args:
-        rates: samples/s of the unfinished trainings, all processes together.
-        start_s: from the start of a rank to its first update.
-        done: updates of these trainings that are saved already.
+        rates: samples/s of the unfinished trainings, summed over all processes.
+        start_s: seconds from the start of a rank to its first update.
+        done: number of updates of these trainings that are already saved.
         others: the other unfinished stages.
     """
     found = {}
@@ -153,8 +155,8 @@ def _training(fit: DvaeFit | DalleFit, rate: float, steps: int) -> float:
 
 
 def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, float], float, float] | None:
-    """Samples/s of trainings in ``nproc`` processes together, seconds from the start of a process to its first update, and the share of its cores that
-    a process got, of what it got on a quiet machine; None if a process failed."""
+    """Samples/s of the trainings, summed over ``nproc`` processes; seconds from the start of a process to its first update; and the CPU time that a process got, as a
+    fraction of what it gets on an idle machine. None if a process failed."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
     with scratch.folder("probe-") as room:
         command = [sys.executable, "-m", "train.planning.demo_time_probe", run.config_url, room, str(PROBE_S / len(trainings)), *trainings]
@@ -178,5 +180,5 @@ def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, f
 
 
 def _steps_done(run: RunFolder, name: str) -> int:
-    """Updates of the newest complete checkpoint."""
+    """The number of updates in the newest complete checkpoint."""
     return max(0, ledger.newest_checkpoint(run, name))

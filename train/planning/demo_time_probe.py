@@ -1,4 +1,4 @@
-"""One process of the probe behind the demo's projection: updates of the real networks by their real engines, collectives included, on random data."""
+"""One process of the probe for the demo's projection: measures updates of the real networks with the real engines, collectives included, on random data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from train.engines.zero.engine import ZeroEngine
 
 _CPU = torch.device("cpu")
-_TIMEOUT = timedelta(minutes=2)  # nobody waits long for a process that has failed
+_TIMEOUT = timedelta(minutes=2)  # short, so that a process that has failed is noticed soon
 
 
 def dvae_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[], None]:
@@ -58,8 +58,8 @@ def dalle_update(cfg: RunConfig, dtype: torch.dtype, world: World) -> Callable[[
 
 
 def transformer(cfg: RunConfig, dtype: torch.dtype, world: World, device: torch.device) -> tuple[ZeroEngine, Callable[[], torch.Tensor]]:
-    """The transformer's engine, and what makes the loss of a random micro-batch of this process."""
-    from train.engines.zero.engine import ZeroEngine  # DeepSpeed takes seconds to import
+    """The transformer's engine, and a function that computes the loss of a random micro-batch of this process."""
+    from train.engines.zero.engine import ZeroEngine  # imported here, because the import of DeepSpeed takes seconds
 
     shape, fit = cfg.stream_shape(), cfg.dalle_fit
     attention = choose(cfg.dalle, cfg.stream_shape(), device, dtype, fit.attention_records)
@@ -79,7 +79,7 @@ def transformer(cfg: RunConfig, dtype: torch.dtype, world: World, device: torch.
 
 
 def _update(engine: Engine, micro_batch: Callable[[], torch.Tensor], accumulation: int) -> Callable[[], None]:
-    """What train/loop/trainer.py does in an update, without data and files."""
+    """A function that does what train/loop/trainer.py does in an update, without data and files."""
     vector = SignalVector((), _CPU)
 
     def update() -> None:
@@ -93,7 +93,7 @@ def _update(engine: Engine, micro_batch: Callable[[], torch.Tensor], accumulatio
 
 
 def rate(update: Callable[[], None], seconds: float) -> float:
-    """Updates/s over about so many seconds, counted alike in all processes."""
+    """Updates/s, measured over about ``seconds`` with the same number of updates in all processes."""
     update()
     go_on, count, started = torch.ones(()), 0, time.perf_counter()
     while go_on:
@@ -105,7 +105,7 @@ def rate(update: Callable[[], None], seconds: float) -> float:
 
 
 def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> None:
-    """Print samples per second of all processes for each stage, and the seconds that this one needed before its first update, as JSON."""
+    """Print as JSON the samples/s of all processes for each stage, and the seconds that this process took before its first update."""
     keep_memory()
     cfg, world = load_run(config_url, []), World.from_env()
     torch.set_num_threads(environment.threads(1))
@@ -121,11 +121,11 @@ def main(config_url: str, scratch: str, seconds: float, stages: list[str]) -> No
         found[stage] = rate(update, seconds) * (cfg.dvae_fit if stage == "dvae" else cfg.dalle_fit).batch
     found["cpu_share"] = (time.process_time() - spent) / (time.perf_counter() - began) / torch.get_num_threads()
     print(json.dumps(found), flush=True)
-    dist.barrier()  # who leaves first would break the others' connections
+    dist.barrier()  # a process that ended earlier would break the connections of the others
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:])
     os._exit(
         0
-    )  # gloo's thread frees the last collective's tensors; when it asks for the GIL of an interpreter that ends, the process aborts (one in ten)
+    )  # gloo's thread frees the tensors of the last collective. If it needs the GIL while the interpreter ends, the process aborts (one time in ten)

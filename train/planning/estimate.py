@@ -1,4 +1,4 @@
-"""A run's bytes, seconds, days and energy from its configuration and the figures of a GPU. No torch."""
+"""Estimates a run's memory, time and energy from its configuration and the datasheet of a GPU. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from train.planning.hardware import Gpu
 from train.planning.states import Cluster, Layout, Storage
 
 EFFICIENCY = 0.5
-"""Share of the datasheet's matrix rate that the matrix products of a step reach, all operations counted; an assumption until a GPU has been measured."""
+"""Fraction of the datasheet's matrix rate that a step reaches, all operations counted. An assumption until a GPU has been measured."""
 LINK_EFFICIENCY = 0.7
-"""Share of a link's rate that collectives reach; an assumption."""
+"""Fraction of a link's rate that collectives reach; an assumption."""
 POWER_OVERHEAD = 1.6
-"""Power at the wall over the GPUs' own: processors, network, cooling; an assumption."""
+"""Total power divided by that of the GPUs: includes processors, network and cooling; an assumption."""
 RESERVE = 0.08
-"""Share of a GPU's memory left to CUDA, NCCL and fragmentation; an assumption."""
+"""Fraction of a GPU's memory that is reserved for CUDA, NCCL and fragmentation; an assumption."""
 
 
 _FP32 = 4
 _FP32_RATE = 1 / 8
-"""Of fp32 products without TF32 over 16-bit ones: compression's are such."""
+"""Rate of fp32 products without TF32, which compression uses, divided by that of 16-bit products."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is for."""
+    """The model, the machines and the way of training that an estimate is for."""
 
     cfg: RunConfig
     cluster: Cluster
@@ -37,17 +37,17 @@ class Setting:
     storage: Storage = "cast"
     moment_bytes: int = 8
     half_gradients: bool = False
-    """Gradients of matrices travel in 16 bits: with fp16 arithmetic, however matrices are stored."""
+    """Whether gradients of matrices are sent in 16 bits: with fp16 arithmetic, however matrices are stored."""
     rank: int | None = None
     """Total rank of gradient compression between machines."""
     wire: str = "1-6-9"
-    """Format of its factors."""
+    """Format of the factors of compression."""
     rest: str = "1-6-9"
-    """Format of its error buffers."""
+    """Format of the error buffers of compression."""
 
     @classmethod
     def configured(cls, cfg: RunConfig, cluster: Cluster) -> Setting:
-        """What the configuration says."""
+        """The setting that a configuration describes."""
         fit, zero = cfg.dalle_fit, cfg.zero
         is_half = fit.precision == "fp16"
         storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"
@@ -58,10 +58,10 @@ class Setting:
 
     @property
     def micro_batch(self) -> int:
-        """Samples of one process at once.
+        """Number of samples in a micro-batch of one process.
 
         Raises:
-            ConfigError: the batch does not divide over processes and micro-batches.
+            ConfigError: the batch cannot be divided evenly among processes and micro-batches.
         """
         fit = self.cfg.dalle_fit
         parts = self.cluster.world * fit.accumulation
@@ -79,15 +79,15 @@ class Memory:
 
     states: states.States
     kept: int
-    """Activations from the forward to the backward pass."""
+    """Activations that are kept from the forward to the backward pass."""
     working: int
     """What the backward pass needs on top of them at its widest."""
     evaluation: int
     """Activations of evaluate.batch samples in a forward pass of evaluation, which comes between updates."""
     host: float
-    """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/optimizer/averaging.py); the
-    copy of masters, moments and average that a checkpoint is written from (train/weights/checkpointer.py; by node, the first node's alone); with
-    zero.offload_optimizer also masters, moments and gradients."""
+    """Bytes in the machine's memory for each GPU: the average of its shard and the pinned copy from which it is computed (paper B.2, train/optimizer/averaging.py); the
+    copy of master weights, moments and average from which a checkpoint is written (train/weights/checkpointer.py; with zero.sharding = "node" only on the first
+    node); with zero.offload_optimizer also master weights, moments and gradients."""
 
     @property
     def total(self) -> float:
@@ -107,7 +107,7 @@ class Memory:
 
 
 def activation_run(setting: Setting) -> activations.Run:
-    """What one GPU computes at once: FlexAttention, or what dalle.attention names."""
+    """The computation of one GPU, with FlexAttention or the engine that dalle.attention names."""
     cfg, fit = setting.cfg, setting.cfg.dalle_fit
     return activations.Run(
         cfg=cfg.dalle,
@@ -121,7 +121,7 @@ def activation_run(setting: Setting) -> activations.Run:
 
 
 def memory(setting: Setting) -> Memory:
-    """Bytes on one GPU at the widest point of an update."""
+    """Bytes on one GPU at the peak of an update."""
     run = activation_run(setting)
     parameters = states.count(run.cfg, run.shape)
     shards = setting.cluster.shards(setting.layout)
@@ -148,7 +148,7 @@ def memory(setting: Setting) -> Memory:
 
 
 def compression(setting: Setting) -> list[wire.Sent]:
-    """What each GPU of a machine sends to others, where gradients are compressed between machines; empty otherwise."""
+    """What each GPU of a machine sends to other machines if gradients are compressed; empty otherwise."""
     if setting.rank is None or setting.cluster.nodes == 1:
         return []
     cfg, is_scaled = setting.cfg, setting.half_gradients and setting.cfg.scales.scope != "none"
@@ -160,7 +160,7 @@ def compression(setting: Setting) -> list[wire.Sent]:
 
 
 def error_bytes(setting: Setting) -> float:
-    """Bytes of error buffers and of the fixed projections, on one GPU."""
+    """Bytes of the error buffers and of the fixed projections on one GPU."""
     sent = compression(setting)
     if not sent:
         return 0.0
@@ -177,41 +177,41 @@ class Times:
     inside: float
     outside: float
     compressing: float = 0.0
-    """Products and factorisations of compression."""
+    """Time of the products and factorisations of compression."""
     is_exposed: bool = False
-    """What goes between machines begins when the backward pass has ended: shards of a machine are summed over machines only when they are whole, and ZeRO says of none
-    before the end that it is (train/engines/zero/DEEPSPEED.md)."""
+    """Whether communication between machines begins only after the backward pass. A machine's shards are summed over machines when they are complete, and ZeRO does not
+    tell before the end of the backward pass that any of them is (train/engines/zero/DEEPSPEED.md)."""
 
     @property
     def expected(self) -> float:
-        """Communication hidden behind computation as far as it goes."""
+        """Seconds if communication overlaps with computation as far as possible."""
         if self.is_exposed:
             return max(self.compute, self.inside) + self.outside + self.compressing + self.optimizer
         return max(self.compute, self.inside, self.outside) + self.optimizer
 
     @property
     def unhidden(self) -> float:
-        """Nothing hidden."""
+        """Seconds if communication does not overlap with computation."""
         return self.compute + self.inside + self.outside + self.compressing + self.optimizer
 
     @property
     def overlapped(self) -> float:
-        """If what goes between machines were hidden as well, as in the paper."""
+        """Seconds if communication between machines overlapped too, as in the paper."""
         return max(self.compute + self.compressing, self.inside, self.outside) + self.optimizer
 
 
 def times(setting: Setting, gpu: Gpu) -> Times:
-    """Seconds of an update on a GPU's datasheet figures and the stated efficiencies."""
+    """Seconds of an update, from a GPU's datasheet and the efficiencies above."""
     cfg, fit = setting.cfg, setting.cfg.dalle_fit
     shape = cfg.stream_shape()
     parameters = states.count(cfg.dalle, shape)
     per_gpu = fit.batch / setting.cluster.world
     operations = train_flops(cfg.dalle, shape) + (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
-    # Logits are fp32 products: at most half the rate of 16-bit ones as TF32, an eighth or less without; counted as half.
+    # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
     operations += 3 * 2.0 * head_products(cfg.dalle, shape)
     sent = traffic(setting)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
-    # Gradient, master and both moments are read, all but the gradient are written: at least 28 bytes for each fp32 element of the share.
+    # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.
     touched = (12 + 2 * setting.moment_bytes) * parameters.total / shards
     return Times(
         compute=per_gpu * operations / (gpu.tflops_16bit * 1e12 * EFFICIENCY),
@@ -243,7 +243,7 @@ def traffic(setting: Setting) -> network.Traffic:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a whole run takes."""
+    """Time, energy and operations of a whole run."""
 
     updates: float
     days: float
@@ -252,7 +252,7 @@ class Bill:
 
 
 def bill(setting: Setting, gpu: Gpu, tokens: float | None) -> Bill:
-    """Of a budget of tokens (states of the stream), or of dalle_fit.steps updates."""
+    """The bill for a number of tokens (positions of the stream), or for dalle_fit.steps updates."""
     cfg = setting.cfg
     updates = cfg.dalle_fit.steps if tokens is None else tokens / (cfg.dalle_fit.batch * cfg.stream_shape().states)
     hours = updates * times(setting, gpu).expected / 3600
@@ -260,5 +260,5 @@ def bill(setting: Setting, gpu: Gpu, tokens: float | None) -> Bill:
 
 
 def room(gpu_memory_gb: float) -> float:
-    """Bytes of a GPU that a plan may fill."""
+    """How many bytes of a GPU's memory an estimate may use."""
     return gpu_memory_gb * 1e9 * (1 - RESERVE)

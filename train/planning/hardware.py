@@ -1,4 +1,4 @@
-"""What GPUs can do by their datasheets: for shares of a peak, and for plans. No torch."""
+"""Figures of GPUs from their datasheets, for the MFU and for estimates. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU inside its usual machine of eight. Rates are dense ones, without structured sparsity."""
+    """One GPU in its usual machine with eight of them. Rates are those of dense products, without structured sparsity."""
 
     memory_gb: float
     tflops_16bit: float
-    """fp16 or bf16 matrix products with fp32 accumulation."""
+    """Rate of fp16 or bf16 matrix products with fp32 accumulation."""
     memory_gb_s: float
     link_gb_s: float
-    """To its neighbours in the machine, in one direction."""
+    """Rate of its link to the other GPUs of the machine, in one direction."""
     network_gb_s: float
     """Its share of the machine's network, in one direction."""
     watts: float
@@ -46,14 +46,14 @@ GPUS = {
 """Datasheet figures by name."""
 _NUMBERS = ("memory_gb", "tflops_16bit", "memory_gb_s", "link_gb_s", "network_gb_s", "watts")
 _DEFAULTS = {"link_gb_s": 32.0, "network_gb_s": 1.5625, "watts": 400.0}
-"""Of numbers that are not given: PCIe 4.0, 100 Gbit/s for a machine of eight, and a usual power."""
+"""Values for numbers that are not given: PCIe 4.0, 100 Gbit/s for a machine of eight GPUs, and a typical power."""
 
 
 def parse_gpu(text: str) -> Gpu:
-    """A GPU by its numbers: 'memory_gb=48,tflops_16bit=362,memory_gb_s=864'.
+    """Parse a GPU that is given by its numbers: 'memory_gb=48,tflops_16bit=362,memory_gb_s=864'.
 
     Raises:
-        ValueError: a number is unknown, no positive number, or missing.
+        ValueError: a name is unknown, a value is not a positive number, or a number is missing.
     """
     given: dict[str, float] = {}
     for word in text.split(","):
@@ -70,10 +70,10 @@ def parse_gpu(text: str) -> Gpu:
 
 
 def named(text: str) -> tuple[str, Gpu]:
-    """A GPU by its name, by the beginning of one alone ('L4', 'H100', 'rtx4090'), or by its numbers; with the name that it goes by.
+    """Find a GPU by its name, by the beginning of its name if that is unique ('L4', 'H100', 'rtx4090'), or by its numbers. Returns its name and its figures.
 
     Raises:
-        ValueError: none is meant, or several are, or a number is wrong.
+        ValueError: no GPU or several match, or a number is wrong.
     """
     if "=" in text:
         try:
@@ -90,7 +90,7 @@ def named(text: str) -> tuple[str, Gpu]:
 
 
 def find_by_device_name(name: str) -> Gpu | None:
-    """The GPU whose datasheet belongs to a device as CUDA names it ('NVIDIA H100 80GB HBM3'); None if it is not in the table."""
+    """The figures of a GPU by the name that CUDA reports ('NVIDIA H100 80GB HBM3'); None if it is not in the table."""
     if "PCIe" in name:
         return None
     found = [key for key in GPUS if re.search(rf"\b{key.split('-')[0]}\b", name.replace("RTX ", "RTX"))]

@@ -1,4 +1,4 @@
-"""Bytes that one GPU sends in an update, inside its machine and out of it. No torch. Ring algorithms: an all-reduce sends twice what a gather does."""
+"""Bytes that one GPU sends in an update, within its machine and to others. Needs no torch. Assumes ring algorithms: an all-reduce sends twice as much as a gather."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from train.planning.states import Cluster, Layout, Parameters, Storage
 
 _FP32, _HALF = 4, 2
 _TABLE_1 = {1920: 512, 2688: 640, 3968: 896}
-"""Smallest total ranks without a gap in the training loss, by width (paper, Table 1)."""
+"""Width -> smallest total rank at which the training loss is as good as without compression (paper, Table 1)."""
 
 
 def smallest_rank(width: int) -> int | None:
-    """Total rank of Table 1 for a width of that table; None for others, for which nobody has measured one."""
+    """The total rank of Table 1 for a width; None for widths that are not in that table."""
     return _TABLE_1.get(width)
 
 
 def factor_elements(width: int, rank: int, gpus: int) -> tuple[int, int]:
-    """Elements of P and of Q that one GPU sends for one layer (paper, Table 2): rank is the total over the machine's GPUs.
+    """Numbers of elements of P and of Q that one GPU sends for one layer (paper, Table 2). ``rank`` is the total over the machine's GPUs.
 
     Raises:
-        ValueError: the rank does not divide over the GPUs.
+        ValueError: the rank is not a multiple of the number of GPUs.
     """
     if rank % gpus:
         raise ValueError(f"rank {rank} does not divide over {gpus} GPUs of a machine; use a multiple of {gpus}")
@@ -31,7 +31,7 @@ def factor_elements(width: int, rank: int, gpus: int) -> tuple[int, int]:
 
 
 def sent_share(width: int, rank: int, gpus: int) -> float:
-    """Factors over gradients, r (m + 2) / (2 d m), where matrices are cut into whole rows (paper E.1)."""
+    """Size of the factors divided by that of the gradients, r (m + 2) / (2 d m), if matrices are divided into whole rows (paper E.1)."""
     return sum(factor_elements(width, rank, gpus)) / (12 * width**2 / gpus)
 
 
@@ -42,7 +42,7 @@ class Traffic:
     inside: float
     """Within its machine."""
     outside: float
-    """Through its share of the machine's network."""
+    """To other machines, through its share of the machine's network."""
 
 
 def traffic(
@@ -57,15 +57,15 @@ def traffic(
     all_reduces: bool = True,
     micro_batches: int = 1,
 ) -> Traffic:
-    """What an update sends.
+    """The bytes that one GPU sends in an update.
 
-    Stages 0 to 2 reduce gradients, stage 2 in each micro-batch; 1 and 2 gather the parameters after the update. Stage 3 gathers parameters for each
-    forward and backward pass and reduce-scatters gradients in each micro-batch. Across machines, layout 'node' reduces each GPU's own share (compressed:
+    Stages 0 to 2 reduce gradients, stage 2 in each micro-batch; stages 1 and 2 gather the parameters after the update. Stage 3 gathers parameters for each forward and
+    backward pass, and reduce-scatters gradients in each micro-batch. Between machines, the layout 'node' reduces only each GPU's own shard (for compression see
     train/planning/wire.py).
 
     Args:
-        half_gradients: gradients of matrices travel in 16 bits.
-        all_reduces: stages 1 and 2 all-reduce gradients, also where a reduction to each owner would do (zero.use_multi_rank_bucket_allreduce).
+        half_gradients: gradients of matrices are sent in 16 bits.
+        all_reduces: stages 1 and 2 all-reduce gradients, although a reduction to each owner would be enough (zero.use_multi_rank_bucket_allreduce).
     """
     stored = (_HALF if storage == "half" else _FP32) * parameters.matrices + _FP32 * parameters.rest
     matrix_gradient = _HALF if half_gradients else _FP32
@@ -78,7 +78,7 @@ def traffic(
         reductions = micro_batches if stage == 2 else 1
         sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + (stored if stage else 0))
     if layout == "flat":
-        # A ring over all GPUs leaves the machine through one link of its GPUs: each GPU's share of the network carries 1/gpus of it.
+        # In a ring over all GPUs, only one GPU of a machine sends to another machine, so each GPU's share of the network carries 1/gpus of its bytes.
         return Traffic(sent, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
     if cluster.nodes == 1:
         return Traffic(sent, 0.0)

@@ -1,4 +1,4 @@
-"""What takes less memory: the keys that ``plan`` would change, and the line that a run ends with once a GPU is full. No torch."""
+"""Advice if memory is not enough: which keys to change, for ``plan`` and for a run that has ended because a GPU's memory was full. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FACTORS = (2, 4, 8, 16, 32)
 
 
 def smaller(setting: Setting) -> list[tuple[str, Setting]]:
-    """Changes of the transformer's training that take less memory, each by itself: words for the command line, and what they make of it."""
+    """Single changes of the transformer's training that take less memory: the words for the command line, and the changed setting."""
     fit, changed = setting.cfg.dalle_fit, []
     for accumulation in (fit.accumulation * factor for factor in _FACTORS):
         if fit.batch % (setting.cluster.world * accumulation) == 0:
@@ -38,12 +38,12 @@ def _with_evaluation(setting: Setting, batch: int) -> Setting:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was not enough. By name: what calls this has no torch."""
+    """Whether an error means that a GPU's memory was full. The error is recognised by its name, because the caller has not imported torch."""
     return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
 
 
 def advice(stage: str, cfg: RunConfig, ranks: int, error: BaseException) -> str:
-    """One line for a run whose GPU was full."""
+    """One line of advice for a run that ended because a GPU's memory was full."""
     what = str(error).partition(". ")[0].rstrip(".")
     return f"{what}. {_words(stage, cfg, ranks)}"
 

@@ -1,4 +1,5 @@
-"""Requests that a training job sends to S3, by the numbers of its nodes and ranks: what tests/infra/test_requests.py counts at a proxy, for any size."""
+"""The number of requests that a training job sends to S3, for any number of nodes and ranks. tests/infra/test_requests.py compares it with requests counted at a
+proxy."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests of one moment, over all nodes."""
+    """Numbers of requests of one event, summed over all nodes."""
 
     get: int = 0
     put: int = 0
@@ -21,11 +22,11 @@ class Requests:
 
 
 _PAGE = 1000
-"""Names that one answer to LIST holds."""
+"""How many names one answer to LIST holds."""
 
 
 def pages(names: int) -> int:
-    """Answers that a listing takes."""
+    """How many answers a listing takes."""
     return max(1, -(-names // _PAGE))
 
 
@@ -42,7 +43,7 @@ def end(nodes: int, faults: int = 0) -> Requests:
 
 
 def restart(nodes: int, faults: int = 1) -> Requests:
-    """What a scheduler's restart looks at of an attempt that nobody closed, before ``begin``."""
+    """At a restart by the scheduler, before ``begin``: reading an attempt that has no end.json."""
     return Requests(get=nodes + faults + 2, put=1, list=1 + pages(nodes + faults + 1))
 
 
@@ -77,7 +78,7 @@ def restore(nodes: int, ranks: int, kept: int, files: int = 1) -> Requests:
 
 
 def lines(nodes: int, ranks: int, keep: int) -> list[str]:
-    """What a plan says of it."""
+    """Describe the requests in lines of text, for ``launcher.py plan``."""
     moments = {
         "start": begin(nodes),
         "restart": restart(nodes),

@@ -1,6 +1,6 @@
-"""Parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. No torch.
+"""Numbers of parameters, and the bytes of parameters, gradients, optimizer state and error buffers on each GPU. Needs no torch.
 
-The formulas are compared with live bytes of real runs on 2 and 4 processes (tests/train/planning/test_planning_zero.py).
+Tests compare the formulas with the bytes of live tensors in real runs on 2 and 4 processes (tests/train/planning/test_planning_zero.py).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Literal
 from model.config import StreamShape, TransformerConfig
 
 Layout = Literal["flat", "node"]
-"""'flat': shards over all GPUs. 'node': shards over the GPUs of a machine, machines are replicas (paper 6.1)."""
+"""'flat': parameters are sharded over all GPUs. 'node': they are sharded over the GPUs of a machine, and machines are replicas (paper 6.1)."""
 Storage = Literal["cast", "half"]
-"""'cast': fp32 parameters, cast inside the resblocks. 'half': the matrices of resblocks are fp16 (zero.weights), with fp32 masters in the optimizer.
-'half' is the 'fp16' of train/engines/zero/groups.py, 'cast' its 'cast' and its 'fp32': both keep fp32 parameters."""
+"""'cast': parameters are fp32 and are cast inside the resblocks. 'half': the matrices of resblocks are fp16 (zero.weights), with fp32 master weights in the
+optimizer. 'half' corresponds to 'fp16' in train/engines/zero/groups.py, and 'cast' to both 'cast' and 'fp32' there: both have fp32 parameters."""
 
 _FP32, _HALF = 4, 2
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters."""
+    """Numbers of parameters, by kind."""
 
     matrices: int
-    """Matrices of resblocks: what may be stored in 16 bits, and compressed (paper D.2)."""
+    """Elements of the matrices of resblocks. Only these may be stored in 16 bits, and compressed (paper D.2)."""
     blocks_rest: int
     """Gains and biases inside resblocks."""
     embeddings: int
@@ -37,12 +37,12 @@ class Parameters:
 
     @property
     def rest(self) -> int:
-        """Everything that stays fp32."""
+        """All parameters that stay fp32."""
         return self.blocks_rest + self.embeddings + self.unembeddings + self.final_norm
 
 
 def count(cfg: TransformerConfig, shape: StreamShape) -> Parameters:
-    """Parameters of a model (paper 3.1: 12 d^2 of matrices for each layer)."""
+    """Count the parameters of a model (paper 3.1: the matrices of each layer have 12 d^2)."""
     width = cfg.width
     starts, places = 2, 2 * shape.grid + 2 * shape.text_tokens  # rows and columns; positions and padding
     return Parameters(
@@ -56,18 +56,18 @@ def count(cfg: TransformerConfig, shape: StreamShape) -> Parameters:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of equal size."""
+    """A number of machines of the same size."""
 
     nodes: int
     gpus: int
-    """In each machine."""
+    """GPUs in each machine."""
 
     @property
     def world(self) -> int:
         return self.nodes * self.gpus
 
     def shards(self, layout: Layout) -> int:
-        """GPUs that share one copy of what is sharded."""
+        """How many GPUs together hold one copy of what is sharded."""
         return self.world if layout == "flat" else self.gpus
 
 
@@ -88,7 +88,7 @@ class States:
 
     @property
     def total(self) -> float:
-        """All but ``update``."""
+        """The sum of all but ``update``."""
         return self.parameters + self.masters + self.moments + self.gradients + self.buckets + self.error_buffers
 
 
@@ -105,22 +105,22 @@ def states(
     error_bytes: float = 0.0,
     micro_batches: int = 1,
 ) -> States:
-    """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ sets it up.
+    """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ configures it.
 
     Args:
-        parameters: counts.
+        parameters: numbers of parameters.
         stage: 0 (replicated, torch AdamW), 1, 2 or 3.
-        shards: GPUs that share one copy.
+        shards: how many GPUs together hold one copy.
         storage: how matrices are stored.
-        moment_bytes: both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
-        half_gradients: gradients of matrices travel in 16 bits (fp16 arithmetic), so that there is a bucket for them beside that for the rest.
-        bucket_elements: elements of a gradient reduction (zero.reduce_bucket_size).
-        live_elements: parameters that stage 3 holds gathered at most (``gathered``).
-        error_bytes: of gradient compression (``train.planning.estimate.error_bytes``).
-        micro_batches: of an update.
+        moment_bytes: bytes of both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
+        half_gradients: gradients of matrices are sent in 16 bits (fp16 arithmetic); there is then a bucket for them, and one for the rest.
+        bucket_elements: largest number of elements of a gradient reduction (zero.reduce_bucket_size).
+        live_elements: largest number of parameters that stage 3 holds gathered (``gathered``).
+        error_bytes: bytes of gradient compression (``train.planning.estimate.error_bytes``).
+        micro_batches: number of micro-batches of an update.
 
     Raises:
-        ValueError: an unknown stage.
+        ValueError: the stage is unknown.
     """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO stage {stage}: accepted are 0, 1, 2 and 3")
@@ -129,7 +129,7 @@ def states(
     moments = moment_bytes * parameters.matrices + 2 * _FP32 * parameters.rest
     if stage == 0:
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, error_bytes)
-    # A bucket is never larger than what there is to reduce; stage 3 reduces it into another one.
+    # A bucket is never larger than what is to be reduced. Stage 3 needs a second one, into which it reduces.
     if half_gradients:
         bucket = _HALF * min(bucket_elements, parameters.matrices) + _FP32 * min(bucket_elements, parameters.rest)
     else:
@@ -138,7 +138,7 @@ def states(
     gathered_bytes = matrix * min(live_elements, parameters.total)
     return States(
         parameters=stored / shards + gathered_bytes if stage == 3 else stored,
-        masters=share,  # stage 3 too: an fp32 shard could be its own master, but DeepSpeed keeps a second copy
+        masters=share,  # also in stage 3: an fp32 shard could serve as its own master copy, but DeepSpeed keeps a second copy
         moments=moments / shards,
         gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share),
         buckets=2 * bucket if stage == 3 else bucket,
@@ -157,6 +157,6 @@ def _gradients(stage: int, micro_batches: int, whole: float, share: float) -> fl
 
 
 def gathered(width: int, prefetch: int, max_live: int) -> int:
-    """Parameters that stage 3 holds whole at once, at most: DeepSpeed fetches ahead, from each matrix anew, until zero.stage3_max_live_parameters are there;
-    the matrix in use and one prefetch it holds in any case."""
+    """The largest number of parameters that stage 3 holds gathered at a time. DeepSpeed fetches parameters ahead of each matrix until it holds
+    zero.stage3_max_live_parameters; in any case it holds the matrix in use and one prefetch."""
     return max(max_live, 4 * width**2 + prefetch)

@@ -1,7 +1,8 @@
-"""The fragments that ZeRO leaves on each GPU of a machine, and the bytes that compression sends for them: what the engine counts at its collectives. No torch.
+"""The fragments of parameters that each GPU of a machine has under ZeRO, and the bytes that compression sends for them. The engine counts the same bytes at its
+collectives. Needs no torch.
 
-Stage 3 cuts every parameter evenly. Stages 1 and 2 lay the parameters of a group end to end, fill up to a multiple of twice the GPUs, and cut that evenly (DeepSpeed
-0.19.8); the groups are those of train/engines/zero/groups.py.
+Stage 3 divides every parameter evenly. Stages 1 and 2 concatenate the parameters of a group, pad them to a multiple of twice the number of GPUs, and divide the
+result evenly (DeepSpeed 0.19.8). The groups are those of train/engines/zero/groups.py.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ class Parameter:
     name: str
     elements: int
     width: int
-    """Columns of a matrix; 1 of a vector."""
+    """Number of columns of a matrix; 1 for a vector."""
     resblock: int | None
     is_block_matrix: bool
     decays: bool
 
 
 def parameters(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter]:
-    """All parameters, in the order of the model."""
+    """All parameters of the transformer, in the order of the model."""
     d = cfg.width
 
     def table(name: str, rows: int) -> Parameter:
@@ -55,25 +56,25 @@ def parameters(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter
 
 @dataclass(frozen=True)
 class Fragment:
-    """A GPU's part of a parameter."""
+    """The part of a parameter that one GPU holds."""
 
     parameter: Parameter
     offset: int
     length: int
 
     def block(self, rank: int) -> Block | None:
-        """What is compressed of it."""
+        """The block of it that is compressed, if there is one."""
         p = self.parameter
         return block_of(self.offset, self.length, p.elements, p.width, rank) if p.is_block_matrix else None
 
 
 def fragments(found: list[Parameter], stage: int, gpus: int, *, by_resblock: bool, half: bool, packed: bool) -> list[list[Fragment]]:
-    """For each GPU of a machine, its fragments.
+    """The fragments of each GPU of a machine.
 
     Args:
-        by_resblock: groups are those of a resblock: with gradient scales.
-        half: block matrices travel in 16 bits, and so have groups of their own.
-        packed: so they have with 16-bit moments.
+        by_resblock: each resblock has its own groups, as it does with gradient scales.
+        half: gradients of block matrices are sent in 16 bits; block matrices then have separate groups.
+        packed: moments of block matrices have 16 bits; block matrices then have separate groups too.
     """
     if stage == 3:
         each = {p.name: -(-p.elements // gpus) for p in found}
@@ -100,22 +101,22 @@ def _cut(p: Parameter, start: int, stop: int) -> Fragment:
 
 @dataclass(frozen=True)
 class Sent:
-    """What one GPU sends between machines in an update."""
+    """What one GPU sends to other machines in an update."""
 
     factors: float
-    """Bytes of P and Q."""
+    """Bytes of the factors P and Q."""
     exact: float
     """Bytes of what is not compressed."""
     refresh: float
-    """Bytes of a new projection, on average over updates."""
+    """Bytes of new projections, averaged over updates."""
     compressed: int
-    """Elements that the factors stand for."""
+    """Number of gradient elements that the factors represent."""
     short: int
-    """Elements of P."""
+    """Number of elements of P."""
     basis: int
-    """Elements of Q, and of the fixed projection Q0."""
+    """Number of elements of Q, and also of the fixed projection Q0."""
     operations: float
-    """Of the products P, Q and D, and of making P orthonormal."""
+    """Floating-point operations of the products P, Q and D, and of making P orthonormal."""
 
     @property
     def total(self) -> float:
@@ -123,7 +124,7 @@ class Sent:
 
 
 def sent(held: list[Fragment], rank: int, wire: str, nodes: int, refresh_every: int = 0) -> Sent:
-    """Of a GPU with these fragments."""
+    """What a GPU with these fragments sends."""
     blocks = [block for fragment in held if (block := fragment.block(rank)) is not None]
     compressed = sum(block.elements for block in blocks)
     sides = [(min(block.rows, block.width), max(block.rows, block.width), block.rank) for block in blocks]
@@ -136,6 +137,6 @@ def sent(held: list[Fragment], rank: int, wire: str, nodes: int, refresh_every: 
         compressed=compressed,
         short=p,
         basis=q,
-        # Three products of 2 r for each element; Householder's reflections and Q of them, 4 r^2 for each row.
+        # Three products take 2 r operations for each element; Householder's reflections and the computation of Q from them take 4 r^2 for each row.
         operations=float(6 * sum(short * long * r for short, long, r in sides) + 4 * sum(short * r * r for short, _, r in sides)),
     )

@@ -1,1 +1,1 @@
-"""What every rank has: its device, the signal vector, the watchdog."""
+"""What every rank has: its device, the signal vector and the watchdog."""

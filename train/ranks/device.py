@@ -1,4 +1,4 @@
-"""The device of a rank, its process group, and the arithmetic that is fast there."""
+"""The device of a rank, its process group, and the dtype in which matrix products are fast on it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ BF16_WORTH_IT = 1.3
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PATIENT_TIMEOUT = timedelta(hours=12)
-"""Where ranks work for unequal times: at a stage's end the main rank may merge or export for hours, and checkpoints are read at unequal speeds."""
+"""For collectives between ranks that work for different times: at a stage's end the main rank may merge or export for hours, and some ranks read checkpoints more
+slowly than others."""
 _patient: dist.ProcessGroup | None = None
 
 
 def keep_memory() -> None:
-    """On a CPU, keep freed memory instead of returning it to the kernel: a training step frees and takes the same large blocks over and over,
-    and the page faults cost up to a third of it (DECISIONS.md). glibc only; elsewhere nothing happens."""
+    """Let malloc keep freed memory instead of returning it to the kernel. For CPUs: every training step frees and allocates the same large blocks, and the page
+    faults would cost up to a third of the step (DECISIONS.md). Works with glibc only; otherwise nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -59,25 +60,25 @@ def set_up(world: World) -> torch.device:
 
 
 def _allow_many_files() -> None:
-    """Raise this process's limit of open files to what it may be: each gloo group keeps a connection to every other rank, and 1,024 is a usual limit."""
+    """Raise this process's limit of open files as far as allowed: each gloo group has a connection to every other rank, and the usual limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # a container may allow less than it says
+    with contextlib.suppress(ValueError, OSError):  # a container may refuse the limit that it reports as allowed
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def patient_group() -> dist.ProcessGroup | None:
-    """The group of collectives that wait for longer than those of training; None, the default one, where ``set_up`` has not been called."""
+    """The process group for collectives that may wait longer than those of training. None, which means the default group, before ``set_up`` was called."""
     return _patient
 
 
 def wait_for_all() -> None:
-    """The end of a stage: no rank leaves while another still needs it, however long the main rank merges or exports."""
+    """Barrier at the end of a stage: no rank ends while another still needs it, even if the main rank merges or exports for hours."""
     if dist.is_initialized():
         dist.barrier(_patient)
 
 
 def leave_group() -> None:
-    """Leave the process group, at the end of the process: DeepSpeed keeps hold of the first group it met."""
+    """Destroy the process group. Only at the end of the process, because DeepSpeed keeps a reference to the first group that it was given."""
     global _patient
     _patient = None
     if dist.is_initialized():
@@ -85,21 +86,22 @@ def leave_group() -> None:
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of large matrix products in this process: what a share of the peak (MFU) refers to. A fraction of a second."""
+    """Measure how many floating-point operations a second large matrix products reach in this process: the peak for the MFU. Takes a fraction of a second."""
     size = (8192, 8192, 8192) if device.type == "cuda" else (512, 512, 512)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random matrices must not move anybody's seed
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the random matrices must not change the state of the generators
         return 1e9 * matmul_rate(dtype, Options(device.type, seconds=0.1, runs=3), size).value
 
 
 def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world: World) -> torch.dtype:
-    """The dtype of heavy products. 'auto' is decided once for a run, by a probe, and kept in precision.json so that a resumed run computes alike."""
+    """The dtype of the large matrix products. 'auto' is decided once for a run, by a measurement, and stored in precision.json, so that a resumed run computes
+    the same. Collective."""
     if wanted != "auto":
         return DTYPES[wanted]
     choice = [""]
     if world.is_main:
         url = run.at("precision.json")
         if not storage.exists(url):
-            with torch.random.fork_rng(devices=[]):  # the probe's random matrices must not move the seed of the weights
+            with torch.random.fork_rng(devices=[]):  # the probe's random matrices must not change the initial weights
                 rates = probe(1.0) if device.type == "cpu" else {"fp32": 1.0, "bf16": 2.0}
             found = "bf16" if rates["bf16"] > BF16_WORTH_IT * rates["fp32"] else "fp32"
             text = json.dumps({"precision": found, "gflops": rates}, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -109,5 +111,5 @@ def branch_dtype(wanted: Precision, device: torch.device, run: RunFolder, world:
                 )
         choice = [stored.read(url, PrecisionChoice)["precision"]]
     if world.size > 1:
-        dist.broadcast_object_list(choice, group=_patient)  # over gloo, which notices at once where the main rank has failed instead
+        dist.broadcast_object_list(choice, group=_patient)  # over gloo, which notices at once if the main rank has failed
     return DTYPES[choice[0]]

@@ -1,4 +1,4 @@
-"""One small all-reduce per step for everything that ranks must agree on (docs/contracts.md, section 7)."""
+"""One small all-reduce in each step, for everything that must be the same on all ranks (docs/contracts.md, section 7)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SignalVector:
         """What each rank sent with the last message."""
 
     def exchange(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-        """Sum each slot over ranks; slots without a value contribute 0, ``heartbeat`` always 1. See ``exchange_with``."""
+        """Sum each slot over all ranks. A slot without a value contributes 0; ``heartbeat`` always contributes 1. See ``exchange_with``. Collective."""
         return self.exchange_with(values, None)[0]
 
     def exchange_with(

@@ -1,7 +1,8 @@
-"""A collective that never returns ends in bounded time, with the rank and the place named: one thread in each rank that waits for beats.
+"""Ends a rank that makes no progress, for example in a collective that never returns, and reports the rank and the line. One thread in each rank waits for
+beats.
 
-A rank that waits for others gives them a little longer, so that the one which keeps them waiting ends first and says where it stood. One that cannot speak
-(stopped, or stuck in the kernel) is named by those of its node, and ended by its launcher.
+A rank that waits for others is given a little longer than the others, so that the rank which delays them ends first and reports where it was. A rank that
+cannot report anything, because it was stopped or hangs in the kernel, is named by the other ranks of its node, and ended by its launcher.
 """
 
 from __future__ import annotations
@@ -22,37 +23,38 @@ from infra.errors import ExitCode
 from infra.repository import REPOSITORY
 
 LIMIT_S = 540.0
-"""Seconds without a beat. Below the process group's own timeout (600 s), which would end a rank without saying where it stood."""
+"""Seconds without a beat. Less than the process group's timeout (600 s), which would end a rank without a report of where it was."""
 
 STACK_SIGNAL = signal.SIGQUIT
-"""Makes a rank print all its stacks and go on: ``kill -QUIT``, or another rank of the node that has waited for too long."""
+"""Makes a rank print all its stacks and continue. Sent with ``kill -QUIT``, or by another rank of the node that has waited for too long."""
 _WAITING = ["/torch/distributed/", "/torch/autograd/"]
-"""Where a rank stands that waits for others: in a collective, or in a backward pass that ends in one. Modules of ours add themselves (``waits_for_ranks``)."""
+"""A rank whose innermost frame is in one of these files waits for other ranks: in a collective, or in a backward pass that contains one. Modules of ours are
+added by ``waits_for_ranks``."""
 _SAVERS: list[str] = []
-"""Modules whose code waits for the thread that writes checkpoints (``waits_for_saver``)."""
+"""Modules whose code waits for the thread that writes checkpoints (see ``waits_for_saver``)."""
 SAVER_THREAD = "checkpoint"
-"""Its thread, which writes this rank's half of a checkpoint and waits for the others'."""
+"""Name of that thread, which writes this rank's part of a checkpoint and waits for those of the other ranks."""
 _PEERS_S = 60.0
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "Z": "dead"}
 
 
 def waits_for_ranks(file: str) -> None:
-    """A module says with its ``__file__``: a rank whose innermost frame is mine waits for other ranks."""
+    """A module calls this with its ``__file__`` to declare: a rank whose innermost frame is in this file waits for other ranks."""
     _WAITING.append(file)
 
 
 def waits_for_saver(file: str) -> None:
-    """A module says with its ``__file__``: a rank that stands in me waits for the thread that writes checkpoints."""
+    """A module calls this with its ``__file__`` to declare: a rank that is in this file waits for the thread that writes checkpoints."""
     _SAVERS.append(file)
 
 
 class Watchdog:
-    """Ends this process when nothing has beaten for too long; sleeps until the first beat.
+    """Ends this process if no beat has come for too long. Does nothing until the first beat.
 
     Args:
         limit_s: seconds that may pass between two beats.
         report: called with the exit code and the reason, before the process ends.
-        end: how the process ends; ``os._exit``, since nothing else leaves a stuck collective.
+        end: ends the process. By default ``os._exit``, because nothing else gets a process out of a collective that hangs.
     """
 
     def __init__(self, limit_s: float, report: Callable[[int, str], None], end: Callable[[int], object] = os._exit) -> None:
@@ -64,12 +66,12 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, patience: float = 1.0) -> None:
-        """Something happened; the next beat may take ``patience`` times the limit (evaluations and saves are longer than steps)."""
+        """Report progress. The next beat may come after ``patience`` times the limit: evaluations and saves take longer than steps."""
         with self._lock:
             self._due = time.monotonic() + self.limit_s * patience
 
     def rest(self) -> None:
-        """Nothing is expected any more."""
+        """Expect no beat until the next one comes."""
         with self._lock:
             self._due = None
 
@@ -83,7 +85,7 @@ class Watchdog:
                 now, due = time.monotonic(), self._due
                 if due is None:
                     continue
-                if now - slept > tick + self.limit_s / 2:  # the whole process was suspended, and so was what it is waited for
+                if now - slept > tick + self.limit_s / 2:  # the whole process was suspended, so the work had no time to make progress
                     self._due = due + now - slept
                     continue
             if now > due + (peers_s if self._waits() else 0.0):
@@ -106,7 +108,7 @@ class Watchdog:
 
     def _waits(self) -> bool:
         stack = self._stack()
-        if _innermost_of_ours(stack).filename in _SAVERS:  # then its thread waits for others, or writes
+        if _innermost_of_ours(stack).filename in _SAVERS:  # the main thread waits for the saver, which may be writing, or waiting for other ranks
             frames = sys._current_frames()
             savers = [
                 frames[thread.ident] for thread in threading.enumerate() if thread.name.startswith(f"{SAVER_THREAD}_") and thread.ident in frames
@@ -115,7 +117,7 @@ class Watchdog:
         return _is_waiting(stack[-1].filename)
 
     def place(self) -> str:
-        """Where the main thread stands: the innermost line of ours, and what it called."""
+        """Where the main thread is: the innermost line of this repository, and the function that it has called."""
         stack = self._stack()
         inner = _innermost_of_ours(stack)
         name = inner.filename.removeprefix(f"{REPOSITORY}/")
@@ -132,12 +134,12 @@ def _innermost_of_ours(stack: traceback.StackSummary) -> traceback.FrameSummary:
 
 
 def _is_ours(filename: str) -> bool:
-    """Whether a file is of this repository, and not of an environment that lies in it."""
+    """Whether a file belongs to this repository, and not to a Python environment inside it."""
     return filename.startswith(f"{REPOSITORY}/") and "/site-packages/" not in filename
 
 
 def suspects() -> list[str]:
-    """Ranks of this node whose state says that they cannot go on; all others are asked for their stacks."""
+    """Describe the ranks of this node that cannot continue, judging by the state of their process; ask all of them to print their stacks."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -148,7 +150,7 @@ def suspects() -> list[str]:
                 continue
             variables = dict(line.partition(b"=")[::2] for line in (entry / "environ").read_bytes().split(b"\0"))
             os.kill(int(entry.name), STACK_SIGNAL)
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if state in _STATES:
             found.append(f"rank {variables.get(b'RANK', b'?').decode()} (process {entry.name}) is {_STATES[state]}")
@@ -159,7 +161,7 @@ _current: list[Watchdog] = []
 
 
 def start(report: Callable[[int, str], None]) -> None:
-    """Watch this rank from its first beat on. LAUNCHER_HANG_S replaces LIMIT_S."""
+    """Create this rank's watchdog, which waits for the first beat. The environment variable LAUNCHER_HANG_S replaces LIMIT_S."""
     faulthandler.register(STACK_SIGNAL)
     _current[:] = [Watchdog(environment.seconds("LAUNCHER_HANG_S", LIMIT_S), report)]
 
@@ -171,14 +173,14 @@ def beat(patience: float = 1.0) -> None:
 
 
 def rest() -> None:
-    """Let this rank's watchdog sleep until the next beat."""
+    """Let this rank's watchdog, if it has one, expect nothing until the next beat."""
     for watchdog in _current:
         watchdog.rest()
 
 
 @contextmanager
 def expecting(patience: float) -> Iterator[None]:
-    """One thing that may take ``patience`` times the limit; nothing is expected after it."""
+    """For a block that may take ``patience`` times the limit. After it, no beat is expected until the next one comes."""
     beat(patience)
     try:
         yield

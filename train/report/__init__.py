@@ -1,1 +1,1 @@
-"""The self-contained HTML report: one module for each section."""
+"""The self-contained HTML report, with one module for each of its sections; and pictures for people."""

@@ -1,4 +1,4 @@
-"""A contact sheet: small pictures in a grid, each above its caption. For people who want to see what is in a data set."""
+"""A contact sheet: small pictures in a grid, each above its caption, which shows what is in a data set."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def contact_sheet(pictures: Sequence[Pixels | None], captions: Sequence[str], co
     """Pictures of any size, shrunk or enlarged into equal squares without distortion, with up to three lines of caption below each.
 
     Args:
-        pictures: uint8 [H, W, 3]; None leaves the square empty (a picture that cannot be decoded).
-        captions: one for each picture, of printable characters.
+        pictures: uint8 [H, W, 3]; None leaves the square empty, for a picture that cannot be decoded.
+        captions: one for each picture, in printable characters.
         columns: pictures in a row.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        ValueError: no pictures, or another number of captions.
+        ValueError: there are no pictures, or not as many captions as pictures.
     """
     if not pictures or len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give one caption for each picture, and at least one")
@@ -50,7 +50,7 @@ def contact_sheet(pictures: Sequence[Pixels | None], captions: Sequence[str], co
 
 
 def thumbnail(picture_YXC: Pixels) -> Pixels:
-    """A picture whose longer side is TILE: small ones are enlarged by whole factors with hard edges, so that their pixels show."""
+    """A picture scaled so that its longer side is at most TILE. Small ones are enlarged by whole factors with hard edges, so that their pixels are visible."""
     height, width = picture_YXC.shape[:2]
     longer = max(height, width)
     image = Image.fromarray(picture_YXC)
@@ -62,7 +62,7 @@ def thumbnail(picture_YXC: Pixels) -> Pixels:
 
 
 def wrap(text: str, width: int, lines: int, face: Face | None = None) -> list[str]:
-    """Text in at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    """Text broken into at most ``lines`` lines of ``width`` pixels; text that does not fit ends in an ellipsis."""
     face = face or font(LABEL_SIZE - 1)
     out: list[str] = []
     words = text.split()

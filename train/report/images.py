@@ -28,7 +28,7 @@ _LARGE_ENOUGH = 128
 
 @dataclass(frozen=True)
 class GridPng:
-    """What ``read_grid`` finds in a file that ``grid_png`` wrote."""
+    """The pictures and labels of a file that ``grid_png`` wrote."""
 
     rows: list[list[Pixels]]
     labels: list[str]
@@ -38,7 +38,7 @@ def png_bytes(array_HWC: Pixels) -> bytes:
     """A picture as PNG.
 
     Raises:
-        ValueError: not uint8 of shape [H, W, 3].
+        ValueError: the array is not uint8 of shape [H, W, 3].
     """
     buffer = io.BytesIO()
     Image.fromarray(_checked(array_HWC)).save(buffer, "PNG", optimize=True)
@@ -46,37 +46,37 @@ def png_bytes(array_HWC: Pixels) -> bytes:
 
 
 def read_png(data: bytes) -> Pixels:
-    """PNG (or any picture that Pillow knows) -> uint8 [H, W, 3], transparency on white.
+    """The pixels of a PNG (or any format that Pillow can read), uint8 [H, W, 3]; transparent ones are put on white.
 
     Raises:
-        ValueError: the bytes are no picture.
+        ValueError: the bytes are not a picture.
     """
     try:
         picture = Image.open(io.BytesIO(data)).convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{len(data)} bytes are no picture ({error})") from error
+        raise ValueError(f"{len(data)} bytes are not a picture ({error})") from error
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert("RGB"))
 
 
 def enlarged(pictures: Sequence[Pixels], least: int = _LARGE_ENOUGH) -> list[Pixels]:
-    """Pictures whose sides are at least so many pixels, each pixel repeated: where nothing shows them larger than they are."""
+    """Pictures enlarged to sides of at least ``least`` pixels by repeating pixels, for viewers that do not scale them."""
     times = [max(1, -(-least // min(picture.shape[:2]))) for picture in pictures]
     return [picture.repeat(count, 0).repeat(count, 1) for picture, count in zip(pictures, times, strict=True)]
 
 
 def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> Pixels:
-    """Rows of equally large pictures on white, each row under its label if there are labels.
+    """Rows of equally large pictures on white; if there are labels, each row has its label above it.
 
     Args:
         images: rows of uint8 [H, W, 3]; rows may differ in length.
         pad: pixels around and between pictures.
-        labels: one for each row, cut to the width of the grid; or none.
+        labels: one for each row, cut to the width of the grid; or empty.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: no pictures, pictures of different sizes, or another number of labels than rows.
+        ValueError: there are no pictures, their sizes differ, or the number of labels is not that of rows.
     """
     layout = _layout(images, pad, labels)
     canvas = Image.new("RGB", (layout["width"], layout["height"]), WHITE)
@@ -91,7 +91,7 @@ def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str]
 
 
 def grid_png(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str] = ()) -> bytes:
-    """``grid`` as PNG that remembers its layout (a PNG text chunk), so that the report can show its pictures one by one.
+    """``grid`` as a PNG that stores its layout in a text chunk, so that the report can show its pictures one by one.
 
     Raises:
         ValueError: as grid.
@@ -105,10 +105,10 @@ def grid_png(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[
 
 
 def read_grid(data: bytes) -> GridPng | None:
-    """The pictures of a file that ``grid_png`` wrote, or None for any other picture.
+    """The pictures of a file that ``grid_png`` wrote; None for any other picture.
 
     Raises:
-        ValueError: the bytes are no picture.
+        ValueError: the bytes are not a picture.
     """
     pixels = read_png(data)
     text = Image.open(io.BytesIO(data)).info.get(_LAYOUT)
@@ -124,10 +124,10 @@ def read_grid(data: bytes) -> GridPng | None:
 
 
 def data_uri(data: bytes) -> str:
-    """A picture inside a page. Large ones travel as WebP, so that a report of many stays small enough for a phone.
+    """A picture as a data URI. Large ones are encoded as WebP, so that a report with many pictures stays small enough for a phone.
 
     Raises:
-        ValueError: the bytes are no picture.
+        ValueError: the bytes are not a picture.
     """
     kind = "png"
     if len(data) > _INLINE_BYTES:

@@ -1,4 +1,4 @@
-"""What a figure of a run means, what chance would give, and what to do next. Fixed goals belong to the demo alone, which they were measured on."""
+"""Explains the figures of a run: what a value means, what chance would give, and what to do next. Fixed goals apply to the demo only, for which they were made."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ GOAL_PSNR_DB = 20.0
 GOAL_CODE_USE = 0.5
 GOAL_BELOW_UNIGRAM_PERCENT = 20.0
 DEMO_CAPTION_GAIN = 0.108
-"""Nats per code of the demo (docs/demo.md), whose pictures can be looked at: a mark to compare with, and no goal."""
+"""The caption gain of the demo in nats per code (docs/demo.md), whose pictures can be looked at. A value to compare with, not a goal."""
 _SHAPE = ("image_size", "downsample", "vocab")
 
 
 def draws_emoji(run: RunView) -> bool:
-    """Whether the data are the embedded drawings alone."""
+    """Whether the embedded drawings are the only data."""
     sources = run.section("data").get("sources") or []
     return bool(sources) and all((source.get("url") if isinstance(source, dict) else source) == "emoji" for source in sources)
 
 
 def has_goals(run: RunView) -> bool:
-    """Whether the fixed goals were made for this run: the demo's data at the demo's resolution and vocabulary."""
+    """Whether the fixed goals apply to this run: it uses the demo's data, resolution and vocabulary."""
     preset = read_preset("demo")[0]["dvae"]
     return draws_emoji(run) and all(run.section("dvae").get(key) == preset[key] for key in _SHAPE)
 
 
 def codes(run: RunView) -> int:
-    """Codes of one picture; 0 where the configuration does not say."""
+    """Number of codes of a picture; 0 if the configuration does not say."""
     size, down = run.section("dvae").get("image_size"), run.section("dvae").get("downsample")
     return (int(size) // int(down)) ** 2 if size and down else 0
 
 
 def of_psnr(value: float) -> str:
-    """Of reconstructions: the ceiling of every drawn picture."""
+    """What a PSNR of reconstructions means. Drawn pictures cannot be sharper than reconstructions."""
     looks = (
         "shapes and colours at best"
         if value < 18
@@ -49,18 +49,18 @@ def of_psnr(value: float) -> str:
 
 
 def of_code_use(value: float) -> str:
-    """Of the codebook."""
+    """What a share of used codes means."""
     return "Next: look at the curves below for a collapse; a lower dvae_fit.beta or fewer dvae.vocab." if value < 0.25 else "unused ones do no harm."
 
 
 def of_below_unigram(percent: float) -> str:
-    """Of the transformer's image loss against codes drawn by their frequency."""
+    """What it means that the transformer's image loss is this far below the unigram entropy (guessing codes by their frequency)."""
     next_ = " Next: train the transformer longer (dalle_fit.steps), or on more pictures." if percent < 30 else ""
     return f"0 % would be guessing codes by their frequency alone.{next_}"
 
 
 def of_caption_gain(value: float, per_picture: int) -> str:
-    """Of what a right caption spares against a wrong one."""
+    """What it means that the right caption lowers the loss by this much, compared with a wrong one."""
     total = f"{value * per_picture:.1f} nats for a picture; " if per_picture else ""
     if value <= 0:
         return f"{total}0 is a model that ignores its captions. Next: train longer, and look whether captions describe their pictures."
@@ -73,6 +73,6 @@ def of_caption_gain(value: float, per_picture: int) -> str:
 
 
 def of_retrieval(value: float, chance: float) -> str:
-    """Of the reranker."""
+    """What a share of pictures found at first rank means for the reranker."""
     times = value / chance if chance > 0 else math.inf
     return "" if times >= 5 else " Next: train the reranker longer (clip_fit.steps); until then its order of pictures says little."

@@ -1,4 +1,4 @@
-"""Captions as letters in pictures: a font of this machine that shows every character of a text, or escapes for those that none shows."""
+"""Text in pictures: finds a font on this machine that has every character of a text, and escapes characters that no font has."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 from PIL import ImageFont, features
 
 LABEL_SIZE = 12
-"""Size of the letters of labels, in pixels."""
+"""Font size of labels, in pixels."""
 _MOST_LETTERS = 2000
-"""Of a label, before it is cut to its width."""
-_NO_CHARACTER = "\U0010ffff"  # of no font: what it draws instead of what it lacks
+"""Most characters of a label that are considered, before it is cut to its width."""
+_NO_CHARACTER = "\U0010ffff"  # in no font, so a font draws its glyph for missing characters
 _ESCAPES = "\\0123456789abcdefuUx"
 _SHAPED = re.compile("[\u0590-\u0dff\u1000-\u109f\u1780-\u17ff\ufb1d-\ufdff\ufe70-\ufeff]")
-"""Scripts from right to left, and those whose letters change with their neighbours: Hebrew, Arabic, those of India, Burmese, Khmer."""
+"""Characters of scripts that run from right to left, or whose letters change with their neighbours: Hebrew, Arabic, Indian scripts, Burmese, Khmer."""
 
 Face = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @lru_cache(maxsize=8)
 def font(size: int = LABEL_SIZE) -> Face:
-    """The font of labels."""
+    """The default font of labels."""
     return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=8)
 def wide_font(size: int = LABEL_SIZE) -> Face | None:
-    """A font of more scripts (Greek, Cyrillic, Arabic, Hebrew, ...), where matplotlib, which brings it, is installed."""
+    """A font with more scripts (Greek, Cyrillic, Arabic, Hebrew, ...), which comes with matplotlib; None if matplotlib is not installed."""
     found = importlib.util.find_spec("matplotlib")
     for folder in (found.submodule_search_locations or []) if found else []:
         path = Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
@@ -40,7 +40,7 @@ def wide_font(size: int = LABEL_SIZE) -> Face | None:
 
 
 def legible(text: str, size: int = LABEL_SIZE) -> tuple[str, Face]:
-    """A text and a font that shows every character of it; what no font here has, or cannot be set without raqm and fribidi, is escaped, as \\u4e2d."""
+    """A text and a font that has all of its characters. Characters that no font here has, or that cannot be set without raqm and fribidi, are escaped (\\u4e2d)."""
     text = text[:_MOST_LETTERS]
     plain = "".join(character if character.isprintable() and _can_be_set(character) else _escaped(character) for character in text)
     faces = [face for face in (font(size), wide_font(size)) if face is not None]
@@ -62,7 +62,7 @@ def legible(text: str, size: int = LABEL_SIZE) -> tuple[str, Face]:
 
 @lru_cache(maxsize=1)
 def _system_fonts() -> tuple[str, ...]:
-    """Files of this machine's fonts, upright sans-serif ones first; none without matplotlib, which knows where they lie."""
+    """Files of this machine's fonts, upright sans-serif ones first. Empty without matplotlib, which finds them."""
     if importlib.util.find_spec("matplotlib") is None:
         return ()
     from matplotlib.font_manager import findSystemFonts
@@ -76,7 +76,7 @@ def _system_fonts() -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _of_machine(lacked: frozenset[str]) -> tuple[str, ...]:
-    """Files of fonts that have at least one of some characters."""
+    """Files of this machine's fonts that have at least one of some characters."""
     found = []
     for path in _system_fonts():
         try:
@@ -97,12 +97,12 @@ def _escaped(character: str) -> str:
 
 
 def _has(face: Face, character: str) -> bool:
-    """Whether a font has a character. By the simple layout: the full one puts a dotted circle under a sign that stands alone."""
+    """Whether a font has a character. Uses the basic layout, because the full one draws a dotted circle for a combining mark that stands alone."""
     path = getattr(face, "path", None)
     if isinstance(path, str):
         face = _simple(path)
     elif character.isascii() or unicodedata.category(character).startswith("M"):
-        return character.isascii()  # the font of labels is Latin
+        return character.isascii()  # the default font is Latin
     return bytes(face.getmask(character)) != bytes(face.getmask(_NO_CHARACTER))
 
 
@@ -112,11 +112,11 @@ def _simple(path: str) -> Face:
 
 
 def fit(text: str, width: int, size: int = LABEL_SIZE, face: Face | None = None) -> str:
-    """Text cut to ``width`` pixels; what was cut ends in an ellipsis."""
+    """Text cut to ``width`` pixels; text that was cut ends in an ellipsis."""
     face = face or font(size)
     if face.getlength(text) <= width:
         return text
-    low, high = 0, len(text)  # the most characters that fit, by bisection: a caption may have a million
+    low, high = 0, len(text)  # bisection for the most characters that fit, because a caption may have a million
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if face.getlength(text[:middle] + "…") <= width else (low, middle - 1)

@@ -1,4 +1,4 @@
-"""HTML whose escaping cannot be forgotten: elements are built by ``el``, and only ``Html`` (markupsafe's) goes in as it is."""
+"""HTML in which escaping cannot be forgotten: elements are built by ``el``, and only ``Html`` (markupsafe's) is inserted without escaping."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _VOID = frozenset({"img", "meta", "br", "hr", "wbr"})
 
 
 def el(tag: str, *children: Child, **attributes: str | int | bool | None) -> Html:
-    """An element. Children are escaped unless they are Html; lists are flattened, None is left out.
+    """An element. Children are escaped unless they are Html; lists are flattened, and None is left out.
 
-    Attributes: a trailing underscore is dropped (``class_``), other underscores become hyphens; True gives a bare attribute, None and False none.
+    Names of attributes: a trailing underscore is dropped (``class_``), other underscores become hyphens. The value True gives an attribute without a value;
+    None and False leave it out.
     """
     words = [tag]
     for name, value in attributes.items():
@@ -29,12 +30,12 @@ def el(tag: str, *children: Child, **attributes: str | int | bool | None) -> Htm
 
 
 def join(*children: Child) -> Html:
-    """Children one after the other, escaped as in ``el``."""
+    """The concatenation of children, escaped as in ``el``."""
     return Html("".join(_one(child) for child in children))
 
 
 def table(header: list[str], rows: list[list[Child]], numbers: Iterable[int] = (), class_: str = "") -> Html:
-    """A table that scrolls sideways on a narrow screen; the columns in ``numbers`` are set to the right."""
+    """A table that scrolls sideways on a narrow screen; the columns in ``numbers`` are aligned to the right."""
     right = set(numbers)
 
     def cells(tag: str, row: Iterable[Child]) -> list[Child]:
@@ -45,7 +46,7 @@ def table(header: list[str], rows: list[list[Child]], numbers: Iterable[int] = (
 
 
 def note(*children: Child) -> Html:
-    """A quiet sentence: an explanation, or what is not there yet."""
+    """A paragraph in small grey type, for explanations and for what does not exist yet."""
     return el("p", *children, class_="note")
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, readable offline, on a phone, by day and by night, with no script."""
+"""The report: one HTML file with everything in it and without scripts, readable offline, on a phone, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 def render(run: RunView) -> str:
-    """The page of a run folder, finished or not, as text.
+    """The HTML page of a run folder, finished or not.
 
-    A section whose inputs are absent says so; one whose inputs are damaged shows the complaint in its place, and the others stand.
+    A section whose inputs are missing says so. A section whose inputs are damaged shows the error in its place; the others are not affected.
     """
     sections = [section for name in SECTIONS if (section := _section(run, name))]
     links = el("nav", [el("a", section.title, href=f"#{section.key}") for section in sections], aria_label="sections")
@@ -34,11 +34,11 @@ def render(run: RunView) -> str:
         el("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
     page = el("html", head, el("body", _header(run), links, el("main", parts)), lang="en")
-    return f"<!doctype html>\n{page}\n"  # not by '+', by which Html escapes what is joined to it
+    return f"<!doctype html>\n{page}\n"  # not with '+', because Html would escape the doctype
 
 
 def run_name(run: RunView) -> str:
-    """Name of the run, also when its configuration cannot be read."""
+    """Name of the run; that of its folder if the configuration cannot be read."""
     try:
         return run.name
     except DataError:

@@ -1,7 +1,7 @@
-"""Plots as SVG for inside a page. The only importer of matplotlib.
+"""Plots as SVG, to be embedded in a page. Only this module imports matplotlib.
 
-Text stays text (searchable, in the page's font), colours are the page's (``currentColor`` and CSS variables, so that a dark page gets a light
-plot), and equal data give equal bytes.
+Text stays text (searchable, in the page's font), colours are those of the page (``currentColor`` and CSS variables, so that they fit a dark page, too), and equal
+data give equal bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ElementTree.register_namespace("", _SVG[1:-1])
 _INCHES = (4.4, 2.6)
 _MAX_POINTS = 300
 _FAINT_FROM = 40
-# Colours that stand for the page's: matplotlib knows no CSS, so these are replaced in its output.
+# Placeholder colours, which are replaced by the page's CSS colours in matplotlib's output.
 _INK = "#010203"
 _SERIES = ("#010a01", "#010a02", "#010a03", "#010a04")
 _STYLE = {
@@ -68,16 +68,16 @@ def lines(
     across: str = "updates",
     marks: Sequence[float] = (),
 ) -> Html:
-    """Curves over updates. A long, noisy curve is drawn faintly under its running mean.
+    """Curves over updates. A long, noisy curve is drawn faintly, with its running mean on top.
 
     Args:
-        key: word that makes the identifiers of this plot unique on its page.
-        title: what the vertical axis shows, with its unit; read out by screen readers.
-        series: up to four; those with no finite value are left out.
-        log: logarithmic vertical axis, where all values are positive.
+        key: prefix that makes the identifiers of this plot unique on its page.
+        title: what the vertical axis shows, with its unit; also for screen readers.
+        series: up to four curves; those without a finite value are left out.
+        log: logarithmic vertical axis, if all values are positive.
         reference: a value and its name, drawn as a dashed line.
         across: what the horizontal axis counts.
-        marks: places on the horizontal axis where something changed, each drawn as a dotted line.
+        marks: positions on the horizontal axis where something changed, drawn as dotted lines.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
@@ -103,7 +103,7 @@ def lines(
 
 
 def ranked(key: str, title: str, counts: Sequence[int]) -> Html:
-    """Shares of codes, most frequent first, on a logarithmic axis; the dashed line is an even use of all codes.
+    """Shares of codes, most frequent first, on a logarithmic axis; the dashed line shows an even use of all codes.
 
     Args:
         key: as in lines.
@@ -145,14 +145,14 @@ def _draw(axes: Axes, line: Line, colour: str) -> None:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most ``most`` points: means of equal runs of neighbours, so that no spike decides alone what is seen."""
+    """At most ``most`` points, which are means of equally many neighbours, so that a single spike does not dominate the curve."""
     run = math.ceil(len(points) / most)
     groups = [points[i : i + run] for i in range(0, len(points), run)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Centred means over about a twentieth of the curve, narrower near its ends: the first and the last value stay where they are."""
+    """Centred means over about a twentieth of the curve, and over fewer values near its ends, so that the first and the last value do not change."""
     half = max(1, len(values) // 40)
     means = []
     for i in range(len(values)):
@@ -167,13 +167,13 @@ def _short(value: float, _: int | None = None) -> str:
 
 
 def _svg(figure: Figure, key: str, title: str) -> Html:
-    """The figure as an element of a page that holds several: no style of its own, and identifiers that begin with ``key``."""
+    """The figure as an SVG element for a page with several plots: without a style of its own, and with identifiers that begin with ``key``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            # Its style would hold for the whole page; style.css says the same for plots alone.
+            # matplotlib's style would apply to the whole page; style.css has the same rules for plots only.
             if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
                 parent.remove(child)
     for element in root.iter():
@@ -188,7 +188,7 @@ def _svg(figure: Figure, key: str, title: str) -> Html:
 
 
 def _of_page(name: str, value: str, key: str) -> str:
-    """An attribute of the figure as the page needs it: its own identifiers, the page's font and colours, and paths to a hundredth of a point."""
+    """An attribute of the figure, adapted to the page: unique identifiers, the page's font and colours, and paths rounded to a hundredth of a point."""
     if name == "id":
         return f"{key}-{value}"
     if name == _XLINK:

@@ -1,4 +1,4 @@
-"""How evenly the dVAE uses its codes."""
+"""Section: how evenly the dVAE uses its codes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def section(run: RunView) -> Section | None:
 
 
 def _in_training(run: RunView, vocab: int) -> Child:
-    """The same of the newest training codes: more of them, so that rare codes are seen."""
+    """The same figures for the newest training codes, which are more, so that rare codes are seen."""
     names = ("train_codes_counted", "train_code_use", "train_dead_codes", "train_perplexity")
     counted, use, dead, effective = (run.last("dvae", f"eval/{name}") for name in names)
     if counted is None or use is None or dead is None or effective is None:
@@ -50,6 +50,6 @@ def _in_training(run: RunView, vocab: int) -> Child:
 
 
 def perplexity(counts: Sequence[int]) -> float:
-    """exp of the entropy of a histogram, in codes: between 1 and the number of codes in use."""
+    """Exponential of the entropy of a histogram: between 1 and the number of codes in use."""
     total = sum(counts)
     return math.exp(-sum(count / total * math.log(count / total) for count in counts if count))

@@ -1,4 +1,4 @@
-"""Who made the images."""
+"""Section: who made the images."""
 
 from __future__ import annotations
 

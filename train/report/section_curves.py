@@ -1,4 +1,4 @@
-"""Loss curves of every training stage."""
+"""Section: curves of every training stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from train.run.stage_table import TRAINED
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: a title, and (metric, label) of its curves."""
+    """One plot: its title, and (metric, label) for each of its curves."""
 
     title: str
     curves: tuple[tuple[str, str], ...]
     log: bool = False
     reference: str = ""
-    """Key of evaluate/metrics.json that is drawn as a dashed line."""
+    """Key of a value in evaluate/metrics.json, which is drawn as a dashed line."""
     reference_label: str = ""
 
 
@@ -76,7 +76,7 @@ _FEW = 2
 
 
 def section(run: RunView) -> Section | None:
-    """One group of plots for each training stage that has logged something; the first plots are open, the rest folds out."""
+    """One group of plots for each training stage that has logged something; the first plots are shown, the others can be unfolded."""
     parts: list[Html | None] = []
     silent = []
     for stage in TRAINED:
@@ -110,13 +110,13 @@ def _plot(run: RunView, stage: str, number: int, panel: Panel) -> Html | None:
 
 
 def _few(found: list[Line]) -> str:
-    """What a curve of one or two points must not hide: there is no trend in it."""
+    """A remark for curves of one or two points, which show no trend."""
     short = [(line.label, len(line.points)) for line in found if len(line.points) <= _FEW]
     return "".join(f" – {label}: {count} point{'s' if count > 1 else ''}, no trend" for label, count in short)
 
 
 def _against_time(run: RunView, stage: str) -> Html | None:
-    """The losses over minutes of training: the pauses between attempts are left out, as far as logged points show them."""
+    """The losses over minutes of training, without pauses between attempts as far as the logged points show them."""
     panel = next((panel for panel in PANELS[stage] if panel.title.startswith(("image loss", "loss", "contrastive loss"))), None)
     series = run.series(stage)
     whole = sorted({(point.step, point.time) for points in series.values() for point in points})
@@ -132,7 +132,7 @@ def _against_time(run: RunView, stage: str) -> Html | None:
 
 
 def _minutes(points: list[tuple[int, float]]) -> dict[int, float]:
-    """Step -> minutes since the first point; a step that took more than ten times the usual counts as the usual: it was a pause."""
+    """Step -> minutes since the first point. If a step took more than ten times the median, that was a pause, and the median is counted instead."""
     paces = sorted((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points) if b[0] > a[0])
     usual = paces[len(paces) // 2] if paces else 0.0
     found, now = {points[0][0]: 0.0}, 0.0

@@ -1,4 +1,4 @@
-"""What was trained on what: counts, filters, passes over the data."""
+"""Section: what was trained on what (counts, filters, passes over the data)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _passes(run: RunView, summary: dict[str, Any]) -> Html | None:
 
 
 def _filters(summary: dict[str, Any]) -> Html:
-    """What was left out: records by reason with examples, captions by reason, and input shards that could not be read."""
+    """What was left out: records by reason, with examples; captions by reason; and input shards that could not be read."""
     title, dropped = el("h3", "Filters"), summary.get("dropped") or {}
     captions, quarantined = _dropped_captions(summary), _quarantined(summary)
     if not dropped:
@@ -69,7 +69,7 @@ def _filters(summary: dict[str, Any]) -> Html:
     lost = sum(int(what["count"]) for _, what in entries)
     words = f"{number(lost)} of {number(kept + lost)} records were not used."
     rows: list[list[Child]] = [[reason, number(what["count"]), _percent(what["count"], kept + lost)] for reason, what in entries]
-    # Examples stand in lists below the counts: beside them, a phone would show neither.
+    # Examples are listed below the counts; beside them, the table would be too wide for a phone.
     examples = [_examples(reason, what.get("examples") or []) for reason, what in entries]
     return join(title, note(words), table(["reason", "records", "share"], rows, numbers=(1, 2)), examples, captions, quarantined)
 
@@ -82,7 +82,7 @@ def _examples(reason: str, examples: list[dict[str, Any]]) -> Html | None:
 
 
 def _takedown(summary: dict[str, Any]) -> Html | None:
-    """Lines of the take-down list that name no record: a misspelt one takes nothing down."""
+    """Lines of the take-down list that name no record, perhaps because they are misspelt."""
     facts = summary.get("takedown") or {}
     if not facts.get("without_match"):
         return None
@@ -100,7 +100,7 @@ def _dropped_captions(summary: dict[str, Any]) -> Html | None:
 
 
 def _files(summary: dict[str, Any]) -> Html | None:
-    """What lay in the sources and was not read: nothing goes in silence."""
+    """How many files of the sources were read, and which were not, so that nothing is ignored silently."""
     files: dict[str, Any] = summary.get("files") or {}
     if not files:
         return None
@@ -145,7 +145,7 @@ def _other(run: RunView) -> Html | None:
     rows: list[list[Child]] = []
     for stage in ("tokenizer", "encode"):
         for name, value in run.summary(stage).items():
-            # Words there are hashes and schemas: for programs.
+            # Only numbers: texts in these summaries are hashes and schemas, which are for programs.
             if isinstance(value, int | float) and not isinstance(value, bool):
                 shown = number(value) if isinstance(value, int) else f"{value:.4g}"
                 rows.append([stage, name.replace("_", " "), shown])

@@ -1,4 +1,4 @@
-"""Drawn pictures: several for each caption, best first, each above its nearest training image, beside the real one."""
+"""Section: drawn pictures. For each caption the real picture, and several drawn ones, best first, each above its nearest training image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.report.markup import Child, Html, el, join, note, table
 from train.report.view import RunView, Section
 
 _ENOUGH = 3
-"""Checkpoints that show how something was learned."""
+"""Number of checkpoints from which one can see how something was learned."""
 
 
 def section(run: RunView) -> Section | None:
@@ -39,7 +39,7 @@ def section(run: RunView) -> Section | None:
 
 
 def _learned(run: RunView, entries: list[dict[str, Any]]) -> Html | None:
-    """The same captions over the checkpoints that are kept: a row for each caption, a column for each checkpoint."""
+    """Pictures of the same captions by every kept checkpoint: a row for each caption, a column for each checkpoint."""
     if not entries:
         return None
     captions = [picture["caption"] for picture in entries[0]["pictures"]]

@@ -1,4 +1,4 @@
-"""Originals and what the dVAE makes of them."""
+"""Section: originals and their reconstructions by the dVAE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = 16
 
 
 def section(run: RunView) -> Section | None:
-    """Pictures side by side, cut out of the grid that the dvae stage wrote, or the grid as it is."""
+    """Originals above their reconstructions, cut out of the grid that the dvae stage wrote; if that has no layout, the grid itself."""
     title = "Originals and reconstructions"
     data = run.picture("dvae/pictures/reconstructions.png")
     if data is None:

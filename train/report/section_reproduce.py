@@ -1,4 +1,4 @@
-"""The exact command to reproduce the run."""
+"""Section: the exact commands to reproduce the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from train.report.view import RunView, Section
 
 
 def _commands(run: RunView) -> list[str]:
-    """What runs every stage anew: the command that began the run with 'demo' for its stage, where a preset and its words say everything; else the
-    whole configuration, which also holds what was changed later."""
+    """The commands that run every stage anew. If the run began from a preset and was never changed, that command with 'demo' in place of its stage is enough;
+    otherwise the whole configuration is needed, which includes later changes."""
     words = shlex.split(str(run.provenance.get("command") or ""))
     begun = words[3:] if words[:2] == ["python", "launcher.py"] and len(words) > 3 else []
     if begun and (PRESETS / f"{begun[0]}.toml").is_file() and not run.provenance.get("changes"):

@@ -1,4 +1,4 @@
-"""The figures that matter, as tiles: each beside its goal where the run has goals, else with what it means."""
+"""Section: the most important figures as tiles, each with its goal if the run has goals, else with what it means."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Tile:
     unit: str
     detail: str
     met: bool | None = None
-    """Whether the goal is met; None where there is none."""
+    """Whether the goal is met; None if there is no goal."""
 
 
 def section(run: RunView) -> Section | None:
-    """Tiles of the evaluation; while it is absent, the newest values of the training log stand in and say so."""
+    """Tiles with the results of the evaluation; before there is one, with the newest values of the training logs, which is said below them."""
     tiles = [tile for tile in (_psnr(run), _code_use(run), _below_unigram(run), _caption_gain(run), _retrieval(run), _time(run)) if tile]
     if not tiles:
         return Section("summary", "At a glance", note("No stage has measured anything yet."))

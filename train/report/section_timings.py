@@ -1,4 +1,4 @@
-"""Time and throughput of every stage."""
+"""Section: time and throughput of every stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from train.run.stage_table import STAGES
 
 
 def section(run: RunView) -> Section | None:
-    """One row for each stage, unfinished ones too."""
+    """One row for each stage, including unfinished ones."""
     seconds = {stage: float(run.done(stage).get("seconds") or 0) for stage in STAGES if run.done(stage)}
     if not seconds:
         return Section("timings", "Timings", note("No stage has finished yet."))

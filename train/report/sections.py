@@ -1,4 +1,4 @@
-"""The sections of the report in their order on the page. A new section is one module, ``section_<name>.py``, and one line here."""
+"""The sections of the report, in their order on the page. To add one: a module ``section_<name>.py``, and a line here."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -19,6 +19,6 @@ SECTIONS = (
 
 
 def make(name: str) -> Callable[[RunView], Section | None]:
-    """The function that makes a section of a run."""
+    """The function that makes a section for a run."""
     function: Callable[[RunView], Section | None] = import_module(f"train.report.section_{name}").section
     return function

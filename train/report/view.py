@@ -1,4 +1,4 @@
-"""A run folder as the report reads it: lazily, and with nothing required to be there."""
+"""The report's view of a run folder: files are read lazily, and none of them is required."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ class Section:
     """One part of the page."""
 
     key: str
-    """Word in the page's address (#key) and prefix of its identifiers."""
+    """Anchor of the section in the page (#key), and prefix of its identifiers."""
     title: str
     body: Html
 
 
 class RunView:
-    """Lazy reader of a run folder: every part is read when a section first asks for it, and absent parts are None or empty.
-
-    A part that is there but damaged raises DataError.
-    """
+    """Reads a run folder lazily: each part is read when a section first asks for it. A missing part is None or empty; a damaged one raises DataError."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -39,7 +36,7 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """Name of the run: that of its folder, wherever it lies now."""
+        """Name of the run, which is that of its folder."""
         return storage.absolute(self.url).rstrip("/").rsplit("/", 1)[-1]
 
     @property
@@ -49,7 +46,7 @@ class RunView:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Commit and versions."""
+        """Commit, versions and command that made the run."""
         return self.json("provenance.json")
 
     @property
@@ -68,7 +65,7 @@ class RunView:
         return found if isinstance(found, dict) else {}
 
     def done(self, stage: str) -> dict[str, Any]:
-        """What a finished stage wrote last; empty for one that has not finished."""
+        """The marker of a finished stage (done.json); empty for an unfinished one."""
         return self.json(stage, "done.json")
 
     def summary(self, stage: str) -> dict[str, Any]:
@@ -77,10 +74,10 @@ class RunView:
         return found if isinstance(found, dict) else {}
 
     def json(self, *parts: str) -> dict[str, Any]:
-        """A JSON object of the run folder; empty if the file is absent.
+        """A JSON object in the run folder; empty if the file is missing.
 
         Raises:
-            DataError: the file is no JSON object.
+            DataError: the file is not a JSON object.
         """
         name = "/".join(parts)
         if name not in self._json:
@@ -93,7 +90,7 @@ class RunView:
         return self._json[name]
 
     def series(self, stage: str) -> dict[str, list[Point]]:
-        """All metrics of a stage, attempts merged; empty before its first point."""
+        """All metrics of a stage, with its attempts merged; empty before the first point."""
         if stage not in self._series:
             self._series[stage] = read_metrics(self.url, stage)
         return self._series[stage]
@@ -104,28 +101,28 @@ class RunView:
 
     @cached_property
     def out_of_date(self) -> dict[str, str]:
-        """Stages that older weights made than are there now, and which; none for what is no whole run folder."""
+        """Stage -> by which older weights it was made, for stages that are out of date; empty for an incomplete run folder."""
         if not self.config or not self.provenance:
             return {}
         cfg, run = load_run(self.url, []), RunFolder(self.url)
         return {stage: old for stage in STAGES if (old := lineage.out_of_date(cfg, run, stage))}
 
     def last(self, stage: str, name: str) -> float | None:
-        """The newest value of a metric, or None."""
+        """The newest value of a metric; None if there is none."""
         points = self.series(stage).get(name)
         return points[-1].value if points else None
 
     def picture(self, name: str | None) -> bytes | None:
-        """Bytes of a picture of the run folder, or None."""
+        """Bytes of a picture in the run folder; None if it is missing."""
         return storage.read_bytes(storage.join(self.url, name)) if name and self.has(name) else None
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether the run folder holds a file."""
         return name in self._files
 
     @cached_property
     def _files(self) -> frozenset[str]:
-        # One listing, not a request for every picture: on s3 that would be thousands. Shards are not ours to list.
+        # Listed once instead of asking for every picture, which would be thousands of requests on S3. Shard sets are not listed.
         names = {name for name in ("config.json", "provenance.json") if storage.exists(storage.join(self.url, name))}
         for stage in STAGES:
             names |= {f"{stage}/{name}" for name in _own_files(self.url, stage)}
@@ -134,7 +131,7 @@ class RunView:
 
 def _own_files(url: str, stage: str) -> list[str]:
     if stage in TRAINED:
-        # Checkpoints may be many files; only what people look at is listed.
+        # Checkpoints may consist of many files, so only the parts that the report shows are listed.
         marks = [name for name in ("done.json", "codebook.json") if storage.exists(storage.join(url, stage, name))]
         return marks + [f"pictures/{name}" for name in storage.list_files(storage.join(url, stage, "pictures"))]
     return storage.list_files(storage.join(url, stage))

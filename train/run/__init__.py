@@ -1,1 +1,1 @@
-"""A run and its stages: the table of stages, places, inputs by lineage, elastic sizes, cluster jobs."""
+"""A run and its stages: the table of stages, where their files lie, inputs checked by lineage, changing numbers of ranks, cluster jobs."""

@@ -1,4 +1,4 @@
-"""The attention engine of a run's transformer: chosen once for each kind of device and dtype, written down, and kept, so that a run that goes on computes alike."""
+"""The attention engine of a run's transformer. It is chosen once for each kind of device and dtype and stored, so that a resumed run computes the same."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from train.machine.rates import name_of
 
 
 def of_run(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> EngineName:
-    """The engine that dalle.attention names, or that the run chose when it first ran on such a device (``<run>/attention/<device>-<dtype>.json``). Collective.
+    """The engine that dalle.attention names. If that is "auto", the one that the run chose when it first ran on such a device, which is stored in
+    ``<run>/attention/<device>-<dtype>.json``. Collective.
 
     Raises:
-        ConfigError: the engine cannot train on the device; dalle_fit.attention_records is no folder with records.
+        ConfigError: the engine cannot train on the device, or the folder dalle_fit.attention_records holds no records.
     """
     records = cfg.dalle_fit.attention_records
     if cfg.dalle.attention != "auto":

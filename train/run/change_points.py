@@ -1,7 +1,7 @@
-"""Change points: updates from which on a training stage goes on with other values (docs/stage2.md, "Going on"). No torch.
+"""Change points: updates after which a training stage continues with other values of its configuration (docs/stage2.md, "Going on"). Needs no torch.
 
-A checkpoint holds the configuration that it was made with. Who restores it with another one begins a change point at that checkpoint: where it lies is
-never guessed, also when the run falls back to an older checkpoint, and whatever was saved before stays as it is.
+A checkpoint holds the configuration that it was made with. If it is restored with another one, a change point begins at that checkpoint. So the place is
+always known exactly, also when a run falls back to an older checkpoint, and everything that was saved before stays valid.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from infra.run_records import ChangePoint
 from train.config import RunConfig
 
 FILE = "changes.json"
-"""In the stage's folder: its change points, for people and for the report."""
+"""File in the stage's folder that lists its change points, for people and for the report."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The updates that the schedule of the step size spans."""
+    """The range of updates over which the learning rate schedule runs."""
 
     start: int
     end: int
@@ -34,30 +34,31 @@ class Curve:
 
 
 def may_change(key: str) -> bool:
-    """Whether a run goes on with another value of a key at any time."""
+    """Whether a run may continue with another value of a key at any time."""
     return declared(RunConfig, key).get(MAY_CHANGE) == ANY_TIME[MAY_CHANGE]
 
 
 def stage_of(key: str) -> str:
-    """The training stage that goes on with another value of a key from its newest checkpoint on; empty where none does."""
+    """The training stage that may continue with another value of a key from its newest checkpoint on; empty if none may."""
     section = key.partition(".")[0]
     return section.removesuffix("_fit") if declared(RunConfig, key).get(MAY_CHANGE) == GOING_ON[MAY_CHANGE] else ""
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """Key -> [old value, new value] of two configurations; keys that the old one lacks have their value before they existed."""
+    """Key -> [old value, new value] for the differences of two configurations. A key that the old one lacks counts with the value that stands for the behaviour
+    before the key existed."""
     before, after = flatten(completed(RunConfig, old)), flatten(new)
     return {key: [before.get(key), after.get(key)] for key in sorted(before | after) if before.get(key) != after.get(key)}
 
 
 def continued(meta: dict[str, Any], config: dict[str, Any], stage: str, how: str) -> list[dict[str, Any]]:
-    """The change points of a run that goes on from a checkpoint: the checkpoint's own, and one at the checkpoint where its stage's values differ now.
+    """The change points of a run that continues from a checkpoint: those that the checkpoint holds, and a new one if values of its stage are different now.
 
     Args:
-        meta: the checkpoint's facts.
-        config: the configuration to go on with.
+        meta: the content of the checkpoint's meta.json.
+        config: the configuration to continue with.
         stage: the training stage.
-        how: what becomes of the schedule of the step size (FitSection.on_change).
+        how: what happens to the learning rate schedule (FitSection.on_change).
     """
     points: list[dict[str, Any]] = list(meta.get("changes", []))
     new = {key: values for key, values in changed(meta["config"], config).items() if stage_of(key) == stage}
@@ -71,12 +72,12 @@ def continued(meta: dict[str, Any], config: dict[str, Any], stage: str, how: str
 
 
 def curve(points: list[dict[str, Any]], steps: int) -> Curve:
-    """The updates that the schedule spans after these change points; of a run without one, all."""
+    """The range of updates over which the schedule runs after these change points; without change points, all ``steps``."""
     return Curve(*points[-1]["curve"]) if points else Curve(0, steps)
 
 
 def read(stage_url: str) -> list[dict[str, Any]]:
-    """The change points in a stage's folder, oldest first; none where it went through none.
+    """The change points of a stage, oldest first; empty if it has none.
 
     Raises:
         DataError: the file is damaged.
@@ -86,6 +87,6 @@ def read(stage_url: str) -> list[dict[str, Any]]:
 
 
 def described(point: dict[str, Any]) -> str:
-    """A change point in a line."""
+    """Describe a change point in one line."""
     values = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in point["changed"].items())
     return f"from update {point['step']} on: {values}; schedule {point['schedule']}"

@@ -1,4 +1,4 @@
-"""Stages as jobs of a cluster: their shapes, what each waits for, and submitting one or all of them (``--on slurm``, ``--on k8s``, ``--chain``)."""
+"""Runs stages as jobs of a cluster: how many nodes each takes, what each waits for, and how they are submitted (``--on slurm``, ``--on k8s``, ``--chain``)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from train.run.stage_table import STAGES, TRAINED
 
 
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
-    """The job of a stage."""
+    """The specification of a stage's job."""
     shape: Shape = "gang" if STAGES[stage].trains else "array" if STAGES[stage].shared else "node"
     return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster, STAGES[stage].gpus)  # the job starts in the repository
 
 
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:
-    """What ``submit`` would send, and changes nothing."""
+    """The text that ``submit`` would send to the scheduler. Changes nothing."""
     stages = lineage.waiting(cfg, run) if chain else [stage]
     if on == "k8s":
         return "\n---\n".join(k8s_submit.shown(job_spec(name, cfg, run)) for name in stages)
@@ -42,7 +42,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     if chain and on == "k8s":
         raise ConfigError("--chain --on k8s: Kubernetes starts jobs at once; apply one stage after the other, or use --on slurm.")
     if on == "k8s":
-        k8s_submit.overlay(job_spec(stage, cfg, run))  # refused before anything is written
+        k8s_submit.overlay(job_spec(stage, cfg, run))  # raises if it cannot be submitted, before anything is written
     if going_on:
         _refuse_beside_another(stage, job_spec(stage, cfg, run), on)
     prepares = (chain or stage == "prepare") and not places.finished(cfg, run, "prepare")
@@ -69,10 +69,10 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
 
 
 def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]:
-    """Jobs in SLURM's queue that make what a stage needs and what is not there yet.
+    """Jobs in SLURM's queue that make those inputs of a stage that do not exist yet.
 
     Raises:
-        DataError: something is missing, and nothing makes it.
+        DataError: an input is missing, and no queued job makes it.
     """
     found = {}
     for need in STAGES[stage].needs:
@@ -89,7 +89,7 @@ def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]
 
 
 def _refuse_beside_another(stage: str, spec: JobSpec, on: str) -> None:
-    """Refuse to go on with other values while a job still has the old ones: only its next start would read them, from a checkpoint that nobody chose."""
+    """Refuse to change values while a job of the stage exists: it would take them over only at its next restart, at a checkpoint that nobody chose."""
     if on == "slurm" and (there := slurm_submit.queued(spec)) is not None:
         raise ConfigError(
             f"--go-on: job {there.job} of '{stage}' is in the queue with other values; let it end, or scancel {there.job}, and go on from its checkpoint."
@@ -103,7 +103,7 @@ def _refuse_beside_another(stage: str, spec: JobSpec, on: str) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a SLURM job, as its batch script knows it."""
+    """One start of a SLURM job, with what its batch script knows of it."""
 
     job: str
     restart: int
@@ -142,13 +142,14 @@ def verdict(label: str, run: RunFolder, start: Start, retries: int) -> ledger.Ve
 
 
 def _starts_without_attempt(label: str, run: RunFolder, start: Start) -> int:
-    """Starts of a job up to this one, none of which has begun an attempt."""
+    """How many starts of a job in a row, this one included, have begun no attempt."""
     newest = next((each for each in ledger.newest_first(run, label) if each.run_id.startswith(f"{start.job}.")), None)
     return start.restart - (newest.restart if newest is not None else -1)
 
 
 def _begun_since(label: str, run: RunFolder, start: Start) -> ledger.Attempt | None:
-    """The newest attempt, if this start had begun one before it. Starts of a job follow one another: one looks no further back than to an older one."""
+    """The newest attempt, if this start had begun an older one. The search ends at an attempt of an earlier start of the same job, because starts of a job do
+    not overlap."""
     newest = None
     for attempt in ledger.newest_first(run, label):
         if attempt.run_id == f"{start.job}.{start.restart}":
@@ -160,7 +161,7 @@ def _begun_since(label: str, run: RunFolder, start: Start) -> ledger.Attempt | N
 
 
 class Judged(ReportedError):
-    """The verdict on a stage's attempt, as an exit code."""
+    """Ends the process with the exit code that the verdict on a stage's attempt names."""
 
     def __init__(self, stage: str, found: ledger.Verdict) -> None:
         super().__init__(f"{stage}: {found.reason}")

@@ -1,4 +1,4 @@
-"""A run that goes on with fewer or more ranks keeps its global batch: micro-batches of a rank never grow, so there are more of them where ranks are fewer."""
+"""Keeps the global batch when a run continues with another number of ranks: with fewer ranks, each makes more micro-batches, which never become larger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def accumulation(batch: int, ranks: int, rows: int) -> int | None:
-    """Fewest micro-batches for each rank that hold at most ``rows`` samples and divide the batch evenly; None where nothing does."""
+    """The smallest number of micro-batches for each rank that divides the batch evenly into micro-batches of at most ``rows`` samples. None if there is none."""
     if batch % ranks:
         return None
     share = batch // ranks
@@ -22,9 +22,10 @@ def accumulation(batch: int, ranks: int, rows: int) -> int | None:
 
 
 def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConfig:
-    """The configuration with the accumulation that this number of ranks needs. The first attempt's micro-batch, which fitted into memory, is the measure.
+    """The configuration with the accumulation that this number of ranks needs. Micro-batches are at most as large as in the first attempt, where they fitted
+    into memory.
 
-    A batch that the ranks do not divide is left as it is: ``train.run.inputs.micro_batch`` refuses it.
+    A batch that cannot be divided among the ranks is left as it is: ``train.run.inputs.micro_batch`` refuses it.
     """
     key = f"{stage}_fit"
     fit: FitSection | None = getattr(cfg, key, None)

@@ -1,4 +1,4 @@
-"""Opening inputs with their lineage checked: codes belong to the exported dVAE of this run and to its image shards."""
+"""Opens the inputs of stages and checks their lineage: for example, that codes were made by the exported dVAE of this run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ from train.weights import export
 
 
 def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
-    """One split's images, in the version that this run's stage prepare made or found: a place that others append to does not change under a run.
+    """The image set of a split, in the version that this run's stage prepare made or found. If others add shards to the set later, this run does not see them.
 
     Raises:
-        DataError: prepare has not finished, or the version is gone.
+        DataError: prepare has not finished, or the version does not exist any more.
     """
     version = places.version(run, "prepare", split)
     return open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA, version=version, takedown=cfg.data.takedown)
 
 
 def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
-    """A code set in the version of this run's stage encode, refused if another dVAE than this run's export made it."""
+    """A code set, in the version that this run's stage encode made.
+
+    Raises:
+        DataError: encode has not finished, or the codes were made by another dVAE than this run's export.
+    """
     parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
     version = places.version(run, "encode", f"{crop}/{split}")
     return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents, version, cfg.data.takedown)
@@ -48,7 +52,7 @@ def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
 
 
 def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[DVAE, str]:
-    """The exported dVAE, with products of its residual blocks in ``dtype``, and its content hash."""
+    """The exported dVAE and its content hash. Its residual blocks compute matrix products in ``dtype``."""
     module = DVAE(cfg.dvae, dtype)
     return module, _load(module, run, "dvae", device)
 
@@ -61,7 +65,7 @@ def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.devic
 
 @dataclass(frozen=True)
 class Exports:
-    """Everything that draws and judges pictures, known to belong together."""
+    """The models and the tokenizer that are needed to draw and rank pictures. It was checked that they belong together."""
 
     dvae: DVAE
     dalle: Transformer
@@ -75,7 +79,7 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
     """The run's exported models and its tokenizer. Collective.
 
     Raises:
-        DataError: the transformer was trained on codes of another dVAE, or it or the contrastive model with another tokenizer.
+        DataError: the transformer was trained on codes of another dVAE, or the transformer or the contrastive model with another tokenizer.
     """
     (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
         open_dvae(cfg, run, device),
@@ -96,7 +100,7 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
 def build_dalle(
     cfg: RunConfig, device: torch.device, dtype: torch.dtype, engine: EngineName, *, checkpoint_every: int = 0, norm: Norm | None = None
 ) -> Transformer:
-    """The transformer with an attention engine, and torch's layer norm if no other is given."""
+    """Build the transformer with the given attention engine, and with torch's layer norm unless another is given."""
     shape = cfg.stream_shape()
     attend = make_engine(engine, cfg.dalle, shape, device)
     return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every).to(device)
@@ -115,10 +119,10 @@ def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -
 
 
 def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
-    """Samples of one micro-batch over all ranks.
+    """Number of samples in one micro-batch, summed over all ranks.
 
     Raises:
-        ConfigError: the batch does not divide over ranks and micro-batches.
+        ConfigError: the batch cannot be divided evenly among ranks and micro-batches.
     """
     fit: FitSection = getattr(cfg, section)
     shares = world.size * fit.accumulation
@@ -131,6 +135,6 @@ def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
 
 
 def loader_options(data: DataConfig) -> dict[str, Any]:
-    """How a training stage's loader works. Its batches depend on the block of the shuffle and on the weights of sources, and on nothing else of it."""
+    """The options of a training stage's loader. Which samples a batch holds depends only on two of them: ``block`` and ``weights``."""
     weights = {source.url: source.weight for source in data.sources}
     return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block, "weights": weights}

@@ -1,4 +1,4 @@
-"""What the finished stages of a run were made from, against what is there now. Small JSON files only."""
+"""Compares what the finished stages of a run were made from with what the run holds now. Reads only small JSON files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WEIGHTS = (*TRAINED, "tokenizer")
 
 
 def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
-    """Kind -> content hashes that a stage may have been made from."""
+    """Kind of input -> the content hashes that exist in the run now."""
     found = {kind: set(((run.done(stage) or {}).get("versions") or {}).values()) for kind, stage in (("images", "prepare"), ("codes", "encode"))}
     for name, url in [
         ("tokenizer", storage.join(places.tokenizer(cfg, run), MANIFEST)),
@@ -25,9 +25,9 @@ def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
 
 
 def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
-    """Of what older weights or tokenizer a finished stage was made, in words; empty where it is as new as they are, or not finished.
+    """Describes from which older weights or tokenizer a finished stage was made. Empty if it was made from the present ones, or is not finished.
 
-    What is not there any more (an export that was deleted to save room) makes nothing old.
+    An input that does not exist any more, such as an export that was deleted to save space, makes no stage out of date.
     """
     marker = run.done(stage)
     parents = {kind: each for kind, each in ((marker or {}).get("parents") or {}).items() if kind in _WEIGHTS}
@@ -39,7 +39,7 @@ def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
 
 
 def waiting(cfg: RunConfig, run: RunFolder) -> list[str]:
-    """Stages that have something to do: those that are not finished, or out of date, or will be once a training stage before them has gone on."""
+    """Stages that have something to do: those that are not finished, those that are out of date, and those that will be once the stages before them have run."""
     found: list[str] = []
     moved: set[str] = set()
     for name, entry in STAGES.items():

@@ -1,4 +1,4 @@
-"""Where a run keeps its shard sets, and what its stages need of each other."""
+"""Where the shard sets of a run lie, which of its stages are finished, and how it takes possession of its folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SPLITS = ("train", "validation")
 
 
 def images(cfg: RunConfig, run: RunFolder) -> str:
-    """Root of the image sets."""
+    """Folder of the image sets."""
     return cfg.data.images or run.at("images")
 
 
 def image_set(cfg: RunConfig, run: RunFolder, split: str) -> str:
-    """One split's image set."""
+    """The image set of a split."""
     return storage.join(images(cfg, run), split)
 
 
@@ -33,19 +33,20 @@ def tokenizer(cfg: RunConfig, run: RunFolder) -> str:
 
 
 def code_set(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> str:
-    """One crop's and split's code set."""
+    """The code set of a crop and a split."""
     return storage.join(cfg.data.codes or run.at("codes"), f"crop-{crop}", split)
 
 
 def claim(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "") -> RunConfig:
-    """Make the run folder this configuration's, or check that it is (see ``RunFolder.claim``), and return the configuration that the run goes on with:
-    keys that the folder's lacks, and that nobody has given a value, keep the behaviour before they existed.
+    """Store the configuration in the run folder, or check that the folder already holds the same one (see ``RunFolder.claim``). Returns the configuration to
+    run with: for keys that the stored one lacks, and that were not given a value now, it has the value that keeps the behaviour before those keys existed.
 
     Args:
-        going_on: the training stage that goes on with other values from its newest checkpoint on; empty: none does.
+        going_on: the training stage that continues with other values from its newest checkpoint on; empty: none does.
 
     Raises:
-        ConfigError: the folder is unwritable, or holds another configuration; what the run could go on with is named as a command, else that of a new run.
+        ConfigError: the folder cannot be written to, or holds another configuration. The message names the command that continues with the new values, if that
+            is possible, otherwise the command that starts a new run.
     """
     stored = run.stored()
     if stored is not None:
@@ -78,15 +79,15 @@ def _refuse(run: RunFolder, fixed: dict[str, list[Any]]) -> None:
 
 
 def updates(cfg: RunConfig, run: RunFolder, stage: str, marker: dict[str, Any]) -> int:
-    """Updates that a finished training stage has made; an imported dVAE counts as trained to the end."""
+    """How many updates a finished training stage has made. An imported dVAE counts as trained to the end."""
     steps: int = getattr(cfg, f"{stage}_fit").steps
     made = int(marker.get("updates", ledger.newest_checkpoint(run, stage)))
     return made if made >= 0 else steps
 
 
 def finished(cfg: RunConfig, run: RunFolder, stage: str) -> bool:
-    """Whether a stage is done: its marker is there, and names as many updates as the configuration wants by now (of a stage that trains), or the values that
-    may change under a run (of one whose marker holds its settings)."""
+    """Whether a stage has nothing left to do. Its done.json must exist. For a training stage it must also name as many updates as the configuration asks for now;
+    if it holds the stage's settings, they must be equal to those of the configuration."""
     marker = run.done(stage)
     if marker is None:
         return False
@@ -109,10 +110,10 @@ def _check_going_on(cfg: RunConfig, run: RunFolder, stage: str) -> None:
 
 
 def require(run: RunFolder, *stages: str) -> dict[str, Any]:
-    """The markers of finished stages, by name.
+    """The contents of the stages' done.json, by name of stage.
 
     Raises:
-        DataError: a stage has not finished; the command that runs it is named.
+        DataError: a stage has not finished; the message names the command that runs it.
     """
     found = {}
     for stage in stages:
@@ -133,10 +134,10 @@ def version(run: RunFolder, stage: str, name: str) -> str:
 
     Args:
         stage: prepare or encode.
-        name: of the set in the stage's marker: the split, or 'crop/split'.
+        name: the set's name in the stage's done.json: the split, or 'crop/split'.
 
     Raises:
-        DataError: the stage has not finished, or its marker names no such set.
+        DataError: the stage has not finished, or its done.json names no such set.
     """
     found = require(run, stage)[stage].get("versions", {}).get(name)
     if not isinstance(found, str):
@@ -145,6 +146,6 @@ def version(run: RunFolder, stage: str, name: str) -> str:
 
 
 def leases(run: RunFolder, *stages: str) -> list[str]:
-    """Labels of the leases of stages, and of all shares of them that have ever run: whoever holds them has the stages to himself."""
+    """Labels of the leases of stages, and of all shares of these stages that have ever run. While a process holds all of them, no other can run these stages."""
     shares = {name.partition("/")[0] for name in storage.list_files(run.at("locks"))}
     return sorted({*stages} | {name for name in shares if name.partition(".")[0] in stages})

@@ -1,4 +1,4 @@
-"""The job files of infra/slurm: one for each stage, filled into one template. ``launcher.py docs`` writes them."""
+"""Makes the job scripts in infra/slurm, one for each stage, from one template. ``launcher.py docs`` writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROOM = {
     "one": "--gpus-per-node=1, --cpus-per-task=8 and --mem=64G, its part of a node",
     "none": "--cpus-per-task=8 and --mem=64G; it uses no GPU",
 }
-"""What to ask for by hand; ``launcher.py --on slurm`` asks by the keys of [cluster]."""
+"""Advice in the scripts on which resources to request. ``launcher.py --on slurm`` requests them according to the section [cluster] of the configuration."""
 
 
 def scripts() -> dict[str, str]:
@@ -25,7 +25,7 @@ def scripts() -> dict[str, str]:
 
 
 def _shape(stage: Stage) -> dict[str, str]:
-    """What differs between a gang of launchers, an array that divides the work, and one node."""
+    """The parts of the template that depend on the shape of the job: several nodes at once, an array whose tasks divide the work, or one node."""
     if stage.trains:
         how = "one launcher for each node; change --nodes at will, also between restarts"
         return {"options": "--nodes 4 ", "how": how, "job": "%j", "array": ""}

@@ -1,6 +1,6 @@
-"""The table of stages, in the order of the demo. There is no other: the launcher, cluster jobs, ``status``, ``doctor`` and the report read this one.
+"""The table of stages, in the order of the demo. The launcher, cluster jobs, ``status``, ``doctor`` and the report all read this one.
 
-No torch: a stage's module is imported when it runs.
+Needs no torch: the module of a stage is imported only when the stage runs.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: a module with ``run(cfg, run, world, stop)``, called in every rank, and a help text."""
+    """One stage: a module whose function ``run(cfg, run, world, stop)`` is called in every rank, and a description."""
 
     module: str
     title: str
     """What it makes, in a few words."""
     help: str
     needs: tuple[str, ...] = ()
-    """What a scheduler waits for: stages whose outputs it reads, without those that another of them needs anyway."""
+    """Stages that must finish before it: those whose outputs it reads. A stage that one of these needs in turn is left out."""
     makes: tuple[str, ...] = ()
-    """What it leaves in the run folder for others, besides its marker ``<stage>/done.json``."""
+    """What it writes to the run folder for other stages, besides ``<stage>/done.json``."""
     trains: bool = False
-    """Whether it trains: has metrics, checkpoints and an export, and takes several nodes at once."""
+    """Whether it trains a model: it then has metrics, checkpoints and an export, and may run on several nodes at once."""
     parallel: bool = True
-    """Whether more than one rank helps; others run in one."""
+    """Whether it can use more than one rank; if not, it runs in one."""
     repeats: bool = False
-    """Whether the stage runs again although it has finished: for what is cheap and shows the run as it is now."""
+    """Whether it runs again although it has finished: for a stage that is cheap and shows the present state of the run."""
     shared: bool = False
-    """Whether independent launchers may divide the work (infra/world.py: Share)."""
+    """Whether independent launchers may divide its work (infra/world.py: Share)."""
     gpus: Gpus = "node"
-    """What it asks a scheduler for where nodes have GPUs."""
+    """How many GPUs it requests from a scheduler: those of a node, one, or none."""
     preview: str = ""
-    """Module with ``preview(cfg)``: text for ``--dry-run``, made without torch."""
+    """Module whose function ``preview(cfg)`` returns further text for ``--dry-run``, without torch."""
 
     def function(self) -> StageFunction:
         """Import the stage's module and return its ``run``."""
@@ -52,7 +52,7 @@ class Stage:
         return function
 
     def previewed(self, cfg: RunConfig) -> str:
-        """What a dry run shows besides the configuration."""
+        """The text that a dry run shows in addition to the configuration."""
         return str(importlib.import_module(self.preview).preview(cfg)) if self.preview else ""
 
 
@@ -62,8 +62,8 @@ STAGES: dict[str, Stage] = {
         "Image shards from data.sources",
         "Read captioned images from data.sources, filter them, split off validation concepts, and write image shards.\n\n"
         "In: folders or embedded drawings. Out: images/train and images/validation (MDS shards with a manifest). "
-        "Each input shard is finished on its own: killed and run again, it goes on. In a SLURM array or a Kubernetes Indexed Job, or with --share I/N, "
-        "independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
+        "If the stage is killed and run again, input shards that were finished are not read again. In a SLURM array or a Kubernetes Indexed Job, or with "
+        "--share I/N, independent launchers divide the shards; the last one merges. --dry-run shows what the filters do to 1,000 records.",
         shared=True,
         gpus="none",
         preview="train.stages.prepare_preview",
@@ -90,7 +90,7 @@ STAGES: dict[str, Stage] = {
     "encode": Stage(
         "train.stages.encode",
         "Code tokens",
-        "Write code tokens: argmax codes of the averaged encoder on crops by Listing 2.\n\n"
+        "Write code tokens: the argmax codes of the averaged encoder, on crops that are made as in Listing 2 of the paper.\n\n"
         "In: image shards, dVAE. Out: codes/crop-<k>/<split>, one output part for each input part. Divided among launchers like prepare.",
         shared=True,
         gpus="one",

@@ -1,1 +1,1 @@
-"""The stages of the pipeline: one module a stage, with its task beside it."""
+"""The stages of the pipeline: one module for each stage, and for each training stage one for its Task."""

@@ -25,7 +25,7 @@ from train.stages.finish import finish_training
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Train to clip_fit.steps, export the averaged weights and mark the stage done."""
+    """Train until clip_fit.steps, export the averaged weights, and mark the stage as done."""
     places.require(run, "prepare", "tokenizer")
     device = set_up(world)
     fit = cfg.clip_fit
@@ -58,7 +58,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 
 def clip_engine(clip: Clip, fit: ClipFit, world: World) -> ReplicatedEngine:
-    """The engine of the contrastive model, whose scale is kept within its limit after each update."""
+    """The engine of the contrastive model. After each update, the model's scale is clipped to its limit."""
     return ReplicatedEngine(
         BothTowers(clip), world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0, after_step=clip.limit_scale
     )

@@ -1,4 +1,4 @@
-"""The contrastive model's part in the training loop: symmetric cross-entropy over the global batch (Radford et al. 2021)."""
+"""The Task of the contrastive model: symmetric cross-entropy over the global batch (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from train.run.change_points import Curve
 
 
 class BothTowers(nn.Module):
-    """Both towers in one forward pass, as DDP wants it."""
+    """Runs both towers in one forward pass, as DDP requires."""
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
         self.clip = clip
 
     def forward(self, pixels_B3YX: Tensor, text_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised image and text embeddings [B, E], and the scale of their products."""
+        """Normalised image and text embeddings [B, E], and the factor that scales their products."""
         return self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B), self.clip.scale
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows in rank order; a row's gradient is the sum of what all ranks have to say of it."""
+    """The rows of all ranks, in the order of ranks. The gradient of a row is the sum of the gradients from all ranks."""
 
     @staticmethod
     def forward(ctx: Any, local_BE: Tensor, world: World) -> Tensor:
@@ -59,12 +59,12 @@ def _gather(local_BE: Tensor, world: World) -> Tensor:
 
 
 def recall_at_1(image_BE: Tensor, text_BE: Tensor) -> Tensor:
-    """How many captions have their own picture as the nearest of the batch."""
+    """For how many captions the nearest picture of the batch is their own."""
     return ((text_BE @ image_BE.T).argmax(1) == torch.arange(len(text_BE), device=text_BE.device)).sum()
 
 
 class ClipTask:
-    """Each rank scores its own images against all captions, and its own captions against all images."""
+    """Each rank compares its own images with all captions of the global batch, and its own captions with all images."""
 
     metrics: tuple[str, ...] = ("loss",)
     unit = "images"
@@ -80,15 +80,15 @@ class ClipTask:
         return {"lr": warmup_cosine(step - curve.start, fit.lr, 0.0, fit.warmup_steps, curve.updates)}
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
-        """Every pair counts alike."""
+        """The number of pairs in the global batch: every pair has the same weight."""
         return {"pairs": float(self.cfg.clip_fit.batch)}
 
     def units(self, batch: Batch) -> int:
-        """Images."""
+        """The number of images."""
         return len(batch["ids"])
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
-        """This rank's share of the symmetric cross-entropy."""
+        """This rank's part of the symmetric cross-entropy."""
         image_BE, text_BE, scale = engine(*self._inputs(batch))
         target_B = torch.arange(len(image_BE), device=self.device) + self.world.rank * len(image_BE)
         to_text = F.cross_entropy(scale * image_BE @ _gather(text_BE, self.world).T, target_B, reduction="sum")

@@ -32,7 +32,7 @@ from train.weights import checkpoint
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Train to dalle_fit.steps, export the averaged weights and mark the stage done."""
+    """Train until dalle_fit.steps, export the averaged weights, and mark the stage as done."""
     places.require(run, "tokenizer", "encode")
     device = set_up(world)
     fit = cfg.dalle_fit
@@ -49,19 +49,19 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)
     with watchdog.expecting(RESTORE_PATIENCE):
-        # Once there is a checkpoint, it holds the weights, and names what they started from.
+        # Only at the very start: a checkpoint holds later weights, and names the export that they started from.
         if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
             lineage["init_from"] = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
     if world.is_main:
-        storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # for the eye only
+        storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # only for people to read
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
     task = DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
-    # fp16 on a CPU has no peak: its rate depends on how the matrices lie by a factor of ten.
+    # On a CPU, fp16 has no meaningful peak: its rate differs by a factor of ten with the memory layout of the matrices.
     peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
     flops = train_flops(cfg.dalle, model.shape) / model.shape.states
     outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
-    # Read back from the newest checkpoint, that of the last update: gathering shards would need a process that holds the whole model anyway.
+    # The averaged weights are read back from the checkpoint of the last update. To gather the shards instead would also need one process that holds the whole model.
     url = run.at("dalle")
     averaged = checkpoint.StoredTensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
     finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
@@ -69,17 +69,17 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 
 def make_plateau(fit: DalleFit, run: RunFolder, world: World) -> Plateau:
-    """The detector of plateaus. A list of updates in ``<run>/dalle/halve_at.json``, read at each start, overrules dalle_fit.halve_at. Collective.
+    """The detector of plateaus. If ``<run>/dalle/halve_at.json`` exists, its list of updates replaces dalle_fit.halve_at; it is read at each start. Collective.
 
     Raises:
-        ConfigError: the file holds something else than a list of different updates.
+        ConfigError: the file does not hold a list of distinct updates.
     """
     at: list[tuple[int, ...] | None] = [fit.halve_at or None]
     url = run.at("dalle", "halve_at.json")
     if world.is_main and storage.exists(url):
-        at = [_read_halvings(url)]  # an empty list, too: no halving at all
+        at = [_read_halvings(url)]  # an empty list means that nothing is halved
     if world.size > 1:
-        dist.broadcast_object_list(at, group=patient_group())  # over gloo, which notices at once where the main rank has failed instead
+        dist.broadcast_object_list(at, group=patient_group())  # over gloo, which notices at once if the main rank has failed
     return Plateau(fit.plateau_window, fit.plateau_patience, fit.plateau_threshold, fit.halvings, fit.warmup_steps, at[0])
 
 

@@ -1,4 +1,4 @@
-"""The batches of stage dalle: code records with their captions. Who compares another model with ours trains and judges it on the same ones."""
+"""The batches of stage dalle: code records with their captions. Experiments that compare another model with ours train and evaluate it on the same batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from train.run.inputs import loader_options, open_codes
 
 
 def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, batch: int) -> ShardLoader[Sample, Batch]:
-    """Endless batches of ``batch`` samples over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Order and captions depend on run.seed alone."""
+    """Endless batches of ``batch`` samples, counted over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Their order and the choice of captions depend only
+    on run.seed."""
     sets = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
     encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=cfg.dalle_fit.caption_dropout)
     return ShardLoader(
@@ -21,7 +22,7 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
 
 
 def validation(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, samples: int) -> SequentialReader[Sample, Batch]:
-    """At most so many validation samples, evenly spaced, each with its first caption."""
+    """At most ``samples`` validation samples, evenly spaced, each with its first caption."""
     plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
     codes = open_codes(cfg, run, 0, "validation")
     return SequentialReader(codes, world, samples, cfg.evaluate.batch, plain, code_collate)

@@ -1,4 +1,4 @@
-"""Starting from the weights of an export: to go on with another recipe, or to fine-tune (``dalle_fit.init_from``)."""
+"""Starts training from the weights of an export (``dalle_fit.init_from``): to continue with another recipe, or to fine-tune."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _SHOWN = 10
 
 @torch.no_grad()
 def load(engine: Engine, url: str, key: str) -> str:
-    """Give an engine that has made no update exported weights, as masters and as averages, and return their content hash. Collective.
+    """Load exported weights into an engine that has made no update, as master weights and as averages; return their content hash. Collective.
 
-    As in a restore, each rank copies what it holds, and fp16 copies are made of fp32 masters. The export's file is mapped; one on S3 is copied to TMPDIR.
+    As when a checkpoint is restored, each rank copies only what it holds, and fp16 copies are made from the fp32 master weights. The file of the export is
+    memory-mapped; if it is on S3, it is first downloaded to TMPDIR.
 
     Args:
         key: the configuration key that named the export, for messages.
 
     Raises:
-        ConfigError: a weight is missing, left over or of another shape; they are counted, and the first ten named.
+        ConfigError: weights are missing, unknown or of another shape. The message counts them and names the first ten.
         DataError: there is no export, or it is damaged.
     """
     identity, tensors = export.read_tensors(url)
@@ -42,7 +43,7 @@ def load(engine: Engine, url: str, key: str) -> str:
         kind, _, parameter = name.partition("/")
         if kind in ("model", "average"):
             fragment.tensor.copy_(tensors[parameter].flatten().narrow(0, fragment.offset, fragment.tensor.numel()))
-    wait_for_all()  # ranks read for unequal times, and what follows is a collective that does not wait for long
+    wait_for_all()  # ranks take different times to read, and the next collective has a short timeout
     engine.loaded(0)
     log.info("%s: started from %d weights of %s (%s)", key, len(tensors), url, identity[:12])
     return identity

@@ -1,4 +1,4 @@
-"""The transformer's part in the training loop: two cross-entropies over their own counts, and evaluation with shuffled captions (paper 2.2)."""
+"""The Task of the transformer: two cross-entropies, each averaged over its own number of tokens, and evaluation with shuffled captions (paper 2.2)."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def cross_entropies(
     text_weight: float = 0.125,
     between: Between = nothing,
 ) -> dict[str, float]:
-    """Mean cross-entropies in nats over all ranks' batches; the image's also under the caption of another sample.
+    """Mean cross-entropies in nats over the batches of all ranks; that of the image tokens is also computed with the caption of another sample.
 
-    Collective, and every rank calls ``losses`` equally often: on ZeRO's stage 3 each call gathers weights. ``caption_gain`` is shuffled minus right: how
-    much a caption tells about its picture.
+    Collective. Every rank calls ``losses`` equally often, because each call gathers weights with ZeRO stage 3. ``caption_gain`` is the cross-entropy with shuffled
+    captions minus that with the right ones: how much information a caption gives about its picture.
 
     Args:
         rows: rows of the image's grid, each of which gets a figure of its own; 0: none.
@@ -58,7 +58,7 @@ def cross_entropies(
         if not counts:
             continue
         totals = [text_nll_BT.double().sum(), text_counts(lengths_B).sum().double(), image_nll_BI.double().sum(), shuffled_nll_BI.double().sum()]
-        totals.append(torch.full((), float(image_nll_BI.numel()), dtype=torch.float64, device=device))  # a tensor of a number would wait for the GPU
+        totals.append(torch.full((), float(image_nll_BI.numel()), dtype=torch.float64, device=device))  # torch.tensor(number) would wait for the GPU
         if rows:
             totals += image_nll_BI.double().unflatten(1, (rows, -1)).sum((0, 2)).unbind()
         sums += torch.stack(totals)
@@ -72,8 +72,8 @@ def cross_entropies(
 
 
 def _with_other_captions(held: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches with ``other_text`` and ``other_lengths``: the caption of the sample that follows in the order of hashed ids, over all ranks. Which one a
-    sample is given does not depend on the number of ranks, and is its own only if there is no other sample."""
+    """Add ``other_text`` and ``other_lengths`` to the batches: the caption of the next sample in the order of hashed ids, over all ranks. Which caption a sample gets
+    does not depend on the number of ranks. It gets its own only if there is no other sample."""
     rows = [torch.cat([_hashes(batch)[:, None], batch["lengths"][:, None], batch["text"]], 1) for batch in held]
     all_NC = _of_all_ranks(torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.int64), device)
     if not held:
@@ -85,11 +85,11 @@ def _with_other_captions(held: list[Batch], device: torch.device) -> list[Batch]
 
 
 def _hashes(batch: Batch) -> Tensor:
-    return torch.tensor([id_hash(name) >> 1 for name in batch["ids"]])  # 63 bits: without a sign
+    return torch.tensor([id_hash(name) >> 1 for name in batch["ids"]])  # 63 bits, so that int64 holds it without a sign
 
 
 def _of_all_ranks(mine_NC: Tensor, device: torch.device) -> Tensor:
-    """Rows of all ranks, of which some may hold none."""
+    """The rows of all ranks. A rank may have none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine_NC
     most, width = _largest(list(mine_NC.shape), device)
@@ -109,18 +109,18 @@ def _largest(numbers: list[int], device: torch.device) -> list[int]:
 
 
 def _equally_often(held: list[Batch], device: torch.device) -> list[tuple[Batch, bool]]:
-    """A rank's batches, each to be counted, and as many more that are not as the rank with the most batches has."""
+    """This rank's batches with True; then copies with False, which are not counted, until it has as many batches as the rank with the most."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(batch, True) for batch in held]
     most, minus_fewest = _largest([len(held), -len(held)], device)
     spare: list[Any] = [held[0] if held else None]
     if minus_fewest == 0 and most:
-        dist.broadcast_object_list(spare, device=device)  # records are dealt in turn: the first rank has one
+        dist.broadcast_object_list(spare, device=device)  # records are assigned to ranks in turn, so rank 0 has a batch if any rank has one
     return [(batch, True) for batch in held] + [(spare[0], False)] * (most - len(held))
 
 
 class DalleTask:
-    """loss = 1/8 text + 7/8 image, each averaged over its own global count."""
+    """The loss is 1/8 text + 7/8 image, each averaged over its own global number of tokens."""
 
     metrics: tuple[str, ...] = ("loss", "loss_text", "loss_image")
     unit = "tokens"
@@ -132,7 +132,7 @@ class DalleTask:
             self.metrics = (*self.metrics, "captions_dropped")
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Linear warm-up, then half a cosine, or flat (``Trainer.plateau`` halves it)."""
+        """Linear warm-up, then half a cosine, or a constant that ``Trainer.plateau`` halves."""
         fit = self.cfg.dalle_fit
         curve = self.curve or Curve(0, fit.steps)
         if fit.schedule == "plateau":
@@ -140,13 +140,13 @@ class DalleTask:
         return {"lr": warmup_cosine(step - curve.start, fit.lr, fit.lr_final, fit.warmup_steps, curve.updates)}
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, Any]:
-        """Global counts of text and image tokens: one integer reduction, because captions differ in length."""
+        """Global numbers of text and image tokens. They need a reduction over integers, because captions have different lengths."""
         text = sum(int(self.model.text_counts(batch["lengths"]).sum()) for batch in batches)
         image = sum(batch["codes"].numel() for batch in batches)
         return global_counts({"text": text, "image": image}, self.device)
 
     def units(self, batch: Batch) -> int:
-        """States of the stream, padding included."""
+        """The number of positions of the stream, padding included."""
         return int(len(batch["codes"]) * self.model.shape.states)
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:

@@ -28,7 +28,7 @@ from train.stages.finish import finish_training
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Train to dvae_fit.steps, export the averaged weights and mark the stage done."""
+    """Train until dvae_fit.steps, export the averaged weights, and mark the stage as done."""
     places.require(run, "prepare")
     device = set_up(world)
     fit = cfg.dvae_fit

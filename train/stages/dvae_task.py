@@ -1,4 +1,4 @@
-"""The dVAE's part in the training loop: the ELB, its schedules, and evaluation with the averaged weights (paper 2.1, A.2)."""
+"""The Task of the dVAE: the ELB, its schedules, and evaluation with the averaged weights (paper 2.1, A.2)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 _LABELS = ("original", "from its codes", "relaxed")
 _LARGE = 6
-"""Pictures in a row for TensorBoard, which shrinks wide ones to its cards."""
+"""Number of pictures in a row for TensorBoard, which shrinks wide pictures to the width of its cards."""
 
 
 class DvaeTask:
-    """loss = NLL per value + beta / (3 f^2) KL per position, at the scheduled temperature and beta."""
+    """The loss is NLL per pixel value + beta / (3 f^2) KL per code position, at the scheduled temperature and beta."""
 
     metrics: tuple[str, ...] = ("loss", "nll", "kl")
     unit = "images"
@@ -48,7 +48,7 @@ class DvaeTask:
         self.window = CodeWindow(cfg.dvae.vocab, device, -(-ENOUGH_CODES // world.size))
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Half cosines for the step size, the temperature and beta (paper A.2)."""
+        """Half cosines for the learning rate, the temperature and beta (paper A.2)."""
         fit = self.cfg.dvae_fit
         fall = linear if fit.tau_schedule == "linear" else half_cosine
         at = step - self.curve.start if self.curve else step
@@ -59,11 +59,11 @@ class DvaeTask:
         }
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
-        """Every image counts alike, so the global batch is the denominator."""
+        """The number of images in the global batch: every image has the same weight."""
         return {"images": float(self.cfg.dvae_fit.batch)}
 
     def units(self, batch: Batch) -> int:
-        """Images."""
+        """The number of images."""
         return len(batch["ids"])
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
@@ -101,13 +101,13 @@ class DvaeTask:
         if dist.is_initialized():
             dist.all_reduce(counts_N)
         total = float(counts_N.sum())
-        if not total:  # an evaluation right after a restart
+        if not total:  # right after a restart no codes have been counted
             return {}
         return {f"train_{name}": value for name, value in code_statistics(counts_N).items()} | {"train_codes_counted": total}
 
 
 def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter) -> None:
-    """Originals above both reconstructions, and the counts of the codes: for TensorBoard and the report."""
+    """Write a sheet with originals above both reconstructions, and the counts of the codes, for TensorBoard and the report."""
     rows = [[to_array(picture) for picture in row] for row in found.shown]
     if rows:
         storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))

@@ -1,4 +1,4 @@
-"""Stage encode: image shards + dVAE -> code shards (``launcher.py encode PRESET``). One output part for each input part, finished parts are skipped."""
+"""Stage encode: image shards + dVAE -> code shards (``launcher.py encode PRESET``). Each input part gives one output part; finished parts are skipped."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from train.stages.finish import stop_together
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work: a part of an image set becomes a part of a code set."""
+    """One unit of work: encodes a part of an image set into a part of a code set."""
 
     crop: int
     split: str
     images: ShardSet
     part: int
     url: str
-    """Place of the code set."""
+    """URL of the code set."""
     inputs: str
-    """Digest of everything that the codes depend on."""
+    """Digest of everything on which the codes depend."""
 
     def target(self) -> Part:
         return Part(self.inputs, self.images.parts[self.part]["source"])
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Encode every part of both splits, ``encode.crops`` times; once all parts are there, of other launchers too, merge the sets."""
+    """Encode this rank's parts of both splits, ``encode.crops`` times. Once all parts exist, those of other launchers included, merge the sets."""
     started = time.monotonic()
     use = places.require(run, "prepare", "dvae")["dvae"]["summary"]["code_use"]
     if use < cfg.encode.min_code_use:
@@ -63,7 +63,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     stop.orderly("the encoding of a part")
     images = _write(cfg, model, units[place.rank :: place.size], device, stop, world)
     stop_together(stop, device, "encode")
-    stop.phase("the merging of the parts")  # which a next start does again
+    stop.phase("the merging of the parts")  # if it is stopped, the next start repeats it
     if world.is_main:
         left = sum(not part_done(unit.url, unit.inputs) for unit in units) if share.count > 1 else 0
         if left:
@@ -87,7 +87,7 @@ def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device,
     """Write the parts that are not there yet, each uploaded while the next is encoded; the number of images in them."""
     progress = Progress(len(units), "encode", unit="parts", timed=True, enabled=world.is_main)
     images = 0
-    # Sums of products differ in their last bit with the number of threads, so that number belongs to the codes.
+    # The last bit of sums depends on the number of threads, so the codes do too: the number is a setting, not a property of the machine.
     with threads(cfg.encode.threads), _pool(1) as reader, _pool(cfg.encode.decoders) as decoders, _pool(1) as uploader:
         maker = CodeMaker(cfg, model, device, reader, decoders)
         upload: Future[None] | None = None
@@ -112,7 +112,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 def _fill(writer: PartWriter, records: Iterable[CodeRecord], before: Future[None] | None, stop: StopFlag) -> bool:
-    """Add the records, and wait for the upload before: at most one part waits on the local disk. False where a stop came: the part is begun anew later."""
+    """Add the records, and wait for the previous upload, so that at most one part waits on the local disk. False if a stop came: the part is started again later."""
     with ExitStack() as on_error:
         on_error.enter_context(writer)
         for record in records:
@@ -131,8 +131,8 @@ def _finish(writer: PartWriter) -> None:
 
 
 def _units(cfg: RunConfig, run: RunFolder, weights: str, dtype: torch.dtype) -> list[Unit]:
-    """All units, in the order of the sets' parts. The inputs are the bytes of the images, not the names of their parts: data that were prepared
-    again to the same bytes, or that others appended to, are not encoded again."""
+    """All units, in the order of the sets' parts. ``Unit.inputs`` depends on the bytes of the images, not on the names of their parts: images that were prepared again
+    with the same bytes, or to whose set others appended, are not encoded again."""
     units = []
     for split in places.SPLITS:
         images = open_images(cfg, run, split)
@@ -145,14 +145,14 @@ def _units(cfg: RunConfig, run: RunFolder, weights: str, dtype: torch.dtype) -> 
 
 
 def _merge(cfg: RunConfig, units: list[Unit], weights: str, dtype: torch.dtype) -> dict[str, ShardSet]:
-    """Merge every code set; returns them by 'crop/split'."""
+    """Merge every code set, and return the sets by 'crop/split'."""
     sets = {}
     for name, group in groupby(units, key=lambda unit: f"{unit.crop}/{unit.split}"):
         chosen = list(group)
         parts = [unit.target() for unit in chosen]
         markers = collect(chosen[0].url, parts, "encode")
         parents = {"dvae": weights, "images": chosen[0].images.content_hash}
-        # Take-down lists name records in either spelling: codes know as much about it as their images.
+        # Take-down lists may name records in two spellings. The code set gets the bases of its images, so that both spellings are found in it too.
         bases = {key: value for key, value in chosen[0].images.manifest["settings"].items() if key == "bases"}
         settings = _settings(cfg, chosen[0].crop, dtype) | bases
         sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, settings, parents, producer())

@@ -1,4 +1,4 @@
-"""Image records to code records: threads read and decode the next batch while the model works on this one.
+"""Encodes image records into code records. Threads read and decode the next batch while the model encodes the present one.
 
 Shapes: B batch, Y X rows and columns of pixels, I code positions of a picture in raster order.
 """
@@ -30,7 +30,7 @@ class _Batch:
     records: list[dict[str, Any]]
     boxes: list[CropBox]
     pictures_BYXC: Pixels
-    """Black where there are fewer records than a batch has."""
+    """Padded with black pictures if there are fewer records than a batch has."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class CodeMaker:
     model: DVAE
     device: torch.device
     reader: Executor
-    """One thread: reads records, and hands them to the decoders."""
+    """One thread, which reads records and passes them to the decoders."""
     decoders: Executor
     """Threads that decode and crop images."""
 
     def codes(self, records: Iterator[dict[str, Any]], crop: int) -> Iterator[CodeRecord]:
-        """Code records of a part's image records, in order. Batches depend on the part alone, and the last is padded, so that bytes repeat on any
-        number of ranks.
+        """The code records of a part's image records, in order. How records are batched depends only on the part, and the last batch is padded, so the result is the
+        same for any number of ranks.
 
         Raises:
             DataError: an image cannot be decoded or is too small, or the part is damaged.
         """
         waiting: tuple[_Batch, Tensor] | None = None
         for batch in _one_ahead(self._batches(records, crop), self.reader):
-            codes_BI = self._encode(batch.pictures_BYXC)  # on a GPU this only begins
+            codes_BI = self._encode(batch.pictures_BYXC)  # on a GPU this does not wait for the result
             if waiting is not None:
                 yield from self._records(*waiting, crop)
             waiting = batch, codes_BI
@@ -72,7 +72,7 @@ class CodeMaker:
             yield _Batch(chunk, boxes, pictures_BYXC)
 
     def _cut(self, record: dict[str, Any], crop: int) -> tuple[Pixels, CropBox]:
-        """The picture of a record by Listing 2, and its crop box."""
+        """The cropped picture of a record, as in Listing 2 of the paper, and its crop box."""
         size = self.cfg.dvae.image_size
         rng = generator(self.cfg.run.seed, "crop", crop, record["id"])
         draw = partial(transformer_crop, target=size, scale_max=self.cfg.encode.scale_max, rng=rng)
@@ -93,7 +93,7 @@ class CodeMaker:
 
 
 def _one_ahead(items: Iterator[T], pool: Executor) -> Iterator[T]:
-    """The items; the pool makes the next one while the reader has this one."""
+    """Yield the items. The next one is made in the pool while the caller uses the present one."""
     end = object()
     coming = pool.submit(next, items, end)
     while (item := coming.result()) is not end:

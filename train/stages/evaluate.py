@@ -1,4 +1,4 @@
-"""Stage evaluate: the exports on the validation split (``launcher.py evaluate PRESET``). Out: evaluate/metrics.json."""
+"""Stage evaluate: measures the exported models on the validation split (``launcher.py evaluate PRESET``). Out: evaluate/metrics.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.stages.dalle_task import cross_entropies
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Measure, and let the main rank write the figures."""
+    """Measure on all ranks; the main rank writes the figures."""
     started = time.monotonic()
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
@@ -66,7 +66,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 @torch.no_grad()
 def _on_images(cfg: RunConfig, models: Exports, pairs: SequentialReader, device: torch.device) -> dict[str, float]:
-    """Reconstruction through true codes, codebook use, and retrieval within batches."""
+    """Reconstruction from discrete codes, use of the codebook, and retrieval within batches."""
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     counts_N = torch.zeros(cfg.dvae.vocab, dtype=torch.int64, device=device)
     for batch in pairs:
@@ -95,7 +95,7 @@ def _on_images(cfg: RunConfig, models: Exports, pairs: SequentialReader, device:
 
 
 def _unigram(cfg: RunConfig, tokens: SequentialReader, device: torch.device) -> dict[str, float]:
-    """Entropy of validation codes by their own frequencies: no model that ignores position and context can do better."""
+    """Entropy of the validation codes' own distribution: the lowest cross-entropy of any model that ignores position and context."""
     counts_N = torch.zeros(cfg.dvae.vocab, dtype=torch.int64, device=device)
     for batch in tokens:
         counts_N += torch.bincount(batch["codes"].flatten().to(device), minlength=len(counts_N))

@@ -1,4 +1,4 @@
-"""How stages end: agreeing to stop, and finishing a training stage."""
+"""The end of a stage: all ranks agree to stop, or a training stage is exported and marked as done."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from train.weights.fragments import full_shape
 
 
 def stop_together(stop: StopFlag, device: torch.device, stage: str) -> None:
-    """At the end of a rank's share of parts: wait for all ranks, and end with code 75 on all if one was asked to stop. Collective.
+    """Called when a rank has finished its parts, or was asked to stop. Waits for all ranks; if any was asked to stop, all end with code 75. Collective.
 
     Raises:
-        StopRequested: what is finished stays; the same command goes on.
+        StopRequested: a rank was asked to stop. Finished parts stay; the same command continues with the others.
     """
     if SignalVector((), device).exchange({"stop": float(bool(stop))})["stop"] > 0:
         raise StopRequested(f"{stage}: stopped by a signal; finished parts are kept.")
@@ -41,7 +41,7 @@ def finish_training(
     world: World,
     averaged: StoredTensors | None = None,
 ) -> None:
-    """Export the averaged weights and mark a training stage done; the main rank's work.
+    """Export the averaged weights and mark a training stage as done. For the main rank only.
 
     Args:
         averaged: the averaged weights, in a checkpoint; None: the engine's, if it holds them whole.

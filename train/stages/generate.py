@@ -31,7 +31,8 @@ from train.stages.generate_nearest import nearest, thumbs, view
 from train.stages.generate_prompts import Prompt, prompts
 
 _SEARCHED = 1 << 14
-"""Pictures whose nearest training images are searched in one pass over the set: 50 MB of coarse pictures, and as many image files of the set at most."""
+"""For so many pictures the nearest training images are searched in one pass over the set. Takes 50 MB for the coarse pictures, and memory for at most as many image
+files of the set."""
 
 
 class _Picture(stored.Stored):
@@ -39,7 +40,7 @@ class _Picture(stored.Stored):
 
 
 class _Entry(stored.Stored):
-    """drawn.json and entry.json of a caption: its files lie in the stage's folder, and nowhere else."""
+    """The content of drawn.json and entry.json of a caption. The pattern allows only files in the stage's folder."""
 
     caption: str
     pictures: list[_Picture]
@@ -47,7 +48,8 @@ class _Entry(stored.Stored):
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be drawn, and with what. A caption's folder is named by all that shapes its pictures: other values draw anew beside it."""
+    """What is to be drawn, and with which models and settings. The name of a caption's folder depends on everything that its pictures depend on, so other settings
+    give other folders."""
 
     cfg: RunConfig
     run: RunFolder
@@ -60,29 +62,29 @@ class _Task:
         return key(prompt.caption, self.settings, self.models.lineage, [], self.models.lineage["clip"], id=prompt.id)
 
     def folder(self, index: int) -> str:
-        """Relative to the run."""
+        """The caption's folder, relative to the run folder."""
         return f"generate/caption-{index:04d}-{self.key(index)[:12]}"
 
     def entry_url(self, index: int) -> str:
         return self.run.at(self.folder(index), "entry.json")
 
     def drawn_url(self, index: int) -> str:
-        """The entry before the nearest training images are known, so that a stop in between draws nothing twice."""
+        """URL of the entry without the nearest training images. It is written first, so that nothing is drawn twice if the stage is stopped during their search."""
         return self.run.at(self.folder(index), "drawn.json")
 
     def is_finished(self, index: int) -> bool:
         return storage.exists(self.entry_url(index))
 
     def put(self, index: int, name: str, data: bytes) -> str:
-        """Write a file of a caption; its name in the run."""
+        """Write a file of a caption, and return its name in the run folder."""
         storage.write_bytes(self.run.at(self.folder(index), name), data)
         return f"{self.folder(index)}/{name}"
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Draw this rank's captions; each is finished on its own. Once all are there, of other launchers too, write the index and the grid."""
+    """Draw this rank's captions; each one that is finished is kept. Once all exist, those of other launchers included, write the index and the grid."""
     started = time.monotonic()
-    places.require(run, "dvae", "clip")  # the transformer's stage need not have finished: an export is enough (launcher.py export)
+    places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export): its stage need not have finished
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
@@ -101,14 +103,14 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         stop.phase("the drawing of what was learned")  # of one checkpoint after the other; finished ones are kept
         learned.draw(drawing, step)
     stop_together(stop, device, "generate")
-    stop.phase("the merging of the pictures")  # which a next start does again
+    stop.phase("the merging of the pictures")  # if it is stopped, the next start repeats it
     if world.is_main:
         left = sum(not task.is_finished(index) for index in range(len(task.wanted))) if share.count > 1 else 0
         if left:
             print(f"generate: this share is done; {left} of {len(task.wanted)} captions are left to others, and the last of them merges.", flush=True)
         else:
             for step in learned.steps:
-                learned.draw(drawing, step)  # none, but for shares of others that have not got there yet
+                learned.draw(drawing, step)  # draws only those that the launcher of another share has not drawn yet
             _merge(task, learned.entries())
             seconds = time.monotonic() - started
             run.finish(
@@ -124,7 +126,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
 
 
 def _merge(task: _Task, learned: list[dict[str, Any]]) -> None:
-    """Write the index and the grid; again writes the same bytes."""
+    """Write the index and the grid. Repeated, it writes the same bytes."""
     run, cfg = task.run, task.cfg
     entries = [stored.read(task.entry_url(index), _Entry) for index in range(len(task.wanted))]
     storage.write_bytes(run.at("generate", "grid.png"), png_bytes(_sheet(task, entries)))
@@ -163,12 +165,12 @@ def _draw_one(task: _Task, index: int) -> None:
 
 
 def _search(task: _Task, mine: Sequence[int], training: ShardSet, world: World, stop: StopFlag) -> None:
-    """The nearest training images of this rank's pictures, many captions in one pass over the set; each caption's entry.json last."""
+    """Find the nearest training images of this rank's pictures, for many captions in one pass over the set; each caption's entry.json is written last."""
     at_once = max(1, _SEARCHED // task.settings.n)
     for begin in range(0, len(mine), at_once):
         some = mine[begin : begin + at_once]
         if stop:
-            return  # some of them may not be drawn
+            return  # some captions may not have been drawn
         drawn = [stored.read(task.drawn_url(index), _Entry) for index in some]
         thumbs_BF = np.concatenate([thumbs(np.stack([_pixels(task, picture["file"]) for picture in entry["pictures"]])) for entry in drawn])
         progress = Progress(min(task.cfg.generate.nearest_among, training.count), "nearest images", unit="images", timed=True, enabled=world.is_main)
@@ -195,6 +197,6 @@ def _pixels(task: _Task, file: str) -> np.ndarray:
 
 
 def _sheet(task: _Task, entries: list[dict[str, Any]]) -> np.ndarray:
-    """One row a caption: the best pictures, best first."""
+    """A sheet with one row for each caption: its best pictures, from the best on."""
     rows = [[_pixels(task, picture["file"]) for picture in entry["pictures"][: task.cfg.generate.show]] for entry in entries]
     return grid(rows, labels=[entry["caption"] for entry in entries])

@@ -1,4 +1,5 @@
-"""What the transformer had learned at each checkpoint that is kept: the same few captions and seeds, drawn with its averaged weights. Part of the stage generate."""
+"""Shows what the transformer had learned at each kept checkpoint: draws the same few captions with the same seeds and its averaged weights. Part of the stage
+generate."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ from train.report.images import enlarged, grid, png_bytes, read_png
 from train.weights import checkpoint
 
 CAPTIONS = 6
-"""The first of the captions that the stage draws; each once."""
+"""How many of the stage's captions are drawn, the first ones; one picture each."""
 
 
 PictureFile = Annotated[str, Field(pattern=r"^generate/[A-Za-z0-9_-]{1,200}/[0-9]{1,9}\.png$")]
-"""Name of a drawn picture in the run: in a folder of the stage generate, and nowhere else."""
+"""Name of a drawn picture in the run. The pattern allows only files in a folder of the stage generate."""
 
 
 class _Picture(stored.Stored):
@@ -35,7 +36,7 @@ class _Picture(stored.Stored):
 
 
 class _Entry(stored.Stored):
-    """entry.json of a checkpoint."""
+    """The content of a checkpoint's entry.json."""
 
     step: int
     pictures: list[_Picture]
@@ -49,18 +50,18 @@ class Learned:
     captions: tuple[str, ...]
     settings: Settings
     folders: dict[int, str]
-    """Where the pictures of each checkpoint lie, relative to the run."""
+    """Step of each checkpoint -> folder of its pictures, relative to the run folder."""
 
     @property
     def steps(self) -> list[int]:
-        """Oldest first."""
+        """The steps of the checkpoints, oldest first."""
         return sorted(self.folders)
 
     def _entry_url(self, step: int) -> str:
         return self.run.at(self.folders[step], "entry.json")
 
     def draw(self, models: Models, step: int) -> None:
-        """The pictures of one checkpoint, its entry last; nothing where they are drawn already, or the checkpoint has gone meanwhile."""
+        """Draw the pictures of one checkpoint; its entry is written last. Does nothing if they exist, or if the checkpoint has been deleted meanwhile."""
         if storage.exists(self._entry_url(step)):
             return
         tensors = _average(self.run, step)
@@ -76,20 +77,20 @@ class Learned:
         storage.write_json(self._entry_url(step), entry)
 
     def entries(self) -> list[dict[str, Any]]:
-        """What is drawn, oldest checkpoint first."""
+        """The entries of the checkpoints that have been drawn, oldest first."""
         return [stored.read(self._entry_url(step), _Entry) for step in self.steps if storage.exists(self._entry_url(step))]
 
 
 def plan(run: RunFolder, captions: Sequence[str], settings: Settings, lineage: dict[str, str], most: int) -> Learned:
-    """At most so many of the checkpoints that are kept, evenly apart, the first and the newest among them."""
+    """Choose at most ``most`` of the kept checkpoints, evenly spaced, the first and the newest included."""
     some, one = tuple(captions[:CAPTIONS]), replace(settings, n=1)
     folders = {}
     for step in _spread(checkpoint.complete(run.at("dalle")), most):
         try:
             meta = storage.read_bytes(storage.join(checkpoint.folder(run.at("dalle"), step), "meta.json"))
-        except MissingError:  # dropped meanwhile: a training may go on while this stage draws
+        except MissingError:  # deleted meanwhile: training may continue while this stage draws
             continue
-        # All that shapes the pictures, the weights by the marker of their checkpoint.
+        # Everything that the pictures depend on. The weights are identified by meta.json of their checkpoint.
         words = [some, one.shape(), lineage["dvae"], lineage["tokenizer"], hashlib.sha256(meta).hexdigest()]
         folders[step] = f"generate/learned-{step:08d}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
     return Learned(run, some, one, folders)
@@ -105,7 +106,7 @@ def _spread(steps: list[int], most: int) -> Iterator[int]:
 
 
 def _average(run: RunFolder, step: int) -> dict[str, Tensor] | None:
-    """Averaged weights of a checkpoint; None where it was dropped meanwhile."""
+    """Averaged weights of a checkpoint; None if it has been deleted meanwhile."""
     folder = checkpoint.folder(run.at("dalle"), step)
     try:
         return checkpoint.read_tensors(folder, "average")
@@ -116,7 +117,7 @@ def _average(run: RunFolder, step: int) -> dict[str, Tensor] | None:
 
 
 def to_tensorboard(run: RunFolder, captions: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], shown: int, step: int) -> None:
-    """The best pictures of each caption, and the same captions over the checkpoints."""
+    """Log the best pictures of each caption, and the pictures of the same captions at each checkpoint."""
     writer = MetricsWriter(run.url, "generate", 0, lines=False)
 
     def pixels(pictures: Sequence[dict[str, Any]]) -> list[Any]:

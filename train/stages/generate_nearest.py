@@ -1,4 +1,5 @@
-"""The nearest training image of each drawn picture: one pass over the set for all pictures of a rank, in blocks, and of the images that were found alone the bytes."""
+"""Finds the nearest training image of each drawn picture: in one pass over the set for all pictures of a rank. Only the files of the images that were found are
+kept."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from data_pipeline.shards.shard_set import ShardSet
 
 _THUMB = 16
 _BLOCK = 512
-"""Training images that are compared at once."""
+"""Number of training images that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,17 @@ class Nearest:
     id: str
     image: bytes
     distance: float
-    """Root mean square difference of the coarse pictures, in [0, 1]."""
+    """Root mean square difference of the two coarse pictures, in [0, 1]."""
 
 
 def view(image: bytes, size: int) -> Pixels:
-    """The central view of a stored image, uint8 [size, size, 3]."""
+    """The central crop of a stored image, uint8 [size, size, 3]."""
     pixels = decode(image)
     return cut(pixels, center_crop((pixels.shape[1], pixels.shape[0]), size), size)
 
 
 def thumbs(pictures_BYXC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Coarse pictures [B, 768] in [0, 1]: means over a 16 x 16 grid, so that nearness is of layout and colour, not of noise."""
+    """Coarse pictures [B, 768] in [0, 1]: the means over the cells of a 16 x 16 grid. So pictures count as near by layout and colour, not by noise."""
     batch, size = pictures_BYXC.shape[:2]
     side = min(_THUMB, size)
     block = size // side
@@ -45,19 +46,19 @@ def thumbs(pictures_BYXC: NDArray[np.uint8]) -> NDArray[np.float32]:
 def nearest(
     thumbs_BF: NDArray[np.float32], training: ShardSet, size: int, among: int, go_on: Callable[[int], bool] = lambda done: True
 ) -> list[Nearest] | None:
-    """The nearest of the first ``among`` visible training images for each picture.
+    """For each picture, find the nearest of the first ``among`` visible training images.
 
-    The cost is that of reading and decoding each of those images once, however many pictures there are, and 2 · 768 FLOPs for each pair.
+    Reads and decodes each of those images once, however many pictures there are, and takes 2 · 768 FLOPs for each pair.
 
     Args:
         thumbs_BF: the coarse pictures (``thumbs``).
         training: an image set.
-        size: side of the pictures, to which the images are cut.
-        among: images that are searched.
-        go_on: asked before each block, with the number of images that were searched; False ends the search.
+        size: side of the pictures; the images are cropped to it.
+        among: number of images that are searched.
+        go_on: called before each block with the number of images that have been searched; if it returns False, the search ends.
 
     Returns:
-        One for each picture, or None where the search was ended.
+        One for each picture, or None if ``go_on`` ended the search.
     """
     squared_B = np.full(len(thumbs_BF), np.inf, np.float32)
     position_B = np.zeros(len(thumbs_BF), np.int64)
@@ -69,7 +70,7 @@ def nearest(
         theirs_KF = thumbs(np.stack([view(image, size) for _, image in block]))
         found_BK = (length_B[:, None] + (theirs_KF**2).sum(1)[None] - 2 * thumbs_BF @ theirs_KF.T) / theirs_KF.shape[1]
         best_B = found_BK.argmin(1)
-        least_B = np.maximum(0.0, found_BK[np.arange(len(best_B)), best_B])  # the difference of products can end below zero
+        least_B = np.maximum(0.0, found_BK[np.arange(len(best_B)), best_B])  # rounding can make the difference of products negative
         closer_B = least_B < squared_B
         squared_B[closer_B] = least_B[closer_B]
         position_B[closer_B] = np.array([position for position, _ in block])[best_B[closer_B]]
@@ -86,9 +87,9 @@ def _visible(training: ShardSet) -> Iterator[tuple[int, bytes]]:
 
 
 def _read(thumbs_BF: NDArray[np.float32], training: ShardSet, position_B: NDArray[np.int64], size: int) -> list[Nearest]:
-    """The images that were found; several pictures can have the same one, which is read once.
+    """Read the images that were found. An image that several pictures have in common is read once.
 
-    Their distances are taken again, pair by pair: those of the search are differences of products, whose last bits follow the sizes of the blocks.
+    The distances are computed again, pair by pair: those of the search are differences of products, whose last bits depend on the sizes of the blocks.
     """
     wanted, place_B = np.unique(position_B, return_inverse=True)
     records = training.rows_at(wanted)

@@ -1,4 +1,4 @@
-"""Stage prepare: raw sources -> filtered image shards (``launcher.py prepare PRESET``)."""
+"""Stage prepare: data sources -> filtered image shards (``launcher.py prepare PRESET``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Write this rank's parts; once all are there, of other launchers too, merge the sets and mark the stage done."""
+    """Write this rank's parts. Once all exist, those of other launchers included, merge the sets and mark the stage as done."""
     started = time.monotonic()
     device = set_up(world)
     share = Share.from_env()
@@ -43,7 +43,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     if mine.recognised:
         log.info("prepare: %d inputs are what they were but for their time or ETag; their parts stay.", mine.recognised)
     stop_together(stop, device, "prepare")
-    stop.phase("the merging of the parts")  # which a next start does again
+    stop.phase("the merging of the parts")  # if it is stopped, the next start repeats it
     if world.is_main:
         left = len(state(plan, where).open) if share.count > 1 else 0
         if left:
@@ -68,7 +68,7 @@ def _finish(run: RunFolder, plan: Plan, where: str, started: float, world: World
 
 
 def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary as the report shows it: counts by split, source and reason."""
+    """The summary in the form that the report shows: counts by split, source and reason."""
     sources: Counter[str] = Counter()
     for entry in summary["splits"].values():
         sources.update(entry["sources"])

@@ -1,4 +1,4 @@
-"""What ``prepare --dry-run`` shows besides the configuration: what the filters do to a sample of the records. No torch."""
+"""What ``prepare --dry-run`` shows besides the configuration: the effect of the filters on a sample of the records. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from train.config import RunConfig
 from train.run import places
 
 SAMPLED = 1000
-"""Records that are looked at."""
+"""Number of records in the sample."""
 _SAMPLED_SHARDS = 20
 
 
 def plan_of(cfg: RunConfig) -> Plan:
-    """What the stage prepare has to do for a run."""
+    """The plan of the stage prepare: its parts, and which of them have to be made."""
     return make_plan(cfg.data, cfg.filters, cfg.dvae.image_size, cfg.run.seed)
 
 
 def preview(cfg: RunConfig) -> str:
-    """What the filters do to a sample of the records, as text: for a look before the long run."""
+    """Apply the filters to a sample of the records and describe the result as text, before the whole stage is run."""
     plan, tally = plan_of(cfg), Tally()
     where = places.images(cfg, places.run_folder(cfg))
     check(plan, where)
@@ -56,7 +56,7 @@ def preview(cfg: RunConfig) -> str:
 
 
 def _parts(plan: Plan, where: str) -> list[str]:
-    """How many parts are there already, how many are made and why, and about how much is read for it."""
+    """How many parts exist already, how many have to be made and why, and about how many bytes have to be read for that."""
     found = outlook(plan, where)
     lines = [f"# {found.there:,} of {len(plan.units):,} parts are there"]
     if found.looked_at:
@@ -74,7 +74,7 @@ def _parts(plan: Plan, where: str) -> list[str]:
 
 
 def _files(plan: Plan) -> list[str]:
-    """What lies in each source, and what of it is not read."""
+    """Which files each source has, and which of them are not read."""
     lines = []
     for url, census in files(plan).items():
         beside = f", {census['pictures']:,} images beside them" if census["pictures"] else ""
@@ -86,7 +86,7 @@ def _files(plan: Plan) -> list[str]:
 
 
 def _columns(plan: Plan) -> list[str]:
-    """Where images and captions were found, of sources whose records say it."""
+    """In which columns images and captions were found, for sources that report it."""
     lines = []
     for source in plan.sources:
         for what, image, captions in getattr(getattr(source, "origin", None), "columns", ()):
@@ -96,5 +96,5 @@ def _columns(plan: Plan) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """A name or an example as it may be shown on a terminal, whatever it holds."""
+    """Escape a name or an example, so that it can be shown on a terminal whatever characters it holds."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -1,4 +1,4 @@
-"""Stage report: everything a run left -> report.html (``launcher.py report PRESET``)."""
+"""Stage report: writes report.html from the files of a run (``launcher.py report PRESET``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.report.page import build
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Write report.html and mark the stage done."""
+    """Write report.html and mark the stage as done."""
     started = time.monotonic()
     stop.phase("the writing of the report")
     url = build(run.url)

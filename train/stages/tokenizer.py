@@ -14,7 +14,7 @@ from train.run.inputs import open_images
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
-    """Train the tokenizer unless it is there for the same captions, and mark the stage done."""
+    """Train the tokenizer, unless one for the same captions exists, and mark the stage as done."""
     started = time.monotonic()
     stop.phase("the tokenizer's training")
     places.require(run, "prepare")

@@ -1,1 +1,1 @@
-"""Verbs of the command line that are no stages; one module each."""
+"""Commands of launcher.py that are not stages, one module each."""

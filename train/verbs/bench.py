@@ -23,8 +23,8 @@ def main(name: str, out: str, seconds: float) -> None:
     if name == "docs":
         docs.main()
         return
-    keep_memory()  # every training stage does the same, so the figures are comparable
-    several = [other for other in table.BENCHES if other.startswith(f"{name}-")]  # 'data' stands for data-codes and data-images
+    keep_memory()  # as every training stage does, so that the figures apply to training
+    several = [other for other in table.BENCHES if other.startswith(f"{name}-")]  # 'data' means both data-codes and data-images
     for chosen in several or [name]:
         try:
             result = table.run(chosen, rates.Options(seconds=seconds))

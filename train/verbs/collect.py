@@ -1,12 +1,12 @@
-"""``launcher.py collect``: free what a run does not need any more. It shows first, and deletes with ``--delete`` only.
+"""``launcher.py collect``: shows the files that a run does not need any more, and deletes them with ``--delete``.
 
-The policy, below the run folder alone and for what is older than some days:
+The policy. It applies only to files below the run folder that are older than some days:
 
-- uploads and temporary files that nobody finished;
-- checkpoints without their marker that are older than the newest one with it (those with it are kept to ``<stage>_fit.keep`` by every save);
-- versions of shard sets that are not the newest and that no run beside this one names, and the parts that no other version has.
+- uploads and temporary files that were never finished;
+- incomplete checkpoints, those without meta.json, that are older than the newest complete one (of complete ones every save keeps ``<stage>_fit.keep``);
+- versions of shard sets that are not the newest and that no run in the same root names, and the parts that belong to no other version.
 
-Shared places (data.images, data.codes) are left alone unless all roots of runs that read from them are named.
+Shared places (data.images, data.codes) are not touched unless all roots of runs that read from them are named.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from train.run.stage_table import STAGES, TRAINED
 from train.verbs.targets import Run, open_run
 
 DAYS = 7.0
-"""Age from which on nothing can be under way any more: jobs end or are restarted within hours."""
+"""Age of a file from which on no job can still be writing it: jobs end or are restarted within hours."""
 _HASH = re.compile(r'"([0-9a-f]{64})"')
 _CHECKPOINT = re.compile(r"step-[0-9]{8}")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the policy lets go."""
+    """What can be deleted according to the policy."""
 
     leftovers: list[unfinished_writes.Leftover]
     checkpoints: list[str]
-    """URLs of folders."""
+    """URLs of the folders of incomplete checkpoints."""
     sets: list[Superseded]
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Describe the findings in lines of text."""
         for each in self.leftovers:
             yield f"{each.url}: {'unfinished upload' if each.upload else 'temporary file'}, {each.days:.0f} days old"
         yield from (f"{url}: checkpoint without its marker" for url in self.checkpoints)
@@ -51,7 +51,7 @@ class Findings:
         )
 
     def delete(self) -> None:
-        """Let it go."""
+        """Delete all of it."""
         for leftover in self.leftovers:
             leftover.remove()
         for url in self.checkpoints:
@@ -61,15 +61,15 @@ class Findings:
 
 
 def main(url: str, days: float, roots: list[str], *, delete: bool) -> None:
-    """Show what the policy lets go of a run folder, and with ``delete`` delete it.
+    """Show what can be deleted of a run folder according to the policy, and with ``delete`` delete it.
 
     Args:
         url: the run folder.
-        days: age from which on; younger things may be under way.
-        roots: of all runs that read from this one's shared places; empty: shared places are left alone.
+        days: files that are younger than this are left alone, because they may still be written.
+        roots: the roots of all runs that read from this run's shared places; empty: shared places are left alone.
 
     Raises:
-        ConfigError: no run folder, a stage that writes sets runs there, or the runs beside it cannot be listed.
+        ConfigError: this is not a run folder, a stage that writes shard sets is running in it, or the runs in the same root cannot be listed.
         DataError: a manifest is damaged; nothing is deleted.
     """
     run = open_run(url)
@@ -90,12 +90,12 @@ def main(url: str, days: float, roots: list[str], *, delete: bool) -> None:
 
 
 def look(run: Run, before: float, roots: list[str]) -> Findings:
-    """All that the policy lets go; see ``main``."""
+    """Find everything that can be deleted according to the policy; see ``main``."""
     beside = run.folder.url.rpartition("/")[0] or "."
     runs = _runs_below(beside)
     if run.folder.url not in runs:
         raise ConfigError(
-            f"{beside}: the runs beside {run.folder.url} cannot be listed, so nobody knows what they need; rename folders with *, ? or [."
+            f"{beside}: the runs beside {run.folder.url} cannot be listed, so it is not known what they need; rename folders with *, ? or [."
         )
     runs |= {each for root in roots for each in _runs_below(root)}
     named = frozenset(identity for each in sorted(runs) for identity in _named_by(RunFolder(each)))
@@ -111,7 +111,7 @@ def _runs_below(root: str) -> set[str]:
 
 
 def _named_by(run: RunFolder) -> Iterator[str]:
-    """Every content hash that a run's markers and exports name, whatever of: rather one too many than one too few."""
+    """Every content hash in a run's done.json files and exports, whatever it identifies: a hash too many keeps a version too many, one too few would delete data."""
     for stage in STAGES:
         for url in (run.at(stage, "done.json"), run.at(stage, "export", "config.json")):
             if storage.exists(url):
@@ -119,7 +119,7 @@ def _named_by(run: RunFolder) -> Iterator[str]:
 
 
 def _with_parents(named: frozenset[str], sets: list[str]) -> frozenset[str]:
-    """What is named, and what the named and the newest versions of these sets were made from: whoever validates codes looks for their images."""
+    """The named versions, and the versions that the named and the newest ones of these sets were made from: to validate codes, their images are needed."""
     manifests = []
     for url in sets:
         places_of = [
@@ -138,7 +138,7 @@ def _sets(run: Run) -> list[str]:
 
 
 def _unmarked(run: RunFolder, before: float) -> Iterator[str]:
-    """Checkpoints that a killed save or a killed deletion left: older ones than the newest complete one, all of whose files are old."""
+    """Incomplete checkpoints, which a killed save or a killed deletion left behind: older than the newest complete one, and with only old files."""
     for stage in TRAINED:
         base = run.at(stage, "checkpoints")
         names = storage.list_files(base)

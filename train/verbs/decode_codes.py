@@ -1,4 +1,4 @@
-"""Pictures of code records, by the dVAE of a run. Apart from ``inspect``, because it takes torch."""
+"""Decodes code records into pictures with the dVAE of a run. Separate from ``inspect``, because it needs torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decode_codes(codes: Sequence[NDArray[np.uint16]], opened: ShardSet, run: Run
     """Pictures, uint8 [S, S, 3], of code sequences, uint16 [grid * grid].
 
     Raises:
-        DataError: the codes are of another dVAE than the run's, or no codes of it.
+        DataError: the codes were made by another dVAE than the run's, or are outside its codebook.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, weights = open_dvae(run.cfg, run.folder, device)

@@ -1,4 +1,4 @@
-"""``launcher.py docs --demo RUN``: docs/demo.md and its pictures, from the files of a finished run and from nowhere else."""
+"""``launcher.py docs --demo RUN``: writes docs/demo.md and its pictures, only from the files of a finished run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(url: str, note: str = "") -> None:
 
     Args:
         url: the run.
-        note: what its records do not say and a reader of the minutes should know, such as what else the machine did.
+        note: what a reader of the times should know and the run's files do not hold, such as other load on the machine.
 
     Raises:
         DataError: the run is not finished.
@@ -39,7 +39,7 @@ def main(url: str, note: str = "") -> None:
 
 
 def render(run: RunFolder, done: dict[str, dict[str, Any]], note: str = "") -> str:
-    """The page as Markdown; arguments as in ``main``."""
+    """The page as Markdown. For the arguments see ``main``."""
     figures = stored.read(run.at("evaluate", "metrics.json"), Evaluation)
     provenance = stored.read(run.at("provenance.json"), Provenance)
     day = datetime.datetime.fromtimestamp(done["report"]["finished"], datetime.UTC).date()
@@ -93,7 +93,7 @@ def render(run: RunFolder, done: dict[str, dict[str, Any]], note: str = "") -> s
 
 
 def _guidance(run: RunFolder) -> tuple[float, float]:
-    """How far the run's pictures were guided, and how many captions it trained without."""
+    """The guidance scale of the run's pictures, and the fraction of training samples whose caption was dropped."""
     cfg = storage.read_json(run.at("config.json"))
     return cfg["generate"]["guidance"], cfg["dalle_fit"]["caption_dropout"]
 

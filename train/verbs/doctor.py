@@ -1,4 +1,4 @@
-"""``launcher.py doctor``: this node against named floors, in half a minute. Every job of a scheduler does the same before its rendezvous."""
+"""``launcher.py doctor``: checks in half a minute whether this node reaches minimum values. Every job of a scheduler does the same before its rendezvous."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 Check = Callable[[], list[Finding]]
 ALL_REDUCE_FLOOR_GBS = {"nccl": 20.0, "gloo": 0.05}
-"""Bus bandwidth within a node: NVLink gives hundreds, PCIe about 20; loopback on two slow cores 0.3."""
+"""Minimum bus bandwidth within a node. NVLink reaches hundreds, PCIe about 20, the loopback device on two slow cores 0.3."""
 LIMIT_S = 29
-"""Seconds for all checks together."""
+"""Seconds that all checks together may take."""
 _ALL_REDUCE_S = 25
 _LATE = {"storage": "the endpoint does not answer: check the network and S3_ENDPOINT_URL", "machine": "the driver hangs: reboot the node"}
 
 
 class UnfitNode(ReportedError):
-    """A check missed its floor: the scheduler may try another node."""
+    """A check failed: the scheduler may try another node."""
 
 
 def main(preset: str, overrides: list[str]) -> None:
     """Print one row for each check.
 
     Raises:
-        UnfitNode: a floor was missed; the node to exclude is named.
-        DataError: the node is fit, but inputs of the run do not belong together.
+        UnfitNode: a check failed; the message names the node to exclude.
+        DataError: the node passed all checks, but inputs of the run do not belong together.
     """
     checks: dict[str, Check] = {
         "machine": machine,
@@ -89,7 +89,7 @@ def fit(run: RunFolder, job: Job) -> Iterator[None]:
 
 
 def preflight(run: RunFolder) -> None:
-    """The checks of a job before its rendezvous; silent where all is well. Stages look at their lineage themselves, and end with 65 where it is wrong.
+    """The checks of a job before its rendezvous. Prints nothing if all pass. Lineage is not checked here: stages do that themselves, and end with 65 if it is wrong.
 
     Raises:
         UnfitNode: see ``main``.
@@ -104,7 +104,7 @@ def preflight(run: RunFolder) -> None:
 
 
 def gathered(checks: dict[str, Check]) -> list[Finding]:
-    """Findings of checks that run beside each other; one that gives no answer within LIMIT_S is a finding itself (a dead server, a hung driver)."""
+    """Run checks in parallel and return their findings. A check that does not answer within LIMIT_S, because a server is dead or a driver hangs, is a finding too."""
     answers: dict[str, list[Finding]] = {}
     failures: list[BaseException] = []
 
@@ -127,7 +127,7 @@ def gathered(checks: dict[str, Check]) -> list[Finding]:
 
 
 def machine() -> list[Finding]:
-    """What concerns the node alone."""
+    """The checks that concern only the node, not a run."""
     return node_checks.memory_and_disk() + node_checks.gpus()
 
 
@@ -145,7 +145,7 @@ def _devices() -> list[str]:
 
 
 def all_reduce() -> Finding:
-    """Bandwidth of an all-reduce between this node's GPUs, or between two processes on its CPUs; in processes of its own, which can be killed."""
+    """Bandwidth of an all-reduce between this node's GPUs, or between two processes on its CPUs. Runs in separate processes, which can be killed."""
     command = [sys.executable, "-m", "train.verbs.doctor_all_reduce"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ALL_REDUCE_S, cwd=REPOSITORY, check=False)
@@ -165,7 +165,7 @@ def all_reduce() -> Finding:
 
 
 def apex() -> Finding:
-    """Whether NVIDIA's apex is there, and which of its parts can be constructed; in a process of its own, which loads torch. Nothing depends on it."""
+    """Whether NVIDIA's apex is installed, and which of its parts work. Runs in a separate process, because it loads torch. Only for information: it never fails."""
     finding = node_checks.apex()
     if not finding.found.startswith("present, "):
         return finding
@@ -176,7 +176,7 @@ def apex() -> Finding:
 
 
 def _saves(run: RunFolder) -> dict[str, float]:
-    """Stage -> seconds that its last checkpoint took."""
+    """Stage -> seconds that its last save of a checkpoint took."""
     from train.loop.metrics import read_metrics
     from train.run.stage_table import TRAINED
 
@@ -185,7 +185,7 @@ def _saves(run: RunFolder) -> dict[str, float]:
 
 
 def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:
-    """Whether what every finished stage was made from is what the run has now; nothing to say where nothing is finished."""
+    """Whether every finished stage was made from the inputs that the run has now. No finding if no stage is finished."""
     from train.verbs.doctor_lineage import checked
 
     looked, wrong = checked(cfg, run)
@@ -196,7 +196,8 @@ def lineage(cfg: RunConfig, run: RunFolder) -> list[Finding]:
 
 
 def same_versions(run: RunFolder, job: Job) -> Finding:
-    """Whether the nodes that have come so far run the same code and libraries, this one among them. Nobody waits: of two that differ, the later one sees it.
+    """Whether the nodes that have reached this check so far, this one included, run the same code and libraries. No node waits: of two that differ, the later one
+    notices.
 
     Every node writes what it has below ``preflight/`` in the run folder, in a folder named by its digest: where all have the same, the names of the files say so,
     and none is read. Those that differ from most are the ones to leave out. What an earlier start of the job has left, whose id may be the same, is not counted.

@@ -1,4 +1,4 @@
-"""Measure an all-reduce within this node, as a program of its own: one JSON line with the bus bandwidth."""
+"""A program that measures an all-reduce within this node and prints the bus bandwidth as one line of JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REPEATS = 5
 
 
 def measure(rank: int, ranks: int, backend: str, folder: str) -> None:
-    """One rank; rank 0 writes GB/s (2 (n - 1) / n times the bytes, over the median time) to ``folder``."""
+    """Run one rank. Rank 0 writes the GB/s (2 (n - 1) / n times the bytes, divided by the median time) to ``folder``."""
     store = dist.FileStore(os.path.join(folder, "store"), ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -33,7 +33,7 @@ def measure(rank: int, ranks: int, backend: str, folder: str) -> None:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     if rank == 0:
-        median = sorted(times[1:])[_REPEATS // 2]  # the first connects
+        median = sorted(times[1:])[_REPEATS // 2]  # without the first, which includes the time to connect
         with open(os.path.join(folder, "rate"), "w") as file:
             file.write(str(_BYTES[backend] * 2 * (ranks - 1) / ranks / median / 1e9))
     dist.destroy_process_group()
@@ -46,7 +46,7 @@ def main() -> None:
     if backend == "gloo":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with scratch.folder("all-reduce-") as folder:
-        # A fork spares the import of torch; CUDA does not survive one.
+        # A forked process need not import torch again, but CUDA does not work after a fork.
         method = "spawn" if backend == "nccl" else "fork"
         mp.start_processes(measure, args=(ranks, backend, folder), nprocs=ranks, start_method=method)
         with open(os.path.join(folder, "rate")) as file:

@@ -1,4 +1,4 @@
-"""Whether the inputs of a run belong together: what every finished stage was made from, against what is there now. Small JSON files only."""
+"""Checks that the inputs of a run belong together: compares what every finished stage was made from with what exists now. Reads only small JSON files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _NAMES = 5  # faults that one finding lists
 
 
 def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
-    """How many parents of finished stages were looked at, and what is wrong with them."""
+    """How many inputs of finished stages were checked, and what is wrong with them."""
     there, looked, wrong = lineage.there(cfg, run), 0, list(_missing_versions(cfg, run))
     for stage in STAGES:
         for kind, identity in sorted(((run.done(stage) or {}).get("parents") or {}).items()):
-            if kind == "init_from":  # of another run, which may be gone
+            if kind == "init_from":  # belongs to another run, which may have been deleted
                 continue
             looked += 1
             now = there.get(kind, set())
@@ -30,7 +30,7 @@ def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
 
 
 def _missing_versions(cfg: RunConfig, run: RunFolder) -> Iterator[str]:
-    """Versions that the run pins and that are gone, and codes of other images than the run's."""
+    """Versions that the run uses and that do not exist any more, and codes that were made from other images than the run's."""
     images, codes = ((run.done(stage) or {}).get("versions") or {} for stage in ("prepare", "encode"))
     for split, version in images.items():
         url = places.image_set(cfg, run, split)

@@ -1,4 +1,4 @@
-"""``launcher.py draw RUN CAPTION ...``: pictures of your own captions, any number of times, from a run, a live one, or a package."""
+"""``launcher.py draw RUN CAPTION ...``: draws pictures of any captions with the models of a run, which may still be training, or of a package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.drawing.source import Models, locate, open_models
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """The options of the command line."""
 
     settings: Settings = field(default_factory=Settings)
     file: str = ""
@@ -38,12 +38,12 @@ class Options:
 
 
 def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) -> None:
-    """Draw, print what was drawn and where, and write it down.
+    """Draw, print what was drawn and where, and record it.
 
     Raises:
         UsageError: no caption, or an unknown format.
-        ConfigError, DataError: nothing to draw with, or what cannot be drawn.
-        StopRequested: a signal; what is drawn is kept, and the same command draws the rest.
+        ConfigError, DataError: there are no models to draw with, or something cannot be drawn.
+        StopRequested: a signal came. Finished pictures are kept, and the same command draws the rest.
     """
     if options.format not in FORMATS:
         raise UsageError(f"--format {options.format}: accepted are {', '.join(FORMATS)}.")
@@ -71,7 +71,7 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
 
 
 def _default_out(url: str) -> str:
-    """Beside the run where it is a local one; a package or a bucket stays as it is."""
+    """The default folder of pictures: ``drawings`` in the folder of a local run, else in the working directory, so that packages and buckets are not changed."""
     place = locate(url)
     return storage.join(place.url, "drawings") if place.run is not None and not storage.is_remote(place.url) else "drawings"
 
@@ -86,15 +86,15 @@ def _open(url: str, options: Options) -> tuple[Models, Settings]:
 
 
 def _prefix(models: Models, options: Options) -> list[int]:
-    """Codes of the given image.
+    """Codes of the image that is to be continued.
 
     Raises:
-        UsageError: rows to keep of no image.
+        UsageError: a number of rows to keep was given without an image.
     """
     settings = options.settings
     if not options.image:
         if settings.keep_rows is not None:
-            raise UsageError("--keep-rows: of which image? Give --image too.")
+            raise UsageError("--keep-rows needs an image: give --image too.")
         return []
     rows, grid = prompt_image.kept_rows(models, settings.keep_rows), models.cfg.dvae.grid
     _say(options, f"{options.image}: its first {rows} of {grid} rows of codes are kept")
@@ -102,7 +102,7 @@ def _prefix(models: Models, options: Options) -> list[int]:
 
 
 def _show(gallery: Gallery, caption: str, lines: list[Line], options: Options) -> None:
-    """What was drawn for a caption, and where."""
+    """Print what was drawn for a caption, and where."""
     if options.json:
         for line in ranked(lines):
             print(json.dumps(line | {"url": storage.join(gallery.folder(caption).url, line["file"])}, ensure_ascii=False, sort_keys=True), flush=True)
@@ -118,8 +118,8 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
     """Draw one recorded picture again.
 
     Raises:
-        UsageError: captions beside it, which would be ignored.
-        DataError: there is no such line, or other weights.
+        UsageError: captions were given too; they would be ignored.
+        DataError: there is no such record, or the weights are not those that it names.
     """
     if captions or options.file:
         raise UsageError("--again draws one recorded picture; captions and --file are for new ones.")
@@ -130,7 +130,7 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
         models, _ = _open(url or line["source"], options)
         picture, data = again.again(models, line)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"--again: the line lacks something ({error}); give one as it stands in {samples.SAMPLES}.") from error
+        raise ConfigError(f"--again: the line is incomplete ({error}); give one exactly as {samples.SAMPLES} has it.") from error
     target = storage.join(options.out or "again", line["file"])
     storage.write_bytes(target, data)
     found = again.verdict(line, picture, data)

@@ -1,4 +1,4 @@
-"""``launcher.py export RUN``: weights of a checkpoint as safetensors with their description. Needs neither a GPU nor DeepSpeed."""
+"""``launcher.py export RUN``: writes the weights of a checkpoint as safetensors, with a description. Needs neither a GPU nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from train.weights import checkpoint, export
 
 STAGES = ("dvae", "dalle")
 KINDS = {"average": "average", "raw": "model"}
-"""What can be exported -> prefix of its tensors in a checkpoint."""
+"""Kind of weights that can be exported -> prefix of their tensors in a checkpoint."""
 
 
 def package(url: str, out: str) -> None:
-    """Write one folder that draws by itself, and print how; see ``train.drawing.package.write``."""
-    from train.drawing import package as written  # torch's models
+    """Write a folder that can draw without the run, and print how; see ``train.drawing.package.write``."""
+    from train.drawing import package as written  # imported here because it imports torch
 
     names = written.write(url, out)
     print(f"{out}: {', '.join(names)}\nnext: python launcher.py draw {out} 'a red fox'")
 
 
 def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
-    """Write an export and print its place and content hash.
+    """Write an export, and print where it is and its content hash.
 
     Args:
         url: run folder.
-        stage: whose checkpoint.
+        stage: the training stage whose checkpoint is exported.
         kind: 'average' or 'raw' weights.
         step: which checkpoint; 0: the newest.
-        out: where to; empty: the stage's own export folder, from which other stages read.
+        out: folder to write to; empty: the stage's export folder, from which other stages read.
 
     Raises:
-        UsageError: an unknown stage or kind.
+        UsageError: the stage or the kind is unknown.
         DataError: there is no such checkpoint.
     """
     if stage not in STAGES or kind not in KINDS:

@@ -1,4 +1,4 @@
-"""``launcher.py import-dvae ENCODER DECODER PRESET``: published weights in place of stage dvae."""
+"""``launcher.py import-dvae ENCODER DECODER PRESET``: uses published weights instead of training the stage dvae."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from train.stages.dvae_task import show
 from train.weights import export
 from train.weights.released_dvae import join_halves, read_half, shape_of
 
-_BATCH = 8  # of pictures that may be large, on a machine that may be small
+_BATCH = 8  # small, because pictures may be large and the machine may have little memory
 
 
 def main(encoder: str, decoder: str, preset: str, overrides: list[str], samples: int) -> None:
-    """Convert, measure on validation images, export, and mark stage dvae done.
+    """Convert the weights, measure them on validation images, export them, and mark the stage dvae as done.
 
     Raises:
-        ConfigError: the run has another dVAE already, or its [dvae] section is of another shape than the files; the keys to give are listed.
-        DataError: the files cannot be read as modules of that package, or the run has no images yet.
+        ConfigError: the run already has another dVAE, or its section [dvae] describes another shape than the files have; the message lists the keys to set.
+        DataError: the files are not modules of the dall-e package, or the run has no images yet.
     """
     started = time.monotonic()
     cfg = load_run(preset, overrides)
@@ -62,10 +62,10 @@ def main(encoder: str, decoder: str, preset: str, overrides: list[str], samples:
 
 
 def read(encoder: str, decoder: str, cfg: DVAEConfig) -> DVAE:
-    """The model of two files.
+    """Read the model from its two files.
 
     Raises:
-        ConfigError: they are of another shape than ``cfg``.
+        ConfigError: they have another shape than ``cfg`` describes.
         DataError: they cannot be read.
     """
     halves = read_half(encoder), read_half(decoder)
@@ -83,7 +83,7 @@ def read(encoder: str, decoder: str, cfg: DVAEConfig) -> DVAE:
 
 
 def measure(cfg: RunConfig, model: DVAE, samples: int, device: torch.device) -> Reconstruction:
-    """Reconstructions of validation images at the final temperature."""
+    """Measure the reconstruction of validation images, at the final temperature."""
     validation = open_images(cfg, run_folder(cfg), "validation")
     batch = min(_BATCH, cfg.evaluate.batch)
     reader = SequentialReader(validation, World.single(), samples, batch, view_transform(cfg.dvae.image_size), image_collate)

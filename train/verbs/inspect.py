@@ -1,4 +1,4 @@
-"""``launcher.py inspect URL``: what is in a data set: counts, sizes, captions, lineage, and a contact sheet of random records."""
+"""``launcher.py inspect URL``: shows what is in a data set: counts, sizes, captions, lineage, and a contact sheet of random records."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from train.report.images import Pixels, png_bytes
 from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
 
 _WORDS = 30
-_ALL_TOKENS = 4096  # captions are measured up to this length; the limit of a run is lower
+_ALL_TOKENS = 4096  # the length of captions is measured up to this many tokens; the limit of a run is lower
 _SAMPLED = "of {} sampled records"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``inspect`` was asked for."""
+    """The options of ``inspect``."""
 
     out: str = ""
-    """File of the contact sheet; empty: inspect-<name>.png in the working directory."""
+    """File name of the contact sheet; empty: inspect-<name>.png in the working directory."""
     samples: int = 500
-    """Records that statistics are made of."""
+    """Number of records over which statistics are computed."""
     pictures: int = 48
-    """Records on the contact sheet; 0: no sheet."""
+    """Number of records on the contact sheet; 0: no sheet."""
     seed: int = 0
     tokenizer: str = ""
     """URL of a tokenizer; empty: the run's, or none."""
     run: str = ""
-    """Run folder whose dVAE draws code sets and whose take-down list holds."""
+    """Run folder whose dVAE decodes code sets, and whose take-down list applies."""
     version: str = ""
     """Version of a shard set; empty: the newest."""
     takedown: str = ""
     """URL of a take-down list; empty: the run's, or none."""
     count: bool = False
-    """Count all records of raw data."""
+    """Whether to count all records of raw data."""
 
 
 def main(url: str, options: Options) -> None:
     """Print tables, and write a contact sheet for each data set.
 
     Raises:
-        ConfigError: options that do not fit what lies at the URL.
-        DataError: there is nothing at the URL, or what is there is damaged.
+        ConfigError: an option does not apply to what is at the URL.
+        DataError: there is nothing at the URL, or it is damaged.
     """
     if options.samples < 1:
         raise ConfigError(f"--samples {options.samples}: at least 1 record is needed.")
@@ -75,7 +75,7 @@ def main(url: str, options: Options) -> None:
 
 
 def _show(rows: Sequence[Row], title: str = "") -> None:
-    print(f"\n{title}" if title else "")  # not the table's own title: that would be folded to the table's width, and an URL could not be copied
+    print(f"\n{title}" if title else "")  # not as the table's title, which would be wrapped to the table's width: a wrapped URL cannot be copied
     progress.table(rows)
 
 
@@ -106,7 +106,7 @@ def _inspect_set(place: Place, options: Options, run: Run | None, tokenizer: _Me
 
 
 def _facts(opened: ShardSet) -> list[Row]:
-    """Counts and sizes."""
+    """Counts and sizes of a shard set."""
     parts = opened.parts
     files = [file for part in parts for file in part["files"]]
     per_part = statistics.quantiles([int(part["count"]) for part in parts])
@@ -121,7 +121,7 @@ def _facts(opened: ShardSet) -> list[Row]:
 
 
 def _sources(opened: ShardSet) -> Counter[str]:
-    """Stored records by entry of data.sources."""
+    """Number of stored records for each entry of data.sources."""
     counts: Counter[str] = Counter()
     for part in opened.parts:
         counts[str(part["source"])] += int(part["count"])
@@ -129,7 +129,7 @@ def _sources(opened: ShardSet) -> Counter[str]:
 
 
 def _removed(opened: ShardSet) -> list[Row]:
-    """Stored records that no reader shows, by reason."""
+    """Number of stored records that readers hide, for each reason."""
     reasons = opened.manifest["excluded"].get("reasons") or {"excluded (duplicates, repeated ids)": len(opened.excluded)}
     rows: list[Row] = [{"not shown": reason, "records": int(count)} for reason, count in sorted(reasons.items())]
     also = len(opened.taken_down) + len(opened.excluded) - len(opened.removed)
@@ -153,7 +153,7 @@ def _lineage(opened: ShardSet) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Measure:
-    """A tokenizer that does not truncate, and the limit at which training would."""
+    """A tokenizer that does not truncate captions, and the length to which training would truncate them."""
 
     tokenizer: Tokenizer
     max_tokens: int
@@ -187,7 +187,7 @@ def _print_captions(captions: Sequence[Sequence[str]], sampled: str, measure: _M
 
 
 def _inspect_source(url: str, options: Options, measure: _Measure | None) -> None:
-    """Statistics of raw data, read by the same code that ``prepare`` reads it with."""
+    """Statistics of raw data, which is read by the same code as in ``prepare``."""
     from data_pipeline.sources.open_source import open_source
 
     source = open_source(SourceConfig(url=url), DataConfig())
@@ -216,7 +216,7 @@ def _inspect_source(url: str, options: Options, measure: _Measure | None) -> Non
         picture = _decoded(pair.image)
         if picture is not None:
             sizes.append((picture.shape[1], picture.shape[0]))
-        if index in shown:  # as a thumbnail: whole photographs of all samples would fill the memory
+        if index in shown:  # kept only as a thumbnail, because whole photographs of all samples would take too much memory
             pictures.append(None if picture is None else thumbnail(picture))
     _show(statistics.picture_rows(sizes, [len(pair.image) for pair in found.pairs]), title=sampled)
     if len(sizes) < len(found.pairs):
@@ -227,20 +227,20 @@ def _inspect_source(url: str, options: Options, measure: _Measure | None) -> Non
 
 
 def _pictures(records: Sequence[dict[str, Any]], schema: str, opened: ShardSet, run: Run | None) -> list[Pixels | None]:
-    """The pictures of records; of codes those that the run's dVAE draws, or none without one."""
+    """The pictures of records. Codes are decoded by the run's dVAE; without one, there is no picture."""
     if schema == IMAGE_SCHEMA:
         decoded = (_decoded(record["image"]) for record in records)
         return [None if picture is None else thumbnail(picture) for picture in decoded]
     if run is None or not run.decoder:
         print("no contact sheet: name a run with an exported dVAE (--run) to see what these codes stand for")
         return []
-    from train.verbs.decode_codes import decode_codes  # torch
+    from train.verbs.decode_codes import decode_codes  # imported here because it imports torch
 
     return list(decode_codes([record["codes"] for record in records], opened, run))
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` indices below ``count``, evenly spread."""
+    """At most ``most`` indices below ``count``, evenly spaced."""
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
 
 
@@ -258,7 +258,7 @@ def _write_sheet(out: str, pictures: Sequence[Pixels | None], captions: Sequence
 
 
 def _sheet_name(url: str, out: str, target: Target) -> str:
-    """Where the sheet of one of several sets goes: ``--out`` with the set's name before its suffix."""
+    """File name of the sheet of one of several sets: ``--out`` with the set's name before its suffix."""
     if not out:
         return _default_name(url)
     return out if len(target.sets) == 1 else f"{out[:-4]}-{_words(url)}.png"

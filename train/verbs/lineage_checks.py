@@ -1,4 +1,4 @@
-"""Whether what was made from something was made from what is there: codes, tokenizers and exports against their parents."""
+"""Checks codes, tokenizers and exports against their parents: whether they were made from the data and weights that exist now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPORTS = (("dalle", "dvae"), ("dalle", "tokenizer"), ("clip", "tokenizer"))
 
 
 def code_parents(layout: Layout, images: Sequence[str], run: Run | None) -> tuple[Layout | None, list[Problem]]:
-    """The version of an image set that codes were made from, if one of ``images`` holds it; and what is wrong with the parents of the codes."""
+    """The version of an image set that codes were made from, if one of the sets ``images`` has it; and what is wrong with the parents of the codes."""
     place, parents = storage.join(layout.url, MANIFEST), layout.manifest.get("parents", {})
     problems = []
     if run is not None:
@@ -38,7 +38,7 @@ def tokenizer_parents(place: str, manifest: Mapping[str, Any], images: Sequence[
 
 
 def export_parents(run: Run) -> Iterator[Problem]:
-    """What is wrong with the parents of a run's exports: all must belong to the dVAE and the tokenizer that are there."""
+    """What is wrong with the parents of a run's exports: all must have been made with the present dVAE and tokenizer."""
     for stage, parent in _EXPORTS:
         place = run.folder.at(stage, "export", "config.json")
         if not storage.exists(place):
@@ -50,7 +50,7 @@ def export_parents(run: Run) -> Iterator[Problem]:
 
 
 def _owner(identity: str, images: Sequence[str]) -> str | None:
-    if identity == "none":  # the codes name no images
+    if identity == "none":  # the codes do not say from which images they were made
         return None
     return next((url for url in images if storage.exists(storage.join(version_url(url, identity), MANIFEST))), None)
 

@@ -1,4 +1,4 @@
-"""The picture of Figure 11 in docs/masks.md, drawn from the rules that the model uses. No torch."""
+"""Draws Figure 11 for docs/masks.md from the rules that the model uses. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from model.offsets import Kind, MaskRules, is_allowed, transposed
 
 TEXT, GRID, KERNEL = 6, 4, 3
 RULES = MaskRules(GRID, KERNEL)
-"""Figure 11's own sizes: 6 text states, a 4 x 4 picture, a 3 x 3 kernel."""
+"""The sizes of the paper's Figure 11: 6 text positions, a 4 x 4 picture, a 3 x 3 kernel."""
 _CELL, _GAP, _TOP = 9, 34, 24
 _PANELS: tuple[tuple[str, Kind, bool], ...] = (
     ("(a) row", "row", False),
@@ -19,7 +19,7 @@ _COLOURS = {"text": "#9db8d9", "image": "#2f6db3", "none": "#f1f1f1"}
 
 
 def may_see(kind: Kind, query: int, key: int, *, column_by_column: bool) -> str:
-    """What a cell of the picture shows: a key of the text ('text') or of the image ('image') that the query sees, or 'none'."""
+    """What a cell of the figure shows: 'text' or 'image' if the query may attend to the key, by what the key is; otherwise 'none'."""
     if key < TEXT:
         return "text" if query >= key else "none"
     if query < TEXT:
@@ -31,7 +31,7 @@ def may_see(kind: Kind, query: int, key: int, *, column_by_column: bool) -> str:
 
 
 def svg() -> str:
-    """The four panels of Figure 11, rows are queries and columns are keys, as an SVG document."""
+    """The four panels of Figure 11 as an SVG document. Rows are queries, columns are keys."""
     states = TEXT + GRID**2
     side = states * _CELL
     width, height = len(_PANELS) * (side + _GAP) + _GAP, side + _TOP + _GAP

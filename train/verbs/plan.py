@@ -1,4 +1,4 @@
-"""``launcher.py plan PRESET``: what a training run of the transformer takes, before any GPU is taken. No torch."""
+"""``launcher.py plan PRESET``: estimates the memory, time and cost of training the transformer, without a GPU. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _GB, _MB = 1e9, 1e6
 
 
 def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int, price: float = 0.0) -> None:
-    """Print the plan.
+    """Print the estimates.
 
     Args:
-        nodes: machines; 0: as cluster.nodes says.
-        gpus: GPUs of each; 0: as cluster.gpus says, or one where that is 0.
-        memory: GB of a GPU; 0: as its datasheet says.
-        tokens: budget in states of the stream; 0: dalle_fit.steps updates.
+        nodes: number of machines; 0: cluster.nodes.
+        gpus: number of GPUs in each; 0: cluster.gpus, or one if that is 0.
+        memory: GB of memory of a GPU; 0: from its datasheet.
+        tokens: length of the training in positions of the stream; 0: dalle_fit.steps updates.
         gpu: name of a datasheet, the beginning of one, or its numbers (``hardware.named``).
-        price: of one GPU for an hour, in any currency; 0: no cost is shown.
-        rank: total rank of gradient compression between machines; 0: that of the paper's Table 1 for its widths, otherwise none.
+        price: price of one GPU for one hour, in any currency; 0: no cost is shown.
+        rank: total rank of gradient compression between machines; 0: the rank of the paper's Table 1 for its widths, otherwise no compression.
 
     Raises:
-        UsageError: an unknown GPU.
-        ConfigError: the preset's own stage does not fit into the memory, or its batch does not divide.
+        UsageError: the GPU is unknown.
+        ConfigError: with the preset's ZeRO stage it does not fit into the memory, or its batch cannot be divided evenly.
     """
     try:
         gpu, figures = named(gpu)
@@ -57,7 +57,7 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
 
 
 def describe(preset: str, setting: Setting) -> list[str]:
-    """What is planned: sizes and operations."""
+    """Describe the model and the run: sizes and numbers of operations."""
     cfg = setting.cfg
     shape, found = cfg.stream_shape(), states.count(cfg.dalle, cfg.stream_shape())
     flops = train_flops(cfg.dalle, shape)
@@ -73,10 +73,10 @@ def describe(preset: str, setting: Setting) -> list[str]:
 
 
 def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
-    """What could be done with the same model on the same machines: every stage, layout and storage, by name; with a star what is configured."""
+    """The same model on the same machines with every ZeRO stage, layout and place of storage, by name. The configured one has a star."""
     layouts: tuple[Layout, ...] = get_args(Layout) if setting.cluster.nodes > 1 else ("flat",)
     if len(layouts) == 1:
-        setting = replace(setting, layout="flat")  # one machine: both are the same
+        setting = replace(setting, layout="flat")  # with one machine, both layouts are the same
     plain = replace(setting, storage="cast", moment_bytes=8, half_gradients=False, rank=None)
     half = replace(setting, storage="half", moment_bytes=4, half_gradients=True, rank=None)
     found = [("DDP, fp32", replace(plain, stage=0, layout="flat"))]
@@ -93,7 +93,7 @@ def variants(setting: Setting, rank: int | None) -> list[tuple[str, Setting]]:
 
 
 def table(setting: Setting, room: float, rank: int | None) -> list[str]:
-    """GB on each GPU, and MB sent in an update, for every variant."""
+    """Table of GB on each GPU and MB sent in each update, for every variant."""
     names = ("params", "masters", "moments", "gradients", "buckets", "errors", "kept", "working", "total")
     unit, word = (_GB, "GB") if estimate.memory(setting).total > _GB else (_MB, "MB")
     lines = [
@@ -116,7 +116,7 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
 
 
 def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> list[str]:
-    """Time, days and energy of what is configured."""
+    """Time of an update, days and energy of the configured run."""
     cfg, times, whole = setting.cfg, estimate.times(setting, figures), estimate.bill(setting, figures, tokens)
     states_per_s = cfg.dalle_fit.batch * cfg.stream_shape().states / times.expected
     useful = states_per_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states / setting.cluster.world
@@ -137,7 +137,7 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
 
 
 def compressing(setting: Setting) -> list[str]:
-    """What compression between machines sends, keeps and stores, if it is configured."""
+    """If gradient compression between machines is configured: what it sends, holds in memory and stores in checkpoints."""
     sent = estimate.compression(setting)
     if not sent or setting.rank is None:
         return []
@@ -171,6 +171,6 @@ def _short(value: float) -> str:
 
 
 def remedies(setting: Setting, room: float) -> str:
-    """Changes that would make it fit, each by itself."""
+    """Changes of the configuration, each of which alone would make it fit."""
     fitting = [words for words, other in smaller(setting) if estimate.memory(other).total <= room]
     return "any of these would fit: " + ", ".join(fitting) if fitting else "use more or larger GPUs, or a smaller model"

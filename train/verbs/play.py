@@ -1,4 +1,4 @@
-"""``launcher.py play RUN``: a page to type captions into, served from this machine."""
+"""``launcher.py play RUN``: serves a web page on this machine on which captions can be entered and drawn."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from train.drawing.source import open_models
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LOOK_S = 0.2
-"""Between looks at the stop flag: a signal ends the page within it."""
+"""Seconds between two looks at the stop flag; a signal ends the server within this time."""
 
 
 def main(url: str, host: str, port: int, rerank: str, device: str, precision: str, stop: StopFlag) -> None:
-    """Serve the page until a signal comes, which is its ordinary end.
+    """Serve the page until a stop signal comes, which is the normal way to end it.
 
     Raises:
-        ConfigError: nothing to draw with, or no such address.
+        ConfigError: there are no models to draw with, or the address cannot be used.
         DataError: the run has no weights yet, or they do not belong together.
     """
     models = open_models(url, device, precision, rerank)
     guidance = models.cfg.generate.guidance if models.cfg.dalle_fit.caption_dropout else 1.0
     try:
         server = make_server(host, port, Page(models, guidance, only_local=host in _LOOPBACK), threaded=True)
-    except (OSError, SystemExit) as error:  # werkzeug ends the process where a port is taken
+    except (OSError, SystemExit) as error:  # werkzeug raises SystemExit if the port is in use
         raise ConfigError(f"--host {host} --port {port}: this address cannot be served ({error}); --port 0 takes a free one.") from error
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -86,7 +86,7 @@ def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:
 
 
 def _remedy(run: RunFolder, name: str) -> str:
-    """What makes a stage as new as the weights that it uses."""
+    """The command that brings a stage up to date with the weights that it uses."""
     command = launcher(name, run.url)
     return f"delete {run.at(name)} and run '{command}'" if STAGES[name].trains else f"run '{command}'"
 

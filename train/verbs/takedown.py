@@ -1,4 +1,4 @@
-"""``launcher.py takedown``: delete the shards that hold taken-down records. Loaders hide such records at once; this removes their bytes."""
+"""``launcher.py takedown``: deletes the shards that hold taken-down records. Loaders hide such records as soon as they are listed; this removes their bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHOWN = 5
 
 
 def main(preset: str, overrides: list[str], *, dry_run: bool) -> None:
-    """Find, show, and unless ``dry_run`` delete the parts of this run's image and code sets that hold ids of ``data.takedown``.
+    """Find and show the parts of this run's image and code sets that hold records of ``data.takedown``; unless ``dry_run``, delete them.
 
     Raises:
-        ConfigError: data.takedown is not set, or a stage runs there: what it reads or writes is about to go.
+        ConfigError: data.takedown is not set, or a stage of the run is running, which may read or write these parts.
         DataError: the list cannot be read.
     """
     cfg = load_run(preset, overrides)
@@ -45,7 +45,7 @@ def _take_down(cfg: RunConfig, run: RunFolder, sets: list[str], *, dry_run: bool
     if missed := unmatched(sets, lines):
         print(f"{len(missed)} of {len(lines)} lines of {cfg.data.takedown} name no record that is stored here: {_some(missed)}")
     if not found:
-        print(f"nothing of the list is in the sets of {run.url}")
+        print(f"no record of the list is in the sets of {run.url}")
         return
     if dry_run:
         return

@@ -1,4 +1,4 @@
-"""What a URL given to ``inspect`` or ``validate`` is: a shard set, a tokenizer, a folder of such, a run folder, or raw data."""
+"""Finds out what a URL given to ``inspect`` or ``validate`` refers to: a shard set, a tokenizer, a folder of such, a run folder, or raw data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENIZER_SCHEMA = "tokenizer/"
 
 @dataclass(frozen=True)
 class Place:
-    """A shard set, in one version."""
+    """One version of a shard set."""
 
     url: str
     version: str = ""
@@ -35,23 +35,23 @@ class Run:
 
     @property
     def decoder(self) -> bool:
-        """Whether there is an exported dVAE."""
+        """Whether the run has an exported dVAE."""
         return storage.exists(self.folder.at("dvae", "export", "config.json"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What lies at a URL."""
+    """What was found at a URL."""
 
     kind: Kind
     sets: tuple[Place, ...] = ()
-    """Shard sets, image sets first; those of a run in the versions that its stages made or found."""
+    """Shard sets, image sets first. Those of a run are in the versions that its stages made or found."""
     tokenizers: tuple[str, ...] = ()
     run: Run | None = None
 
 
 def resolve(url: str) -> Target:
-    """Find out what lies at a URL, by asking for a few names; nothing is listed."""
+    """Find out what is at a URL. Asks only whether a few files exist; lists no folder."""
     url = url.rstrip("/") or url
     if url == "emoji":
         return Target("source")
@@ -72,7 +72,7 @@ def resolve(url: str) -> Target:
 
 
 def _pinned(run: Run) -> dict[str, str]:
-    """Set -> version, of those that a run's finished stages name: a place that others append to does not change under a run."""
+    """Set -> version, for the sets that a run's finished stages name. So a run does not see what others append to a shared set."""
     images, codes = ((run.folder.done(stage) or {}).get("versions", {}) for stage in ("prepare", "encode"))
     found = {places.image_set(run.cfg, run.folder, split): version for split, version in images.items()}
     for name, version in codes.items():
@@ -82,10 +82,10 @@ def _pinned(run: Run) -> dict[str, str]:
 
 
 def open_run(url: str) -> Run:
-    """A run folder by its URL.
+    """Open a run folder by its URL.
 
     Raises:
-        ConfigError: there is no run, or its configuration is of another version.
+        ConfigError: there is no run, or its configuration was written by another version of this code.
     """
     if not is_run(url):
         raise ConfigError(f"{url}: no run folder (config.json and provenance.json are missing); name one, for example runs/demo.")
@@ -93,15 +93,15 @@ def open_run(url: str) -> Run:
 
 
 def is_run(url: str) -> bool:
-    """Whether a run folder lies at a URL."""
+    """Whether there is a run folder at a URL."""
     return all(storage.exists(storage.join(url, name)) for name in ("provenance.json", "config.json"))
 
 
 def schema_of(url: str) -> str:
-    """The schema that the manifest at a URL names; empty where there is no manifest of ours.
+    """The schema that the manifest at a URL names; empty if there is no manifest of this project.
 
     Raises:
-        DataError: the manifest is no JSON.
+        DataError: the manifest is not valid JSON.
     """
     place = storage.join(url, "manifest.json")
     if not storage.exists(place):

@@ -1,4 +1,4 @@
-"""``launcher.py validate URL``: check hashes, records and lineage of shard sets and tokenizers, and say what to run where something is wrong."""
+"""``launcher.py validate URL``: the integrity check of shard sets and tokenizers: hashes, records and lineage. If something is wrong, names the command to run."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ from infra.signals import StopFlag
 from train.verbs.lineage_checks import code_parents, export_parents, tokenizer_parents
 from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
 
-_AHEAD = 4  # parts that wait for each process
+_AHEAD = 4  # number of parts queued for each process
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``validate`` was asked for."""
+    """The options of ``validate``."""
 
     images: str = ""
     """URL of an image set, or of a root of image sets; empty: the run's."""
     run: str = ""
-    """Run folder that sets belong to; empty: the URL, if it is one."""
+    """Run folder that the sets belong to; empty: the URL, if it is a run folder."""
     version: str = ""
     """Version of a shard set; empty: the newest."""
     workers: int = 0
-    """Processes that read; 0: one for each core."""
+    """Number of processes; 0: one for each core."""
     decode: bool = False
-    """Decode every image."""
+    """Whether to decode every image."""
     takedown: str = ""
-    """URL of a take-down list, whose images need no codes; empty: the run's, or none."""
+    """URL of a take-down list; its images need not have codes. Empty: the run's, or none."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was looked at in one place, and what is wrong there."""
+    """What was checked in one place, and what is wrong there."""
 
     place: str
     looked_at: str
     problems: Sequence[Problem]
     stage: str
-    """Stage that writes it."""
+    """The stage that writes it."""
 
 
 def main(url: str, options: Options, stop: StopFlag) -> None:
-    """Check everything at a URL, and print what was looked at and what is wrong.
+    """Check everything at a URL, and print what was checked and what is wrong.
 
     Raises:
         ConfigError: options that do not fit.
@@ -96,7 +96,7 @@ def _image_sets(options: Options, run: Run | None, target: Target) -> list[str]:
 
 
 def _taken_down(options: Options, run: Run | None) -> NDArray[np.uint64]:
-    """What stands in ids.u64 for the ids of the take-down list, sorted."""
+    """The hashes in ids.u64 that belong to the ids of the take-down list, sorted."""
     listed = read_takedown(options.takedown or (run.cfg.data.takedown if run else ""))
     return np.array(sorted(id_hash(identity) for identity in listed), np.uint64)
 
@@ -117,7 +117,7 @@ def _check_set(where: Place, options: Options, run: Run | None, images: Sequence
             problems += found
     results = _run(jobs, f"validate {url}", options.workers, stop)
     problems += [problem for result in results for problem in result.problems]
-    if not problems:  # damaged ids would look like missing and repeated ones
+    if not problems:  # damaged ids would be reported as missing and repeated ones
         shown = shown_ids(layout, [result.ids for result in results])
         problems += _ids_once(storage.join(url, "*", IDS), shown, parent, hidden)
     words = [
@@ -129,7 +129,7 @@ def _check_set(where: Place, options: Options, run: Run | None, images: Sequence
 
 
 def _unchecked(schema: str, parent: Layout | None, run: Run | None) -> Iterator[str]:
-    """What could not be compared, because nothing to compare with was named."""
+    """What could not be checked, because the options name nothing to compare it with."""
     if schema == CODES_SCHEMA:
         if run is None:
             yield "not compared with a dVAE (--run)"
@@ -138,7 +138,7 @@ def _unchecked(schema: str, parent: Layout | None, run: Run | None) -> Iterator[
 
 
 def _with_images(layout: Layout, jobs: Sequence[PartJob], parent: Layout) -> tuple[list[PartJob], list[Problem]]:
-    """Each part of codes with the part of images that it was made from: they are in the same order, one for one."""
+    """Combine each part of codes with the part of images that it was made from; both sets have as many parts, in the same order."""
     owners = parent.jobs(Rules(IMAGE_SCHEMA, {}))
     if len(owners) != len(jobs):
         what = f"has {len(jobs)} parts, the images that it names have {len(owners)}"
@@ -157,7 +157,7 @@ def _ids_once(place: str, shown: NDArray[np.uint64], parent: Layout | None, hidd
 
 
 def _run(jobs: Sequence[PartJob], title: str, workers: int, stop: StopFlag) -> list[PartResult]:
-    """Check parts in parallel; results are in the order of the jobs.
+    """Check parts in parallel. The results are in the order of the jobs.
 
     Raises:
         StopRequested: a signal asked to stop.
@@ -182,7 +182,7 @@ def _in_order_of_ending(jobs: Sequence[PartJob], workers: int, stop: StopFlag) -
             _refuse_if_stopped(stop)
             yield index, check_part(job)
         return
-    # Not forked: this process has threads and connections. One server imports what is needed, and forks itself.
+    # Not forked from this process, which has threads and connections, but from a server process that has only imported what is needed.
     context = get_context("forkserver")
     context.set_forkserver_preload(["data_pipeline.audit.check_parts"])
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
@@ -198,7 +198,7 @@ def _in_order_of_ending(jobs: Sequence[PartJob], workers: int, stop: StopFlag) -
                     pool.shutdown(cancel_futures=True)
                 _refuse_if_stopped(stop)
                 if isinstance(future.exception(), ReportedError):
-                    pool.shutdown(cancel_futures=True)  # what was to come would wait as long, file by file
+                    pool.shutdown(cancel_futures=True)  # each further file would take as long until the storage is given up
                 yield waiting.pop(future), future.result()
                 for index, job in following:
                     waiting[pool.submit(check_part, job)] = index
@@ -231,7 +231,7 @@ def _report(url: str, checked: Sequence[Checked], run: Run | None) -> None:
     if not problems:
         print("no problems found")
         return
-    # Lines, not a table: a path that is folded into a column cannot be copied.
+    # Lines, not a table: a path that is wrapped within a column cannot be copied.
     by_file: dict[str, list[str]] = {}
     for problem, _ in problems:
         by_file.setdefault(problem.file, []).append(problem.what)
@@ -250,6 +250,6 @@ def _number(count: int, noun: str) -> str:
 
 def _remedy(problem: Problem, stage: str, run: Run | None) -> str:
     folder = run.folder.url if run else "RUN"
-    # A finished stage is not run again, and what lies in its folder is gone with it.
+    # A finished stage does not run again unless its done.json is deleted. If the whole folder is deleted, done.json goes with it.
     places = [*problem.delete, *(() if storage.join(folder, stage) in problem.delete else (storage.join(folder, stage, "done.json"),))]
     return f"delete {' and '.join(places)}, then run '{launcher(stage, folder)}'"

@@ -1,1 +1,1 @@
-"""Weights on storage: fragments, checkpoints, exports, and released weights of others."""
+"""Weights on storage: fragments, checkpoints, exports, and the dVAE weights that OpenAI released."""

@@ -5,7 +5,7 @@
                                       index.json       tensors -> ranks, which hold how much; SHA-256 of the files above; written when they are there
                                       meta.json        written last; the checkpoint exists when it does
 
-Nothing is pickled, and the layout depends on neither the number of ranks nor the engine.
+Nothing is pickled. The layout depends neither on the number of ranks nor on the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from infra import lease, schemas, storage
+from infra import checkpoint_folders, lease, schemas, storage
+from infra.checkpoint_folders import META as META
+from infra.checkpoint_folders import folder as folder
 from infra.digests import digest
 from infra.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from infra.run_folder import commit, versions
@@ -45,21 +46,19 @@ from train.weights.safetensors_file import Kind
 
 log = logging.getLogger(__name__)
 
-META = "meta.json"
-_STEP = re.compile(r"step-([0-9]{1,15})/")
 _DAMAGE = (DataError, ValueError, KeyError, TypeError, IndexError, AttributeError)
-"""What reading damaged files raises. Anything else, such as the end of another rank or of memory, says nothing about a checkpoint."""
+"""The errors that reading damaged files raises. Any other error, such as a lost rank or too little memory, does not mean that a checkpoint is damaged."""
 
 
 class _Position(Stored):
-    """Where the loader stands."""
+    """The position of the loader."""
 
     epoch: Count = 0
     index: Count = 0
 
 
 class _LossScale(Stored):
-    """Of an engine that scales the loss."""
+    """State of the loss scale, for engines that scale the loss."""
 
     value: Number
     good: Count
@@ -67,7 +66,7 @@ class _LossScale(Stored):
 
 
 class _Plateau(Stored):
-    """Of the detector of plateaus."""
+    """State of ``train.loop.plateau.Plateau``."""
 
     halved: list[Count]
     best: Number | None
@@ -77,7 +76,7 @@ class _Plateau(Stored):
 
 
 class Resumable(Stored):
-    """What meta.json holds besides where a training stage saved it; an export needs none of it."""
+    """What meta.json must hold for training to resume from it. An export needs none of it."""
 
     shapes: dict[str, list[Count]]
     updates: Count
@@ -103,11 +102,6 @@ class Meta(Stored):
     plateau: _Plateau | None = None
 
 
-def folder(stage_url: str, step: int) -> str:
-    """URL of the checkpoint after ``step`` updates."""
-    return storage.join(stage_url, "checkpoints", f"step-{step:08d}")
-
-
 def save(
     stage_url: str,
     step: int,
@@ -119,16 +113,16 @@ def save(
     *,
     group: Any = None,
 ) -> str:
-    """Write a checkpoint, and drop those that it supersedes. Collective. ``train.weights.checkpointer.Checkpointer`` does it beside training.
+    """Write a checkpoint, and delete those that it supersedes. Collective. ``train.weights.checkpointer.Checkpointer`` does this in the background.
 
     Args:
         meta: JSON-able facts (shapes, loader position, configuration, lineage); step, commit, versions and world size are added.
-        keep: newest checkpoints kept, up to this one.
-        keep_every: the first checkpoint at or after each multiple of this many updates is kept for good; 0: none are.
-        group: process group of the collectives; None is the default one.
+        keep: number of newest checkpoints that are kept, this one included.
+        keep_every: the first checkpoint at or after each multiple of this many updates is never deleted; 0: no such checkpoints.
+        group: process group of the collectives; None: the default one.
 
     Raises:
-        SupersededError: another launcher has the stage; nothing was written.
+        SupersededError: another launcher has taken over the stage; nothing was written.
     """
     url = folder(stage_url, step)
     with alike(group):
@@ -147,7 +141,7 @@ def save(
             "versions": versions(),
             "index": index,
         }
-        lease.check()  # again: writing may have taken long
+        lease.check()  # once more, because writing may have taken long
         storage.write_json(storage.join(url, META), meta | facts | {"sha256": digest(meta | facts)})
         for old in superseded(complete(stage_url), step, keep, keep_every):
             if old > step:
@@ -183,8 +177,8 @@ def _as_raised() -> Iterator[None]:
 
 
 def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
-    """Of complete checkpoints those that go once ``step`` is written: all but the newest ``keep`` up to it and the first at or after each multiple of
-    ``keep_every``; and those after it, from which the run could not go on: it makes them anew."""
+    """Which of the complete checkpoints are deleted once ``step`` is written. Kept are the newest ``keep`` up to ``step`` and the first at or after each multiple
+    of ``keep_every``. Those after ``step`` are deleted: the run could not resume from them, and will write them again."""
     until = [old for old in steps if old <= step]
     permanent = {new for old, new in pairwise([0, *until]) if keep_every and new // keep_every > old // keep_every}
     return [old for old in until[:-keep] if old not in permanent] + [new for new in steps if new > step]
@@ -192,20 +186,20 @@ def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[
 
 def complete(stage_url: str) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    steps = [int(found[1]) for name in storage.list_level(storage.join(stage_url, "checkpoints")) if (found := _STEP.fullmatch(name))]
-    return sorted(step for step in steps if storage.exists(storage.join(folder(stage_url, step), META)))
+    return sorted(checkpoint_folders.complete(stage_url))
 
 
 More = Callable[[dict[str, Any]], Iterable[dict[str, Fragment]]]
-"""From a checkpoint's facts, lots of fragments that are read after all others: each is filled before the next is asked for. As many on every rank."""
+"""Called with the content of meta.json; yields groups of fragments that are read after all others. A group is filled before the next is asked for. Every rank
+must yield the same number of groups."""
 
 
 def load(stage_url: str, step: int, fragments: dict[str, Fragment], more: More | None = None) -> dict[str, Any]:
     """Restore fragments in place from the checkpoint of ``step``. Collective.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, or a file is damaged (its hash differs).
-        UnreachableError, ConfigError: the storage gives no answer, refuses, or there is no room for a copy; the checkpoint may be whole.
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged (its hash differs).
+        UnreachableError, ConfigError: the storage does not answer or refuses access, or there is no room for a copy; the checkpoint itself may be intact.
     """
     url = folder(stage_url, step)
     meta, reader = _read_alike(url)
@@ -216,12 +210,12 @@ def load(stage_url: str, step: int, fragments: dict[str, Fragment], more: More |
 
 
 def read_meta(url: str) -> dict[str, Any]:
-    """The facts of a complete checkpoint.
+    """The content of meta.json of a complete checkpoint.
 
     Raises:
-        CheckpointError: they are damaged.
-        ConfigError: another version of this code wrote them in a way that this one does not read.
-        DataError: there are none.
+        CheckpointError: it is damaged.
+        ConfigError: another version of this code wrote it, in a form that this version does not read.
+        DataError: there is none.
     """
     place = storage.join(url, META)
     meta = storage.read_json(place)
@@ -236,10 +230,10 @@ def read_meta(url: str) -> dict[str, Any]:
 
 
 def check_resumable(meta: dict[str, Any], stage_url: str) -> None:
-    """Refuse facts from which no stage can go on, before anything is set by them.
+    """Check that meta.json holds everything that resuming needs, before any of it is used.
 
     Raises:
-        CheckpointError: they lack something.
+        CheckpointError: something is missing.
     """
     _check(meta, Resumable, storage.join(folder(stage_url, int(meta["step"])), META))
 
@@ -280,14 +274,19 @@ def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
 
 
 def _judged(url: str, error: BaseException) -> BaseException:
-    """A CheckpointError if the error speaks of damage, else itself."""
+    """The error as a CheckpointError if it is one that damaged files cause, otherwise unchanged."""
     if isinstance(error, UnreachableError | ConfigError) or not isinstance(error, _DAMAGE):
         return error
     return CheckpointError(f"{url}: {error}")
 
 
 def load_newest(stage_url: str, fragments: dict[str, Fragment], world: World, more: More | None = None) -> dict[str, Any] | None:
-    """Restore from the newest checkpoint that is whole, falling back over damaged ones with a loud message; None if there is none. Collective."""
+    """Restore from the newest checkpoint that is not damaged; each damaged one is reported in the log. Returns its meta.json, or None if there is no checkpoint.
+    Collective.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
     failure: CheckpointError | None = None
     for step in reversed(_complete_alike(stage_url, world)):
         try:
@@ -306,7 +305,7 @@ def any_complete(stage_url: str, world: World) -> bool:
 
 
 def _complete_alike(stage_url: str, world: World) -> list[int]:
-    """What the main rank sees."""
+    """The complete checkpoints that the main rank finds, on all ranks."""
     steps = [complete(stage_url) if world.is_main else []]
     if dist.is_initialized():
         dist.broadcast_object_list(steps, group=patient_group())
@@ -345,7 +344,7 @@ class StoredTensors:
 
 
 def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint under ``prefix/``, shaped, in one process and without an engine.
+    """All tensors of a checkpoint whose names begin with ``prefix/``, in their full shapes. For one process; needs no engine.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
@@ -357,7 +356,7 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes: the identity of a set of weights."""
+    """SHA-256 over names, shapes, dtypes and bytes: identifies a set of weights."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -24,13 +24,14 @@ from infra.overlapped import overlapped
 from train.weights.checkpoint_index import INDEX, Catalogue, Piece, Place, Wanted, catalogue, data_name, index_of, part_name, part_of
 
 PIECE_BYTES = 4 << 20
-"""Larger fragments are stored in pieces of this many bytes, each with its hash: who cuts tensors otherwise reads and checks pieces, not whole fragments."""
+"""Larger fragments are stored in pieces of this many bytes, each with its hash. A run that divides tensors differently then reads and checks only the pieces
+that it needs, not whole fragments."""
 READ_BYTES = 32 << 20
-"""Pieces that lie near each other are read in one request of at most this many bytes, longer ones in several."""
+"""Pieces that lie near each other are read by one request of at most this many bytes; a longer piece is read by several."""
 GAP_BYTES = 1 << 20
-"""Unwanted bytes between two pieces that cost less than a second request."""
+"""Two pieces with at most this many unneeded bytes between them are read together: that is cheaper than a second request."""
 READERS = 4
-"""Requests at once."""
+"""Number of simultaneous requests."""
 _TRIES = 2
 
 
@@ -65,10 +66,10 @@ class Writer(StorageWriter):
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The URL is fixed at construction."""
+        """Nothing to do: the URL is fixed at construction."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare: storage makes folders as it writes."""
+        """Nothing to prepare: folders are created when files are written."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Keep the plan."""
@@ -122,7 +123,7 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any URL will do."""
+        """Accept any URL."""
         return True
 
 
@@ -134,12 +135,12 @@ def write_index(url: str, tensors: dict[str, Any], parts: list[tuple[int, bytes]
 
 
 class Reader(StorageReader):
-    """Reads the pieces of a checkpoint that are asked for, and refuses those whose hash differs."""
+    """Reads the pieces of a checkpoint that are needed, and refuses those whose hash differs."""
 
     def __init__(self, url: str, index_digest: str) -> None:
         """
         Args:
-            index_digest: what the index must have.
+            index_digest: the digest that index.json must have.
         """
         super().__init__()
         self.url, self.index_digest = url, index_digest
@@ -172,19 +173,19 @@ class Reader(StorageReader):
         """Nothing to prepare: each rank has read the index by itself."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Keep the plan."""
+        """Leave the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Keep the plans."""
+        """Leave the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what is asked for into place; each stored piece that holds any of it is read and checked once.
+        """Copy what the plan asks for into the target tensors. Each stored piece that holds some of it is read and checked once.
 
         Raises:
             CheckpointError: a file is missing or too short, or the hash of a piece differs.
-            UnreachableError: the storage gives no answer.
+            UnreachableError: the storage does not answer.
         """
         for run, data in overlapped(self._fetch, self._runs(plan.items), READERS):
             for each in run:

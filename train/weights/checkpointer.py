@@ -1,5 +1,5 @@
-"""Saving checkpoints beside training (docs/contracts.md, section 6): tensors are copied to CPU memory while the next forward and backward passes run, which do
-not change them, and written while training goes on."""
+"""Saves checkpoints in the background (docs/contracts.md, section 6): tensors are copied to CPU memory during the next forward and backward passes, which do
+not change them, and are then written while training continues."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ watchdog.waits_for_saver(__file__)
 
 
 class Checkpointer:
-    """Writes checkpoints of one stage in a thread, one at a time. Every method is collective."""
+    """Writes the checkpoints of one stage in a thread, one at a time. Every method is collective."""
 
     def __init__(self, stage_url: str, world: World, keep: int, keep_every: int = 0) -> None:
         """
         Args:
             stage_url: the stage's folder.
-            keep: newest checkpoints kept.
-            keep_every: the first at or after each multiple of this many updates is kept for good; 0: none.
+            keep: number of newest checkpoints that are kept.
+            keep_every: the first checkpoint at or after each multiple of this many updates is never deleted; 0: no such checkpoints.
         """
         self.stage_url, self.world, self.keep, self.keep_every = stage_url, world, keep, keep_every
-        # The thread's collectives have a group of their own: they must not mix with the training step's.
+        # The thread's collectives have their own process group, so that they cannot be mixed up with those of the training step.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, SAVER_THREAD)
         self._staging: Future[None] | None = None
@@ -42,18 +42,19 @@ class Checkpointer:
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
         self.seconds = 0.0
-        """How long the last write took, from its copies to its marker."""
+        """How long the last save took in the thread, from the copies to meta.json."""
 
     def save(self, step: int, fragments: dict[str, Fragment], meta: dict[str, Any], *, ready: Callable[[], None] | None = None) -> float:
-        """Start to copy and write a checkpoint, and return the seconds for which the caller had to wait: for the rest of the previous write, if it is not done.
+        """Start to copy and write a checkpoint. Waits only for the previous write, if it is still running; returns the seconds waited.
 
-        The tensors must not change until ``settle``. GPU tensors are copied by a side stream into pinned memory, which is reused, CPU tensors by a thread.
+        The tensors must not change until ``settle`` has been called. GPU tensors are copied on a side stream into pinned memory, which is reused; CPU tensors are
+        copied in the thread.
 
         Args:
             ready: called in the thread before it reads CPU tensors; returns when they are up to date.
 
         Raises:
-            CheckpointError: the previous one could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         began = time.perf_counter()
         self.wait()
@@ -65,11 +66,11 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def settle(self) -> float:
-        """To be called before the tensors of the last ``save`` change, and return the seconds waited for the copies of CPU tensors; the GPU's queue follows
-        the side stream, and the host does not wait for it.
+        """Must be called before the tensors of the last ``save`` change. Waits for the copies of CPU tensors and returns the seconds waited. For the copies of
+        GPU tensors the current stream is made to wait, not this process.
 
         Raises:
-            Exception: what ``ready`` raised.
+            Exception: whatever ``ready`` raised.
         """
         if self._staging is None:
             return 0.0
@@ -81,7 +82,7 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def wait(self) -> None:
-        """Finish the write under way.
+        """Wait for the write that is running, if one is.
 
         Raises:
             CheckpointError: it failed.
@@ -97,7 +98,7 @@ class Checkpointer:
         return target
 
     def _enqueue(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Copy GPU tensors on the side stream, after what the current stream has been given so far."""
+        """Copy GPU tensors on the side stream, after all work that is already queued on the current stream."""
         if not pairs:
             return
         if self._stream is None or self._copied is None:

@@ -1,4 +1,4 @@
-"""Exported weights: safetensors and a JSON description. What other stages, and other programs, read."""
+"""Exported weights: a safetensors file and a JSON description, for other stages and other programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
 
 class Description(stored.Identified):
-    """config.json beside exported weights."""
+    """The content of config.json, which lies beside exported weights."""
 
     model: dict[str, Any]
 
@@ -53,8 +53,8 @@ def describe(url: str) -> dict[str, Any]:
     """The description of exported weights.
 
     Raises:
-        DataError: there are none, or they are damaged.
-        ConfigError: they are of another schema.
+        DataError: there is no description, or it is damaged.
+        ConfigError: it has another schema number.
     """
     place = storage.join(url, DESCRIPTION)
     description = stored.read(place, Description)
@@ -66,7 +66,7 @@ def read(url: str, module: nn.Module) -> str:
     """Load exported weights into a module of the same shape, and return their content hash.
 
     Raises:
-        CheckpointError: damaged weights, or of another shape.
+        CheckpointError: the weights are damaged, or have another shape.
     """
     identity, tensors = read_tensors(url)
     check_shapes(url, module, tensors)
@@ -75,9 +75,10 @@ def read(url: str, module: nn.Module) -> str:
 
 
 def check_shapes(url: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """
+    """Check that tensors have the names and shapes of a module's weights.
+
     Raises:
-        CheckpointError: the tensors are no weights of this module; the first odd one is named.
+        CheckpointError: they do not; the message names the first difference.
     """
     expected = {name: list(p.shape) for name, p in module.state_dict().items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
@@ -89,14 +90,15 @@ def check_shapes(url: str, module: nn.Module, tensors: dict[str, Tensor]) -> Non
 
 
 def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
-    """The content hash and the tensors of exported weights. A file of this machine is mapped: its processes share the pages; an object is copied to TMPDIR first.
+    """The content hash and the tensors of exported weights. A local file is memory-mapped, so that all processes of the machine share its memory; an object is
+    downloaded to TMPDIR first.
 
     Raises:
         CheckpointError: they are damaged.
     """
     description = describe(url)
     place = storage.join(url, WEIGHTS)
-    with scratch.folder("export-") as room:  # a mapping outlives its file's name
+    with scratch.folder("export-") as room:  # the mapping stays valid after the file is deleted
         if storage.is_remote(place):
             path = Path(room, WEIGHTS)
             storage.download_file(place, path)
@@ -113,5 +115,5 @@ def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def to_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen module on a device, for use."""
+    """Move a module to a device and freeze it, for inference."""
     return module.to(device).eval().requires_grad_(False)

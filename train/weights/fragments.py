@@ -19,11 +19,11 @@ class Fragment:
     """A contiguous piece of a flattened tensor."""
 
     tensor: Tensor
-    """1-D view that holds the piece; restored in place."""
+    """1-D view of the piece; restoring writes into it."""
     offset: int
-    """First element of the piece in the flattened tensor."""
+    """Index of the piece's first element in the flattened tensor."""
     total: int
-    """Elements of the whole tensor."""
+    """Number of elements of the whole tensor."""
 
 
 def even_slice(tensor: Tensor, part: int, parts: int) -> Fragment:
@@ -50,7 +50,7 @@ class FragmentSaver(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each piece that is not empty."""
+        """One write item for each piece that is not empty."""
         items = []
         for name, fragment in self.state_dict.items():
             if fragment.tensor.numel():
@@ -65,26 +65,26 @@ class FragmentSaver(DefaultSavePlanner):
         return all_plans, Metadata(state_dict_metadata={})
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The piece's tensor."""
+        """The tensor of a piece."""
         tensor: Tensor = self.state_dict[index.fqn].tensor
         return tensor
 
 
 class FragmentLoader(DefaultLoadPlanner):
-    """Restores a dictionary of name -> Fragment in place, from pieces cut in any other way."""
+    """Restores a dictionary of name -> Fragment in place. The stored pieces may be divided in any other way."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Keep the fragments as they are: the default replaces values that it does not know."""
+        """Keep the fragments as they are. The default implementation would replace values whose type it does not know."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
         """One item for each of our pieces: which stored ones it overlaps is found file by file, as they are read.
 
         Raises:
-            CheckpointError: a tensor is missing, or of another size.
+            CheckpointError: a tensor is missing, or has another size or another kind of dtype.
         """
         assert self.metadata is not None
         items: list[ReadItem] = []
@@ -102,11 +102,11 @@ class FragmentLoader(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The piece's tensor, whose elements count from the piece's own start."""
+        """The tensor of a piece; its index 0 is the piece's first element."""
         tensor: Tensor = self.state_dict[index.fqn].tensor
         return tensor
 
 
 def full_shape(parameter: Tensor) -> list[int]:
-    """Shape of a parameter, also of one that ZeRO's stage 3 has partitioned away."""
+    """Full shape of a parameter, also of one that ZeRO stage 3 has partitioned."""
     return list(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,7 +1,7 @@
-"""Pickles as trees: a machine that reads pickle bytes and executes nothing.
+"""Reads a pickle as a tree, without executing anything.
 
-Unpickling calls whatever the file names. This reader keeps names as names and calls as nodes, so that a file is data and no more; names outside
-of the reader's list are refused before anything is made of them.
+Unpickling imports and calls whatever the file names. This reader represents names and calls as nodes of a tree instead, so that a file is only data.
+Names that are not on the caller's list are refused as soon as they are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from infra.errors import DataError
 
 @dataclass(frozen=True)
 class Name:
-    """A name that the pickle would import."""
+    """A name that unpickling would import."""
 
     module: str
     name: str
@@ -27,13 +27,13 @@ class Name:
 
 @dataclass(eq=False)
 class Call:
-    """An object that the pickle would make: what it would call, with what, and what it would then set."""
+    """An object that unpickling would create: the function that it would call, with which arguments, and the state that it would then set."""
 
     function: Any
     arguments: Any
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
-    """Pairs that the pickle puts into it (a dictionary's)."""
+    """Entries that the pickle adds to it, if it is a dictionary."""
 
 
 _MARK = object()
@@ -64,19 +64,19 @@ _IGNORED = ("PROTO", "FRAME")
 
 
 def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[Any], Any], where: str) -> Any:
-    """The tree of the pickle at the file's position, which is left behind its end.
+    """Read the pickle at the file's position, and leave the position behind its end.
 
     Args:
         file: opened for reading.
-        allowed: names that may stand in the pickle, as ``module.name``.
-        persistent: turns a persistent identifier into what stands for it.
+        allowed: names that may occur in the pickle, as ``module.name``.
+        persistent: returns the value for a persistent identifier.
         where: the file's name, for messages.
 
     Returns:
         Plain values, lists, tuples, dictionaries, ``Name`` and ``Call``. Sets become lists.
 
     Raises:
-        DataError: another name, an operation that such files do not need, or no pickle.
+        DataError: the file is not a pickle, or contains a name that is not allowed or an operation that files of weights do not need.
     """
     machine = _Machine(allowed, persistent, where)
     try:
@@ -85,7 +85,7 @@ def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[A
                 machine.step(operation.name, argument)
         return machine.stack.pop()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
-        raise DataError(f"{where}: damaged, or no pickle ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{where}: damaged, or not a pickle ({type(error).__name__}: {error}).") from error
 
 
 class _Machine:
@@ -95,7 +95,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """One operation."""
+        """Interpret one operation."""
         if name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in _ARGUMENTS:

@@ -1,7 +1,7 @@
-"""Weights of the released dVAE (the ``dall-e`` package, docs/paper.md 2.4): read from its pickled modules without executing them, and converted.
+"""Reads the weights of the dVAE that OpenAI released (the ``dall-e`` package, docs/paper.md 2.4) from its pickled modules, without executing them.
 
-torch writes modules as a zip archive (since 1.6) or as a row of pickles and raw storages (before); plain ``pickle.dump`` nests the latter inside
-one pickle. All three are read, and state dictionaries in them too. Parameters carry the same names there and here.
+torch writes modules as a zip archive (since 1.6) or as a sequence of pickles and raw storages (before); plain ``pickle.dump`` nests the latter inside
+one pickle. All three forms are read; they may hold modules or state dictionaries. Parameters have the same names in the release and here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclass(frozen=True)
 class _Stored:
-    """A storage: its dtype, its number of elements, and where its bytes come from."""
+    """A torch storage: its dtype, its number of elements, and a function that returns its bytes."""
 
     dtype: torch.dtype
     count: int
@@ -51,12 +51,12 @@ class _Stored:
 
 @dataclass(frozen=True)
 class Module:
-    """A half of the dVAE as found in a file."""
+    """One half of the dVAE, encoder or decoder, as read from a file."""
 
     tensors: dict[str, Tensor]
-    """By the names of the release: ``blocks.group_1.block_1.res_path.conv_1.w``."""
+    """The parameters, by their names in the release, such as ``blocks.group_1.block_1.res_path.conv_1.w``."""
     names: frozenset[str]
-    """Names of all submodules; empty for a state dictionary."""
+    """Names of all submodules; empty if the file holds a state dictionary."""
 
 
 def read_half(path: str) -> Module:
@@ -76,19 +76,20 @@ def read_half(path: str) -> Module:
         names: set[str] = set()
         return Module({name: _tensor(value, path) for name, value in _named(tree, "", names)}, frozenset(names))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: damaged, or no module of the dall-e package ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{path}: damaged, or not a module of the dall-e package ({type(error).__name__}: {error}).") from error
 
 
 def join_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dictionaries of the release's two modules -> ours."""
+    """Join the state dictionaries of the released encoder and decoder into one for our dVAE."""
     return {f"{half}.{name}": tensor for half, tensors in zip(HALVES, (encoder, decoder), strict=True) for name, tensor in tensors.items()}
 
 
 def shape_of(encoder: Module, decoder: Module, cfg: DVAEConfig) -> DVAEConfig:
-    """The configuration of a pair of halves; what weights do not show (image size; pools and downsampling of bare tensors) is taken from ``cfg``.
+    """The model configuration of an encoder and a decoder, from the shapes of their tensors. The image size is taken from ``cfg``, and for state dictionaries
+    also the kind of pooling and the downsampling, because their tensors do not show them.
 
     Raises:
-        ConfigError: they are no such pair.
+        ConfigError: they are not an encoder and a decoder.
     """
     try:
         first, last = encoder.tensors["blocks.input.w"], encoder.tensors["blocks.output.conv.w"]
@@ -136,7 +137,7 @@ def _zip_tree(data: bytes, path: str) -> Any:
 
 
 def _stream_tree(file: IO[bytes], path: str) -> Any:
-    """One plain pickle, or torch's older row of pickles with the storages behind them."""
+    """Read one plain pickle, or torch's older sequence of pickles that is followed by the storages."""
     first = read_tree(file, _ALLOWED, _refuse_persistent, path)
     if first != _LEGACY_MAGIC:
         return first
@@ -146,7 +147,7 @@ def _stream_tree(file: IO[bytes], path: str) -> Any:
     types: dict[str, _Stored] = {}
 
     def persistent(identifier: Any) -> Any:
-        if identifier[0] == "module":  # a class, with its source code, which is of no interest here
+        if identifier[0] == "module":  # a class with its source code, which is not needed
             return identifier[1]
         kind, storage_type, key, _, count, view = identifier
         if view is not None:
@@ -174,9 +175,9 @@ def _stored(kind: Any, storage_type: Any, count: Any, read: Callable[[], bytes])
 
 
 def _named(tree: Any, prefix: str, names: set[str]) -> list[tuple[str, Any]]:
-    """Parameters of a module's tree, or of a state dictionary, with their names."""
+    """The parameters of a module's tree or of a state dictionary, as (name, value). Names of submodules are added to ``names``."""
     if isinstance(tree, Call) and str(tree.function) in _MODULES:
-        # BUILD holds the attributes; protocol 2 and later may pair them with slots.
+        # The state that BUILD sets: a dictionary of attributes, or from protocol 2 on a pair of that and the slots.
         state = _pairs(tree.state[0] if isinstance(tree.state, tuple) else tree.state)
         found = [(f"{prefix}{name}", value) for name, value in _pairs(state["_parameters"]).items()]
         for name, child in _pairs(state["_modules"]).items():
@@ -187,7 +188,7 @@ def _named(tree: Any, prefix: str, names: set[str]) -> list[tuple[str, Any]]:
 
 
 def _pairs(value: Any) -> dict[str, Any]:
-    """Entries of a dictionary or an OrderedDict; older torch pickled the latter as a list of pairs."""
+    """The entries of a dictionary or of an OrderedDict, which older versions of torch pickled as a list of pairs."""
     if isinstance(value, Call) and str(value.function) == "collections.OrderedDict":
         return {key: item for key, item in value.arguments[0]} | value.items if value.arguments else value.items
     if not isinstance(value, dict):
@@ -214,7 +215,7 @@ def _tensor(value: Any, path: str) -> Tensor:
 
 
 def _nested(call: Call, path: str) -> _Stored:
-    """``torch.storage._load_from_bytes``: a storage in torch's older format, as bytes inside a plain pickle."""
+    """Evaluate ``torch.storage._load_from_bytes``: a storage in torch's older format, as bytes inside a plain pickle."""
     if str(call.function) != "torch.storage._load_from_bytes":
         raise ValueError(f"'{call.function}' where a storage belongs")
     (data,) = call.arguments

@@ -165,7 +165,7 @@ def test_sixteen_bits_are_shown_by_their_upper_eight() -> None:
 def test_pixels_of_32_bits_are_undecodable() -> None:
     data = encode(Image.fromarray(RNG.random((64, 64), dtype=np.float32)), "TIFF")
     assert reason(data, config=OFF) == "undecodable image"
-    with pytest.raises(DataError, match="mode 'F': its pixels are no 8 or 16 bit colours"):
+    with pytest.raises(DataError, match="mode 'F': its pixels are not colours of 8 or 16 bits"):
         crops.decode(data)
 
 

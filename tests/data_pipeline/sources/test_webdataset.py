@@ -102,13 +102,13 @@ BROKEN = {
     "cut in a member": (archive([("a", bytes(5000))])[:3000], "truncated"),
     "cut between members": (archive([("a", b"1")])[:1024], "truncated: it ends at byte 1024"),
     "a later header damaged": (archive([("a", b"1")])[:1024] + b"x" * 2000, "damaged: no header at byte 1024"),
-    "a size of words": (_header(size=b"abc"), "a size that is no number at byte 0"),
-    "a negative size": (_header(size=b"\xff" * 12), "a size that is no number"),
+    "a size of words": (_header(size=b"abc"), "a size that is not a number at byte 0"),
+    "a negative size": (_header(size=b"\xff" * 12), "a size that is not a number"),
     "a huge size": (_header(size=b"\x80" + b"\xff" * 11), "truncated"),
     "a huge pax header": (_header(kind=b"x", size=b"77777777777"), "a header of 8589934591 bytes at byte 0"),
     "a pax header without length": (_header(kind=b"x", size=b"4") + b"abcd" + bytes(508), "a pax header that cannot be read"),
     "a pax header without end": (_header(kind=b"x", size=b"10") + b"99 path=" + bytes(504), "a pax header that cannot be read"),
-    "a pax size of words": (_header(kind=b"x", size=b"14") + b"12 size=abc\n" + bytes(500), "a size that is no number before"),
+    "a pax size of words": (_header(kind=b"x", size=b"14") + b"12 size=abc\n" + bytes(500), "a size that is not a number before"),
     "sparse": (_header(kind=b"S"), "is a sparse file of GNU tar, which is not supported; write the archive without --sparse"),
 }
 

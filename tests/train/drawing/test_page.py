@@ -81,7 +81,7 @@ def test_an_image_is_gone_on_from_and_captions_are_noted(tmp_path: Path, url: st
         ({"n": "many"}, "a field that takes a number holds something else"),
         ({"n": str(MOST + 1)}, f"the page draws up to {MOST}; 'launcher.py draw' draws any number"),
         ({"temperature": "-1"}, "temperature = -1.0: must be above 0"),
-        ({"keep_rows": "2"}, "rows kept: of which image"),
+        ({"keep_rows": "2"}, "rows to keep were given without an image"),
         ({"image": (io.BytesIO(b"\x89PNG\r\n\x1a\n" + bytes(50)), "broken.png")}, "image cannot be decoded"),
         ({"image": (io.BytesIO(bytes(65 << 20)), "huge.png")}, "the image is larger than 64 MB"),
     ],
@@ -168,4 +168,4 @@ def test_a_phone_s_browser_draws_goes_on_from_a_photo_and_shows_what_went_wrong(
 
 def test_the_command_line_names_a_run_that_is_none(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "launcher.py"), "play", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 78 and done.stderr.splitlines()[-1].startswith("config error:") and "no run folder and no package" in done.stderr
+    assert done.returncode == 78 and done.stderr.splitlines()[-1].startswith("config error:") and "neither a run folder nor a package" in done.stderr

@@ -136,7 +136,7 @@ def test_a_package_of_a_live_run_on_s3_draws_from_there(tmp_path: Path, s3: str)
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path: Path, run: RunFolder) -> None:
-    with pytest.raises(ConfigError, match="--package: where to"):
+    with pytest.raises(ConfigError, match="--package needs a folder to write to"):
         package.write(run.url, "")
     with pytest.raises(ConfigError, match="a run folder; name one for the package"):
         package.write(run.url, run.url)
@@ -152,10 +152,10 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path, run: RunFolder) -> Non
 
 def test_what_does_not_belong_together_or_is_not_there_is_refused(tmp_path: Path) -> None:
     run = drawable_run.make(str(tmp_path / "mine"))
-    with pytest.raises(ConfigError, match="no run folder and no package"):
+    with pytest.raises(ConfigError, match="neither a run folder nor a package"):
         load(str(tmp_path))
     export_verb.main(drawable_run.make(str(tmp_path / "live"), live=True).url, "dalle", "average", 0, str(tmp_path / "alone"))
-    with pytest.raises(ConfigError, match=r"weights of one model alone; 'launcher.py export RUN --package"):
+    with pytest.raises(ConfigError, match=r"the weights of only one model; 'launcher.py export RUN --package"):
         load(str(tmp_path / "alone"))
     with pytest.raises(ConfigError, match="precision 'int3': accepted are auto, fp32"):
         load(run.url, precision="int3")
@@ -197,7 +197,7 @@ def test_a_gpu_that_is_not_there_is_refused(run: RunFolder) -> None:
         ({"window": 5}, r"window = 5: accepted are 0 \(by the device\) to 4"),
         ({"keep_rows": 4}, "keep_rows = 4: accepted are 1 to 3 of the picture's 4 rows"),
         ({"fit": "stretch"}, "fit 'stretch': accepted are crop"),
-        ({"temprature": 1.0}, "'temprature' is no setting of a drawing; accepted: n, seed, temperature"),
+        ({"temprature": 1.0}, "'temprature' is not a setting of drawing; accepted: n, seed, temperature"),
     ],
 )
 def test_settings_that_cannot_be_drawn_with_are_refused(artist: Artist, settings: dict[str, Any], message: str) -> None:
@@ -217,7 +217,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     _, tensors = export.read_tensors(run.at("dalle", "export"))
     tensors["resblocks.3.mlp_1.weight"] = torch.full_like(tensors["resblocks.3.mlp_1.weight"], float("nan"))
     export.write(run.at("dalle", "export"), tensors, load_run(run.url, []).dalle, parents=drawable_run.parents_of(run))
-    with pytest.raises(CheckpointError, match=r"mine: the logits of image positions? 0.* are no numbers: the weights \(average weights\) are broken"):
+    with pytest.raises(CheckpointError, match=r"mine: the logits of image positions? 0.* are not finite: the weights \(average weights\) are broken"):
         load(run.url).draw("a red fox")
 
 

@@ -24,7 +24,7 @@ def test_planted_values_are_counted_where_they_are() -> None:
         torch.tensor([6e4]),  # finite, beside the infinite one
     ]
     # The third is a bias, the last two lie outside of the resblocks.
-    layout = Layout([0, 1, 1, 2, 2], 3, [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
+    layout = GradientSlots([0, 1, 1, 2, 2], 3, [t.numel() for t in tensors], [True, True, False, False, False], torch.device("cpu"))
     found = Gradients(tensors, layout)
     once = measures.local(found, 3, count=True, device=torch.device("cpu"))
     both = measures.agreed((2 * once).tolist(), 3, replicas=1)  # two ranks that hold as much

@@ -89,7 +89,7 @@ def test_pictures_survive_png_and_large_ones_travel_as_webp() -> None:
 def test_wrong_pictures_are_refused_with_what_was_given() -> None:
     with pytest.raises(ValueError, match=r"float64, shape \[4, 4\]: expected uint8 of shape \[H, W, 3\]"):
         png_bytes(np.zeros((4, 4)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="4 bytes are no picture"):
+    with pytest.raises(ValueError, match="4 bytes are not a picture"):
         read_png(b"junk")
     with pytest.raises(ValueError, match=r"pictures of one size, given: \[\(4, 4, 3\), \(5, 5, 3\)\]"):
         grid([[np.zeros((4, 4, 3), np.uint8), np.zeros((5, 5, 3), np.uint8)]])

@@ -116,7 +116,7 @@ def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: 
     victim = next(iter(before.records()))["id"]
     takedown.main("tiny", arguments, dry_run=False)
     said = capfd.readouterr().out
-    assert "1 of 1 lines of" in said and "name no record that is stored here: 'nobody'" in said and "nothing of the list is in the sets" in said
+    assert "1 of 1 lines of" in said and "name no record that is stored here: 'nobody'" in said and "no record of the list is in the sets" in said
     with RunFolder(str(run)).lock("dalle"), pytest.raises(ConfigError, match="another launcher runs 'dalle' in this folder"):
         takedown.main("tiny", arguments, dry_run=False)
     listed.write_text(f"{victim}\n")

@@ -219,5 +219,5 @@ def test_nothing_is_collected_where_a_stage_runs_or_neighbours_are_unknown(tmp_p
         verb.main(str(tmp_path), verb.DAYS, [], delete=True)
     glob: Any = storage.glob
     monkeypatch.setattr(storage, "glob", lambda url: (glob(url)[0], iter(())))
-    with pytest.raises(ConfigError, match="cannot be listed, so nobody knows what they need"):
+    with pytest.raises(ConfigError, match="cannot be listed, so it is not known what they need"):
         verb.main(run.url, verb.DAYS, [], delete=True)

@@ -130,7 +130,7 @@ def test_a_picture_that_comes_out_otherwise_is_said_to(draw: Draw, tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{", r"--again: no line of a samples.jsonl"),
+        ("{", r"--again: not a line of a samples.jsonl"),
         ('{"schema": "other"}', "its schema is 'other', not 'sample/2'"),
         ("nowhere.jsonl:2", r"--again nowhere.jsonl:2: neither a line of a samples.jsonl nor a file"),
         ("{out}/samples.jsonl:9", r"has 2 lines; name one as .*:NUMBER, 1 to 2"),
@@ -343,7 +343,7 @@ def test_pictures_lie_in_a_local_run_and_beside_nothing_else(run: RunFolder, tmp
         ((), {}, UsageError, "nothing to draw: give a run and a caption"),
         (("a red fox",), {"url": ""}, UsageError, "nothing to draw"),
         (("a red fox",), {"format": "bmp"}, UsageError, "--format bmp: accepted are png, webp"),
-        (("a red fox",), {"keep_rows": 2}, UsageError, "--keep-rows: of which image"),
+        (("a red fox",), {"keep_rows": 2}, UsageError, "--keep-rows needs an image"),
         (("a red fox",), {"rerank": "somewhere"}, ConfigError, "rerank 'somewhere': accepted are none, clip, and a folder"),
         (("a red fox",), {"temperature": -1.0}, ConfigError, r"temperature = -1.0: must be above 0"),
     ],

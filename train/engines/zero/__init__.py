@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO behind one engine; the only importer of deepspeed."""
+"""DeepSpeed ZeRO as a training engine; only this room imports deepspeed."""

@@ -1,9 +1,8 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 behind the Engine protocol: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; DEEPSPEED.md
-beside this file).
+"""DeepSpeed ZeRO stages 1, 2 and 3 as a training engine: fp32, bf16, and fp16 with a gradient scale for each resblock (paper 2.4, D; DEEPSPEED.md beside this file).
 
-An update: backward passes (DeepSpeed reduces into shards), ``measure`` (sums between nodes, overflow flags and norms of this rank's shards), the step's one
-small all-reduce and the one host synchronisation of ours (DeepSpeed has its own in backward passes: on stage 3, and on all stages with overlap_comm), ``step``
-(scales, clipping, AdamW on the shards, parameters gathered).
+An update consists of: backward passes, in which DeepSpeed reduces gradients into shards; ``measure``, which sums shards between nodes and computes overflow flags
+and norms of this rank's shards; one small all-reduce, the only point where our code makes the host wait for the GPU (DeepSpeed does so in backward passes on
+stage 3, and on all stages with overlap_comm); and ``step``, which updates scales, clips, runs AdamW on the shards, and gathers the parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int = 1) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours. No precision section (it would bring a single loss scale), and no clipping: both are done here."""
+    """DeepSpeed's configuration, derived from ours. It has no section for precision (which would add a single loss scale) and no clipping; both are done here."""
     sections: dict[str, Any] = {
         "stage": zero.stage,
         "overlap_comm": zero.overlap_comm,
@@ -70,7 +69,7 @@ def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int 
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": sections,
         "steps_per_print": 1 << 60,
-        "timers": {"throughput": {"enabled": False}},  # it would stop the GPU in every micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU in every micro-batch
         "wall_clock_breakdown": False,
     }
 
@@ -79,11 +78,11 @@ def make_optimizer(groups: list[ShardGroup], fit: DalleFit) -> ShardOptimizer:
     """The optimizer that dalle_fit.optimizer names.
 
     Raises:
-        ConfigError: it is apex's, and cannot be constructed here.
+        ConfigError: it is apex's, and apex cannot be used here.
     """
     betas, eps = (fit.beta1, fit.beta2), 1e-8
     if fit.optimizer == "apex":
-        from train.optimizer import apex_parts  # what apex brings need not be loaded where it is not asked for
+        from train.optimizer import apex_parts  # imported only if it is needed
 
         return apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
     return PaperAdamW(groups, betas=betas, eps=eps, clip_variance=fit.clip_variance)
@@ -102,13 +101,13 @@ class ZeroEngine:
         compression: CompressionSection | None = None,
         seed: int = 0,
     ) -> None:
-        """Collective.
+        """Wrap a model. Collective.
 
         Args:
-            seed: of the run; compression draws from it.
+            seed: seed of the run, which compression uses.
 
         Raises:
-            ConfigError: DeepSpeed is not as we know it; the nodes are unequal; compression has a rank that does not divide.
+            ConfigError: DeepSpeed differs from the known version, nodes have different numbers of processes, or the rank of compression does not divide over them.
         """
         topology = node_topology(world) if zero.sharding == "node" else None
         internals.prepare(topology)
@@ -120,7 +119,7 @@ class ZeroEngine:
         self.scales = GradientScales(self.resblocks, world.size * fit.accumulation, rules) if scaled else None
         self.nodes = 1 if topology is None else topology.nodes
         self.topology, self.shard_rank = topology, world.rank if topology is None else topology.local
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # a single process has none, and DeepSpeed insists
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # not set in a single process, but DeepSpeed requires it
         self.storage = weight_storage(fit, zero)
         store_weights(module, self.tags, self.storage)
         groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
@@ -130,7 +129,7 @@ class ZeroEngine:
             self._halves = HalfGradients(p for p in module.parameters() if p.dtype == torch.float16)  # before ZeRO's hooks
         self.config = deepspeed_config(fit, zero, world, self.nodes)
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
-            model=module, optimizer=self.rule, config=self.config, mpu=topology, dist_init_required=False
+            model=module, optimizer=self.shard_optimizer, config=self.config, mpu=topology, dist_init_required=False
         )
         self._take_over()
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
@@ -142,8 +141,8 @@ class ZeroEngine:
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
         self.updates = self.attempts = 0
-        self._is_summed = False  # whether this update's shards are sums over the nodes already
-        self._squares: Tensor | None = None  # what compression says of their norms
+        self._is_summed = False  # whether this update's shards have been summed over nodes already
+        self._squares: Tensor | None = None  # their squared norms, if compression has computed them
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
         self._constant = 2.0**rules.before_reduction if scaled else 1.0
@@ -151,13 +150,13 @@ class ZeroEngine:
             self._scale_resblocks()
 
     def _take_over(self) -> None:
-        """Leave to DeepSpeed what it shall do; the step is ours where it can be."""
+        """Check DeepSpeed's optimizer, switch off what our engine does itself, and replace its step by ours if possible."""
         optimizer, zero = self._optimizer, self.zero
         internals.check(optimizer, zero.stage, self.module.named_parameters())
         internals.take_over(optimizer, zero.stage)
-        if isinstance(self.rule, OnePassOptimizer) and not zero.offload_optimizer:
+        if isinstance(self.shard_optimizer, OnePassOptimizer) and not zero.offload_optimizer:
             if internals.is_followed():
-                one_pass.install(optimizer, zero.stage, self.rule)
+                one_pass.install(optimizer, zero.stage, self.shard_optimizer)
             else:
                 log.warning(
                     "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/engines/zero/one_pass.py)",
@@ -165,7 +164,7 @@ class ZeroEngine:
                 )
 
     def _scale_resblocks(self) -> None:
-        """Give each resblock its scale, and the constant before reductions."""
+        """Connect each resblock to its gradient scale, and multiply its gradients by the constant before reductions."""
         for index, block in enumerate(self.module.resblocks):
             block.gradient_scale = self._scale_tensor[index]  # type: ignore[union-attr, assignment]
             block.filter_gradients = self.rules.filter  # type: ignore[union-attr, assignment]
@@ -184,15 +183,15 @@ class ZeroEngine:
         assert self._engine.is_gradient_accumulation_boundary() == last, "DeepSpeed's accumulation boundary is out of step"
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients: the loss is this rank's share of the global mean, and is not divided again (paper D.3)."""
+        """Accumulate gradients. The loss is this rank's share of the global mean, and is not divided again (paper D.3)."""
         self._is_summed = False
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def measure(self) -> Tensor:
-        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call of an update is collective between
-        nodes, and sums their shards in place; later ones measure the same sums again."""
+        """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call in an update is collective between nodes:
+        it sums their shards in place. Further calls measure the same sums again."""
         found = self.gradients.read()
         if not self._is_summed:
             self._squares = None
@@ -207,11 +206,11 @@ class ZeroEngine:
         return measures.local(found, self.resblocks + 1, count=count, device=self.device, squares=self._squares)
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
-        """Apply the update, or skip it on every rank alike.
+        """Apply the update, or skip it, on every rank alike.
 
         Args:
             lr: step size.
-            measured: the sum of ``measure`` over all ranks; formed here if the caller has not done it.
+            measured: the sum of ``measure`` over all ranks; computed here if the caller has not done it.
         """
         if measured is None:
             vector = self.measure()
@@ -219,6 +218,7 @@ class ZeroEngine:
                 dist.all_reduce(vector)
             measured = vector.tolist()
         self.attempts += 1
+        # What all ranks know now: which resblocks have a gradient that is not finite, and the true norms of the others.
         slots = self.resblocks + 1
         found = measures.agreed(measured, slots, replicas=self.nodes)
         values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
@@ -226,48 +226,51 @@ class ZeroEngine:
         norms = [factor * square**0.5 for factor, square in zip(factors, found.squares, strict=True)]
         norm = sum(value**2 for value in norms) ** 0.5
         in_block, outside = any(found.bad[:-1]), found.bad[-1] or norm == float("inf")
+        # Every rank moves its scales by the same rules; ``factors`` above were computed with the scales that this update's gradients have.
         if self.scales is not None:
             self.scales.update(self.attempts, found.bad[:-1])
             self._publish_scales()
         applied = not outside and (not in_block or (self.rules.skip == "resblock" and self.scales is not None))
+        # Tell the optimizer, group by group, the step size, the factor that turns raw gradients into true clipped ones, and whether to skip the group.
         clip = min(1.0, self.fit.clip_norm / (norm + 1e-6))
         group: ShardGroup
-        for group in self.rule.param_groups:
+        for group in self.shard_optimizer.param_groups:
             slot = self.resblocks if group["resblock"] is None else group["resblock"]
             group["lr"], group["factor"] = lr, factors[slot] * clip
             group["skip"] = not applied or (self.scales is not None and found.bad[slot])
         if self.compression is not None:
             self.compression.settle([applied and not (self.scales is not None and bad) for bad in found.bad])
             self.compression = None if self.compression.is_done else self.compression
-        self.rule.count = self.updates + 1
+        # DeepSpeed runs the step (ours, see one_pass.py) and gathers the parameters; then the average follows.
+        self.shard_optimizer.count = self.updates + 1
         self.average.before_step()
         self._engine.step()
         if applied:
             self.updates += 1
             self.average.update(self.updates)
-        # Unfiltered, a resblock's overflow reaches those before it and the embeddings.
+        # Without filters, an overflow in a resblock spreads to the resblocks before it and to the embeddings, so then one outside proves nothing.
         overflow = self.scales is not None and in_block and not (outside and self.rules.filter)
         numerics = self._numerics(values, found, norms) if self.attempts % self.fit.numerics_every == 0 else {}
         return Update(applied, float("inf") if outside or (in_block and not applied) else norm, overflow, numerics)
 
     def factors(self) -> list[float]:
-        """What makes true gradients of the reduced ones, by resblock and, last, outside of them.
+        """The factors that turn reduced gradients into true ones: one for each resblock, and the last for parameters outside resblocks.
 
-        DeepSpeed has averaged over the sharding group, and the true gradient is a sum, without the scale and the constant.
+        DeepSpeed has averaged over the sharding group, but the true gradient is a sum, without the scale and the constant.
         """
         values = self.scales.values() if self.scales is not None else [1.0] * self.resblocks
         return [self.world.size / self.nodes / factor for factor in [*(value * self._constant for value in values), 1.0]]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's meta.json keeps of the engine."""
+        """What a checkpoint's meta.json stores of the engine."""
         compression = None if self.compression is None else self.compression.state()
         return {"attempts": self.attempts, "scales": None if self.scales is None else self.scales.state(), "compression": compression}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state: scales are rescaled by the change of the number of shares.
+        """Continue from a checkpoint's state. Scales adapt to another number of micro-batches in the global batch.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the state is damaged.
         """
         stored.check(state, EngineState, "meta.json of the checkpoint, engine", "go back to an earlier checkpoint")
         self.attempts = state["attempts"]
@@ -276,7 +279,7 @@ class ZeroEngine:
             self._publish_scales()
 
     def more_to_load(self, state: dict[str, Any]) -> Iterator[dict[str, Fragment]]:
-        """The error buffers of compression, where a checkpoint with this ``state`` holds some or this run needs some: lots of fragments to be filled."""
+        """The error buffers of compression, if a checkpoint with this ``state`` has some or this run needs some, as groups of fragments to fill."""
         stored = state.get("compression")
         if self.compression is None and stored is not None:
             self.compression = self._build_compression()
@@ -291,10 +294,10 @@ class ZeroEngine:
         return build(self._compression_section, self.gradients.names, self.pieces, widths, self.tags, self.topology, devices, self._seed)
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
-        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load; of compression each has
-        buffers of its own to save, and loads them by ``more_to_load``.
+        """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load them. Buffers of compression are
+        saved by every rank, and loaded by ``more_to_load``.
 
-        Averages in CPU memory are up to date after ``average.wait``; to load, it is waited for here.
+        Averages in CPU memory are up to date only after ``average.wait``, which is called here when loading.
         """
         if to_load:
             self.average.wait()
@@ -304,22 +307,22 @@ class ZeroEngine:
         masters = self._masters()
         for piece in self.pieces:
             flat = masters[piece.flat]
-            moments = self.rule.moments(self._group_of(piece.flat), flat)  # zeros where no update has been applied yet
+            moments = self.shard_optimizer.moments(self._group_of(piece.flat), flat)  # zeros if no update has been applied yet
             tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
-            tensors |= {f"optimizer/{name}": moments[name] for name in self.rule.state_names}
+            tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names}
             for kind, tensor in tensors.items():
                 found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found
 
     def loaded(self, updates: int) -> None:
-        """Finish a restore: refresh every rank's parameters from the masters, and set the count of applied updates."""
+        """Finish a restore: compute every rank's parameters from the masters, and set the number of applied updates."""
         self.updates = updates
         internals.refresh(self._optimizer, self.zero.stage)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, forward passes read the averaged weights. Collective; masters come back bit for bit, but not after an error: its rank must not
-        wait for others, which may not have met it."""
+        """During the block, forward passes use the averaged weights. Collective. Afterwards the masters are restored bit for bit; but not after an error, because
+        restoring would wait for other ranks, which may not have had the error."""
         self._swap()
         self._engine.eval()
         yield
@@ -341,7 +344,7 @@ class ZeroEngine:
 
     def _group_of(self, flat: int) -> ShardGroup:
         index = self._optimizer.sub_group_to_group_id[flat] if self.zero.stage == 3 else flat
-        group: ShardGroup = self.rule.param_groups[index]
+        group: ShardGroup = self.shard_optimizer.param_groups[index]
         return group
 
     def _publish_scales(self) -> None:
@@ -349,7 +352,7 @@ class ZeroEngine:
             self._scale_tensor.copy_(torch.tensor(self.scales.values(), dtype=torch.float32), non_blocking=True)
 
     def _between_nodes(self, tensors: list[Tensor], is_block_matrix: list[bool]) -> None:
-        """Sum shards over the nodes, exactly: block matrices in fp16 where they are fp16 on the wire, the rest in fp32."""
+        """Sum shards over the nodes without compression: block matrices in fp16 if they are stored or sent in fp16, everything else in fp32."""
         assert self.topology is not None
         half = self.storage != "fp32"
         for matrices in (True, False):

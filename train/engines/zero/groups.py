@@ -1,6 +1,7 @@
 """Storage of block matrices, and the parameter groups of the optimizer (DEEPSPEED.md beside this file, 3 and 4).
 
-Block matrices have groups of their own where they are stored or sent in 16 bits, or their moments are. Otherwise they share a group with embeddings and unembeddings.
+Block matrices have groups of their own if they are stored or sent in 16 bits, or if their moments are. Otherwise they share a group with embeddings and
+unembeddings.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ Storage = Literal["fp32", "fp16", "cast"]
 
 
 def weight_storage(fit: DalleFit, zero: ZeroSection) -> Storage:
-    """How block matrices are kept: 'fp32' (bf16 and fp32 arithmetic), or with fp16 arithmetic as zero.weights says.
+    """How block matrices are stored: 'fp32' with bf16 or fp32 arithmetic; with fp16 arithmetic, as zero.weights says.
 
-    'auto' takes the fewer bytes of each stage (``weight_bytes``, measured by tests/train/engines/test_zero.py): true fp16 parameters on all three. On stage 3 an fp32
-    shard could be its own master, but DeepSpeed 0.19.8 keeps a second copy.
+    'auto' takes whichever needs fewer bytes on the ZeRO stage (``weight_bytes``, measured by tests/train/engines/test_zero.py): true fp16 parameters on all three.
+    On stage 3 an fp32 shard could be its own master, but DeepSpeed 0.19.8 keeps a second copy.
     """
     if fit.precision != "fp16":
         return "fp32"
@@ -30,26 +31,26 @@ def weight_storage(fit: DalleFit, zero: ZeroSection) -> Storage:
 
 
 def weight_bytes(stage: int, storage: Storage, ranks: int) -> float:
-    """Bytes a parameter that each of ``ranks`` sharding processes keeps for weight and fp32 master (not moments, gradients, or what is gathered for use)."""
+    """Bytes per parameter that each of ``ranks`` sharding processes holds for the weight and the fp32 master, without moments, gradients and gathered parameters."""
     whole = 2.0 if storage == "fp16" else 4.0
     return (whole / ranks if stage == 3 else whole) + 4.0 / ranks
 
 
 def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Storage) -> None:
-    """Bring block matrices into their storage, before ZeRO takes the parameters over. Gains, biases, tables and unembeddings stay fp32 (paper D.2)."""
+    """Convert block matrices to their storage, before the parameters are given to ZeRO. Gains, biases, tables and unembeddings stay fp32 (paper D.2)."""
     for name, p in module.named_parameters():
         if tags[name].is_block_matrix and storage == "fp16":
             p.data = p.data.to(torch.float16)
-            if hasattr(p, "ds_tensor"):  # sharded already: stage 3 keeps its shard apart
+            if hasattr(p, "ds_tensor"):  # sharded already: on stage 3 the shard is a tensor of its own
                 p.ds_tensor.data = p.ds_tensor.data.to(torch.float16)
         elif tags[name].is_block_matrix and storage == "cast":
             p.comm_dtype = torch.float16  # type: ignore[attr-defined]
 
 
 def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[ShardGroup]:
-    """Groups that are alike in storage, decay and packing of moments, and in their resblock if gradients have scales.
+    """Groups of parameters that agree in storage, weight decay and packing of moments; and in their resblock, if gradients have scales.
 
-    An fp32 group of what lies outside of resblocks comes first: ZeRO takes the dtype of its buckets from the first parameter.
+    An fp32 group of parameters outside resblocks comes first, because ZeRO takes the dtype of its buckets from the first parameter.
     """
     groups: dict[tuple[Any, ...], ShardGroup] = {}
     named = sorted(module.named_parameters(), key=lambda item: tags[item[0]].resblock is not None)

@@ -1,4 +1,4 @@
-"""What we know of DeepSpeed's internals (DEEPSPEED.md beside this file), checked at start, and most reaches into them. With engine.py the only importer of deepspeed."""
+"""What this project knows about DeepSpeed's internals (DEEPSPEED.md beside this file), checked at start; and most accesses to them. Only this module imports deepspeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no CUDA toolkit is needed where no op is compiled
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no CUDA toolkit is needed, because no op is compiled
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every rank warns that it found no GPU
     # Otherwise stage 3 starts ``numactl`` for every bucket of gradients, to count devices.
@@ -30,7 +30,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 SERIES = "0.19."
 FOLLOWED = "0.19.8"
-"""The version whose step train/engines/zero/one_pass.py follows line by line: a change there shows in no attribute."""
+"""The version whose step train/engines/zero/one_pass.py follows line by line. A change in that step cannot be detected by attributes."""
 NEEDED_OF_MODULES = {
     torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"),
     runtime: ("all_gather_dp_groups",),
@@ -53,37 +53,37 @@ NEEDED = {
         "_unflatten_partitioned_parameters", "fp16_partitioned_groups_flat",
     ),
 }  # fmt: skip
-"""Attributes of ZeRO's optimizers that train/engines/zero/ stands on: stages 1 and 2, and stage 3."""
+"""Attributes of ZeRO's optimizers that train/engines/zero/ uses: for stages 1 and 2 (key 2), and for stage 3."""
 
 
 def prepare(topology: Any) -> None:
     """Check the version and set DeepSpeed up for our engine, before ``initialize``.
 
     Args:
-        topology: the ``mpu`` of the engine to come, or None.
+        topology: the ``mpu`` of the engine that will be initialised, or None.
 
     Raises:
-        ConfigError: another DeepSpeed than the one we know.
+        ConfigError: DeepSpeed differs from the known version.
     """
     if not deepspeed.__version__.startswith(SERIES):
-        raise ConfigError(f"deepspeed {deepspeed.__version__} is installed; train/engines/zero/ knows {SERIES}x (requirements.txt).")
+        raise ConfigError(f"deepspeed {deepspeed.__version__} is installed; train/engines/zero/ was written for {SERIES}x (requirements.txt).")
     absent = [f"{module.__name__}.{name}" for module, names in NEEDED_OF_MODULES.items() for name in names if not hasattr(module, name)]
     if absent or torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME != "comm_dtype":
-        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent) or 'comm_dtype'}.")
-    # DeepSpeed would compile a shared-memory collective at its first use on a CPU: 50 s and a compiler for no gain at these
-    # sizes (DECISIONS.md); gloo does the same work.
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ depends on: {', '.join(absent) or 'comm_dtype'}.")
+    # On a CPU, DeepSpeed would compile a shared-memory collective at its first use, which takes 50 s and a compiler and gains nothing at these sizes
+    # (DECISIONS.md); gloo does the same.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    # Makes ZeRO keep one bucket for each dtype: fp16 gradients travel as fp16, fp32 ones as fp32. No autocast is configured, so nothing else follows.
+    # Makes ZeRO use one bucket for each dtype, so that fp16 gradients are sent as fp16 and fp32 ones as fp32. It has no other effect without autocast.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = True
     stage3.defragment = defragment
-    groups.mpu = topology  # else an engine without one keeps that of an earlier engine of this process
+    groups.mpu = topology  # otherwise an engine without a topology would use that of an earlier engine of this process
 
 
 def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> None:
-    """Check ZeRO's optimizer after ``initialize``.
+    """Check that ZeRO's optimizer and parameters have the attributes we use, after ``initialize``.
 
     Raises:
-        ConfigError: it lacks what we need.
+        ConfigError: one is missing.
     """
     absent = [name for name in NEEDED[max(stage, 2)] if not hasattr(optimizer, name)]
     marks = ("ds_tensor", "ds_shape", "ds_numel", "partition_numel", "all_gather", "partition") if stage == 3 else ("_hp_mapping",)
@@ -97,18 +97,18 @@ def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> 
                 if not hasattr(mapping, mark)
             ]
     if absent:
-        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ stands on: {', '.join(absent[:3])}.")
+        raise ConfigError(f"deepspeed {deepspeed.__version__} lacks what train/engines/zero/ depends on: {', '.join(absent[:3])}.")
 
 
 def is_followed() -> bool:
-    """Whether the installed version is the one whose step ours follows."""
+    """Whether the installed version is the one whose step our own step follows."""
     return str(deepspeed.__version__) == FOLLOWED
 
 
 def take_over(optimizer: Any, stage: int) -> None:
-    """Leave norm, clipping and the judgement of overflows to our engine, which does them in one collective."""
+    """Switch off DeepSpeed's norm, clipping and overflow check, which our engine does with a single collective."""
     if stage == 3:
-        optimizer._get_norm_groups = lambda: [torch.zeros(())]  # on the CPU: DeepSpeed makes a bool of it
+        optimizer._get_norm_groups = lambda: [torch.zeros(())]  # on the CPU, because DeepSpeed converts it to a bool
         optimizer.unscale_and_clip_grads = lambda *_: None
         optimizer._check_overflow = lambda *_, **__: None
     else:
@@ -118,14 +118,16 @@ def take_over(optimizer: Any, stage: int) -> None:
 
 
 def refresh(optimizer: Any, stage: int) -> None:
-    """Bring the parameters that forward passes read up to date with the masters. Collective."""
+    """Update the parameters that forward passes use from the masters. Collective."""
     with torch.no_grad():
         if stage < 3:
             optimizer.update_lp_params()
             return
         optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):
-            type(optimizer)._reassign_or_swap_out_partitioned_parameters(optimizer, index)  # not what train/engines/zero/one_pass.py put in its place
+            type(optimizer)._reassign_or_swap_out_partitioned_parameters(
+                optimizer, index
+            )  # the class's method, because one_pass.py replaces the instance's
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
@@ -138,19 +140,19 @@ def masters(optimizer: Any, stage: int) -> list[Tensor]:
 
 
 class _Buffers:
-    """What stage 3 keeps as one flat buffer, as one for each dtype; ``narrow`` finds the right one."""
+    """Stands in for the single flat buffer that stage 3 expects: one buffer for each dtype, of which ``narrow`` finds the right one."""
 
     def __init__(self, buffers: dict[torch.dtype, Tensor], places: dict[int, tuple[torch.dtype, int]]) -> None:
         self.buffers, self.places = buffers, places
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        """The piece that starts at a tensor's place in the sequence of all."""
+        """The part of a buffer for the tensor that begins at ``start`` in the sequence of all tensors."""
         dtype, offset = self.places[start]
         return self.buffers[dtype].narrow(dim, offset, length)
 
 
 def defragment(tensors: list[Tensor]) -> Any:
-    """DeepSpeed's ``defragment`` (shards to one contiguous buffer, through the CPU), without its assertion of a single dtype."""
+    """DeepSpeed's ``defragment`` (copies shards into one contiguous buffer, by way of the CPU), but for several dtypes."""
     places: dict[int, tuple[torch.dtype, int]] = {}
     sizes: dict[torch.dtype, int] = {}
     start = 0

@@ -1,4 +1,4 @@
-"""What ranks must know of each other's gradients, as one float64 vector that is summed over them: overflow, norm and numerics of each resblock."""
+"""What ranks must know about each other's gradients before a step: overflow flags, norms and numerics of each resblock, as a float64 vector summed over ranks."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from train.engines.zero.shards import Gradients
 
 _ROWS = ("bad", "squares", "zeros", "subnormals", "counted")
 _SMALLEST_NORMAL = 2.0**-14
-"""Of fp16."""
+"""The smallest normal number of fp16."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Sums over all ranks; one entry for each resblock and, last, for everything outside of them."""
+    """Sums over all ranks: one entry for each resblock, and the last one for all parameters outside resblocks."""
 
     bad: list[bool]
     """Whether a gradient was not finite."""
     squares: list[float]
-    """Sum of squares of the raw, scaled gradients; 0 where bad."""
+    """Sum of squares of the raw, scaled gradients; 0 if one is not finite."""
     zeros: list[float]
-    """Share of exact zeros among the gradients of block matrices; NaN when not counted."""
+    """Share of exact zeros among the gradients of block matrices; NaN if they were not counted."""
     subnormals: list[float]
-    """Share of values below fp16's smallest normal number, zeros left out; NaN when not counted."""
+    """Share of values below fp16's smallest normal number, without zeros; NaN if they were not counted."""
 
 
 def length(slots: int) -> int:
-    """Entries of the vector."""
+    """Number of entries of the vector."""
     return len(_ROWS) * slots
 
 
 @torch.no_grad()
 def local(found: Gradients, slots: int, *, count: bool, device: torch.device, squares: Tensor | None = None) -> Tensor:
-    """This rank's share, float64 [5 * slots]; nothing waits for the device.
+    """This rank's part of the vector, float64 [5 * slots], computed without waiting for the device.
 
     Args:
-        count: also count zeros and subnormal values: two more passes over the gradients of matrices.
-        squares: of each gradient, float64 and not finite where it is not, where they are known in another way: compressed ones are not there yet.
+        count: also count zeros and subnormal values, in two more passes over the gradients of matrices.
+        squares: sum of squares of each gradient, float64 and not finite for a gradient that is not, if they were computed already: compressed gradients are
+            not in ``found`` yet.
     """
     layout = found.layout
     sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.matrix_lengths.device)
@@ -60,9 +61,9 @@ def local(found: Gradients, slots: int, *, count: bool, device: torch.device, sq
 
 
 def agreed(sums: Sequence[float], slots: int, replicas: int) -> Measures:
-    """Read the vector after the sum over all ranks, ``replicas`` of which hold equal shards."""
+    """Decode the vector after it was summed over all ranks; each shard was counted ``replicas`` times."""
     rows = [list(sums[row * slots : (row + 1) * slots]) for row in range(len(_ROWS))]
     share = [[part / count if count else float("nan") for part, count in zip(rows[row], rows[4], strict=True)] for row in (2, 3)]
     bad = [value > 0 for value in rows[0]]
-    # Of a bad slot nothing counts: its finite parts may be as large as fp16 allows, and would clip all others.
+    # The norm of a slot that is not finite is left out: its finite parts may be as large as fp16 allows, and would cause all others to be clipped.
     return Measures(bad, [0.0 if odd else value / replicas for odd, value in zip(bad, rows[1], strict=True)], share[0], share[1])

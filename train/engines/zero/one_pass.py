@@ -1,8 +1,8 @@
-"""The optimizer step in one pass over this rank's shards, in place of DeepSpeed's: gradients are read where the reduction left them, master and moments are
-read and written once, and the copy that forward passes read is written with them.
+"""An optimizer step in a single pass over this rank's shards, which replaces DeepSpeed's. Gradients are read where the reduction left them, masters and moments are
+read and written once, and the copy for forward passes is written in the same pass.
 
-DeepSpeed's own step joins the gradients of a group in a new tensor before, and reads the masters again afterwards to copy them: with fp16 parameters and
-16-bit moments 34 bytes a parameter instead of 22. The numbers are the same, bit for bit.
+DeepSpeed's own step first joins the gradients of a group in a new tensor, and afterwards reads the masters again to copy them. With fp16 parameters and 16-bit
+moments that moves 34 bytes per parameter instead of 22. The results are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from train.engines.zero import internals
 from train.optimizer.protocol import OnePassOptimizer
 
 
-def install(optimizer: Any, stage: int, rule: OnePassOptimizer) -> None:
-    """Take over the step of ZeRO's optimizer, which must not be offloaded: ``rule`` is the one that it wraps."""
+def install(optimizer: Any, stage: int, ours: OnePassOptimizer) -> None:
+    """Replace the step of ZeRO's optimizer, which must not be offloaded and wraps ``ours``."""
     if stage < 3:
-        optimizer.step = partial(_step, optimizer, rule)
+        optimizer.step = partial(_step, optimizer, ours)
         return
 
     def update(index: int) -> None:
-        group = rule.param_groups[optimizer.sub_group_to_group_id[index]]
+        group = ours.param_groups[optimizer.sub_group_to_group_id[index]]
         flats = [grad.view(-1) for grad in optimizer.averaged_gradients[index]]
         optimizer.averaged_gradients[index] = None
-        rule.apply(group, optimizer.fp32_partitioned_groups_flat[index], flats, optimizer.fp16_partitioned_groups_flat[index].data)
+        ours.apply(group, optimizer.fp32_partitioned_groups_flat[index], flats, optimizer.fp16_partitioned_groups_flat[index].data)
 
-    optimizer._prepare_fp32_grad_for_sub_group = lambda index: None  # which would join them in fp32
+    optimizer._prepare_fp32_grad_for_sub_group = lambda index: None  # it would join the gradients in fp32
     optimizer._optimizer_step = update
     optimizer._reassign_or_swap_out_partitioned_parameters = optimizer._unflatten_partitioned_parameters
 
 
 @torch.no_grad()
-def _step(optimizer: Any, rule: OnePassOptimizer, closure: None = None) -> None:
-    """What DeepSpeedZeroOptimizer.step does on stages 1 and 2 without offload, norms and loss scales."""
+def _step(optimizer: Any, ours: OnePassOptimizer, closure: None = None) -> None:
+    """The part of DeepSpeedZeroOptimizer.step that remains on stages 1 and 2 without offloading, norms and loss scales."""
     optimizer.micro_step_id = internals.stage_1_and_2.INITIAL_MICRO_STEP_ID
     optimizer.overflow, optimizer._global_grad_norm = False, None
-    for index, group in enumerate(rule.param_groups):
+    for index, group in enumerate(ours.param_groups):
         optimizer.free_grad_in_param_list(optimizer.params_not_in_partition[index])
         whole = optimizer._get_preflattened_grad_partition(index)
         flats = [grad.view(-1) for grad in optimizer.averaged_gradients[index]] if whole is None else [whole]
         rank = dist.get_rank(group=optimizer.real_dp_process_group[index])
         copy = optimizer.parallel_partitioned_bit16_groups[index][rank].data
-        rule.apply(group, optimizer.single_partition_of_fp32_groups[index], flats, copy)
+        ours.apply(group, optimizer.single_partition_of_fp32_groups[index], flats, copy)
         optimizer.free_grad_in_param_list(optimizer.params_in_partition[index])
         optimizer._release_preflattened_grad_buffers(index)
         optimizer.averaged_gradients[index] = optimizer.all_grad_tensors[index] = None

@@ -1,4 +1,4 @@
-"""The gradient scales of the paper, one for each resblock: pure rules, the same on every rank (paper D.1; docs/paper.md 5.3)."""
+"""The paper's gradient scales, one for each resblock. Their rules are pure, and give the same on every rank (paper D.1; docs/paper.md 5.3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.config import ScaleSection
 
 
 class _Scales(Stored):
-    """What ``GradientScales.state`` keeps."""
+    """The stored form of ``GradientScales.state``."""
 
     exponents: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=1)]
     divided: Annotated[list[int], Field(min_length=1)]
@@ -20,7 +20,7 @@ class _Scales(Stored):
 
 
 class EngineState(Stored):
-    """What a checkpoint's meta.json keeps of the engine."""
+    """What a checkpoint's meta.json stores of the engine."""
 
     attempts: Count
     scales: _Scales | None
@@ -29,19 +29,19 @@ class EngineState(Stored):
 class GradientScales:
     """Scales s = M * 2**e, one for each resblock, or a single one for all.
 
-    M, the number of shares that the global batch is cut into (ranks times micro-batches), is not part of the state: a run that resumes on another
-    number of ranks has its scales, initial value and limits rescaled by the change of M without more ado.
+    M, the number of micro-batches in the global batch (over all ranks), is not part of the state. So if a run resumes on another number of ranks, its scales,
+    their initial value and their limits change with M automatically.
     """
 
     def __init__(self, resblocks: int, shares: int, rules: ScaleSection) -> None:
         self.rules, self.shares, self.resblocks = rules, shares, resblocks
         own = 1 if rules.scope == "global" else resblocks
         self.exponents = [float(rules.initial)] * own
-        """e of each scale."""
+        """The exponent e of each scale."""
         self.divided = [-rules.window] * own
-        """Update of each scale's last division."""
+        """The update in which each scale was last divided."""
         self.overflows = [0] * resblocks
-        """Updates in which a resblock had a non-finite parameter gradient."""
+        """For each resblock, the number of updates in which it had a non-finite parameter gradient."""
 
     def values(self) -> list[float]:
         """The scale of each resblock."""
@@ -49,11 +49,11 @@ class GradientScales:
         return found * self.resblocks if len(found) < self.resblocks else found
 
     def update(self, step: int, bad: Sequence[bool]) -> None:
-        """Take in an update, applied or skipped: which resblocks had a non-finite parameter gradient on any rank.
+        """Adapt the scales after an update, applied or skipped.
 
         Args:
-            step: number of the update, counting skipped ones.
-            bad: one flag for each resblock.
+            step: number of the update, including skipped ones.
+            bad: for each resblock whether it had a non-finite parameter gradient on any rank.
         """
         for index, overflowed in enumerate(bad):
             self.overflows[index] += overflowed
@@ -70,11 +70,11 @@ class GradientScales:
         self.exponents[index] = min(max(exponent, float(self.rules.lowest)), float(self.rules.highest))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; JSON-able."""
+        """What a checkpoint stores, as JSON-able values."""
         return {"exponents": list(self.exponents), "divided": list(self.divided), "overflows": list(self.overflows)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; where its scope is another one, from the smallest scale of its scales."""
+        """Continue from a checkpoint's state; if its scales have another scope, from the smallest of them."""
         if len(state["exponents"]) == len(self.exponents):
             self.exponents, self.divided = [float(e) for e in state["exponents"]], [int(d) for d in state["divided"]]
         else:

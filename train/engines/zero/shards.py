@@ -1,13 +1,13 @@
-"""Where in ZeRO's flat shards each parameter lies, in all three stages; and the reduced gradients by resblock.
+"""Where each parameter is located in ZeRO's flat shards, on all three stages; and the reduced gradients of this rank.
 
-Four words that this folder keeps apart:
+Four words have different meanings here:
 
-- A **flat** is what DeepSpeed makes of a parameter group (stages 1 and 2) or of a sub-group of one (stage 3): its parameters, flattened and laid end to end.
-- A **shard** is this rank's even slice of a flat: an fp32 tensor, the master weights that the optimizer updates (``internals.masters``). A number called
-  ``flat`` in this folder counts these shards. Where a shard begins and ends says nothing of parameters.
-- A **piece** (``Piece``) is where one parameter meets one shard: from where to where, in both. A parameter may have no piece on a rank, and padding is none.
-- A **fragment** (``train.weights.fragments.Fragment``) is what a checkpoint sees of a piece: a view of the tensor and its offset in the whole parameter. It
-  knows neither flats nor ranks, so a checkpoint restores on any number of them.
+- A **flat** is DeepSpeed's tensor for a parameter group (stages 1 and 2) or a sub-group of it (stage 3): all its parameters, flattened and concatenated.
+- A **shard** is this rank's even slice of a flat: an fp32 tensor that holds the master weights, which the optimizer updates (``internals.masters``). A number
+  called ``flat`` in this folder is an index of these shards. The ends of a shard need not coincide with those of parameters.
+- A **piece** (``Piece``) is the intersection of one parameter with one shard: its range in both. A parameter may have no piece on a rank; padding is no piece.
+- A **fragment** (``train.weights.fragments.Fragment``) is a piece as a checkpoint knows it: a view of the tensor, and its offset in the whole parameter. It
+  contains neither flats nor ranks, so a checkpoint can be restored on any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Piece:
 
 
 def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Piece]:
-    """All parts of parameters that this rank's shards hold; ``rank`` counts within the sharding group."""
+    """The pieces of all parameters in this rank's shards; ``rank`` is the rank within the sharding group."""
     names = {id(p): name for name, p in module.named_parameters()}
     found = []
     if stage == 3:
@@ -59,17 +59,17 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
     return found
 
 
-class Layout:
-    """What stays the same of a rank's gradients. It is put on their device once, so that reading them copies nothing there."""
+class GradientSlots:
+    """Facts about a rank's gradients that never change. They are copied to the device once, so that reading gradients copies nothing."""
 
     def __init__(self, slots: list[int], count: int, lengths: list[int], is_block_matrix: list[bool], device: torch.device) -> None:
         """
         Args:
-            slots: of each piece: its resblock, or the last slot for what lies outside.
+            slots: for each piece its resblock, or the last slot for parameters outside resblocks.
             count: number of slots.
-            lengths: elements of each piece.
-            is_block_matrix: of each piece: whether its parameter is a matrix of a resblock.
-            device: of the gradients.
+            lengths: number of elements of each piece.
+            is_block_matrix: for each piece whether its parameter is a matrix of a resblock.
+            device: device of the gradients.
         """
         matrices = [index for index, matrix in enumerate(is_block_matrix) if matrix]
         self.is_block_matrix, self.matrices = is_block_matrix, matrices
@@ -78,8 +78,8 @@ class Layout:
         self.matrix_lengths = torch.tensor([lengths[index] for index in matrices], dtype=torch.float64, device=device)
 
     def by_slot(self, values: Tensor, *, matrices: bool = False) -> Tensor:
-        """Sums of a float64 figure of each piece, or of each block matrix, by slot. Its order is fixed: the atomic additions of ``index_add_`` on a GPU would
-        let the last bits differ from run to run."""
+        """Sum float64 values of all pieces, or of all block matrices, by slot. The order of summation is fixed; the atomic additions of ``index_add_`` on a GPU
+        would make the last bits differ from run to run."""
         return ((self._matrix_members if matrices else self._members) * values).sum(1)
 
 
@@ -88,11 +88,11 @@ class Gradients:
     """This rank's reduced gradients, as pieces of parameters without padding."""
 
     tensors: list[Tensor]
-    layout: Layout
+    layout: GradientSlots
 
 
 class GradientReader:
-    """Finds the gradients between backward and step. What does not change is looked up once: nothing here waits for a GPU."""
+    """Finds the gradients between the backward pass and the step. Everything constant is looked up once, so that reading never waits for a GPU."""
 
     def __init__(self, optimizer: Any, stage: int, module: nn.Module, found: list[Piece], tags: dict[str, ParameterTag], offload: bool) -> None:
         self._optimizer, self._stage, self._offload = optimizer, stage, offload
@@ -104,19 +104,19 @@ class GradientReader:
             lengths = {piece.name: piece.length for piece in found}
             groups = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
             held = [(group, place, names[id(p)]) for group, members in enumerate(groups) for place, p in enumerate(members)]
-            held = [entry for entry in held if entry[2] in lengths]  # stage 3: no part of a parameter that is shorter than there are ranks
+            held = [entry for entry in held if entry[2] in lengths]  # on stage 3 a rank may have no part of a very small parameter
             self.names = [name for _, _, name in held]
             self._places = [(group, place, lengths[name]) for group, place, name in held]
         outside = len({tag.resblock for tag in tags.values()} - {None})
         found_in = [tags[name].resblock for name in self.names]
         slots = [outside if block is None else block for block in found_in]
         device = torch.device("cpu") if offload else next(module.parameters()).device
-        self._layout = Layout(
+        self._layout = GradientSlots(
             slots, outside + 1, [length for *_, length in self._places], [tags[name].is_block_matrix for name in self.names], device
         )
 
     def read(self) -> Gradients:
-        """The gradients of this update; views, to be changed in place."""
+        """The gradients of this update, as views that may be changed in place."""
         optimizer = self._optimizer
         if self._offload:
             if self._stage < 3:

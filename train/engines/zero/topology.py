@@ -1,4 +1,4 @@
-"""Who shards with whom: all processes, or those of a node, with replicas between nodes (paper 2.5; DEEPSPEED.md beside this file, 5)."""
+"""Which processes shard together: all of them, or those of a node, with replicas on the other nodes (paper 2.5; DEEPSPEED.md beside this file, 5)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from infra.world import World
 
 
 class NodeTopology:
-    """What DeepSpeed asks of an ``mpu``: its data-parallel group is the node, so ZeRO shards and reduces inside it.
+    """An ``mpu`` for DeepSpeed whose data-parallel group is the node, so that ZeRO shards and reduces within the node.
 
-    ``between`` holds the ranks of equal local rank, one of each node: gradients of equal shards are summed over it.
+    ``between`` is the group of ranks with the same local rank, one of each node; gradients of equal shards are summed over it.
     """
 
     def __init__(self, world: World) -> None:
@@ -32,19 +32,19 @@ class NodeTopology:
         self.within, self.between, self.alone = within[self.node], between[self.local], alone[world.rank]
 
     def get_data_parallel_group(self) -> Any:
-        """The node."""
+        """The processes of this node."""
         return self.within
 
     def get_data_parallel_rank(self) -> int:
-        """Place in the node."""
+        """This process's rank in the node."""
         return self.local
 
     def get_data_parallel_world_size(self) -> int:
-        """Processes of the node."""
+        """Number of processes of the node."""
         return self.node_size
 
     def get_model_parallel_group(self) -> Any:
-        """This process alone."""
+        """A group of this process only: there is no model parallelism."""
         return self.alone
 
     def get_model_parallel_rank(self) -> int:
@@ -58,5 +58,5 @@ class NodeTopology:
 
 @cache
 def node_topology(world: World) -> NodeTopology:
-    """The topology of a world; groups are made once for a process."""
+    """The topology of a world, whose groups are created once in a process."""
     return NodeTopology(world)

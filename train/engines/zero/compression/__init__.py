@@ -1,1 +1,1 @@
-"""PowerSGD between machines, on the shards that ZeRO leaves on each (paper 2.5, E; docs/paper.md 6)."""
+"""PowerSGD between machines, applied to the shards that ZeRO leaves on each of them (paper 2.5, E; docs/paper.md 6)."""

@@ -1,4 +1,4 @@
-"""Which of a rank's pieces are compressed, and the objects that do it."""
+"""Decides which of a rank's pieces are compressed, and builds the objects that do it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def slots_of(tags: Mapping[str, ParameterTag]) -> int:
-    """Resblocks, and one for what lies outside."""
+    """Number of slots: one for each resblock, and one for all parameters outside resblocks."""
     return len({tag.resblock for tag in tags.values()} - {None}) + 1
 
 
 def members_of(
     names: Sequence[str], pieces: Mapping[str, Piece], widths: Mapping[str, int], tags: Mapping[str, ParameterTag], rank: int, seed: int
 ) -> list[Member]:
-    """The pieces in the order of the gradients, each with what is compressed of it.
+    """The pieces in the order of the gradients, each with the block of it that is compressed.
 
     Args:
-        widths: columns of every matrix.
+        widths: number of columns of every matrix.
         rank: total rank; 0: nothing is compressed.
-        seed: of the run.
+        seed: seed of the run.
     """
     outside = slots_of(tags) - 1
     found = []
@@ -60,13 +60,13 @@ def build(
     devices: tuple[torch.device, torch.device],
     seed: int,
 ) -> Compression:
-    """Compression of a rank's pieces; where it is off or there is one machine, only what pays errors that a checkpoint brings. Collective.
+    """Build the compression of a rank's pieces. If it is off, or there is only one machine, the result just adds errors from a checkpoint to a gradient. Collective.
 
     Args:
-        devices: of the gradients, and of messages.
+        devices: device of the gradients, and device of messages.
 
     Raises:
-        ConfigError: the rank does not divide over the processes of a machine.
+        ConfigError: the compression rank does not divide over the processes of a machine.
     """
     nodes, node, processes = (1, 0, 1) if topology is None else (topology.nodes, topology.node, topology.node_size)
     is_on = section.method == "powersgd" and nodes > 1
@@ -85,7 +85,7 @@ def build(
 
 
 def _layout(members: Sequence[Member], pieces: Mapping[str, Piece], topology: NodeTopology | None) -> str:
-    """A name of what all ranks of a machine compress: other stages, ranks and numbers of processes have others."""
+    """A hash of what all ranks of a machine compress; it differs for other ZeRO stages, compression ranks and numbers of processes."""
     mine: Any = [(m.name, pieces[m.name].offset, m.block.start, m.block.rows, m.block.rank) for m in members if m.block is not None]
     every: list[Any] = [mine]
     if topology is not None and topology.node_size > 1:

@@ -1,4 +1,4 @@
-"""Sums over machines as one message: factors in a wire format, the rest in fp32. What was sent is counted where the collectives are."""
+"""Sums over machines, several tensors in one message: factors in a wire format, everything else in fp32. The bytes sent are counted here."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from train.engines.zero.compression.fragments import sent_bytes
 from train.optimizer.number_formats import SIGNED_169
 
 WIRE_FACTOR = 2.0**-8
-"""P and Q are multiplied by it on the wire in 1-6-9, exactly: values up to 4092 fit, and still those from 2^-52 on. One constant serves both."""
+"""P and Q are multiplied by this before they are encoded in 1-6-9, which is exact. Then values up to 4092 can be represented, and those from 2^-52 on."""
 _CLAMP = SIGNED_169.largest / WIRE_FACTOR
 
 
 class Exchange:
-    """Sums over the ranks of equal ordinal, one of each machine."""
+    """Sums over the ranks with the same local rank, one on each machine."""
 
     def __init__(self, group: Any, nodes: int, wire: str, device: torch.device) -> None:
         self.group, self.nodes, self.wire, self.device = group, nodes, wire, device
         self.payload = 0
-        """Bytes of the messages since the counter was last set to zero."""
+        """Bytes of messages since the counter was last reset."""
 
     @property
     def sent(self) -> float:
-        """Bytes that this rank has sent, by a ring or by codes alike."""
+        """Bytes that this rank has sent; the same formula holds for a ring all-reduce and for codes."""
         return sent_bytes(self.payload, self.nodes)
 
     def sum(self, parts: Sequence[Tensor], *, wire: str | None = None) -> list[Tensor]:
-        """The sums of tensors over machines, in fp32 and bit-equal on all of them, as one message.
+        """The sums of tensors over machines, sent in one message; in fp32, and equal bit for bit on all machines.
 
         Args:
-            wire: another format than that of the factors.
+            wire: the wire format, if it is not that of the factors.
         """
         if not parts:
             return []
@@ -51,12 +51,12 @@ class Exchange:
         return [one.view(part.shape) for one, part in zip(found, parts, strict=True)]
 
     def factors(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """``sum`` of P or Q; infinities and NaN become the largest value, as in 1-6-9: flags tell of them, not values (paper E.2)."""
+        """``sum`` of P or Q. Infinities and NaN become the largest value, as in 1-6-9; they are reported by flags and not by values (paper E.2)."""
         return [part.nan_to_num_(_CLAMP, _CLAMP, -_CLAMP) for part in self.sum(parts)]
 
     def _sum_of_codes(self, flat: Tensor) -> Tensor:
-        """Every machine gets one part of all codes, sums it in fp32 in the order of ranks, and sends the sum's codes to all. Codes travel as bytes, which every
-        backend takes."""
+        """Sum codes: each machine receives one part of all codes, sums it in fp32 in the order of ranks, and sends the encoded sum to all. Codes are sent as bytes,
+        which every backend supports."""
         each = -(-flat.numel() // self.nodes)
         codes = torch.zeros(each * self.nodes, dtype=torch.int16, device=flat.device)
         codes[: flat.numel()] = SIGNED_169.encode(flat * WIRE_FACTOR)

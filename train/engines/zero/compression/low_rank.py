@@ -1,8 +1,9 @@
-"""The algorithm on tensors: batches of error matrices [n, rows, cols] with rows <= cols, each with a fixed Gaussian Q0 [n, cols, rank] (paper E.2).
+"""The algorithm on tensors: batches of error matrices E [n, rows, cols] with rows <= cols, each with a fixed Gaussian Q0 [n, cols, rank] (paper E.2).
 
     P = E Q0, summed over machines; P <- its orthonormal columns; Q = E^T P, summed over machines; D = P Q^T; E <- E - D / machines
 
-With the sum for Q (and whatever is a multiple of it for P) D is the projection of the sum of all E, and sum(E) loses exactly D. All in fp32.
+Since Q is a sum over machines (for P any multiple of the sum would do), D is the projection of the sum of all E, and the sum of all E decreases by exactly D. All
+in fp32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""Multiple of the identity that is added to P, in units of P's largest element. The paper has multiplied P by a constant that it does not give."""
+"""This multiple of the identity is added to P, in units of P's largest element. (In the paper P is multiplied by a constant, which is not given.)"""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -26,7 +27,7 @@ def left(errors: Tensor, q0: Tensor) -> Tensor:
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """Orthonormal columns that span those of P, by Householder's reflections; of a P of zeros, the first columns of the identity."""
+    """Orthonormal columns with the span of P's columns, by Householder reflections; for P = 0, the first columns of the identity."""
     scaled = p / p.abs().amax((-2, -1), keepdim=True).clamp(min=_TINY)
     scaled.diagonal(dim1=-2, dim2=-1).add_(EPSILON)
     return torch.linalg.qr(scaled).Q

@@ -1,7 +1,8 @@
-"""Error buffers across checkpoints, and what becomes of them where a run goes on in another way (docs/compression.md).
+"""Error buffers in checkpoints, and what happens to them if a run continues with another layout (docs/compression.md).
 
-As many machines with their own buffers go on with the same bits. Others divide the sum of all. What no longer lies in a compressed part, which is everything where
-compression is off or there is one machine, is added to the gradient of the next update: ``pending``.
+If every machine restores its own buffers, training continues bit for bit. With another number of machines, the sum of all buffers is divided evenly. Errors
+that no longer belong to a compressed block (all of them, if compression is off or there is only one machine) are *pending*: they are added to the gradient of the
+next update.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SUM = "sum"
 
 
 class Compression:
-    """An update's compression with its state."""
+    """The compression of a run's updates, with its state."""
 
     def __init__(
         self, section: CompressionSection, members: Sequence[Member], buffers: ErrorBuffers, exchange: Exchange, *, node: int, slots: int, layout: str
@@ -34,18 +35,18 @@ class Compression:
         """
         Args:
             node: number of this machine.
-            slots: resblocks, and one for what lies outside.
-            layout: names what is compressed on all ranks of a machine; empty: nothing.
+            slots: number of slots: one for each resblock, and one for all other parameters.
+            layout: identifies what is compressed on all ranks of a machine; empty: nothing is.
         """
         self.section, self.buffers, self.wire, self.node, self.slots, self.layout = section, buffers, exchange, node, slots, layout
         self.update = CompressedUpdate(members, buffers, exchange, section.refresh_every)
         self.members = self.update.members
         self.pending: set[int] = set()
-        """Slots whose errors outside of compressed parts are still to be added to a gradient."""
+        """Slots whose errors outside compressed blocks still have to be added to a gradient."""
 
     @property
     def is_active(self) -> bool:
-        """Whether anything is compressed; otherwise it is only here to pay what is pending."""
+        """Whether anything is compressed; if not, this object only adds pending errors to a gradient."""
         return bool(self.layout)
 
     @property
@@ -54,14 +55,14 @@ class Compression:
 
     @torch.no_grad()
     def pay(self, tensors: list[Tensor], factors: Sequence[float]) -> None:
-        """Add what is pending to this machine's gradients, before they are summed over machines."""
+        """Add pending errors to this machine's gradients, before these are summed over machines."""
         for tensor, member in zip(tensors, self.members, strict=True):
             if member.slot in self.pending and member.name in self.buffers.tensors:
                 for start, length in _outside(member, tensor.numel()):
                     tensor.narrow(0, start, length).add_(self.buffers.read(member.name, start, length) / factors[member.slot])
 
     def settle(self, applied: Sequence[bool]) -> None:
-        """See ``CompressedUpdate.settle``; what was pending in slots that are updated is paid."""
+        """See ``CompressedUpdate.settle``. Errors that were pending in updated slots are now paid, and set to zero."""
         if self.is_active:
             self.update.settle(applied)
         for member in self.members:
@@ -72,14 +73,14 @@ class Compression:
         self.pending -= {slot for slot, was_applied in enumerate(applied) if was_applied}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides tensors; the same on all ranks."""
+        """What a checkpoint stores besides tensors; the same on all ranks."""
         kept = self.section.error_buffers
         rest = "fp32" if kept == _SUM else self.buffers.rest
         facts = {"nodes": self.wire.nodes, "error_buffers": kept, "rest": rest, "layout": self.layout, "pending": sorted(self.pending)}
         return facts | {"basis": self.section.refresh_every > 0 and self.is_active}
 
     def fragments(self) -> dict[str, Fragment]:
-        """What this rank has to save: its machine's own buffers, or on the first machine the sum of all; and Q0, where it changes. Collective."""
+        """What this rank has to save: its machine's own buffers, or, on the first machine, the sum over all machines; and Q0, if it changes. Collective."""
         found: dict[str, Fragment] = {}
         if self.section.error_buffers == "own":
             found |= self.buffers.fragments(f"{PREFIX}/error/{self.node}", self.buffers.tensors)
@@ -96,7 +97,7 @@ class Compression:
         return {name: Fragment(view, 0, view.numel()) for name, view in views.items()}
 
     def restored(self, stored: dict[str, Any] | None) -> Iterator[dict[str, Fragment]]:
-        """Restore from a checkpoint with this ``state``: yields fragments to be filled, one lot after the other. As many lots on every rank."""
+        """Restore from a checkpoint with this ``state``. Yields groups of fragments, which the caller fills one after the other; equally many on every rank."""
         self.buffers.tensors = self.buffers.empty(self.buffers.rest)
         self.pending = set()
         if stored is None:
@@ -116,7 +117,7 @@ class Compression:
         if stored["layout"] == self.layout:
             self.pending = set(stored["pending"])
         else:
-            self.pending = set(range(self.slots))  # the same on all ranks, whatever they hold
+            self.pending = set(range(self.slots))  # all slots, so that it is the same on all ranks
         if stored["basis"] and stored["layout"] == self.layout and self.section.refresh_every:
             yield self._bases()
         self._say(stored, alike)
@@ -132,7 +133,7 @@ class Compression:
 
 
 def _outside(member: Member, length: int) -> list[tuple[int, int]]:
-    """Start and length of what is not compressed of a piece."""
+    """Start and length of the ranges of a piece that are not compressed."""
     if member.block is None:
         return [(0, length)]
     end = member.block.start + member.block.elements

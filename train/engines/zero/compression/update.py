@@ -1,7 +1,7 @@
-"""What compression does in an update: ``exchange`` before the ranks' flags and norms are known, ``settle`` when it is known which resblocks are updated.
+"""Compression in an update, in two halves: ``exchange`` before the flags and norms of all ranks are known, ``settle`` when it is known which resblocks are updated.
 
-All is done on the device, in true units of the gradient: nothing waits. Machines that compute alike stay bit-equal, because what they do with P and Q starts from the
-same sums.
+Everything is computed on the device, in true units of the gradient, without waiting for it. Machines stay equal bit for bit if they compute alike, because all that
+they do with P and Q starts from the same sums.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from train.engines.zero.compression.fragments import Block
 
 @dataclass(frozen=True)
 class Member:
-    """A piece of a parameter, as the gradients list it."""
+    """A piece of a parameter, in the list of gradients."""
 
     name: str
     slot: int
-    """Its resblock, or the last slot for what lies outside."""
+    """Its resblock, or the last slot for parameters outside resblocks."""
     block: Block | None
-    """What is compressed of it."""
+    """The part of it that is compressed."""
     seed: int = 0
-    """Of its Q0."""
+    """Seed of its Q0."""
 
 
 @dataclass
 class _Batch:
-    """Blocks of one resblock and shape, computed together; their places in the list of members."""
+    """Blocks of the same resblock and shape, which are computed together."""
 
     places: list[int]
+    """Their places in the list of members."""
     index: Tensor
-    """The same on the device."""
+    """``places`` on the device."""
     q0: Tensor
     p: Tensor = field(default_factory=lambda: torch.empty(0))
     q: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -49,7 +50,7 @@ class CompressedUpdate:
     def __init__(self, members: Sequence[Member], buffers: ErrorBuffers, exchange: Exchange, refresh_every: int) -> None:
         """
         Args:
-            refresh_every: updates, counting skipped ones, between refreshments of Q0 from the errors' sum over machines; 0: it stays as it is.
+            refresh_every: updates, including skipped ones, after which Q0 is computed anew from the sum of errors over machines; 0: Q0 is fixed.
         """
         self.members, self.buffers, self.wire, self.refresh_every = list(members), buffers, exchange, refresh_every
         self._tensors: list[Tensor] = []
@@ -67,20 +68,20 @@ class CompressedUpdate:
         return _Batch(places, torch.tensor(places, device=self.buffers.device), q0.to(self.buffers.device))
 
     def bases(self) -> dict[str, Tensor]:
-        """Q0 of each block, by name: views."""
+        """Q0 of each block, by the parameter's name, as views."""
         return {self.members[place].name: q0 for batch in self.batches for place, q0 in zip(batch.places, batch.q0, strict=True)}
 
     @torch.no_grad()
     def exchange(self, tensors: list[Tensor], factors: Sequence[float], update: int) -> Tensor:
-        """Take the gradients into the errors, and sum factors over machines; what is not compressed is summed exactly, in place.
+        """Add the gradients to the errors, and sum factors over machines; parts that are not compressed are summed exactly, in place.
 
         Args:
-            tensors: this rank's gradients in the order of the members, as this machine has reduced them. Compressed parts stay as they are until ``settle``.
-            factors: of each slot: what makes true gradients of them.
-            update: its number, counting skipped ones.
+            tensors: this rank's gradients in the order of the members, reduced within this machine. Compressed parts are not changed before ``settle``.
+            factors: for each slot the factor that turns these into true gradients.
+            update: number of the update, including skipped ones.
 
         Returns:
-            float64, for each member: the sum of squares of the summed gradient, in the units of ``tensors``; infinite where a gradient or an error is not finite.
+            float64, for each member: the sum of squares of the summed gradient, in the units of ``tensors``; infinite if a gradient or an error is not finite.
         """
         self.wire.payload = 0
         self._tensors, self._factors = tensors, [factors[member.slot] for member in self.members]
@@ -111,7 +112,7 @@ class CompressedUpdate:
         self.buffers.write(name, start, self.buffers.read(name, start, block.elements) + torch.where(finite, gradient, 0.0))
 
     def _errors(self, batch: _Batch) -> Tensor:
-        """The errors of a batch as matrices that lie down."""
+        """The errors of a batch as matrices with no more rows than columns (transposed if necessary)."""
         found = []
         for place in batch.places:
             name, block = self.members[place].name, self.members[place].block
@@ -121,7 +122,8 @@ class CompressedUpdate:
         return torch.stack(found)
 
     def _exchange_factors(self) -> Tensor:
-        """P, then Q: one message each. The squared norms of the projections, in true units: P is orthonormal, so Q's tell them (paper E.2)."""
+        """Exchange P and then Q, in one message each. Returns the squared norms of the projections in true units; P is orthonormal, so they are those of Q (paper
+        E.2)."""
         squares = torch.zeros(len(self.members), dtype=torch.float64, device=self.buffers.device)
         mine = []
         for batch in self.batches:
@@ -138,7 +140,7 @@ class CompressedUpdate:
         return squares
 
     def _make_orthonormal(self) -> None:
-        """All P of a shape at once: many small factorisations."""
+        """Orthonormalise all P of the same shape at once, because each factorisation is small."""
         alike: dict[torch.Size, list[_Batch]] = {}
         for batch in self.batches:
             alike.setdefault(batch.p.shape[1:], []).append(batch)
@@ -148,7 +150,7 @@ class CompressedUpdate:
                 batch.p = p
 
     def _exact(self, place: int) -> tuple[Tensor, Tensor]:
-        """What lies before and after the block of a gradient: views; without a block, all of it."""
+        """The parts of a gradient before and after its block, as views; without a block, the whole gradient."""
         tensor, block = self._tensors[place], self.members[place].block
         if block is None:
             return tensor, tensor[:0]
@@ -156,11 +158,11 @@ class CompressedUpdate:
 
     @torch.no_grad()
     def settle(self, applied: Sequence[bool]) -> None:
-        """Put the projections in the place of gradients and take them off the errors, in slots that are updated. In others errors stay as they are, and so does the
-        gradient in them, which is sent later; an error that is itself not finite becomes zero.
+        """In slots that are updated, replace the gradients by the projections, and subtract these from the errors. In other slots the errors keep the gradient, which
+        is sent later; an error that is not finite becomes zero.
 
         Args:
-            applied: of each slot.
+            applied: whether each slot is updated.
         """
         for batch in self.batches:
             if not applied[self.members[batch.places[0]].slot]:

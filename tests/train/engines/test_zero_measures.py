@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from train.engines.zero import measures
-from train.engines.zero.shards import Gradients, Layout, Piece, pieces
+from train.engines.zero.shards import Gradients, GradientSlots, Piece, pieces
 
 
 def test_planted_values_are_counted_where_they_are() -> None:

@@ -123,7 +123,7 @@ class ZeroEngine:
         self.storage = weight_storage(fit, zero)
         store_weights(module, self.tags, self.storage)
         groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
-        self.rule = make_optimizer(groups, fit)  # ours; self._optimizer is the one of DeepSpeed that wraps it
+        self.shard_optimizer = make_optimizer(groups, fit)  # ours; self._optimizer is the one of DeepSpeed that wraps it
         self._halves: HalfGradients | None = None
         if zero.stage == 1 and self.storage == "fp16" and fit.accumulation > 1:
             self._halves = HalfGradients(p for p in module.parameters() if p.dtype == torch.float16)  # before ZeRO's hooks

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from infra.run_folder import RunFolder
 from tests.support.processes import alive, inner, throttled
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import Cluster, missing
-from train.loop.metrics import read_metrics
+from tests.support.slurm_runs import Record, codes, copy, log_of, losses, output, reads, restarted, row, training
 from train.run.stage_table import STAGES
 
 REASON = missing()
 STEPS = 600  # enough to be struck three times on a fast machine
-Record = Callable[[str, object], None]
 
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
@@ -63,51 +62,10 @@ def alone(calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def copy(run: Path, folder: Path) -> Path:
-    """A run folder of its own with the same contents."""
-    target = folder / "tiny"
-    shutil.copytree(run, target)
-    config = json.loads((target / "config.json").read_text())
-    config["run"]["root"] = str(folder)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 @pytest.fixture
 def run(calm: Path, tmp_path: Path) -> Path:
     """A run whose images are prepared."""
     return copy(calm.parent / "prepared", tmp_path)
-
-
-def output(run: Path) -> tuple[str, ...]:
-    return (f"--output={run}/%x-%j.out",)
-
-
-def log_of(run: Path, stage: str, job: str) -> str:
-    return (run / f"{stage}-{job}.out").read_text()
-
-
-def codes(run: Path, stage: str = "dvae") -> dict[int, int]:
-    """Codes of the attempts whose ends a job script wrote down, by number."""
-    return {int(p.parent.name.split("-")[1]): json.loads(p.read_text())["code"] for p in (run / "exits" / stage).glob("attempt-*/end.json")}
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in read_metrics(str(run), "dvae")["train/loss"]]
-
-
-def training(slurm: Cluster, run: Path, attempt: int) -> None:
-    metrics = run / "dvae" / "metrics" / f"attempt-{attempt}.jsonl"
-    slurm.wait(f"attempt {attempt} to train", lambda: metrics.exists() and "train/loss" in metrics.read_text())
-
-
-def restarted(slurm: Cluster, job: str, times: int) -> None:
-    slurm.wait(f"restart {times} of job {job}", lambda: int(slurm.job(job)["Restarts"]) >= times)
-
-
-def row(record_property: Record, what: str, outcome: str, since: float) -> None:
-    """A line of docs/slurm_faults.md."""
-    record_property(what, [outcome, round(time.monotonic() - since)])
 
 
 def test_a_job_of_two_nodes_is_signalled_requeued_and_loses_a_node_and_ends_as_if_undisturbed(
@@ -414,7 +372,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     mark = f"SLURM_LOCAL={tmp_path}".encode()
 
     def ours() -> list[Path]:
-        return [path for path in Path("/proc").glob("[0-9]*") if _reads(path / "environ", mark) and path.name != str(process.pid)]
+        return [path for path in Path("/proc").glob("[0-9]*") if reads(path / "environ", mark) and path.name != str(process.pid)]
 
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "slurmd.n1.pid").exists():
@@ -427,10 +385,3 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, ours()
         time.sleep(0.1)
     assert (Path("/etc/hosts").read_text(), Path("/proc/mounts").read_text()) == (hosts, mounts)
-
-
-def _reads(path: Path, mark: bytes) -> bool:
-    try:
-        return mark in path.read_bytes().split(b"\0")
-    except OSError:
-        return False

@@ -97,21 +97,18 @@ class Trainer:
             watchdog.rest()  # handling the error may take longer than an update
 
     def _train(self) -> Outcome:
-        url = self.run.at(self.stage)
-        self._saver = Checkpointer(url, self.world, self.section.keep, self.section.keep_every)
-        self._bad, self._overflows, self._stall_s = 0, 0, 0.0
+        self._saver = Checkpointer(self.run.at(self.stage), self.world, self.section.keep, self.section.keep_every)
+        self._bad = self._overflows = 0
+        self._stall_s = self._units = self._update_s = 0.0
         self._counts = {"forward_non_finite": 0, "gradient_overflow": 0}
-        self._changes: list[dict[str, Any]] = []
-        self._evaluation_owed = False
+        self._changes, self._evaluation_owed = list[dict[str, Any]](), False
         self.stop.phase("the restoring of a checkpoint")
         with watchdog.expecting(RESTORE_PATIENCE):  # afterwards no limit until the first update is done: it may have much to compile
             step = self._restore()
         self._write_from(step)
         self._vector = SignalVector((*self.task.metrics, "samples"), self.device, self.world)
-        self._units = self._update_s = 0.0
         begun = time.perf_counter()
-        evaluation: dict[str, float] = {}
-        owed = False
+        evaluation, owed = dict[str, float](), False
         self._watched = Watched(self.stage, self.section, self.world, self.device, step)
         profiler = Profiler(self.run, self.stage, self.section, self.world, self.device, step)
         self.stop.phase("the first update, which compiles", patient=True, insisting=True)
@@ -155,8 +152,7 @@ class Trainer:
         if not evaluation:  # killed between the last checkpoint and the stage's marker
             evaluation = self._evaluate_again(step)
         self._account(step)
-        rate = throughput(self._units, self._update_s)
-        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, rate, step)
+        return Outcome(evaluation, self._elapsed + time.perf_counter() - begun, throughput(self._units, self._update_s), step)
 
     def _write_from(self, step: int) -> None:
         """Begin the metrics of this attempt."""
@@ -190,9 +186,7 @@ class Trainer:
             log.info("%s: the checkpoint after update %d took %.1f s", self.stage, step, self._saver.seconds)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Raises:
-        Left: a rank was asked to stop meanwhile.
-        """
+        """Evaluate, or raise Left where a rank was asked to stop meanwhile."""
         self.stop.doing("an evaluation")
         with self._goodput.timing("evaluate"), live.phase("an evaluation"):
             found = self.task.evaluate(self.engine, step, self._writer, partial(leave_if_stopped, self.stop))

@@ -110,6 +110,7 @@ def test_a_version_whose_parts_are_gone_names_those_of_equal_content_that_were_m
     write_part(url, "b2", [image(2)])
     merged(old, "and back")
     assert check_set.read_layout(url).problems == [], "the copies at the top are the version's"
+    assert storage.read_json(f"{url}/index.json")["version"] == 2, "the form that mosaicml-streaming reads"
 
 
 def test_a_part_is_done_for_its_inputs_only(tmp_path: Path) -> None:

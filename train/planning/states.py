@@ -138,18 +138,19 @@ def states(
         parameters=stored / shards + gathered_bytes if stage == 3 else stored,
         masters=share,  # stage 3 too: an fp32 shard could be its own master, but DeepSpeed keeps a second copy
         moments=moments / shards,
-        gradients=_gradients(stage, micro_batches, stored, share),
+        gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share),
         buckets=2 * bucket if stage == 3 else bucket,
         error_buffers=error_bytes,
         update=2 * share,  # gradients, and the same laid end to end
     )
 
 
-def _gradients(stage: int, micro_batches: int, stored: float, share: float) -> float:
-    """With several micro-batches, stage 1 holds whole gradients between them, and stage 2 a micro-batch's share beside the sum so far."""
+def _gradients(stage: int, micro_batches: int, whole: float, share: float) -> float:
+    """With several micro-batches, stage 1 holds whole sums in fp32 between them (train/engines/zero/accumulation.py), and stage 2 a micro-batch's share beside the sum
+    so far."""
     if micro_batches == 1 or stage == 3:
         return share
-    return max(stored, share) if stage == 1 else 2 * share
+    return whole if stage == 1 else 2 * share
 
 
 def gathered(width: int, prefetch: int, max_live: int) -> int:

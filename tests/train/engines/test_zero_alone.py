@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ TOLERANCE = {"fp32": 2e-6, "fp16": 4e-3}
 COMPARED = [
     Case(stage=2, precision="fp16", accumulation=2, constant=2),
     Case(stage=1, accumulation=2),
+    Case(stage=1, precision="fp16", accumulation=3),
+    Case(stage=1, precision="fp16", accumulation=2, offload=True),
     Case(stage=3, precision="fp16", weights="cast", scope="global"),
     Case(stage=2, precision="fp16", scope="none", offload=True),
 ]
@@ -48,12 +51,31 @@ def outside(world: World) -> dict[str, Any]:
     return {"applied": update.applied, "overflow": update.overflow, "norm": update.grad_norm, "same": same, "grown": grown, "state": engine.state()}
 
 
+def halves(world: World, stage: int, overlap: bool) -> float:
+    """Of 24 micro-batches with fp16 weights: how far the gradient that is reduced lies from the exact sum, in halves of fp16's last place."""
+    engine = make_engine(Case(stage=stage, precision="fp16", accumulation=24, overlap=overlap), world)
+    exact: dict[str, torch.Tensor] = {}
+
+    def note(name: str, gradient: torch.Tensor) -> None:
+        exact[name] = exact.get(name, 0.0) + gradient.double().flatten()
+
+    for name, p in engine.module.named_parameters():
+        if p.dtype == torch.float16:
+            p.register_hook(partial(note, name))
+    backward(engine, world, 0, 24)
+    found = engine.gradients.read()
+    sums = {name: tensor.double().flatten() for name, tensor in zip(engine.gradients.names, found.tensors, strict=True)}
+    assert len(exact) > 8 and exact.keys() <= sums.keys()
+    return max(float(((sums[name] - wanted).abs() / (wanted.abs() * 2**-11 + 2**-25)).max()) for name, wanted in exact.items())
+
+
 def alone(world: World, folder: str) -> dict[str, Any]:
     return {
         "compared": {str(case): compare(world, case) for case in COMPARED},
         "skipped": [inject(world, case) for case in SKIPPED],
         "numerics": numerics(world),
         "outside": outside(world),
+        "halves": {(stage, overlap): halves(world, stage, overlap) for stage, overlap in ((1, False), (1, True), (2, False), (3, False))},
         "saved": save_and_go_on(make_engine(SAVED, world), SAVED, folder, world),
     }
 
@@ -68,6 +90,10 @@ def test_gradients_and_losses_of_one_process_are_those_of_fp32(found: dict[str, 
     figures, bound = found["compared"][str(case)], TOLERANCE[case.precision]
     assert figures["applied"] and figures["clipped"], figures
     assert max(figures[name] for name in ("loss", "gradient", "norm", "moment")) < bound, figures
+
+
+def test_micro_batches_of_fp16_weights_add_up_in_fp32_and_are_rounded_once(found: dict[str, Any]) -> None:
+    assert len(found["halves"]) == 4 and max(found["halves"].values()) <= 1.01, found["halves"]
 
 
 def test_an_overflow_in_one_resblock_skips_the_update_or_that_resblock_as_configured(found: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from train.config import DalleFit, ScaleSection, ZeroSection
 from train.config_compression import CompressionSection
 from train.engines.protocol import Update
 from train.engines.zero import internals, measures, one_pass
+from train.engines.zero.accumulation import HalfGradients
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
 from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
@@ -124,6 +125,9 @@ class ZeroEngine:
         store_weights(module, self.tags, self.storage)
         groups = parameter_groups(module, self.tags, fit, by_resblock=scaled)
         self.rule = make_optimizer(groups, fit)  # ours; self._optimizer is the one of DeepSpeed that wraps it
+        self._halves: HalfGradients | None = None
+        if zero.stage == 1 and self.storage == "fp16" and fit.accumulation > 1:
+            self._halves = HalfGradients(p for p in module.parameters() if p.dtype == torch.float16)  # before ZeRO's hooks
         self.config = deepspeed_config(fit, zero, world, self.nodes)
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
             model=module, optimizer=self.rule, config=self.config, mpu=topology, dist_init_required=False
@@ -174,7 +178,9 @@ class ZeroEngine:
         return self._engine(*inputs, **named)
 
     def micro_batch(self, *, last: bool) -> None:
-        """Check that DeepSpeed counts micro-batches as we do."""
+        """Say whether the micro-batch to come ends its update, and check that DeepSpeed counts as we do."""
+        if self._halves is not None:
+            self._halves.is_last = last
         assert self._engine.is_gradient_accumulation_boundary() == last, "DeepSpeed's accumulation boundary is out of step"
 
     def backward(self, loss: Tensor) -> None:

@@ -152,3 +152,21 @@ def _backward_of_engine(run: Run, kind: Kind) -> int:
     head, lines = cfg.width // cfg.heads, _window_lines(run, kind)
     scores = shape.image_tokens * (shape.text_tokens + lines * shape.grid)
     return size * run.batch * cfg.heads * (2 * scores + (lines * shape.image_tokens - shape.states) * head)
+
+
+def peak_of_forward(run: Run) -> int:
+    """Most bytes at once in a forward pass that keeps nothing for a backward pass, as in evaluation: in an MLP resblock, in an attention resblock, or in a head."""
+    size, state = run.branch_bytes, _FP32 * run.positions
+    held = 2 * state + size * run.positions  # the stream as it came into the model and as it is; the norm's result
+    mlp = held + 12 * size * run.positions  # the GELU's argument, the same scaled, and its result
+    attention = held + max(3 * size * run.positions + _engine_keeps(run, kind) for kind in layer_kinds(run.cfg.layers))
+    return max(mlp, attention, *_heads_of_forward(run))
+
+
+def _heads_of_forward(run: Run) -> list[int]:
+    """The normalised stream, a head's part of it by itself, and a chunk of logits."""
+    shape, width, heads = run.shape, run.cfg.width, []
+    for positions, vocab in ((shape.text_tokens, shape.text_vocab), (shape.image_tokens, shape.image_vocab)):
+        chunk = min(max(1, run.chunk_elements // vocab), run.batch * positions) * vocab
+        heads.append(_FP32 * (run.positions + run.batch * positions * width + chunk))
+    return heads

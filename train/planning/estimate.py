@@ -86,11 +86,24 @@ class Memory:
     """In the machine's memory for each GPU: the iterate average of its shard and the pinned copy that it is made from (paper B.2, train/optimizer/averaging.py); the
     copy of masters, moments and average that a checkpoint is written from (train/weights/checkpointer.py; by node, the first node's alone); with
     zero.offload_optimizer also masters, moments and gradients."""
+    evaluation: int = 0
+    """Activations of evaluate.batch samples in a forward pass of evaluation, which comes between updates."""
 
     @property
     def total(self) -> float:
-        """At the widest point: inside the backward pass, or in the optimizer's update."""
+        """At the widest point: inside the backward pass, in the optimizer's update, or in evaluation."""
+        return max(self.training, self.evaluating)
+
+    @property
+    def training(self) -> float:
+        """The same without evaluation."""
         return self.states.total + max(self.kept + self.working, self.states.update - self.states.buckets - self.states.gradients)
+
+    @property
+    def evaluating(self) -> float:
+        """At the widest point of evaluation: there are no gradients then but stage 3's, which keeps its shards and a bucket."""
+        gone = 0.0 if self.states.keeps_gradients else self.states.gradients + self.states.buckets
+        return self.states.total - gone + self.evaluation
 
 
 def activation_run(setting: Setting) -> activations.Run:
@@ -130,7 +143,8 @@ def memory(setting: Setting) -> Memory:
     if zero.offload_optimizer and setting.stage:
         host += found.masters + found.moments + found.gradients
         found = replace(found, masters=0.0, moments=0.0, gradients=0.0, update=0.0)
-    return Memory(found, kept, activations.peak(run) - kept, host)
+    evaluated = activations.peak_of_forward(replace(run, batch=setting.cfg.evaluate.batch))
+    return Memory(found, kept, activations.peak(run) - kept, host, evaluated)
 
 
 def compression(setting: Setting) -> list[wire.Sent]:

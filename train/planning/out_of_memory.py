@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from train.config import FitSection, RunConfig
-from train.planning.estimate import Setting
+from train.planning.estimate import Setting, memory
 from train.planning.states import Cluster
 
 _FACTORS = (2, 4, 8, 16, 32)
@@ -19,12 +19,21 @@ def smaller(setting: Setting) -> list[tuple[str, Setting]]:
             changed.append((f"dalle_fit.accumulation={accumulation}", _with_fit(setting, accumulation=accumulation)))
     if not fit.activation_checkpointing:
         changed.append(("dalle_fit.activation_checkpointing=true", _with_fit(setting, activation_checkpointing=True)))
+    found = memory(setting)
+    if found.evaluating > found.training:  # what an update takes does not matter then
+        batch = setting.cfg.evaluate.batch
+        changed += [(f"evaluate.batch={batch // factor}", _with_evaluation(setting, batch // factor)) for factor in _FACTORS if batch >= factor]
     changed += [(f"zero.stage={stage}", replace(setting, stage=stage)) for stage in (1, 2, 3) if stage > setting.stage]
     return changed
 
 
 def _with_fit(setting: Setting, **values: int) -> Setting:
     cfg: RunConfig = setting.cfg.model_copy(update={"dalle_fit": setting.cfg.dalle_fit.model_copy(update=values)})
+    return replace(setting, cfg=cfg)
+
+
+def _with_evaluation(setting: Setting, batch: int) -> Setting:
+    cfg: RunConfig = setting.cfg.model_copy(update={"evaluate": setting.cfg.evaluate.model_copy(update={"batch": batch})})
     return replace(setting, cfg=cfg)
 
 

@@ -83,6 +83,8 @@ class States:
     error_buffers: float
     update: float = 0.0
     """What the optimizer's update holds when activations, buckets and gradients of the backward pass are gone."""
+    keeps_gradients: bool = False
+    """Stage 3 keeps its shards of gradients, and buckets, from update to update; the others let go of them."""
 
     @property
     def total(self) -> float:
@@ -142,6 +144,7 @@ def states(
         buckets=2 * bucket if stage == 3 else bucket,
         error_buffers=error_bytes,
         update=2 * share,  # gradients, and the same laid end to end
+        keeps_gradients=stage == 3,
     )
 
 

@@ -110,7 +110,7 @@ def table(setting: Setting, room: float, rank: int | None) -> list[str]:
         lines.append(f"{name:32}{row}" + (f"  does not fit: {over / unit:,.1f} {word} too much" if over > 0 else ""))
     return [
         *lines,
-        "* as configured. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks are those of "
+        "* as configured. total: at the widest point of an update or of evaluation. 16-bit: fp16 matrices, moments in 1-6-9 and 0-6-10 (paper B.2); fp32 is also what bf16 arithmetic stores. Ranks are those of "
         "gradient compression between machines ([compression], docs/compression.md).",
     ]
 
@@ -123,6 +123,7 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
     exposed = f"; of it {_short(times.outside + times.compressing)} between machines after the backward pass, {_short(times.overlapped)} s in all if that were hidden"
     return [
         *compressing(setting),
+        evaluating(setting),
         f"time of an update    {_short(times.expected)} s expected (compute {_short(times.compute)}, inside {_short(times.inside)}, outside {_short(times.outside)}, "
         f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
         f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
@@ -153,6 +154,16 @@ def compressing(setting: Setting) -> list[str]:
         f"error buffers        {estimate.error_bytes(setting) / _MB:,.1f} MB a GPU with the projections, in {setting.rest}; {stored / _MB:,.1f} MB in a checkpoint "
         f"(compression.error_buffers = '{kept}')",
     ]
+
+
+def evaluating(setting: Setting) -> str:
+    """What a forward pass of evaluation takes beside an update."""
+    found = estimate.memory(setting)
+    widest = "wider than an update: a smaller evaluate.batch makes room" if found.evaluating > found.training else "an update is wider"
+    return (
+        f"evaluation           {setting.cfg.evaluate.batch} samples at once (evaluate.batch): {found.evaluation / _GB:,.2f} GB of activations, "
+        f"{found.evaluating / _GB:,.2f} GB in all; {found.training / _GB:,.2f} GB in an update ({widest})"
+    )
 
 
 def _short(value: float) -> str:

@@ -81,6 +81,18 @@ def test_two_ranks_write_and_two_three_or_one_read(tmp_path: Path, request: pyte
     assert load(World.single(), folder, 2) == ["rank-0.json", "rank-1.json"]
 
 
+def test_a_checkpoint_that_is_written_anew_in_the_attempt_that_read_it_is_read_as_it_is_now(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the last one was damaged: the run falls back, makes it anew, and exports it; the node still has its copy of the old index and part."""
+    monkeypatch.setenv("LAUNCHER_NODE_FOLDER", str(tmp_path))
+    for value in (1.0, 2.0):
+        checkpoint.save(s3, 2, {"model/w": even_slice(torch.full((100,), value), 0, 1)}, {"shapes": {"w": [100]}}, World.single(), keep=9)
+        target = torch.zeros(100)
+        checkpoint.load(s3, 2, {"model/w": even_slice(target, 0, 1)})
+        assert target.tolist() == [value] * 100
+
+
 def test_four_ranks_write_and_one_reads(tmp_path: Path) -> None:
     names = ["index.json", "meta.json", *(f"rank-{rank}.{kind}" for rank in range(4) for kind in ("bin", "json"))]
     assert run_in_ranks(save, 4, str(tmp_path), 2) == [names] * 4

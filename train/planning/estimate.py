@@ -82,12 +82,12 @@ class Memory:
     """Activations that are kept from the forward to the backward pass."""
     working: int
     """What the backward pass needs on top of them at its widest."""
-    evaluation: int
-    """Activations of evaluate.batch samples in a forward pass of evaluation, which comes between updates."""
     host: float
     """Bytes in the machine's memory for each GPU: the average of its shard and the pinned copy from which it is computed (paper B.2, train/optimizer/averaging.py); the
     copy of master weights, moments and average from which a checkpoint is written (train/weights/checkpointer.py; with zero.sharding = "node" only on the first
     node); with zero.offload_optimizer also master weights, moments and gradients."""
+    evaluation: int = 0
+    """Activations of evaluate.batch samples in a forward pass of evaluation, which comes between updates."""
 
     @property
     def total(self) -> float:
@@ -144,7 +144,7 @@ def memory(setting: Setting) -> Memory:
         host += found.masters + found.moments + found.gradients
         found = replace(found, masters=0.0, moments=0.0, gradients=0.0, update=0.0)
     evaluated = activations.peak_of_forward(replace(run, batch=setting.cfg.evaluate.batch))
-    return Memory(found, kept, activations.peak(run) - kept, evaluated, host)
+    return Memory(found, kept, activations.peak(run) - kept, host, evaluated)
 
 
 def compression(setting: Setting) -> list[wire.Sent]:

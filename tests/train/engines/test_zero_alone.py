@@ -73,24 +73,6 @@ def halves(world: World, stage: int, overlap: bool) -> float:
     return max(float(((sums[name] - wanted).abs() / (wanted.abs() * 2**-11 + 2**-25)).max()) for name, wanted in exact.items())
 
 
-def halves(world: World, stage: int, overlap: bool) -> float:
-    """Of 24 micro-batches with fp16 weights: how far the gradient that is reduced lies from the exact sum, in halves of fp16's last place."""
-    engine = make_engine(Case(stage=stage, precision="fp16", accumulation=24, overlap=overlap), world)
-    exact: dict[str, torch.Tensor] = {}
-
-    def note(name: str, gradient: torch.Tensor) -> None:
-        exact[name] = exact.get(name, 0.0) + gradient.double().flatten()
-
-    for name, p in engine.module.named_parameters():
-        if p.dtype == torch.float16:
-            p.register_hook(partial(note, name))
-    backward(engine, world, 0, 24)
-    found = engine.gradients.read()
-    sums = {name: tensor.double().flatten() for name, tensor in zip(engine.gradients.names, found.tensors, strict=True)}
-    assert len(exact) > 8 and exact.keys() <= sums.keys()
-    return max(float(((sums[name] - wanted).abs() / (wanted.abs() * 2**-11 + 2**-25)).max()) for name, wanted in exact.items())
-
-
 def alone(world: World, folder: str) -> dict[str, Any]:
     return {
         "compared": {str(case): compare(world, case) for case in COMPARED},

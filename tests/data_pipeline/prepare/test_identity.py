@@ -54,7 +54,8 @@ def test_a_set_of_another_rule_is_read_and_not_grown(tmp_path: Path) -> None:
     plan = plan_of(place)
     for refuse in (lambda: check(plan, str(tmp_path / "images")), lambda: made(place, tmp_path / "images")):
         with pytest.raises(
-            DataError, match=r"made by the rule by which ids are absolute paths.* not grown.* launcher.py prepare PRESET .* data.images=PLACE"
+            DataError,
+            match=r"made by the rule by which ids are absolute paths.*no records can be added.* launcher.py prepare PRESET .* data.images=PLACE",
         ):
             refuse()
 

@@ -29,6 +29,7 @@ from train.loop.profiling import set_by_message
 from train.loop.stragglers import IN_A_ROW, Stragglers, slow
 from train.loop.trainer import Trainer
 from train.loop.watching import speed_of_median
+from train.weights.fragments import even_slice
 
 UPDATES = 12
 
@@ -55,6 +56,9 @@ def toy(world: World, folder: str) -> tuple[list[float], list[str]]:
     logging.getLogger("train").addHandler(Keeps())
     section = FitSection(steps=UPDATES, save_every=5, eval_every=100, log_every=2, profile=(4, 5), profile_ranks=(1,))
     engine: Any = Scripted([APPLIED] * UPDATES)
+    engine.fragments = lambda to_load: {
+        f"model/{name}": even_slice(p.detach(), world.rank, world.size) for name, p in engine.module.named_parameters()
+    }
     loader = Slow(0.15 if world.rank == 1 else 0.0)
     fit = Trainer("toy", Counting([1.0]), engine, loader, section, RunFolder(folder), world, StopFlag(), torch.device("cpu"))
     fit.run_to_end()

@@ -222,14 +222,14 @@ def nested(depth: int) -> Any:
         (None, lambda index: runs(index).update(rank=(1 << 53) - 1), "'model/0' lies on ranks that have no part"),
         (None, lambda index: runs(index).update(rank="../../other/rank-0"), "tensors.model/0.runs.0.rank: .*integer"),
         (None, lambda index: index["parts"][1].update(bytes=1 << 40), "parts.1.bytes: "),
-        (None, lambda index: index.update(nested=nested(80)), "lie more than 64 deep in each other"),
+        (None, lambda index: index.update(nested=nested(80)), "nested more than 64 deep"),
         (1, lambda part: part["tensors"].pop("model/0"), r"rank-1\.json: damaged: it does not hold of 'model/0' what index\.json says"),
         (1, lambda part: part["tensors"]["model/0"].update(offset=0), "does not hold of 'model/0' what"),
         (1, lambda part: part["tensors"]["model/0"]["sha256"].clear(), "does not hold of 'model/0' what"),
         (1, lambda part: part["tensors"]["model/0"].update(start=1 << 40), r"rank-1\.bin: ends after"),
         (1, lambda part: part.update(piece=3), "does not hold of 'model/0' what"),
         (1, lambda part: part.update(rank=2), r"rank-1\.json: damaged: it is the part of rank 2"),
-        (1, lambda part: part.update(nested=nested(80)), "lie more than 64 deep in each other"),
+        (1, lambda part: part.update(nested=nested(80)), "nested more than 64 deep"),
     ],
 )
 def test_what_the_index_and_its_parts_must_not_say_is_refused_though_hashes_fit(

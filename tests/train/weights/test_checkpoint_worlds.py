@@ -38,8 +38,9 @@ def fragments(world: World, step: int, *, uneven: bool = False) -> dict[str, Fra
 
 def save(world: World, folder: str, step: int) -> list[str]:
     """Files of the checkpoint."""
-    checkpoint_storage.PIECE_BYTES = 256
-    url = checkpoint.save(folder, step, fragments(world, step, uneven=step % 2 == 1), {"shapes": {}}, world, keep=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_storage, "PIECE_BYTES", 256)
+        url = checkpoint.save(folder, step, fragments(world, step, uneven=step % 2 == 1), {"shapes": {}}, world, keep=9)
     if world.size > 1:
         dist.barrier()
     return storage.list_files(url)

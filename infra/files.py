@@ -47,6 +47,40 @@ def read_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
 
 
+def regular(path: Path, name: str) -> Path:
+    """A file to be opened, where there is one; a folder says itself that it is none.
+
+    Raises:
+        DataError: something else is there: a pipe may block for ever, and a device may have no end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{name}: not a regular file.")
+    return path
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name too long for any has none."""
+    with _too_long_is_none():
+        return path.is_file()
+    return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name too long for any has none."""
+    with _too_long_is_none():
+        return path.is_dir()
+    return False
+
+
+@contextmanager
+def _too_long_is_none() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+
+
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError into a ConfigError that names the path; a NoRoomError if the disk is full."""

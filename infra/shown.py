@@ -19,10 +19,15 @@ NO_PASSWORDS = (
 """The reason in a message that refuses a URL with a password."""
 
 # The user part of a URL, before an @: 's3://key:secret@bucket' (a secret may hold slashes), 'https://token@host'; but not in 'http://host:9000/a@b'.
-_USER = re.compile(r"""(?<=://)(?:[^\s/@:'"<>]{0,300}:(?!\d{1,5}/)[^\s'"<>]{0,2000}|[^\s/@:'"<>]{1,2000})@""")
+_NAME, _WORD = r"""[^\s/@:'"<>]""", r"""[^\s'"<>]"""
+# What follows a host's name and a colon is a port, but only where hosts have ports.
+_USER = re.compile(
+    rf"(?i)(?<=http://|ttps://)(?!\[[0-9a-f:.]*\](?::\d{{1,5}})?/)(?:{_NAME}{{0,300}}:(?!\d{{1,5}}/){_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"
+    rf"|(?<=://)(?<!http://)(?<!https://)(?:{_NAME}{{0,300}}:{_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"
+)
 # Query parameters that sign a request in a URL.
 _SIGNATURE = re.compile(
-    r"""(?i)(?<=[?&])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|token|password|secret)=)[^&\s'"<>]+"""
+    r"""(?i)(?<=[?&;])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)=)[^&\s'"<>]+"""
 )
 _SECRET_NAMES = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CREDENTIALS)(?:_ID)?$")
 _SHORTEST_SECRET = 8  # shorter values may be common words, which would be masked everywhere
@@ -57,7 +62,10 @@ def secrets() -> Iterator[str]:
 
 def holds_password(text: str) -> bool:
     """Whether a URL contains a user, a password or the signature of a request."""
-    return "://" in text and bool(_USER.search(text) or _SIGNATURE.search(text))
+    if "://" not in text:
+        return False
+    authority = re.split(r"[/?#\s]", text.partition("://")[2], maxsplit=1)[0]  # of one URL, whatever characters a password has
+    return "@" in authority or bool(_USER.search(text) or _SIGNATURE.search(text))
 
 
 def value(given: Any, most: int = LONGEST) -> str:

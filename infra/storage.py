@@ -81,7 +81,7 @@ def read_bytes(url: str) -> bytes:
     if is_remote(url):
         return store(url).read(url)
     with files.read_errors(url):
-        return local_path(url).read_bytes()
+        return files.regular(local_path(url), url).read_bytes()
 
 
 def read_at_most(url: str, most: int) -> bytes:
@@ -104,7 +104,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
     if is_remote(url):
         data = store(url).read_range(url, start, size)
     else:
-        with files.read_errors(url), local_path(url).open("rb") as file:
+        with files.read_errors(url), files.regular(local_path(url), url).open("rb") as file:
             file.seek(start)
             data = file.read(size)
     if len(data) != size:
@@ -143,7 +143,7 @@ def parse_json(url: str, data: bytes) -> Any:
 
 def exists(url: str) -> bool:
     """Whether a file or object (not a folder) exists."""
-    return store(url).head(url) is not None if is_remote(url) else local_path(url).is_file()
+    return store(url).head(url) is not None if is_remote(url) else files.is_file(local_path(url))
 
 
 def size(url: str) -> int:
@@ -189,7 +189,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
             found = stat(url)
         except MissingError:
             found = None
-    if found is not None and (is_remote(url) or local_path(url).is_file()):
+    if found is not None and (is_remote(url) or files.is_file(local_path(url))):
         base, _, name = url.rpartition("/")
         return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
     level = _remote_level if is_remote(url) else _local_level
@@ -201,7 +201,7 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
 
 
 def _is_folder(url: str) -> bool:
-    return store(url).is_folder(url) if is_remote(url) else local_path(url).is_dir()
+    return store(url).is_folder(url) if is_remote(url) else files.is_folder(local_path(url))
 
 
 def _local_level(place: str, start: str) -> Iterator[FileInfo]:
@@ -234,9 +234,9 @@ def open_stream(url: str, start: int = 0) -> Iterator[BinaryIO]:
         return
     path = local_path(url)
     with files.read_errors(url):
-        if path.exists() and not path.is_file():
-            raise DataError(f"{url}: not a regular file.")  # a pipe may block for ever, and a device may have no end
-        with path.open("rb", buffering=STREAM_BUFFER) as file:
+        if path.is_dir():
+            raise DataError(f"{url}: not a regular file.")
+        with files.regular(path, url).open("rb", buffering=STREAM_BUFFER) as file:
             file.seek(start)
             yield file
 
@@ -369,7 +369,7 @@ def download_file(url: str, local: Path, sha256: str = "") -> None:
         store(url).download(url, local, sha256)
         return
     with files.read_errors(url):
-        source = local_path(url).open("rb")
+        source = files.regular(local_path(url), url).open("rb")
     with source, files.atomic(local, url, sha256) as file:
         shutil.copyfileobj(source, file, 1 << 20)
 

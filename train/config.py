@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
+from infra import files
 from infra.config import Section, load, parse
 from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, PLACE, anchored, completed
 from infra.errors import ConfigError, MissingError
@@ -371,7 +372,7 @@ def read_preset(preset: str) -> tuple[dict[str, Any], str]:
     If there is no such preset, a ConfigError lists the known names.
     """
     named = PRESETS / f"{preset}.toml"
-    if "/" not in preset and named.is_file():
+    if "/" not in preset and files.is_file(named):
         return parse(named.read_text(), f"preset {preset}"), f"preset {preset}"
     from infra import storage, strict_json  # only needed for run folders and files, which may lie on s3
     from infra.node_folder import read_once

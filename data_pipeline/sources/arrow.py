@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.ipc
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.sources.arrow_bounds import check_bounds
 from data_pipeline.sources.arrow_rows import Rows, columns_of
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
@@ -112,6 +113,8 @@ class ArrowSource:
             rows, first = Rows(self.origin, shard.name, columns, wanted), 0
             for batch in batches:
                 kept = batch.select(list(dict.fromkeys([*columns.captions, *columns.about, columns.image])))
+                for column in kept.columns:
+                    check_bounds(column)
                 pieces = (kept.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
                 yield from rows.found(pieces, first, with_image=True)
                 first += batch.num_rows

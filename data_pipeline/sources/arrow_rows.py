@@ -60,6 +60,12 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     """
     config, names = origin.config, list(schema.names)
     image, captions = find_image(names, config), find_captions(names, config)
+    about = tuple(name for name in _ABOUT if name in names and name != image)
+    for name in (image, *captions, *about):
+        if names.count(name) > 1:
+            raise UnchangingError(
+                f"{url}: {names.count(name)} of its columns are called '{name}', and which one is meant cannot be told; rename the others."
+            )
     kind = schema.field(image).type if image else None
     if kind is None or not captions or ({"status", "url", "key"} <= set(names) and image == "url"):
         hint = "; it describes the tars or folders beside it: name those" if {"status", "url", "key"} <= set(names) else ""
@@ -75,7 +81,7 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
     if not (is_struct or is_path or is_bytes):
         raise UnchangingError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
-    return Columns(image, is_struct, is_path, captions, tuple(name for name in _ABOUT if name in names and name != image))
+    return Columns(image, is_struct, is_path, captions, about)
 
 
 def _check_captions(url: str, name: str, kind: Any) -> None:

@@ -155,6 +155,8 @@ def _pax(data: bytes, name: str, size: int, origin: str, position: int) -> tuple
         key, equals, value = line[:-1].partition(b"=")
         if not equals or line[-1:] != b"\n" or at + length > len(data):
             raise DataError(f"{origin}: damaged: a pax header that cannot be read before byte {position}.")
+        if key.startswith(b"GNU.sparse."):
+            raise DataError(f"{origin}: a sparse file of GNU tar before byte {position}, which is not supported; write the archive without --sparse.")
         if key == b"path":
             name = _decode(value)
         elif key == b"size":

@@ -5,27 +5,35 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from infra import logs, s3_client, shown, storage, strict_json
+from infra import files, logs, s3_client, shown, storage, strict_json
 from infra.config import differences
 from infra.errors import ConfigError, DataError, ReportedError
 from infra.run_folder import RunFolder
 from train.config import load_run
+from train.weights import export
 
 PASSWORDS = [
     ("s3://AKIA123:abc/def+ghi=@bucket/runs", "s3://***@bucket/runs"),
     ("http://user:hunter22@host:9000", "http://***@host:9000"),
     ("https://hunter22@host/x", "https://***@host/x"),
     ("http://user:12345@host", "http://***@host"),
+    ("s3://KEY:90/SECRETSECRET@bucket/x", "s3://***@bucket/x"),
+    ("https://h/x?access_token=hunter22&x=1", "https://h/x?access_token=***&x=1"),
+    ("https://h/x?a=1&api_key=hunter22&x=1", "https://h/x?a=1&api_key=***&x=1"),
     ("https://b.s3.amazonaws.com/k?X-Amz-Signature=hunter22&x=1", "https://b.s3.amazonaws.com/k?X-Amz-Signature=***&x=1"),
 ]
 HARMLESS = [
     "s3://bucket/a@b",
     "http://host:9000/a@b",
+    "http://[::1]:9000/a@b",
     "runs/user@host",
     "file:///data/a:b@c",
     "registry.example/launcher@sha256:0a",
@@ -43,6 +51,11 @@ def test_a_password_in_a_url_is_masked_in_messages_and_logs(given: str, masked: 
 @pytest.mark.parametrize("given", HARMLESS)
 def test_a_url_without_a_password_is_shown_as_it_is(given: str) -> None:
     assert shown.message(given) == given and not shown.holds_password(given)
+
+
+@pytest.mark.parametrize("given", ["https://user:passw0rd'x@host", 'https://user:pass"w0rd@host:9000', "https://user:pass<word@host/x"])
+def test_a_url_whose_password_has_odd_characters_is_refused(given: str) -> None:
+    assert shown.holds_password(given)
 
 
 @pytest.mark.parametrize("key", ["run.root", "data.images", "data.takedown", "data.sources"])
@@ -125,3 +138,30 @@ def test_a_file_that_is_too_large_or_no_file_is_not_read(tmp_path: Path, monkeyp
         storage.read_json(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match="not a regular file"):
         storage.read_json("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        storage.read_bytes,
+        storage.read_text,
+        lambda url: storage.read_range(url, 0, 8),
+        lambda url: storage.download_file(url, Path(f"{url}-copy")),
+        lambda url: export.read_tensors(url.rpartition("/")[0]),
+    ],
+    ids=["read_bytes", "read_text", "read_range", "download_file", "weights"],
+)
+def test_a_pipe_in_a_file_s_place_is_refused_and_not_waited_for(tmp_path: Path, read: Callable[[str], object]) -> None:
+    export.write(str(tmp_path), {"w": torch.zeros(2)}, {}, parents={})
+    pipe = tmp_path / export.WEIGHTS
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="not a regular file"):
+        read(str(pipe))
+
+
+def test_a_name_too_long_for_any_file_is_none(tmp_path: Path) -> None:
+    long = f"{tmp_path}/{'x' * 630}"
+    assert not storage.exists(long) and not files.is_folder(Path(long))
+    with pytest.raises(ReportedError, match="File name too long"):
+        load_run("x" * 630, [])

@@ -168,6 +168,31 @@ def _structs(place: Path) -> None:
     pyarrow.parquet.write_table(table, place / "train.parquet")
 
 
+def _twice(place: Path) -> None:
+    columns = [pyarrow.array([picture(0)]), pyarrow.array([caption(0)]), pyarrow.array([caption(1)])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["image", "caption", "caption"]), place / "train.parquet")
+
+
+def _astray(place: Path) -> None:
+    table = pyarrow.table({"image": [picture(number) for number in range(3)], "caption": [caption(number) for number in range(3)]})
+    with pyarrow.ipc.new_stream(place / "data.arrow", table.schema) as out:
+        out.write_table(table)
+    ends = np.cumsum([0, *(len(caption(number)) for number in range(3))]).astype(np.int32).tobytes()
+    data = (place / "data.arrow").read_bytes()
+    assert data.count(ends) == 1
+    (place / "data.arrow").write_bytes(data.replace(ends, np.array([6060, 6100, 6140, 6180], np.int32).tobytes()))
+
+
+def _sparse(place: Path) -> None:
+    with tarfile.open(place / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in _pair("q"):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            if name.endswith(".txt"):
+                member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "600"}
+            tar.addfile(member, io.BytesIO(data))
+
+
 def _coco(place: Path) -> None:
     (place / "annotations").mkdir()
     (place / "val2017").mkdir()
@@ -209,6 +234,9 @@ INPUTS = (
     Odd("a picture of which nothing would be seen", _alpha, 1, lost=1),
     Odd("Parquet with captions in structs", _structs, 12, captions=24),
     Odd("COCO's annotations, two captions a picture", _coco, 12, captions=24),
+    Odd("Parquet with two columns called caption", _twice, 0, damaged=True),
+    Odd("Arrow whose captions lie beyond their buffer", _astray, 0, damaged=True),
+    Odd("a sparse member of a pax archive", _sparse, 0, damaged=True),
 )
 
 

@@ -106,7 +106,7 @@ def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:
             path = storage.local_path(place)
         try:
             with files.read_errors(place):
-                tensors = load_file(path)
+                tensors = load_file(files.regular(path, place))
         except SafetensorError as error:
             raise CheckpointError(f"{url}: {WEIGHTS} is damaged ({error}); export it again.") from error
     if content_hash(tensors) != description["content_hash"]:

@@ -247,7 +247,7 @@ def test_images_that_cannot_be_gone_on_from_are_named(tmp_path: Path, artist: Ar
         artist.draw("a red fox", image=str(broken))
     with pytest.raises(DataError, match=r"missing.png"):
         artist.draw("a red fox", image=str(tmp_path / "missing.png"))
-    with pytest.raises(DataError, match=r"long.png: an image of 700 x 2 pixels is no picture to go on from"):
+    with pytest.raises(DataError, match=r"long.png: an image of 700 x 2 pixels is too long to be continued; at most 64 to 1 is accepted"):
         artist.draw("a red fox", image=drawable_run.picture_file(tmp_path / "long.png", (700, 2)))
     huge = tmp_path / "huge.png"
     header = b"\x00\x00\x00\rIHDR" + (50000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"

@@ -211,7 +211,7 @@ def test_a_skipped_update_counts_in_no_bias_correction_and_no_average(trained: A
 def test_another_deepspeed_is_refused_at_start(trained: Any) -> None:
     version, attribute, function = trained[1][1][0]["refusals"]
     assert "lacks what train/engines/zero/ depends on: deepspeed.runtime.zero.stage3.no_such_function" in function
-    assert "is installed; train/engines/zero/ knows 0.1.x (requirements.txt)" in version
+    assert "is installed; train/engines/zero/ was written for 0.1.x (requirements.txt)" in version
     assert "lacks what train/engines/zero/ depends on: no_such_attribute" in attribute
 
 

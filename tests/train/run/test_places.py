@@ -107,7 +107,7 @@ def test_a_bucket_itself_is_no_run_folder(s3: str, s3_bucket: str) -> None:
     for name in ("provenance.json", "config.json"):
         storage.write_bytes(f"s3://{s3_bucket}/{name}", storage.read_bytes(run.at(name)))
     try:
-        with pytest.raises(ConfigError, match="a run folder lies in a folder or below a bucket"):
+        with pytest.raises(ConfigError, match="a run folder must be inside a folder or below a bucket"):
             load_run(f"s3://{s3_bucket}", [])
     finally:
         for name in ("provenance.json", "config.json"):

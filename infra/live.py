@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,3 @@ def beat() -> None:
     """This process runs, whatever it waits for: to be called by a thread."""
     for mark in _mine:
         mark.beat()
-
-
-@contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Say what is done for the length of a block that is no update."""
-    say(now=True, phase=name)
-    try:
-        yield
-    finally:
-        say(now=True, phase="")

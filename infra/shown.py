@@ -20,7 +20,7 @@ NO_PASSWORDS = (
 
 # The user part of a URL, before an @: 's3://key:secret@bucket' (a secret may hold slashes), 'https://token@host'; but not in 'http://host:9000/a@b'.
 _NAME, _WORD = r"""[^\s/@:'"<>]""", r"""[^\s'"<>]"""
-# What follows a host's name and a colon is a port, but only where hosts have ports.
+# What follows a host's name and a colon may be a port, but only after http:// and https:// (of which a lookbehind, of one width, sees "ttps://").
 _USER = re.compile(
     rf"(?i)(?<=http://|ttps://)(?!\[[0-9a-f:.]*\](?::\d{{1,5}})?/)(?:{_NAME}{{0,300}}:(?!\d{{1,5}}/){_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"
     rf"|(?<=://)(?<!http://)(?<!https://)(?:{_NAME}{{0,300}}:{_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"

@@ -89,6 +89,18 @@ class StopFlag:
             log.debug("begins: %s", name)
 
     @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """For the block, something other than updates is under way: ``doing`` says so here, and the signs of life to those who watch."""
+        before = self._doing
+        self.doing(name)
+        live.say(now=True, phase=name)
+        try:
+            yield
+        finally:
+            live.say(now=True, phase="")
+            self.doing(before)
+
+    @contextmanager
     def watched(self, end: Callable[[str], object], patience_s: float = PATIENCE_S / 2) -> Iterator[None]:
         """For the block, end this process also where it hears no signal: a library that waits for a rank which has just ended so waits for minutes, and
         Python's handlers run once it returns. To be called in the main thread.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra import live, storage
+from infra import storage
 from infra.errors import CheckpointError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -141,7 +141,6 @@ class Trainer:
                 self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
                 self._watched.phases.ended("save")
             profiler.ended(step, self._watched.phases)
-            self.stop.doing("an update")
             watchdog.beat()
             if stopping and (self._evaluation_owed or not last):
                 self._account(step)
@@ -174,8 +173,7 @@ class Trainer:
                 log.info("%s: the first update took %.1f s, compilation included", self.stage, time.perf_counter() - started)
 
     def _save_now(self, step: int, elapsed_s: float, *, waits: bool) -> None:
-        self.stop.doing("a save")
-        with self._goodput.timing("save"), live.phase("a save"):
+        with self._goodput.timing("save"), self.stop.during("a save"):
             self._save(step, elapsed_s)
             if not waits:
                 return
@@ -187,10 +185,8 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate, or raise Left where a rank was asked to stop meanwhile."""
-        self.stop.doing("an evaluation")
-        with self._goodput.timing("evaluate"), live.phase("an evaluation"):
+        with self._goodput.timing("evaluate"), self.stop.during("an evaluation"):
             found = self.task.evaluate(self.engine, step, self._writer, partial(leave_if_stopped, self.stop))
-        self.stop.doing(self.stop.name or "an update")
         self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
         return found
 

@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from infra import environment, node_checks, output, scratch, shown, storage
-from infra.errors import ReportedError
+from infra import environment, node_checks, output, run_records, scratch, shown, storage, stored
+from infra.errors import DataError, ReportedError
 from infra.job import Job
 from infra.live import VARIABLE, Facts
 
@@ -170,3 +171,16 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
+
+
+def signs(run_url: str, label: str, attempt: int) -> list[tuple[str, dict[str, Any]]]:
+    """What the nodes of an attempt said last, node 0 first, each with the URL of its file. Files that are gone meanwhile, or are nobody's of ours, are left out."""
+    folder, found = place(run_url, label), []
+    for name in storage.list_level(folder):
+        if name.startswith("node-") and name.endswith(".json"):
+            url = storage.join(folder, name)
+            with contextlib.suppress(DataError):
+                node = stored.read(url, run_records.Live)
+                if node["attempt"] == attempt:
+                    found.append((url, node))
+    return sorted(found, key=lambda sign: int(sign[1]["node"]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra import lease, ledger, listening, run_records, storage, stored
-from infra.errors import DataError, ExitCode
+from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from train.loop.goodput import lost_s
 from train.loop.metrics import Point, read_metrics
@@ -97,7 +97,7 @@ def gather(run: RunFolder, label: str, attempt: int | None = None) -> Facts | No
     stage = label.partition(".")[0]
     found = ledger.read_one(run, label, number)
     trains = STAGES[stage].trains
-    files, live = _files(run, label, number), _live(run, label, number)
+    files, live = _files(run, label, number), [node for _, node in listening.signs(run.url, label, number)]
     names = {int(rank["rank"]): str(node["name"]) for node in live for rank in node["ranks"]}
     signals: dict[int, str] = {}
     words: dict[int, tuple[str, ...]] = {}
@@ -150,18 +150,6 @@ def _files(run: RunFolder, label: str, number: int) -> list[dict[str, Any]]:
     place = run.attempt_url(label, number)
     names = [name for name in storage.list_level(place) if name.startswith("evidence-")]
     return [{"signals": {}, "words": {}} | stored.read(storage.join(place, name), run_records.Evidence) for name in sorted(names)]
-
-
-def _live(run: RunFolder, label: str, number: int) -> list[dict[str, Any]]:
-    found, place = [], listening.place(run.url, label)
-    for name in storage.list_level(place):
-        try:
-            node = stored.read(storage.join(place, name), run_records.Live) if name.startswith("node-") else {"attempt": -1}
-        except DataError:  # what it would tell is a courtesy
-            continue
-        if node["attempt"] == number:
-            found.append(node)
-    return found
 
 
 def _stood(rank: dict[str, Any]) -> str:

@@ -100,7 +100,10 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
 def _from(url: str, start: int) -> bytes:
     """What a file holds from a byte on; whole lines only."""
     try:
-        data = storage.read_bytes(url)[start:]
+        if storage.size(url) <= start:
+            return b""
+        with storage.open_stream(url, start) as file:
+            data = file.read()
     except MissingError:
         return b""
     whole = data.rpartition(b"\n")

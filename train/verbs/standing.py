@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,18 +164,11 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
 
 def nodes_of(run: RunFolder, label: str, attempt: int) -> list[dict[str, Any]]:
     """Signs of life of an attempt's nodes, node 0 first, each with the seconds since it was written ('age_s')."""
-    found, place = [], listening.place(run.url, label)
-    for name in storage.list_level(place):
-        if name.startswith("node-") and name.endswith(".json"):
-            url = storage.join(place, name)
-            try:
-                node = stored.read(url, run_records.Live)
-                age_s = max(0.0, time.time() - storage.modified(url))
-            except DataError:  # gone meanwhile, or written by nobody of ours: what is shown does without
-                continue
-            if node["attempt"] == attempt:
-                found.append(node | {"age_s": age_s})
-    return sorted(found, key=lambda node: int(node["node"]))
+    found = []
+    for url, node in listening.signs(run.url, label, attempt):
+        with suppress(DataError):  # gone meanwhile: what is shown does without
+            found.append(node | {"age_s": max(0.0, time.time() - storage.modified(url))})
+    return found
 
 
 def _of_main(rank: dict[str, Any], age_s: float, found: Standing) -> None:

@@ -87,7 +87,7 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
     while True:
         last = storage.exists(ended) or bool(stop)
         for name in files:
-            text = _from(storage.join(place, name), seen[name])
+            text = _from(storage.join(place, name), seen[name], to_the_end=last or not follow)
             seen[name] += len(text)
             prefix = f"[rank {name.removeprefix('rank-').removesuffix('.log')}] " if len(files) > 1 else ""
             for line in text.decode(errors="replace").splitlines():
@@ -97,8 +97,8 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
         time.sleep(_POLL_S)
 
 
-def _from(url: str, start: int) -> bytes:
-    """What a file holds from a byte on; whole lines only."""
+def _from(url: str, start: int, *, to_the_end: bool) -> bytes:
+    """What a file holds from a byte on; whole lines only, unless nobody writes on: a process that was killed may leave half of one."""
     try:
         if storage.size(url) <= start:
             return b""
@@ -106,8 +106,7 @@ def _from(url: str, start: int) -> bytes:
             data = file.read()
     except MissingError:
         return b""
-    whole = data.rpartition(b"\n")
-    return whole[0] + whole[1] if whole[1] else b""
+    return data if to_the_end else data[: data.rfind(b"\n") + 1]
 
 
 def _of_job(run: RunFolder, job: Submitted, label: str, rank: int | None, restart: int | None, *, follow: bool, stop: StopFlag) -> None:
@@ -140,7 +139,7 @@ def _lines(url: str, job: Submitted, *, follow: bool, stop: StopFlag) -> Iterato
         if follow and time.monotonic() >= look:
             look = time.monotonic() + 20 * _POLL_S
             last |= queues.state(job) == ""
-        text = _from(url, seen)
+        text = _from(url, seen, to_the_end=last)
         seen += len(text)
         yield from text.decode(errors="replace").splitlines()
         if last:

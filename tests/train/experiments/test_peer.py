@@ -150,7 +150,8 @@ class Batches:
 
 def test_it_trains_for_the_minutes_and_evaluations_cost_none(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(peer_training.time, "perf_counter", lambda: float(next(clock)))  # a second for each update
+    seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))  # a second for each update
+    monkeypatch.setattr(peer_training, "time", seconds)  # and not for the process: other threads look at the clock too
     peer, evaluations = Peer(CFG, CHOICE), []
 
     def evaluate() -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,12 +271,13 @@ def test_logs_that_are_followed_come_as_they_are_written_and_end_with_the_job(
     monkeypatch.setattr(logs, "_POLL_S", 0.01)
 
     def sleep(seconds: float) -> None:
-        file.write_text("first\nhalf and half\n")
+        file.write_text("first\nhalf and half\nkilled in the midst")
         (tmp_path / "over").touch()
 
-    monkeypatch.setattr(logs.time, "sleep", sleep)
+    # A clock of this module alone: other threads of the process sleep too.
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     logs.main(run.url, "clip", None, None, follow=True, stop=StopFlag())
-    assert capsys.readouterr().out == "first\nhalf and half\n"
+    assert capsys.readouterr().out == "first\nhalf and half\nkilled in the midst\n"
 
 
 def test_jobs_are_cancelled_and_their_pods_logs_shown_by_their_schedulers(

@@ -229,11 +229,12 @@ def plan(
     price: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,
     tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
     rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Run rank 0 without memory and compare: minutes.")] = False,
 ) -> None:
     """Estimate what training the transformer takes: memory of each GPU for every ZeRO stage and layout, bytes sent, time and energy; and whether it fits."""
     from train.verbs import plan as verb
 
-    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank, price=price)
+    verb.main(preset, overrides or [], nodes=nodes, gpus=gpus, memory=memory, gpu=gpu, tokens=tokens, rank=rank, price=price, check=check)
 
 
 @app.command()

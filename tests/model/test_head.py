@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model import head
 from model.head import Unembedding, chunk_rows, cross_entropy
-from train.bench.memory import LiveBytes
+from train.machine.live_bytes import LiveBytes
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,7 +6,8 @@ is read. So it is read only once, and never written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,25 @@ class PaperAdamW(torch.optim.Optimizer):
         return state
 
 
+_chosen: list[Callable[[Tensor, Tensor, Tensor, Tensor, Hyper, Tensor | None], None]] = []
+
+
+@contextmanager
+def with_kernel(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, Hyper, Tensor | None], None]) -> Iterator[None]:
+    """Inside the block, every ``update`` of this process is computed by this kernel: for tensors without values, which no compiled one can read."""
+    _chosen.append(kernel)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
 def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
     """One AdamW update in place, of contiguous tensors of equal size: p fp32, grad of any floating dtype, the moments both fp32 or both int16. The new p is also
     written to ``copy``."""
+    if _chosen:
+        _chosen[-1](p, grad, mean, variance, hyper, copy)
+        return
     if p.is_cuda:
         from train.optimizer import adamw_kernel as compiled  # needs triton, which comes only with CUDA builds of torch
     else:

@@ -137,6 +137,8 @@ def memory(setting: Setting) -> Memory:
         live_elements=states.gathered(run.cfg.width, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters),
         error_bytes=error_bytes(setting),
         micro_batches=setting.cfg.dalle_fit.accumulation,
+        touched=wire.touched(fragments(setting)) if setting.stage in (1, 2) and not zero.offload_optimizer else 0.0,
+        overlaps=zero.overlap_comm,
     )
     kept = activations.kept_by_forward(run)
     host = (2 + 2) * _FP32 * parameters.total / (shards if setting.stage else 1) + found.moments
@@ -151,12 +153,21 @@ def compression(setting: Setting) -> list[wire.Sent]:
     """What each GPU of a machine sends to other machines if gradients are compressed; empty otherwise."""
     if setting.rank is None or setting.cluster.nodes == 1:
         return []
-    cfg, is_scaled = setting.cfg, setting.half_gradients and setting.cfg.scales.scope != "none"
-    found = list(wire.parameters(cfg.dalle, cfg.stream_shape()))
-    held = wire.fragments(
-        found, setting.stage, setting.cluster.gpus, by_resblock=is_scaled, half=setting.half_gradients, packed=setting.moment_bytes == 4
+    held, every = fragments(replace(setting, layout="node")), setting.cfg.compression.refresh_every
+    return [wire.sent(one, setting.rank, setting.wire, setting.cluster.nodes, every) for one in held]
+
+
+def fragments(setting: Setting) -> list[list[wire.Fragment]]:
+    """The fragments of parameters that each of the GPUs holds that together hold a copy."""
+    cfg = setting.cfg
+    return wire.fragments(
+        list(wire.parameters(cfg.dalle, cfg.stream_shape())),
+        setting.stage,
+        setting.cluster.shards(setting.layout),
+        by_resblock=setting.half_gradients and cfg.scales.scope != "none",
+        half=setting.half_gradients,
+        packed=setting.moment_bytes == 4,
     )
-    return [wire.sent(one, setting.rank, setting.wire, setting.cluster.nodes, cfg.compression.refresh_every) for one in held]
 
 
 def error_bytes(setting: Setting) -> float:

@@ -104,6 +104,8 @@ def states(
     live_elements: int = 0,
     error_bytes: float = 0.0,
     micro_batches: int = 1,
+    touched: float = 0.0,
+    overlaps: bool = False,
 ) -> States:
     """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ configures it.
 
@@ -118,6 +120,8 @@ def states(
         live_elements: largest number of parameters that stage 3 holds gathered (``gathered``).
         error_bytes: bytes of gradient compression (``train.planning.estimate.error_bytes``).
         micro_batches: number of micro-batches of an update.
+        touched: elements of all parameters of which a rank's flat shards hold some, on stages 1 and 2 (``train.planning.wire.touched``).
+        overlaps: gradients are reduced during the backward pass (zero.overlap_comm).
 
     Raises:
         ValueError: the stage is unknown.
@@ -140,7 +144,7 @@ def states(
         parameters=stored / shards + gathered_bytes if stage == 3 else stored,
         masters=share,  # also in stage 3: an fp32 shard could serve as its own master copy, but DeepSpeed keeps a second copy
         moments=moments / shards,
-        gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share),
+        gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share, max(share, _FP32 * touched), overlaps),
         buckets=2 * bucket if stage == 3 else bucket,
         error_buffers=error_bytes,
         update=2 * share,  # gradients, and the same laid end to end
@@ -148,12 +152,15 @@ def states(
     )
 
 
-def _gradients(stage: int, micro_batches: int, whole: float, share: float) -> float:
-    """With several micro-batches, stage 1 holds whole sums in fp32 between them (train/engines/zero/accumulation.py), and stage 2 a micro-batch's share beside the sum
-    so far."""
-    if micro_batches == 1 or stage == 3:
+def _gradients(stage: int, micro_batches: int, whole: float, share: float, touched: float, overlaps: bool) -> float:
+    """Stages 1 and 2 keep the whole gradient of each parameter that their shard touches, in fp32: at 8 ranks up to three times the shard, at 1,024 hundreds of
+    times. With several micro-batches, stage 1 holds whole sums in fp32 between them (train/engines/zero/accumulation.py), which go as they are reduced if
+    that does not overlap with the backward pass, and stage 2 a micro-batch's beside the sum so far."""
+    if stage == 3:
         return share
-    return whole if stage == 1 else 2 * share
+    if micro_batches == 1:
+        return touched
+    return whole + overlaps * touched if stage == 1 else 2 * touched
 
 
 def gathered(width: int, prefetch: int, max_live: int) -> int:

@@ -94,6 +94,11 @@ def fragments(found: list[Parameter], stage: int, gpus: int, *, by_resblock: boo
     return out
 
 
+def touched(held: list[list[Fragment]]) -> int:
+    """Elements of all parameters of which a GPU holds a fragment, on the GPU with the most."""
+    return max(sum(fragment.parameter.elements for fragment in each) for each in held)
+
+
 def _cut(p: Parameter, start: int, stop: int) -> Fragment:
     start, stop = max(start, 0), min(stop, p.elements)
     return Fragment(p, start, stop - start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
-from infra.errors import ConfigError, UsageError
+from infra.errors import ConfigError, ReportedError, UsageError
 from train.config import load_run
 from train.planning import estimate, network, requests, states
 from train.planning.estimate import Setting
@@ -17,7 +17,19 @@ from train.planning.states import Cluster, Layout
 _GB, _MB = 1e9, 1e6
 
 
-def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: float, gpu: str, tokens: float, rank: int, price: float = 0.0) -> None:
+def main(
+    preset: str,
+    overrides: list[str],
+    *,
+    nodes: int,
+    gpus: int,
+    memory: float,
+    gpu: str,
+    tokens: float,
+    rank: int,
+    price: float = 0.0,
+    check: bool = False,
+) -> None:
     """Print the estimates.
 
     Args:
@@ -27,11 +39,13 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
         tokens: length of the training in positions of the stream; 0: dalle_fit.steps updates.
         gpu: name of a datasheet, the beginning of one, or its numbers (``hardware.named``).
         price: price of one GPU for one hour, in any currency; 0: no cost is shown.
+        check: also compare them with the engine, for one rank in this process (``train.planning.check``), which needs torch and minutes.
         rank: total rank of gradient compression between machines; 0: the rank of the paper's Table 1 for its widths, otherwise no compression.
 
     Raises:
         UsageError: the GPU is unknown.
         ConfigError: with the preset's ZeRO stage it does not fit into the memory, or its batch cannot be divided evenly.
+        ReportedError: the engine does otherwise than planned.
     """
     try:
         gpu, figures = named(gpu)
@@ -48,12 +62,33 @@ def main(preset: str, overrides: list[str], *, nodes: int, gpus: int, memory: fl
         print(
             f"cost                 {hours * price:,.0f} at {price:g} for each of {_short(hours)} GPU hours; the dVAE, storage and failed attempts come on top"
         )
+    if check:
+        compare(own)
     needed = estimate.memory(own).total
     if needed > room:
         raise ConfigError(
             f"{preset} as configured (zero.stage = {own.stage}, {own.micro_batch} samples at once) needs {needed / _GB:.1f} GB of "
             f"{room / _GB:.1f} GB on each GPU: {remedies(own, room)}."
         )
+
+
+def compare(setting: Setting) -> None:
+    """Print the plan of rank 0 beside what the engine does there.
+
+    Raises:
+        ReportedError: they differ by more than they may.
+    """
+    from train.planning import check as checking  # imports torch and DeepSpeed
+
+    print(
+        f"\nrank 0 of {setting.cluster.world}, in this process, without memory for its tensors; the second of two updates (some minutes) ...",
+        flush=True,
+    )
+    found = checking.findings(setting)
+    print(f"{'':50}{'plan':>15}{'engine':>15}")
+    print("\n".join(finding.line for finding in found))
+    if wrong := [finding.what for finding in found if not finding.is_right]:
+        raise ReportedError(f"the engine does otherwise than planned: {', '.join(wrong)}. The formulas are in train/planning/.")
 
 
 def describe(preset: str, setting: Setting) -> list[str]:

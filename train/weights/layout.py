@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from infra.errors import CheckpointError
@@ -31,6 +32,12 @@ Row = tuple[int, int, int]
 def kind_of(size: int, dtype: str) -> int:
     """Size and dtype of a tensor as one number."""
     return size * _KINDS + DTYPES.index(dtype)
+
+
+def width_of(kind: int) -> int:
+    """Bytes of an element."""
+    dtype: torch.dtype = getattr(torch, DTYPES[kind % _KINDS])
+    return dtype.itemsize
 
 
 def held(fragments: Mapping[str, Fragment]) -> dict[str, Row]:

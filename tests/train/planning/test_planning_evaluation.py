@@ -9,8 +9,9 @@ import torch
 
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
-from train.bench.memory import LiveBytes, build
+from train.bench.memory import build
 from train.config import load_run
+from train.machine.live_bytes import LiveBytes
 from train.planning import activations, estimate
 from train.planning.estimate import Setting
 from train.planning.states import Cluster

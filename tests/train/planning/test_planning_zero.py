@@ -13,8 +13,9 @@ import torch
 from infra.world import World
 from model.config import StreamShape, TransformerConfig
 from tests.support.ranks import run_in_ranks
-from train.bench.memory import LiveBytes, build
+from train.bench.memory import build
 from train.config import RunConfig, load_run
+from train.machine.live_bytes import LiveBytes
 from train.optimizer.adamw_cpu import CHUNK
 from train.planning import activations, states
 from train.planning.estimate import Memory, Setting

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import deepspeed
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime import utils as runtime
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from deepspeed.utils import groups
 
 from infra.errors import ConfigError
@@ -35,6 +36,7 @@ NEEDED_OF_MODULES = {
     torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "PARAM_COMM_DTYPE_ATTR_NAME"),
     runtime: ("all_gather_dp_groups",),
     stage3: ("defragment",),
+    partitioned_param_coordinator: ("assert_ints_same_as_other_ranks",),
     stage_1_and_2: ("INITIAL_MICRO_STEP_ID",),
     groups: ("mpu",),
 }
@@ -77,6 +79,17 @@ def prepare(topology: Any) -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = True
     stage3.defragment = defragment
     groups.mpu = topology  # otherwise an engine without a topology would use that of an earlier engine of this process
+
+
+@contextmanager
+def without_agreement() -> Iterator[None]:
+    """Inside the block, stage 3 does not ask whether other ranks run the same modules: where there are none, nobody answers."""
+    kept = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
+    try:
+        yield
+    finally:
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = kept
 
 
 def check(optimizer: Any, stage: int, parameters: Iterable[tuple[str, Any]]) -> None:

@@ -1,0 +1,96 @@
+"""`plan --check` runs a rank of a world that is not there: on each ZeRO stage the plan is right, and where it is made wrong that is said. About 20 s, one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from infra.errors import ConfigError, ReportedError
+from tests.support.root import ROOT
+from train.config import load_run
+from train.planning import check
+from train.planning.check import Finding
+from train.planning.estimate import Setting
+from train.planning.states import Cluster
+from train.verbs import plan
+
+SMALL = ["dalle.layers=2", "dalle.width=512", "dalle.heads=4", "dalle_fit.batch=64", "evaluate.batch=2", "zero.reduce_bucket_size=1000000"]
+SMALL += ["zero.stage3_prefetch_bucket_size=500000", "zero.stage3_max_live_parameters=4000000", "zero.stage3_max_reuse_distance=4000000"]
+CASES = {
+    "stage 3, by node": [],
+    "stage 3, flat": ["zero.sharding=flat"],
+    "stage 2, two micro-batches": ["zero.stage=2", "dalle_fit.accumulation=2"],
+    "stage 1": ["zero.stage=1"],
+    "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
+}
+PROGRAM = """
+import json, sys
+from unittest import mock
+from train.config import load_run
+from train.planning import check, estimate, states, wire
+from train.planning.estimate import Setting
+from train.planning.states import Cluster
+
+def wrong(words):
+    setting = Setting.configured(load_run("12B", words), Cluster(8, 4))
+    return [(f.what, f.planned, f.found) for f in check.findings(setting) if not f.is_right]
+
+cases, small = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+found = {name: wrong([*small, *words]) for name, words in cases.items()}
+memory, traffic, fragments = estimate.memory, estimate.traffic, estimate.fragments
+def more(setting):
+    seen = memory(setting)
+    return estimate.replace(seen, states=estimate.replace(seen.states, moments=1.06 * seen.states.moments))
+more_sent = lambda setting: estimate.replace(traffic(setting), outside=1.01 * traffic(setting).outside)
+with (
+    mock.patch.object(estimate, "memory", more),
+    mock.patch.object(estimate, "traffic", more_sent),
+    mock.patch.object(estimate, "fragments", lambda setting: [fragments(setting)[at] for at in (1, 0, 2, 3)]),
+):
+    found["off"] = wrong(small)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[tuple[str, float, float]]]:
+    """What is wrong, by case: a process of its own, for process groups are a process's."""
+    words = [sys.executable, "-c", PROGRAM, json.dumps(CASES), json.dumps(SMALL)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    result: dict[str, list[tuple[str, float, float]]] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_the_engine_does(found: dict[str, list[tuple[str, float, float]]], case: str) -> None:
+    assert found[case] == []
+
+
+def test_a_plan_that_is_off_is_named(found: dict[str, list[tuple[str, float, float]]]) -> None:
+    assert [what for what, *_ in found["off"]] == [
+        "of them planned or held otherwise",
+        "tensors of a checkpoint held otherwise",
+        "moments",
+        "sent in an update, to other machines",
+    ]
+
+
+def test_a_figure_may_be_off_by_its_tolerance_and_below_by_more() -> None:
+    assert Finding("x", 100, 105, tolerance=0.05).is_right and not Finding("x", 100, 105.1, tolerance=0.05).is_right
+    assert Finding("x", 100, 90, tolerance=0.05, below=0.05).is_right and not Finding("x", 100, 89, tolerance=0.05, below=0.05).is_right
+    assert Finding("x", 0, 0).is_right and not Finding("x", 0, 1).is_right
+    assert Finding("x", 2e9, 1e9, "GB").line.endswith("-50.00%   WRONG")
+
+
+def test_what_differs_ends_the_command_with_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    setting = Setting.configured(load_run("12B", SMALL), Cluster(8, 4))
+    with pytest.raises(ConfigError, match=r"zero\.offload_optimizer=false"):
+        check.findings(Setting.configured(load_run("12B", [*SMALL, "zero.offload_optimizer=true"]), Cluster(8, 4)))
+    monkeypatch.setattr(check, "findings", lambda _: [Finding("masters", 1e9, 2e9, "GB"), Finding("moments", 1, 1)])
+    with pytest.raises(ReportedError, match="the engine does otherwise than planned: masters"):
+        plan.compare(setting)
+    assert "rank 0 of 32" in capsys.readouterr().out

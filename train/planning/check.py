@@ -1,0 +1,194 @@
+"""``plan PRESET --check``: what the plan says of one rank, against what DeepSpeed's ZeRO and our engine do there, with nothing but shapes (``fake_world``).
+
+Checked are: who shards with whom, batches, which elements the rank holds, the bytes of its states and at the widest point of an update, the bytes that it sends,
+and a checkpoint's index. The other ranks' shards are computed by the arithmetic that this rank's were found equal to.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from infra.errors import ConfigError
+from infra.world import World
+from model.attention_engines import make_engine
+from model.transformer import Transformer
+from train.config_compression import CompressionSection
+from train.engines.zero.construction import sharded_construction
+from train.engines.zero.engine import ZeroEngine
+from train.machine.rates import DTYPES
+from train.planning import estimate, states
+from train.planning.estimate import Setting
+from train.planning.fake_world import Watched, fake_world
+from train.weights import layout
+from train.weights.checkpoint_index import index_of, part_of
+from train.weights.checkpoint_storage import PIECE_BYTES
+
+TOLERANCE = 0.05
+"""Of bytes of memory. What is sent and who holds what must be equal."""
+_SENT = 0.001
+"""Of bytes sent: padding of shards, which the plan leaves out."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of the plan beside the engine's."""
+
+    what: str
+    planned: float
+    found: float
+    unit: str = ""
+    tolerance: float = 0.0
+    """By which share of the plan they may differ."""
+    below: float = 0.0
+    """By which share of the plan the engine may stay below it, beyond that."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether they are as close as they have to be."""
+        low, high = 1 - self.tolerance - self.below, 1 + self.tolerance
+        return low * self.planned <= self.found <= high * self.planned
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        scale, digits = (1e9, 3) if self.unit == "GB" else (1e6, 2) if self.unit == "MB" else (1, 0)
+        apart = f"{self.found / self.planned - 1:+.2%}" if self.planned else "" if self.found == self.planned else "not 0"
+        values = f"{self.planned / scale:15,.{digits}f}{self.found / scale:15,.{digits}f} {self.unit:3}{apart:>9}"
+        return f"{self.what:50}{values}{'' if self.is_right else '   WRONG'}"
+
+
+MOST_INDEX = 10_000_000
+"""Bytes of a checkpoint's index that a rank may have to read before it can restore."""
+_BELOW = 0.12
+"""Beyond that, on stages 1 and 2: the plan adds the gradients of all parameters to the widest activations, which may come before most gradients are there."""
+_NO_HASH = hashlib.sha256(b"").hexdigest()
+
+
+def findings(setting: Setting) -> list[Finding]:
+    """Run two updates of rank 0 and compare. Gradients are summed exactly between machines: what compression sends is counted in real runs
+    (tests/train/planning/test_planning_compression.py).
+
+    Raises:
+        ConfigError: the batch cannot be divided evenly, or the update is not ours (zero.offload_optimizer, dalle_fit.optimizer = "apex").
+    """
+    fit = setting.cfg.dalle_fit
+    if setting.cfg.zero.offload_optimizer or fit.optimizer == "apex":
+        raise ConfigError("--check follows the update of this project on a GPU: set zero.offload_optimizer=false and dalle_fit.optimizer=adamw.")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    cfg = setting.cfg
+    # FlexAttention needs a compiler for its device; the plan knows the activations of this engine too.
+    changed = {"dalle": replace(cfg.dalle, attention="structured"), "compression": CompressionSection()}
+    setting = replace(setting, cfg=cfg.model_copy(update=changed), rank=None)
+    with fake_world(setting.cluster.nodes, setting.cluster.gpus) as (world, watched):
+        engine = build(setting, world)
+        found = [*_places(setting, engine), *_checkpoint(setting, engine)]
+        update(setting, engine)  # stage 3 learns in the first update what it fetches ahead in all others, and moments are made in it
+        gc.collect()
+        watched.restart()
+        update(setting, engine)
+        return [*found, *_bytes(setting, engine, watched)]
+
+
+def build(setting: Setting, world: World) -> ZeroEngine:
+    """The engine of a rank."""
+    cfg, fit = setting.cfg, setting.cfg.dalle_fit
+    shape = cfg.stream_shape()
+    with sharded_construction(fit, cfg.zero, world):
+        attend = make_engine("structured", cfg.dalle, shape, torch.device("cpu"))
+        every = fit.checkpoint_every if fit.activation_checkpointing else 0
+        model = Transformer(cfg.dalle, shape, branch_dtype=DTYPES[fit.precision], attend=attend, checkpoint_every=every)
+    model.to = lambda *_: model  # type: ignore[method-assign, assignment]  # it is there already, and fake tensors cannot be swapped
+    return ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)
+
+
+def update(setting: Setting, engine: ZeroEngine) -> None:
+    """One update, of all its micro-batches."""
+    shape, parts = setting.cfg.stream_shape(), setting.cfg.dalle_fit.accumulation
+    text_BT = torch.zeros((setting.micro_batch, shape.text_tokens), dtype=torch.int64)
+    lengths_B = torch.zeros(setting.micro_batch, dtype=torch.int64)
+    codes_BI = torch.zeros((setting.micro_batch, shape.image_tokens), dtype=torch.int64)
+    for index in range(parts):
+        engine.micro_batch(last=index == parts - 1)
+        text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
+        engine.backward(text_nll_BT.sum() + image_nll_BI.sum())
+        del text_nll_BT, image_nll_BI
+    engine.step(1e-3, [0.0] * len(engine.measure()))
+
+
+def _places(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
+    """Who shards with whom, batches, and what this rank holds."""
+    cluster, topology = setting.cluster, engine.topology
+    if topology is not None:
+        within, between = (dist.get_process_group_ranks(group) for group in (topology.within, topology.between))
+        yield Finding("ranks that shard together, not as planned", 0, len(set(within) ^ set(range(cluster.gpus))))
+        yield Finding("ranks with the same shard, not as planned", 0, len(set(between) ^ set(range(0, cluster.world, cluster.gpus))))
+    yield Finding("samples of a micro-batch of a rank", setting.micro_batch, engine.config["train_micro_batch_size_per_gpu"])
+    sharding = cluster.world if topology is None else cluster.gpus
+    product = engine.config["train_micro_batch_size_per_gpu"] * engine.config["gradient_accumulation_steps"] * sharding
+    yield Finding("samples of the ranks that shard together", engine.config["train_batch_size"], product)
+    planned = {(f.parameter.name, f.offset, f.length) for f in estimate.fragments(setting)[0]}
+    held = {(piece.name, piece.offset, piece.length) for piece in engine.pieces}
+    yield Finding("pieces of parameters that rank 0 holds", len(planned), len(held))
+    yield Finding("of them planned or held otherwise", 0, len(planned ^ held))
+
+
+def _checkpoint(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
+    """The tensors of a checkpoint, and the bytes of its index and of the largest part: against what a rank should have to read."""
+    real = layout.held(engine.fragments(to_load=False))
+    by_rank = []
+    for fragments in estimate.fragments(setting):
+        rows = {}
+        for fragment in fragments:
+            for state in ("model", "average", *(f"optimizer/{name}" for name in engine.shard_optimizer.state_names)):
+                name = f"{state}/{fragment.parameter.name}"
+                dtype = "int16" if setting.moment_bytes == 4 and fragment.parameter.is_block_matrix and "optimizer" in state else "float32"
+                rows[name] = (fragment.offset, fragment.length, layout.kind_of(fragment.parameter.elements, dtype))
+        by_rank.append(dict(sorted(rows.items())))
+    own = {name: row for name, row in real.items() if not name.startswith("compression")}
+    yield Finding("tensors of a checkpoint held otherwise", 0, len(set(own.items()) ^ set(by_rank[0].items())))
+    expected = layout.Expected(layout.Expected.of(by_rank[0]))
+    tensors = layout.described(expected, [expected.differences(rows, rank) for rank, rows in enumerate(by_rank)])
+    elements = sum(tensor["size"] for tensor in tensors.values())
+    parameters = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).total
+    yield Finding("elements of a checkpoint without buffers", (2 + len(engine.shard_optimizer.state_names)) * parameters, elements)
+    parts = [len(_part(rank, rows)) for rank, rows in enumerate(by_rank)]
+    index = len(json.dumps(index_of(tensors, [(size, bytes(32)) for size in parts])).encode())
+    yield Finding("index and own part that a rank reads, at most", MOST_INDEX, index + max(parts), "MB", below=1.0)
+
+
+def _part(rank: int, rows: dict[str, layout.Row]) -> bytes:
+    """A rank's part of the index, with hashes of nothing."""
+    tensors, position = {}, 0
+    for name, (offset, length, kind) in rows.items():
+        size = length * layout.width_of(kind)
+        tensors[name] = {"start": position, "offset": offset, "length": length, "sha256": [_NO_HASH] * -(-size // PIECE_BYTES)}
+        position += size
+    return part_of(rank, PIECE_BYTES, tensors)
+
+
+def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[Finding]:
+    """Memory and messages of the update that was watched."""
+    cfg, memory = setting.cfg, estimate.memory(setting)
+    held = engine.fragments(to_load=True)
+    shares = {kind: sum(f.tensor.nbytes for name, f in held.items() if name.startswith(f"{kind}/")) for kind in ("model", "optimizer", "average")}
+    yield Finding("masters", memory.states.masters, shares["model"], "GB", TOLERANCE)
+    yield Finding("moments", memory.states.moments, shares["optimizer"], "GB", TOLERANCE)
+    shards = setting.cluster.shards(setting.layout)
+    parameters = states.count(cfg.dalle, cfg.stream_shape()).total
+    yield Finding("average, in CPU memory", 4 * parameters / shards, shares["average"], "GB", TOLERANCE)
+    loose = 0.0 if setting.stage == 3 else _BELOW
+    yield Finding("widest point of an update, with the average", memory.training + shares["average"], watched.peak, "GB", TOLERANCE, below=loose)
+    traffic = estimate.traffic(setting)
+    # Stage 3 need not gather again in the backward pass what it has kept since the forward pass; the plan has no formula for how much that is.
+    kept = 4 * (cfg.zero.stage3_max_live_parameters + cfg.zero.stage3_max_reuse_distance) if setting.stage == 3 else 0
+    below = min(1.0, kept / traffic.inside)
+    yield Finding("sent in an update, inside the machine", traffic.inside, watched.inside, "MB", _SENT, below)
+    yield Finding("sent in an update, to other machines", traffic.outside, watched.outside, "MB", _SENT, below if setting.layout == "flat" else 0.0)

@@ -1,0 +1,118 @@
+"""One rank of a world of any size, alone in its process: collectives that send nothing and tensors without memory, under DeepSpeed's own ZeRO.
+
+Shapes, dtypes, storages and messages are those of a real rank; values are not computed, and whoever reads one gets zero. Every tensor counts as one of the CPU,
+so what a GPU's memory and the host's hold is told apart by what it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+from infra.world import World
+from train.engines.zero import internals
+from train.machine.live_bytes import LiveBytes
+from train.optimizer import adamw
+
+_aten: Any = torch.ops.aten
+_c10d: Any = torch.ops.c10d
+_YES_OR_NO = (_aten.equal.default, _aten.is_nonzero.default)
+_GATHERS = (_c10d._allgather_base_.default, _c10d.allgather_.default)
+_SCATTERS = (_c10d._reduce_scatter_base_.default, _c10d.reduce_scatter_.default, _c10d.alltoall_base_.default)
+_ALL_REDUCES = (_c10d.allreduce_.default,)
+_ROOTED = (_c10d.broadcast_.default, _c10d.reduce_.default)
+
+
+class Watched(LiveBytes):
+    """Live bytes, and the bytes that this rank sends in collectives if each runs as a ring."""
+
+    def __init__(self, gpus: int) -> None:
+        """
+        Args:
+            gpus: processes of a machine.
+        """
+        super().__init__()
+        self.inside = self.outside = 0.0
+        """To ranks of the same machine, and to others: of a ring over all ranks of several machines, a process's share of what its machine sends."""
+        self.calls: Counter[str] = Counter()
+        self._gpus = gpus
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._send(func, args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def restart(self) -> None:
+        """Forget the peak and what was sent so far."""
+        super().restart()
+        self.inside = self.outside = 0.0
+        self.calls.clear()
+
+    def _send(self, func: Any, args: Any) -> None:
+        self.calls[func.__name__.partition(".")[0].strip("_")] += 1
+        if func in _GATHERS:
+            size, place = _bytes(args[0]), 2
+        elif func in _SCATTERS:
+            size, place = _bytes(args[1]), 2
+        elif func in _ALL_REDUCES:
+            size, place = 2 * _bytes(args[0]), 1
+        elif func in _ROOTED:
+            size, place = _bytes(args[0]), 1
+        else:
+            assert "barrier" in func.__name__, f"{func} is not known to {__name__}"
+            return
+        ranks = dist.get_process_group_ranks(ProcessGroup.unbox(args[place]))
+        sent = size * (len(ranks) - 1) / len(ranks)
+        machines = {rank // self._gpus for rank in ranks}
+        if len(machines) == len(ranks) > 1:
+            self.outside += sent
+        else:
+            self.inside += sent
+            self.outside += sent / self._gpus if len(machines) > 1 else 0.0
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+
+
+class _Fake(FakeTensorMode):
+    """Fake tensors whose values are zero."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return 0.0 if args[0].is_floating_point() else args[0].dtype != torch.bool and 0
+        if func in _YES_OR_NO:
+            return False
+        return super().dispatch(func, types, args, kwargs)
+
+
+@contextmanager
+def fake_world(nodes: int, gpus: int) -> Iterator[tuple[World, Watched]]:
+    """Inside, this process is rank 0 of ``nodes`` machines of ``gpus`` processes. The process group stays: DeepSpeed keeps groups from engine to engine, so a
+    process can be in one world only."""
+    world = World(0, nodes * gpus, 0, gpus)
+    kept = dict(os.environ)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world.size), "LOCAL_WORLD_SIZE": str(gpus)}  # DeepSpeed reads them
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.size)
+    assert (dist.get_backend(), dist.get_world_size()) == ("fake", world.size)
+    watched = Watched(gpus)
+    try:
+        with warnings.catch_warnings(), internals.without_agreement(), adamw.with_kernel(lambda *_: None), _Fake(allow_non_fake_inputs=True), watched:
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed asserts an alignment
+            yield world, watched
+    finally:
+        os.environ.clear()
+        os.environ |= kept

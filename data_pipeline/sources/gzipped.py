@@ -15,7 +15,7 @@ _MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 18
 MOST_TIMES = 100
 """A gzipped file may unpack to this many times its size. Captions do to 3 to 20 times; a few kilobytes of hostile data would to terabytes."""
-FREE_BYTES = 256 << 20
+FREE_BYTES = 64 << 20
 """What unpacks to no more than this is not measured against its size."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,9 @@ def test_a_password_in_an_option_of_draw_is_refused_masked_and_before_anything_i
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verb, "open_models", lambda *given, **words: pytest.fail("models were opened"))
     for url in ("s3://AKIAEXAMPLE:hunter2secret@bucket/x", "https://u:hunter2secret@host/x", "https://host/x?X-Amz-Signature=hunter2secret"):
+        given: dict[str, Any] = {option: url}
         with pytest.raises(ConfigError, match=rf"^--{option} .*a URL may not carry a user, a password or a signature") as caught:
-            verb.main(run.url, ["a red fox"], verb.Options(**{"out": str(tmp_path / "out"), option: url}), StopFlag())
+            verb.main(run.url, ["a red fox"], replace(verb.Options(out=str(tmp_path / "out")), **given), StopFlag())
         assert "hunter2" not in str(caught.value)
     assert "hunter2" not in "".join(capsys.readouterr()) and not list(tmp_path.rglob("*"))
 

@@ -184,12 +184,12 @@ class FilterConfig(Section):
 class TokenizerConfig(Section):
     """Byte-pair encoding of captions (paper B.2)."""
 
-    vocab: int = Field(default=16384, ge=300)
+    vocab: int = Field(default=16384, ge=300, le=1 << 24)
     """Size of the vocabulary: padding, unknown, 256 bytes, characters and merges."""
     letters: Literal["a-z", "unicode"] = "a-z"
     """Which characters count as letters, whose runs are merged: a to z, as the paper's author describes it, or the letters and marks of all scripts, which
     captions in other languages need. Any other character is a token by itself if it is frequent, else it is spelled as bytes."""
-    max_tokens: int = Field(default=256, gt=0)
+    max_tokens: int = Field(default=256, gt=0, le=1 << 16)
     """Text positions; longer captions are truncated and counted."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """BPE dropout, in training only."""

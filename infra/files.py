@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
+from infra import kept_within
 from infra.errors import ConfigError, DataError, MissingError, NoRoomError
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ def atomic(path: Path, origin: str = "", sha256: str = "") -> Iterator[IO[bytes]
 
     Raises:
         DataError: the content has another hash.
-        ConfigError: the place is not writable.
+        ConfigError: the place is not writable, or a link leads out of the run folder.
     """
+    kept_within.check(path)
     temporary = _beside(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,12 +197,17 @@ def delete_tree(folder: Path) -> None:
     """Delete a folder with everything in it; it may be missing.
 
     Raises:
-        ConfigError: it may not be deleted, or is the root of the file system.
+        ConfigError: it may not be deleted, is the root of the file system, is a link, or lies behind one that leads out of the run folder.
     """
+    kept_within.check(folder)
     if folder.resolve() == folder.resolve().parent:  # callers check it as well; this is the last line that can stop it
         raise ConfigError(f"{folder}: refusing to delete a whole bucket or file system; name a folder in it.")
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder}: a link, to {os.path.realpath(folder)}; nothing is deleted through it. Delete the link, or what it leads to, yourself."
+        )
     with write_errors(folder), suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder)  # unlinks links in it, and follows none
 
 
 def _beside(path: Path) -> Path:

@@ -6,6 +6,7 @@ Listings are ordered by full name, as S3 orders them, so that a folder copied to
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,10 @@ from infra.files import read_errors
 _SPECIAL = "*?["
 LINK_OUTSIDE = "link outside"
 """``FileInfo.version`` of a link to a folder that is not followed because it leads outside the allowed folders."""
+CLOSED_FOLDER = "closed folder"
+"""``FileInfo.version`` of a folder that can never be listed: without permission, or with a path that is too long."""
+NOT_FILES = (LINK_OUTSIDE, CLOSED_FOLDER)
+_NEVER = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def expand(place: str, parts: list[str], level: Level, walk: Walk) -> Iterator[F
     """The files below ``place`` that match ``parts``; folders that cannot match are not listed."""
     part, rest = parts[0], parts[1:]
     if part == "**":
-        yield from (found for found in walk(place) if matches(found.name.split("/"), parts))
+        yield from (found for found in walk(place) if found.version in NOT_FILES or matches(found.name.split("/"), parts))
         return
     for found in level(place, fixed_start(part)):
         name = found.name.rstrip("/")
@@ -97,7 +102,7 @@ def expand(place: str, parts: list[str], level: Level, walk: Walk) -> Iterator[F
         if rest and is_folder:
             inside = expand(f"{place.rstrip('/')}/{name}", rest, level, walk)
             yield from (replace(deeper, name=f"{name}/{deeper.name}") for deeper in inside)
-        elif not rest and not is_folder:
+        elif (not rest and not is_folder) or found.version in NOT_FILES:
             yield found
 
 
@@ -111,15 +116,23 @@ def remote_info(name: str, size: int, etag: str) -> FileInfo:
     return FileInfo(name, size, f"{size}-{etag}")
 
 
-def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
-    """Files and folders directly in a local folder, ordered by full name; none if the folder is missing. A broken link is listed, too."""
+def local_level(folder: Path, start: str = "", roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    """Files and folders directly in a local folder, ordered by full name; none if the folder is missing. A broken link is listed, too.
+
+    Args:
+        folder: what to list.
+        start: how the names begin.
+        roots: real paths of the folders that links may lead to. A folder that must not be entered, or can never be, is then listed as a file, with one of
+            NOT_FILES as its version. Empty: links may lead anywhere.
+    """
     if not folder.is_dir():
         return
     with read_errors(str(folder)), os.scandir(folder) as entries:
-        named = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in entries if entry.name.startswith(start))
+        named = sorted((f"{entry.name}/" if _is_folder(entry) else entry.name, entry) for entry in entries if entry.name.startswith(start))
     for name, entry in named:
         if name.endswith("/"):
-            yield FileInfo(name, -1, "")
+            odd = _why_closed(entry, roots) if roots else ""
+            yield FileInfo(entry.name, 0, odd) if odd else FileInfo(name, -1, "")
             continue
         try:
             yield local_info(name, entry.stat())
@@ -127,28 +140,45 @@ def local_level(folder: Path, start: str = "") -> Iterator[FileInfo]:
             yield FileInfo(name, 0, "broken link")
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        if error.errno not in _NEVER:
+            raise
+        return False
+
+
+def _why_closed(entry: os.DirEntry[str], roots: tuple[str, ...]) -> str:
+    """Why a folder is not entered; empty: it may be."""
+    if entry.is_symlink() and not is_below(os.path.realpath(entry.path), roots):
+        return LINK_OUTSIDE
+    try:
+        os.scandir(entry.path).close()
+    except OSError as error:
+        if error.errno in _NEVER:
+            return CLOSED_FOLDER
+    return ""
+
+
 def local_walk(folder: Path, roots: tuple[str, ...] = (), above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
     """All files below a local folder, with one folder in memory at a time. Links to folders are followed, but not in circles.
 
     Args:
         folder: where to begin.
-        roots: real paths of the folders that links may lead to; other links are listed as files with version LINK_OUTSIDE. Empty: links may lead anywhere.
+        roots: as of ``local_level``.
         above: real paths of the folders above this one.
     """
     real = os.path.realpath(folder)
     if real in above:
         return
-    for found in local_level(folder):
+    for found in local_level(folder, roots=roots):
         if is_hidden(found.name):
             continue
         if not found.name.endswith("/"):
             yield found
             continue
-        inner = folder / found.name
-        if roots and inner.is_symlink() and not is_below(os.path.realpath(inner), roots):
-            yield FileInfo(found.name.rstrip("/"), 0, LINK_OUTSIDE)
-            continue
-        inside = local_walk(inner, roots, (*above, real))
+        inside = local_walk(folder / found.name, roots, (*above, real))
         yield from (replace(deeper, name=found.name + deeper.name) for deeper in inside)
 
 

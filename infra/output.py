@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from infra import shown
+from infra import kept_within, shown
 
 _UTF8 = ("utf-8", "utf8")
 KEPT = 4 << 20
@@ -33,6 +33,7 @@ class _Lasting(io.FileIO):
 
 def copy_to(path: Path) -> None:
     """From here on, also append to a file what this process prints by itself (``last``), but for what only draws on a terminal."""
+    kept_within.check(path)
     copy_no_more()
     _copy[:] = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)]
 

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, exit_records, lease, node_folder, run_records, schemas, shown, storage, stored
+from infra import deferred_writes, exit_records, kept_within, lease, node_folder, run_records, schemas, shown, storage, stored
 from infra.config import differences
 from infra.errors import ConfigError, MissingError, UnreachableError
 from infra.job import Job
@@ -22,6 +22,8 @@ from infra.repository import REPOSITORY
 from infra.signals import StopFlag
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
+_OF_EVERY_STAGE = ("attention", "exits", "jobs", "live", "locks", "logs", "preflight", "tensorboard")
+"""Folders that any stage writes to."""
 _ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 _POLL_S = 0.5  # between looks at what other nodes have written
 _NO_JOB = Job()
@@ -68,6 +70,8 @@ class RunFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        if not storage.is_remote(self.url):
+            kept_within.keep(storage.local_path(self.url))
 
     def at(self, *parts: str) -> str:
         """URL of a file or folder inside."""
@@ -149,6 +153,15 @@ class RunFolder:
             provenance["changes"] = [*provenance.get("changes", []), now | {"commit": commit(), "changed": changed}]
         if moved or changed or older:
             storage.write_json(self.at("provenance.json"), provenance)
+
+    def refuse_links(self, *names: str) -> None:
+        """Refuse links that lead out of this folder, in those of its folders that are about to be written to, and in those of every stage's records.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if not storage.is_remote(self.url):
+            kept_within.refuse_links(storage.local_path(self.url), (*names, *_OF_EVERY_STAGE))
 
     def done(self, stage: str, *, once: bool = False) -> dict[str, Any] | None:
         """What a finished stage wrote last, or None.

@@ -14,13 +14,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from infra import files, globs, shown, strict_json
+from infra import files, globs, kept_within, shown, strict_json
 from infra.errors import ConfigError, DataError, MissingError
 from infra.files import TEMPORARY as TEMPORARY
 from infra.files import sha256_file as sha256_file
@@ -46,7 +46,7 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The local path of a path or ``file://`` URL.
+    """The local path of a path or ``file://`` URL. Escapes (``%20``) are decoded in a ``file://`` URL, and nowhere else.
 
     Raises:
         ConfigError: a remote URL, or a ``file://`` URL that names a host.
@@ -62,8 +62,10 @@ def local_path(url: str) -> Path:
 
 
 def join(url: str, *parts: str) -> str:
-    """``url/part/part``, for paths and URLs alike. Parts are relative; empty ones are left out."""
+    """``url/part/part``, for paths and URLs alike. Parts are relative names, taken literally; empty ones are left out."""
     words = [word for word in (part.strip("/") for part in parts) if word]
+    if url.startswith("file://"):
+        words = [word.replace("%", "%25") for word in words]
     return "/".join([url.rstrip("/"), *words]) if words else url
 
 
@@ -178,21 +180,21 @@ def glob(url: str, roots: tuple[str, ...] = ()) -> tuple[str, Iterator[FileInfo]
         roots: real paths of the folders that links in a local folder may lead to; empty: links may lead anywhere.
 
     Returns:
-        The folder to which names are relative, and the files in a stable order (none if nothing matches).
+        The folder to which names are relative, of a ``file://`` URL as a path, and the files in a stable order (none if nothing matches).
 
     Raises:
         DataError: a folder cannot be read; may also be raised while the files are iterated.
     """
+    if url.startswith("file://"):
+        url = str(local_path(url)) + "/" * url.endswith("/")
     found = None
     if not url.endswith("/"):
-        try:
+        with suppress(MissingError):
             found = stat(url)
-        except MissingError:
-            found = None
     if found is not None and (is_remote(url) or files.is_file(local_path(url))):
         base, _, name = url.rpartition("/")
         return base or ("/" if url.startswith("/") else "."), iter([FileInfo(name, found.size, found.version)])
-    level = _remote_level if is_remote(url) else _local_level
+    level = _remote_level if is_remote(url) else partial(_local_level, roots=roots)
     deep = _remote_walk if is_remote(url) else partial(_local_walk, roots=roots)
     if found is not None or not globs.is_pattern(url) or _is_folder(url.rstrip("/")):
         return url.rstrip("/") or url, deep(url)
@@ -204,8 +206,8 @@ def _is_folder(url: str) -> bool:
     return store(url).is_folder(url) if is_remote(url) else files.is_folder(local_path(url))
 
 
-def _local_level(place: str, start: str) -> Iterator[FileInfo]:
-    return globs.local_level(local_path(place), start)
+def _local_level(place: str, start: str, roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    return globs.local_level(local_path(place), start, roots=roots)
 
 
 def _local_walk(place: str, roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
@@ -314,10 +316,11 @@ def check_writable(url: str) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete a file or object; it may be missing. A ConfigError if it cannot be deleted, or is a folder (see delete_prefix)."""
+    """Delete a file or object; it may be missing. Of a link, the link itself. A ConfigError if it cannot be deleted, or is a folder (see delete_prefix)."""
     if is_remote(url):
         store(url).delete(url)
         return
+    kept_within.check(local_path(url))
     with files.write_errors(local_path(url)):
         local_path(url).unlink(missing_ok=True)
 

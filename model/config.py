@@ -16,6 +16,14 @@ def _positive(section: object, *names: str) -> None:
             raise ValueError(f"{name} = {value}: must be positive")
 
 
+def _at_most(section: object, **limits: int) -> None:
+    """Refuse sizes that no machine holds, before anything is computed from them. A configuration may come with somebody else's weights."""
+    for name, limit in limits.items():
+        value = getattr(section, name)
+        if value > limit:
+            raise ValueError(f"{name} = {value}: at most {limit} is accepted")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DVAEConfig:
     """The discrete VAE of the release (paper A.1). Defaults are the released sizes."""
@@ -41,6 +49,7 @@ class DVAEConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")
+        _at_most(self, image_size=1 << 14, groups=12, blocks_per_group=256, width=1 << 16, init_width=1 << 20, vocab=1 << 24)
         if self.downsample not in (2, 4, 8, 16):
             raise ValueError(f"downsample = {self.downsample}: accepted are 2, 4, 8 and 16")
         if self.image_size % self.downsample:
@@ -87,6 +96,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")
+        _at_most(self, layers=4096, width=1 << 20, heads=1 << 16, conv_kernel=1 << 12)
         if self.width % self.heads:
             down = max(1, self.width // self.heads) * self.heads
             raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}; nearest widths: {down}, {down + self.heads}")
@@ -138,5 +148,6 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "width", "layers", "heads", "patch", "embed")
+        _at_most(self, layers=4096, width=1 << 20, heads=1 << 16, patch=1 << 12, embed=1 << 20)
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}")

@@ -109,6 +109,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     if places.finished(cfg, run, name) and not entry.repeats and not _out_of_date(name, cfg, run):
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
+    run.refuse_links(name, *(made.partition("/")[0] for made in entry.makes))
     job = Job.from_env()
     if job.nodes > 1 and not entry.parallel:
         raise ConfigError(f"stage '{name}' runs in one process, and this job has {job.nodes} nodes.")

@@ -10,6 +10,8 @@ import numpy as np
 
 from data_pipeline.images import crops
 from data_pipeline.tokenizer import Tokenizer
+from infra import shown
+from infra.errors import DataError
 from infra.seeds import derive, generator
 
 Record = Mapping[str, Any]
@@ -60,16 +62,32 @@ def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, fir
 
 
 def code_transform(
-    tokenizer: Tokenizer, seed: int, dropout: float = 0.0, first_caption: bool = False, caption_dropout: float = 0.0
+    tokenizer: Tokenizer,
+    seed: int,
+    dropout: float = 0.0,
+    first_caption: bool = False,
+    caption_dropout: float = 0.0,
+    positions: int = 0,
+    vocab: int = 0,
 ) -> Callable[[Record, int], Sample]:
     """For the transformer: code records with one of their captions (or the first). Samples have text, length, codes (int64 [I]) and id.
 
     A share ``caption_dropout`` of the samples, drawn by (seed, epoch, id), gets a caption of length 0, for classifier-free guidance.
+
+    Args:
+        positions: number of codes of a picture, which each record must have; 0: any.
+        vocab: codes must be below this, as a model would look up what it does not have; 0: any.
     """
     encode = caption_transform(tokenizer, seed, dropout, first_caption)
 
     def transform(record: Record, epoch: int) -> Sample:
-        sample: Sample = {"id": record["id"], "codes": record["codes"].astype(np.int64)} | encode(record, epoch)
+        codes = record["codes"]
+        if (positions and len(codes) != positions) or (vocab and len(codes) and int(codes.max()) >= vocab):
+            raise DataError(
+                f"record {shown.value(record['id'], 80)} of the code set has {len(codes)} codes up to {int(codes.max(initial=0))}; this run's dVAE makes "
+                f"{positions} codes below {vocab}. The set was not written by its stage encode: delete it and run 'launcher.py encode' again."
+            )
+        sample: Sample = {"id": record["id"], "codes": codes.astype(np.int64)} | encode(record, epoch)
         if caption_dropout and generator(seed, "caption_dropout", epoch, record["id"]).random() < caption_dropout:
             return sample | {"text": np.zeros_like(sample["text"]), "length": 0}
         return sample

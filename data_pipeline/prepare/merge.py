@@ -20,7 +20,7 @@ from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, re
 from data_pipeline.shards.spellings import without_match
 from data_pipeline.shards.versions import merge
 from data_pipeline.sources.pairs import UNKNOWN
-from infra import storage
+from infra import shown, storage
 from infra.errors import DataError
 
 SUMMARY = "summary.json"
@@ -161,7 +161,7 @@ def _takedown(plan: Plan, stored: list[NDArray[np.uint64]], now: State) -> dict[
     gone = [hashed for marker in now.markers["train"] for hashed in marker["extra"].get("taken_down", ())]
     lines = takedown_lines(plan.data.takedown)
     missed = without_match(lines, plan.bases, [*stored, np.array(gone, np.uint64)])
-    return {"lines": len(lines), "without_match": len(missed), "examples": missed[:_SHOWN]}
+    return {"lines": len(lines), "without_match": len(missed), "examples": [shown.cut(line) for line in missed[:_SHOWN]]}
 
 
 def _joined(parts: list[NDArray[np.uint64]], empty: tuple[int, ...] = (0,)) -> NDArray[np.uint64]:

@@ -372,9 +372,11 @@ def takedown_lines(url: str) -> list[str]:
     if not url:
         return []
     try:
-        found = node_folder.read_once(url, _LONGEST_LIST).decode()
+        found = node_folder.read_once(url, _LONGEST_LIST).decode("utf-8-sig")
     except MissingError as error:
         raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{url}: not UTF-8 text ({error}).") from error
+    if "\0" in found:  # UTF-16 of ASCII letters is UTF-8 as well, of ids that no record has
+        raise DataError(f"{url}: not UTF-8 text (it holds NUL bytes, as UTF-16 does); save it as UTF-8.")
     return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))

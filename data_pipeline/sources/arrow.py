@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.ipc
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.sources import foreign_json
 from data_pipeline.sources.arrow_bounds import check_bounds
 from data_pipeline.sources.arrow_rows import Rows, columns_of
 from data_pipeline.sources.origin import Origin
@@ -44,7 +45,7 @@ class ArrowSource:
         """
         self.census = census = Census()
         files = []
-        for info in self.origin.files():
+        for info in self.origin.files(census):
             last = info.name.rpartition("/")[2]
             if last.lower().endswith(SUFFIXES):
                 files.append(info)
@@ -53,7 +54,7 @@ class ArrowSource:
                 census.read += 1
                 self._refuse_selection(info.name)
             else:
-                census.pass_over(info.name, info.version)
+                census.pass_over(info.name)
         if not files:
             raise DataError(
                 f"{self.name}: no .arrow file there; data.sources accepts a folder that save_to_disk wrote, or a pattern such as data/*.arrow."
@@ -89,7 +90,7 @@ class ArrowSource:
         """Refuse a folder with an index file that selects and orders the rows, which old versions of datasets wrote; it is not read here."""
         url = self.origin.part(name)
         if name.endswith("state.json"):
-            state = storage.read_json(url)
+            state = foreign_json.read(url, "the description of a set by save_to_disk")
             if isinstance(state, dict) and state.get("_indices_data_files"):
                 raise DataError(
                     f"{url}: the set is a selection of the rows of its .arrow files, which is not read; call flatten_indices() before save_to_disk."

@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow
 
-from data_pipeline.sources.columns import find_captions, find_image, usual_captions
+from data_pipeline.sources.columns import ABOUT, find_captions, find_image, refuse_repeated, usual_captions
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Pair, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     BAD_TEXT,
+    BAD_VALUE,
     LARGE_IMAGE,
     MAX_IMAGE_BYTES,
     MISSING_IMAGE,
@@ -23,8 +24,6 @@ from data_pipeline.sources.rows_to_pairs import (
     text_in,
 )
 from infra.errors import UnchangingError
-
-_ABOUT = ("id", "uid", "key", "group", "sha256", "md5", "url", "source", "license", "licence", "LICENSE", "split")
 
 Row = dict[str, Any]
 
@@ -60,12 +59,8 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     """
     config, names = origin.config, list(schema.names)
     image, captions = find_image(names, config), find_captions(names, config)
-    about = tuple(name for name in _ABOUT if name in names and name != image)
-    for name in (image, *captions, *about):
-        if names.count(name) > 1:
-            raise UnchangingError(
-                f"{url}: {names.count(name)} of its columns are called '{name}', and which one is meant cannot be told; rename the others."
-            )
+    about = tuple(name for name in ABOUT if name in names and name != image)
+    refuse_repeated(url, names, (image, *captions, *about))
     kind = schema.field(image).type if image else None
     if kind is None or not captions or ({"status", "url", "key"} <= set(names) and image == "url"):
         hint = "; it describes the tars or folders beside it: name those" if {"status", "url", "key"} <= set(names) else ""
@@ -75,6 +70,7 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
         )
     for name in captions:
         _check_captions(url, name, schema.field(name).type)
+    about = tuple(name for name in about if _is_fact(schema.field(name).type))
     is_struct = pyarrow.types.is_struct(kind) and {field.name for field in kind} >= {"bytes"}
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     is_path = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)
@@ -82,6 +78,13 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
     if not (is_struct or is_path or is_bytes):
         raise UnchangingError(f"{url}: column '{image}' is of type {kind}; accepted are bytes, strings (paths) and structs of bytes and path.")
     return Columns(image, is_struct, is_path, captions, about)
+
+
+def _is_fact(kind: Any) -> bool:
+    """Whether a column holds strings or integers; others say nothing about a record (``text_in``), so they are not converted."""
+    types = pyarrow.types
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_integer(value) or types.is_string(value) or types.is_large_string(value) or types.is_string_view(value))
 
 
 def _check_captions(url: str, name: str, kind: Any) -> None:
@@ -123,9 +126,9 @@ class Rows:
                     yield record
             first += batch.num_rows
 
-    def _record(self, place: str, row: Row | None, with_image: bool) -> Draft | Pair:
-        if row is None:
-            raise BadRecord(BAD_TEXT)
+    def _record(self, place: str, row: Row | str, with_image: bool) -> Draft | Pair:
+        if isinstance(row, str):
+            raise BadRecord(row)
         value, columns = row.get(self.columns.image), self.columns
         data = value if isinstance(value, bytes) else value.get("bytes") if isinstance(value, dict) else None
         path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
@@ -144,15 +147,17 @@ class Rows:
         return replace(pair, image=data)
 
 
-def _rows(batch: Any) -> Iterator[Row | None]:
-    """The rows of a batch; None for a row whose strings are not UTF-8."""
+def _rows(batch: Any) -> Iterator[Row | str]:
+    """The rows of a batch; of a row that cannot be converted, the reason: strings that are not UTF-8, or a date that no calendar has."""
     try:
         yield from batch.to_pylist()
         return
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # UnicodeDecodeError and pyarrow.ArrowInvalid are ValueErrors
         pass  # raised before any row was yielded
     for number in range(batch.num_rows):
         try:
             yield batch.slice(number, 1).to_pylist()[0]
         except UnicodeDecodeError:
-            yield None
+            yield BAD_TEXT
+        except (ValueError, OverflowError):
+            yield BAD_VALUE

@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.sources import foreign_json
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
     MISSING_IMAGE,
+    OUTSIDE,
     BadRecord,
     Draft,
     distinct,
@@ -24,8 +27,9 @@ from data_pipeline.sources.rows_to_pairs import (
     with_images,
 )
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, UnchangingError, UnreachableError
 
+_LOOKED_AT = 4  # how many images are looked for in each folder
 _NAME = re.compile(r"(^|/)captions?_([^/]*)\.json$", re.IGNORECASE)
 
 
@@ -58,11 +62,11 @@ class CocoSource:
         """Runs of consecutive images. This reads the captions files whole, because each is a single JSON value.
 
         Raises:
-            DataError: there is no captions file, or one is not in COCO's format.
+            DataError: there is no captions file.
         """
         self.census = census = Census()
         files, folders = [], dict[str, None]()
-        for info in self.origin.files():
+        for info in self.origin.files(census):
             if is_captions(info.name):
                 files.append(info)
                 census.read += 1
@@ -70,11 +74,17 @@ class CocoSource:
                 folders[info.name.rpartition("/")[0]] = None
                 census.pictures += 1
             else:
-                census.pass_over(info.name, info.version)
+                census.pass_over(info.name)
         if not files:
             raise DataError(f"{self.name}: no captions_*.json there; data.sources accepts the folder that holds COCO's annotations/ and images.")
         for info in sorted(files, key=lambda info: info.name):
-            found = self._load(info.name, info.version)
+            try:
+                found = self._load(info.name, info.version)
+            except UnreachableError:
+                raise
+            except DataError:  # reading this shard will report the error, and other files are not affected
+                yield InputShard(f"{info.name}@0", info.version, ("",), files=(info.name,), sizes=str(info.size), bytes=info.size)
+                continue
             folder = self._folder(info.name, list(folders), found)
             splits = frozenset({_split(folder, info.name)})
             for start in range(0, max(1, len(found.images)), self.records):
@@ -86,7 +96,7 @@ class CocoSource:
         """The images of a run, each with all of its captions.
 
         Raises:
-            DataError: the captions file is missing or damaged.
+            DataError: the captions file is missing, damaged or not in COCO's format.
         """
         name = shard.name.rpartition("@")[0]
         found = self._load(name, shard.version)
@@ -115,10 +125,10 @@ class CocoSource:
 
     def _annotations(self, name: str, version: str) -> Annotations:
         url = self.origin.part(name)
-        tree = storage.read_json(url)
+        tree = foreign_json.read(url, "captions in COCO's form")
         images, said = (tree.get("images"), tree.get("annotations")) if isinstance(tree, dict) else (None, None)
         if images is None or said is None or not _is_rows(images) or not _is_rows(said):
-            raise DataError(
+            raise UnchangingError(
                 f"{url}: not captions in COCO's form: a JSON object with the lists 'images' (id, file_name) and 'annotations' (image_id, caption)."
             )
         captions: dict[Any, list[Any]] = {json.dumps(image.get("id")): [] for image in images}
@@ -135,12 +145,24 @@ class CocoSource:
         """The folder of the images, relative to the base: the one named like the file (val2017 for captions_val2017.json), else the first that holds an image."""
         match = _NAME.search(name)
         named = match[2] if match else ""
-        paths = [path for image in found.images[:4] if (path := text_in(image, "file_name"))]
+        paths = list(islice((path for image in found.images if self._is_path(path := text_in(image, "file_name"))), _LOOKED_AT))
         candidates = [folder for folder in folders if folder.rpartition("/")[2] == named]
         for folder in [*candidates, *folders, ""]:
-            if any(storage.exists(self.origin.url(f"{folder}/{path}" if folder else path)) for path in paths):
+            if any(self._is_there(path, folder) for path in paths):
                 return folder
         return candidates[0] if candidates else named
+
+    def _is_path(self, path: str) -> bool:
+        try:
+            return bool(self.origin.image_url(path, self.origin.base))
+        except BadRecord as bad:
+            return bad.reason == OUTSIDE  # of the base, but perhaps not of its folder
+
+    def _is_there(self, path: str, folder: str) -> bool:
+        try:
+            return storage.exists(self.origin.image_url(path, self.origin.url(folder)))
+        except (BadRecord, OSError):  # its record will say so
+            return False
 
     def _draft(self, name: str, folder: str, image: dict[str, Any], found: Annotations) -> Draft | Unreadable:
         path = text_in(image, "file_name")

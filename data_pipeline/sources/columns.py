@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.sources.rows_to_pairs import NESTED_CAPTIONS, BadRecord
+from infra.errors import UnchangingError
 
 CAPTION_NAMES = ("captions?", "texts?|txt", "alt_?text|sentences?", "description|prompt", "title|raw|comments?")
 """Patterns of names, in order of precedence. A number may follow a name: 'caption', or 'caption_0', 'caption_1' ..."""
@@ -15,12 +17,18 @@ IMAGE_NAMES = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "img_path", "image_file", "file_name", "filename"),
     *("file", "filepath", "file_path", "path", "image_url", "url", "image_name"),
 )
+ABOUT = ("id", "uid", "key", "group", "sha256", "md5", "url", "source", "license", "licence", "LICENSE", "split")
+"""Columns with further facts about a record."""
 _CAPTIONS = tuple(re.compile(rf"({name})(_?\d+)?", re.IGNORECASE) for name in CAPTION_NAMES)
 
 
 def caption_values(value: Any) -> list[str]:
     """The captions in a cell: a string, a list of strings, structs with a field of a usual name (or a list of these), or a list written as JSON. Any other value
-    holds none."""
+    holds none.
+
+    Raises:
+        BadRecord: a list in a list, of which nobody knows what it stands for.
+    """
     if isinstance(value, str):
         if value.startswith("[") and value.endswith("]"):
             try:
@@ -30,6 +38,7 @@ def caption_values(value: Any) -> list[str]:
             return caption_values(listed) or [value]
         return [value]
     if isinstance(value, (list, tuple)):
+        _refuse_nested(value)
         return [caption for item in value for caption in ([item] if isinstance(item, str) else _of_struct(item))]
     return _of_struct(value)
 
@@ -37,8 +46,29 @@ def caption_values(value: Any) -> list[str]:
 def _of_struct(value: Any) -> list[str]:
     if not isinstance(value, Mapping):
         return []
-    said = (value[name] for name in usual_captions(value))
+    said = [value[name] for name in usual_captions(value)]
+    for found in said:
+        if isinstance(found, list):
+            _refuse_nested(found)
     return [text for found in said for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+
+
+def _refuse_nested(value: list[Any] | tuple[Any, ...]) -> None:
+    if any(isinstance(item, (list, tuple)) for item in value):
+        raise BadRecord(NESTED_CAPTIONS)
+
+
+def refuse_repeated(url: str, names: Sequence[str], used: Iterable[str]) -> None:
+    """Refuse a table in which a column that is read comes twice: one of the two would be lost.
+
+    Raises:
+        UnchangingError: there is one.
+    """
+    for name in used:
+        if names.count(name) > 1:
+            raise UnchangingError(
+                f"{url}: {names.count(name)} of its columns are called '{name}', and which one is meant cannot be told; rename the others."
+            )
 
 
 def usual_captions(names: Iterable[str]) -> tuple[str, ...]:

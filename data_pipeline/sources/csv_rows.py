@@ -67,7 +67,7 @@ def csv_rows(stream: BinaryIO, at: int, limit: int, delimiter: str = ",", shape:
                 if taken and _swallowed(cells, [as_text(data, start), *(as_text(more[1] or b"", 1) for more in taken)], delimiter, shape)
                 else ""
             )
-        except (csv.Error, _TooLong):  # a stray quote, a lone carriage return, or a cell that exceeds csv's limit
+        except (csv.Error, _TooLong):  # a stray quote, or a cell that exceeds csv's limit
             cells, problem = [], BAD_ROW
         if problem:
             waiting.extendleft(reversed(taken))

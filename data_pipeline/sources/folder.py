@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources.origin import Origin
+from data_pipeline.sources.origin import Origin, encodable
 from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
@@ -101,13 +101,13 @@ class FolderSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("folder/3")
+        return self.origin.version("folder/4")
 
     def _items(self) -> Iterator[Item]:
         """Images with their caption files, in the order of the listing."""
         last = self.name.rpartition("/")[2]
         if not last.lower().endswith(IMAGE_SUFFIXES):
-            yield from _grouped(self.origin.files(), self.census)
+            yield from _grouped(self.origin.files(self.census), self.census)
             return
         one = globs.is_pattern(last) and storage.exists(self.name)  # an image of that name, and no pattern
         folder, stem = self.name[: len(self.name) - len(last)], (globs.escape(last) if one else last).rpartition(".")[0]
@@ -124,7 +124,7 @@ class FolderSource:
 
     def _draft(self, item: Item) -> Draft | Unreadable:
         name = item.image.name
-        shown = name.encode("utf-8", "backslashreplace").decode()  # names of local files may contain any bytes
+        shown = encodable(name)
         try:
             url = self.origin.inside(self.origin.url(name))
             texts = [self._read(text.name) for text in item.texts if text.name.lower().endswith(".txt")]
@@ -192,7 +192,7 @@ def _matched(files: list[FileInfo], census: Census) -> Iterator[Item]:
             texts.setdefault(stem, []).append(file)
     read = set[str]()
     for file in files:
-        if file.name.lower().endswith(IMAGE_SUFFIXES) and file.version != globs.LINK_OUTSIDE:
+        if file.name.lower().endswith(IMAGE_SUFFIXES) and file.version not in globs.NOT_FILES:
             # The order of captions: .txt before .json, and 'a.txt' before 'A.TXT'.
             beside = sorted(
                 texts.get(file.name.rpartition(".")[0], ()),

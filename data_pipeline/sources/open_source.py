@@ -9,7 +9,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.sources.kinds import BY_NAME, EMOJI, FOLDER, KINDS, WEBDATASET, Kind
 from data_pipeline.sources.pairs import Source
 from data_pipeline.sources.rows_to_pairs import IMAGE_SUFFIXES
-from infra import storage
+from infra import globs, storage
 from infra.errors import DataError
 
 LOOK = 10_000
@@ -23,10 +23,10 @@ def open_source(config: SourceConfig, data: DataConfig) -> Source:
     Raises:
         DataError: there is nothing at its URL, or nothing of a known kind.
     """
-    return BY_NAME[config.kind or find_kind(config.url)].opener(config, data)
+    return BY_NAME[config.kind or find_kind(config.url, config.roots)].opener(config, data)
 
 
-def find_kind(url: str) -> str:
+def find_kind(url: str, roots: tuple[str, ...] = ()) -> str:
     """The kind of a source, recognised from the names of its files.
 
     Tars come first, because .parquet, .json and .jsonl files beside them only describe them. Then images with captions of the same name, beside which
@@ -40,8 +40,8 @@ def find_kind(url: str) -> str:
     for kind in KINDS:
         if kind.shows(url):
             return kind.name
-    infos = storage.glob(url, _links(url))[1]
-    names = (info.name for info in infos)
+    infos = storage.glob(url, _links(url, roots))[1]
+    names = (info.name for info in infos if info.version not in globs.NOT_FILES)
     first = list(islice(names, LOOK))
     found = _kind_of(first)
     if found is FOLDER and not _captioned(first):  # only images so far: the file with their captions may come after them
@@ -54,9 +54,10 @@ def find_kind(url: str) -> str:
     )
 
 
-def _links(url: str) -> tuple[str, ...]:
-    """The folder itself, so that links which lead out of it are not followed to recognise a kind."""
-    return () if storage.is_remote(url) else (str(storage.local_path(url).resolve()),)
+def _links(url: str, roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The folder itself and the source's ``roots``, so that links which lead elsewhere are not followed to recognise a kind."""
+    places = (storage.glob(url)[0], *roots)
+    return tuple(str(storage.local_path(place).resolve()) for place in places if not storage.is_remote(place))
 
 
 def _kind_of(names: list[str]) -> Kind | None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources.columns import caption_values, find_captions
-from data_pipeline.sources.pairs import UNKNOWN, Pair
-from data_pipeline.sources.rows_to_pairs import BAD_PATH, MISSING_IMAGE, OUTSIDE, WEB_ADDRESS, BadRecord, clean, split_word, text_in
-from infra import globs, storage
+from data_pipeline.sources.pairs import UNKNOWN, Census, Pair
+from data_pipeline.sources.rows_to_pairs import BAD_PATH, MISSING_IMAGE, OUTSIDE, PASSWORD, WEB_ADDRESS, BadRecord, clean, split_word, text_in
+from infra import globs, shown, storage
 from infra.errors import DataError
 from infra.storage import FileInfo
 
@@ -46,9 +46,13 @@ class Origin:
         named = () if globs.is_pattern(self.config.url) else (self.config.url,)
         return tuple(dict.fromkeys(self.real(url) for url in (self.base, *named, *self.config.roots)))
 
-    def files(self) -> Iterator[FileInfo]:
-        """The files that the source names, in a stable order."""
-        return storage.glob(self.config.url, self.links)[1]
+    def files(self, census: Census) -> Iterator[FileInfo]:
+        """The files that the source names, in a stable order; ``census`` counts folders that are not entered."""
+        for info in storage.glob(self.config.url, self.links)[1]:
+            if info.version in globs.NOT_FILES:
+                census.pass_over(info.name, info.version)
+            else:
+                yield info
 
     @property
     def links(self) -> tuple[str, ...]:
@@ -99,6 +103,7 @@ class Origin:
     def id(self, place: str) -> str:
         """The id of a record without an id of its own: the source's name, if it has one, and the record's place relative to the source. It does not change when
         the source is moved."""
+        place = encodable(place)
         return f"{self.config.name}:{place}" if self.config.name else place
 
     def pair(self, place: str, row: Mapping[str, Any], captions: tuple[str, ...], split: str, group: str = "") -> Pair:
@@ -111,6 +116,7 @@ class Origin:
             split: the split according to the file's name, for records that name none.
             group: the group of records that name none.
         """
+        place = encodable(place)
         own = text_in(row, "id", "uid")
         # An id that is a number is unique within its file at best.
         local = f"{place.rpartition('/')[0]}/{own}".lstrip("/") if own.isdigit() else place
@@ -137,7 +143,7 @@ class Origin:
         """The URL of an image that a row names, relative to ``folder`` unless it is absolute.
 
         Raises:
-            BadRecord: it is a web address (a hint is logged once), not a valid path, or outside the source.
+            BadRecord: it is a web address (a hint is logged once), holds a password, is not a valid path, or outside the source.
         """
         path = clean(path)
         scheme, separator, _ = path.partition("://")
@@ -149,12 +155,14 @@ class Origin:
             raise BadRecord(WEB_ADDRESS)
         if not path:
             raise BadRecord(MISSING_IMAGE)
+        if shown.holds_password(path):
+            raise BadRecord(PASSWORD)
         if (separator and scheme not in ("s3", "file")) or len(path.encode()) > _MAX_KEY_BYTES or any(character < " " for character in path):
             raise BadRecord(BAD_PATH)
         url = path if separator or path.startswith("/") else storage.join(folder, path)
         try:
             found = self.inside(url)
-        except ValueError:  # not a valid path for the operating system
+        except ValueError:  # not a valid path for the operating system, or (ConfigError) no valid URL
             raise BadRecord(BAD_PATH) from None
         return self.real(found) if storage.is_remote(found) else found
 
@@ -171,6 +179,11 @@ class Origin:
         if key not in self._said:
             self._said.add(key)
             log.warning("%s", message)
+
+
+def encodable(name: str) -> str:
+    """A name as text that can be written: names of local files may contain any bytes."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _quoted(text: str) -> str:

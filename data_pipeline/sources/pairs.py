@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from infra.globs import LINK_OUTSIDE
+from infra.globs import CLOSED_FOLDER, LINK_OUTSIDE
 
 UNKNOWN = "unknown"
 """``Pair.license`` of records that name none."""
@@ -59,7 +59,8 @@ Found = Pair | Unreadable | NotRead
 
 _SUFFIX = re.compile(r"(\.[a-z0-9_]{1,10})?\.[a-z0-9_]{1,10}$")
 NO_SUFFIX = "(no suffix)"
-OUTSIDE = "(link to a folder outside)"
+_CLOSED = {LINK_OUTSIDE: "(link to a folder outside)", CLOSED_FOLDER: "(folder that cannot be opened)"}
+"""``FileInfo.version`` -> what is counted."""
 
 
 def suffix_of(name: str) -> str:
@@ -89,7 +90,7 @@ class Census:
 
     def pass_over(self, name: str, version: str = "") -> None:
         """Count a file that is not read."""
-        self.not_read[OUTSIDE if version == LINK_OUTSIDE else suffix_of(name)] += 1
+        self.not_read[_CLOSED.get(version) or suffix_of(name)] += 1
 
     def to_json(self) -> dict[str, Any]:
         return {"listed": self.listed, "read": self.read, "pictures": self.pictures, "not_read": dict(self.not_read)}

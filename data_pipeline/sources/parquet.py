@@ -46,14 +46,14 @@ class ParquetSource:
         """
         self.census = census = Census()
         files, may_name = [], False
-        for info in self.origin.files():
+        for info in self.origin.files(census):
             if info.name.lower().endswith(SUFFIXES):
                 files.append(info)
                 census.read += 1
             elif info.name.lower().endswith(IMAGE_SUFFIXES):
                 census.pictures += 1
             else:
-                census.pass_over(info.name, info.version)
+                census.pass_over(info.name)
         if not files:
             raise DataError(
                 f"{self.name}: no .parquet file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.parquet."
@@ -69,7 +69,7 @@ class ParquetSource:
                     yield InputShard(name, info.version, (), span, splits, (info.name,), str(info.size), read, does)
         if census.pictures and not may_name:  # every image is embedded, so no row refers to the image files beside the tables
             census.pictures = 0
-            for info in self.origin.files():
+            for info in self.origin.files(Census()):
                 if info.name.lower().endswith(IMAGE_SUFFIXES):
                     census.pass_over(info.name)
 

@@ -36,12 +36,17 @@ BAD_PATH = "bad image path"
 UNOPENED_IMAGE = "image cannot be opened"
 LARGE_IMAGE = "image file too large"
 LARGE_TEXT = "text too long"
+REPEATED_NAME = "json key twice"
+NESTED_CAPTIONS = "captions in nested lists"
+BAD_VALUE = "value that cannot be read"
+PASSWORD = "image address with a password"
 REPEATED_KEY = "repeated key"
 MANY_CAPTIONS = "too many captions of one image"
 OUTSIDE = "outside the source"
 REASONS = (
     *(MISSING_IMAGE, NO_CAPTION, BAD_JSON, BAD_ROW, BAD_TEXT, WEB_ADDRESS, BAD_PATH),
     *(UNOPENED_IMAGE, LARGE_IMAGE, LARGE_TEXT, REPEATED_KEY, MANY_CAPTIONS, OUTSIDE),
+    *(REPEATED_NAME, NESTED_CAPTIONS, BAD_VALUE, PASSWORD),
 )
 
 _SPLITS = {
@@ -88,14 +93,22 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        BadRecord: it is not a JSON object, or is nested too deeply.
+        BadRecord: it is not a JSON object, is nested too deeply, or holds a key twice.
     """
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_pairs_hook=_distinct_keys)
     except (ValueError, RecursionError):
         raise BadRecord(BAD_JSON) from None
     if not isinstance(found, dict):
         raise BadRecord(BAD_JSON)
+    return found
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs; of a key that comes twice, Python's parser would keep the second value and lose the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BadRecord(REPEATED_NAME)
     return found
 
 
@@ -143,13 +156,18 @@ def read_limited(url: str, limit: int, missing: str, large: str) -> bytes:
     except MissingError:
         raise BadRecord(missing) from None
     except DataError as error:
-        cause = error.__cause__
-        if storage.is_remote(url) or (isinstance(cause, OSError) and cause.errno not in _LOST_FOR_GOOD):
+        if storage.is_remote(url) or not never_opens(error):
             raise
         raise BadRecord(UNOPENED_IMAGE) from None
     if len(data) > limit:
         raise BadRecord(large)
     return data
+
+
+def never_opens(error: DataError) -> bool:
+    """Whether a local file will not be opened the next time either: a link to itself, one without permission, a pipe."""
+    cause = error.__cause__
+    return not isinstance(cause, OSError) or cause.errno in _LOST_FOR_GOOD
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], is_remote: Callable[[T], bool]) -> Iterator[R]:

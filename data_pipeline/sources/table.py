@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import table_copies
-from data_pipeline.sources.columns import CAPTION_NAMES, IMAGE_NAMES, caption_values, find_captions, find_image
+from data_pipeline.sources.columns import ABOUT, CAPTION_NAMES, IMAGE_NAMES, caption_values, find_captions, find_image, refuse_repeated
 from data_pipeline.sources.csv_rows import BOM, Cells, Shape, as_text, csv_rows
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
@@ -93,14 +93,14 @@ class TableSource:
         """
         self.census = census = Census()
         tables = []
-        for info in self.origin.files():
+        for info in self.origin.files(census):
             if is_table(info.name):
                 tables.append(info)
                 census.read += 1
             elif info.name.lower().endswith(IMAGE_SUFFIXES):
                 census.pictures += 1
             else:
-                census.pass_over(info.name, info.version)
+                census.pass_over(info.name)
         if not tables:
             raise DataError(f"{self.name}: no {', '.join(PLAIN)} file there; data.sources accepts a folder of them, one of them, or a pattern.")
         for info in sorted(tables, key=lambda info: info.name):
@@ -153,7 +153,7 @@ class TableSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("table/2")
+        return self.origin.version("table/3")
 
 
 def is_table(name: str) -> bool:
@@ -226,6 +226,7 @@ class Table:
         cells = tuple(clean(cell) for cell in first)
         image, captions = find_image(cells, config), find_captions(cells, config)
         if image and captions:
+            refuse_repeated(self.url, cells, (image, *captions, *ABOUT))
             self._shape = Shape(len(cells), cells.index(image))
             return Header(cells, image, captions, start)
         numbers = tuple(map(str, range(len(cells))))

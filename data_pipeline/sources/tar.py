@@ -7,21 +7,34 @@ nothing but the zeros that fill up a record.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from infra.errors import DataError
 
 BLOCK = 512
 _MAX_HEADER_BYTES = 1 << 20  # longest long-name or pax header that is accepted
 _FILES = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_FOLDER = b"5"
+_WITHOUT_DATA = {b"1": "(hard link)", b"2": "(link)", b"3": "(device)", b"4": "(device)", b"6": "(pipe)"}
+_UNKNOWN = "(of an unknown kind)"
 _SKIPPED_BYTES = 1 << 20
 _RECORD = 20 * BLOCK
 """tar fills up an archive with zeros to a multiple of this many bytes, by default."""
 
 
-def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Iterator[tuple[str, int, bytes | None]]:
-    """(name, size, content) of each regular file, in order. Old, ustar, GNU and pax archives are read.
+class Member(NamedTuple):
+    """A member of a tar that is no folder."""
+
+    name: str
+    size: int
+    content: bytes | None
+    """Of a regular file; None if it is larger than the limit, or no regular file."""
+    kind: str = ""
+    """What it is instead of a regular file: a link, a device, a pipe."""
+
+
+def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Iterator[Member]:
+    """Each member, in order, but for folders. Old, ustar, GNU and pax archives are read.
 
     Args:
         stream: the archive; read once, from its start.
@@ -55,7 +68,10 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
             continue
         size = long_size if long_size >= 0 else size
         long_name, long_size = "", -1
+        if kind == _FOLDER:
+            continue
         if kind in _WITHOUT_DATA:
+            yield Member(name, 0, None, _WITHOUT_DATA[kind])
             continue
         if kind == b"S":
             raise DataError(f"{origin}: '{name}' is a sparse file of GNU tar, which is not supported; write the archive without --sparse.")
@@ -65,8 +81,8 @@ def members(stream: BinaryIO, origin: str, limit: Callable[[str], int]) -> Itera
             content = None
             _skip(stream, _padded(size), origin, position)
         position += _padded(size)
-        if kind in _FILES and not name.endswith("/"):
-            yield name, size, content
+        if not name.endswith("/"):
+            yield Member(name, size, content, "" if kind in _FILES else _UNKNOWN)
 
 
 def _check_end(stream: BinaryIO, origin: str, position: int) -> None:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
 from data_pipeline.sources.origin import Origin
-from data_pipeline.sources.rows_to_pairs import MAX_TEXT_BYTES, BadRecord, parse_object, text_in
+from data_pipeline.sources.rows_to_pairs import MAX_TEXT_BYTES, BadRecord, never_opens, parse_object, text_in
 from infra import globs, storage
+from infra.errors import DataError, UnreachableError
 
 log = logging.getLogger(__name__)
 
 PATTERN = "metadata*.jsonl"
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass
@@ -32,14 +36,28 @@ class Place:
 
 
 def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> Iterator[tuple[int, bytes | None]]:
-    """(first byte, line) for each line of a stream that is positioned at ``start``; the line is None if it is longer than ``limit``."""
-    while line := stream.readline(limit):
-        begun, length, whole = start, len(line), line.endswith(b"\n") or len(line) < limit
-        while not line.endswith(b"\n") and len(line) == limit:
-            line = stream.readline(limit)
-            length += len(line)
-        start += length
-        yield begun, line if whole else None
+    r"""(first byte, line) for each line of a stream that is positioned at ``start``; the line is None if it is longer than ``limit``. Lines end at ``\n``,
+    ``\r\n`` and ``\r``."""
+    held, length = b"", 0
+    for piece in _pieces(stream, limit):
+        length += len(piece)
+        held = held + piece if length <= limit else b""
+        if piece.endswith((b"\n", b"\r")):
+            yield start, held if length <= limit else None
+            start, held, length = start + length, b"", 0
+    if length:
+        yield start, held if length < limit else None
+
+
+def _pieces(stream: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Lines with their ends; of longer lines, pieces of at most about ``limit`` bytes."""
+    while data := stream.readline(limit):
+        while data.endswith(b"\r") and (further := stream.readline(1)):  # which may be the second half of the line's end
+            data += further
+        if data.find(b"\r", 0, -2 if data.endswith(b"\r\n") else -1) < 0:
+            yield data
+        else:
+            yield from _LINE.findall(data)
 
 
 def is_one(name: str) -> bool:
@@ -52,12 +70,20 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
     found: dict[str, Place] = {}
     base, infos = storage.glob(storage.join(globs.escape(folder), PATTERN))
     for info in infos:
-        url, lost = storage.join(base, info.name), 0
+        url, lost, stack = storage.join(base, info.name), 0, ExitStack()
         try:
             origin.inside(url)
+            stream = stack.enter_context(storage.open_stream(url))
         except BadRecord:
             continue  # a link that leads outside, which the origin has reported
-        with storage.open_stream(url) as stream:
+        except UnreachableError:
+            raise
+        except DataError as error:
+            if not never_opens(error):
+                raise
+            log.warning("%s What it says of images in tars is not known.", error)
+            continue
+        with stack:
             for start, line in lines_of(stream):
                 try:
                     row = parse_object(line or b"")

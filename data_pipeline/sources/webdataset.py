@@ -77,14 +77,14 @@ class WebDatasetSource:
         """
         self.census = census = Census()
         tars = []
-        for info in self.origin.files():
+        for info in self.origin.files(census):
             if info.name.lower().endswith(SUFFIXES):
                 tars.append(info)
                 census.read += 1
             elif tar_metadata.is_one(info.name):
                 census.read += 1
             else:
-                census.pass_over(info.name, info.version)
+                census.pass_over(info.name)
         if not tars:
             raise DataError(f"{self.name}: no .tar file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.tar.")
         for info in sorted(tars, key=lambda info: info.name):
@@ -116,7 +116,7 @@ class WebDatasetSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("webdataset/2")
+        return self.origin.version("webdataset/3")
 
     def _place(self, name: str) -> tar_metadata.Place | None:
         folder, _, tar_name = name.rpartition("/")
@@ -137,10 +137,10 @@ class _Reader:
 
     def records(self, stream: BinaryIO, url: str) -> Iterator[Found]:
         current, repeated = "", set[str]()
-        for name, _, content in tar.members(stream, url, self._limit):
+        for name, _, content, kind in tar.members(stream, url, self._limit):
             key, extension = self._key(name)
-            if not extension:
-                self.not_read[suffix_of(name)] += 1
+            if kind or not extension:
+                self.not_read[kind or suffix_of(name)] += 1
                 continue
             if key != current:
                 yield from self._emit(current)

@@ -193,6 +193,58 @@ def _sparse(place: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+def _special(place: Path) -> None:
+    kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
+    with tarfile.open(place / "x.tar", "w") as tar:
+        for name, data in _pair("a"):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(f"{name}.png")
+            member.type, member.linkname = kind, "a.png"
+            tar.addfile(member)
+
+
+def _itself(place: Path) -> None:
+    (place / "good.png").write_bytes(picture(0))
+    (place / "good.txt").write_text(caption(0))
+    (place / "self.txt").write_text(caption(1))
+    for name in ("self.png", "self"):
+        (place / name).symlink_to(place / name)
+
+
+def _no_calendar(place: Path) -> None:
+    moments = pyarrow.array([0, 1 << 62, 1], pyarrow.timestamp("us"))
+    said = pyarrow.StructArray.from_arrays([pyarrow.array([caption(number) for number in range(3)]), moments], ["raw", "written"])
+    table = pyarrow.table({"image": [picture(number) for number in range(3)], "sentences": said, "taken": moments})
+    pyarrow.parquet.write_table(table, place / "train.parquet")
+
+
+def _bomb(place: Path) -> None:
+    with gzip.open(place / "t.csv.gz", "wb", 9) as file:
+        file.write(b"image,caption\n")
+        for _ in range(80):
+            file.write(bytes(1 << 20))
+
+
+def _lines(text: str, name: str, count: int = 2) -> Callable[[Path], None]:
+    """A file of this text, beside pictures."""
+
+    def write(place: Path) -> None:
+        for number in range(count):
+            (place / f"{number:02d}.png").write_bytes(picture(number))
+        (place / name).write_text(text, newline="")
+
+    return write
+
+
+def _coco_secret(place: Path) -> None:
+    _coco(place)
+    file = place / "annotations" / "captions_val2017.json"
+    file.write_text("\ufeff" + file.read_text().replace('"003.png"', '"s3://AKIA:SECRET@bucket/003.png"'))
+
+
 def _coco(place: Path) -> None:
     (place / "annotations").mkdir()
     (place / "val2017").mkdir()
@@ -237,6 +289,25 @@ INPUTS = (
     Odd("Parquet with two columns called caption", _twice, 0, damaged=True),
     Odd("Arrow whose captions lie beyond their buffer", _astray, 0, damaged=True),
     Odd("a sparse member of a pax archive", _sparse, 0, damaged=True),
+    Odd("links, devices and pipes among the members of a tar", _special, 1),
+    Odd("rows that end at lone carriage returns", _lines("\r".join(["image,caption", *_rows()]), "t.csv", 12), 12),
+    Odd("a CSV with two columns called caption", _lines("image,caption,caption\n00.png,a cat,a dog\n", "t.csv"), 0, damaged=True),
+    Odd(
+        "a JSON row with a key twice",
+        _lines('{"image": "00.png", "caption": "a", "caption": "b"}\n{"image": "01.png", "caption": "a cat"}\n', "t.jsonl"),
+        1,
+        lost=1,
+    ),
+    Odd(
+        "captions in lists of lists",
+        _lines('{"image": "00.png", "captions": [["a cat"]]}\n{"image": "01.png", "captions": ["a cat"]}\n', "t.jsonl"),
+        1,
+        lost=1,
+    ),
+    Odd("a gzipped table of 80 MB of zeros", _bomb, 0, damaged=True),
+    Odd("COCO's annotations after a byte order mark, with a password in the address of an image", _coco_secret, 11, captions=22, lost=1),
+    Odd("links to themselves, as an image and as nothing", _itself, 1, lost=1),
+    Odd("Parquet with dates that no calendar has, in captions and in a column that is not read", _no_calendar, 2, lost=1),
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.tokenizer import Tokenizer
-from infra import storage
+from infra import storage, text
 from infra.errors import DataError
 
 _SHOWN = 8
@@ -22,10 +22,10 @@ def read_captions(given: Sequence[str], file: str) -> list[str]:
     found = list(given)
     if file:
         try:
-            text = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
+            content = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
         except UnicodeDecodeError as error:
             raise DataError(f"--file -: not UTF-8 text ({error}).") from error
-        found += [line for line in text.splitlines() if line.strip()]
+        found += [line for line in text.lines(content) if line.strip()]
     return list(dict.fromkeys(found))
 
 

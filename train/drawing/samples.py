@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import Field
 
-from infra import storage, stored, strict_json
+from infra import storage, stored, strict_json, text
 from infra.errors import DataError, MissingError
 from train.drawing.draw import Picture
 from train.report.images import png_bytes
@@ -82,8 +82,8 @@ class Folder:
 
     def write(self, lines: Sequence[Line]) -> None:
         """Replace samples.jsonl. The pictures must have been written before."""
-        text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for line in lines)
-        storage.write_text(storage.join(self.url, SAMPLES), text)
+        content = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for line in lines)
+        storage.write_text(storage.join(self.url, SAMPLES), content)
 
 
 def folder(out: str, caption: str, key: str) -> Folder:
@@ -129,17 +129,17 @@ def read_lines(url: str) -> list[Line]:
         MissingError: the file does not exist.
         DataError: it is not a samples.jsonl.
     """
-    return [parse_line(text, f"{url}, line {number}") for number, text in enumerate(storage.read_text(url).splitlines(), 1)]
+    return [parse_line(line, f"{url}, line {number}") for number, line in enumerate(text.lines(storage.read_text(url)), 1)]
 
 
-def parse_line(text: str, where: str) -> Line:
+def parse_line(given: str, where: str) -> Line:
     """Parse one line of a samples.jsonl.
 
     Raises:
         DataError: it is not such a line.
     """
     try:
-        line = strict_json.loads(text)
+        line = strict_json.loads(given)
     except ValueError as error:
         raise DataError(f"{where}: not a line of a {SAMPLES} ({error}).") from error
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from train.run import places
 from train.weights import checkpoint, export
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 PACKAGE = "package.json"
 """The file that marks a folder as one that ``export --package`` wrote."""
@@ -117,8 +119,7 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
     cfg = place.cfg
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
-    dvae = DVAE(cfg.dvae)
-    found["dvae"] = _read(place.dvae, dvae, "dvae", place)
+    dvae, found["dvae"] = _open(place.dvae, lambda: DVAE(cfg.dvae), "dvae", place)
     tensors, found["dalle"], parents, description = newest_weights(place)
     check_parents(place, "dalle", parents, found)
     judge = None
@@ -166,8 +167,8 @@ def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]
             sizes = ClipConfig(**export.describe(url)["model"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"rerank '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
-    judge = Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    identity = _read(url, judge, "clip", place)
+    shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    judge, identity = _open(url, lambda: Clip(sizes, *shape), "clip", place)
     check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
     return judge, identity
 
@@ -189,11 +190,11 @@ def _build(cfg: RunConfig, tensors: dict[str, Tensor], device: torch.device, dty
     return model.eval().requires_grad_(False)
 
 
-def _read(url: str, module: nn.Module, name: str, place: Place) -> str:
+def _open(url: str, build: Callable[[], M], name: str, place: Place) -> tuple[M, str]:
     if not storage.exists(storage.join(url, export.DESCRIPTION)):
         do = "export it again with it" if place.run is None else f"run 'launcher.py {name} {place.url}' first"
         raise DataError(f"{url}: there is no {name} here; {do}.")
-    return export.read(url, module)
+    return export.open_as(url, build)
 
 
 def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import scratch, storage, strict_json
+from infra import kept_within, scratch, storage, strict_json
 
 _PREFIX, _SUFFIX = "attempt-", ".jsonl"
 
@@ -80,6 +80,7 @@ class MetricsWriter:
         else:
             self._lines_path, self._events_path = storage.local_path(self._lines_url), storage.local_path(self._events_url)
         if lines:
+            kept_within.check(self._lines_path)
             self._lines_path.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self._lines_path.open("a", encoding="utf-8")
 
@@ -153,6 +154,7 @@ class MetricsWriter:
             # Imported only here, because it imports torch, which takes seconds: programs that only read metrics are spared that.
             from torch.utils.tensorboard.writer import SummaryWriter
 
+            kept_within.check(self._events_path / "events")
             # From this step on, TensorBoard hides what earlier attempts have written, as read_metrics does.
             self._events = SummaryWriter(str(self._events_path), purge_step=step)
         return self._events

@@ -113,8 +113,11 @@ class RunView:
         return points[-1].value if points else None
 
     def picture(self, name: str | None) -> bytes | None:
-        """Bytes of a picture in the run folder; None if it is missing."""
-        return storage.read_bytes(storage.join(self.url, name)) if name and self.has(name) else None
+        """Bytes of a picture in the run folder; None if it is missing. A link is no picture of ours: what it leads to would stand in a page that is passed on."""
+        if not name or not self.has(name):
+            return None
+        url = storage.join(self.url, name)
+        return None if not storage.is_remote(url) and storage.local_path(url).is_symlink() else storage.read_bytes(url)
 
     def has(self, name: str) -> bool:
         """Whether the run folder holds a file."""

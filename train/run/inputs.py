@@ -53,8 +53,8 @@ def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
 
 def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[DVAE, str]:
     """The exported dVAE and its content hash. Its residual blocks compute matrix products in ``dtype``."""
-    module = DVAE(cfg.dvae, dtype)
-    return module, _load(module, run, "dvae", device)
+    module, identity = export.open_as(run.at("dvae", "export"), lambda: DVAE(cfg.dvae, dtype))
+    return export.to_device(module, device), identity  # type: ignore[return-value]
 
 
 def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
@@ -108,8 +108,9 @@ def build_dalle(
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:
     """The exported contrastive model and its content hash."""
-    module = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    return module, _load(module, run, "clip", device)
+    shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    module, identity = export.open_as(run.at("clip", "export"), lambda: Clip(cfg.clip, *shape))
+    return export.to_device(module, device), identity  # type: ignore[return-value]
 
 
 def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -> str:

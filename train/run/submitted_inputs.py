@@ -41,7 +41,7 @@ def check(cfg: RunConfig, on: str, *, prepares: bool) -> list[str]:
 
 def _check_source(source: SourceConfig) -> None:
     if not source.kind:
-        find_kind(source.url)
+        find_kind(source.url, source.roots)
     elif next(storage.glob(source.url)[1], None) is None:
         raise DataError(f"data.sources: {source.url}: no such folder or file, or it is empty; correct the entry. Nothing was submitted.")
 

@@ -15,7 +15,8 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
     """Endless batches of ``batch`` samples, counted over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Their order and the choice of captions depend only
     on run.seed."""
     sets = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
-    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, caption_dropout=cfg.dalle_fit.caption_dropout)
+    without, sizes = cfg.dalle_fit.caption_dropout, {"positions": cfg.dvae.grid**2, "vocab": cfg.dvae.vocab}
+    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, first_caption=False, caption_dropout=without, **sizes)
     return ShardLoader(
         sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key="dalle_fit.batch", **loader_options(cfg.data)
     )
@@ -23,6 +24,6 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
 
 def validation(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, samples: int) -> SequentialReader[Sample, Batch]:
     """At most ``samples`` validation samples, evenly spaced, each with its first caption."""
-    plain = code_transform(tokenizer, cfg.run.seed, dropout=0.0, first_caption=True)
+    plain = code_transform(tokenizer, cfg.run.seed, first_caption=True, positions=cfg.dvae.grid**2, vocab=cfg.dvae.vocab)
     codes = open_codes(cfg, run, 0, "validation")
     return SequentialReader(codes, world, samples, cfg.evaluate.batch, plain, code_collate)

@@ -40,7 +40,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         world,
         samples,
         batch,
-        code_transform(models.tokenizer, cfg.run.seed, dropout=0.0, first_caption=True),
+        code_transform(models.tokenizer, cfg.run.seed, first_caption=True, positions=cfg.dvae.grid**2, vocab=cfg.dvae.vocab),
         code_collate,
     )
     stop.phase("the evaluation")

@@ -6,7 +6,7 @@ The policy. It applies only to files below the run folder that are older than so
 - incomplete checkpoints, those without meta.json, that are older than the newest complete one (of complete ones every save keeps ``<stage>_fit.keep``);
 - versions of shard sets that are not the newest and that no run in the same root names, and the parts that belong to no other version.
 
-Shared places (data.images, data.codes) are not touched unless all roots of runs that read from them are named.
+Shared places (data.images, data.codes) and what links lead to outside of the run folder are not touched unless all roots of runs that read from them are named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from data_pipeline.shards.deletion import Superseded, plan_superseded
 from data_pipeline.shards.schema import read_manifest
-from infra import globs, storage, unfinished_writes
+from infra import globs, kept_within, storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from train.run import places
@@ -99,10 +99,14 @@ def look(run: Run, before: float, roots: list[str]) -> Findings:
         )
     runs |= {each for root in roots for each in _runs_below(root)}
     named = frozenset(identity for each in sorted(runs) for identity in _named_by(RunFolder(each)))
-    sets = [url for url in _sets(run) if roots or url.startswith(f"{run.folder.url}/")]
+    sets = [url for url in _sets(run) if roots or (url.startswith(f"{run.folder.url}/") and not _leads_out(url))]
     pinned = _with_parents(named, sets)
     superseded = [each for each in (plan_superseded(url, pinned, before) for url in sets) if each is not None]
     return Findings(unfinished_writes.find(run.folder.url, before), list(_unmarked(run.folder, before)), superseded)
+
+
+def _leads_out(url: str) -> bool:
+    return not storage.is_remote(url) and kept_within.leads_out(storage.local_path(url))
 
 
 def _runs_below(root: str) -> set[str]:
@@ -141,6 +145,8 @@ def _unmarked(run: RunFolder, before: float) -> Iterator[str]:
     """Incomplete checkpoints, which a killed save or a killed deletion left behind: older than the newest complete one, and with only old files."""
     for stage in TRAINED:
         base = run.at(stage, "checkpoints")
+        if _leads_out(base):
+            continue  # another run's, which is only read here
         names = storage.list_files(base)
         folders = {folder for folder in (name.split("/")[0] for name in names) if _CHECKPOINT.fullmatch(folder)}
         complete = {folder for folder in folders if f"{folder}/meta.json" in names}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from infra import storage
+from infra import shown, storage
 from infra.errors import ConfigError, StopRequested, UsageError
 from infra.signals import StopFlag
 from train.drawing import again, prompt_image, samples
@@ -47,6 +47,9 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
     """
     if options.format not in FORMATS:
         raise UsageError(f"--format {options.format}: accepted are {', '.join(FORMATS)}.")
+    for option, value in (("--file", options.file), ("--image", options.image), ("--rerank", options.rerank), ("--out", options.out)):
+        if shown.holds_password(value):  # before it is printed, or anything is loaded
+            raise ConfigError(f"{option} {value}: {shown.NO_PASSWORDS}")
     if options.again:
         _again(url, captions, options)
         return

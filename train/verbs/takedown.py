@@ -6,7 +6,7 @@ import contextlib
 
 from data_pipeline.shards.deletion import Purge, plan_purge, unmatched
 from data_pipeline.shards.shard_set import read_takedown, takedown_lines
-from infra import storage
+from infra import shown, storage
 from infra.commands import launcher
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
@@ -57,7 +57,7 @@ def _take_down(cfg: RunConfig, run: RunFolder, sets: list[str], *, dry_run: bool
 
 
 def _some(lines: list[str]) -> str:
-    return ", ".join(map(ascii, lines[:_SHOWN])) + (" ..." if len(lines) > _SHOWN else "")
+    return ", ".join(ascii(shown.cut(line)) for line in lines[:_SHOWN]) + (" ..." if len(lines) > _SHOWN else "")
 
 
 def _line(purge: Purge) -> str:

@@ -10,6 +10,7 @@ Nothing is pickled. The layout depends neither on the number of ranks nor on the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -334,6 +335,23 @@ class StoredTensors:
                 raise CheckpointError(f"{url}: '{prefix}/{name}' holds {entry.size[0]} elements, its shape {shape} has {math.prod(shape)}.")
             self.kinds[name] = Kind(tuple(shape), entry.properties.dtype)
 
+    def allocated(self, allocate: Callable[[dict[str, Kind]], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Room for all of them.
+
+        Raises:
+            CheckpointError: there is none: more than this machine can address, which no checkpoint holds that was written here.
+        """
+        size = sum(kind.bytes for kind in self.kinds.values())
+        try:
+            return allocate(self.kinds)
+        except (RuntimeError, MemoryError, OverflowError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"{self.url}: its tensors under '{self.prefix}/' would take {size:,} bytes, for which there is no room ({str(error).splitlines()[0]}): use a "
+                "larger machine, or the checkpoint is damaged."
+            ) from error
+
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Read all of them into such tensors, in one pass over the checkpoint's files.
 
@@ -350,7 +368,7 @@ def read_tensors(url: str, prefix: str) -> dict[str, Tensor]:
         CheckpointError: the checkpoint is incomplete or damaged.
     """
     stored = StoredTensors(url, prefix)
-    out = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in stored.kinds.items()}
+    out = stored.allocated(lambda kinds: {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()})
     stored.fill(out)
     return out
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from infra import node_folder, storage, streamed_upload, strict_json
+from infra import kept_within, node_folder, storage, streamed_upload, strict_json
 from infra.digests import digest
 from infra.errors import CheckpointError, DataError, UnreachableError
 from infra.overlapped import overlapped
@@ -90,6 +90,7 @@ class Writer(StorageWriter):
             streamed_upload.upload(self._pieces(plan, planner), size, target)
             return _done([])
         path = storage.local_path(target).with_suffix(".part")
+        kept_within.check(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for data in self._pieces(plan, planner):

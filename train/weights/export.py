@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from train.weights import safetensors_file
 from train.weights.checkpoint import StoredTensors, content_hash
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Description(stored.Identified):
@@ -36,7 +39,7 @@ def write(url: str, weights: dict[str, Tensor] | StoredTensors, config: Any, /, 
     with scratch.folder("export-") as room:
         path = Path(room, WEIGHTS)
         if isinstance(weights, StoredTensors):
-            mapped = safetensors_file.mapped(path, weights.kinds)
+            mapped = weights.allocated(lambda kinds: safetensors_file.mapped(path, kinds))
             weights.fill(mapped)
             identity = content_hash(mapped)
             del mapped  # its pages are the file's
@@ -62,6 +65,21 @@ def describe(url: str) -> dict[str, Any]:
     return description
 
 
+def open_as(url: str, build: Callable[[], M]) -> tuple[M, str]:
+    """A module with exported weights, and their content hash. The module is built once without memory first: whoever sends a configuration with absurd sizes
+    beside weights gets the sentence of ``check_shapes``, and not this machine's memory.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
+    identity, tensors = read_tensors(url)
+    with torch.device("meta"):
+        check_shapes(url, build(), tensors)
+    module = build()
+    module.load_state_dict(tensors)
+    return module, identity
+
+
 def read(url: str, module: nn.Module) -> str:
     """Load exported weights into a module of the same shape, and return their content hash.
 
@@ -75,7 +93,7 @@ def read(url: str, module: nn.Module) -> str:
 
 
 def check_shapes(url: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Check that tensors have the names and shapes of a module's weights.
+    """Check that tensors have the names and shapes of a module's weights, and are numbers of their kind.
 
     Raises:
         CheckpointError: they do not; the message names the first difference.
@@ -87,6 +105,9 @@ def check_shapes(url: str, module: nn.Module, tensors: dict[str, Tensor]) -> Non
         raise CheckpointError(
             f"{url}: weights of another model: '{odd[0]}' is {found.get(odd[0])}, this configuration builds {expected.get(odd[0])}."
         )
+    whole = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point() and module.state_dict()[name].is_floating_point())
+    if whole:  # copied into a module, they would be converted without a word
+        raise CheckpointError(f"{url}: '{whole[0]}' holds {tensors[whole[0]].dtype}, which are no weights; export it again.")
 
 
 def read_tensors(url: str) -> tuple[str, dict[str, Tensor]]:

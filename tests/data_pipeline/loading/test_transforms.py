@@ -18,6 +18,7 @@ from data_pipeline.loading.transforms import code_transform, dvae_transform, pai
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ImageRecord, ShardSet
 from data_pipeline.shards.versions import write_set
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from infra.errors import DataError
 from infra.world import World
 from tests.support.code_sets import COUNT, code_set
 from tests.support.crops import center
@@ -95,3 +96,13 @@ def test_the_view_of_evaluation_is_the_central_crop_and_the_first_caption(tmp_pa
 
 
 TOKENIZER = Tokenizer(train_tokenizer(["a red apple", "an apple", "the redder of two apples"], 400), 16)
+
+
+@pytest.mark.parametrize(("more", "vocab"), [(1, 0), (-1, 0), (0, -1)])
+def test_codes_that_the_model_does_not_have_are_refused_by_the_record(more: int, vocab: int, tmp_path: Path) -> None:
+    record = list(code_set(str(tmp_path)).records())[-1]
+    length, most = len(record["codes"]), int(record["codes"].max())
+    assert code_transform(TOKENIZER, 0, positions=length, vocab=most + 1)(record, 0)["codes"].max() == most
+    message = rf"record '{record['id']}' of the code set has {length} codes up to {most}; this run's dVAE makes .*launcher\.py encode"
+    with pytest.raises(DataError, match=message):
+        code_transform(TOKENIZER, 0, positions=length + more, vocab=most + 1 + vocab)(record, 0)

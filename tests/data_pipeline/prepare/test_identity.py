@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,21 @@ def test_spellings_know_the_names_of_sources_and_patterns() -> None:
     assert spellings(frozenset({"/data/one/a.png", "1:x.tar/k", "plain"}), bases) == {
         *("/data/one/a.png", "a.png", "1:x.tar/k", "s3://b/two/x.tar/k", "/data/one/1:x.tar/k", "plain", "/data/one/plain")
     }
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "crlf", "cr", "utf-16", "utf-16-le", "latin-1"])
+def test_a_takedown_list_of_any_editor_hides_its_first_record_or_is_refused(coding: str, tmp_path: Path) -> None:
+    place, url = source(tmp_path / "set"), str(tmp_path / "images" / "train")
+    made(place, tmp_path / "images")
+    victim = open_set(url, IMAGE_SCHEMA).rows_at([0])[0]["id"]
+    end = {"crlf": "\r\n", "cr": "\r"}.get(coding, "\n")
+    other = "caf\xe9.png" if coding == "latin-1" else "x" * 10_000_000
+    words = f"{victim}{end}{other}{end}"
+    (tmp_path / "list").write_bytes(words.encode("utf-8" if coding in ("crlf", "cr") else coding))
+    if coding.startswith("utf-16") or coding == "latin-1":
+        with pytest.raises(DataError, match=r"list: not UTF-8 text \("):
+            open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "list"))
+        return
+    assert open_set(url, IMAGE_SCHEMA, takedown=str(tmp_path / "list")).count == open_set(url, IMAGE_SCHEMA).count - 1
+    summary = made(place, tmp_path / "anew", takedown=str(tmp_path / "list"))
+    assert summary["dropped"]["taken down"]["count"] == 1 and len(json.dumps(summary["takedown"])) < 1000, "a line of 10 MB is named, not stored"

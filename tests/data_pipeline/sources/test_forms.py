@@ -292,8 +292,9 @@ def test_coco_without_its_lists_is_refused_and_images_without_entries_are_counte
     found, tally = records(plan_of(tmp_path / "set"))
     assert len(found) == PICTURES - 1 and {reason: entry["count"] for reason, entry in tally.dropped.items()} == {"missing image": 2}
     place.write_text("{}")
+    plan = plan_of(tmp_path / "set")
     with pytest.raises(DataError, match=r"not captions in COCO's form: a JSON object with the lists 'images'"):
-        plan_of(tmp_path / "set")
+        list(plan.sources[0].read(plan.units[0].shard, lambda group: True))
 
 
 # --- The page -----------------------------------------------------------------------------------------------------------------------------

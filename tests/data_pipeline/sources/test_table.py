@@ -160,7 +160,7 @@ def test_a_json_line_of_any_length_is_counted_and_not_read(tmp_path: Path, monke
 
 def test_a_csv_that_breaks_its_quotes_loses_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_source, "MAX_TEXT_BYTES", 200_000)
-    text = f"image,caption\na.png,x\rb\nb.png,{'long' * 40_000}\nc.png,fine\nd.png,{'w' * 300_000}\na.png,end\n"
+    text = f'image,caption\na.png,"x"b\nb.png,{"long" * 40_000}\nc.png,fine\nd.png,{"w" * 300_000}\na.png,end\n'
     found = list(table(tmp_path, "t.csv", text).values())
     assert found[:3] == ["bad row", "bad row", ("c", "fine")] and found[-1] == ("a", "end") and set(found[3:-1]) <= {"bad row", "text too long"}
 

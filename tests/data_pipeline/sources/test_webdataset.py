@@ -38,7 +38,7 @@ def archive(members: list[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) ->
 
 
 def listed(data: bytes, limit: int = 1 << 20) -> list[tuple[str, int, bytes | None]]:
-    return list(tar.members(io.BytesIO(data), "x.tar", lambda name: limit))
+    return [member[:3] for member in tar.members(io.BytesIO(data), "x.tar", lambda name: limit) if not member.kind]
 
 
 # --- The archive --------------------------------------------------------------------------------------------------------------------------

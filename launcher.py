@@ -18,6 +18,7 @@ import typer
 from infra import environment
 from infra.errors import ExitCode, ReportedError, UsageError
 from train.run.stage_table import STAGES
+from train.verbs import watching_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -57,7 +58,11 @@ def _add_stage(name: str) -> None:
         worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     ) -> None:
         from train import launch
+        from train.verbs import compare
 
+        if name == "report" and (others := compare.others(overrides or [])):
+            compare.main([preset, *others], [word for word in overrides or [] if word not in others])
+            return
         launch.stage(
             name,
             preset,
@@ -148,57 +153,7 @@ def play(
     verb.main(run, host, port, rerank, device, precision, STOP)
 
 
-@app.command()
-def status(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, local or s3://.", show_default=False)],
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until stopped.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a line for each look.")] = False,
-) -> None:
-    """Show where each stage of a run stands, live, queued or dead, by the files of its folder; of several runs, a line each."""
-    from train.verbs import status as verb
-
-    verb.main(runs, as_json=as_json, watch_s=every if watch else 0.0, stop=STOP)
-
-
-@app.command(name="logs")
-def show_logs(
-    run: Run,
-    stage: Annotated[str, typer.Option(help="Stage, or a share of one (encode.0-of-3); default: what was begun last.")] = "",
-    rank: Annotated[int, typer.Option(min=-1, help="One rank; -1: all.")] = -1,
-    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the attempt ends.")] = False,
-) -> None:
-    """Show what the ranks of an attempt printed: from the run folder, from a SLURM job's output, or from pods."""
-    from train.verbs import logs as verb
-
-    verb.main(run, stage, None if rank < 0 else rank, None if attempt < 0 else attempt, follow=follow, stop=STOP)
-
-
-@app.command()
-def cancel(
-    run: Run,
-    stage: Annotated[str, typer.Option(help="Only this stage.")] = "",
-) -> None:
-    """End what works on a run, here or as a job, and take out of the queue what waits; what trains saves first, and goes on when it is started again."""
-    from train.verbs import cancel as verb
-
-    if stage and stage not in STAGES:
-        raise UsageError(f"stage '{stage}' is not known; stages: {', '.join(STAGES)}.")
-    verb.main(run, stage)
-
-
-@app.command()
-def why(
-    run: Run,
-    stage: Annotated[str, typer.Option(help="Stage, or a share of one; default: all that did not end well.")] = "",
-    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say why an attempt failed, by its evidence, and what to do: RESTART, RESTART ELSEWHERE or STOP, by which rule, and what was lost."""
-    from train.verbs import why as verb
-
-    verb.main(run, stage, None if attempt < 0 else attempt, as_json=as_json)
+watching_commands.add_to(app)
 
 
 @app.command(name="import-dvae")
@@ -344,7 +299,7 @@ def export(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="A benchmark, or what several names begin with ('data'), or 'docs': docs/benchmarks.md.")],
+    name: Annotated[str, typer.Argument(help="A benchmark, or what several names begin with ('data'), 'all', or 'docs': docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
 ) -> None:
@@ -379,7 +334,7 @@ def main(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         environment.check()
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, obj=globals().get("STOP"))
     except ReportedError as error:
         if str(error):
             print(last_line(error), file=sys.stderr)

@@ -253,7 +253,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     print(f"done in {duration(time.monotonic() - started)}; the stages' own work, in all attempts, took {duration(work)}")
     print(f"report       {run.at('report.html')}")
     print(f"pictures     {run.at('generate', 'grid.png')}")
-    print(f"tensorboard  {run.at('tensorboard')}    (tensorboard --logdir {run.at('tensorboard')})")
+    print(f"tensorboard  {run.at('tensorboard')}    ({launcher('tensorboard', run.url)})")
 
 
 def _run_child(arguments: list[str], stop: StopFlag) -> None:

@@ -191,7 +191,7 @@ def test_tensorboard_reads_the_runs_folder_with_its_own_key_and_is_reached_by_po
     pod = kinds["Deployment"]["spec"]["template"]
     container = pod["spec"]["containers"][0]
     assert pod["spec"]["serviceAccountName"] == kinds["ServiceAccount"]["metadata"]["name"]
-    assert "--logdir=$(LAUNCHER_RUN)/tensorboard" in container["command"]
+    assert container["command"][1:4] == ["launcher.py", "tensorboard", "$(LAUNCHER_RUN)"], "what follows a run on S3"
     assert "launcher-s3-read" in json.dumps(pod) and '"launcher-s3"' not in json.dumps(pod), "a key that cannot write"
     policy = kinds["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items() and policy["policyTypes"] == ["Ingress"]

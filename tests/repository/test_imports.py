@@ -51,7 +51,7 @@ HOMES = {
     "resvg_py": ("data_pipeline/sources/drawings.py",),
     "emoji": ("data_pipeline/sources/drawings.py",),
     "jsonschema": ("train/bench/docs.py",),
-    "typer": ("launcher.py",),
+    "typer": ("launcher.py", "train/verbs/watching_commands.py"),
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/weights/export.py", "train/evaluation/weight_files.py"),
     "triton": ("train/optimizer/adamw_kernel.py", "train/bench/kernels.py", "infra/docker/check_image.py"),
@@ -68,7 +68,8 @@ ORDER = {
         ("verbs", "experiments"),
         ("stages", "bench"),
         ("drawing",),
-        ("report", "planning", "advice"),
+        ("report",),
+        ("planning", "advice"),
         ("loop",),
         ("engines", "run"),
         ("weights",),
@@ -101,6 +102,7 @@ NO_TORCH = (
     "train/planning/demo_time.py",
     "train/planning/estimate.py",
     "train/verbs/plan.py",
+    "train/verbs/watching_commands.py",
     "launcher.py",
 )
 

@@ -45,6 +45,8 @@ class FaultProxy:
     rules: list[Rule] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """Every request that came, as "METHOD path"."""
+    answered: int = 0
+    """Bytes of all answers' bodies."""
     injected: list[tuple[str, str]] = field(default_factory=list)
     """Kind and request of every fault that was injected."""
 
@@ -128,6 +130,7 @@ async def _exchange(
         writer.write(answer)
         if " 100 " not in status:
             break
+    proxy.answered += 0 if line.startswith("HEAD") else int(found.get("content-length", 0))
     empty = line.startswith("HEAD") or " 204" in status or " 304" in status
     if not empty and not await _body(answers, writer, found, rule):
         if rule.kind == "reset_body":

@@ -39,6 +39,7 @@ from train.verbs import (
     play,
     status,
     takedown,
+    tensorboard,
     validate,
     why,
 )
@@ -87,6 +88,7 @@ def _import(run: str, out: Path) -> None:
 VERBS: dict[str, Callable[[str, Path], object]] = {
     "status": lambda run, out: status.main([run]),
     "logs": lambda run, out: logs.main(run, "", None, None, follow=False, stop=StopFlag()),
+    "tensorboard": lambda run, out: tensorboard.main([run], tensorboard.Options(f"{out}/{FOLDER}-copy", once=True), StopFlag()),
     "cancel": lambda run, out: cancel.main(run),
     "why": lambda run, out: why.main(run),
     "inspect": lambda run, out: inspect.main(run, inspect.Options(f"{out}/{FOLDER}.png", 8, 4, 0, "", "", "", "", False)),
@@ -105,7 +107,7 @@ VERBS: dict[str, Callable[[str, Path], object]] = {
     "validate --run": lambda run, out: validate.main(run, validate.Options(run, run, "", 1, False, ""), StopFlag()),
     "report": lambda run, out: run_stage("report", [run]),
 }
-ELSEWHERE = {"bench", "docs", "demo", *STAGES} - {"report"}
+ELSEWHERE = {"bench", "docs", "demo", "sample", *STAGES} - {"report"}
 """Stages, which all read theirs as report does, and verbs that have tests of their own below."""
 
 

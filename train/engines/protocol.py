@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
 from train.weights.fragments import Fragment
+
+
+class Histogram(NamedTuple):
+    """How many values lie in each bin."""
+
+    edges: Sequence[float]
+    """Upper ends of the bins, ascending."""
+    counts: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Update:
     """Whether scaled gradients overflowed; then the scale has been lowered, as far as its rules allow."""
     numerics: dict[str, float] = field(default_factory=dict)
     """Metrics of each resblock, in those updates in which they are measured."""
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    """Distributions of each resblock's gradients, in those updates in which they are counted."""
 
 
 class Engine(Protocol):

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infra import kept_within, scratch, storage, strict_json
+from train.loop.panels import PANELS, TITLES
+
+if TYPE_CHECKING:  # it imports torch
+    from train.engines.protocol import Update
 
 _PREFIX, _SUFFIX = "attempt-", ".jsonl"
 
@@ -96,6 +101,24 @@ class MetricsWriter:
         for name, value in plain.items():
             events.add_scalar(shown_as(name), value, global_step=step, walltime=now)
 
+    def histogram(self, step: int, name: str, edges: Sequence[float], counts: Sequence[float]) -> None:
+        """Log a distribution to TensorBoard: how many values lie up to each of ``edges``, which ascend. Nothing is written where nothing was counted."""
+        total = float(sum(counts))
+        if not self.enabled or not total:
+            return
+        used = [place for place, count in enumerate(counts) if count]
+        least = edges[used[0] - 1] if used[0] else 2 * edges[0] - edges[1]
+        sums = [sum(count * edge**power for edge, count in zip(edges, counts, strict=True)) for power in (1, 2)]
+        events = self._open_events(step)
+        events.add_histogram_raw(shown_as(name), least, edges[used[-1]], int(total), *sums, list(edges), list(counts), global_step=step)
+
+    def measured(self, step: int, update: Update) -> None:
+        """Log what an update found out about each resblock."""
+        if update.numerics:
+            self.scalars(step, {f"numerics/{name}": value for name, value in update.numerics.items()})
+        for name, (edges, counts) in update.histograms.items():
+            self.histogram(step, f"numerics/{name}", edges, counts)
+
     def images(self, step: int, name: str, array_HWC: NDArray[np.uint8]) -> None:
         """Log a picture (uint8, [H, W, 3]) to TensorBoard, which does not enlarge small ones: use ``enlarged`` of train/report/images.py first."""
         if self.enabled:
@@ -112,8 +135,10 @@ class MetricsWriter:
             return
         self.text(step, "configuration", _code(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)))
         self.text(step, "lineage", _code("\n".join(f"{kind}: {digest}" for kind, digest in sorted(parents.items())) or "made from nothing else"))
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import custom_scalars, hparams
 
+        if self._stage in PANELS:
+            self._open_events(step).file_writer.add_summary(custom_scalars(_layout(self._stage)))
         # SummaryWriter.add_hparams would create a second TensorBoard run for them, in which each metric appears again.
         sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero")]
         flat = {key: value for name in sections for key, value in _leaves(name, config[name])}
@@ -172,6 +197,11 @@ def shown_as(name: str) -> str:
     if rest.partition("_")[0] == "loss" and group in ("train", "eval"):
         return f"1 loss/{group} {rest}"
     return f"{_GROUPS.get(group, f'7 {group}')}/{rest}"
+
+
+def _layout(stage: str) -> dict[str, dict[str, list[Any]]]:
+    """The report's plots, as TensorBoard's custom layout: losses of training and validation in one plot, and so on."""
+    return {TITLES[stage]: {panel.title: ["Multiline", [f"^{re.escape(shown_as(name))}$" for name, _ in panel.curves]] for panel in PANELS[stage]}}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, bool | str | float | int]]:

@@ -112,4 +112,7 @@ def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter
     if rows:
         storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))
         writer.images(step, ", ".join(_LABELS), grid([enlarged(row[:_LARGE]) for row in rows]))
+    uses = [int(count).bit_length() for count in found.counts_N.tolist()]
+    bits = range(max(uses) + 1)
+    writer.histogram(step, "eval/codes_by_bits_of_their_uses", [0.5 + each for each in bits], [uses.count(each) for each in bits])
     storage.write_json(run.at("dvae", "pictures", "codebook.json"), {"counts": found.counts_N.tolist(), "samples": found.samples})

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.engines.zero import measures
+from train.engines.zero import exponents, measures
+from train.engines.zero.exponents import Exponents
 from train.engines.zero.shards import Gradients, GradientSlots, Piece, pieces
 
 
@@ -48,3 +49,21 @@ def test_a_parameter_of_fewer_elements_than_ranks_lies_on_the_first_of_them_alon
     assert found[0] == [Piece("wide", 0, 0, 0, 2, 7), Piece("small", 0, 2, 0, 1, 2)]
     assert found[1] == [Piece("wide", 0, 0, 2, 2, 7), Piece("small", 0, 2, 1, 1, 2)]
     assert found[2:] == [[Piece("wide", 0, 0, 4, 2, 7)], [Piece("wide", 0, 0, 6, 1, 7)]]
+
+
+def test_exponents_are_counted_where_they_are_without_zeros_and_what_is_not_finite() -> None:
+    tensors = [
+        torch.tensor([0.0, 1.0, 1.999, 2.0, -0.5]),
+        torch.tensor([2.0**-60, 2.0**20, math.inf, math.nan], dtype=torch.float32),
+        torch.tensor([2.0**-24, 65504.0], dtype=torch.float16),
+    ]
+    layout = GradientSlots([0, 1, 1], 2, [t.numel() for t in tensors], [True, False, False], torch.device("cpu"))
+    counter = Exponents(2, torch.device("cpu"))
+    assert counter.read(1) == [], "not asked for"
+    counter.ask(Gradients(tensors, layout))
+    first, second = counter.read(1)
+    assert {exponents.LOWEST + place: count for place, count in enumerate(first) if count} == {-1: 1, 0: 2, 1: 1}
+    assert {exponents.LOWEST + place: count for place, count in enumerate(second) if count} == {-48: 1, -24: 1, 15: 1, 16: 1}
+    assert counter.read(1) == [] and len(first) == exponents.BINS
+    counter.ask(Gradients(tensors, layout))
+    assert sum(counter.read(2)[0]) == 2, "a shard that two nodes hold counts once"

@@ -39,7 +39,14 @@ from train.weights.checkpointer import Checkpointer
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests marked gpu ask it itself")
 CUDA = torch.device("cuda")
 MESSAGE = "train/ranks/signal_vector.py"
-OVERRIDES = ["dalle.layers=2", "dalle_fit.accumulation=2", "dalle_fit.caption_dropout=0.1", "dalle_fit.numerics_every=2", "scales.filter=true"]
+OVERRIDES = [
+    "dalle.layers=2",
+    "dalle_fit.accumulation=2",
+    "dalle_fit.caption_dropout=0.1",
+    "dalle_fit.numerics_every=2",
+    "dalle_fit.histograms_every=2",
+    "scales.filter=true",
+]
 
 
 def tiny(*overrides: str) -> RunConfig:

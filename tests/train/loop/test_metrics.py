@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from infra import storage
 from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, shown_as, throughput
-from train.report.section_curves import PANELS
+from train.loop.panels import PANELS
 
 
 def _write(run: Path, attempt: int, points: list[tuple[int, dict[str, float]]]) -> Path:
@@ -207,3 +209,30 @@ def test_no_two_metrics_share_a_tag() -> None:
         for name in ("loss", "loss_x", "x")
     }
     assert len({shown_as(name) for name in names}) == len(names)
+
+
+def test_the_custom_layout_has_the_report_s_plots_with_tags_that_are_written(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), "dalle", 0)
+    writer.describe(1, {}, {})
+    writer.scalars(1, {"train/loss_image": 2.0, "eval/loss_image": 3.0, "eval/loss_image_row_00": 3.0})
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "dalle"))
+    found.Reload()
+    layout = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert [category.title for category in layout.category] == ["Transformer"] and set(charts) == {panel.title for panel in PANELS["dalle"]}
+    matched = {tag for pattern in charts["image loss (nats per code)"] for tag in found.Tags()["scalars"] if re.match(pattern, tag)}
+    assert matched == {"1 loss/train loss_image", "1 loss/eval loss_image"}, "and not the rows'"
+
+
+def test_a_histogram_keeps_its_bins_and_an_empty_one_is_not_written(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), "dvae", 0)
+    writer.histogram(3, "eval/uses", [0.5, 1.5, 2.5, 3.5], [0, 5, 0, 1])
+    writer.histogram(4, "eval/uses", [0.5, 1.5], [0, 0])
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "dvae"))
+    found.Reload()
+    (event,) = found.Histograms("2 validation/uses")
+    value = event.histogram_value
+    assert (event.step, value.num, value.min, value.max) == (3, 6, 0.5, 3.5)
+    assert dict(zip(value.bucket_limit, value.bucket, strict=True))[1.5] == 5

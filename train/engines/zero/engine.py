@@ -22,11 +22,12 @@ from infra.world import World
 from model.transformer import Transformer, parameter_tags
 from train.config import DalleFit, ScaleSection, ZeroSection
 from train.config_compression import CompressionSection
-from train.engines.protocol import Update
-from train.engines.zero import internals, measures, one_pass
+from train.engines.protocol import Histogram, Update
+from train.engines.zero import exponents, internals, measures, one_pass
 from train.engines.zero.accumulation import HalfGradients
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
+from train.engines.zero.exponents import Exponents
 from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import EngineState, GradientScales
 from train.engines.zero.shards import GradientReader, pieces
@@ -141,6 +142,7 @@ class ZeroEngine:
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
         self.updates = self.attempts = 0
+        self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
         self._squares: Tensor | None = None  # their squared norms, if compression has computed them
         self.loss_scale: LossScale | None = None
@@ -202,6 +204,8 @@ class ZeroEngine:
             elif self.nodes > 1:
                 self._between_nodes(found.tensors, found.layout.is_block_matrix)
             self._is_summed = True
+            if self.fit.histograms_every and (self.attempts + 1) % self.fit.histograms_every == 0:
+                self._exponents.ask(found)
         count = (self.attempts + 1) % self.fit.numerics_every == 0
         return measures.local(found, self.resblocks + 1, count=count, device=self.device, squares=self._squares)
 
@@ -251,7 +255,8 @@ class ZeroEngine:
         # Without filters, an overflow in a resblock spreads to the resblocks before it and to the embeddings, so then one outside proves nothing.
         overflow = self.scales is not None and in_block and not (outside and self.rules.filter)
         numerics = self._numerics(values, found, norms) if self.attempts % self.fit.numerics_every == 0 else {}
-        return Update(applied, float("inf") if outside or (in_block and not applied) else norm, overflow, numerics)
+        norm = float("inf") if outside or (in_block and not applied) else norm
+        return Update(applied, norm, overflow, numerics, self._histograms())
 
     def factors(self) -> list[float]:
         """The factors that turn reduced gradients into true ones: one for each resblock, and the last for parameters outside resblocks.
@@ -365,10 +370,17 @@ class ZeroEngine:
             for tensor, part in zip(chosen, wire.split([t.numel() for t in chosen]), strict=True):
                 tensor.copy_(part)
 
+    def _histograms(self) -> dict[str, Histogram]:
+        counted = self._exponents.read(self.nodes)
+        edges = [0.5 + exponent for exponent in range(exponents.LOWEST, exponents.HIGHEST + 1)]
+        return {f"gradient_exponents/{name}": Histogram(edges, row) for name, row in zip([*self._names(), "outside"], counted, strict=False)}
+
+    def _names(self) -> list[str]:
+        return [f"{index:03d}-{'mlp' if index % 2 else 'attention'}" for index in range(self.resblocks)]
+
     def _numerics(self, values: list[float], found: measures.Measures, norms: list[float]) -> dict[str, float]:
         out = {}
-        for index in range(self.resblocks):
-            name = f"{index:03d}-{'mlp' if index % 2 else 'attention'}"
+        for index, name in enumerate(self._names()):
             out[f"grad_norm/{name}"] = norms[index]
             out[f"zero_share/{name}"], out[f"subnormal_share/{name}"] = found.zeros[index], found.subnormals[index]
             if self.scales is not None:

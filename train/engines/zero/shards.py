@@ -82,6 +82,10 @@ class GradientSlots:
         would make the last bits differ from run to run."""
         return ((self._matrix_members if matrices else self._members) * values).sum(1)
 
+    def table_by_slot(self, table_PE: Tensor) -> Tensor:
+        """Sum whole numbers, a row for each piece, by slot: float64, exact."""
+        return self._members @ table_PE
+
 
 @dataclass(frozen=True)
 class Gradients:

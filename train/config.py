@@ -15,7 +15,7 @@ from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
-from train.config_watching import WatchingSection
+from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -128,7 +128,7 @@ class EncodeSection(Section):
     """Refuse a dVAE that uses a smaller share of its codes on validation images."""
 
 
-class DalleFit(FitSection):
+class DalleFit(FitSection, NumericsSection):
     """Training of the transformer (paper B.2)."""
 
     init_from: str = Field(default="", json_schema_extra=PLACE)
@@ -170,8 +170,6 @@ class DalleFit(FitSection):
     """Upper limit of Adam's variance estimate; None: no limit."""
     moments: Literal["fp32", "16-bit"] = "fp32"
     """Storage of Adam's moments of block matrices: '16-bit' is 1-6-9 for the mean and 0-6-10 for the variance (paper B.2)."""
-    numerics_every: int = Field(default=100, gt=0, json_schema_extra=ANY_TIME)
-    """Updates between logged points of each resblock: scale, overflows, gradient norm, and the shares of zero and subnormal values in reduced gradients."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the iterate average."""
     ema_every: int = Field(default=25, gt=0)
@@ -330,8 +328,10 @@ class RunConfig(Section):
     compression: CompressionSection = CompressionSection()
     clip: ClipConfig = ClipConfig()
     clip_fit: ClipFit = ClipFit()
+    samples: SamplesSection = SamplesSection()
     generate: GenerateSection = GenerateSection()
     evaluate: EvaluateSection = EvaluateSection()
+    report: ReportSection = ReportSection()
     # What a scheduler is asked for is not part of the run: it is not stored in config.json, and may change.
     cluster: ClusterConfig = Field(default=ClusterConfig(), exclude=True)
 

@@ -100,7 +100,7 @@ def locate(url: str) -> Place:
     raise ConfigError(f"{url}: neither a run folder nor a package (config.json is missing); name one, for example runs/demo.")
 
 
-def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False) -> Models:
+def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False, step: int = 0) -> Models:
     """Open the models to draw with. The contrastive model is opened only if it shall rank. Images and codes of the run are not needed.
 
     Args:
@@ -108,6 +108,7 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
         precision: precision of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU. 'int8': weights of eight bits, only on a CPU.
         rerank: what ranks the candidates: 'none', 'clip' (the run's own contrastive model), or a folder with another exported one.
+        step: of a run that is training, the checkpoint whose weights are used; 0: the newest weights there are.
         deterministic: make the bits of a picture independent of batches and windows; only on a CPU, in fp32 or int8.
 
     Raises:
@@ -120,7 +121,7 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
     dvae, found["dvae"] = _open(place.dvae, lambda: DVAE(cfg.dvae), "dvae", place)
-    tensors, found["dalle"], parents, description = newest_weights(place)
+    tensors, found["dalle"], parents, description = _weights_of(place, step) if step else newest_weights(place)
     check_parents(place, "dalle", parents, found)
     judge = None
     if rerank != "none":
@@ -216,6 +217,13 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
         raise DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
     meta, tensors = _newest(place.run.at("dalle"))
     return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
+
+
+def _weights_of(place: Place, step: int) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
+    """The same of one checkpoint of a run."""
+    folder = checkpoint.folder(storage.join(place.url, "dalle"), step)
+    meta, tensors = checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
+    return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {step}"
 
 
 def _newest(stage_url: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -85,6 +85,32 @@ class Task(Protocol):
         ...
 
 
+class Onlooker(Protocol):
+    """What draws pictures while a model trains; on the main rank alone."""
+
+    def look(self, saved: int, *, at_evaluation: bool) -> None:
+        """Called after each update, with the update of the newest complete checkpoint; may take time where the update ended with an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Training ends."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a finished training run."""
+
+    evaluation: dict[str, float]
+    """Metrics of the last evaluation."""
+    seconds: float
+    """Training time over all attempts, without the work that was lost when attempts ended before a save."""
+    units_per_s: float
+    """Throughput of the last attempt during its updates; 0 if it made none."""
+    updates: int
+    """Number of updates, over all attempts."""
+
+
 def sum_of_ids(batches: list[Batch]) -> float:
     """Sum of 32 bits of samples' hashed ids, exact in float64 up to 2^21 samples: where two updates have the same, they saw the same samples."""
     return float(sum(id_hash(name) & 0xFFFFFFFF for batch in batches for name in batch["ids"]))

@@ -26,8 +26,9 @@ from train.loop.profiling import Profiler
 from train.loop.task import Batch as Batch
 from train.loop.task import Loader as Loader
 from train.loop.task import Loss as Loss
+from train.loop.task import Onlooker, sum_of_ids
+from train.loop.task import Outcome as Outcome
 from train.loop.task import Task as Task
-from train.loop.task import sum_of_ids
 from train.loop.watching import Watched
 from train.ranks import watchdog
 from train.ranks.device import wait_for_all
@@ -43,20 +44,6 @@ log = logging.getLogger(__name__)
 _PATIENCE = 6.0  # an evaluation or a save may take this many times the watchdog's limit for an update
 RESTORE_PATIENCE = 20.0
 """Reading a checkpoint or an export may take this many times that limit (three hours), with all checkpoints that are tried before one is undamaged."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a finished training run."""
-
-    evaluation: dict[str, float]
-    """Metrics of the last evaluation."""
-    seconds: float
-    """Training time over all attempts, without the work that was lost when attempts ended before a save."""
-    units_per_s: float
-    """Throughput of the last attempt during its updates; 0 if it made none."""
-    updates: int
-    """Number of updates, over all attempts."""
 
 
 @dataclass
@@ -80,6 +67,8 @@ class Trainer:
     """The most that one process could do of them in a second, for perf/mfu. Only the main rank needs it."""
     plateau: Plateau | None = None
     """If given, halves the scheduled learning rate at plateaus of the training loss."""
+    onlooker: Onlooker | None = None
+    """If given, draws pictures meanwhile."""
 
     def run_to_end(self) -> Outcome:
         """Train from the newest checkpoint to section.steps.
@@ -94,6 +83,8 @@ class Trainer:
             self.stop.orderly("the end of training")
             raise
         finally:
+            if self.onlooker is not None:
+                self.onlooker.close()
             watchdog.rest()  # handling the error may take longer than an update
 
     def _train(self) -> Outcome:
@@ -140,6 +131,9 @@ class Trainer:
                 self._watched.phases.resume()
                 self._save_now(step, self._elapsed + time.perf_counter() - begun, waits=last or stopping)
                 self._watched.phases.ended("save")
+            if self.onlooker is not None and not stopping:
+                with self._goodput.timing("evaluate"):
+                    self.onlooker.look(self._saver.saved, at_evaluation=step % self.section.eval_every == 0)
             profiler.ended(step, self._watched.phases)
             watchdog.beat()
             if stopping and (self._evaluation_owed or not last):
@@ -259,8 +253,7 @@ class Trainer:
         self._goodput.add("step", seconds - waited - settled)
         units = sum(self.task.units(batch) for batch in batches) * self.world.size
         self._units, self._update_s = self._units + units, self._update_s + seconds
-        if update.numerics:
-            self._writer.scalars(step + 1, {f"numerics/{name}": value for name, value in update.numerics.items()})
+        self._writer.measured(step + 1, update)
         speed = {f"perf/{self.task.unit}_per_s": units / seconds, "data/wait_s": waited}
         if self.peak_flops:
             speed["perf/mfu"] = self.flops_per_unit * units / seconds / (self.peak_flops * self.world.size)

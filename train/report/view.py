@@ -112,6 +112,12 @@ class RunView:
         points = self.series(stage).get(name)
         return points[-1].value if points else None
 
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """What was drawn while the transformer trained, oldest first; a checkpoint that was drawn with several choices of captions counts with each."""
+        entries = [self.json(name) for name in sorted(self._files) if name.startswith("dalle/samples/") and name.endswith("/entry.json")]
+        return sorted(entries, key=lambda entry: int(entry["step"]))
+
     def picture(self, name: str | None) -> bytes | None:
         """Bytes of a picture in the run folder; None if it is missing. A link is no picture of ours: what it leads to would stand in a page that is passed on."""
         if not name or not self.has(name):
@@ -136,5 +142,6 @@ def _own_files(url: str, stage: str) -> list[str]:
     if stage in TRAINED:
         # Checkpoints may consist of many files, so only the parts that the report shows are listed.
         marks = [name for name in ("done.json", "codebook.json") if storage.exists(storage.join(url, stage, name))]
-        return marks + [f"pictures/{name}" for name in storage.list_files(storage.join(url, stage, "pictures"))]
+        shown = [f"{folder}/{name}" for folder in ("pictures", "samples") for name in storage.list_files(storage.join(url, stage, folder))]
+        return marks + shown
     return storage.list_files(storage.join(url, stage))

@@ -15,6 +15,7 @@ from infra.seeds import derive
 from infra.signals import StopFlag
 from infra.world import World
 from train.config import DalleFit, RunConfig
+from train.drawing.while_training import Samples
 from train.engines.zero.construction import sharded_construction
 from train.engines.zero.engine import ZeroEngine
 from train.loop.plateau import Plateau
@@ -60,7 +61,10 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     # On a CPU, fp16 has no meaningful peak: its rate differs by a factor of ten with the memory layout of the matrices.
     peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
     flops = train_flops(cfg.dalle, model.shape) / model.shape.states
-    outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau).run_to_end()
+    onlooker = None
+    if cfg.samples.every and world.is_main:
+        onlooker = Samples(cfg, run, world, stop, gpu=device.type == "cuda", threads=torch.get_num_threads())
+    outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau, onlooker).run_to_end()
     # The averaged weights are read back from the checkpoint of the last update. To gather the shards instead would also need one process that holds the whole model.
     url = run.at("dalle")
     averaged = checkpoint.StoredTensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None

@@ -19,6 +19,7 @@ from model.decoder import DrawingWeights
 from train.config import RunConfig
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import draw, score
+from train.drawing.learned import PictureFile
 from train.drawing.settings import Settings, key, of_stage
 from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
@@ -36,7 +37,7 @@ files of the set."""
 
 
 class _Picture(stored.Stored):
-    file: generate_learned.PictureFile
+    file: PictureFile
 
 
 class _Entry(stored.Stored):

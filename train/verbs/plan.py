@@ -7,7 +7,7 @@ from typing import get_args
 
 from infra.errors import ConfigError, ReportedError, UsageError
 from train.config import load_run
-from train.planning import estimate, network, requests, states
+from train.planning import estimate, network, requests, samples, states
 from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
 from train.planning.hardware import Gpu, named
@@ -57,6 +57,7 @@ def main(
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or own.rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
     print("\n".join(requests.lines(own.cluster.nodes, own.cluster.gpus, cfg.dalle_fit.keep)))
+    print("\n".join(samples.line(cfg)), end="\n" if cfg.samples.every else "")
     if price:
         hours = estimate.bill(own, figures, tokens or None).gpu_hours
         print(
@@ -64,7 +65,7 @@ def main(
         )
     if check:
         compare(own)
-    needed = estimate.memory(own).total
+    needed = estimate.memory(own).total + (samples.memory(cfg) if cfg.samples.every and cfg.samples.device == "cuda" else 0)
     if needed > room:
         raise ConfigError(
             f"{preset} as configured (zero.stage = {own.stage}, {own.micro_batch} samples at once) needs {needed / _GB:.1f} GB of "

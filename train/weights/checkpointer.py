@@ -41,6 +41,8 @@ class Checkpointer:
         self._staged: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
+        self.saved = 0
+        """The update of the last checkpoint that is complete; 0: none of this process."""
         self.seconds = 0.0
         """How long the last save took in the thread, from the copies to meta.json."""
 
@@ -115,7 +117,7 @@ class Checkpointer:
         if self._copied is not None:
             self._copied.synchronize()
         checkpoint.save(self.stage_url, step, fragments, meta, self.world, self.keep, self.keep_every, group=self._group)
-        self.seconds = time.perf_counter() - began
+        self.saved, self.seconds = step, time.perf_counter() - began
 
 
 def _stage(pairs: list[tuple[Tensor, Tensor]], ready: Callable[[], None] | None) -> None:

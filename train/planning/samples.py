@@ -1,0 +1,41 @@
+"""What drawing while training takes (section [samples]). Needs no torch."""
+
+from __future__ import annotations
+
+from train.config import RunConfig
+from train.planning import states
+
+_FP32, _BF16 = 4, 2
+_PROCESS = 700_000_000
+"""Bytes of a process that has torch and an image decoder and nothing else; measured, without the pictures' network, whose weights are small beside the transformer's."""
+
+
+def pictures(cfg: RunConfig) -> int:
+    """How many pictures are drawn at once."""
+    return len(cfg.samples.captions or cfg.generate.captions[: cfg.samples.num_captions]) or cfg.samples.num_captions
+
+
+def memory(cfg: RunConfig) -> int:
+    """Bytes: the weights as they are read (fp32), and laid out for drawing where that is another form; keys and values of every position of each picture."""
+    shape, count = cfg.stream_shape(), states.count(cfg.dalle, cfg.stream_shape()).total
+    item = _FP32 if cfg.samples.device == "cpu" else _BF16
+    cached = 2 * item * cfg.dalle.width * cfg.dalle.layers * (shape.text_tokens + shape.image_tokens) * pictures(cfg)
+    laid_out = 0 if cfg.samples.device == "cpu" else count * _BF16
+    return _PROCESS + count * _FP32 + laid_out + cached
+
+
+def line(cfg: RunConfig) -> list[str]:
+    """Describe it in a line of text, for ``launcher.py plan``; nothing where nothing is drawn."""
+    if not cfg.samples.every:
+        return []
+    found, limit = memory(cfg), cfg.samples.memory_gb
+    where = {
+        "auto": "beside training where four cores are left over, else at evaluations",
+        "beside": "beside training",
+        "evaluation": "at evaluations",
+    }
+    beyond = f"; more than samples.memory_gb = {limit:g}: nothing is drawn" if limit and found > limit * 1e9 else ""
+    return [
+        f"samples              {pictures(cfg)} pictures every {cfg.samples.every:,} updates, {where[cfg.samples.where]}, on the main rank's "
+        f"{'CPU' if cfg.samples.device == 'cpu' else 'GPU'}: {found / 1e9:.2f} GB while they are drawn{beyond}"
+    ]

@@ -23,6 +23,11 @@ def render(run: RunView) -> str:
     A section whose inputs are missing says so. A section whose inputs are damaged shows the error in its place; the others are not affected.
     """
     sections = [section for name in SECTIONS if (section := _section(run, name))]
+    return document(f"{run_name(run)} – report", _header(run), sections)
+
+
+def document(title: str, header: Html, sections: list[Section]) -> str:
+    """The HTML file of some sections below a header, with everything in it."""
     links = el("nav", [el("a", section.title, href=f"#{section.key}") for section in sections], aria_label="sections")
     parts = [el("section", el("h2", section.title), section.body, id=section.key) for section in sections]
     head = el(
@@ -30,10 +35,10 @@ def render(run: RunView) -> str:
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{run_name(run)} – report"),
+        el("title", title),
         el("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
-    page = el("html", head, el("body", _header(run), links, el("main", parts)), lang="en")
+    page = el("html", head, el("body", header, links, el("main", parts)), lang="en")
     return f"<!doctype html>\n{page}\n"  # not with '+', because Html would escape the doctype
 
 

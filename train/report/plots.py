@@ -67,6 +67,7 @@ def lines(
     reference: tuple[float, str] | None = None,
     across: str = "updates",
     marks: Sequence[float] = (),
+    keep_colours: bool = False,
 ) -> Html:
     """Curves over updates. A long, noisy curve is drawn faintly, with its running mean on top.
 
@@ -78,12 +79,14 @@ def lines(
         reference: a value and its name, drawn as a dashed line.
         across: what the horizontal axis counts.
         marks: positions on the horizontal axis where something changed, drawn as dotted lines.
+        keep_colours: a curve that is left out keeps its colour from the next one: the same colour is the same run in every plot.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
         finite = [Line(line.label, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in series]
         shown = [line for line in finite if line.points]
-        for line, colour in zip(shown, _SERIES, strict=False):
+        coloured = [pair for pair in zip(finite, _SERIES, strict=False) if pair[0].points] if keep_colours else zip(shown, _SERIES, strict=False)
+        for line, colour in coloured:
             _draw(axes, line, colour)
         if log and shown and all(y > 0 for line in shown for _, y in line.points):
             axes.set_yscale("log")

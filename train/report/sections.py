@@ -13,6 +13,8 @@ SECTIONS = (
     "curves",
     "data",
     "timings",
+    "cost",
+    "lineage",
     "reproduce",
     "credits",
 )

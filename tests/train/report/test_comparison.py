@@ -1,0 +1,161 @@
+"""Pages that compare runs: curves, figures, pictures and keys side by side; lineage and cost of one run. About 5 s."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infra.errors import DataError, ExitCode, UsageError
+from tests.support.browser import PHONE, SCREEN, needs_browser, opened
+from tests.support.fake_run import disc, fake_run, write_json, write_metrics
+from tests.train.report.test_report import Balance
+from train.report import comparison, section_cost, section_lineage
+from train.report.comparison import render
+from train.report.images import png_bytes
+from train.report.view import RunView
+from train.run.stage_table import STAGES
+from train.verbs import compare
+
+PARENTS = {
+    "tokenizer": {"images": "aaaa" * 4},
+    "dvae": {"images": "aaaa" * 4},
+    "encode": {"dvae": "dddd" * 4},
+    "dalle": {"codes": "cccc" * 4, "dvae": "dddd" * 4, "tokenizer": "eeee" * 4},
+    "generate": {"dalle": "ffff" * 4},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunView]:
+    """Two finished runs that differ, and one that has only begun."""
+    root = tmp_path_factory.mktemp("runs")
+    first = fake_run(root / "demo")
+    second = fake_run(root / "long", lambda number: disc(number + 3), ("an outlined drawing of a <b>dog</b>", "a house"))
+    found = RunView(str(second))
+    write_json(second / "config.json", found.config | {"dalle_fit": found.config["dalle_fit"] | {"steps": 3000, "lr": 0.01}})
+    write_json(second / "evaluate/metrics.json", found.evaluation | {"psnr_db": 23.4})
+    write_metrics(second, "dalle", 3000, 10, lambda step: {"train/loss_image": 6.0 - step / 1000})
+    for run in (first, second):
+        for stage, parents in PARENTS.items():
+            done = RunView(str(run)).done(stage)
+            write_json(run / stage / "done.json", done | {"parents": parents})
+    third = root / "begun"
+    write_json(third / "config.json", found.config)
+    write_metrics(third, "dalle", 100, 10, lambda step: {"train/loss_image": 6.2})
+    write_json(third / "dalle/samples/step-1/entry.json", {"step": 100, "pictures": [{"caption": "a house", "file": "dalle/samples/step-1/000.png"}]})
+    (third / "dalle/samples/step-1/000.png").write_bytes(png_bytes(disc(4)))
+    return {name: RunView(str(root / name)) for name in ("demo", "long", "begun")}
+
+
+@pytest.fixture(scope="module")
+def page(runs: dict[str, RunView]) -> str:
+    return render(runs)
+
+
+def _section(page: str, key: str) -> str:
+    return page.partition(f'<section id="{key}">')[2].partition("</section>")[0]
+
+
+def test_a_comparison_overlays_curves_marks_the_best_and_names_what_differs(page: str) -> None:
+    found = Balance(page)
+    assert not found.open and len(found.ids) == len(set(found.ids)) and all(link.startswith(("#", "data:")) for link in found.links)
+    results = _section(page, "results")
+    assert re.search(r"PSNR \(dB\)</td><td class=\"n\">20\.7</td><td class=\"n\"><b>23\.4</b></td><td class=\"n\"></td>", results)
+    assert "3,000" in results and "100 so far" in results
+    keys = _section(page, "configuration")
+    rows = re.findall(r"<tr><td><code>([^<]+)</code></td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td></tr>", keys)
+    assert rows == [("dalle_fit.lr", "0.00045", "0.01", "0.00045"), ("dalle_fit.steps", "2000", "3000", "2000")]
+    curve = next(each for each in _section(page, "curves").split("<figure") if "image loss (nats per code), training" in each)
+    assert all(f"var(--s{number})" in curve for number in range(3)), "a colour for each run"
+    alone = next(each for each in _section(page, "curves").split("<figure") if "text loss (nats per token), training" in each)
+    assert "var(--s0)" in alone and "var(--s1)" not in alone, "the first has it alone, and keeps its colour"
+    pictures = _section(page, "pictures")
+    assert pictures.count("<article") == 2 and "<h3>a house</h3>" in pictures and "a flat emoji of a red apple" not in pictures
+    assert "begun * 100 updates" in pictures and "demo not drawn" in pictures and pictures.count("<img") == 3 + 3 + 3 + 1
+    assert "<b>dog</b>" not in pictures
+
+
+def test_a_damaged_run_costs_its_section_and_runs_that_are_alike_say_so(runs: dict[str, RunView], tmp_path: Path) -> None:
+    config = runs["demo"].config
+    views = {name: _bare(tmp_path / name, config) for name in ("x", "y")}
+    page = render(views)
+    assert (
+        "The runs have the same configuration." in page and "No caption was drawn by two" in page and "None of the runs has logged anything" in page
+    )
+    write_json(Path(views["y"].url) / "generate/index.json", [])
+    page = render({name: RunView(view.url) for name, view in views.items()})
+    assert "This section cannot be shown" in _section(page, "pictures") and "The runs have the same configuration." in page
+
+
+def _bare(run: Path, config: object) -> RunView:
+    write_json(run / "config.json", config)
+    return RunView(str(run))
+
+
+def test_report_with_several_runs_writes_a_comparison_here_and_refuses_what_is_none(
+    runs: dict[str, RunView], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import launcher
+
+    monkeypatch.chdir(tmp_path)
+    url, other = (_bare(tmp_path / "runs" / name, runs["demo"].config).url for name in ("a", "b"))
+    assert launcher.main(["report", url, other]) == ExitCode.DONE
+    assert capsys.readouterr().out.strip() == "compare-a-b.html" and "a and b" in (tmp_path / "compare-a-b.html").read_text()
+    assert compare.others(["a.b=1", "runs/x", "s3://b/day=1/run", "dalle_fit.lr=3"]) == ["runs/x", "s3://b/day=1/run"]
+    for urls in ([url, f"{url}/"], [f"{url}{number}" for number in range(comparison.MOST + 1)]):
+        with pytest.raises(UsageError, match="a comparison takes two to 4 different run folders; given:"):
+            compare.main(urls, [])
+    with pytest.raises(UsageError, match=r"run\.seed=1: a comparison changes no run, so it takes run folders and no values of keys"):
+        compare.main([url, other], ["run.seed=1"])
+    with pytest.raises(DataError, match=r"config\.json is missing: nowhere is no run folder"):
+        compare.main([url, "nowhere"], [])
+
+
+def test_the_graph_has_an_arrow_for_each_recorded_input_and_shows_what_is_open_or_old(runs: dict[str, RunView], tmp_path: Path) -> None:
+    body = section_lineage.section(runs["demo"]).body  # type: ignore[union-attr]
+    titles = re.findall(r"<g class=\"arrow\"><title>([^<]*)</title>", body)
+    before = ["prepare to tokenizer: aaaaaaaaaa", "prepare to dvae: aaaaaaaaaa", "dvae to encode: dddddddddd", "encode to dalle: cccccccccc"]
+    after = ["dvae to dalle: dddddddddd", "tokenizer to dalle: eeeeeeeeee", "dalle to generate: ffffffffff"]
+    assert sorted(titles) == sorted([*before, *after])
+    assert body.count('class="box done"') == len(STAGES) - 1 and ">cccccccccc<" in body
+    boxes = set(re.findall(r"<rect x=\"(\d+)\" y=\"(\d+)\"", body))
+    assert len(boxes) == len(STAGES) - 1, "no two in one place"
+    (Path(runs["demo"].url) / "clip/done.json").rename(tmp_path / "kept")
+    try:
+        assert section_lineage.section(RunView(runs["demo"].url)).body.count('class="box open"') == 1  # type: ignore[union-attr]
+    finally:
+        (tmp_path / "kept").rename(Path(runs["demo"].url) / "clip/done.json")
+    assert "No stage has finished yet" in section_lineage.section(runs["begun"]).body  # type: ignore[union-attr]
+
+
+def test_cost_and_energy_are_hours_times_processes_times_what_is_given(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "demo")
+    config = RunView(str(run)).config
+    for stage in STAGES:
+        (run / stage / "done.json").unlink()
+    write_json(run / "dvae/done.json", {"stage": "dvae", "seconds": 7200.0, "world_size": 4})
+
+    def body(**given: object) -> str:
+        write_json(run / "config.json", config | {"report": {"price": 0.0, "gpu": "", "watts": 0.0} | given})
+        return section_cost.section(RunView(str(run))).body  # type: ignore[union-attr]
+
+    assert '<td class="n">8</td>' in body() and "kWh" not in body() and "report.price=2.5" in body()
+    priced = body(price=2.5, gpu="H100")
+    assert '<td class="n">20.00</td>' in priced and '<td class="n">8.96</td>' in priced and "H100-80GB: NVIDIA H100 SXM5 datasheet" in priced
+    assert '<td class="n">0.832</td>' in body(watts=65), "8 hours of 65 W, 1.6 times"
+    with pytest.raises(ValueError, match="accepted are"):
+        body(gpu="GTX1")
+    write_metrics(run, "dvae", 10, 10, lambda step: {"goodput/lost_s": 900.0})
+    assert "not in the table: 1.00 hours x processes" in body()
+
+
+@needs_browser
+@pytest.mark.parametrize("size", [SCREEN, PHONE], ids=["screen", "phone"])
+def test_the_page_fits_its_window(page: str, tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    with opened(f"file://{path}", size) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= size[0]
+        assert shown.locator(".plot svg").first.bounding_box()["width"] > 200

@@ -67,13 +67,13 @@ def read_once(url: str, most: int) -> bytes:
     return found[1:]
 
 
-def json_once(url: str) -> Any:
-    """The same of a JSON file.
+def json_once(url: str, *, alike: bool = False) -> Any:
+    """The same of a JSON file; ``alike`` as in ``strict_json.loads``.
 
     Raises:
         DataError: it is missing, or no JSON.
     """
-    return storage.parse_json(url, read_once(url, strict_json.MAX_BYTES))
+    return storage.parse_json(url, read_once(url, strict_json.MAX_BYTES), alike=alike)
 
 
 def once(name: str, produce: Callable[[], bytes]) -> bytes:

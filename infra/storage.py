@@ -135,10 +135,10 @@ def read_json(url: str) -> Any:
     return parse_json(url, read_at_most(url, strict_json.MAX_BYTES))
 
 
-def parse_json(url: str, data: bytes) -> Any:
-    """``read_json`` for a file whose content was read already."""
+def parse_json(url: str, data: bytes, *, alike: bool = False) -> Any:
+    """``read_json`` for a file whose content was read already; ``alike`` as in ``strict_json.loads``."""
     try:
-        return strict_json.loads(data.decode())
+        return strict_json.loads(data.decode(), alike=alike)
     except ValueError as error:
         raise DataError(f"{url}: not valid JSON ({error}); delete it and run the stage that wrote it again.") from error
 

@@ -17,14 +17,17 @@ MAX_DEPTH = 64
 _MOST_DIGITS = 60  # long enough for any file; descriptions of fields (infra/stored.py) set tighter bounds
 
 
-def loads(text: str) -> Any:
+def loads(text: str, *, alike: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        alike: of long tables whose rows repeat themselves: equal lists of words inside objects become one list, and must not be changed in place.
 
     Raises:
         ValueError: the text is not JSON, or is JSON that our writers never produce; the message says what is wrong.
     """
     try:
-        found = _STRICT.decode(text)
+        found = (_sharing() if alike else _STRICT).decode(text)
     except RecursionError:
         raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     _check_depth(found)
@@ -65,6 +68,20 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"key {twice[:80]!r} occurs twice in one object")
     return found
+
+
+def _sharing() -> json.JSONDecoder:
+    """A parser that keeps one of the lists of words that are equal."""
+    known: dict[tuple[str | None, ...], list[Any]] = {}
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = _pairs(found)
+        for key, value in found:
+            if type(value) is list and all(word is None or type(word) is str for word in value):
+                row[key] = known.setdefault(tuple(value), value)
+        return row
+
+    return json.JSONDecoder(object_pairs_hook=pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)
 
 
 def _integer(digits: str) -> int:

@@ -13,8 +13,10 @@ BENCHES = {
     "floor": "train.bench.floor",
     "memory": "train.bench.memory",
     "model": "train.bench.model",
+    "open-set": "train.bench.open_set",
     "optimizer": "train.bench.optimizer",
     "sample": "train.bench.sample",
+    "training-peers": "train.bench.training_peers",
     "watching": "train.bench.watching",
 }
 

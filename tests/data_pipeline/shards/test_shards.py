@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.audit import check_set
-from data_pipeline.shards import deletion, versions
+from data_pipeline.shards import deletion, schema, versions
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, open_set, part_done, read_marker
 from data_pipeline.shards.versions import Part
@@ -356,3 +356,18 @@ def test_parts_of_a_set_that_is_written_at_once_are_of_the_sources_that_are_name
     named = versions.write_set(str(tmp_path / "named"), records, IMAGE_SCHEMA, sources=["a", "b"])
     assert [part["source"] for part in named.parts] == ["a", "b"]
     assert [part["source"] for part in versions.write_set(str(tmp_path / "plain"), records, IMAGE_SCHEMA).parts] == ["", ""]
+
+
+def test_rows_of_a_large_set_are_checked_in_pieces_and_equal_lists_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_PIECE", 2)
+    made = make_set(str(tmp_path), (1, 1, 1, 1, 1))
+    found = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash)
+    assert found.shards == made.shards and len(found.shards) == 5
+    first, last = found.shards[0].entry, found.shards[-1].entry
+    assert first["column_names"] is last["column_names"] and first["raw_data"] is not last["raw_data"]
+    url = f"{made.version_url}/index.json"
+    index = storage.read_json(url)
+    index["shards"][3]["samples"] = -1
+    storage.write_json(url, index)
+    with pytest.raises(DataError, match=r"index\.json: shards from 2 on: damaged, or not written by this project: shards\.1\.samples: "):
+        _ = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash).shards

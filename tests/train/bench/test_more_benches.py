@@ -1,0 +1,54 @@
+"""Plain decoders as peers of the training step, and the opening of a very large set, at small sizes. About 12 s."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
+from model.config import StreamShape, TransformerConfig
+from train.bench import open_set as bench
+from train.bench import peer_blocks, training_peers
+from train.bench.harness import to_json
+from train.bench.peer_blocks import Decoder, training_step
+from train.machine.rates import Options
+
+CFG, SHAPE = TransformerConfig(layers=2, width=32, heads=2), StreamShape(text_tokens=6, text_vocab=40, grid=4, image_vocab=20)
+
+
+@pytest.mark.parametrize("kind", peer_blocks.KINDS)
+def test_a_peer_trains_sees_nothing_that_comes_later_and_has_as_many_weights(kind: peer_blocks.Kind) -> None:
+    step = training_step(kind, CFG, SHAPE, 2, torch.float32, "cpu", compiled=False)
+    losses = [step() for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.01 and abs(losses[0] - (math.log(40) / 8 + 7 * math.log(20) / 8)) < 1.0
+    model = Decoder(kind, CFG, SHAPE)
+    seen = []
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    text, codes = torch.randint(40, (1, 6)), torch.randint(20, (1, 16))
+    model(text, codes)
+    model(text, torch.cat([codes[:, :8], (codes[:, 8:] + 1) % 20], 1))
+    assert torch.equal(seen[0][:, :14], seen[1][:, :14]) and not torch.equal(seen[0][:, 14:], seen[1][:, 14:])
+    wide = Decoder(kind, replace(CFG, width=768, heads=12), SHAPE).blocks[0]
+    matrices = sum(p.numel() for p in wide.parameters() if p.dim() == 2)
+    assert matrices == 12 * 768**2, "4 in attention, 8 in the MLP"
+
+
+def test_ours_is_compared_with_each_peer_at_its_best() -> None:
+    found = training_peers.compare(CFG, SHAPE, 2, Options("cpu", 0.01, 1), engine="structured", compiled=False)
+    assert set(found.peers) == {"nanoGPT-style, bf16, eager", "LlamaGen-style, bf16, eager"} and len(found.ratios) == 2
+    assert all(ratio.of == "ours, bf16" and ratio.value > 0 for ratio in found.ratios.values()) and to_json(found)
+
+
+def test_a_generated_set_opens_with_as_many_records_as_it_says(tmp_path_factory: pytest.TempPathFactory) -> None:
+    records = 3 * bench._A_SHARD * bench._SHARDS_A_PART + 17
+    folder = str(tmp_path_factory.mktemp("set"))
+    made = bench.generate(folder, records)
+    found = open_set(folder, IMAGE_SCHEMA, version=made.content_hash)
+    assert len(found.parts) == 4
+    assert found.stored == records and sum(shard.samples for shard in found.shards) == records and len(found.removed) == -(-records // bench._HIDDEN)
+    result = bench.measured(Options("cpu", 0.05, 1), records)
+    assert result.measured["opening"].value > result.floor["reading the same bytes"].value > 0
+    assert result.ratios["time allowed over opening"].goal == 1.0 and result.settings["records"] == records

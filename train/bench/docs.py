@@ -11,6 +11,7 @@ from jsonschema.exceptions import best_match
 
 from infra.repository import DOCS
 from train.bench.harness import JSON_SCHEMA
+from train.bench.table import BENCHES
 
 _HEAD = """# Benchmarks
 
@@ -40,7 +41,7 @@ def render(folder: Path) -> str:
         ValueError: a file does not hold the result of a benchmark; the message names it.
     """
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
-    parts = [_HEAD]
+    parts = [_HEAD, _open(results)]
     for name in sorted({result["name"] for result in results}):
         group = sorted(
             (result for result in results if result["name"] == name), key=lambda result: (result["device"]["kind"], result["device"]["name"])
@@ -48,6 +49,19 @@ def render(folder: Path) -> str:
         parts.append(f"## {group[0]['title']}\n")
         parts += [_one(result) for result in group]
     return "\n".join(parts)
+
+
+def _open(results: list[dict[str, Any]]) -> str:
+    """What is not reached, and what nobody has measured: for each device the goals below their value, and the benchmarks that have no result."""
+    lines = ["## Open goals\n", "| benchmark | device | ratio | value | goal |", "|---|---|---|---:|---:|"]
+    for result in sorted(results, key=lambda result: (result["name"], result["device"]["name"])):
+        for name, ratio in result["ratios"].items():
+            if ratio["goal"] is not None and ratio["value"] < ratio["goal"]:
+                lines.append(f"| {result['name']} | {result['device']['name']} | {name} | {ratio['value']:.2f} | {ratio['goal']:.2f} |")
+    words = {"cpu": "a CPU", "cuda": "a GPU"}
+    missing = {kind: sorted(set(BENCHES) - {r["name"] for r in results if r["device"]["kind"] == kind}) for kind in words}
+    said = [f"Not measured on {words[kind]} yet, so that their goals are open: {', '.join(names)}.\n" for kind, names in missing.items() if names]
+    return "\n".join([*lines, "", *said])
 
 
 def check(value: Any) -> None:

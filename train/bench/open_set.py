@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -101,14 +100,20 @@ def opened(url: str, version: str) -> dict[str, float]:
     """Open a set as a training process does; seconds, and bytes of this process at their most, and before."""
     from data_pipeline.loading.loaders import ShardLoader
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = _most_bytes()
     began = time.perf_counter()
     shard_set = open_set(url, IMAGE_SCHEMA, version=version)
     loader: ShardLoader[Any, Any] = ShardLoader([shard_set], url, World.single(), 512, 0, lambda record, epoch: record, lambda samples: samples)
     order = loader._endless.epoch(0)
     first = next(iter(loader._endless.every(0, 0, 512, 0, 1)))
     assert order.stored == shard_set.stored and len(first[1].T)
-    return {"seconds": time.perf_counter() - began, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before}
+    return {"seconds": time.perf_counter() - began, "memory": _most_bytes(), "before": before}
+
+
+def _most_bytes() -> int:
+    """The largest resident size of this process. Not getrusage's, which begins with that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _child(url: str, version: str) -> dict[str, float]:

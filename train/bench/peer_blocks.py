@@ -32,7 +32,8 @@ class NanoBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x_BSD: Tensor, turn_SK: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.out(_attend(*self.qkv(self.norm_1(x_BSD)).chunk(3, -1), self.heads, None))
+        q_BSD, k_BSD, v_BSD = self.qkv(self.norm_1(x_BSD)).chunk(3, -1)
+        x_BSD = x_BSD + self.out(_attend(q_BSD, k_BSD, v_BSD, self.heads, None))
         return x_BSD + self.down(F.gelu(self.up(self.norm_2(x_BSD))))
 
 
@@ -52,7 +53,8 @@ class LlamaBlock(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, turn_SK: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.out(_attend(*self.qkv(self.norm_1(x_BSD)).chunk(3, -1), self.heads, turn_SK))
+        q_BSD, k_BSD, v_BSD = self.qkv(self.norm_1(x_BSD)).chunk(3, -1)
+        x_BSD = x_BSD + self.out(_attend(q_BSD, k_BSD, v_BSD, self.heads, turn_SK))
         h_BSD = self.norm_2(x_BSD)
         return x_BSD + self.down(F.silu(self.gate(h_BSD)) * self.up(h_BSD))
 

@@ -83,7 +83,7 @@ class Samples:
             self._process = self._words = None
 
     def _start(self, step: int) -> None:
-        words = [sys.executable, str(REPOSITORY / "launcher.py"), "sample", self._run.url, "--step", str(step)]
+        words = [sys.executable, str(REPOSITORY / "launcher.py"), "sample", self._run.url, "--step", str(step), *(["--aside"] if self.beside else [])]
         own = {name: value for name, value in os.environ.items() if name not in _RANKS}
         own |= {"OMP_NUM_THREADS": str(self._threads), "LAUNCHER_PID": str(os.getpid())}
         if self._device == "cpu":

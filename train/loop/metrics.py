@@ -135,10 +135,8 @@ class MetricsWriter:
             return
         self.text(step, "configuration", _code(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)))
         self.text(step, "lineage", _code("\n".join(f"{kind}: {digest}" for kind, digest in sorted(parents.items())) or "made from nothing else"))
-        from torch.utils.tensorboard.summary import custom_scalars, hparams
+        from torch.utils.tensorboard.summary import hparams
 
-        if self._stage in PANELS:
-            self._open_events(step).file_writer.add_summary(custom_scalars(_layout(self._stage)))
         # SummaryWriter.add_hparams would create a second TensorBoard run for them, in which each metric appears again.
         sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero")]
         flat = {key: value for name in sections for key, value in _leaves(name, config[name])}
@@ -182,6 +180,10 @@ class MetricsWriter:
             kept_within.check(self._events_path / "events")
             # From this step on, TensorBoard hides what earlier attempts have written, as read_metrics does.
             self._events = SummaryWriter(str(self._events_path), purge_step=step)
+            if self._stage in PANELS:  # in the file of each attempt: an earlier one may have known other plots
+                from torch.utils.tensorboard.summary import custom_scalars
+
+                self._events.file_writer.add_summary(custom_scalars(_layout(self._stage)))
         return self._events
 
 

@@ -12,15 +12,19 @@ from infra.signals import StopFlag
 from train.config import RunConfig, load_run
 
 
-def main(url: str, step: int, stop: StopFlag) -> None:
+def main(url: str, step: int, stop: StopFlag, *, aside: bool = False) -> None:
     """Draw the pictures, unless they are there already, write them to dalle/samples, and log them to TensorBoard.
+
+    Args:
+        aside: at the lowest priority, because training goes on meanwhile.
 
     Raises:
         DataError: there is no such checkpoint, or what it was trained with is gone.
     """
     if environment.text("LAUNCHER_PID"):
         signals.die_with_parent()
-    step_aside()
+    if aside:
+        step_aside()
     stop.phase("the drawing of samples")
     from train.drawing import learned  # from here on threads are started, which inherit the priority
     from train.drawing.settings import of_stage

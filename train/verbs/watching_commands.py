@@ -95,8 +95,9 @@ def sample(
     context: typer.Context,
     run: _Run,
     step: Annotated[int, typer.Option(min=1, help="The checkpoint after this update.")],
+    aside: Annotated[bool, typer.Option("--aside", help="At the lowest priority.")] = False,
 ) -> None:
-    """Draw the captions of section [samples] with one checkpoint of a run that trains, at the lowest priority. Training itself starts this."""
+    """Draw the captions of section [samples] with one checkpoint of a run that trains. Training itself starts this."""
     from train.verbs import sample as verb
 
-    verb.main(run, step, context.obj)
+    verb.main(run, step, context.obj, aside=aside)

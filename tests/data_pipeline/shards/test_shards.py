@@ -362,7 +362,7 @@ def test_rows_of_a_large_set_are_checked_in_pieces_and_equal_lists_are_one(tmp_p
     monkeypatch.setattr(schema, "_PIECE", 2)
     made = make_set(str(tmp_path), (1, 1, 1, 1, 1))
     found = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash)
-    assert found.shards == made.shards and len(found.shards) == 5
+    assert found.shards == made.shards and len(found.shards) >= 5
     first, last = found.shards[0].entry, found.shards[-1].entry
     assert first["column_names"] is last["column_names"] and first["raw_data"] is not last["raw_data"]
     url = f"{made.version_url}/index.json"

@@ -203,6 +203,8 @@ def test_the_page_shows_medians_ranges_ratios_and_goals_of_every_file_and_nothin
     assert page.count("| a over b | a | b | 0.50 | 0.80 |") == 2
     assert "### GPU X" in page and "132 multiprocessors" in page and "A note." in page
     assert page.count("## Floors\n") == 1
+    assert page.count("| a over b | 0.50 | 0.80 |") == 2 and page.index("## Open goals") < page.index("## Floors"), "below its goal on both"
+    assert "Not measured on a GPU yet, so that their goals are open: checkpoint," in page
     assert "###" not in docs.render(tmp_path / "empty")
 
 

@@ -10,8 +10,8 @@ import torch
 
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
 from model.config import StreamShape, TransformerConfig
+from train.bench import comm, peer_blocks, training_peers
 from train.bench import open_set as bench
-from train.bench import peer_blocks, training_peers
 from train.bench.harness import to_json
 from train.bench.peer_blocks import Decoder, training_step
 from train.machine.rates import Options
@@ -52,3 +52,9 @@ def test_a_generated_set_opens_with_as_many_records_as_it_says(tmp_path_factory:
     result = bench.measured(Options("cpu", 0.05, 1), records)
     assert result.measured["opening"].value > result.floor["reading the same bytes"].value > 0
     assert result.ratios["time allowed over opening"].goal == 1.0 and result.settings["records"] == records
+
+
+def test_sums_over_ranks_are_timed_beside_a_copy_of_memory() -> None:
+    found = comm.measured(Options("cpu", 0.02, 2), 2)
+    assert found.measured["all-reduce of a bucket"].value > 0.01 and 1 < found.measured["the step's message"].value < 1e6
+    assert found.ratios["all-reduce over copying memory"].to == "copying memory" and found.settings["backend"] == "gloo"

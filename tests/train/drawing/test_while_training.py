@@ -44,7 +44,7 @@ def _events(run: RunFolder, stage: str) -> EventAccumulator:
     return found
 
 
-def test_a_stage_that_draws_and_counts_exponents_has_the_same_losses_and_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_draws_and_counts_exponents_has_the_same_losses_and_shows_both(tmp_path: Path) -> None:
     shutil.copytree(FIXTURE / "run", tmp_path / "run")
     run = RunFolder(str(tmp_path / "run"))
     words = ["samples.every=2", f"samples.captions={list(CAPTIONS)}".replace("'", '"'), "dalle_fit.histograms_every=3"]
@@ -65,7 +65,6 @@ def test_a_stage_that_draws_and_counts_exponents_has_the_same_losses_and_shows_b
     values = [counted.Histograms(name)[0].histogram_value for name in names]
     assert 0.5 * total < sum(value.num for value in values) <= total, "all gradients but exact zeros, once"
     written = {path: path.stat().st_mtime_ns for path in Path(run.at("dalle", "samples")).rglob("*.png")}
-    monkeypatch.setattr(sample, "step_aside", lambda: None)
     sample.main(run.url, STEPS, StopFlag())
     assert {path: path.stat().st_mtime_ns for path in Path(run.at("dalle", "samples")).rglob("*.png")} == written, "drawn once"
 
@@ -202,8 +201,7 @@ def test_a_run_from_before_the_section_draws_nothing(tmp_path: Path) -> None:
     assert load_run(str(tmp_path / "run"), []).samples.every == 0 and load_run(str(tmp_path / "run"), []).dalle_fit.histograms_every == 0
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "step_aside", lambda: None)
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     run = drawable_run.make(str(tmp_path / "run"), 'samples.captions=["a"]', live=True)
     with pytest.raises(DataError, match="step-00000007"):
         sample.main(run.url, 7, StopFlag())

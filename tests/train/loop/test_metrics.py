@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from infra import storage
+from tests.train.loop.test_trainer import APPLIED, Nothing, fit_of
 from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, shown_as, throughput
 from train.loop.panels import PANELS
+from train.weights import checkpoint
 
 
 def _write(run: Path, attempt: int, points: list[tuple[int, dict[str, float]]]) -> Path:
@@ -213,7 +217,6 @@ def test_no_two_metrics_share_a_tag() -> None:
 
 def test_the_custom_layout_has_the_report_s_plots_with_tags_that_are_written(tmp_path: Path) -> None:
     writer = MetricsWriter(str(tmp_path), "dalle", 0)
-    writer.describe(1, {}, {})
     writer.scalars(1, {"train/loss_image": 2.0, "eval/loss_image": 3.0, "eval/loss_image_row_00": 3.0})
     writer.close()
     found = EventAccumulator(str(tmp_path / "tensorboard" / "dalle"))
@@ -236,3 +239,31 @@ def test_a_histogram_keeps_its_bins_and_an_empty_one_is_not_written(tmp_path: Pa
     value = event.histogram_value
     assert (event.step, value.num, value.min, value.max) == (3, 6, 0.5, 3.5)
     assert dict(zip(value.bucket_limit, value.bucket, strict=True))[1.5] == 5
+
+
+class Dies(Nothing):
+    """A loader that fails in its eighth update."""
+
+    left = 7
+
+    def next(self) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("killed")
+        return super().next()
+
+
+def test_a_run_that_died_and_goes_on_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    first = fit_of(tmp_path, [APPLIED] * 10, [1.0], keep=9)
+    first.loader = Dies()
+    with pytest.raises(RuntimeError, match="killed"):
+        first.run_to_end()
+    first._writer._events.flush()  # what had come to the disk of it
+    folder = checkpoint.folder(str(tmp_path / "toy"), 6)
+    shutil.rmtree(folder)  # so that update 5 to 7 are made again
+    fit_of(tmp_path, [APPLIED] * 10, [2.0]).run_to_end()
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "toy"))
+    found.Reload()
+    curve = [(event.step, event.value) for event in found.Scalars("1 loss/train loss")]
+    assert curve == [(step, 1.0 if step < 5 else 2.0) for step in range(1, 11)]
+    assert len(list((tmp_path / "tensorboard" / "toy").iterdir())) == 2, "a file of each attempt"

@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunView]:
     third = root / "begun"
     write_json(third / "config.json", found.config)
     write_metrics(third, "dalle", 100, 10, lambda step: {"train/loss_image": 6.2})
+    write_metrics(third, "dvae", 100, 10, lambda step: {"eval/fid": 30.0})
     write_json(third / "dalle/samples/step-1/entry.json", {"step": 100, "pictures": [{"caption": "a house", "file": "dalle/samples/step-1/000.png"}]})
     (third / "dalle/samples/step-1/000.png").write_bytes(png_bytes(disc(4)))
     return {name: RunView(str(root / name)) for name in ("demo", "long", "begun")}
@@ -71,6 +72,8 @@ def test_a_comparison_overlays_curves_marks_the_best_and_names_what_differs(page
     assert all(f"var(--s{number})" in curve for number in range(3)), "a colour for each run"
     alone = next(each for each in _section(page, "curves").split("<figure") if "text loss (nats per token), training" in each)
     assert "var(--s0)" in alone and "var(--s1)" not in alone, "the first has it alone, and keeps its colour"
+    last = next(each for each in _section(page, "curves").split("<figure") if "Fréchet distance of reconstructions, FID" in each)
+    assert "var(--s2)" in last and "var(--s0)" not in last, "the last has it alone, and keeps its colour, too"
     pictures = _section(page, "pictures")
     assert pictures.count("<article") == 2 and "<h3>a house</h3>" in pictures and "a flat emoji of a red apple" not in pictures
     assert "begun * 100 updates" in pictures and "demo not drawn" in pictures and pictures.count("<img") == 3 + 3 + 3 + 1

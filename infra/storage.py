@@ -138,9 +138,7 @@ def read_json(url: str) -> Any:
 def parse_json(url: str, data: bytes, *, alike: bool = False) -> Any:
     """``read_json`` for a file whose content was read already; ``alike`` as in ``strict_json.loads``."""
     try:
-        text = data.decode()
-        del data  # the same once more, of an index of 100 MB
-        return strict_json.loads(text, alike=alike)
+        return strict_json.loads(data.decode(), alike=alike)
     except ValueError as error:
         raise DataError(f"{url}: not valid JSON ({error}); delete it and run the stage that wrote it again.") from error
 

@@ -220,7 +220,14 @@ def test_the_committed_page_and_schema_are_those_that_the_committed_files_give()
 
 
 def test_benchmarks_of_models_import_nothing_but_torch_the_standard_library_and_model() -> None:
-    others = ("train.machine.rates", "train.machine.attention_times", "train.planning.flops", "train.planning.hardware", "infra.repository")
+    others = (
+        "train.machine.rates",
+        "train.machine.attention_times",
+        "train.planning.flops",
+        "train.planning.hardware",
+        "train.machine.live_bytes",
+        "infra.repository",
+    )
     for path in [*sorted((ROOT / "train" / "bench").glob("*.py")), *(ROOT / f"{name.replace('.', '/')}.py" for name in others)]:
         if path.name.startswith("data_") or path.name in ("photographs.py", "checkpoint.py", "docs.py", "kernels.py", "watching.py", "open_set.py"):
             continue  # what they measure needs NumPy and the data pipeline, or DeepSpeed; docs.py renders pages, kernels.py asks Triton, watching.py runs the trainer, open_set.py opens a set

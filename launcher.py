@@ -19,6 +19,7 @@ from infra import environment
 from infra.errors import ExitCode, ReportedError, UsageError
 from train.run.stage_table import STAGES
 from train.verbs import watching_commands
+from train.verbs.arguments import Chain, DryRun, GoOn, Nproc, On, Overrides, Preset, Restarts, Run, Share
 
 app = typer.Typer(
     add_completion=False,
@@ -29,19 +30,6 @@ app = typer.Typer(
     "Any value can be overridden as section.key=value; docs/configuration.md lists all keys.\n\n"
     "Exit codes: 0 done, 1 crash, 64 usage, 65 data, 75 saved (requeue), 78 configuration, 93 diverged.",
 )
-
-Preset = Annotated[str, typer.Argument(help="Preset name, .toml file or run folder.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that differ from the preset.", show_default=False)
-]
-Run = Annotated[str, typer.Argument(help="Run folder, local or s3://.")]
-On = Annotated[str, typer.Option(help="Where to run: local, slurm or k8s.")]
-Nproc = Annotated[int, typer.Option(min=0, help="Processes; 0: one for each GPU, or two on a CPU.")]
-Share = Annotated[str, typer.Option(help="I/N: do the I-th of N shares of the work (prepare, encode, generate); our array jobs know theirs.")]
-Chain = Annotated[bool, typer.Option("--chain", help="With --on slurm: submit every stage that is not finished, each after those that it needs.")]
-Restarts = Annotated[int, typer.Option(min=0, help="Start ranks again after a crash, up to so many in a row that save none; jobs: cluster.retries.")]
-GoOn = Annotated[bool, typer.Option("--go-on", help="A training stage goes on with other values from its newest checkpoint, a change point.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved configuration and the exact command, and stop.")]
 
 
 def _add_stage(name: str) -> None:
@@ -164,13 +152,23 @@ def import_dvae(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
 ) -> None:
-    """Use a dVAE from pickled modules of the dall-e package instead of training one. No code in the files is executed.
-
-    In: two files, images/validation. Out: dvae/export and the marker of stage dvae, so that encode and the later stages can follow.
-    """
+    """Use a dVAE from pickled modules of the dall-e package instead of training one, with encode and later stages to follow. No code in the files is executed."""
     from train.verbs import import_dvae as verb
 
-    verb.main(encoder, decoder, preset, overrides or [], samples)
+    verb.dvae(encoder, decoder, preset, overrides or [], samples)
+
+
+@app.command(name="import-vqgan")
+def import_vqgan(
+    weights: Annotated[str, typer.Argument(help="Checkpoint of taming-transformers or LlamaGen: .ckpt, .pt or .safetensors.")],
+    preset: Preset,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
+) -> None:
+    """Use a published VQGAN as the image tokenizer (dvae.kind = 'vqgan'), as import-dvae does with the released dVAE."""
+    from train.verbs import import_dvae as verb
+
+    verb.vqgan(weights, preset, overrides or [], samples)
 
 
 @app.command()

@@ -6,6 +6,8 @@ As sections of the run configuration they are validated strictly by pydantic (``
 from dataclasses import dataclass
 from typing import Literal
 
+NORM_GROUPS = 32
+"""Groups of channels in a VQGAN's normalisation."""
 _STRICT = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
 
 
@@ -26,26 +28,39 @@ def _at_most(section: object, **limits: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DVAEConfig:
-    """The discrete VAE of the release (paper A.1). Defaults are the released sizes."""
+    """What turns pictures into codes and back: the discrete VAE of the release (paper A.1), whose sizes are the defaults, or an imported VQGAN."""
 
     __pydantic_config__ = _STRICT
 
+    kind: Literal["dvae", "vqgan"] = "dvae"
+    """'dvae': the paper's, trained by the stage dvae or imported; 'vqgan': the networks of taming-transformers and LlamaGen, imported by 'launcher.py
+    import-vqgan', which names the values of all other keys."""
     image_size: int = 256
     """Height and width of an image in pixels. The image size is set here only."""
     downsample: int = 8
     """Pixels per code along each axis: 2, 4, 8 or 16. The code grid is image_size / downsample."""
     groups: int = 4
-    """Groups of residual blocks; group i has width * 2**i channels in the encoder. The first log2(downsample) end in a pool."""
+    """Groups of residual blocks; group i has width * 2**i channels in the encoder. The first log2(downsample) end in a pool. 'vqgan': each but the last ends in
+    one, and group i has width * factors[i] channels."""
     blocks_per_group: int = 2
     """Residual blocks in each group."""
     width: int = 256
-    """Channels of the encoder's first group (n_hid of the release)."""
+    """Channels of the encoder's first group (n_hid of the release; ch of a VQGAN)."""
     init_width: int = 128
-    """Channels after the decoder's first 1x1 convolution (n_init): the width of a codebook vector."""
+    """Channels after the decoder's first 1x1 convolution (n_init): the width of a codebook vector (embed_dim of a VQGAN)."""
     vocab: int = 8192
     """Number of codes."""
     pool: Literal["max", "average"] = "max"
-    """How the encoder's groups halve the picture: 'max' gave the better ELB (paper A.1)."""
+    """How the encoder's groups halve the picture: 'max' gave the better ELB (paper A.1). Without effect on a VQGAN."""
+    factors: tuple[int, ...] = ()
+    """'vqgan' only: channels of each group, divided by width (ch_mult)."""
+    attention: tuple[int, ...] = ()
+    """'vqgan' only: groups, counted from 0 at the pixels, whose residual blocks are each followed by attention."""
+    latent: int = 0
+    """'vqgan' only: channels between the networks and the codebook (z_channels)."""
+    codebook: Literal["nearest", "cosine", "gumbel"] = "nearest"
+    """'vqgan' only: which code is chosen. 'nearest': that of the nearest vector (taming-transformers); 'cosine': of the nearest direction, with vectors of length
+    one (LlamaGen); 'gumbel': the likeliest by logits of its own (taming-transformers' GumbelVQ)."""
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "groups", "blocks_per_group", "width", "init_width", "vocab")
@@ -57,10 +72,30 @@ class DVAEConfig:
             raise ValueError(
                 f"image_size = {self.image_size} is not divisible by downsample = {self.downsample}; nearest sizes: {down}, {down + self.downsample}"
             )
+        if self.kind == "vqgan":
+            self._check_vqgan()
+            return
+        if self.factors or self.attention or self.latent:
+            raise ValueError(f"factors = {list(self.factors)}, attention = {list(self.attention)}, latent = {self.latent}: only for kind = 'vqgan'")
         if 2**self.groups < self.downsample:
             raise ValueError(f"groups = {self.groups} cannot downsample by {self.downsample}: at least {self.downsample.bit_length() - 1} groups")
         if self.width % 4:
             raise ValueError(f"width = {self.width}: must be a multiple of 4 (residual branches have a quarter of the width)")
+
+    def _check_vqgan(self) -> None:
+        if len(self.factors) != self.groups or 2 ** (self.groups - 1) != self.downsample:
+            raise ValueError(
+                f"kind = 'vqgan' with groups = {self.groups}, factors = {list(self.factors)} and downsample = {self.downsample}: it has one factor for each "
+                f"group, and downsample = 2**(groups - 1)"
+            )
+        _positive(self, "latent")
+        odd = [factor for factor in self.factors if factor <= 0 or self.width * factor % NORM_GROUPS]
+        if odd:
+            raise ValueError(f"width = {self.width} times factor {odd[0]}: the channels of a group must be a positive multiple of {NORM_GROUPS}")
+        if any(not 0 <= group < self.groups for group in self.attention):
+            raise ValueError(f"attention = {list(self.attention)}: groups are counted from 0 to {self.groups - 1}")
+        if self.codebook == "gumbel" and self.latent != self.init_width:
+            raise ValueError(f"codebook = 'gumbel' with latent = {self.latent} and init_width = {self.init_width}: they must be equal")
 
     @property
     def grid(self) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.config import DVAEConfig
+from model.image_tokenizer import ImageTokenizer, check_codes, check_pixels
 from model.relaxation import GumbelNoise, argmax_codes, hard_codes, relaxed_codes
 
 EPSILON = 0.1
@@ -150,11 +151,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: as forward.
         """
-        expected = (3, self.image_size, self.image_size)
-        if mapped_B3YX.ndim != 4 or mapped_B3YX.shape[1:] != expected:
-            raise ValueError(
-                f"pictures of shape {list(mapped_B3YX.shape)}: expected [batch, {', '.join(map(str, expected))}]; crop them or change dvae.image_size"
-            )
+        check_pixels(mapped_B3YX, self.image_size)
         x: Tensor = mapped_B3YX
         for module in list(self.blocks)[:-1]:
             x = module(x)
@@ -215,17 +212,13 @@ class Decoder(nn.Module):
         Raises:
             ValueError: the codes are not integers [B, grid, grid].
         """
-        if codes_BYX.ndim != 3 or codes_BYX.shape[1:] != (self.grid, self.grid) or codes_BYX.is_floating_point():
-            raise ValueError(
-                f"codes of shape {list(codes_BYX.shape)} and {codes_BYX.dtype}: expected integers [batch, {self.grid}, {self.grid}], "
-                f"the grid of dvae.image_size / dvae.downsample"
-            )
+        check_codes(codes_BYX, self.grid)
         w, b_D = self.codebook
         x_BYXD = F.embedding(codes_BYX.long(), w[:, :, 0, 0].T) + b_D
         return self.from_vectors(x_BYXD.permute(0, 3, 1, 2))
 
 
-class DVAE(nn.Module):
+class DVAE(ImageTokenizer):
     """Encoder and decoder with the training objective.
 
     Args:
@@ -237,8 +230,8 @@ class DVAE(nn.Module):
     """
 
     def __init__(self, cfg: DVAEConfig, compute_dtype: torch.dtype = torch.float32, min_ln_b: float = -math.inf) -> None:
-        super().__init__()
-        self.cfg, self.min_ln_b = cfg, min_ln_b
+        super().__init__(cfg)
+        self.min_ln_b = min_ln_b
         self.encoder = Encoder(cfg, compute_dtype)
         self.decoder = Decoder(cfg, compute_dtype)
 
@@ -265,27 +258,12 @@ class DVAE(nn.Module):
         nll_B = logit_laplace_nll(mapped_B3YX, mu_B3YX, ln_b_B3YX.clamp_min(self.min_ln_b)).mean((1, 2, 3))
         return DVAETerms(nll_B, kl_BYX.mean((1, 2)), stats_B6YX, codes_BYX)
 
-    @torch.no_grad()
-    def encode(self, pixels_B3YX: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1] -> codes [B, grid, grid], int64: the argmax of the logits, without noise (paper 2.2).
-
-        Raises:
-            ValueError: the pictures do not have the size dvae.image_size.
-        """
+    def _encode(self, pixels_B3YX: Tensor) -> Tensor:
+        """The argmax of the logits (paper 2.2)."""
         return argmax_codes(self.encoder.features(map_pixels(pixels_B3YX)), self.encoder.to_logits)
 
-    @torch.no_grad()
-    def decode(self, codes_BYX: Tensor) -> Tensor:
-        """Codes [B, grid, grid] -> pictures [B, 3, S, S] in [0, 1]: the location of the likelihood; ln b is ignored (paper A.3).
-
-        Raises:
-            ValueError: the codes have another grid, or are out of range.
-        """
-        low, high = (int(value) for value in codes_BYX.aminmax()) if codes_BYX.numel() else (0, 0)
-        if low < 0 or high >= self.cfg.vocab:
-            raise ValueError(
-                f"codes from {low} to {high}: dvae.vocab = {self.cfg.vocab} accepts 0 to {self.cfg.vocab - 1}; are they of another dVAE?"
-            )
+    def _decode(self, codes_BYX: Tensor) -> Tensor:
+        """The location of the likelihood; ln b is ignored (paper A.3)."""
         return pictures(self.decoder.from_codes(codes_BYX))
 
     def groups(self) -> list[nn.Module]:

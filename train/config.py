@@ -10,11 +10,12 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra import files
 from infra.config import Section, load, parse
-from infra.config_keys import ANY_TIME, BEFORE, GOING_ON, PLACE, anchored, completed
+from infra.config_keys import ANY_TIME, GOING_ON, PLACE, anchored, completed
 from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
+from train.config_pictures import EvaluateSection, GenerateSection
 from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
 
 PRESETS = Path(__file__).parent / "presets"
@@ -261,54 +262,6 @@ class ClipFit(FitSection):
     """Decoupled weight decay, on matrices only."""
     ema: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the exponential moving average of the parameters."""
-
-
-class GenerateSection(Section):
-    """Drawing of pictures."""
-
-    model_config = ConfigDict(json_schema_extra=ANY_TIME)
-
-    captions: tuple[str, ...] = ()
-    """Captions to draw; empty: captions of the validation split."""
-    num_captions: int = Field(default=16, gt=0)
-    """If captions is empty: number of validation captions to draw, each of another concept."""
-    num_known_captions: int = Field(default=0, ge=0)
-    """If captions is empty: number of captions of the most frequent training concepts to draw in addition."""
-    candidates: int = Field(default=8, gt=0)
-    """Pictures per caption (512 in the paper), before reranking."""
-    batch: int = Field(default=32, gt=0)
-    """Pictures that a process draws at once."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature (1 in the paper)."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample only from the k likeliest codes; 0: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample only from the likeliest codes that together have this probability; 1: from all."""
-    guidance: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance: codes are sampled from the logits l_empty + s (l_caption - l_empty) with this s; 1: off. Needs dalle_fit.caption_dropout."""
-    window: int = Field(default=1, ge=0)
-    """Codes of a picture computed in one pass: guesses ahead (drafts), which are kept if the pass confirms them. Pictures do not change; 0: chosen by the device."""
-    show: int = Field(default=4, gt=0)
-    """Pictures per caption shown in the report, best first."""
-    checkpoints: int = Field(default=4, ge=0, json_schema_extra={BEFORE: 0})
-    """Most kept checkpoints of the transformer (dalle_fit.keep, keep_every) with which the first captions are drawn, too, for the report and TensorBoard."""
-    nearest_among: int = Field(default=20_000, gt=0)
-    """Number of training images that are searched for the nearest one of each picture."""
-
-
-class EvaluateSection(Section):
-    """Evaluation on the validation split."""
-
-    samples: int = Field(default=1024, gt=0)
-    """Samples for reconstruction, cross-entropies and retrieval."""
-    batch: int = Field(default=64, gt=0)
-    """Samples per forward pass."""
-    lpips_weights: tuple[str, ...] = Field(default=(), json_schema_extra=PLACE)
-    """Files with the weights of LPIPS, to measure reconstructions: torchvision's AlexNet or VGG-16, and the linear heads (.safetensors or .pth). Empty: not measured."""
-    frechet_net: Literal["none", "inception-cleanfid", "inception-torch-fidelity", "efficientnet-lite0"] = "none"
-    """Feature network of the Fréchet distance of reconstructions. Only the Inception networks give an FID; 'efficientnet-lite0' needs no download, and is reported under its own name."""
-    frechet_weights: str = Field(default="", json_schema_extra=PLACE)
-    """File with the weights of that network; 'efficientnet-lite0' uses those in its package."""
 
 
 class RunConfig(Section):

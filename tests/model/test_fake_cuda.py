@@ -18,6 +18,7 @@ from model.dvae import DVAE, loss
 from model.flex import FlexAttention
 from model.relaxation import GumbelNoise
 from model.sampling import Rule, sample
+from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from tests.support.fake_cuda import HostWait, fake_cuda, flex, is_cuda
 
@@ -26,6 +27,14 @@ CUDA = torch.device("cuda")
 SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=4, image_vocab=30)
 CFG = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3)
 DVAE_CFG = DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32)
+
+VQGANS = [
+    DVAEConfig(
+        kind="vqgan", image_size=16, downsample=4, groups=3, blocks_per_group=1, width=32, init_width=8, vocab=32,
+        factors=(1, 1, 1), attention=(2,), latent=8, codebook=codebook,
+    )
+    for codebook in ("nearest", "cosine", "gumbel")
+]  # fmt: skip
 
 
 def transformer(engine: EngineName = "dense", every: int = 0, dtype: torch.dtype = torch.float16) -> Transformer:
@@ -68,12 +77,15 @@ def test_a_step_of_the_dvae_and_encoding_wait_for_nothing() -> None:
         assert not watch.waits
 
 
-def test_decoding_reads_the_range_of_its_codes_alone() -> None:
-    with fake_cuda("model/dvae.py") as watch:
+@pytest.mark.parametrize("cfg", [DVAE_CFG, *VQGANS], ids=["dvae", "nearest", "cosine", "gumbel"])
+def test_encoding_waits_for_nothing_and_decoding_reads_the_range_of_its_codes_alone(cfg: DVAEConfig) -> None:
+    with fake_cuda("model/image_tokenizer.py") as watch:
         with watch.setting_up():
-            model = DVAE(DVAE_CFG).to("cuda")
+            model = image_tokenizer(cfg, torch.bfloat16).to("cuda")
+            pixels_B3YX = torch.zeros(2, 3, 16, 16, device="cuda")
+        assert model.encode(pixels_B3YX).is_cuda and not watch.waits
         assert model.decode(torch.zeros(2, 4, 4, dtype=torch.int64, device="cuda")).is_cuda
-        assert len(watch.waits) <= 2
+        assert 1 <= len(watch.waits) <= 2
 
 
 def test_a_step_of_clip_waits_for_nothing() -> None:

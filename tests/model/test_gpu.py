@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from model.config import DVAEConfig, StreamShape, TransformerConfig
 from model.dvae import DVAE
 from model.relaxation import GumbelNoise
+from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from tests.support.gpu import DEVICE, NEEDS_GPU
 
@@ -42,3 +46,19 @@ def test_the_dvae_gives_the_same_terms() -> None:
     theirs = model.to(DEVICE)(pixels_B3YX.to(DEVICE), moved, 0.5)
     torch.testing.assert_close(theirs.nll_B.cpu(), ours.nll_B, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(theirs.kl_B.cpu(), ours.kl_B, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("codebook", ["nearest", "cosine", "gumbel"])
+def test_a_vqgan_gives_the_same_codes_and_pictures(codebook: Any) -> None:
+    torch.manual_seed(0)
+    cfg = DVAEConfig(
+        kind="vqgan", image_size=32, downsample=8, groups=4, width=32, init_width=16, vocab=64, factors=(1, 1, 2, 4), attention=(3,), latent=16,
+        codebook=codebook,
+    )  # fmt: skip
+    model, pixels_B3YX = image_tokenizer(cfg), torch.rand(4, 3, 32, 32)
+    codes_BYX = model.encode(pixels_B3YX)
+    drawn_B3YX = model.decode(codes_BYX)
+    model = model.to(DEVICE)
+    same = (model.encode(pixels_B3YX.to(DEVICE)).cpu() == codes_BYX).float().mean()
+    assert same >= 0.9  # products in TF32 may turn a choice between vectors that are almost equally near
+    torch.testing.assert_close(model.decode(codes_BYX.to(DEVICE)).cpu(), drawn_B3YX, rtol=1e-2, atol=1e-2)

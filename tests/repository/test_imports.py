@@ -51,9 +51,9 @@ HOMES = {
     "resvg_py": ("data_pipeline/sources/drawings.py",),
     "emoji": ("data_pipeline/sources/drawings.py",),
     "jsonschema": ("train/bench/docs.py",),
-    "typer": ("launcher.py", "train/verbs/watching_commands.py"),
+    "typer": ("launcher.py", "train/verbs/arguments.py", "train/verbs/watching_commands.py"),
     "rich": ("launcher.py", "infra/progress.py"),
-    "safetensors": ("train/weights/export.py", "train/evaluation/weight_files.py"),
+    "safetensors": ("train/weights/export.py", "train/weights/vqgan_files.py", "train/evaluation/weight_files.py"),
     "triton": ("train/optimizer/adamw_kernel.py", "train/bench/kernels.py", "infra/docker/check_image.py"),
     "scipy": (),
     "torchvision": ("train/bench/data_images.py",),
@@ -76,7 +76,7 @@ ORDER = {
         ("evaluation", "ranks"),
         ("optimizer", "machine"),
         ("config",),
-        ("config_compression", "config_watching"),
+        ("config_compression", "config_pictures", "config_watching"),
     ],
     "data_pipeline": [
         ("prepare",),
@@ -91,6 +91,7 @@ ORDER = {
 NO_TORCH = (
     "model/config.py",
     "train/config_compression.py",
+    "train/config_pictures.py",
     "train/config_watching.py",
     "train/engines/zero/compression/fragments.py",
     "model/offsets.py",

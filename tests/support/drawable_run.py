@@ -65,11 +65,18 @@ def make(url: str, *overrides: str, live: bool = False) -> RunFolder:
 def finish(run: RunFolder) -> None:
     """Give a run whose images, codes, tokenizer and dVAE are there the exports of the rest, with seeded random weights."""
     cfg, parents = load_run(run.url, []), parents_of(run)
+    finish_clip(run)
+    export.write(run.at("dalle", "export"), transformer(cfg).state_dict(), cfg.dalle, parents=parents)
+    run.finish("dalle", seconds=1.0, world_size=1, updates=8, parents=parents)
+
+
+def finish_clip(run: RunFolder) -> None:
+    """Give a run a contrastive model with seeded random weights."""
+    cfg, parents = load_run(run.url, []), parents_of(run)
+    torch.manual_seed(2)
     clip = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
     export.write(run.at("clip", "export"), clip.state_dict(), cfg.clip, parents=parents)
-    export.write(run.at("dalle", "export"), transformer(cfg).state_dict(), cfg.dalle, parents=parents)
-    for stage in ("dalle", "clip"):
-        run.finish(stage, seconds=1.0, world_size=1, updates=8, parents=parents)
+    run.finish("clip", seconds=1.0, world_size=1, updates=8, parents=parents)
 
 
 def save(run: RunFolder, cfg: RunConfig, step: int, parents: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from infra import storage
 from infra.errors import ConfigError, ReportedError, UsageError
 from infra.signals import STOP_SIGNALS, StopFlag
 from tests.support.made_sets import png
+from tests.support.published_vqgans import Published
 from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE, run_stage
 from tests.train.weights.test_released_dvae import released, write
@@ -79,9 +80,18 @@ def _import(run: str, out: Path) -> None:
         str(write(half, "zip", out / FOLDER / f"{name} [1].pkl")) for half, name in zip(released(), ("encoder", "decoder"), strict=True)
     )
     try:
-        import_dvae.main(encoder, decoder, run, [], 1)
+        import_dvae.dvae(encoder, decoder, run, [], 1)
     except ConfigError as error:
         if "decoder [1].pkl hold a dVAE of another shape than this configuration; give dvae." not in str(error):
+            raise
+
+
+def _import_vqgan(run: str, out: Path) -> None:
+    (out / FOLDER).mkdir(exist_ok=True)
+    try:
+        import_dvae.vqgan(Published("taming f8").write(out / FOLDER / "model [1].ckpt"), run, [], 1)
+    except ConfigError as error:
+        if "model [1].ckpt holds a dVAE of another shape than this configuration; give dvae." not in str(error):
             raise
 
 
@@ -102,6 +112,7 @@ VERBS: dict[str, Callable[[str, Path], object]] = {
     "draw": _draw,
     "play": _play,
     "import-dvae": _import,
+    "import-vqgan": _import_vqgan,
     "export --package": lambda run, out: export.package(run, f"{out}/{FOLDER}-package"),
     "collect --runs": lambda run, out: collect.main(run, 7.0, [run.rpartition("/" + FOLDER)[0] or run], delete=False),
     "validate --run": lambda run, out: validate.main(run, validate.Options(run, run, "", 1, False, ""), StopFlag()),

@@ -17,7 +17,8 @@ from infra.run_folder import RunFolder
 from model.clip import Clip
 from model.config import ClipConfig
 from model.decoder import DrawingWeights
-from model.dvae import DVAE
+from model.image_tokenizer import ImageTokenizer
+from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
 from train.drawing.cpu_drawer import CpuWeights, ready
@@ -56,7 +57,7 @@ class Models:
 
     url: str
     cfg: RunConfig
-    dvae: DVAE
+    dvae: ImageTokenizer
     weights: DrawingWeights
     tokenizer: Tokenizer
     clip: Clip | None
@@ -120,7 +121,7 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
     cfg = place.cfg
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
-    dvae, found["dvae"] = _open(place.dvae, lambda: DVAE(cfg.dvae), "dvae", place)
+    dvae, found["dvae"] = _open(place.dvae, lambda: image_tokenizer(cfg.dvae), "dvae", place)
     tensors, found["dalle"], parents, description = _weights_of(place, step) if step else newest_weights(place)
     check_parents(place, "dalle", parents, found)
     judge = None
@@ -155,19 +156,31 @@ def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.d
     return dtype
 
 
-def _judge(place: Place, rerank: str, found: dict[str, str]) -> tuple[Clip, str]:
+def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device) -> tuple[Clip, str]:
+    """Open another contrastive model than the run's own, to judge drawings, and return it with its content hash.
+
+    Raises:
+        ConfigError: the folder holds none.
+        DataError: it was trained with another tokenizer.
+    """
+    judge, identity = _judge(locate(url), folder, {"tokenizer": tokenizer_hash}, "evaluate.judge")
+    export.to_device(judge, device)
+    return judge, identity
+
+
+def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
     """Open the contrastive model that ranks, and return it with its content hash."""
     url, cfg = place.clip if rerank == "clip" else rerank.rstrip("/"), place.cfg
     if rerank != "clip" and not storage.exists(storage.join(url, export.DESCRIPTION)):
         raise ConfigError(
-            f"rerank '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
+            f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
         )
     sizes = cfg.clip
     if rerank != "clip":
         try:
             sizes = ClipConfig(**export.describe(url)["model"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"rerank '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
+            raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
     shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
     judge, identity = _open(url, lambda: Clip(sizes, *shape), "clip", place)
     check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})

@@ -17,7 +17,8 @@ from infra.run_folder import RunFolder
 from infra.world import World
 from model.attention_engines import EngineName, make_engine
 from model.clip import Clip
-from model.dvae import DVAE
+from model.image_tokenizer import ImageTokenizer
+from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Norm, Transformer
 from train.config import FitSection, RunConfig
 from train.run import attention_engine, places
@@ -51,9 +52,9 @@ def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
     return tokenizer, str(manifest["content_hash"])
 
 
-def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[DVAE, str]:
-    """The exported dVAE and its content hash. Its residual blocks compute matrix products in ``dtype``."""
-    module, identity = export.open_as(run.at("dvae", "export"), lambda: DVAE(cfg.dvae, dtype))
+def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[ImageTokenizer, str]:
+    """The exported dVAE, or the VQGAN in its place, and its content hash. Its residual blocks compute matrix products in ``dtype``."""
+    module, identity = export.open_as(run.at("dvae", "export"), lambda: image_tokenizer(cfg.dvae, dtype))
     return export.to_device(module, device), identity  # type: ignore[return-value]
 
 
@@ -67,7 +68,7 @@ def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.devic
 class Exports:
     """The models and the tokenizer that are needed to draw and rank pictures. It was checked that they belong together."""
 
-    dvae: DVAE
+    dvae: ImageTokenizer
     dalle: Transformer
     clip: Clip
     tokenizer: Tokenizer

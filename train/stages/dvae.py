@@ -9,7 +9,9 @@ import torch
 
 from data_pipeline.loading.loaders import SequentialReader, ShardLoader, image_collate
 from data_pipeline.loading.transforms import dvae_transform, view_transform
+from infra.commands import launcher
 from infra.config import to_json
+from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from infra.seeds import derive
 from infra.signals import StopFlag
@@ -29,6 +31,10 @@ from train.stages.finish import finish_training
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Train until dvae_fit.steps, export the averaged weights, and mark the stage as done."""
+    if cfg.dvae.kind != "dvae":
+        raise ConfigError(
+            f"dvae.kind = '{cfg.dvae.kind}' is imported, not trained: run '{launcher('import-vqgan', 'FILE', run.url)}' with its weights."
+        )
     places.require(run, "prepare")
     device = set_up(world)
     fit = cfg.dvae_fit

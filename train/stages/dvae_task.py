@@ -110,8 +110,8 @@ def show(run: RunFolder, found: Reconstruction, step: int, writer: MetricsWriter
     """Write a sheet with originals above both reconstructions, and the counts of the codes, for TensorBoard and the report."""
     rows = [[to_array(picture) for picture in row] for row in found.shown]
     if rows:
-        storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS))
-        writer.images(step, ", ".join(_LABELS), grid([enlarged(row[:_LARGE]) for row in rows]))
+        storage.write_bytes(run.at("dvae", "pictures", "reconstructions.png"), grid_png(rows, labels=_LABELS[: len(rows)]))
+        writer.images(step, ", ".join(_LABELS[: len(rows)]), grid([enlarged(row[:_LARGE]) for row in rows]))
     uses = [int(count).bit_length() for count in found.counts_N.tolist()]
     bits = range(max(uses) + 1)
     writer.histogram(step, "eval/codes_by_bits_of_their_uses", [0.5 + each for each in bits], [uses.count(each) for each in bits])

@@ -20,7 +20,7 @@ from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
 from infra.signals import StopFlag
 from infra.world import Share, World
-from model.dvae import DVAE
+from model.image_tokenizer import ImageTokenizer
 from train.config import RunConfig
 from train.machine.rates import DTYPES, threads
 from train.ranks.device import branch_dtype, set_up, wait_for_all
@@ -83,7 +83,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     wait_for_all()
 
 
-def _write(cfg: RunConfig, model: DVAE, units: list[Unit], device: torch.device, stop: StopFlag, world: World) -> int:
+def _write(cfg: RunConfig, model: ImageTokenizer, units: list[Unit], device: torch.device, stop: StopFlag, world: World) -> int:
     """Write the parts that are not there yet, each uploaded while the next is encoded; the number of images in them."""
     progress = Progress(len(units), "encode", unit="parts", timed=True, enabled=world.is_main)
     images = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline.images.crops import CropBox, Pixels, picture, transformer_crop
 from data_pipeline.shards.shard_set import CodeRecord
 from infra.seeds import derive, generator
-from model.dvae import DVAE
+from model.image_tokenizer import ImageTokenizer
 from train.config import RunConfig
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class CodeMaker:
     """Encodes the records of parts, one part after the other."""
 
     cfg: RunConfig
-    model: DVAE
+    model: ImageTokenizer
     device: torch.device
     reader: Executor
     """One thread, which reads records and passes them to the decoders."""

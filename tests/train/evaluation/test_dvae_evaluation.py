@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from infra.errors import ConfigError, DataError
 from model.config import DVAEConfig
 from model.dvae import DVAE
-from train.config import EvaluateSection
+from train.config_pictures import EvaluateSection
 from train.evaluation.features import FeatureNet, feature_net
 from train.evaluation.frechet import FeatureSums, frechet_distance
 from train.evaluation.lpips import Lpips

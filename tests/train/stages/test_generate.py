@@ -17,7 +17,8 @@ from infra.signals import StopFlag
 from infra.world import World
 from model.config import DVAEConfig
 from tests.support.made_sets import image, make_images
-from train.config import GenerateSection, RunConfig
+from train.config import RunConfig
+from train.config_pictures import GenerateSection
 from train.report.images import png_bytes
 from train.stages import generate
 from train.stages.generate_prompts import Prompt

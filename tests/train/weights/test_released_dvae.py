@@ -364,7 +364,7 @@ def test_the_pipeline_goes_on_from_imported_weights_without_stage_1_up_to_pictur
     words = [f"run.root={tmp_path}/runs", *PUT]
     config = tmp_path / "runs" / "tiny" / "config.json"
     config.write_text(config.read_text().replace(str(prepared), f"{tmp_path}/runs"))
-    import_dvae.main(*files, "tiny", words, samples=4)
+    import_dvae.dvae(*files, "tiny", words, samples=4)
     marker = storage.read_json(f"{tmp_path}/runs/tiny/dvae/done.json")
     assert marker["summary"]["imported"]["encoder"] == storage.sha256_file(Path(files[0]))
     assert marker["summary"]["psnr"] > 0 and (tmp_path / "runs/tiny/dvae/pictures/reconstructions.png").exists()
@@ -376,12 +376,12 @@ def test_the_pipeline_goes_on_from_imported_weights_without_stage_1_up_to_pictur
     drawn = storage.read_json(f"{tmp_path}/runs/tiny/generate/done.json")
     assert drawn["parents"]["dvae"] == marker["weights"] and (tmp_path / "runs/tiny/generate/grid.png").exists()
     with pytest.raises(ConfigError, match=r"holds a dVAE already, trained or imported; use another run\.name"):
-        import_dvae.main(*files, "tiny", words, samples=4)
+        import_dvae.dvae(*files, "tiny", words, samples=4)
 
 
 def test_files_of_another_shape_name_the_keys_to_give(files: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"another shape than this configuration; give dvae\.downsample=8 dvae\.groups=4 dvae\.width=64"):
-        import_dvae.main(*files, "tiny", [], samples=4)
+        import_dvae.dvae(*files, "tiny", [], samples=4)
 
 
 def test_halves_in_the_wrong_order_or_of_different_models_are_refused(files: tuple[str, str], tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def draw(
     keep_rows: Annotated[int, typer.Option(min=0, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
     rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
+    search: Annotated[bool, typer.Option("--search", help="Candidates compete while they are drawn; needs --rerank.")] = False,
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
     grid: Annotated[bool, typer.Option("--grid", help="Also write one picture that shows all.")] = False,
@@ -119,7 +120,7 @@ def draw(
     from train.drawing.settings import Settings
     from train.verbs import draw as verb
 
-    settings = Settings(n, seed, temperature, top_k or None, top_p if top_p != 1 else None, guidance, keep_rows or None, fit, batch, window)  # type: ignore[arg-type]
+    settings = Settings(n, seed, temperature, top_k or None, top_p if top_p != 1 else None, guidance, keep_rows or None, fit, batch, window, search)  # type: ignore[arg-type]
     options = verb.Options(settings, file, image, rerank, out, format, grid, device, precision, as_json, again, deterministic)
     verb.main(run, captions or [], options, STOP)
 

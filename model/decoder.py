@@ -220,6 +220,12 @@ class Drawer:
                 past.keep(self._window, counts_B, k_BHQK, v_BHQK)
         self._new, self._window = [], None
 
+    def select(self, index_B: Tensor) -> None:
+        """Go on from the past of the pictures ``index_B``. The cache is rewritten in place, because others may hold views of it."""
+        for past in self.past:
+            for kept_BHRK in (past.keys_BHRK, past.values_BHRK):
+                kept_BHRK.copy_(kept_BHRK[index_B])
+
     def _run(self, codes_BI: Tensor, window: Window) -> Tensor:
         self._new, self._window = [], window
         x_RD = self._embed(codes_BI, window).flatten(0, 1)

@@ -97,13 +97,14 @@ class PastCache:
         if not self.places:
             return
         # The number of stored states must not depend on counts_B, or the host would have to wait for its value. So instead of leaving states out, one that is
-        # stored anyway is written again. A finished picture stores states that are never read.
+        # stored anyway is written again; if there is none, what was there before. A finished picture stores states that are never read.
         last_B1 = (counts_B[:, None] - 1).clamp(min=0)
         step_BQ = torch.arange(window.length, device=counts_B.device).maximum(last_B1 - self.places + 1).minimum(last_B1)
         at_BQ = self.place(window.first_B[:, None] + step_BQ).clamp(max=self.places - 1)
         picture_B1 = torch.arange(len(at_BQ), device=at_BQ.device)[:, None]
         for kept_BHRK, new_BHQK in ((self.keys_BHRK, k_BHQK), (self.values_BHRK, v_BHQK)):
-            kept_BHRK[picture_B1, :, at_BQ] = new_BHQK[picture_B1, :, step_BQ]
+            is_any_B111 = (counts_B > 0)[:, None, None, None]
+            kept_BHRK[picture_B1, :, at_BQ] = torch.where(is_any_B111, new_BHQK[picture_B1, :, step_BQ], kept_BHRK[picture_B1, :, at_BQ])
 
 
 def cache_places(kind: Kind, shape: StreamShape, cfg: TransformerConfig) -> int:

@@ -168,12 +168,30 @@ class Sampling:
         self.least, self.passes = given, 0
         self._drafted_B = self.known_B.clone()
         """Positions below this already hold drafts from an earlier pass."""
+        self._end = self.total
         if 0 < given < self.total:
             drawer.fill(self._repeated(self.codes_BI), given)
 
     @property
     def is_done(self) -> bool:
         return self.least >= self.total
+
+    def run_to(self, end: int, after_pass: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Draw the codes of all pictures up to position ``end``, and none of a later one."""
+        self._end = end
+        while self.least < end:
+            self.step()
+            if after_pass is not None:
+                after_pass(self.codes_BI, self.known_B)
+
+    def select(self, index_B: Tensor, seeds: Sequence[int]) -> None:
+        """Go on from the pictures ``index_B`` instead, each with the seed of its further codes. All pictures must have come equally far, and a picture can only take
+        the place of one with the same caption."""
+        assert bool((self.known_B == self.least).all())
+        self.codes_BI, self._drafted_B = self.codes_BI[index_B], self._drafted_B[index_B]
+        self.seeds_B = torch.tensor(seeds, dtype=torch.int64).to(self.codes_BI.device)
+        pictures = len(index_B)
+        self.drawer.select(torch.cat([index_B + copy * pictures for copy in range(self.copies)]))
 
     def _repeated(self, x_B: Tensor) -> Tensor:
         return x_B if self.copies == 1 else x_B.repeat(self.copies, *[1] * (x_B.ndim - 1))
@@ -212,7 +230,7 @@ class Sampling:
         at_BQ = states_BQ.clamp(max=self.total - 1)
         is_same_BQ = (self.codes_BI.gather(1, at_BQ) == drawn_BQ) & (states_BQ < self.total)
         right_B = is_same_BQ[:, :-1].long().cumprod(1).sum(1)
-        count_B = (right_B + 1).minimum(self.total - window.first_B)
+        count_B = (right_B + 1).minimum(self._end - window.first_B)
         step_BI = torch.arange(self.total, device=at_BQ.device) - window.first_B[:, None]
         is_new_BI = (step_BI >= 0) & (step_BI < self.window)
         self.codes_BI = torch.where(is_new_BI, drawn_BQ.gather(1, step_BI.clamp(0, self.window - 1)), self.codes_BI)

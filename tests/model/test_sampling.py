@@ -8,7 +8,7 @@ import torch
 
 from model.decoder import DrawingWeights
 from model.gumbel import gumbel_noise
-from model.sampling import Drawn, NotFiniteError, Rule, sample
+from model.sampling import Drawn, NotFiniteError, Rule, begin, sample
 from model.transformer import Transformer
 from tests.model.test_decoder import LENGTHS, TEXT, build
 from tests.support.logits import logits
@@ -59,6 +59,24 @@ def test_windows_of_drafts_give_the_very_codes_that_come_one_at_a_time(masks: di
         drafted = draw([1, 2, 3, 4, 5, 6, 7, 8], rule, model=model, window=window)
         assert drafted.codes_BI.equal(alone.codes_BI)
         assert drafted.passes <= 16
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(guidance=3.0)])
+@pytest.mark.parametrize("window", [1, 3, 4])
+@torch.no_grad()
+def test_pictures_that_go_on_from_others_are_those_that_are_drawn_from_their_codes(window: int, rule: Rule) -> None:
+    """A drawing that pauses at a position, where some pictures wait for others, and goes on from other pictures with other seeds."""
+    model, seeds, later = wide(layers=6, conv_kernel=3), list(range(1, 9)), list(range(21, 29))
+    weights = DrawingWeights(model)
+    for end in (4, 8, 11):
+        run = begin(weights, TEXT, LENGTHS, seeds, rule, window=window)
+        run.run_to(end)
+        half_BI = run.codes_BI[:, :end].clone()
+        assert half_BI.equal(draw(seeds, rule, model=model).codes_BI[:, :end]) and run.known_B.tolist() == [end] * 8
+        index_B = torch.tensor([1, 1, 2, 3, 4, 4, 7, 6])  # two pictures of each caption
+        run.select(index_B, later)
+        run.run_to(run.total)
+        assert run.codes_BI.equal(draw(later, rule, model=model, prefix_BP=half_BI[index_B]).codes_BI)
 
 
 def test_drafts_that_are_right_save_passes() -> None:

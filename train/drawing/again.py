@@ -8,6 +8,7 @@ from dataclasses import replace
 from infra.errors import ConfigError, DataError
 from train.drawing.draw import Batch, Picture, draw_batch
 from train.drawing.samples import Line, encoded
+from train.drawing.search import along
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 from train.machine.rates import threads
@@ -34,8 +35,10 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
     settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
     # All pictures of the batch are copies of the wanted candidate; all but one are thrown away.
     batch = Batch((line["caption"],) * shaped["captions"], (line["candidate"],) * shaped["each"])
+    ancestry = shaped.get("ancestry")
     with threads(shaped["threads"]):
-        found = draw_batch(models, batch, settings, prefix)[shaped["place"]]
+        drawn = along(models, batch, settings, ancestry, prefix) if ancestry else draw_batch(models, batch, settings, prefix)
+    found = drawn[shaped["place"]]
     return found, encoded(found, line["file"].rsplit(".", 1)[-1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infra.errors import CheckpointError
 from model.decoder import cache_bytes, text_bytes
-from model.sampling import NotFiniteError, sample
+from model.sampling import NotFiniteError, Sampling, begin
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 from train.report.images import to_array
@@ -37,7 +37,8 @@ class Picture:
     pixels_YXC: NDArray[np.uint8]
     codes_I: NDArray[np.int64]
     shaped_by: dict[str, Any]
-    """Precision, device, threads, and the batch: how many captions, how many pictures of each, which of them this one is, and the window."""
+    """Precision, device, threads, and the batch: how many captions, how many pictures of each, which of them this one is, and the window. After a search also
+    'ancestry': pairs of a position and the seed of the codes from there on."""
 
     @property
     def codes_hash(self) -> str:
@@ -124,33 +125,56 @@ def draw(
     wanted = list(range(settings.n)) if candidates is None else list(candidates)
     if not wanted:
         return
+    if settings.search:
+        from train.drawing.search import search
+
+        for caption in captions:
+            yield [picture for picture in search(models, caption, settings, prefix, listen) if picture.candidate in wanted]
+        return
     for batch in plan(captions, wanted, batch_width(models, settings)):
         yield draw_batch(models, batch, settings, prefix, listen)
 
 
 def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequence[int] = (), listen: Listen | None = None) -> list[Picture]:
     """Draw one batch; see ``draw``."""
+    seeds = [settings.seeds(caption)[candidate] for caption in batch.captions for candidate in batch.candidates]
+    run = begin_batch(models, batch, settings, seeds, prefix)
+    run_to(models, run, run.total, batch, listen)
+    return finished(models, batch, run, seeds)
+
+
+def begin_batch(models: Models, batch: Batch, settings: Settings, seeds: Sequence[int], prefix: Sequence[int]) -> Sampling:
+    """Compute the captions and the given codes of a batch, with a seed for each picture."""
     encoded = [models.tokenizer.encode(caption) for caption in batch.captions]
     text_CT = torch.from_numpy(np.stack([ids for ids, _ in encoded])).to(models.device)
     lengths_C = torch.tensor([length for _, length in encoded], device=models.device)
-    seeds = [settings.seeds(caption)[candidate] for caption in batch.captions for candidate in batch.candidates]
-    window = window_of(models, settings, batch.size)
     prefix_BP = torch.tensor([list(prefix)], dtype=torch.int64, device=models.device).expand(batch.size, -1) if prefix else None
+    window = window_of(models, settings, batch.size)
+    return begin(models.weights, text_CT, lengths_C, seeds, settings.rule, prefix_BP=prefix_BP, window=window)
+
+
+@torch.no_grad()
+def run_to(models: Models, run: Sampling, end: int, batch: Batch, listen: Listen | None) -> None:
+    """Draw the codes up to a position.
+
+    Raises:
+        CheckpointError: the logits are NaN, because the weights are damaged.
+    """
     try:
-        drawn = sample(
-            models.weights,
-            text_CT,
-            lengths_C,
-            seeds,
-            settings.rule,
-            prefix_BP=prefix_BP,
-            window=window,
-            after_pass=None if listen is None else lambda codes_BI, known_B: listen(batch, codes_BI, known_B),
-        )
+        run.run_to(end, None if listen is None else lambda codes_BI, known_B: listen(batch, codes_BI, known_B))
     except NotFiniteError as error:
         raise CheckpointError(
             f"{models.url}: {error}: the weights ({models.description}) are broken; draw with those of another checkpoint."
         ) from error
+
+
+def finished(models: Models, batch: Batch, run: Sampling, seeds: Sequence[int], more: Sequence[dict[str, Any]] = ()) -> list[Picture]:
+    """The pictures of a batch whose codes are drawn.
+
+    Args:
+        seeds: of the last codes of each picture.
+        more: what else has shaped each picture.
+    """
     arithmetic = {
         "precision": models.precision,
         "deterministic": models.is_deterministic,
@@ -158,11 +182,12 @@ def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequenc
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    arrays = decode(models, drawn.codes_BI)
+    arrays = decode(models, run.codes_BI)
     out = []
     for place, (caption, candidate) in enumerate((caption, candidate) for caption in batch.captions for candidate in batch.candidates):
-        layout = {"captions": len(batch.captions), "each": len(batch.candidates), "place": place, "window": window}
-        out.append(Picture(caption, candidate, seeds[place], arrays[place], drawn.codes_BI[place].cpu().numpy(), arithmetic | layout))
+        layout = {"captions": len(batch.captions), "each": len(batch.candidates), "place": place, "window": run.window}
+        shaped = arithmetic | layout | (more[place] if more else {})
+        out.append(Picture(caption, candidate, seeds[place], arrays[place], run.codes_BI[place].cpu().numpy(), shaped))
     return out
 
 
@@ -175,11 +200,14 @@ def decode(models: Models, codes_BI: Tensor) -> list[NDArray[np.uint8]]:
 @torch.no_grad()
 def score(models: Models, pictures: Sequence[Picture]) -> list[float]:
     """How well each picture fits its caption according to the contrastive model: the cosines of their embeddings."""
+    return [score_one(models, picture.caption, picture.pixels_YXC) for picture in pictures]
+
+
+@torch.no_grad()
+def score_one(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> float:
+    """The same for one picture."""
     assert models.clip is not None
-    out = []
-    for picture in pictures:
-        ids, length = models.tokenizer.encode(picture.caption)
-        text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device))
-        pixels_13YX = torch.from_numpy(picture.pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(models.device)
-        out.append(float(models.clip.encode_image(pixels_13YX) @ text_1E.T))
-    return out
+    ids, length = models.tokenizer.encode(caption)
+    text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device))
+    pixels_13YX = torch.from_numpy(pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(models.device)
+    return float(models.clip.encode_image(pixels_13YX) @ text_1E.T)

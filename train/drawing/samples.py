@@ -42,6 +42,8 @@ class _ShapedBy(stored.Stored):
     device: _Text
     precision: _Text
     torch: _Text
+    ancestry: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=8)] = Field(default_factory=list)
+    """Of a picture of a search: from which position on its codes have which seed."""
 
 
 class _Drawn(stored.Stored):

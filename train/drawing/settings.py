@@ -35,6 +35,8 @@ class Settings:
     """Number of pictures that are drawn together; 0: as many as memory allows."""
     window: int = 0
     """Number of codes of a picture that a pass computes; 0: chosen for the device."""
+    search: bool = False
+    """Whether half of the candidates are replaced by branches of the others, at one and at two thirds of their rows (train/drawing/search.py)."""
 
     @property
     def rule(self) -> Rule:
@@ -70,7 +72,7 @@ class Settings:
     def shape(self) -> dict[str, Any]:
         """The settings that decide which picture is drawn. Batches and windows do not."""
         names = ("n", "seed", "temperature", "top_k", "top_p", "guidance")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"search": True} if self.search else {})
 
 
 def key(caption: str, settings: Settings, lineage: dict[str, str], prefix: list[int], reranker: str, **more: Any) -> str:
@@ -91,6 +93,7 @@ def of_stage(cfg: RunConfig) -> Settings:
         guidance=section.guidance,
         batch=section.batch,
         window=section.window,
+        search=section.search,
     )
 
 

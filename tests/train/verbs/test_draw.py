@@ -79,7 +79,7 @@ def test_what_is_drawn_is_not_drawn_again_and_other_values_draw_beside_it(
     first = files(tmp_path / "out")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "sample", None)
+        patch.setattr(drawing, "begin", None)
         draw("a red fox")
     assert "drew 0 pictures" in (said := capsys.readouterr().out) and "2 were drawn before" in said and "000.png" in said
     assert files(tmp_path / "out") == first
@@ -210,21 +210,21 @@ def test_a_signal_keeps_what_is_drawn_and_the_same_command_draws_the_rest(
     draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw("a red fox", "a blue house", "sea", n=3, batch=2, out=str(tmp_path / "whole"))
-    stop, sample, calls = StopFlag(), drawing.sample, 0
+    stop, begin, calls = StopFlag(), drawing.begin, 0
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             stop.handle(STOP_SIGNALS[-1], None)
-        return sample(*arguments, **options)
+        return begin(*arguments, **options)
 
-    monkeypatch.setattr(drawing, "sample", interrupted)
+    monkeypatch.setattr(drawing, "begin", interrupted)
     with pytest.raises(StopRequested, match=r"stopped by a signal after 3 new pictures, which are kept in .*; the same command draws the rest"):
         draw("a red fox", "a blue house", "sea", n=3, batch=2, stop=stop)
     assert len(lines(tmp_path / "out")) == 3
     kept = {name: data for name, data in files(tmp_path / "out").items() if name.endswith(".png")}
-    monkeypatch.setattr(drawing, "sample", sample)
+    monkeypatch.setattr(drawing, "begin", begin)
     capsys.readouterr()
     draw("a red fox", "a blue house", "sea", n=3, batch=2)
     assert "drew 6 pictures" in (said := capsys.readouterr().out) and "3 were drawn before" in said

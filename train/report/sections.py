@@ -8,6 +8,7 @@ from train.report.view import RunView, Section
 SECTIONS = (
     "summary",
     "pictures",
+    "drawings",
     "reconstructions",
     "codebook",
     "curves",

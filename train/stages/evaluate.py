@@ -1,4 +1,5 @@
-"""Stage evaluate: measures the exported models on the validation split (``launcher.py evaluate PRESET``). Out: evaluate/metrics.json."""
+"""Stage evaluate: measures the exported models on the validation split (``launcher.py evaluate PRESET``). Out: evaluate/metrics.json, and with
+evaluate.drawings also evaluate/drawings.json."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from train.evaluation.pixels import psnr
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.run import places
 from train.run.inputs import Exports, open_codes, open_exports, open_images
+from train.stages import evaluate_drawings
 from train.stages.clip_task import recall_at_1
 from train.stages.dalle_task import cross_entropies
 
@@ -55,12 +57,14 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         "text_ce_nats": ce["loss_text"],
         "ce_below_unigram_percent": 100 * (1 - ce["loss_image"] / unigram) if unigram else 0.0,
     }
+    drawn = evaluate_drawings.measure(cfg, run, models, world, stop) if cfg.evaluate.drawings else {}
     if world.is_main:
         lineage = models.lineage | {"images": images.content_hash, "codes": codes.content_hash}
         by_row = {f"image_ce_row_{row:02d}_nats": ce[f"loss_image_row_{row:02d}"] for row in range(cfg.dvae.grid)}
         storage.write_json(run.at("evaluate", "metrics.json"), figures | by_row | {"parents": lineage})
         seconds = time.monotonic() - started
-        run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures, parents=lineage)
+        settings = cfg.evaluate.model_dump(mode="json")
+        run.finish("evaluate", seconds=seconds, world_size=world.size, summary=figures | drawn, parents=lineage, settings=settings)
     wait_for_all()
 
 

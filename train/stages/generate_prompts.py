@@ -52,10 +52,19 @@ def prompts(cfg: RunConfig, training: ShardSet, validation: ShardSet) -> list[Pr
     """generate.captions; if there are none, captions of validation concepts (the first in the order of a stable hash) and of the most frequent training concepts."""
     if cfg.generate.captions:
         return [Prompt(caption) for caption in cfg.generate.captions]
-    chosen = _held_out(validation, cfg.generate.num_captions, cfg.run.seed)
+    chosen = held_out(validation, cfg.generate.num_captions, cfg.run.seed)
     if cfg.generate.num_known_captions:
-        chosen += _most_frequent(training, cfg.generate.num_known_captions)
-    return [Prompt(record["captions"][0], record["id"], record["split"], record["image"]) for record in chosen]
+        chosen += [_prompt(record) for record in _most_frequent(training, cfg.generate.num_known_captions)]
+    return chosen
+
+
+def held_out(validation: ShardSet, count: int, seed: int) -> list[Prompt]:
+    """Captions of ``count`` validation concepts, or of all if there are fewer."""
+    return [_prompt(record) for record in _held_out(validation, count, seed)]
+
+
+def _prompt(record: dict[str, Any]) -> Prompt:
+    return Prompt(record["captions"][0], record["id"], record["split"], record["image"])
 
 
 def _held_out(images: ShardSet, count: int, seed: int) -> list[dict[str, Any]]:

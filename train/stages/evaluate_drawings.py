@@ -1,0 +1,208 @@
+"""The part of stage evaluate that draws captions of the validation split and measures the drawings (docs/evaluation.md). Out: evaluate/drawings.json.
+
+Captions are divided among ranks. Each one's codes and features are kept in a file of a folder that is named by everything on which they depend, so a start after a
+stop draws and looks at the rest only; the figures are then computed from the files.
+
+Shapes: N candidates of a caption, I code positions, V views of one picture (the best of so many candidates, and blurs of the last one), D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.shards.shard_set import ShardSet
+from infra import storage
+from infra.errors import ConfigError
+from infra.progress import Progress
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from infra.world import World
+from model.decoder import DrawingWeights
+from train.config import RunConfig
+from train.drawing.cpu_drawer import ready
+from train.drawing.draw import Picture, batch_width, draw, score
+from train.drawing.settings import Settings, key, of_stage, replaced
+from train.drawing.source import Models, open_judge
+from train.evaluation.blur import blurred
+from train.evaluation.colours import shares
+from train.evaluation.distances import quantiles
+from train.evaluation.drawings import OWN_CLIP, Judge, figures
+from train.evaluation.features import feature_net
+from train.ranks.device import wait_for_all
+from train.run.inputs import Exports, open_images
+from train.stages.finish import stop_together
+from train.stages.generate_nearest import nearest, thumbs, view
+from train.stages.generate_prompts import Prompt, held_out
+from train.weights import export
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is drawn, how, and who judges it."""
+
+    cfg: RunConfig
+    run: RunFolder
+    wanted: Sequence[Prompt]
+    settings: Settings
+    models: Models
+    judges: Sequence[Judge]
+
+    @property
+    def folder(self) -> str:
+        """The folder of the captions' files, relative to the run folder."""
+        section = self.cfg.evaluate
+        words = {"judges": [[judge.name, judge.identity] for judge in self.judges], "best_of": section.best_of, "blur": section.blur}
+        digest = key("", self.settings, self.models.lineage, [], self.models.lineage["clip"], ids=[prompt.id for prompt in self.wanted], **words)
+        return f"evaluate/drawings-{digest[:12]}"
+
+    def url(self, index: int) -> str:
+        return self.run.at(self.folder, f"{index:05d}.npz")
+
+
+def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop: StopFlag) -> dict[str, float]:
+    """Draw and look at this rank's captions; the main rank then computes the figures of all, and writes them. Returns the most important of them. Collective.
+
+    Raises:
+        ConfigError: the judge is the model that ranks.
+    """
+    task = _task(cfg, run, exports)
+    mine = [index for index in range(world.rank, len(task.wanted), world.size) if not storage.exists(task.url(index))]
+    stop.orderly("the choice of captions")
+    _draw(task, mine, world, stop)
+    stop_together(stop, task.models.device, "evaluate")
+    wait_for_all()
+    stop.phase("the figures of the drawings")  # if it is stopped, the next start computes them again from the files
+    if not world.is_main:
+        return {}
+    found = _found(task, [_read(task.url(index)) for index in range(len(task.wanted))], open_images(cfg, run, "train"))
+    storage.write_json(run.at("evaluate", "drawings.json"), found)
+    own = found["retrieval"][OWN_CLIP]["by_n"]["1"]
+    return {"drawings_recall_at_1": own["recall_at_1"], "drawings_clip_score": own["clip_score"]}
+
+
+def _task(cfg: RunConfig, run: RunFolder, exports: Exports) -> _Task:
+    weights = ready(exports.dalle, DrawingWeights.dtype_of(exports.dalle))
+    models = Models(run.url, cfg, exports.dvae, weights, exports.tokenizer, exports.clip, exports.lineage, "exported weights")
+    settings = replaced(of_stage(cfg), n=max(cfg.evaluate.best_of), search=False)  # candidates of a search are not independent
+    wanted = held_out(open_images(cfg, run, "validation"), cfg.evaluate.drawings, cfg.run.seed)
+    return _Task(cfg, run, wanted, settings, models, _judges(cfg, run, models))
+
+
+def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
+    """The run's own contrastive model, which judges unranked drawings only because it ranks the others, and the networks that the configuration names."""
+    assert models.clip is not None
+    found = [Judge(OWN_CLIP, models.lineage["clip"], models.clip.encode_image, models.clip.encode_text, ranks=True)]
+    section, device = cfg.evaluate, models.device
+    if section.judge:
+        clip, identity = open_judge(run.url, section.judge, models.lineage["tokenizer"], device)
+        if identity == models.lineage["clip"]:
+            raise ConfigError(f"evaluate.judge = '{section.judge}': the model that ranks the drawings, which never judges them; name another one.")
+        images = [export.describe(url).get("parents", {}).get("images") for url in (section.judge, run.at("clip", "export"))]
+        found.append(Judge("judge", identity, clip.encode_image, clip.encode_text, shares_images=images[0] == images[1]))
+    if section.frechet_net != "none":
+        net = feature_net(section.frechet_net, section.frechet_weights, device)
+        weights = storage.sha256_file(storage.local_path(section.frechet_weights)) if section.frechet_weights else "its package"
+        found.append(Judge(section.frechet_net, weights, net.features))
+    return found
+
+
+def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:
+    """Draw captions, as many together as fit, and write each one's file."""
+    each = max(1, batch_width(task.models, task.settings) // task.settings.n)
+    progress = Progress(len(mine), "drawings", unit="captions", timed=True, enabled=world.is_main)
+    for begin in range(0, len(mine), each):
+        if stop:
+            return
+        some = mine[begin : begin + each]
+        stop.phase("the drawing of captions to measure")  # finished ones are kept
+        by_caption: dict[str, list[Picture]] = {task.wanted[index].caption: [] for index in some}
+        for pictures in draw(task.models, list(by_caption), task.settings):
+            for picture in pictures:
+                by_caption[picture.caption].append(picture)
+        for index in some:
+            storage.write_bytes(task.url(index), _looked_at(task, index, by_caption[task.wanted[index].caption]))
+        stop.orderly("the end of a caption")
+        progress.update(begin + len(some))
+    progress.finish()
+
+
+@torch.no_grad()
+def _looked_at(task: _Task, index: int, pictures: list[Picture]) -> bytes:
+    """Everything that the figures need of a caption's drawings, as the bytes of an npz file."""
+    prompt, section, models = task.wanted[index], task.cfg.evaluate, task.models
+    assert prompt.truth is not None
+    scores_N = np.array(score(models, pictures))
+    best = [int(scores_N[:count].argmax()) for count in section.best_of]
+    real_YXC = view(prompt.truth, task.cfg.dvae.image_size)
+    views = [pictures[place].pixels_YXC for place in best]
+    out: Arrays = {
+        "codes_NI": np.stack([picture.codes_I for picture in pictures]).astype(np.uint16),
+        "scores_N": scores_N,
+        "colours_VK": np.stack([shares(pixels_YXC) for pixels_YXC in views]),
+        "real_colours_K": shares(real_YXC),
+        "thumb_F": thumbs(pictures[0].pixels_YXC[None])[0],
+        "real_thumb_F": thumbs(real_YXC[None])[0],
+    }
+    drawn_V3YX = _with_blurs(_tensor(views, models.device), section.blur)
+    real_V3YX = _with_blurs(_tensor([real_YXC], models.device), section.blur)
+    ids, length = models.tokenizer.encode(prompt.caption)
+    text_1T, length_1 = torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device)
+    for judge in task.judges:
+        out[f"{judge.name}/drawn_VD"] = _features(judge, drawn_V3YX)
+        out[f"{judge.name}/real_VD"] = _features(judge, real_V3YX)
+        if judge.text is not None:
+            out[f"{judge.name}/text_D"] = judge.text(text_1T, length_1)[0].float().cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **out)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _features(judge: Judge, pictures_V3YX: Tensor) -> NDArray[np.float32]:
+    """Features of pictures, one at a time, so that their bits do not depend on how many there are."""
+    return torch.cat([judge.image(one_3YX[None]).float() for one_3YX in pictures_V3YX]).cpu().numpy()
+
+
+def _tensor(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device).float() / 255
+
+
+def _with_blurs(pictures_V3YX: Tensor, radii: Sequence[int]) -> Tensor:
+    """The pictures, and the blurs of the last one."""
+    return torch.cat([pictures_V3YX, *(blurred(pictures_V3YX[-1:], radius) for radius in radii)])
+
+
+def _read(url: str) -> Arrays:
+    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as found:
+        return dict(found)
+
+
+def _found(task: _Task, files: Sequence[Arrays], training: ShardSet) -> dict[str, Any]:
+    section = task.cfg.evaluate
+    captions = [prompt.caption for prompt in task.wanted]
+    found = figures(captions, files, task.judges, section.best_of, section.blur, task.cfg.run.seed)
+    among = min(task.cfg.generate.nearest_among, training.count)
+    both_BF = np.concatenate([np.stack([file[name] for file in files]) for name in ("thumb_F", "real_thumb_F")])
+    images = nearest(both_BF, training, task.cfg.dvae.image_size, among) or []
+    found["nearest"] = _overlap(np.array([image.distance for image in images]), among)
+    found["settings"] = task.settings.shape()
+    ids = json.dumps([prompt.id for prompt in task.wanted])
+    return found | {"parents": task.models.lineage, "captions_hash": hashlib.sha256(ids.encode()).hexdigest(), "files": task.folder}
+
+
+def _overlap(distance_B: NDArray[np.float64], among: int) -> dict[str, Any]:
+    """Distances to the nearest training images, of drawings and of held-out pictures: drawings that are nearer than nearly all held-out pictures may be copies."""
+    drawn, real = np.split(distance_B, 2)
+    near = quantiles(real)["p01"]
+    return {"among": among, "drawn": quantiles(drawn), "real": quantiles(real), "drawn_nearer_than_p01_of_real": float((drawn < near).mean())}

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import sdpa
 from model.config import ClipConfig
@@ -21,7 +22,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.recompute = heads, False
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.post = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp_1, self.mlp_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -36,6 +37,12 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None = None) -> Tensor:
         """States [B, S, D] to states [B, S, D]."""
+        if self.recompute and torch.is_grad_enabled():
+            y_BSD: Tensor = checkpoint(self._forward, x_BSD, mask_B11S, use_reentrant=False, preserve_rng_state=False)
+            return y_BSD
+        return self._forward(x_BSD, mask_B11S)
+
+    def _forward(self, x_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
         q_BHSK, k_BHSK, v_BHSK = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm_1(x_BSD)).chunk(3, dim=2))
         out_BHSK = sdpa.attention(q_BHSK, k_BHSK, v_BHSK, mask=mask_B11S)
         x_BSD = x_BSD + self.post(out_BHSK.transpose(1, 2).flatten(2))
@@ -100,6 +107,12 @@ class Clip(nn.Module):
             x_BTD = block(x_BTD, is_token_BT[:, None, None])
         mean_BD = (x_BTD * is_token_BT[..., None]).sum(1) / is_token_BT.sum(1, keepdim=True)
         return F.normalize(self.text_head(self.text_norm(mean_BD)), dim=1)
+
+    def recompute_blocks(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, which computes their inner activations again."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = True
 
     @property
     def scale(self) -> Tensor:

@@ -253,7 +253,16 @@ class ClipFit(FitSection):
     """Training of the contrastive model."""
 
     precision: UnscaledPrecision = "auto"
-    """Arithmetic of the large matrix products. 'auto': bf16 if a probe finds it at least 1.3 times as fast as fp32."""
+    """Arithmetic of the large matrix products. 'auto': fp32 on a CPU; on a GPU bf16 if a probe finds it at least 1.3 times as fast as fp32."""
+    contrast: Literal["micro-batch", "update"] = Field(default="micro-batch", json_schema_extra=GOING_ON)
+    """Among which pairs each one is told apart: those of its micro-batch, over all processes, or those of the whole update. With 'update' and accumulation a batch of
+    any size fits: embeddings come first, without activations, and each micro-batch is then computed once more (Gao et al. 2021)."""
+    activation_checkpointing: bool = Field(default=False, json_schema_extra=ANY_TIME)
+    """Recompute activations inside the blocks of both towers in the backward pass."""
+    scale_max: float | None = Field(default=None, ge=1, json_schema_extra=GOING_ON)
+    """Augmentation: largest resize target of a training picture, divided by the image size, before a crop is cut out of it at random; None: encode.scale_max."""
+    mirror: bool = Field(default=False, json_schema_extra=GOING_ON)
+    """Augmentation: mirror half of the training pictures. Captions that name left and right become wrong."""
     lr: float = Field(default=5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
     warmup_steps: int = Field(default=100, ge=0, json_schema_extra=GOING_ON)

@@ -35,15 +35,20 @@ def dvae_transform(
 
 
 def pair_transform(
-    image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0, decoding: crops.Decoding = "exact"
+    image_size: int, scale_max: float, tokenizer: Tokenizer, seed: int, dropout: float = 0.0, decoding: crops.Decoding = "exact", mirror: bool = False
 ) -> Callable[[Record, int], Sample]:
-    """For the contrastive model: image records cropped by Listing 2, with one of their captions. Samples have pixels, text, length and id."""
+    """For the contrastive model: image records cropped by Listing 2, with one of their captions. Samples have pixels, text, length and id.
+
+    With ``mirror`` half of the pictures, drawn by (seed, epoch, id), are mirrored.
+    """
     encode = caption_transform(tokenizer, seed, dropout)
 
     def transform(record: Record, epoch: int) -> Sample:
         rng = generator(seed, "crop", epoch, record["id"])
         draw = partial(crops.transformer_crop, target=image_size, scale_max=scale_max, rng=rng)
         picture, _ = crops.picture(record["image"], draw, image_size, decoding)
+        if mirror and rng.random() < 0.5:
+            picture = np.ascontiguousarray(picture[:, ::-1])
         return {"id": record["id"], "pixels": picture} | encode(record, epoch)
 
     return transform

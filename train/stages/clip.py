@@ -17,7 +17,7 @@ from model.clip import Clip
 from train.config import ClipFit, RunConfig
 from train.engines.replicated import ReplicatedEngine
 from train.loop.trainer import Trainer
-from train.ranks.device import set_up, wait_for_all
+from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.run import places
 from train.run.inputs import loader_options, micro_batch, open_images, open_tokenizer
 from train.stages.clip_task import BothTowers, ClipTask
@@ -34,8 +34,12 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     clip = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab).to(device)
-    engine = clip_engine(clip, fit, world)
-    view = pair_transform(cfg.dvae.image_size, cfg.encode.scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode)
+    if fit.activation_checkpointing:
+        clip.recompute_blocks()
+    dtype = torch.float32 if fit.precision == "auto" and device.type == "cpu" else branch_dtype(fit.precision, device, run, world)
+    engine = clip_engine(clip, fit, world, dtype)
+    scale_max = cfg.encode.scale_max if fit.scale_max is None else fit.scale_max
+    view = pair_transform(cfg.dvae.image_size, scale_max, tokenizer, cfg.run.seed, decoding=cfg.data.decode, mirror=fit.mirror)
     loader = ShardLoader(
         [training],
         run.url,
@@ -57,8 +61,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     wait_for_all()
 
 
-def clip_engine(clip: Clip, fit: ClipFit, world: World) -> ReplicatedEngine:
-    """The engine of the contrastive model. After each update, the model's scale is clipped to its limit."""
+def clip_engine(clip: Clip, fit: ClipFit, world: World, dtype: torch.dtype = torch.float32) -> ReplicatedEngine:
+    """The engine of the contrastive model, whose large products are computed in ``dtype``. After each update, the model's scale is clipped to its limit."""
     return ReplicatedEngine(
-        BothTowers(clip), world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0, after_step=clip.limit_scale
+        BothTowers(clip, dtype), world, betas=(0.9, 0.98), weight_decay=fit.weight_decay, ema=fit.ema, clip_norm=1.0, after_step=clip.limit_scale
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ from train.run.change_points import Curve
 class BothTowers(nn.Module):
     """Runs both towers in one forward pass, as DDP requires."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.dtype = clip, dtype
 
     def forward(self, pixels_B3YX: Tensor, text_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised image and text embeddings [B, E], and the factor that scales their products."""
-        return self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B), self.clip.scale
+        with torch.autocast(pixels_B3YX.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image_BE, text_BE = self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B)
+        return image_BE.float(), text_BE.float(), self.clip.scale
 
 
 class _Gather(torch.autograd.Function):
@@ -63,6 +66,38 @@ def recall_at_1(image_BE: Tensor, text_BE: Tensor) -> Tensor:
     return ((text_BE @ image_BE.T).argmax(1) == torch.arange(len(text_BE), device=text_BE.device)).sum()
 
 
+@dataclass(frozen=True)
+class _Slope:
+    """What the gradient of the update's loss is at one micro-batch's embeddings, and this micro-batch's part of that loss."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    scale: Tensor
+    loss: Tensor
+
+
+def _cross_entropy(images: Sequence[Tensor], texts: Sequence[Tensor], scale: Tensor, world: World) -> Tensor:
+    """Sum over this rank's pairs, given as micro-batches, of both cross-entropies among the pairs of all ranks and micro-batches."""
+    image_BE, text_BE = (parts[0] if len(parts) == 1 else torch.cat(list(parts)) for parts in (images, texts))
+    target_B = torch.arange(len(image_BE), device=image_BE.device) + world.rank * len(image_BE)
+    to_text = F.cross_entropy(scale * image_BE @ _gather(text_BE, world).T, target_B, reduction="sum")
+    to_image = F.cross_entropy(scale * text_BE @ _gather(image_BE, world).T, target_B, reduction="sum")
+    return to_text + to_image
+
+
+def _slopes(found: Sequence[tuple[Tensor, Tensor, Tensor]], world: World, denominators: Mapping[str, float]) -> list[_Slope]:
+    """The gradients of the loss among all pairs of the update, at the embeddings of each of this rank's micro-batches. Collective."""
+    images, texts = ([part[place].detach().requires_grad_() for part in found] for place in (0, 1))
+    scale = found[0][2].detach().requires_grad_()
+    with torch.enable_grad():
+        total = _cross_entropy(images, texts, scale, world) / (2 * denominators["pairs"])
+        total.backward()  # type: ignore[no-untyped-call]
+    count = len(images)
+    grads = zip(images, texts, strict=True)
+    assert scale.grad is not None
+    return [_Slope(image.grad, text.grad, scale.grad / count, total.detach() / count) for image, text in grads]  # type: ignore[arg-type]
+
+
 class ClipTask:
     """Each rank compares its own images with all captions of the global batch, and its own captions with all images."""
 
@@ -72,6 +107,8 @@ class ClipTask:
 
     def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Batches[Batch]) -> None:
         self.cfg, self.world, self.device, self.validation = cfg, world, device, validation
+        self._waiting: list[Batch] = []
+        self._slopes: list[_Slope] = []
 
     def schedule(self, step: int) -> dict[str, float]:
         """Linear warm-up, then half a cosine to zero."""
@@ -80,7 +117,8 @@ class ClipTask:
         return {"lr": warmup_cosine(step - curve.start, fit.lr, 0.0, fit.warmup_steps, curve.updates)}
 
     def denominators(self, batches: list[Batch]) -> Mapping[str, float]:
-        """The number of pairs in the global batch: every pair has the same weight."""
+        """The number of pairs in the global batch: every pair has the same weight. If pairs of the whole update are told apart, its batches are kept for ``loss``."""
+        self._waiting = list(batches) if len(batches) > 1 and self.cfg.clip_fit.contrast == "update" else []
         return {"pairs": float(self.cfg.clip_fit.batch)}
 
     def units(self, batch: Batch) -> int:
@@ -88,12 +126,20 @@ class ClipTask:
         return len(batch["ids"])
 
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, float]) -> Loss:
-        """This rank's part of the symmetric cross-entropy."""
+        """This rank's part of the symmetric cross-entropy.
+
+        If pairs of the whole update are told apart: a value with the gradient that this micro-batch has in the cross-entropy of all.
+        """
+        if self._waiting:
+            with torch.no_grad():
+                found = [engine(*self._inputs(some)) for some in self._waiting]
+            self._waiting, self._slopes = [], _slopes(found, self.world, denominators)
         image_BE, text_BE, scale = engine(*self._inputs(batch))
-        target_B = torch.arange(len(image_BE), device=self.device) + self.world.rank * len(image_BE)
-        to_text = F.cross_entropy(scale * image_BE @ _gather(text_BE, self.world).T, target_B, reduction="sum")
-        to_image = F.cross_entropy(scale * text_BE @ _gather(image_BE, self.world).T, target_B, reduction="sum")
-        total = (to_text + to_image) / (2 * denominators["pairs"])
+        if self._slopes:
+            slope = self._slopes.pop(0)
+            inner = (image_BE * slope.image_BE).sum() + (text_BE * slope.text_BE).sum() + scale * slope.scale
+            return Loss(inner, {"loss": slope.loss})
+        total = _cross_entropy([image_BE], [text_BE], scale, self.world) / (2 * denominators["pairs"])
         return Loss(total, {"loss": total})
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

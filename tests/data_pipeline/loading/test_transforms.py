@@ -71,6 +71,18 @@ def test_pairs_carry_one_caption_drawn_anew_each_epoch(tmp_path: Path) -> None:
     assert min(drawn.values()) > 96 / 3 / 2
 
 
+def test_half_of_the_pictures_are_mirrored_and_nothing_else_changes() -> None:
+    record = {"id": "", "image": png(1), "captions": ["a red apple"]}
+    turned = 0
+    for number in range(40):
+        plain, mirrored = (pair_transform(16, 9 / 8, TOKENIZER, 3, mirror=mirror)(record | {"id": str(number)}, 0) for mirror in (False, True))
+        is_turned = not np.array_equal(plain["pixels"], mirrored["pixels"])
+        assert np.array_equal(plain["pixels"][:, ::-1] if is_turned else plain["pixels"], mirrored["pixels"])
+        assert np.array_equal(plain["text"], mirrored["text"])
+        turned += is_turned
+    assert 10 < turned < 30
+
+
 def test_code_batches_carry_codes_as_int64_and_captions_under_dropout(tmp_path: Path) -> None:
     sets = [code_set(str(tmp_path))]
     one = ShardLoader(sets, "", World.single(), COUNT, 0, code_transform(TOKENIZER, 0, dropout=0.5), code_collate)

@@ -1,8 +1,8 @@
 """Search instead of best of N: candidates compete while they are drawn. At one and at two thirds of their rows the contrastive model scores what is drawn so far;
-the better half goes on, and the worse half is replaced by branches of it, which go on from the same codes with another seed. The transformer computes exactly as
+the better half goes on, and the worse half is replaced by branches of it, which go on from the same codes with their own seeds. The transformer computes exactly as
 many codes as for the best of N; what comes on top are 2 N decoded and scored pictures.
 
-A survivor keeps its place and its seed, so a candidate that is never replaced is the one that the best of N would draw.
+Every candidate keeps its place and its seed, so one that is never replaced is the one that the best of N would draw.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, DataError
-from infra.seeds import derive
 from model.sampling import Sampling
 from train.drawing.draw import Batch, Listen, Picture, begin_batch, decode, finished, run_to, score_one
 from train.drawing.settings import Settings
@@ -39,13 +38,11 @@ def search(models: Models, caption: str, settings: Settings, prefix: Sequence[in
     seeds = settings.seeds(caption)
     ancestry: list[Ancestry] = [[[0, seed]] for seed in seeds]
     run = begin_batch(models, batch, settings, seeds, prefix)
-    for round_, end in enumerate(_ends(run, len(prefix)), 1):
+    for end in _ends(run, len(prefix)):
         run_to(models, run, end, batch, listen)
         scores = [score_one(models, caption, pixels_YXC) for pixels_YXC in decode(models, _completed(run))]
         parents = _parents(scores)
-        stays = [parent == place for place, parent in enumerate(parents)]
-        seeds = [seed if stays[place] else derive(settings.seed, "sample", caption, place, round_) for place, seed in enumerate(seeds)]
-        ancestry = [ancestry[parent] if stays[place] else [*ancestry[parent], [end, seeds[place]]] for place, parent in enumerate(parents)]
+        ancestry = [ancestry[parent] if parent == place else [*ancestry[parent], [end, seeds[place]]] for place, parent in enumerate(parents)]
         run.select(torch.tensor(parents, device=models.device), seeds)
     run_to(models, run, run.total, batch, listen)
     return finished(models, batch, run, seeds, [{"ancestry": found} for found in ancestry])

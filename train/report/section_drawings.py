@@ -19,10 +19,16 @@ _OWN = "own clip"
 
 
 def section(run: RunView) -> Section | None:
-    """Plots and tables; nothing if the run does not measure drawings."""
+    """Plots and tables."""
     found = run.json("evaluate", "drawings.json")
     if not found:
-        return Section("drawings", _TITLE, note("Not measured yet: the evaluate stage has not finished.")) if _asked(run) else None
+        asked = run.section("evaluate").get("drawings")
+        words = (
+            "Not measured yet: the evaluate stage has not finished."
+            if asked
+            else "Not measured yet: evaluate.drawings says of how many captions (docs/evaluation.md)."
+        )
+        return Section("drawings", _TITLE, note(words))
     most = found["best_of"][-1]
     words = [
         f"{found['drawings']} validation captions, each of another concept, and up to {most} drawings of each. The best of N is chosen by this run's own CLIP, ",
@@ -31,10 +37,6 @@ def section(run: RunView) -> Section | None:
     ]
     body = [note(*words), *_distances(found), *_retrieval(found), _colours(found), _nearest(found)]
     return Section("drawings", _TITLE, join(*body))
-
-
-def _asked(run: RunView) -> bool:
-    return bool(run.section("evaluate").get("drawings"))
 
 
 def _distances(found: dict[str, Any]) -> list[Html]:

@@ -138,7 +138,8 @@ def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeyp
     found["nearest"] = {"among": 10, "drawn": dict.fromkeys(("least", "p01", "p10", "median"), 0.1), "drawn_nearer_than_p01_of_real": 0.25}
     found["nearest"]["real"] = found["nearest"]["drawn"]
     view = RunView(str(tmp_path))
-    assert section_drawings.section(view) is None
+    empty = section_drawings.section(view)
+    assert empty is not None and "evaluate.drawings says of how many captions" in empty.body
     monkeypatch.setattr(view, "json", lambda *parts: found if parts == ("evaluate", "drawings.json") else {})
     section = section_drawings.section(view)
     assert section is not None and section.body.count("<svg") == 2

@@ -185,11 +185,10 @@ class Sampling:
                 after_pass(self.codes_BI, self.known_B)
 
     def select(self, index_B: Tensor, seeds: Sequence[int]) -> None:
-        """Go on from the pictures ``index_B`` instead, each with the seed of its further codes. All pictures must have come equally far, and a picture can only take
-        the place of one with the same caption."""
-        assert bool((self.known_B == self.least).all())
+        """Go on from the pictures ``index_B`` instead, each with the seed of its further codes. Only after ``run_to``, where all have come equally far; a picture
+        can only take the place of one with the same caption."""
         self.codes_BI, self._drafted_B = self.codes_BI[index_B], self._drafted_B[index_B]
-        self.seeds_B = torch.tensor(seeds, dtype=torch.int64).to(self.codes_BI.device)
+        self.seeds_B = torch.tensor(seeds, dtype=torch.int64).to(self.codes_BI.device, non_blocking=True)
         pictures = len(index_B)
         self.drawer.select(torch.cat([index_B + copy * pictures for copy in range(self.copies)]))
 

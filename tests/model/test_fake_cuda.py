@@ -17,7 +17,7 @@ from model.decoder import DrawingWeights
 from model.dvae import DVAE, loss
 from model.flex import FlexAttention
 from model.relaxation import GumbelNoise
-from model.sampling import Rule, sample
+from model.sampling import Rule, begin, sample
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from tests.support.fake_cuda import HostWait, fake_cuda, flex, is_cuda
@@ -181,3 +181,17 @@ def test_what_does_not_wait_is_none() -> None:
         torch.full((), 2.0, device="cuda") + torch.tensor(1.0)
         torch.tensor([1.0, 2.0]).to("cuda", non_blocking=True)
         assert not watch.waits and not host.is_cuda
+
+
+def test_going_on_from_other_pictures_waits_for_nothing() -> None:
+    with fake_cuda("model/sampling.py") as watch:
+        with watch.setting_up(), torch.no_grad():
+            text_CT, lengths_C, _ = tokens(1)
+            run = begin(DrawingWeights(transformer()), text_CT, lengths_C, [1, 2, 3], Rule(guidance=2.0), window=2)
+            index_B = torch.tensor([0, 0, 1], device="cuda")
+        with torch.no_grad():
+            run.run_to(6)
+            before = len(watch.waits)
+            run.select(index_B, [4, 5, 6])
+            assert len(watch.waits) == before and run.codes_BI.is_cuda and run.seeds_B.is_cuda
+            run.run_to(run.total)

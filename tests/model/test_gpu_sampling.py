@@ -9,7 +9,7 @@ import torch
 
 from model.config import StreamShape, TransformerConfig
 from model.decoder import DrawingWeights
-from model.sampling import Rule, sample
+from model.sampling import Rule, begin, sample
 from model.transformer import Transformer
 from tests.support.gpu import DEVICE, NEEDS_GPU
 
@@ -31,6 +31,25 @@ def test_pictures_are_those_that_a_cpu_draws(rule: Rule) -> None:
         found = sample(weights, text_CT.to(DEVICE), lengths_C.to(DEVICE), seeds, rule, window=window)
         same_B = (found.codes_BI.cpu() == expected_BI).all(1)
         assert int(same_B.sum()) >= 14, (window, same_B.tolist())
+
+
+@torch.no_grad()
+def test_pictures_that_go_on_from_others_are_those_that_a_cpu_draws() -> None:
+    """As a search does: a pause at a position, and then other codes and seeds."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    model = Transformer(TransformerConfig(layers=4, width=64, heads=4, conv_kernel=3), SHAPE).requires_grad_(False)
+    text_CT, lengths_C = torch.randint(2, 50, (1, 8)), torch.tensor([5])
+    drawn = []
+    for device in ("cpu", DEVICE):
+        run = begin(
+            DrawingWeights(deepcopy(model).to(device)), text_CT.to(device), lengths_C.to(device), list(range(8)), Rule(guidance=2.0), window=4
+        )
+        run.run_to(10)
+        run.select(torch.tensor([0, 0, 2, 2, 4, 4, 6, 6], device=device), list(range(20, 28)))
+        run.run_to(run.total)
+        drawn.append(run.codes_BI.cpu())
+    assert int((drawn[0] == drawn[1]).all(1).sum()) >= 6
 
 
 def test_given_codes_stay_and_half_precision_draws_codes_that_are_in_range() -> None:

@@ -23,12 +23,9 @@ def section(run: RunView) -> Section | None:
     found = run.json("evaluate", "drawings.json")
     if not found:
         asked = run.section("evaluate").get("drawings")
-        words = (
-            "Not measured yet: the evaluate stage has not finished."
-            if asked
-            else "Not measured yet: evaluate.drawings says of how many captions (docs/evaluation.md)."
-        )
-        return Section("drawings", _TITLE, note(words))
+        why = "the evaluate stage has not finished." if asked else "evaluate.drawings says of how many captions (docs/evaluation.md)."
+        missing = f"Not measured yet: {why}"
+        return Section("drawings", _TITLE, note(missing))
     most = found["best_of"][-1]
     words = [
         f"{found['drawings']} validation captions, each of another concept, and up to {most} drawings of each. The best of N is chosen by this run's own CLIP, ",

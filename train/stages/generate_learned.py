@@ -53,7 +53,7 @@ class Learned:
 
 def plan(run: RunFolder, captions: Sequence[str], settings: Settings, lineage: dict[str, str], most: int) -> Learned:
     """Choose at most ``most`` of the kept checkpoints, evenly spaced, the first and the newest included."""
-    some, one = tuple(captions[:CAPTIONS]), replace(settings, n=1)
+    some, one = tuple(captions[:CAPTIONS]), replace(settings, n=1, search=False)
     folders = {}
     for step in _spread(checkpoint.complete(run.at("dalle")), most):
         with suppress(MissingError):  # deleted meanwhile: training may continue while this stage draws

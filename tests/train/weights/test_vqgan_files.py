@@ -129,6 +129,10 @@ def words(root: Path, published: Published) -> list[str]:
         "generate.candidates=2",
         "generate.show=2",
         "evaluate.samples=32",
+        "generate.search=true",
+        "evaluate.drawings=6",
+        "evaluate.best_of=[1,2]",
+        "evaluate.blur=[2]",
     ]
 
 

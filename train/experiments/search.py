@@ -1,7 +1,7 @@
 """Compares search with the best of N at equal numbers of computed codes: ``python -m train.experiments.search RUN --captions FILE [--n 8,16] [--judge FOLDER]``.
 
 For each caption and N the best picture of either way by the run's contrastive model; its score by that model, which either way tries to raise, and by a judge that
-has not ranked: another exported contrastive model of the same tokenizer. Gives the figures in docs/drawing.md.
+has not ranked: another exported contrastive model of the same tokenizer.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ SECTION = re.compile(r"docs/paper\.md (\d+(?:\.\d+)?)(?:(?:,| and) (\d+(?:\.\d+)
 EXAMPLES = (
     "docs/experiments/NAME.json",
     "docs/experiments/against-dalle-pytorch-NAME.json",
+    "docs/experiments/sweep-NAME.json",
     "infra/slurm/STAGE.sbatch",
     "train/mid.py",
 )

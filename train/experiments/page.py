@@ -21,7 +21,7 @@ from infra.errors import ExitCode
 from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import producer
 from train.config import load_run
-from train.experiments import compression_page, curves, peer_page
+from train.experiments import compression_page, curves, peer_page, sweep_page
 from train.run.places import run_folder
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ FIGURES = {
 _HEAD = """# Experiments
 
 Made by `python -m train.experiments.page --render` from the JSON files in `docs/experiments/`, which `python -m train.experiments.page PRESET`,
-`python -m train.experiments.page --curves RUN`, `python -m train.experiments.peer RUN` and `python -m train.experiments.compression RUN` write. Do not edit. Gradient scales, raised exponent floors and 16-bit moments have
+`python -m train.experiments.page --curves RUN`, `python -m train.experiments.peer RUN`, `python -m train.experiments.compression RUN` and `python -m train.experiments.sweep FILE.toml` write. Do not edit. Gradient scales, raised exponent floors and 16-bit moments have
 [a page of their own](precision.md).
 
 What the paper says of stage 1, and what each row would show:
@@ -142,6 +142,7 @@ def render(folder: Path) -> str:
     long_enough = any(one["settings"]["steps"] >= _LONG_ENOUGH for one in found)
     parts += [compression_page.section(one) for one in _of_kind(folder, "compression")]
     parts += [compression_page.network_section(one) for one in _of_kind(folder, "compression-network")]
+    parts += [sweep_page.section(one) for one in _of_kind(folder, "sweep")]
     return "".join([*parts, *(peer_page.section(one) for one in _of_kind(folder, "peer")), "" if long_enough else _MISSING])
 
 

@@ -188,15 +188,7 @@ def _rounded(value: Any) -> Any:
 def train_ours(cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes: float, probe_minutes: float, cores: int) -> dict[str, Any]:
     """Find the number of updates, train, and evaluate both sets of weights."""
     load = [os.getloadavg()[0]]
-    precision: str = cfg.dalle_fit.precision
-    updates, rates = _FIRST_PROBE, []
-    for share in (probe_minutes, minutes * _MARGIN):
-        probed = launch(
-            cfg, run, "probe", [*overrides, *words_of(cfg, updates), f"dalle_fit.precision={precision}", "dalle_fit.eval_samples=16"], cores
-        )
-        rates.append(updates / training_seconds(probed))
-        precision = _precision(probed, precision)
-        updates = max(1, round(60 * share * rates[-1]))
+    updates, rates, precision = updates_within(cfg, run, overrides, minutes, probe_minutes, cores)
     trained = launch(cfg, run, "ours", [*overrides, *words_of(cfg, updates), f"dalle_fit.precision={precision}"], cores)
     final, parameters = judge(load_run(trained.url, []), trained, cores)
     return {
@@ -210,6 +202,22 @@ def train_ours(cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes
         "load": [*load, os.getloadavg()[0]],
         "producer": producer(),
     }
+
+
+def updates_within(
+    cfg: RunConfig, run: RunFolder, overrides: Sequence[str], minutes: float, probe_minutes: float, cores: int
+) -> tuple[int, list[float], str]:
+    """How many updates fit into the minutes, found by two probes. Also returns the updates per second of both, and the precision that 'auto' stands for."""
+    precision: str = cfg.dalle_fit.precision
+    updates, rates = _FIRST_PROBE, []
+    for share in (probe_minutes, minutes * _MARGIN):
+        probed = launch(
+            cfg, run, "probe", [*overrides, *words_of(cfg, updates), f"dalle_fit.precision={precision}", "dalle_fit.eval_samples=16"], cores
+        )
+        rates.append(updates / training_seconds(probed))
+        precision = _precision(probed, precision)
+        updates = max(1, round(60 * share * rates[-1]))
+    return updates, rates, precision
 
 
 def words_of(cfg: RunConfig, updates: int) -> list[str]:

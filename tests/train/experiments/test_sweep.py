@@ -1,0 +1,230 @@
+"""Sweeps of options: what a file may say, which trainings are made and which are kept, the figures, the page. One sweep is real, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.errors import ConfigError
+from infra.repository import REPOSITORY
+from infra.run_folder import RunFolder
+from tests.system.test_training import copy_of
+from tests.train.experiments.test_peer import in_process
+from train.config import load_run
+from train.experiments import page, peer, sweep, sweep_page
+from train.loop.metrics import read_metrics
+
+FILE = """
+name = "options"
+run = "{run}"
+seeds = {seeds}
+{extent}
+overrides = ["dalle_fit.precision=fp32", "evaluate.samples=8"]
+[arms]
+base = []
+"decay 1" = ["dalle_fit.weight_decay=1.0"]
+"""
+
+
+def written(folder: Path, run: str, seeds: tuple[int, ...] = (0, 1), extent: str = "tokens = 1000", more: str = "") -> Path:
+    path = folder / "options.toml"
+    path.write_text(FILE.format(run=run, seeds=list(seeds), extent=extent) + more)
+    return path
+
+
+@pytest.fixture
+def made(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The words of each training that was launched; none is trained. Seed 1 of the second arm diverges when it is tried the first time."""
+    launched: list[list[str]] = []
+
+    def launch(cfg: Any, run: RunFolder, kind: str, words: list[str], cores: int) -> RunFolder:
+        launched.append([kind, *words])
+        if "dalle_fit.weight_decay=1.0" in words and words[-1] == "run.seed=1":
+            raise SystemExit(93)
+        return run
+
+    def judge(cfg: Any, run: RunFolder, cores: int) -> Any:
+        decay, seed = "dalle_fit.weight_decay=1.0" in launched[-1], int(launched[-1][-1].rpartition("=")[2])
+        nats = 4.0 + seed - 0.1 * decay * (1 + seed)
+        figures = {"nats_per_code": nats, "nats_shuffled": nats + 0.5, "caption_gain": 0.5}
+        return {"averaged": figures, "raw": figures | {"nats_per_code": 5.0}}, 123
+
+    for name, stand_in in (("launch", launch), ("judge", judge), ("training_seconds", lambda run: 90.0)):
+        monkeypatch.setattr(peer, name, stand_in)
+    monkeypatch.setattr(sweep, "training_loss", lambda url: 3.0)
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("more", "extent", "said"),
+    [
+        ("", "", "give one of minutes and tokens"),
+        ("", "tokens = 5\nminutes = 1.0", "give one of minutes and tokens"),
+        ("", "tokens = 5\nhours = 1", r"hours.*(unknown|accepted)"),
+        ('x = ["dalle_fit.steps=3"]', "tokens = 5", "'dalle_fit.steps=3': the sweep sets dalle_fit.steps itself, from seeds, minutes and tokens"),
+        ('x = ["dalle_fit.no_such=3"]', "tokens = 5", "no_such"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_anything_is_trained(
+    prepared: Path, made: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, extent: str, said: str
+) -> None:
+    path = written(tmp_path, str(prepared / "tiny"), extent=extent, more=more)
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 78 and not made
+    shown = capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"none.toml: cannot be read .* give a TOML file"):
+        sweep.read(tmp_path / "none.toml")
+    assert re.search(said, shown), shown
+
+
+def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seeds = \[1, 1\] names a seed twice"):
+        sweep.read(written(tmp_path, "x", seeds=(1, 1)))
+
+
+def test_arms_differ_in_their_words_alone_and_what_is_there_is_not_trained_again(
+    prepared: Path, made: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = written(tmp_path, str(prepared / "tiny"), seeds=(0,)), tmp_path / "experiments" / "sweep-options.json"
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0
+    shape = load_run(str(prepared / "tiny"), []).stream_shape()
+    updates = round(1000 / (8 * shape.states))
+    base, other = made
+    assert (
+        f"dalle_fit.steps={updates}" in base
+        and base[-1] == "run.seed=0"
+        and [word for word in other if word not in base] == ["dalle_fit.weight_decay=1.0"]
+    )
+    first = json.loads(out.read_text())["runs"]
+    assert [(one["arm"], one["seed"], one["end"], one["minutes"]) for one in first] == [("base", 0, "done", 1.5), ("decay 1", 0, "done", 1.5)]
+    assert all(len(one["producer"]["commit"]) >= 7 for one in first) and str(tmp_path) not in out.read_text()
+
+    written(tmp_path, str(prepared / "tiny"), seeds=(0, 1), more='third = ["dalle_fit.beta2=0.99"]\n')
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0
+    found = json.loads(out.read_text())
+    assert found["runs"][:2] == first, "what was there stays as it is"
+    added = [(one["arm"], one["seed"], one["end"]) for one in found["runs"][2:]]
+    assert added == [("third", 0, "done"), ("base", 1, "done"), ("decay 1", 1, "diverged"), ("third", 1, "done")] and len(made) == 6
+    capsys.readouterr()
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0 and len(made) == 6, "the one that diverged is a result, too"
+    assert "| decay 1 | `dalle_fit.weight_decay=1.0` | 3.9000 | -0.1000 | -2.5% |" in (shown := capsys.readouterr().out) and "1, 1 diverged" in shown
+
+
+def test_figures_of_other_settings_are_not_mixed(prepared: Path, made: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = str(prepared / "tiny")
+    path = written(tmp_path, url, seeds=(0,))
+    sweep.main([str(path), "--docs", str(tmp_path)])
+    for old, new, said in (("tokens = 1000", "tokens = 2000", "tokens: 1000 -> 2000"), ("decay=1.0", "decay=2.0", "decay 1")):
+        written(tmp_path, url, seeds=(0,))
+        path.write_text(path.read_text().replace(old, new))
+        assert sweep.main([str(path), "--docs", str(tmp_path)]) == 78
+        shown = capsys.readouterr().err
+        assert "sweep-options.json holds trainings of another sweep; give another name, or remove it" in shown and said in shown
+    assert len(made) == 2
+
+
+def test_a_training_that_fails_ends_the_sweep_and_the_same_command_goes_on(
+    prepared: Path, made: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, launch = written(tmp_path, str(prepared / "tiny"), seeds=(0,)), peer.launch
+
+    def fails(cfg: Any, run: RunFolder, kind: str, words: list[str], cores: int) -> RunFolder:
+        if made:
+            raise SystemExit(75)
+        return launch(cfg, run, kind, words, cores)
+
+    monkeypatch.setattr(peer, "launch", fails)
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([str(path), "--docs", str(tmp_path)])
+    assert caught.value.code == 75 and len(made) == 1
+    monkeypatch.setattr(peer, "launch", launch)
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0 and len(made) == 2
+
+
+def test_equal_time_gives_each_arm_the_updates_that_its_own_probes_found(
+    prepared: Path, made: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm at half the rate gets half the updates, and the probes are made once for all its seeds."""
+    path = written(tmp_path, str(prepared / "tiny"), extent="minutes = 2.0", seeds=(0, 2))
+    rate = {True: 5.0, False: 10.0}
+
+    def training_seconds(run: RunFolder) -> float:
+        words = made[-1]
+        steps = next(int(word.rpartition("=")[2]) for word in words if word.startswith("dalle_fit.steps"))
+        return steps / rate["dalle_fit.weight_decay=1.0" in words]
+
+    monkeypatch.setattr(peer, "training_seconds", training_seconds)
+    monkeypatch.setattr(peer, "_precision", lambda run, given: given)
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "experiments" / "sweep-options.json").read_text())
+    assert [kind for kind, *_ in made] == ["probe", "probe", "sweep", "probe", "probe", "sweep", "sweep", "sweep"]
+    assert found["arms"]["base"]["updates"] == round(120 * 0.98 * 10) == 2 * found["arms"]["decay 1"]["updates"]
+    assert [one["minutes"] for one in found["runs"]] == pytest.approx([2 * 0.98] * 4)
+
+
+def test_the_error_is_that_of_the_paired_differences(prepared: Path) -> None:
+    assert sweep_page.paired([0.1, 0.3]) == f"+0.2000 ± {0.1:.4f}" and sweep_page.paired([-0.5]) == "-0.5000" and sweep_page.paired([]) == "–"
+    values = [0.1, 0.2, 0.6]
+    spread = math.sqrt(sum((v - 0.3) ** 2 for v in values) / 2 / 3)
+    assert sweep_page.paired(values) == f"+0.3000 ± {spread:.4f}"
+
+
+def run_of(arm: str, seed: int, nats: float) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "seed": seed,
+        "end": "done",
+        "nats_per_code": nats,
+        "caption_gain": 0.25,
+        "train_nats_per_code": nats - 1,
+        "updates": 1000,
+        "epochs": 2.5,
+        "minutes": 9.8,
+        "producer": {"commit": "c" * 40},
+    }
+
+
+def test_the_page_pairs_by_seed_and_shows_arms_without_figures(tmp_path: Path) -> None:
+    """Seeds differ by a whole nat; the pairs say 0.1 all the same. A seed that the base lacks is in no pair."""
+    runs = [run_of("base", 0, 2.0), run_of("base", 1, 3.0), run_of("x", 0, 1.9), run_of("x", 1, 2.9), run_of("x", 2, 9.0)]
+    found = {
+        "kind": "sweep",
+        "name": "n",
+        "base": "base",
+        "settings": {"run": "pairs", "minutes": 10.0, "cores": 1, "overrides": ["a.b=1"], "layers": 6},
+        "arms": {"base": {"overrides": []}, "x": {"overrides": ["a.c=2"]}, "y": {"overrides": ["a.d=3"]}},
+        "runs": runs,
+    }
+    (tmp_path / "n.json").write_text(json.dumps(found))
+    said = page.render(tmp_path)
+    assert "## Sweep n, on pairs with `a.b=1`" in said and "10 minutes of training in one process" in said and "Commit cccccccccc." in said
+    assert "| base | – | 2.5000 | – | – | 0.2500 | – | 1.5000 | 1,000 | 2.50 | 9.8 | 2 |" in said
+    assert "| x | `a.c=2` | 4.6000 | -0.1000 ± 0.0000 | -4.2% | 0.2500 | +0.0000 ± 0.0000 | 3.6000 | 1,000 | 2.50 | 9.8 | 3 |" in said
+    assert "| y | `a.d=3` | " + " | ".join("–" * 9) + " | not measured yet |" in said
+
+
+def test_the_sweep_that_comes_with_the_code_is_one_and_its_keys_exist() -> None:
+    file = sweep.read(REPOSITORY / "train" / "experiments" / "small-data.toml")
+    assert not file.arms["base"] and len(file.seeds) == 3
+    for words in file.arms.values():
+        load_run("demo", [*file.overrides, *words])
+
+
+def test_a_real_sweep_trains_evaluates_and_keeps_its_books(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "subprocess", SimpleNamespace(run=in_process))
+    url = str(copy_of(prepared, tmp_path / "runs") / "tiny")
+    path = written(tmp_path, url, seeds=(3,), extent="tokens = 1024")
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "experiments" / "sweep-options.json").read_text())["runs"]
+    assert [one["updates"] for one in runs] == [4, 4] and all(one["minutes"] > 0 and one["epochs"] > 0 for one in runs)
+    assert runs[0]["nats_per_code"] != runs[1]["nats_per_code"] and runs[0]["caption_gain"] == pytest.approx(
+        runs[0]["nats_shuffled"] - runs[0]["nats_per_code"], abs=1e-4
+    )
+    first, second = (read_metrics(str(tmp_path / "runs" / "tiny" / "against" / f"sweep-{n}"), "dalle")["train/loss_image"] for n in (0, 1))
+    assert first[0].value == second[0].value, "the same seed has the same weights and the same first batch"
+    assert runs[0]["train_nats_per_code"] == pytest.approx(first[-1].value, abs=1e-4)

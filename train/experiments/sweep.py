@@ -1,0 +1,211 @@
+"""Compares options of stage dalle with each other, at equal time or equal tokens, with paired seeds: ``python -m train.experiments.sweep FILE.toml``.
+
+The file says which run's codes are used (its stages tokenizer, dvae and encode are finished), and what the arms change in its configuration:
+
+    name = "small-data"                                  # figures: docs/experiments/sweep-NAME.json
+    run = "runs/pairs64"
+    seeds = [0, 1, 2]                                    # of weights, order of samples and everything else random; every arm gets each
+    minutes = 10.0                                       # or tokens = 5_000_000: positions of the stream, padding included
+    cores = 1                                            # processes of a training
+    overrides = ["dalle.embedding_scale=30"]             # for all arms
+
+    [arms]                                               # the first is the one that the others are compared with
+    base = []
+    "weight decay 0.3" = ["dalle_fit.weight_decay=0.3"]
+
+With minutes, two probes find how many updates of an arm fit into them, once for all its seeds; updates, the loading of batches and checkpoints count as time,
+evaluations and the start do not. Warm-up and schedule fill the updates, whatever their number. The figures are written after each training, with its seed, commit
+and minutes; the same command goes on with the trainings that are missing, so arms and seeds can be added later. A training that was interrupted is begun anew. One
+that diverged is recorded as such. ``python -m train.experiments.page --render`` makes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from infra import storage
+from infra.config import Section, differences, parse, validate
+from infra.errors import ConfigError, ExitCode, ReportedError
+from infra.repository import DOCS
+from infra.run_folder import RunFolder, producer
+from train.config import load_run
+from train.experiments import peer, sweep_page
+from train.loop.metrics import read_metrics
+
+_TAIL = 0.1
+"""The share of the updates, the last ones, whose mean is called the training loss."""
+_OF_THE_SWEEP = ("dalle_fit.steps", "run.seed", "run.name", "run.root")
+"""Keys that the runner sets itself."""
+
+
+class SweepFile(Section):
+    """What FILE.toml may say."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """Name of the file of figures."""
+    run: str
+    """Folder of the run whose codes and tokenizer are used."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of each arm."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Training time of each training; or give tokens."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Positions of the stream of each training, padding included; or give minutes."""
+    probe_minutes: float | None = Field(default=None, gt=0)
+    """Training time of the probe of an arm; a twentieth of the minutes if not given."""
+    cores: int = Field(default=1, gt=0)
+    """Processes of a training."""
+    overrides: tuple[str, ...] = ()
+    """section.key=value, for all arms."""
+    arms: dict[str, tuple[str, ...]] = Field(min_length=1)
+    """Name -> section.key=value of this arm; the first arm is the one that the others are compared with."""
+
+    @model_validator(mode="after")
+    def _is_a_sweep(self) -> Self:
+        if (self.minutes is None) == (self.tokens is None):
+            raise ValueError("give one of minutes and tokens: what every training gets as much of")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} names a seed twice")
+        for word in [*self.overrides, *(word for words in self.arms.values() for word in words)]:
+            if (key := word.partition("=")[0]) in _OF_THE_SWEEP:
+                raise ValueError(f"'{word}': the sweep sets {key} itself, from seeds, minutes and tokens")
+        return self
+
+
+def read(path: Path) -> SweepFile:
+    """The sweep in a file.
+
+    Raises:
+        ConfigError: there is no such file, or what it says is not accepted.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a TOML file, as train/experiments/small-data.toml is one.") from error
+    return validate(SweepFile, parse(text, str(path)), str(path))
+
+
+class Sweep:
+    """The trainings of a file, and their figures."""
+
+    def __init__(self, given: SweepFile, out: Path) -> None:
+        """Read all configurations and the figures that are there.
+
+        Raises:
+            ConfigError: an arm's configuration is wrong; or the figures are of other settings, or of an arm with other overrides.
+        """
+        self.given, self.out = given, out
+        url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
+        self.run = RunFolder(url)
+        self.configs = {arm: load_run(url, [*given.overrides, *words]) for arm, words in given.arms.items()}
+        common = peer.settings_of(load_run(url, list(given.overrides)), self.run, given.minutes or 0.0, given.cores, given.overrides)
+        left_out = {"seed", "minutes"}
+        extent = {"minutes": given.minutes} if given.minutes else {"tokens": given.tokens}
+        settings = {key: value for key, value in common.items() if key not in left_out} | extent
+        self.found: dict[str, Any] = {"kind": "sweep", "name": given.name, "settings": settings, "arms": {}, "runs": []}
+        if out.exists():
+            self._go_on(json.loads(out.read_text()))
+        self.found["base"] = next(iter(given.arms))
+        for arm, words in given.arms.items():
+            self.found["arms"].setdefault(arm, {"overrides": list(words)})
+
+    def _go_on(self, before: dict[str, Any]) -> None:
+        changed = differences(before["settings"], self.found["settings"])
+        for arm, words in self.given.arms.items():
+            if arm in before["arms"]:
+                changed += differences({arm: before["arms"][arm]["overrides"]}, {arm: list(words)})
+        if changed:
+            raise ConfigError(
+                f"{self.out} holds trainings of another sweep; give another name, or remove it:\n  " + "\n  ".join(changed) + "\n  (file -> given)"
+            )
+        self.found |= {"arms": before["arms"], "runs": before["runs"]}
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Arms and seeds that have no figures yet, all arms of a seed before the next seed, so that what is there can be compared."""
+        there = {(one["arm"], one["seed"]) for one in self.found["runs"]}
+        return [(arm, seed) for seed in self.given.seeds for arm in self.given.arms if (arm, seed) not in there]
+
+    def go(self) -> None:
+        """Make the trainings that are missing, and write the figures after each."""
+        for arm, seed in self.missing():
+            updates, precision = self._extent(arm)
+            self.found["runs"].append(one := self._train(arm, seed, updates, precision))
+            self._write()
+            said = f"{one['nats_per_code']:.4f} nats per code" if one["end"] == "done" else one["end"]
+            print(f"{arm}, seed {seed}: {said}, {len(self.missing())} trainings to go", flush=True)
+
+    def _extent(self, arm: str) -> tuple[int, str]:
+        """How many updates an arm's trainings have, and their precision; by probes, where time is equal."""
+        cfg, of_arm, given = self.configs[arm], self.found["arms"][arm], self.given
+        if given.tokens is not None:
+            updates = round(given.tokens / (cfg.dalle_fit.batch * cfg.stream_shape().states))
+            return max(1, updates), cfg.dalle_fit.precision
+        if "updates" not in of_arm:
+            assert given.minutes is not None
+            probe = given.probe_minutes or given.minutes / 20
+            words = [*given.overrides, *given.arms[arm]]
+            updates, rates, precision = peer.updates_within(cfg, self.run, words, given.minutes, probe, given.cores)
+            of_arm |= {"updates": updates, "updates_per_s": rates, "precision": precision}
+            self._write()
+        return of_arm["updates"], of_arm["precision"]
+
+    def _train(self, arm: str, seed: int, updates: int, precision: str) -> dict[str, Any]:
+        given, cfg, load = self.given, self.configs[arm], [os.getloadavg()[0]]
+        words = [*given.overrides, *peer.words_of(cfg, updates), *given.arms[arm], f"dalle_fit.precision={precision}", f"run.seed={seed}"]
+        about = {"arm": arm, "seed": seed, "updates": updates, "producer": producer()}
+        try:
+            trained = peer.launch(cfg, self.run, "sweep", words, given.cores)
+        except SystemExit as left:
+            if left.code != ExitCode.DIVERGED:
+                raise
+            return about | {"end": "diverged"}
+        final, parameters = peer.judge(load_run(trained.url, []), trained, given.cores)
+        return about | {
+            "end": "done",
+            "minutes": peer.training_seconds(trained) / 60,
+            "epochs": updates * cfg.dalle_fit.batch / self.found["settings"]["training_images"],
+            "parameters": parameters,
+            "train_nats_per_code": training_loss(trained.url),
+            "nats_per_code_raw": final["raw"]["nats_per_code"],
+            "load": [*load, os.getloadavg()[0]],
+            **final["averaged"],
+        }
+
+    def _write(self) -> None:
+        peer.write(self.out, self.found)
+
+
+def training_loss(url: str) -> float:
+    """Mean training loss of the image codes over the last updates of a finished stage dalle."""
+    points = read_metrics(url, "dalle")["train/loss_image"]
+    tail = points[-max(1, round(_TAIL * len(points))) :]
+    return sum(point.value for point in tail) / len(tail)
+
+
+def main(words: Sequence[str]) -> int:
+    """Go on with a sweep, and print its table."""
+    parser = argparse.ArgumentParser(prog="python -m train.experiments.sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file", type=Path, help="the sweep, a TOML file")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder whose experiments/ gets the figures")
+    given = parser.parse_args(words)
+    try:
+        file = read(given.file)
+        sweep = Sweep(file, given.docs / "experiments" / f"sweep-{file.name}.json")
+        sweep.go()
+    except ReportedError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(sweep_page.section(sweep.found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

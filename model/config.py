@@ -128,6 +128,8 @@ class TransformerConfig:
     """Weight of the text cross-entropy; that of the image is 1 minus this (paper 2.2: 1/8 and 7/8)."""
     embedding_scale: float = 1.0
     """Factor on the initial embeddings. 1: as published for large models; a narrow model with a large step size learns faster at 30 (DECISIONS.md)."""
+    zero_projections: bool = False
+    """Begin with zeros in the last matrix of each resblock, so that an untrained resblock adds nothing; all other weights are the same with and without it."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")

@@ -31,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
     """See cross_entropy."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, keeps_logits: bool) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, keeps_logits: bool, z_loss: float) -> Tensor:
         rows, vocab = len(x_ND), len(weight_VD)
         kept_NV = x_ND.new_empty(rows, vocab) if keeps_logits else None
         log_sum_N, nll_N = x_ND.new_empty(rows), x_ND.new_empty(rows)
@@ -40,29 +40,31 @@ class _CrossEntropy(torch.autograd.Function):
             log_sum_N[part] = logits_RV.logsumexp(1)
             nll_N[part] = log_sum_N[part] - logits_RV.gather(1, targets_N[part, None])[:, 0]
             del logits_RV  # before the next chunk is made
+        ctx.z_loss = z_loss
         ctx.save_for_backward(x_ND, weight_VD, targets_N, log_sum_N, *([] if kept_NV is None else [kept_NV]))
         return nll_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_ND, weight_VD, targets_N, log_sum_N, *kept = ctx.saved_tensors
         grad_x_ND = torch.empty_like(x_ND)
         grad_weight_VD = torch.empty_like(weight_VD) if len(x_ND) else torch.zeros_like(weight_VD)
+        # d (nll + z log_sum^2) / d logits = (1 + 2 z log_sum) softmax - one-hot, times the incoming gradient.
+        softmax_N = grads[0] * (1 + 2 * ctx.z_loss * log_sum_N) if ctx.z_loss else grads[0]
         for part in _chunks(len(x_ND), len(weight_VD), x_ND.device.type):
             logits_RV = kept[0][part] if kept else torch.mm(x_ND[part], weight_VD.t())
-            # d nll / d logits = softmax - one-hot, times the incoming gradient.
             grad_RV = logits_RV.sub(log_sum_N[part, None]) if kept else logits_RV.sub_(log_sum_N[part, None])
-            grad_RV = grad_RV.exp_().mul_(grads[0][part, None])
+            grad_RV = grad_RV.exp_().mul_(softmax_N[part, None])
             grad_RV.scatter_add_(1, targets_N[part, None], -grads[0][part, None])
             torch.mm(grad_RV, weight_VD, out=grad_x_ND[part])
             # beta = 0 in the first chunk, so that this matrix, the largest one, need not be filled with zeros first.
             grad_weight_VD.addmm_(grad_RV.t(), x_ND[part], beta=min(part.start, 1))
             del logits_RV, grad_RV
-        return grad_x_ND, grad_weight_VD, None, None
+        return grad_x_ND, grad_weight_VD, None, None, None
 
 
-def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, keeps_logits: bool) -> Tensor:
+def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, keeps_logits: bool, z_loss: float = 0.0) -> Tensor:
     """Negative log-likelihood in nats of each target under the logits ``x @ weight.T``, fp32 [N].
 
     Args:
@@ -71,16 +73,18 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, keeps_l
         targets_N: int64, 0 to V - 1.
         keeps_logits: keep the logits, fp32 [N, V], from the forward to the backward pass. Otherwise only a chunk of them is in memory at a time, and the backward
             pass computes them again.
+        z_loss: the gradient is that of nll + z_loss * (logarithm of the softmax's denominator)^2, which keeps logits from drifting; the result is the nll alone.
     """
-    nll_N: Tensor = _CrossEntropy.apply(x_ND, weight_VD, targets_N, keeps_logits and torch.is_grad_enabled())
+    nll_N: Tensor = _CrossEntropy.apply(x_ND, weight_VD, targets_N, keeps_logits and torch.is_grad_enabled(), z_loss)
     return nll_N
 
 
 class Unembedding(nn.Module):
     """Maps states to fp32 logits, or to the cross-entropies of targets. The weight, (vocabulary, D), is not tied to the embedding, and there is no bias."""
 
-    def __init__(self, width: int, vocab: int, variance: float) -> None:
+    def __init__(self, width: int, vocab: int, variance: float, z_loss: float = 0.0) -> None:
         super().__init__()
+        self.z_loss = z_loss
         self.weight = nn.Parameter(torch.empty(vocab, width))
         nn.init.normal_(self.weight, std=math.sqrt(variance / width))
 
@@ -88,5 +92,5 @@ class Unembedding(nn.Module):
         """Logits fp32 [..., V] of states [..., D]; if targets int64 [B, P] are given, their cross-entropies, fp32 [B, P] (see ``cross_entropy``)."""
         if targets_BP is None:
             return F.linear(x_BPD, self.weight)
-        nll_N = cross_entropy(x_BPD.flatten(0, 1), self.weight, targets_BP.flatten(), keeps_logits=keeps_logits)
+        nll_N = cross_entropy(x_BPD.flatten(0, 1), self.weight, targets_BP.flatten(), keeps_logits=keeps_logits, z_loss=self.z_loss)
         return nll_N.view_as(targets_BP)

@@ -118,7 +118,7 @@ class AttentionResblock(Resblock):
         std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
         self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std) for _ in range(3))
         # Half the variance, divided by the number of layers, so that the size of the residual sum does not depend on the depth.
-        self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers))
+        self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers) * (not cfg.zero_projections))
 
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         q_BHSK, k_BHSK, v_BHSK = (p(h_BSD).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -134,7 +134,7 @@ class MLPResblock(Resblock):
         super().__init__(norm, branch_dtype)
         std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
         self.mlp_1 = Projection(cfg.width, 4 * cfg.width, std)
-        self.mlp_2 = Projection(4 * cfg.width, cfg.width, std * math.sqrt(0.5 / (4 * cfg.layers)), transposed=True)
+        self.mlp_2 = Projection(4 * cfg.width, cfg.width, std * math.sqrt(0.5 / (4 * cfg.layers)) * (not cfg.zero_projections), transposed=True)
 
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         y_BSD: Tensor = self.mlp_2(quick_gelu(self.mlp_1(h_BSD)))
@@ -179,6 +179,7 @@ class Transformer(nn.Module):
         norm: Norm | None = None,
         attend: Attend | None = None,
         checkpoint_every: int = 0,
+        z_loss: float = 0.0,
     ) -> None:
         """Build and initialise the model in fp32.
 
@@ -190,6 +191,7 @@ class Transformer(nn.Module):
             attend: the attention engine (a module, if it holds buffers); DenseAttention if None.
             checkpoint_every: keep only the states before every n-th resblock, and recompute the resblocks in between (and the logits) in the backward pass (paper
                 2.4 recomputes each resblock: 1); 0 keeps everything.
+            z_loss: see ``cross_entropy``.
         """
         super().__init__()
         self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
@@ -210,8 +212,8 @@ class Transformer(nn.Module):
             blocks.append(MLPResblock(cfg, make_norm(width), branch_dtype))
         self.resblocks = nn.ModuleList(blocks)
         self.final_norm = make_norm(width)
-        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE)
-        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE)
+        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE, z_loss)
+        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE, z_loss)
 
     def embed_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Input states of the text slots, fp32 [B, T, D]."""
@@ -250,7 +252,9 @@ class Transformer(nn.Module):
         text_BTD, image_BID = x_BSD.split([self.shape.text_tokens, self.shape.image_tokens], dim=1)
         return text_BTD, image_BID
 
-    def forward(self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor, read_text_BT: Tensor | None = None, read_codes_BI: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]. The caller takes means, with its own denominators.
 
         Text positions that do not count (see ``text_counts``) are exactly 0.
@@ -259,11 +263,16 @@ class Transformer(nn.Module):
             text_BT: text ids, int64 [B, T]; ids beyond a caption's length are ignored.
             lengths_B: number of tokens of each caption, int64 [B], 0 to T.
             codes_BI: image codes in raster order, int64 [B, I].
+            read_text_BT: text ids that are read as inputs instead of ``text_BT``, which stays what is predicted.
+            read_codes_BI: the same for ``codes_BI``.
 
         Raises:
             ValueError: shapes are wrong, or ids or lengths out of range (which is checked for CPU tensors only, because on a device the host would have to wait).
         """
-        text_BTD, image_BID = self.predicting_states(text_BT, lengths_B, codes_BI)
+        if read_text_BT is not None or read_codes_BI is not None:
+            self._check(text_BT, lengths_B, codes_BI)  # else the inputs, which are checked where they are read
+        read_text_BT, read_codes_BI = (given if other is None else other for given, other in ((text_BT, read_text_BT), (codes_BI, read_codes_BI)))
+        text_BTD, image_BID = self.predicting_states(read_text_BT, lengths_B, read_codes_BI)
         keeps_logits = not self.checkpoint_every
         is_token_BT = torch.arange(self.shape.text_tokens, device=text_BT.device) < lengths_B[:, None]
         text_nll_BT = self.text_unembedding(text_BTD, text_BT.where(is_token_BT, 0), keeps_logits)

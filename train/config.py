@@ -15,6 +15,7 @@ from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
+from train.config_learning import LearningSection
 from train.config_pictures import EvaluateSection, GenerateSection
 from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
 
@@ -129,7 +130,7 @@ class EncodeSection(Section):
     """Refuse a dVAE that uses a smaller share of its codes on validation images."""
 
 
-class DalleFit(FitSection, NumericsSection):
+class DalleFit(LearningSection, FitSection, NumericsSection):
     """Training of the transformer (paper B.2)."""
 
     init_from: str = Field(default="", json_schema_extra=PLACE)
@@ -179,9 +180,6 @@ class DalleFit(FitSection, NumericsSection):
     """Recompute activations inside resblocks in the backward pass."""
     checkpoint_every: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
     """With activation_checkpointing: resblocks that are recomputed together; activations are kept before every n-th resblock."""
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=GOING_ON)
-    """Share of training samples without their caption, so that pictures can be drawn with classifier-free guidance; the paper has none. Other samples in each
-    epoch."""
 
 
 class ZeroSection(Section):

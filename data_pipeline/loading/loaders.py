@@ -345,10 +345,14 @@ def image_collate(samples: list[Sample]) -> Batch:
     return batch | _texts(samples) if "text" in samples[0] else batch
 
 
+READ = ("read_text", "read_codes")
+"""What a model reads in place of text and codes, in the order in which it takes them; only where pieces or codes are replaced."""
+
+
 def code_collate(samples: list[Sample]) -> Batch:
-    """Collate code samples: ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]."""
-    codes_BI = torch.from_numpy(np.stack([sample["codes"] for sample in samples]))
-    return {"ids": [sample["id"] for sample in samples], "codes": codes_BI} | _texts(samples)
+    """Collate code samples: ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]; and read_text and read_codes where samples have them."""
+    stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in ("codes", *READ) if name in samples[0]}
+    return {"ids": [sample["id"] for sample in samples]} | stacked | _texts(samples)
 
 
 def _texts(samples: list[Sample]) -> Batch:

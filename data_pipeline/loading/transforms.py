@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.images import crops
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import UNKNOWN, Tokenizer
 from infra import shown
 from infra.errors import DataError
 from infra.seeds import derive, generator
@@ -17,7 +18,8 @@ from infra.seeds import derive, generator
 Record = Mapping[str, Any]
 """One record of a shard set: its columns by name. A column is decoded only when it is read."""
 Sample = dict[str, Any]
-"""The input of collation: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I])."""
+"""The input of collation: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I]), and what a model reads in place of the
+last and of text: read_codes, read_text."""
 
 
 def dvae_transform(
@@ -72,14 +74,20 @@ def code_transform(
     dropout: float = 0.0,
     first_caption: bool = False,
     caption_dropout: float = 0.0,
+    replace_codes: float = 0.0,
+    replace_pieces: float = 0.0,
     positions: int = 0,
     vocab: int = 0,
 ) -> Callable[[Record, int], Sample]:
     """For the transformer: code records with one of their captions (or the first). Samples have text, length, codes (int64 [I]) and id.
 
     A share ``caption_dropout`` of the samples, drawn by (seed, epoch, id), gets a caption of length 0, for classifier-free guidance.
+    With shares of codes or pieces that are replaced, drawn alike, samples also have read_codes (int64 [I]) and read_text (int64 [T]): what the model is to read,
+    while codes and text stay what it is to predict.
 
     Args:
+        replace_codes: share of the codes that are replaced by one of ``vocab``, which must be given then.
+        replace_pieces: share of the pieces of captions that are replaced by one of the tokenizer.
         positions: number of codes of a picture, which each record must have; 0: any.
         vocab: codes must be below this, as a model would look up what it does not have; 0: any.
     """
@@ -94,10 +102,20 @@ def code_transform(
             )
         sample: Sample = {"id": record["id"], "codes": codes.astype(np.int64)} | encode(record, epoch)
         if caption_dropout and generator(seed, "caption_dropout", epoch, record["id"]).random() < caption_dropout:
-            return sample | {"text": np.zeros_like(sample["text"]), "length": 0}
+            sample |= {"text": np.zeros_like(sample["text"]), "length": 0}
+        if replace_codes or replace_pieces:
+            codes_rng, text_rng = (generator(seed, "replace", what, epoch, record["id"]) for what in ("codes", "pieces"))
+            sample["read_codes"] = replaced(sample["codes"], replace_codes, (0, vocab), codes_rng)
+            sample["read_text"] = replaced(sample["text"], replace_pieces, (UNKNOWN + 1, tokenizer.size), text_rng)
         return sample
 
     return transform
+
+
+def replaced(ids: NDArray[np.int64], share: float, among: tuple[int, int], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The ids with a share of them replaced by ids drawn evenly from a range, which may be the same ones. As many numbers are drawn whatever the share is."""
+    draws, others = rng.random(len(ids)), rng.integers(*among, len(ids))
+    return np.where(draws < share, others, ids)
 
 
 def view_transform(image_size: int, tokenizer: Tokenizer | None = None) -> Callable[[Record, int], Sample]:

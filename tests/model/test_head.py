@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,30 @@ def test_losses_and_gradients_equal_those_of_torch_whatever_the_chunk(rows: int,
             (nll_N * above_N).sum().backward()
             results.append((nll_N.detach(), x.grad, w.grad))
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_figure(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, against autograd; in inference it changes nothing, and a weight of 0 leaves every bit."""
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", {"cpu": 40})
+    g = torch.Generator().manual_seed(0)
+    x_ND, weight_VD, targets_N, above_N = torch.randn(9, 4, generator=g), torch.randn(11, 4, generator=g), torch.arange(9), torch.rand(9, generator=g)
+
+    def by_autograd(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x @ w.t(), targets_N, reduction="none") + 0.3 * (x @ w.t()).logsumexp(1).square()
+
+    def gradients(function: Any) -> list[torch.Tensor]:
+        x, w = x_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+        (function(x, w) * above_N).sum().backward()
+        assert x.grad is not None and w.grad is not None
+        return [x.grad, w.grad]
+
+    ours = gradients(lambda x, w: cross_entropy(x, w, targets_N, keeps_logits=keeps, z_loss=0.3))
+    torch.testing.assert_close(ours, gradients(by_autograd), rtol=1e-4, atol=1e-5)
+    plain, zero = (gradients(lambda x, w, z=z: cross_entropy(x, w, targets_N, keeps_logits=keeps, **z)) for z in ({}, {"z_loss": 0.0}))
+    assert all(map(torch.equal, plain, zero)) and not torch.allclose(ours[0], plain[0])
+    shown = (cross_entropy(x_ND, weight_VD, targets_N, keeps_logits=keeps, z_loss=z) for z in (0.0, 0.3))
+    assert torch.equal(*shown)
 
 
 def test_huge_logits_stay_finite() -> None:

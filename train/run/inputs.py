@@ -99,12 +99,19 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
 
 
 def build_dalle(
-    cfg: RunConfig, device: torch.device, dtype: torch.dtype, engine: EngineName, *, checkpoint_every: int = 0, norm: Norm | None = None
+    cfg: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: EngineName,
+    *,
+    checkpoint_every: int = 0,
+    norm: Norm | None = None,
+    z_loss: float = 0.0,
 ) -> Transformer:
     """Build the transformer with the given attention engine, and with torch's layer norm unless another is given."""
     shape = cfg.stream_shape()
     attend = make_engine(engine, cfg.dalle, shape, device)
-    return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every).to(device)
+    return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every, z_loss=z_loss).to(device)
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

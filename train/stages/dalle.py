@@ -45,7 +45,9 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     norm = apex_parts.layer_norm("dalle_fit.norm") if fit.norm == "apex" else None
     attend = attention_engine.of_run(cfg, run, world, device, dtype)
     with sharded_construction(fit, cfg.zero, world):
-        model = build_dalle(cfg, device, dtype, attend, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm)
+        model = build_dalle(
+            cfg, device, dtype, attend, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm, z_loss=fit.z_loss
+        )
     codes = loader.sets[0]
     lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)

@@ -15,8 +15,17 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
     """Endless batches of ``batch`` samples, counted over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Their order and the choice of captions depend only
     on run.seed."""
     sets = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
-    without, sizes = cfg.dalle_fit.caption_dropout, {"positions": cfg.dvae.grid**2, "vocab": cfg.dvae.vocab}
-    encode = code_transform(tokenizer, cfg.run.seed, dropout=cfg.tokenizer.dropout, first_caption=False, caption_dropout=without, **sizes)
+    fit = cfg.dalle_fit
+    encode = code_transform(
+        tokenizer,
+        cfg.run.seed,
+        dropout=cfg.tokenizer.dropout,
+        caption_dropout=fit.caption_dropout,
+        replace_codes=fit.replace_codes,
+        replace_pieces=fit.replace_pieces,
+        positions=cfg.dvae.grid**2,
+        vocab=cfg.dvae.vocab,
+    )
     return ShardLoader(
         sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key="dalle_fit.batch", **loader_options(cfg.data)
     )

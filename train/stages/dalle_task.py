@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.loading.loaders import READ
 from infra.digests import id_hash
 from model.transformer import Transformer
 from train.config import RunConfig
@@ -152,7 +153,8 @@ class DalleTask:
     def loss(self, engine: Engine, batch: Batch, step: int, at: Mapping[str, float], denominators: Mapping[str, Any]) -> Loss:
         """Both cross-entropies on this rank's samples."""
         text_BT, lengths_B, codes_BI = (batch[key].to(self.device, non_blocking=True) for key in ("text", "lengths", "codes"))
-        text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
+        read = [batch[key].to(self.device, non_blocking=True) for key in READ if key in batch]
+        text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI, *read)
         text, image = text_nll_BT.sum() / denominators["text"].clamp(min=1), image_nll_BI.sum() / denominators["image"]
         weight = self.cfg.dalle.text_loss_weight
         total = weight * text + (1 - weight) * image

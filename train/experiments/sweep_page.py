@@ -36,7 +36,8 @@ def section(found: dict[str, Any]) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The arms as a Markdown table; one that has not been trained yet, or only diverged, has a row too."""
-    return "\n".join([line.format(base=found["base"]) for line in _COLUMNS] + [_row(found, arm) for arm in found["arms"]]) + "\n"
+    arms = sorted(found["arms"], key=lambda arm: arm != found["base"])
+    return "\n".join([line.format(base=found["base"]) for line in _COLUMNS] + [_row(found, arm) for arm in arms]) + "\n"
 
 
 def _row(found: dict[str, Any], arm: str) -> str:

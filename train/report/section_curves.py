@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+from train.evaluation import data_limit
 from train.loop.panels import PANELS, TITLES, Panel
 from train.report.markup import Html, el, join, note
 from train.report.plots import Line, lines
@@ -32,6 +33,7 @@ def section(run: RunView) -> Section | None:
         if len(plots) > _OPEN:
             parts.append(el("details", el("summary", f"{len(plots) - _OPEN} more"), el("div", plots[_OPEN:], class_="plots")))
         parts.append(_warning(run, stage))
+        parts.append(_limit(run) if stage == "dalle" else None)
         parts += [note(f"Dotted line: {change_points.described(point)}.") for point in run.changes(stage)]
     if silent:
         parts.append(note(f"No metrics yet: {', '.join(silent)}."))
@@ -83,6 +85,27 @@ def _minutes(points: list[tuple[int, float]]) -> dict[int, float]:
             now += (step - before) * (pace if 0 <= pace <= 10 * usual else usual)
         found[step] = now / 60
     return found
+
+
+def _limit(run: RunView) -> Html | None:
+    """Whether data or computing time limits the transformer."""
+    images = int(run.summary("prepare").get("splits", {}).get("train", 0))
+    fit, series = run.section("dalle_fit"), run.series("dalle")
+    read, losses = series.get("train/loss_image", []), series.get("eval/loss_image", [])
+    if not images or not read or not fit.get("batch"):
+        return None
+    tail = [point.value for point in read[-max(1, len(read) // 10) :]]
+    entropy = run.evaluation.get("unigram_entropy_nats")
+    facts = data_limit.Facts(
+        images=images,
+        epochs=read[-1].step * fit["batch"] / images,
+        crops=run.section("encode").get("crops", 1),
+        entropy=float(entropy) if entropy else None,
+        train=sum(tail) / len(tail),
+        validation=losses[-1].value if losses else None,
+        is_harder=any(fit.get(key) for key in ("replace_codes", "replace_pieces", "caption_dropout")),
+    )
+    return note(data_limit.described(facts))
 
 
 def _warning(run: RunView, stage: str) -> Html | None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import get_args
 
 from infra.errors import ConfigError, ReportedError, UsageError
+from infra.run_folder import RunFolder
 from train.config import load_run
+from train.evaluation import data_limit
 from train.planning import estimate, network, requests, samples, states
 from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
@@ -56,6 +58,8 @@ def main(
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or own.rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
+    if limit := data(preset, own):
+        print(limit)
     print("\n".join(requests.lines(own.cluster.nodes, own.cluster.gpus, cfg.dalle_fit.keep)))
     print("\n".join(samples.line(cfg)), end="\n" if cfg.samples.every else "")
     if price:
@@ -71,6 +75,18 @@ def main(
             f"{preset} as configured (zero.stage = {own.stage}, {own.micro_batch} samples at once) needs {needed / _GB:.1f} GB of "
             f"{room / _GB:.1f} GB on each GPU: {remedies(own, room)}."
         )
+
+
+def data(preset: str, setting: Setting) -> str:
+    """Whether data would be the limit; empty unless the preset is a run whose pictures are prepared."""
+    cfg = setting.cfg
+    done = RunFolder(preset).done("prepare") if "/" in preset and not preset.endswith((".toml", ".json")) else None
+    images = int(done["summary"].get("splits", {}).get("train", 0)) if done else 0
+    if not images:
+        return ""
+    return (
+        f"data                 {data_limit.described(data_limit.Facts(images, cfg.dalle_fit.steps * cfg.dalle_fit.batch / images, cfg.encode.crops))}"
+    )
 
 
 def compare(setting: Setting) -> None:

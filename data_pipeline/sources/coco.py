@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,10 @@ from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
     MISSING_IMAGE,
+    NO_ID,
+    ODD_CAPTION,
     OUTSIDE,
+    REPEATED_ID,
     BadRecord,
     Draft,
     distinct,
@@ -46,6 +50,10 @@ class Annotations:
     captions: dict[Any, list[Any]]
     strays: list[Any] = field(default_factory=list)
     """Ids of images that have captions but are not listed."""
+    repeated: frozenset[str] = frozenset()
+    """Ids that several images have: whose a caption is cannot be told."""
+    nobodys: int = 0
+    """Number of annotations that name no image."""
 
 
 class CocoSource:
@@ -103,6 +111,7 @@ class CocoSource:
         yield from with_images(self._drafts(shard, wanted))
         if shard.span[0] == 0:
             yield from (Unreadable(self.origin.id(f"{name}/{identity}"), MISSING_IMAGE) for identity in found.strays)
+            yield from (Unreadable(self.origin.id(f"{name}/annotations/{number}"), NO_ID) for number in range(found.nobodys))
 
     def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
         """As of Source."""
@@ -121,7 +130,7 @@ class CocoSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("coco/1")
+        return self.origin.version("coco/2")
 
     def _annotations(self, name: str, version: str) -> Annotations:
         url = self.origin.part(name)
@@ -131,15 +140,19 @@ class CocoSource:
             raise UnchangingError(
                 f"{url}: not captions in COCO's form: a JSON object with the lists 'images' (id, file_name) and 'annotations' (image_id, caption)."
             )
-        captions: dict[Any, list[Any]] = {json.dumps(image.get("id")): [] for image in images}
+        ids = Counter(json.dumps(image["id"]) for image in images if image.get("id") is not None)
+        captions: dict[Any, list[Any]] = {identity: [] for identity in ids}
         strays: dict[str, None] = {}
+        nobodys = 0
         for annotation in said:
             identity = json.dumps(annotation.get("image_id"))
-            if identity in captions:
+            if annotation.get("image_id") is None:
+                nobodys += 1
+            elif identity in captions:
                 captions[identity].append(annotation.get("caption"))
             else:
                 strays[identity] = None
-        return Annotations(images, captions, list(strays))
+        return Annotations(images, captions, list(strays), frozenset(identity for identity, count in ids.items() if count > 1), nobodys)
 
     def _folder(self, name: str, folders: list[str], found: Annotations) -> str:
         """The folder of the images, relative to the base: the one named like the file (val2017 for captions_val2017.json), else the first that holds an image."""
@@ -169,7 +182,7 @@ class CocoSource:
         place = f"{name}/{text_in(image, 'id') or path}"
         row = {key: value for key, value in image.items() if key in ("group",)}
         try:
-            captions = distinct(caption for caption in found.captions[json.dumps(image.get("id"))] if isinstance(caption, str))
+            captions = distinct(_said(image, found))
             url = self.origin.image_url(path, self.origin.url(folder))
         except BadRecord as bad:
             return Unreadable(self.origin.id(place), bad.reason, bad.why)
@@ -178,6 +191,23 @@ class CocoSource:
 
 def _split(folder: str, name: str) -> str:
     return split_of_name(f"{folder}/") or split_of_name(name)
+
+
+def _said(image: dict[str, Any], found: Annotations) -> list[str]:
+    """The captions of an image, which only its id ties to it.
+
+    Raises:
+        BadRecord: it has no id, or shares it with another image, or a caption is no text.
+    """
+    if image.get("id") is None:
+        raise BadRecord(NO_ID)
+    identity = json.dumps(image["id"])
+    if identity in found.repeated:
+        raise BadRecord(REPEATED_ID)
+    said = [caption for caption in found.captions[identity] if caption is not None]
+    if not all(isinstance(caption, str) for caption in said):
+        raise BadRecord(ODD_CAPTION)
+    return said
 
 
 def _is_rows(value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources.rows_to_pairs import NESTED_CAPTIONS, BadRecord
+from data_pipeline.sources.rows_to_pairs import NESTED_CAPTIONS, ODD_CAPTION, BadRecord
 from infra.errors import UnchangingError
 
 CAPTION_NAMES = ("captions?", "texts?|txt", "alt_?text|sentences?", "description|prompt", "title|raw|comments?")
@@ -27,7 +27,8 @@ def caption_values(value: Any) -> list[str]:
     holds none.
 
     Raises:
-        BadRecord: a list in a list, of which nobody knows what it stands for.
+        BadRecord: a list in a list, of which nobody knows what it stands for, or a list or struct in which a caption is no text: the others would be taken, and it
+            would be lost. Nothing (null) says nothing, and is passed over.
     """
     if isinstance(value, str):
         if value.startswith("[") and value.endswith("]"):
@@ -35,12 +36,20 @@ def caption_values(value: Any) -> list[str]:
                 listed = json.loads(value)
             except (ValueError, RecursionError):
                 return [value]
+            if isinstance(listed, list) and not any(isinstance(item, (str, list, Mapping)) for item in listed):
+                return [value]  # a caption in brackets, such as [1]
             return caption_values(listed) or [value]
         return [value]
     if isinstance(value, (list, tuple)):
         _refuse_nested(value)
-        return [caption for item in value for caption in ([item] if isinstance(item, str) else _of_struct(item))]
+        return [caption for item in value if item is not None for caption in ([item] if isinstance(item, str) else _of_item(item))]
     return _of_struct(value)
+
+
+def _of_item(item: Any) -> list[str]:
+    if not isinstance(item, Mapping) or not usual_captions(item):
+        raise BadRecord(ODD_CAPTION)
+    return _of_struct(item)
 
 
 def _of_struct(value: Any) -> list[str]:
@@ -50,7 +59,10 @@ def _of_struct(value: Any) -> list[str]:
     for found in said:
         if isinstance(found, list):
             _refuse_nested(found)
-    return [text for found in said for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+    texts = [text for found in said for text in (found if isinstance(found, list) else [found]) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRecord(ODD_CAPTION)
+    return texts
 
 
 def _refuse_nested(value: list[Any] | tuple[Any, ...]) -> None:

@@ -41,12 +41,18 @@ NESTED_CAPTIONS = "captions in nested lists"
 BAD_VALUE = "value that cannot be read"
 PASSWORD = "image address with a password"
 REPEATED_KEY = "repeated key"
+NO_ID = "no image id"
+REPEATED_ID = "image id twice"
+ODD_CAPTION = "caption that is no text"
+SECOND_IMAGE = "further image of a key"
+DISAGREE = "rows of one image disagree"
 MANY_CAPTIONS = "too many captions of one image"
 OUTSIDE = "outside the source"
 REASONS = (
     *(MISSING_IMAGE, NO_CAPTION, BAD_JSON, BAD_ROW, BAD_TEXT, WEB_ADDRESS, BAD_PATH),
     *(UNOPENED_IMAGE, LARGE_IMAGE, LARGE_TEXT, REPEATED_KEY, MANY_CAPTIONS, OUTSIDE),
     *(REPEATED_NAME, NESTED_CAPTIONS, BAD_VALUE, PASSWORD),
+    *(NO_ID, REPEATED_ID, ODD_CAPTION, SECOND_IMAGE, DISAGREE),
 )
 
 _SPLITS = {

@@ -10,7 +10,6 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,38 +21,12 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.plan import make_plan
+from tests.support.odd_rows import MORE, Odd, caption, picture
 from tests.support.root import ROOT
 
 PAGE = ROOT / "docs" / "data_faults.md"
 HEADING = "## Odd and damaged raw data"
 _FILTERS = FilterConfig(english=False, near_duplicate_bits=-1, min_words=1, boilerplate=False)
-
-
-@dataclass(frozen=True)
-class Odd:
-    """One input, and what is right."""
-
-    what: str
-    write: Callable[[Path], None]
-    pairs: int
-    captions: int = 0
-    """Of all pairs; 0: one each."""
-    lost: int = 0
-    """Records that are dropped under a reason."""
-    damaged: bool = False
-    """Whether a file is quarantined."""
-    filters: dict[str, object] = field(default_factory=dict)
-    """Keys of the section filters that are not as for the others."""
-
-
-def picture(number: int, form: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(out, form)
-    return out.getvalue()
-
-
-def caption(number: int) -> str:
-    return f"a red cat number {number} on a table"
 
 
 def _pair(key: str, number: int = 0) -> list[tuple[str, bytes]]:
@@ -308,6 +281,7 @@ INPUTS = (
     Odd("COCO's annotations after a byte order mark, with a password in the address of an image", _coco_secret, 11, captions=22, lost=1),
     Odd("links to themselves, as an image and as nothing", _itself, 1, lost=1),
     Odd("Parquet with dates that no calendar has, in captions and in a column that is not read", _no_calendar, 2, lost=1),
+    *MORE,
 )
 
 

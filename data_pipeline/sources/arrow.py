@@ -84,7 +84,7 @@ class ArrowSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version(f"arrow/1 pyarrow {pyarrow.__version__}")
+        return self.origin.version(f"arrow/2 pyarrow {pyarrow.__version__}")
 
     def _refuse_selection(self, name: str) -> None:
         """Refuse a folder with an index file that selects and orders the rows, which old versions of datasets wrote; it is not read here."""

@@ -72,6 +72,8 @@ def columns_of(origin: Origin, schema: Any, url: str) -> Columns:
         _check_captions(url, name, schema.field(name).type)
     about = tuple(name for name in about if _is_fact(schema.field(name).type))
     is_struct = pyarrow.types.is_struct(kind) and {field.name for field in kind} >= {"bytes"}
+    if is_struct:
+        _check_struct(url, image, kind)
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     is_path = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)
     is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -85,6 +87,17 @@ def _is_fact(kind: Any) -> bool:
     types = pyarrow.types
     value = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_integer(value) or types.is_string(value) or types.is_large_string(value) or types.is_string_view(value))
+
+
+def _check_struct(url: str, name: str, kind: Any) -> None:
+    types = pyarrow.types
+    accepted = {"bytes": (types.is_binary, types.is_large_binary), "path": (types.is_string, types.is_large_string)}
+    for field in kind:
+        if field.name in accepted and not any(test(field.type) for test in (*accepted[field.name], types.is_null)):
+            raise UnchangingError(
+                f"{url}: in column '{name}', a struct, {field.name} is of type {field.type}; accepted are bytes (binary, large_binary) as bytes, and strings "
+                "(string, large_string) as path. Write the column anew with these types, or name another one in data.sources as image."
+            )
 
 
 def _check_captions(url: str, name: str, kind: Any) -> None:
@@ -132,6 +145,7 @@ class Rows:
         value, columns = row.get(self.columns.image), self.columns
         data = value if isinstance(value, bytes) else value.get("bytes") if isinstance(value, dict) else None
         path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
+        data = data or None  # no bytes are no image: the path may lead to one
         if with_image and data is None and not path:
             raise BadRecord(MISSING_IMAGE)
         key = text_in(row, "key")

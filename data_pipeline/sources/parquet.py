@@ -92,7 +92,7 @@ class ParquetSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version(f"parquet/2 pyarrow {pyarrow.__version__}")
+        return self.origin.version(f"parquet/3 pyarrow {pyarrow.__version__}")
 
     def _spans(self, info: FileInfo) -> tuple[list[tuple[int, int]], bool, bool]:
         """Ranges of row groups, whether rows may name files, and whether they do."""
@@ -140,9 +140,13 @@ def _all_embedded(metadata: Any, image: str) -> bool:
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
         for column in map(row_group.column, range(row_group.num_columns)):
-            if column.path_in_schema == f"{image}.bytes" and (column.statistics is None or column.statistics.null_count != 0):
+            if column.path_in_schema == f"{image}.bytes" and _may_be_empty(column.statistics):
                 return False
     return True
+
+
+def _may_be_empty(statistics: Any) -> bool:
+    return statistics is None or statistics.null_count != 0 or (statistics.has_min_max and not statistics.min)
 
 
 def _batches(file: Any, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:

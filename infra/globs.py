@@ -20,7 +20,9 @@ LINK_OUTSIDE = "link outside"
 """``FileInfo.version`` of a link to a folder that is not followed because it leads outside the allowed folders."""
 CLOSED_FOLDER = "closed folder"
 """``FileInfo.version`` of a folder that can never be listed: without permission, or with a path that is too long."""
-NOT_FILES = (LINK_OUTSIDE, CLOSED_FOLDER)
+LISTED_FOLDER = "listed folder"
+"""``FileInfo.version`` of a link to a folder whose files are listed under another name."""
+NOT_FILES = (LINK_OUTSIDE, CLOSED_FOLDER, LISTED_FOLDER)
 _NEVER = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -161,25 +163,44 @@ def _why_closed(entry: os.DirEntry[str], roots: tuple[str, ...]) -> str:
     return ""
 
 
-def local_walk(folder: Path, roots: tuple[str, ...] = (), above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
-    """All files below a local folder, with one folder in memory at a time. Links to folders are followed, but not in circles.
+def local_walk(folder: Path, roots: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    """All files below a local folder, with the names of one folder of each depth in memory. Links to folders are followed, but each folder is walked once: a link
+    to one that is walked anyway, or was met before, is listed as a file whose version is LISTED_FOLDER, if there are ``roots``.
 
     Args:
         folder: where to begin.
         roots: as of ``local_level``.
-        above: real paths of the folders above this one.
     """
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for found in local_level(folder, roots=roots):
+    top = os.path.realpath(folder)
+    linked = set[str]()  # real paths of the folders that were met by links
+    opened = [("", top, False, local_level(folder, roots=roots))]
+    while opened:
+        above, real, by_link, level = opened[-1]
+        found = next(level, None)
+        if found is None:
+            opened.pop()
+            continue
         if is_hidden(found.name):
             continue
+        name = above + found.name
         if not found.name.endswith("/"):
-            yield found
+            yield replace(found, name=name)
             continue
-        inside = local_walk(folder / found.name, roots, (*above, real))
-        yield from (replace(deeper, name=found.name + deeper.name) for deeper in inside)
+        place = folder / name
+        is_link = os.path.islink(place)
+        target = os.path.realpath(place) if is_link else os.path.join(real, found.name.rstrip("/"))
+        if is_link or by_link:
+            if target in linked or _is_walked(target, top):
+                if roots:
+                    yield FileInfo(name.rstrip("/"), 0, LISTED_FOLDER)
+                continue
+            linked.add(target)
+        opened.append((name, target, is_link or by_link, local_level(place, roots=roots)))
+
+
+def _is_walked(path: str, top: str) -> bool:
+    """Whether the walk of a folder comes to this real path without a link."""
+    return path == top or (is_below(path, (top,)) and not is_hidden(path[len(top.rstrip("/")) + 1 :]))
 
 
 def is_below(path: str, roots: tuple[str, ...]) -> bool:

@@ -9,7 +9,7 @@ from itertools import chain
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources.origin import Origin, encodable
-from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
+from data_pipeline.sources.pairs import FURTHER, Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
     IMAGE_SUFFIXES,
     LARGE_TEXT,
@@ -101,7 +101,7 @@ class FolderSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("folder/4")
+        return self.origin.version("folder/5")
 
     def _items(self) -> Iterator[Item]:
         """Images with their caption files, in the order of the listing."""
@@ -190,7 +190,7 @@ def _matched(files: list[FileInfo], census: Census) -> Iterator[Item]:
         stem, _, suffix = file.name.rpartition(".")
         if f".{suffix.lower()}" in _TEXTS:
             texts.setdefault(stem, []).append(file)
-    read = set[str]()
+    read, unused = set[str](), set[str]()
     for file in files:
         if file.name.lower().endswith(IMAGE_SUFFIXES) and file.version not in globs.NOT_FILES:
             # The order of captions: .txt before .json, and 'a.txt' before 'A.TXT'.
@@ -198,10 +198,12 @@ def _matched(files: list[FileInfo], census: Census) -> Iterator[Item]:
                 texts.get(file.name.rpartition(".")[0], ()),
                 key=lambda text: (_TEXTS.index(text.name[text.name.rindex(".") :].lower()), text.name.swapcase()),
             )
-            item = Item(file, tuple(beside))
+            metadata = [text for text in beside if text.name.lower().endswith(".json")]
+            item = Item(file, tuple(text for text in beside if text not in metadata[1:]))
+            unused.update(text.name for text in metadata[1:])
             read |= {found.name for found in item.files}
             yield item
     census.read += len(read)
     for file in files:
         if file.name not in read:
-            census.pass_over(file.name, file.version)
+            census.pass_over(file.name, FURTHER if file.name in unused else file.version)

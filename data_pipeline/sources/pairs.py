@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from infra.globs import CLOSED_FOLDER, LINK_OUTSIDE
+from infra.globs import CLOSED_FOLDER, LINK_OUTSIDE, LISTED_FOLDER
 
 UNKNOWN = "unknown"
 """``Pair.license`` of records that name none."""
@@ -33,6 +33,8 @@ class Pair:
     """'train' or 'validation' if the source names the split, else empty."""
     given: bool = field(default=True, compare=False)
     """Whether the record names its group. If not, its split is decided by the bytes of its image."""
+    also: tuple[str, ...] = ()
+    """Further ids, of rows that say captions of the same image: a take-down by one of them is one of the record."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,14 @@ Found = Pair | Unreadable | NotRead
 
 _SUFFIX = re.compile(r"(\.[a-z0-9_]{1,10})?\.[a-z0-9_]{1,10}$")
 NO_SUFFIX = "(no suffix)"
-_CLOSED = {LINK_OUTSIDE: "(link to a folder outside)", CLOSED_FOLDER: "(folder that cannot be opened)"}
+FURTHER = "further metadata"
+"""Instead of the version of a .json file beside an image that has one already: 'a.json' and 'a.JSON'."""
+_CLOSED = {
+    LINK_OUTSIDE: "(link to a folder outside)",
+    LISTED_FOLDER: "(link to a folder that is listed)",
+    CLOSED_FOLDER: "(folder that cannot be opened)",
+    FURTHER: "(further .json of an image)",
+}
 """``FileInfo.version`` -> what is counted."""
 
 

@@ -43,6 +43,8 @@ class RecordsDigest:
             named = "" if found.source == self._source.name else found.source  # a record that brings no source of its own has the source's URL
             self._add("pair", found.id, list(found.captions), named, found.license, found.group, found.split, found.given, len(found.image))
             self._hash.update(found.image)
+            if found.also:
+                self._add("also", *found.also)
         elif isinstance(found, Unreadable):
             self._add("unreadable", found.id, found.reason)
         else:

@@ -184,9 +184,9 @@ def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None
         if isinstance(pair, Unreadable):
             tally.drop(pair.reason, pair.id, pair.why)
             continue
-        if pair.id in plan.taken_down:
+        if gone := plan.taken_down.intersection((pair.id, *pair.also)):
             tally.drop("taken down", pair.id)
-            tally.taken_down.add(id_hash(pair.id))
+            tally.taken_down.update(map(id_hash, (pair.id, *gone)))
             continue
         try:
             verdict = judge(pair, plan.filters, plan.min_side)

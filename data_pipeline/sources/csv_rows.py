@@ -27,6 +27,16 @@ class Shape:
     """Position of the cell that names the image."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """The columns of a CSV or TSV file, those of images and captions among them, and the byte where its first record starts."""
+
+    columns: tuple[str, ...]
+    image: str
+    captions: tuple[str, ...]
+    start: int
+
+
 class _TooLong(Exception):
     """A row has more bytes than the limit."""
 

@@ -6,7 +6,7 @@ import errno
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -127,6 +127,28 @@ def text_in(row: Mapping[str, Any], *names: str) -> str:
         if isinstance(value, str) and (cleaned := clean(value)):
             return cleaned
     return ""
+
+
+def agreed(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
+    """What the rows of one image say about it together: the first row, with what only later ones say of its group, licence and split.
+
+    Args:
+        rows: at least one.
+        split: ``SourceConfig.split``; where it decides, what rows say of their split does not count.
+
+    Raises:
+        BadRecord: they contradict each other.
+    """
+    found = dict(rows[0])
+    for names in (("group",), ("license", "licence", "LICENSE"), *(() if split else (("split",),))):
+        said: dict[str, str] = {}
+        for value in (text_in(row, *names) for row in rows):
+            said.setdefault(split_word(value) if names == ("split",) else value.strip("?"), value)
+        said.pop("", None)
+        if len(said) > 1:
+            raise BadRecord(DISAGREE, f"{names[0]}: {', '.join(said)}")
+        found.update((names[0], value) for value in said.values())
+    return found
 
 
 def split_word(word: str) -> str:

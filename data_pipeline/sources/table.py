@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import table_copies
 from data_pipeline.sources.columns import ABOUT, CAPTION_NAMES, IMAGE_NAMES, caption_values, find_captions, find_image, refuse_repeated
-from data_pipeline.sources.csv_rows import BOM, Cells, Shape, as_text, csv_rows
+from data_pipeline.sources.csv_rows import BOM, Cells, Header, Shape, as_text, csv_rows
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Unreadable
 from data_pipeline.sources.rows_to_pairs import (
@@ -26,6 +26,7 @@ from data_pipeline.sources.rows_to_pairs import (
     MAX_TEXT_BYTES,
     BadRecord,
     Draft,
+    agreed,
     clean,
     distinct,
     named_by,
@@ -63,16 +64,6 @@ class Record:
     end: int
     row: Row
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Header:
-    """The columns of a CSV or TSV file, those of images and captions among them, and the byte where its first record starts."""
-
-    columns: tuple[str, ...]
-    image: str
-    captions: tuple[str, ...]
-    start: int
 
 
 class TableSource:
@@ -143,8 +134,13 @@ class TableSource:
             DataError: it leads outside the source, cannot be read, or its columns of images and captions are unknown.
         """
         table = Table(self.origin, name)
-        copy = table_copies.ordered(table, version)
-        return Table(self.origin, name, copy) if copy else table
+        path = table_copies.ordered(table, version)
+        if not path:
+            return table
+        copy = Table(self.origin, name, path)
+        if copy.has_columns:
+            copy.lay_out(*table_copies.layout(path))
+        return copy
 
     def credits(self) -> dict[str, str]:
         return self.origin.credits()
@@ -153,7 +149,7 @@ class TableSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("table/3")
+        return self.origin.version("table/4")
 
 
 def is_table(name: str) -> bool:
@@ -168,10 +164,17 @@ class Table:
         self.origin, self.name = origin, name
         self.is_copy = bool(copy)
         self.url = copy or origin.part(name)
+        self.shown = origin.url(name)
+        """What messages call it."""
         plain = name.lower().removesuffix(".gz")
         self.is_csv = plain.endswith((".csv", ".txt"))
         self.has_columns = self.is_csv or plain.endswith(".tsv")
         self._shape: Shape | None = None
+
+    def lay_out(self, header: Header, delimiter: str) -> None:
+        """Take the columns that the original has: a copy has its rows in another order, and its first one may look like something else."""
+        self.header, self.delimiter = header, delimiter
+        self._shape = Shape(len(header.columns), header.columns.index(header.image)) if header.image else None
 
     @property
     def is_zipped(self) -> bool:
@@ -210,7 +213,7 @@ class Table:
 
     @cached_property
     def header(self) -> Header:
-        """The first row, if it contains usual or configured names of columns. Otherwise columns are numbered, and the first row must show which of them holds
+        """The first row that can be read, if it contains usual or configured names of columns. Otherwise columns are numbered, and the first row must show which of them holds
         images.
 
         Raises:
@@ -218,15 +221,15 @@ class Table:
         """
         config = self.origin.config
         with storage.open_stream(self.url) as stream:
-            rows = self._cells(stream, 0)
-            _, start, first, _ = next(rows, (0, 0, [], ""))
-            _, _, second, _ = next(rows, (0, 0, [], ""))
+            rows = ((end, cells) for _, end, cells, problem in self._cells(stream, 0) if not problem)
+            start, first = next(rows, (0, []))
+            _, second = next(rows, (0, []))
         if not first:
             return Header((), "", (), 0)  # an empty table
         cells = tuple(clean(cell) for cell in first)
         image, captions = find_image(cells, config), find_captions(cells, config)
         if image and captions:
-            refuse_repeated(self.url, cells, (image, *captions, *ABOUT))
+            refuse_repeated(self.shown, cells, (image, *captions, *ABOUT))
             self._shape = Shape(len(cells), cells.index(image))
             return Header(cells, image, captions, start)
         numbers = tuple(map(str, range(len(cells))))
@@ -236,7 +239,7 @@ class Table:
         captions = find_captions(numbers, config) or (others if len(others) == 1 and not config.captions else ())
         if not image or not captions:
             raise UnchangingError(
-                f"{self.url}: its first row, {_shown(cells)}, names no column of {'captions' if image else 'images'} that is known; its second row: "
+                f"{self.shown}: its first row, {_shown(cells)}, names no column of {'captions' if image else 'images'} that is known; its second row: "
                 f"{_shown(second)}. Name both in data.sources as image and captions, columns of a header, or numbers from 0 without one: "
                 f'data.sources=[{{url="{self.origin.config.url}", image="{_nth(cells, 0)}", captions=["{_nth(cells, 1)}"]}}]. Usual names are found: '
                 f"{', '.join(IMAGE_NAMES[:4])} ..., {', '.join(CAPTION_NAMES)} ... (docs/data.md)."
@@ -289,7 +292,7 @@ class Table:
             if not self.has_columns:
                 found = self._objects(stream, at - back)
             else:
-                found = (self._named(*cells) for cells in self._cells(stream, at - back) if cells[0] >= self.header.start)
+                found = (self._named(*cells) for cells in self._cells(stream, at - back) if cells[0] >= self.header.start or cells[3])
             if back:
                 found = (record for record in found if record.start >= at)
             yield from found
@@ -338,11 +341,14 @@ class Table:
             path = self._image(first)
             url = self.origin.image_url(path, self.folder)
             captions = distinct(caption for record in run for caption in self._captions(record.row))
+            row = agreed([record.row for record in run], self.origin.config.split)
         except BadRecord as bad:
             return Unreadable(self.origin.id(place), bad.reason, bad.why)
         if not self.has_columns:
             self.origin.took("key", find_image(first.row, self.origin.config), find_captions(first.row, self.origin.config))
-        return Draft(self.origin.pair(place, first.row, captions, split_of_name(self.name), f"image/{path}"), url)
+        pair = self.origin.pair(place, row, captions, split_of_name(self.name), f"image/{path}")
+        others = [record for record in run[1:] if text_in(record.row, "id", "uid", "key")]
+        return Draft(replace(pair, also=tuple(self.origin.pair(self._place(other), other.row, (), "").id for other in others)), url)
 
     def _captions(self, row: Row) -> list[str]:
         if not self.has_columns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from data_pipeline.sources.csv_rows import BOM, Header
 from data_pipeline.sources.gzipped import unzipped
 from infra import storage
 from infra.files import write_errors
@@ -29,7 +31,7 @@ from infra.files import write_errors
 if TYPE_CHECKING:
     from data_pipeline.sources.table import Table
 
-_VERSION = 1  # version of the sorted copies: raise it to have every table sorted again
+_VERSION = 2  # version of the sorted copies: raise it to have every table sorted again
 _CACHE_KIB = 64 << 10  # SQLite's page cache
 
 
@@ -51,15 +53,18 @@ def ordered(table: Table, version: str) -> str:
     copy, fine = folder() / key, folder() / f"{key}.ordered"
     if fine.exists():
         return ""
-    if copy.exists():
+    if copy.exists() and (_layout_of(copy).exists() or not table.has_columns):
         return str(copy)
     plain = _unzip(table, copy.with_suffix(f".{secrets.token_hex(4)}.plain")) if table.is_zipped else None
     try:
         looked_at = type(table)(table.origin, table.name, str(plain)) if plain else table
-        if _stand_together(looked_at):
-            if plain is None:
-                fine.touch()
-                return ""
+        together = _stand_together(looked_at)
+        if together and plain is None:
+            fine.touch()
+            return ""
+        if table.has_columns:
+            _keep_layout(looked_at, _layout_of(copy))
+        if together and plain is not None:
             plain.replace(copy)
         else:
             _sort(looked_at, copy)
@@ -67,6 +72,24 @@ def ordered(table: Table, version: str) -> str:
     finally:
         if plain is not None:
             plain.unlink(missing_ok=True)
+
+
+def layout(copy: str) -> tuple[Header, str]:
+    """The columns and the delimiter of the table of which ``ordered`` has made a copy."""
+    found = json.loads(_layout_of(Path(copy)).read_text())
+    return Header(tuple(found["columns"]), found["image"], tuple(found["captions"]), found["start"]), found["delimiter"]
+
+
+def _layout_of(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.columns")
+
+
+def _keep_layout(table: Table, place: Path) -> None:
+    header, unfinished = table.header, place.with_suffix(f".{secrets.token_hex(4)}.part")
+    facts = {"columns": header.columns, "image": header.image, "captions": header.captions, "start": header.start, "delimiter": table.delimiter}
+    with write_errors(place):
+        unfinished.write_text(json.dumps(facts))
+        unfinished.replace(place)
 
 
 @cache
@@ -143,11 +166,12 @@ def _raw(table: Table) -> Iterator[tuple[bytes, bytes]]:
         at = 0
         for record, image in table.rows():
             if record.problem:
-                yield b"", broken
+                if not table.has_columns or record.start >= table.header.start:  # else it stands above the header, and in the copy as well
+                    yield b"", broken
                 continue
             _skip(stream, record.start - at)
             data = stream.read(record.end - record.start)
-            at = record.end
+            data, at = data.removeprefix(BOM) if record.start == 0 else data, record.end
             yield image.encode("utf-8", "backslashreplace"), data if data.endswith(b"\n") else data + b"\n"
 
 

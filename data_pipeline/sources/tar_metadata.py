@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, BinaryIO
 
 from data_pipeline.sources.origin import Origin
@@ -22,7 +24,8 @@ from infra.errors import DataError, UnreachableError
 log = logging.getLogger(__name__)
 
 PATTERN = "metadata*.jsonl"
-_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_LINE = re.compile(rb"\r{64,65536}(?!\n)|[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+"""A line with its end. Many empty lines in a row are one, which is as empty: a file may hold millions of them."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Place:
 
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     """(URL of a file, first byte, byte after the last); ranges of consecutive lines are merged."""
+    lines: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
     """Digest of these lines, so that a tar's version changes with the lines about it and not with those about other tars."""
 
@@ -51,13 +55,15 @@ def lines_of(stream: BinaryIO, start: int = 0, limit: int = MAX_TEXT_BYTES) -> I
 
 def _pieces(stream: BinaryIO, limit: int) -> Iterator[bytes]:
     """Lines with their ends; of longer lines, pieces of at most about ``limit`` bytes."""
-    while data := stream.readline(limit):
-        while data.endswith(b"\r") and (further := stream.readline(1)):  # which may be the second half of the line's end
-            data += further
+    further = b""
+    while data := further + stream.readline(limit - len(further)):
+        further = b""
+        if data.endswith(b"\r") and (further := stream.read(1)) == b"\n":  # the second half of the line's end
+            data, further = data + further, b""
         if data.find(b"\r", 0, -2 if data.endswith(b"\r\n") else -1) < 0:
             yield data
         else:
-            yield from _LINE.findall(data)
+            yield from (match[0] for match in _LINE.finditer(data))
 
 
 def is_one(name: str) -> bool:
@@ -95,6 +101,7 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
                     continue
                 place = found.setdefault(shard, Place())
                 place.digest.update(line)
+                place.lines += 1
                 end = start + len(line or b"")
                 if place.ranges and place.ranges[-1][0] == url and place.ranges[-1][2] == start:
                     place.ranges[-1] = (url, place.ranges[-1][1], end)
@@ -105,13 +112,13 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
     return found
 
 
-def rows(place: Place) -> dict[str, dict[str, Any]]:
-    """Name of an image in the tar -> its line, with a group that decides its split.
+def rows(place: Place) -> dict[str, list[dict[str, Any]]]:
+    """Name of an image in the tar -> its lines, with a group that decides its split.
 
     ``source`` and ``label`` together say what is shown, whatever the style: images with the same label share a group. A ``group`` in these lines is a kind of
     picture ('photo', 'people'), which would put thousands of images into the same split, so it is dropped.
     """
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for url, start, end in place.ranges:
         with storage.open_stream(url, start) as stream:
             for at, line in lines_of(stream, start):
@@ -121,5 +128,36 @@ def rows(place: Place) -> dict[str, dict[str, Any]]:
                 row.pop("group", None)
                 if text_in(row, "label"):
                     row["group"] = f"{text_in(row, 'source')}/{text_in(row, 'label').replace(' ', '_')}"
-                found[text_in(row, "file_name")] = row
+                found.setdefault(text_in(row, "file_name").removeprefix("./"), []).append(row)
     return found
+
+
+class Lines:
+    """The lines about one tar, given to its members: by a member's path, or by its last part where only one image of the tar has that name."""
+
+    def __init__(self, place: Place | None, images: Callable[[], Iterator[str]]) -> None:
+        """
+        Args:
+            place: where the lines are; None: there are none.
+            images: reads the names of the tar's images; called once at most, if a member in a folder may be meant by a line that names no folder.
+        """
+        self._rows = rows(place) if place else {}
+        self._images, self._used = images, set[str]()
+
+    @cached_property
+    def _last_parts(self) -> Counter[str]:
+        return Counter(name.rpartition("/")[2] for name in self._images())
+
+    def of(self, member: str) -> list[dict[str, Any]]:
+        """The lines about an image."""
+        name = member.removeprefix("./")
+        last = name.rpartition("/")[2]
+        if name not in self._rows and last in self._rows and self._last_parts[last] == 1:
+            name = last
+        if name in self._rows:
+            self._used.add(name)
+        return self._rows.get(name, [])
+
+    def left(self) -> int:
+        """How many lines name none of the members that were asked for."""
+        return sum(len(lines) for name, lines in self._rows.items() if name not in self._used)

@@ -5,6 +5,7 @@ A name with further dots ('photo 1.2.jpg') is cut at the first dot that is follo
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,14 +27,19 @@ from data_pipeline.sources.rows_to_pairs import (
     MISSING_IMAGE,
     NO_CAPTION,
     REPEATED_KEY,
+    SECOND_IMAGE,
     BadRecord,
+    agreed,
     clean,
     join_captions,
     parse_object,
     split_of_name,
+    text_in,
 )
-from infra import storage
+from infra import globs, storage
 from infra.errors import DataError
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PENDING_BYTES = 256 << 20
@@ -50,6 +56,8 @@ class Sample:
     """Extensions read since the key was last repeated."""
     image_name: str = ""
     image: bytes | None = None
+    further: list[str] = field(default_factory=list)
+    """Names of images that came after the first one."""
     texts: dict[str, bytes] = field(default_factory=dict)
     """Extension -> caption file."""
     metadata: bytes | None = None
@@ -87,6 +95,7 @@ class WebDatasetSource:
                 census.pass_over(info.name)
         if not tars:
             raise DataError(f"{self.name}: no .tar file there; data.sources accepts a folder of them, one of them, or a pattern such as data/*.tar.")
+        self._name_strays({info.name for info in tars})
         for info in sorted(tars, key=lambda info: info.name):
             place = self._place(info.name)
             said = f" {place.digest.hexdigest()}" if place else ""
@@ -100,8 +109,8 @@ class WebDatasetSource:
             DataError: the tar is missing, truncated or damaged.
         """
         place = self._place(shard.name)
-        reader = _Reader(self.origin, shard.name, tar_metadata.rows(place) if place else {}, wanted)
         url = self.origin.part(shard.name)
+        reader = _Reader(self.origin, shard.name, place, wanted)
         with storage.open_stream(url) as stream, unzipped(stream, url) as plain:
             yield from reader.records(plain, url)
 
@@ -116,7 +125,21 @@ class WebDatasetSource:
         return self.origin.part(name)
 
     def version(self) -> str:
-        return self.origin.version("webdataset/3")
+        return self.origin.version("webdataset/4")
+
+    def _name_strays(self, tars: set[str]) -> None:
+        """Say which lines of metadata are about tars that are not there; a pattern leaves tars out on purpose."""
+        for folder in sorted({name.rpartition("/")[0] for name in tars}) if not globs.is_pattern(self.name) else ():
+            about = self._metadata_in(self.origin.url(folder))
+            lost = [place.lines for name, place in about.items() if f"{folder}/{name}".lstrip("/") not in tars]
+            if lost:
+                log.warning(
+                    "%s: %d lines of its %s are about %d tars that are not there.",
+                    self.origin.url(folder),
+                    sum(lost),
+                    tar_metadata.PATTERN,
+                    len(lost),
+                )
 
     def _place(self, name: str) -> tar_metadata.Place | None:
         folder, _, tar_name = name.rpartition("/")
@@ -126,8 +149,9 @@ class WebDatasetSource:
 class _Reader:
     """One pass over one tar."""
 
-    def __init__(self, origin: Origin, shard: str, rows: dict[str, dict[str, Any]], wanted: Callable[[str], bool]) -> None:
-        self.origin, self.shard, self.rows, self.wanted = origin, shard, rows, wanted
+    def __init__(self, origin: Origin, shard: str, place: tar_metadata.Place | None, wanted: Callable[[str], bool]) -> None:
+        self.origin, self.shard, self.wanted = origin, shard, wanted
+        self.lines = tar_metadata.Lines(place, self._images)
         self.split = split_of_name(shard)
         self.pending: dict[str, Sample] = {}
         self.pending_bytes = 0
@@ -142,6 +166,8 @@ class _Reader:
             if kind or not extension:
                 self.not_read[kind or suffix_of(name)] += 1
                 continue
+            if self._is_image(extension):
+                self.lines.of(name)  # a line about it is about an image that is there, whatever comes of it
             if key != current:
                 yield from self._emit(current)
                 yield from self._make_room()
@@ -153,7 +179,11 @@ class _Reader:
                 seen.clear()
                 repeated = seen
             seen.add(extension)
-            if not closed and seen is not repeated:
+            if closed or seen is repeated:
+                continue
+            if self._is_image(extension) and self.pending[key].image_name:
+                self.pending[key].further.append(name)
+            else:
                 self._add(self.pending[key], name, extension, content)
         yield from self._emit(current)
         yield from self._end()
@@ -168,7 +198,15 @@ class _Reader:
                 self._pass_over(key)
             else:
                 yield from self._emit(key, last=True)
+        if left := self.lines.left():
+            self.not_read["(metadata line of no image)"] += left
         yield from (NotRead(suffix, count) for suffix, count in sorted(self.not_read.items()))
+
+    def _images(self) -> Iterator[str]:
+        """The names of the tar's images, by one more pass over it."""
+        url = self.origin.part(self.shard)
+        with storage.open_stream(url) as stream, unzipped(stream, url) as plain:
+            yield from (name for name, _, _, kind in tar.members(plain, url, lambda _: -1) if not kind and self._is_image(self._key(name)[1]))
 
     def _pass_over(self, key: str) -> None:
         self.not_read.update(suffix_of(f"x.{extension}") for extension in self.pending[key].seen)
@@ -204,11 +242,12 @@ class _Reader:
     def _add(self, sample: Sample, name: str, extension: str, content: bytes | None) -> None:
         sample.bytes += len(content or b"")
         self.pending_bytes += len(content or b"")
+        if self._is_image(extension):
+            sample.image_name = name
         if content is None:
             sample.problem = LARGE_IMAGE if self._is_image(extension) else LARGE_TEXT
         elif self._is_image(extension):
-            if sample.image is None:
-                sample.image, sample.image_name = content, name
+            sample.image = content
         elif self._is_caption(extension):
             sample.texts.setdefault(extension, content)
         else:
@@ -229,6 +268,7 @@ class _Reader:
         self.done.add(key)
         if not isinstance(found, Pair) or self.wanted(found.group):
             yield found
+        yield from self._further(sample)
 
     def _make_room(self) -> Iterator[Unreadable]:
         while self.pending_bytes > PENDING_BYTES:
@@ -238,26 +278,35 @@ class _Reader:
                 self._pass_over(key)
                 continue
             yield Unreadable(self._id(key), MISSING_IMAGE if self.pending[key].image is None else NO_CAPTION)
+            yield from self._further(self.pending[key])
             self._forget(key)
+
+    def _further(self, sample: Sample) -> Iterator[Unreadable]:
+        return (Unreadable(self._id(name), SECOND_IMAGE) for name in sample.further)
 
     def _forget(self, key: str) -> None:
         self.pending_bytes -= self.pending.pop(key).bytes
 
-    def _row(self, sample: Sample) -> dict[str, Any]:
-        name = sample.image_name.removeprefix("./")
-        return self.rows.get(name) or self.rows.get(name.rpartition("/")[2]) or {}
+    def _row(self, sample: Sample) -> list[dict[str, Any]]:
+        return self.lines.of(sample.image_name) if sample.image_name else []
 
     def _pair(self, key: str, sample: Sample) -> Pair:
         if sample.problem:
             raise BadRecord(sample.problem)
         if sample.image is None:
             raise BadRecord(MISSING_IMAGE)
-        row = (parse_object(sample.metadata) if sample.metadata is not None else {}) | self._row(sample)
-        captions = join_captions(self.origin.captions(row), sample.texts.values())
+        lines = self._row(sample)
+        row = parse_object(sample.metadata) if sample.metadata is not None else {}
+        if lines:
+            row |= agreed(lines, self.origin.config.split)
+        said = [caption for each in (row, *lines[1:]) for caption in self.origin.captions(each)]
+        captions = join_captions(said, sample.texts.values())
         suffix = f".{_key(sample.image_name)[1].rpartition('.')[2]}"
         self.origin.took("member", suffix, [*(f".{name}" for name in sample.texts), *find_captions(row, self.origin.config)])
-        pair = self.origin.pair(f"{self.shard}/{clean(key)}", row, captions, self.split)
-        return replace(pair, image=sample.image)
+        place = f"{self.shard}/{clean(key)}"
+        pair = self.origin.pair(place, row, captions, self.split)
+        also = tuple(self.origin.pair(place, line, (), "").id for line in lines[1:] if text_in(line, "id", "uid"))
+        return replace(pair, image=sample.image, also=also)
 
 
 def _key(name: str) -> tuple[str, str]:

@@ -66,11 +66,12 @@ def test_a_json_beside_an_image_says_all_about_it(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     for name, said in {
         "a": {"caption": "one", "license": "CC0-1.0", "source": "museum", "split": "val", "id": "museum-7", "group": "vase"},
-        "b": {"captions": ["one", "two", 3, " two "], "source": "https://example.org/long", "id": 12},
+        "b": {"captions": ["one", "two", None, " two "], "source": "https://example.org/long", "id": 12},
         "val/c": {"text": "\ud800x"},
         "d": ["no object"],
         "e": {"caption": "one\ntwo", "sha256": "ff"},
         "f": {"captions": []},
+        "g": {"captions": ["one", 3]},
     }.items():
         (tmp_path / f"{name}.png").write_bytes(png())
         (tmp_path / f"{name}.json").write_text(json.dumps(said))
@@ -81,6 +82,7 @@ def test_a_json_beside_an_image_says_all_about_it(tmp_path: Path) -> None:
     assert found["12"] == Pair("12", ("one", "two"), png(), str(tmp_path), "CC-BY-4.0", "folder/b")
     assert found["val/c.png"] == Pair("val/c.png", ("?x",), png(), str(tmp_path), "CC-BY-4.0", "folder/val/c", "validation")
     assert found["d.png"] == Unreadable("d.png", "bad json")
+    assert found["g.png"] == Unreadable("g.png", "caption that is no text")
     e, f = found["e.png"], found["f.png"]
     assert isinstance(e, Pair) and e.captions == ("one\ntwo",) and e.group == "ff"
     assert isinstance(f, Pair) and f.captions == ("from the text",)

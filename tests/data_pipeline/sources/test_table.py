@@ -97,8 +97,8 @@ def test_a_table_whose_columns_cannot_be_told_is_refused(text: str, settings: di
 
 
 def test_the_rows_of_one_image_are_one_record(tmp_path: Path) -> None:
-    text = "image,caption,license\na.png,1,MIT\na.png,2,x\nb.png,3,\na.png,4,\n"
-    assert list(table(tmp_path, "t.csv", text).values()) == [("a", "1", "2", "4"), ("b", "3")]
+    text = "image,caption,license\na.png,1,\na.png,2,MIT\nb.png,3,\na.png,4,MIT?\nc.png,5,MIT\nc.png,6,x\n"
+    assert list(table(tmp_path, "t.csv", text).values()) == [("a", "1", "2", "4"), ("b", "3"), "rows of one image disagree"]
     pair = read(source_of(tmp_path / "t.csv"))[0]
     assert isinstance(pair, Pair) and pair.license == "MIT" and pair.group == "image/a.png"
 

@@ -199,6 +199,7 @@ def test_records_that_cannot_be_read_are_counted_and_the_others_go_on(tmp_path: 
         "h": ("\ufffd\ufffd bytes",),
         "../../etc/i": ("i",),
         "j": ("j",),
+        "j.png": "further image of a key",
     }
 
 

@@ -26,7 +26,7 @@ from tests.support.root import ROOT
 
 PAGE = ROOT / "docs" / "data_faults.md"
 HEADING = "## Odd and damaged raw data"
-_FILTERS = FilterConfig(english=False, near_duplicate_bits=-1, min_words=1, boilerplate=False)
+FILTERS = FilterConfig(english=False, near_duplicate_bits=-1, min_words=1, boilerplate=False)
 
 
 def _pair(key: str, number: int = 0) -> list[tuple[str, bytes]]:
@@ -292,7 +292,7 @@ def outcome(odd: Odd) -> str:
         place.mkdir()
         odd.write(place)
         data = DataConfig.model_validate({"sources": [{"url": str(place)}]}, strict=False)
-        plan = make_plan(data, _FILTERS.model_copy(update=odd.filters), 8, 0)
+        plan = make_plan(data, FILTERS.model_copy(update=odd.filters), 8, 0)
         tally, kept, damage = Tally(), list[tuple[str, ...]](), list[str]()
         for unit in plan.units:
             try:

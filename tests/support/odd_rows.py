@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,55 @@ def _lines(*lines: str, name: str = "t.jsonl") -> Callable[[Path], None]:
     return write
 
 
+def tar_of(*members: tuple[str, bytes]) -> Callable[[Path], None]:
+    def write(place: Path) -> None:
+        with tarfile.open(place / "x.tar", mode="w") as file:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+    return write
+
+
+def _about(place: Path, *lines: tuple[str, str]) -> None:
+    said = [{"shard": "x.tar", "file_name": name, "caption": words} for name, words in lines]
+    (place / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+
+
+def _described(place: Path) -> None:
+    tar_of(*((name, picture(number)) for number, name in enumerate(("u/a.png", "v/a.png", "v/b.png", "c.png", "v/c.png"))))(place)
+    _about(place, ("a.png", caption(0)), ("b.png", caption(2)), ("c.png", caption(3)), ("v/c.png", ""))
+
+
+def _described_twice(place: Path) -> None:
+    tar_of(("c.png", picture(0)))(place)
+    _about(place, ("c.png", caption(0)), ("none.png", caption(1)), ("./c.png", caption(2)))
+
+
+def _two_jsons(place: Path) -> None:
+    (place / "a.png").write_bytes(picture(0))
+    for name in ("a.json", "a.JSON"):
+        (place / name).write_text(json.dumps({"caption": caption(0)}))
+
+
+def _links(place: Path) -> None:
+    for number in range(40):
+        (place / f"d{number:02d}").mkdir()
+        for name in ("a", "b"):
+            (place / f"d{number:02d}" / name).symlink_to(f"../d{(number + 1) % 40:02d}")
+    (place / "d39" / "x.png").write_bytes(picture(0))
+    (place / "d39" / "x.txt").write_text(caption(0))
+
+
+def _deep(place: Path) -> None:
+    for _ in range(600):
+        place /= "a"
+    place.mkdir(parents=True)
+    (place / "b.png").write_bytes(picture(0))
+    (place / "b.txt").write_text(caption(0))
+
+
 def _named(*ids: object) -> list[dict[str, object]]:
     return [({} if identity is None else {"id": identity}) | {"file_name": f"{number}.png"} for number, identity in enumerate(ids)]
 
@@ -82,5 +132,63 @@ MORE = (
         _lines(*(json.dumps({"image": f"{number}.png", "captions": said}) for number, said in enumerate((["a", 3], ["a cat", None], "[1]")))),
         2,
         lost=1,
+    ),
+    Odd("lines beside a tar, for members of one name in two folders and in one", _described, 2, lost=3),
+    Odd("two lines about one image of a tar, one about none", _described_twice, 1, captions=2),
+    Odd("two images of one key in a tar", tar_of(("a.png", picture(0)), ("a.jpg", picture(1)), ("a.txt", caption(0).encode())), 1, lost=1),
+    Odd("a.json and a.JSON beside an image", _two_jsons, 1),
+    Odd(
+        "rows of one image that name different splits, licences and groups",
+        _lines(
+            "image,caption,split,license,group",
+            *(
+                "0.png,a red cat,train,,",
+                "0.png,a blue cat,validation,,",
+                "1.png,a cat,,MIT,",
+                "1.png,a dog,,CC0,",
+                "2.png,a cat,,,x",
+                "2.png,a dog,,,y",
+            ),
+            *("3.png,a red cat,train,,", "3.png,a blue cat,,MIT,x"),
+            name="t.csv",
+        ),
+        1,
+        captions=2,
+        lost=3,
+    ),
+    Odd("folders that link to each other, twice each, 40 deep", _links, 1),
+    Odd("a pair 600 folders deep", _deep, 1),
+    *(
+        Odd(
+            f"a {name[2:].upper()} file without a header whose rows are out of order, {what}",
+            _lines(*(row.replace(",", mark) for row in rows), name=name),
+            pairs,
+            captions,
+            lost,
+        )
+        for name, mark in (("t.csv", ","), ("t.tsv", "\t"))
+        for what, rows, pairs, captions, lost in (
+            ("with a bad row", ("0.png,red cat", "1.png,blue cat", "0.png,green cat", "2.png,a,b,c", "3.png,a tail"), 3, 4, 1),
+            ("with a row of no image", ("0.png,red cat", "1.png,blue cat", "0.png,green cat", ",nothing", "3.png,a tail"), 3, 4, 1),
+            ("after a byte order mark", ("\ufeff1.png,red cat", "0.png,blue cat", "1.png,green cat"), 2, 3, 0),
+            ("with a caption that ends like a picture's name", ("1.png,red cat", "0.png,as in 5.png", "1.png,green cat"), 2, 3, 0),
+        )
+    ),
+    Odd(
+        "the first row of a CSV without a header has a stray quote",
+        _lines('0.png,"red cat', "1.png,blue cat", "2.png,green cat", name="t.csv"),
+        2,
+        lost=1,
+    ),
+    Odd(
+        "rows of objects after a byte order mark, out of order",
+        _lines(
+            *(
+                f'{mark}{{"image": "{number}.png", "caption": "{word} cat"}}'
+                for mark, number, word in (("\ufeff", 1, "red"), ("", 0, "blue"), ("", 1, "green"))
+            )
+        ),
+        2,
+        captions=3,
     ),
 )

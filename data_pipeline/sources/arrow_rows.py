@@ -93,7 +93,8 @@ def _check_struct(url: str, name: str, kind: Any) -> None:
     types = pyarrow.types
     accepted = {"bytes": (types.is_binary, types.is_large_binary), "path": (types.is_string, types.is_large_string)}
     for field in kind:
-        if field.name in accepted and not any(test(field.type) for test in (*accepted[field.name], types.is_null)):
+        value = field.type.value_type if types.is_dictionary(field.type) else field.type
+        if field.name in accepted and not any(test(value) for test in (*accepted[field.name], types.is_null)):
             raise UnchangingError(
                 f"{url}: in column '{name}', a struct, {field.name} is of type {field.type}; accepted are bytes (binary, large_binary) as bytes, and strings "
                 "(string, large_string) as path. Write the column anew with these types, or name another one in data.sources as image."

@@ -89,7 +89,7 @@ def test_a_folder_or_file_without_permission_is_a_counted_entry(tmp_path: Path, 
     for name, data in pair("b"):
         (tmp_path / "open" / name).write_bytes(data)
     (tmp_path / "open" / "b.png").chmod(0)
-    for above in [each for each in (tmp_path, *tmp_path.parents) if each.name.startswith(("pytest", "test"))]:
+    for above in [each for each in (tmp_path, *tmp_path.parents) if each.name.startswith(("pytest", "popen", "test"))]:
         above.chmod(0o755)  # so that somebody else gets here
     (tmp_path / "closed").chmod(0)
     request.getfixturevalue("nobody")

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from infra import deferred_writes, exit_records, kept_within, lease, node_folder, run_records, schemas, shown, storage, stored
+from infra import deferred_writes, exit_records, kept_within, lease, node_folder, run_records, schemas, shown, storage, stored, strict_json
 from infra.config import differences
 from infra.errors import ConfigError, MissingError, UnreachableError
 from infra.job import Job
@@ -104,9 +104,38 @@ class RunFolder:
         url = self.at("provenance.json")
         return _of_known_schema(url, stored.read_if_there(url, run_records.Provenance) or {})
 
+    def create(self, config: dict[str, Any], command: str) -> bool:
+        """Take a folder that holds no run yet, by creating its configuration. Of launchers that race for it, one gets True; nothing of the others remains.
+
+        Args:
+            config: the resolved configuration.
+            command: the command line that makes the folder, for people.
+
+        Raises:
+            ConfigError: the folder is unwritable.
+        """
+        storage.check_writable(self.url)
+        now = time.time()
+        facts = {"schema": schemas.RUN, "created": now, "command": command, "places": [{"url": storage.absolute(self.url), "time": now}]}
+        url = self.at("provenance.json")
+        first = storage.create_once(
+            url, strict_json.written(producer() | facts)
+        )  # before the configuration, which without it belongs to no run folder
+        if not storage.create_once(self.config_url, strict_json.written(config)):
+            return False
+        if not first:  # it is from a launcher that lost, or that was killed before it had a configuration
+            storage.write_json(url, producer() | facts)
+        return True
+
     def claim(
-        self, config: dict[str, Any], command: str, complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, allowed: Allowed = _none
-    ) -> None:
+        self,
+        config: dict[str, Any],
+        command: str,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        allowed: Allowed = _none,
+        *,
+        change: bool = True,
+    ) -> list[str]:
         """Write the resolved configuration, or check that the folder already holds the same one; and note where the folder lies.
 
         Args:
@@ -114,18 +143,21 @@ class RunFolder:
             command: the command line that made the folder, for people.
             complete: returns a stored configuration with its missing keys filled in.
             allowed: whether the run may continue with another value of a key. Such a value replaces the stored one, and provenance.json records the change.
+            change: whether other values are written; a launcher that does not hold its stage yet writes none.
+
+        Returns:
+            What differs from the stored configuration.
 
         Raises:
             ConfigError: the folder is unwritable, or holds another configuration; the differences are listed.
         """
-        storage.check_writable(self.url)
-        place = storage.absolute(self.url)
         stored = self.stored()
         if stored is None:
-            facts = {"schema": schemas.RUN, "created": time.time(), "command": command, "places": [{"url": place, "time": time.time()}]}
-            storage.write_json(self.at("provenance.json"), producer() | facts)
-            storage.write_json(self.config_url, config)
-            return
+            if self.create(config, command):
+                return []
+            stored = self.stored() or {}
+        else:
+            storage.check_writable(self.url)
         changed = differences(complete(stored), config)
         fixed = [line for line in changed if not allowed(line.partition(": ")[0])]
         if fixed:
@@ -134,10 +166,13 @@ class RunFolder:
                 + "\n  ".join(fixed)
                 + "\n  (folder -> given)"
             )
-        self._note(place, changed)
+        if changed and not change:
+            return changed
+        self._note(storage.absolute(self.url), changed)
         if changed:
             storage.write_json(self.config_url, config)
             print(f"{self.url} goes on with other values:\n  " + "\n  ".join(changed), flush=True)
+        return changed
 
     def _note(self, place: str, changed: list[str]) -> None:
         """Add to provenance.json where the folder lies now, if it has moved, and which keys of its configuration changed."""

@@ -9,7 +9,6 @@ a missing bucket, refused credentials or an unknown scheme.
 from __future__ import annotations
 
 import io
-import json
 import os
 import secrets
 import shutil
@@ -300,7 +299,7 @@ def write_text(url: str, text: str) -> None:
 
 def write_json(url: str, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values are equal files; see write_bytes. A number that is not finite is a ValueError."""
-    write_text(url, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_bytes(url, strict_json.written(value))
 
 
 def create_once(url: str, data: bytes) -> bool:

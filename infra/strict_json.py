@@ -103,3 +103,8 @@ def _constant(name: str) -> float:
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)
 _FAST = json.JSONDecoder(parse_constant=_constant)
+
+
+def written(value: Any) -> bytes:
+    """JSON as this project stores it: with sorted keys, so that equal values are equal files. A number that is not finite is a ValueError."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -103,10 +103,10 @@ def stage(
 def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, restarts: int, stop: StopFlag, going_on: str) -> None:
     started, entry = time.monotonic(), STAGES[name]
     scratch.sweep()
-    if cfg.cluster.kept_apart:
-        os.environ["LAUNCHER_KEPT_APART"] = "1"  # for ranks, too
-    cfg = places.claim(cfg, run, command, going_on)
+    cfg, differs = places.looked_at(cfg, run, command, going_on)
     if places.finished(cfg, run, name) and not entry.repeats and not _out_of_date(name, cfg, run):
+        if differs:
+            places.claim(cfg, run, command, going_on)
         print(f"{name}: finished already ({run.at(name, 'done.json')})")
         return
     run.refuse_links(name, *(made.partition("/")[0] for made in entry.makes))
@@ -116,6 +116,8 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     fit = doctor.fit(run, job) if job.id else contextlib.nullcontext()
     with fit, run.lock(attempt.labelled(name), job, stop) if job.node == 0 else contextlib.nullcontext() as held:  # node 0's holds for all
         _refuse_if_stopped(stop)
+        if differs:  # a launcher that was refused the stage has changed nothing of the run
+            cfg = places.claim(cfg, run, command, going_on)
         code, reason = attempt.execute(name, cfg, run, Placement(nproc, job, trains=entry.trains), stop, restarts)
     if held is not None and held.lost:  # whatever the ranks came to
         code, reason = ExitCode.REQUEUE, held.lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from infra import config_keys, ledger, storage
@@ -48,7 +49,16 @@ def claim(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "") -> R
         ConfigError: the folder cannot be written to, or holds another configuration. The message names the command that continues with the new values, if that
             is possible, otherwise the command that starts a new run.
     """
+    return looked_at(cfg, run, command, going_on, change=True)[0]
+
+
+def looked_at(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "", *, change: bool = False) -> tuple[RunConfig, bool]:
+    """As ``claim``, for a launcher that does not hold its stage yet: values that differ from those of the run are not written. Says whether there are any."""
+    if cfg.cluster.kept_apart:
+        os.environ["LAUNCHER_KEPT_APART"] = "1"  # for the creation of the folder, and for ranks, too
     stored = run.stored()
+    if stored is None and not run.create(json.loads(to_json(cfg)), command):
+        stored = run.stored()  # another launcher was first
     if stored is not None:
         cfg = config_keys.adopted(cfg, stored)
         changed = change_points.changed(stored, json.loads(to_json(cfg)))
@@ -57,9 +67,11 @@ def claim(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "") -> R
             _refuse(run, fixed)
         elif fixed:
             _check_going_on(cfg, run, going_on)
-
-    run.claim(json.loads(to_json(cfg)), command, lambda stored: config_keys.completed(RunConfig, stored), lambda key: True)
-    return cfg
+        differs = run.claim(
+            json.loads(to_json(cfg)), command, lambda stored: config_keys.completed(RunConfig, stored), lambda key: True, change=change
+        )
+        return cfg, bool(differs)
+    return cfg, False
 
 
 def _refuse(run: RunFolder, fixed: dict[str, list[Any]]) -> None:

@@ -12,6 +12,8 @@ import pytest
 from infra import storage
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from train import launch
 from train.config import load_run
 from train.run import places
 
@@ -112,3 +114,43 @@ def test_a_bucket_itself_is_no_run_folder(s3: str, s3_bucket: str) -> None:
     finally:
         for name in ("provenance.json", "config.json"):
             storage.delete(f"s3://{s3_bucket}/{name}")
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_of_two_first_launchers_with_other_values_one_makes_the_run_and_nothing_of_the_other_remains(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path) if store == "local" else str(request.getfixturevalue("s3"))
+    cfg = load_run("tiny", [f'run.root="{root}"', "dvae.pool=average"])
+    run, look = places.run_folder(cfg), RunFolder.stored
+    early: list[None] = []
+
+    def looked_too_early(folder: RunFolder) -> dict[str, Any] | None:
+        """The second launcher looks, finds no run, and meanwhile the first one makes it."""
+        if not early:
+            early.append(None)
+            claimed(root)
+            return None
+        return look(folder)
+
+    monkeypatch.setattr(RunFolder, "stored", looked_too_early)
+    with pytest.raises(ConfigError, match=r"dvae\.pool: 'max' -> 'average'"):
+        places.claim(cfg, run, "second")
+    assert load_run(run.config_url, []).dvae.pool == "max"
+    assert storage.read_json(run.at("provenance.json"))["command"] == "test"
+
+
+def test_a_folder_whose_maker_was_killed_before_its_configuration_is_taken(tmp_path: Path) -> None:
+    cfg = load_run("tiny", [f'run.root="{tmp_path}"'])
+    run = places.run_folder(cfg)
+    storage.write_json(run.at("provenance.json"), {"schema": "run/0", "command": "killed"})
+    claimed(tmp_path)
+    assert storage.read_json(run.at("provenance.json"))["command"] == "test" and storage.exists(run.config_url)
+
+
+def test_a_launcher_that_is_refused_a_stage_leaves_the_values_of_the_one_that_works(tmp_path: Path) -> None:
+    run = claimed(tmp_path)
+    before = Path(run.config_url).read_bytes()
+    with run.lock("prepare"), pytest.raises(ConfigError, match="another launcher"):
+        launch.stage("prepare", run.url, ["data.workers=1"], on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag())
+    assert Path(run.config_url).read_bytes() == before

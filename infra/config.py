@@ -91,8 +91,8 @@ def validate(model: type[M], tree: dict[str, Any], origin: str, typed: Mapping[s
     """
     typed = typed or {}
     for key, text in _texts(tree):
-        if shown.holds_password(text):
-            raise ConfigError(f"{origin}: {key} = {text}: {shown.NO_PASSWORDS}")
+        if shown.place_holds_password(text):
+            raise ConfigError(f"{origin}: {key}: {shown.NO_PASSWORDS}")
     for key, value in flatten(tree).items():
         if isinstance(value, datetime.date | datetime.time):
             raise ConfigError(

@@ -60,11 +60,11 @@ def refuse_passwords() -> None:
     """Refuse an environment whose endpoints carry a password, before anything is stored.
 
     Raises:
-        ConfigError: one does; the message names the variable and masks its value.
+        ConfigError: one does; the message names the variable, and does not quote its value.
     """
     for name in _ENDPOINTS:
-        if shown.holds_password(os.environ.get(name, "")):
-            raise ConfigError(f"{name} = {os.environ[name]}: {shown.NO_PASSWORDS}")
+        if shown.place_holds_password(os.environ.get(name, "")):
+            raise ConfigError(f"{name}: {shown.NO_PASSWORDS}")
 
 
 def _stamp() -> _Stamp:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 LONGEST = 400
 """Most characters of one value in a message."""
@@ -18,21 +19,32 @@ NO_PASSWORDS = (
 )
 """The reason in a message that refuses a URL with a password."""
 
-# The user part of a URL, before an @: 's3://key:secret@bucket' (a secret may hold slashes), 'https://token@host'; but not in 'http://host:9000/a@b'.
-_NAME, _WORD = r"""[^\s/@:'"<>]""", r"""[^\s'"<>]"""
-# What follows a host's name and a colon may be a port, but only after http:// and https:// (of which a lookbehind, of one width, sees "ttps://").
+# A colon and an at sign, as they are or escaped, however often.
+_COLON, _AT = r"(?::|%(?:25)*3A)", r"(?:@|%(?:25)*40)"
+# The user part of a URL, before an @: 's3://key:secret@bucket' (a secret may hold slashes, quotes or, up to the next @, spaces), 'https://token@host'; but not in
+# 'http://host:9000/a@b'.
+_NAME, _WORD, _WORDS = r"""[^\s/\\@:'"<>%]""", r"\S{0,2000}", r"[^\n@]{0,300}"
+_PORT = r"""\d{1,5}(?:[/?#:;,.)\s]|['"](?:[\s,;:.)\]}]|$)|$)"""
 _USER = re.compile(
-    rf"(?i)(?<=http://|ttps://)(?!\[[0-9a-f:.]*\](?::\d{{1,5}})?/)(?:{_NAME}{{0,300}}:(?!\d{{1,5}}/){_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"
-    rf"|(?<=://)(?<!http://)(?<!https://)(?:{_NAME}{{0,300}}:{_WORD}{{0,2000}}|{_NAME}{{1,2000}})@"
+    rf"(?i)\b(?P<web>https?:[/\\]{{1,9}})(?!\[[0-9a-f:.]*\](?::\d{{1,5}})?(?:/|$))"
+    rf"(?:{_NAME}{{0,300}}{_COLON}(?!{_PORT})(?:{_WORD}|{_WORDS}){_AT}|{_NAME}{{1,2000}}{_AT})"
+    rf"|(?P<other>(?<![a-z0-9+.\-])(?!https?:|file:)[a-z][a-z0-9+.\-]{{0,30}}:[/\\]{{1,9}}){_NAME}{{0,300}}{_COLON}(?:{_WORD}|{_WORDS}){_AT}"
+    rf"|(?<=://)(?<!http://)(?<!https://){_NAME}{{1,2000}}{_AT}"
 )
+# The same without a scheme, 'key:secret@bucket', as a word of its own; but not 'host:9000/a@b', 'image:tag@sha256:...' or 'file:///a@b'.
+_BARE = re.compile(rf"""(?i)(?<![^\s'"=(\[,]){_NAME}{{1,300}}{_COLON}(?!{_PORT})(?![/\\])\S{{1,300}}{_AT}(?!sha256:)(?=[\w\[])""")
+# A whole value that is a URL with a user, whatever characters a password has.
+_WHOLE = re.compile(r"(?is)\s*(?:https?:[/\\]+(?!\[)[^/\\@:]*:(?!\d{1,5}(?:[/?#]|$))|(?!https?:|file:)[a-z][a-z0-9+.-]*:[/\\]+[^/\\@:]*:).*@")
 # Query parameters that sign a request in a URL.
 _SIGNATURE = re.compile(
-    r"""(?i)(?<=[?&;])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)=)[^&\s'"<>]+"""
+    r"""(?i)(?<=[?&;])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)"""
+    r"""(?:=|%(?:25)*3D))[^&\s'"<>]+"""
 )
 _SECRET_NAMES = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CREDENTIALS)(?:_ID)?$")
 _SHORTEST_SECRET = 8  # shorter values may be common words, which would be masked everywhere
 # Characters that move a terminal's cursor, change the direction of text, or cannot be written as UTF-8. Our own messages use line ends and tabs.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_ESCAPES = 3
 _RUN = re.compile(rf"\S{{{LONGEST + 1},}}")
 
 
@@ -45,8 +57,9 @@ def message(text: str) -> str:
 
 def mask(text: str) -> str:
     """Text in which passwords and signatures in URLs, and secrets from this process's environment, are masked."""
-    if "://" in text:
-        text = _SIGNATURE.sub(rf"\1{MASK}", _USER.sub(f"{MASK}@", text))
+    if "@" in text or "%" in text:
+        text = _BARE.sub(f"{MASK}@", _USER.sub(lambda found: f"{found['web'] or found['other'] or ''}{MASK}@", text))
+    text = _SIGNATURE.sub(rf"\1{MASK}", text)
     for secret in secrets():
         if secret in text:
             text = text.replace(secret, MASK)
@@ -61,11 +74,29 @@ def secrets() -> Iterator[str]:
 
 
 def holds_password(text: str) -> bool:
-    """Whether a URL contains a user, a password or the signature of a request."""
-    if "://" not in text:
-        return False
-    authority = re.split(r"[/?#\s]", text.partition("://")[2], maxsplit=1)[0]  # of one URL, whatever characters a password has
-    return "@" in authority or bool(_USER.search(text) or _SIGNATURE.search(text))
+    """Whether a URL contains a user, a password or the signature of a request; in a name without a scheme, see ``place_holds_password``."""
+    return any(_in_url(form) for form in _forms(text))
+
+
+def place_holds_password(text: str) -> bool:
+    """The same for a value that names a place: 'key:secret@bucket' holds a password without any scheme, too."""
+    return any(_in_url(form) or (bool(_BARE.match(form)) and not re.search(r"\s", form)) for form in _forms(text))
+
+
+def _in_url(text: str) -> bool:
+    authority = re.split(r"[/?#\s]", text.partition("://")[2], maxsplit=1)[0]
+    return "@" in authority or bool(_WHOLE.match(text) or _USER.search(text) or _SIGNATURE.search(text))
+
+
+def _forms(text: str) -> Iterator[str]:
+    """A value as it is, and without its escapes: ``%40`` is an @, and ``%2540`` is one after two steps."""
+    yield text
+    for _ in range(_MOST_ESCAPES):
+        plain = unquote(text)
+        if plain == text:
+            return
+        text = plain
+        yield text
 
 
 def value(given: Any, most: int = LONGEST) -> str:

@@ -37,8 +37,8 @@ def is_remote(url: str) -> bool:
         ConfigError: the scheme is unknown, or the URL contains a password.
     """
     scheme, separator, _ = url.partition("://")
-    if separator and shown.holds_password(url):
-        raise ConfigError(f"{url}: {shown.NO_PASSWORDS}")
+    if ("@" in url or "%" in url or "?" in url) and shown.holds_password(url):  # its value is not quoted: no mask knows every password
+        raise ConfigError(f"{scheme if scheme in SCHEMES else 'an address'}{separator}***: {shown.NO_PASSWORDS}")
     if separator and scheme not in (*SCHEMES, "file"):
         raise ConfigError(f"{url}: storage '{scheme}://' is not known; accepted are local paths, file:///path, s3://bucket/prefix, gs:// and az://.")
     return scheme in SCHEMES and bool(separator)

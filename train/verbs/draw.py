@@ -48,8 +48,8 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
     if options.format not in FORMATS:
         raise UsageError(f"--format {options.format}: accepted are {', '.join(FORMATS)}.")
     for option, value in (("--file", options.file), ("--image", options.image), ("--rerank", options.rerank), ("--out", options.out)):
-        if shown.holds_password(value):  # before it is printed, or anything is loaded
-            raise ConfigError(f"{option} {value}: {shown.NO_PASSWORDS}")
+        if shown.place_holds_password(value):  # before it is printed, or anything is loaded
+            raise ConfigError(f"{option}: {shown.NO_PASSWORDS}")
     if options.again:
         _again(url, captions, options)
         return

@@ -19,7 +19,7 @@ from infra import environment
 from infra.errors import ExitCode, ReportedError, UsageError
 from train.run.stage_table import STAGES
 from train.verbs import watching_commands
-from train.verbs.arguments import Chain, DryRun, GoOn, Nproc, On, Overrides, Preset, Restarts, Run, Share
+from train.verbs.arguments import Chain, DryRun, GoOn, Nproc, On, Overrides, Preset, Restarts, Run, Share, finite
 
 app = typer.Typer(
     add_completion=False,
@@ -91,22 +91,26 @@ def draw(
     run: Annotated[str, typer.Argument(help="Run folder, finished or under way, or what 'export --package' wrote; local or s3://.")] = "",
     captions: Annotated[list[str] | None, typer.Argument(metavar="[CAPTION]...", help="What to draw.", show_default=False)] = None,
     file: Annotated[str, typer.Option(help="Captions, one a line; '-': standard input.")] = "",
-    n: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
+    n: Annotated[int, typer.Option(min=1, max=1 << 16, help="Pictures of each caption.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal pictures.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Below 1: likelier pictures; above 1: more varied ones.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes only; 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest codes that make up this probability.")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="How much the caption counts; needs a model trained with dalle_fit.caption_dropout.")] = 1.0,
+    temperature: Annotated[float, typer.Option(callback=finite, help="Below 1: likelier pictures; above 1: more varied ones.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, max=1 << 20, help="Draw among the k likeliest codes only; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(callback=finite, help="Draw among the likeliest codes that make up this probability.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(callback=finite, help="How much the caption counts; needs a model trained with dalle_fit.caption_dropout.")
+    ] = 1.0,
     image: Annotated[str, typer.Option(help="Complete the upper part of this image.")] = "",
-    keep_rows: Annotated[int, typer.Option(min=0, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
+    keep_rows: Annotated[int, typer.Option(min=0, max=1 << 16, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
     rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
     search: Annotated[bool, typer.Option("--search", help="Candidates compete while they are drawn; needs --rerank.")] = False,
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
     grid: Annotated[bool, typer.Option("--grid", help="Also write one picture that shows all.")] = False,
-    batch: Annotated[int, typer.Option(min=0, help="Pictures drawn at once; 0: as many as memory allows.")] = 0,
-    window: Annotated[int, typer.Option(min=0, help="Codes guessed ahead in one pass; pictures do not change; 0: chosen by the device.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, max=1 << 16, help="Pictures drawn at once; 0: as many as memory allows.")] = 0,
+    window: Annotated[
+        int, typer.Option(min=0, max=1 << 16, help="Codes guessed ahead in one pass; pictures do not change; 0: chosen by the device.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU.")] = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="On a CPU: the same bits at any --batch and --window.")] = False,
@@ -151,7 +155,7 @@ def import_dvae(
     decoder: Annotated[str, typer.Argument(help="decoder.pkl.")],
     preset: Preset,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, max=1 << 30, help="Validation images on which the imported weights are measured.")] = 16,
 ) -> None:
     """Use a dVAE from pickled modules of the dall-e package instead of training one, with encode and later stages to follow. No code in the files is executed."""
     from train.verbs import import_dvae as verb
@@ -164,7 +168,7 @@ def import_vqgan(
     weights: Annotated[str, typer.Argument(help="Checkpoint of taming-transformers or LlamaGen: .ckpt, .pt or .safetensors.")],
     preset: Preset,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="Validation images on which the imported weights are measured.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, max=1 << 30, help="Validation images on which the imported weights are measured.")] = 16,
 ) -> None:
     """Use a published VQGAN as the image tokenizer (dvae.kind = 'vqgan'), as import-dvae does with the released dVAE."""
     from train.verbs import import_dvae as verb
@@ -176,13 +180,13 @@ def import_vqgan(
 def plan(
     preset: Preset,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=0, help="Machines; 0: cluster.nodes.")] = 0,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
-    memory: Annotated[float, typer.Option(min=0, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
+    nodes: Annotated[int, typer.Option(min=0, max=1 << 20, help="Machines; 0: cluster.nodes.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, max=1 << 10, help="GPUs in each machine; 0: cluster.gpus, or one where that is 0.")] = 0,
+    memory: Annotated[float, typer.Option(callback=finite, min=0, max=1e6, help="GB of a GPU; 0: as its datasheet says.")] = 0.0,
     gpu: Annotated[str, typer.Option(help="Datasheet, as L4 (a wrong name lists them), or numbers: memory_gb=48,...")] = "H100-80GB",
-    price: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,
-    tokens: Annotated[float, typer.Option(min=0, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
-    rank: Annotated[int, typer.Option(min=0, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
+    price: Annotated[float, typer.Option(callback=finite, min=0, max=1e6, help="Price of one GPU for an hour: shows what the run costs.")] = 0.0,
+    tokens: Annotated[float, typer.Option(callback=finite, min=0, max=1e18, help="Budget of tokens; 0: the preset's updates.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=0, max=1 << 20, help="Total rank of gradient compression; 0: the paper's for its widths.")] = 0,
     check: Annotated[bool, typer.Option("--check", help="Run rank 0 without memory and compare: minutes.")] = False,
 ) -> None:
     """Estimate what training the transformer takes: memory of each GPU for every ZeRO stage and layout, bytes sent, time and energy; and whether it fits."""
@@ -205,7 +209,7 @@ def takedown(preset: Preset, overrides: Overrides = None, dry_run: DryRun = Fals
 @app.command()
 def collect(
     run: Run,
-    days: Annotated[float, typer.Option(min=1, help="Age from which on; younger things may be under way.")] = 7.0,
+    days: Annotated[float, typer.Option(callback=finite, min=1, max=1e5, help="Age from which on; younger things may be under way.")] = 7.0,
     runs: Annotated[list[str] | None, typer.Option(help="Root of runs that read this one's shared places: those go too.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is shown.")] = False,
 ) -> None:
@@ -243,8 +247,8 @@ def doctor(
 def inspect(
     url: Annotated[str, typer.Argument(help="Raw data (as in data.sources), a set, a folder of sets, a tokenizer or a run folder.")],
     out: Annotated[str, typer.Option(help="PNG file of the contact sheet; default: inspect-<name>.png here.")] = "",
-    samples: Annotated[int, typer.Option(help="Number of random records for the statistics.")] = 500,
-    pictures: Annotated[int, typer.Option(min=0, help="Records on the contact sheet; 0: none.")] = 48,
+    samples: Annotated[int, typer.Option(min=0, max=1 << 30, help="Number of random records for the statistics.")] = 500,
+    pictures: Annotated[int, typer.Option(min=0, max=1 << 16, help="Records on the contact sheet; 0: none.")] = 48,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of records.")] = 0,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer that counts the tokens of captions; default: the run's.")] = "",
     run: Annotated[str, typer.Option(help="Run folder whose dVAE draws code sets; default: URL, if it is a run.")] = "",
@@ -266,7 +270,7 @@ def validate(
     ] = "",
     run: Annotated[str, typer.Option(help="Run folder that sets belong to; default: URL, if it is a run.")] = "",
     version: Annotated[str, typer.Option(help="Version of a shard set; default: the newest.")] = "",
-    workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0: one for each core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1 << 12, help="Number of processes; 0: one for each core.")] = 0,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every image and compare its size.")] = False,
     takedown: Annotated[str, typer.Option(help="Take-down list, whose images need no codes; default: the run's.")] = "",
 ) -> None:
@@ -281,7 +285,7 @@ def export(
     run: Run,
     stage: Annotated[str, typer.Option(help="Whose weights: dvae or dalle.")] = "dalle",
     weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
-    step: Annotated[int, typer.Option(min=0, help="Checkpoint after this update; 0: the newest.")] = 0,
+    step: Annotated[int, typer.Option(min=0, max=1 << 53, help="Checkpoint after this update; 0: the newest.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",
     package: Annotated[bool, typer.Option("--package", help="Write a folder that draws by itself, with model card and licences.")] = False,
 ) -> None:
@@ -300,7 +304,7 @@ def export(
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark, or what several names begin with ('data'), 'all', or 'docs': docs/benchmarks.md.")],
     out: Annotated[str, typer.Option(help="Folder for the JSON file.")] = "bench/out",
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time given to each measured figure.")] = 1.0,
+    seconds: Annotated[float, typer.Option(callback=finite, min=0.01, max=3600, help="Time given to each measured figure.")] = 1.0,
 ) -> None:
     """Run a benchmark and write its figures as JSON; the reference figures (floors) are measured in the same run."""
     from train.verbs import bench as verb

@@ -18,6 +18,10 @@ from model.config import StreamShape
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
 
+_LEAST = 1e-6
+"""The lowest temperature; the highest is its inverse. Logits beyond these overflow in fp32, or are all equal."""
+_MOST_GUIDANCE = 1000.0
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -37,14 +41,14 @@ class Rule:
         Raises:
             ValueError: a value is out of range.
         """
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}: must be above 0")
+        if not _LEAST <= self.temperature <= 1 / _LEAST:
+            raise ValueError(f"temperature = {self.temperature}: must be above 0, from {_LEAST:g} to {1 / _LEAST:g}")
         if self.top_k is not None and not 1 <= self.top_k <= shape.image_vocab:
             raise ValueError(f"top_k = {self.top_k}: accepted are 1 to dvae.vocab = {shape.image_vocab}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: accepted are numbers above 0 and up to 1")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance = {self.guidance}: accepted are numbers from 0; 1 is none")
+        if not 0 <= self.guidance <= _MOST_GUIDANCE:
+            raise ValueError(f"guidance = {self.guidance}: accepted are numbers from 0 to {_MOST_GUIDANCE:g}; 1 is none")
 
     def filtered(self, logits_BQN: Tensor) -> Tensor:
         """Logits divided by the temperature, fp32, with -inf for codes that cannot be drawn."""
@@ -55,7 +59,7 @@ class Rule:
         if self.top_p is not None and self.top_p < 1:
             sorted_BQN = logits_BQN.sort(dim=-1, descending=True).values
             p_BQN = sorted_BQN.softmax(-1)
-            count_BQ1 = (p_BQN.cumsum(-1) - p_BQN < self.top_p).sum(-1, keepdim=True)
+            count_BQ1 = (p_BQN.cumsum(-1) - p_BQN < self.top_p).sum(-1, keepdim=True).clamp(min=1)  # also of a top_p that fp32 takes for 0
             logits_BQN = logits_BQN.masked_fill(logits_BQN < sorted_BQN.gather(-1, count_BQ1 - 1), float("-inf"))
         return logits_BQN
 

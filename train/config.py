@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from data_pipeline.config import DataConfig, FilterConfig, TokenizerConfig
 from infra import files
@@ -21,6 +21,8 @@ from train.config_watching import NumericsSection, ReportSection, SamplesSection
 
 PRESETS = Path(__file__).parent / "presets"
 
+_LONGEST_NAME = 255
+"""Bytes of a folder's name on the file systems of Linux."""
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 UnscaledPrecision = Literal["auto", "bf16", "fp32"]
 """For stages without loss scaling."""
@@ -36,6 +38,13 @@ class RunSection(Section):
     """Folder or s3://bucket/prefix that holds run folders."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random; see docs/contracts.md, section 2."""
+
+    @field_validator("name")
+    @classmethod
+    def _fits_a_folder(cls, name: str) -> str:
+        if len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(f"a name of {len(name.encode())} bytes; it is the name of a folder: accepted are up to {_LONGEST_NAME}")
+        return name
 
 
 class FitSection(WatchingSection):

@@ -20,7 +20,7 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
     drawn alone.
 
     Raises:
-        DataError: the line names other weights than the model has.
+        DataError: the line names other weights than the model has, or what no drawing with this model has written.
     """
     for kind in ("dalle", "dvae", "tokenizer"):
         if line["weights"].get(kind) != models.lineage[kind]:
@@ -33,6 +33,7 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
         shaped = shaped | {"captions": 1, "each": 1, "place": 0}
     prefix = shape.pop("prefix", [])
     settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
+    _check(models, line, settings, prefix)
     # All pictures of the batch are copies of the wanted candidate; all but one are thrown away.
     batch = Batch((line["caption"],) * shaped["captions"], (line["candidate"],) * shaped["each"])
     ancestry = shaped.get("ancestry")
@@ -40,6 +41,30 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
         drawn = along(models, batch, settings, ancestry, prefix) if ancestry else draw_batch(models, batch, settings, prefix)
     found = drawn[shaped["place"]]
     return found, encoded(found, line["file"].rsplit(".", 1)[-1])
+
+
+def _check(models: Models, line: Line, settings: Settings, prefix: list[int]) -> None:
+    """Refuse a line that this model cannot have drawn. Lines come from strangers, too.
+
+    Raises:
+        DataError: the message names the field.
+    """
+    shaped, shape = line["shaped_by"], models.weights.shape
+    try:
+        settings.check(models.cfg)
+    except ConfigError as error:
+        raise DataError(f"--again: settings of the line: {error}") from error
+    if line["candidate"] >= settings.n:
+        raise DataError(f"--again: candidate = {line['candidate']}: accepted are 0 to {settings.n - 1}, below the line's settings.n.")
+    if shaped["place"] >= shaped["captions"] * shaped["each"]:
+        raise DataError(
+            f"--again: shaped_by.place = {shaped['place']}: its batch has {shaped['captions']} x {shaped['each']} pictures, counted from 0."
+        )
+    if len(prefix) % shape.grid or len(prefix) >= shape.image_tokens or any(code >= shape.image_vocab for code in prefix):
+        raise DataError(
+            f"--again: settings.prefix has {len(prefix)} codes up to {max(prefix)}: accepted are whole rows of {shape.grid}, fewer than {shape.grid} of them, of "
+            f"codes 0 to {shape.image_vocab - 1}."
+        )
 
 
 def verdict(line: Line, picture: Picture, data: bytes) -> str:

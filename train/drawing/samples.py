@@ -11,39 +11,58 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from infra import storage, stored, strict_json, text
 from infra.errors import DataError, MissingError
 from train.drawing.draw import Picture
+from train.drawing.settings import MOST_PICTURES
 from train.report.images import png_bytes
 
 SCHEMA = "sample/2"
 SAMPLES = "samples.jsonl"
 FORMATS = ("png", "webp")
 _KEY_LETTERS, _NAME_LETTERS = 12, 40
+_MOST_THREADS = 4096
 
 Line = dict[str, Any]
 
 
-_Few = Annotated[int, Field(ge=0, le=1 << 16)]
+_Few = Annotated[int, Field(ge=0, le=MOST_PICTURES)]
+_Some = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
+_Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Text = Annotated[str, Field(max_length=1 << 16)]
 
 
 class _ShapedBy(stored.Stored):
     """Everything on which the last bits of a picture depend. A picture is drawn again with these values, so their sizes are limited."""
 
-    captions: _Few
-    each: _Few
+    captions: _Some
+    each: _Some
     place: _Few
-    window: _Few
-    threads: _Few
+    window: _Some
+    threads: Annotated[int, Field(ge=1, le=_MOST_THREADS)]
     deterministic: bool
     device: _Text
     precision: _Text
     torch: _Text
-    ancestry: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=8)] = Field(default_factory=list)
+    ancestry: Annotated[list[Annotated[list[_Seed], Field(min_length=2, max_length=2)]], Field(max_length=8)] = Field(default_factory=list)
     """Of a picture of a search: from which position on its codes have which seed."""
+
+
+class _Settings(stored.Stored):
+    """The settings of a picture. What the model has to say to them is asked when it is loaded; see ``again``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: _Some
+    seed: Annotated[int, Field(ge=0)]
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    search: bool = False
+    prefix: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 20)]], Field(max_length=1 << 16)] = Field(default_factory=list)
 
 
 class _Drawn(stored.Stored):
@@ -57,7 +76,7 @@ class _Drawn(stored.Stored):
     file: Annotated[str, Field(pattern=r"^[0-9]{3,6}\.(png|webp)$")]
     sha256: _Text
     codes_sha256: _Text
-    settings: dict[str, Any]
+    settings: _Settings
     shaped_by: _ShapedBy
     weights: dict[str, _Text]
     source: _Text

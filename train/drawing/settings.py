@@ -14,6 +14,8 @@ from model.sampling import Rule
 from train.config import RunConfig
 
 Fit = Literal["crop", "letterbox"]
+MOST_PICTURES = 1 << 16
+"""Most pictures of a caption, and of a batch."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ class Settings:
             self.rule.check(cfg.stream_shape())
         except ValueError as error:
             raise ConfigError(f"{error}.") from error
-        if self.n < 1 or self.batch < 0 or self.seed < 0:
-            raise ConfigError(f"n = {self.n}, batch = {self.batch}, seed = {self.seed}: accepted are n from 1, batch and seed from 0.")
+        if not 1 <= self.n <= MOST_PICTURES or not 0 <= self.batch <= MOST_PICTURES or self.seed < 0:
+            raise ConfigError(
+                f"n = {self.n}, batch = {self.batch}, seed = {self.seed}: accepted are n from 1 to {MOST_PICTURES}, batch from 0 to {MOST_PICTURES}, and seed "
+                "from 0."
+            )
         if not 0 <= self.window <= cfg.dvae.grid:
             raise ConfigError(f"window = {self.window}: accepted are 0 (by the device) to {cfg.dvae.grid}, a row of codes.")
         if self.guidance != 1 and not cfg.dalle_fit.caption_dropout:

@@ -8,6 +8,7 @@ import typer
 
 from infra.errors import UsageError
 from train.run.stage_table import STAGES
+from train.verbs.arguments import finite
 
 _app = typer.Typer()
 _Run = Annotated[str, typer.Argument(help="Run folder, local or s3://.")]
@@ -24,7 +25,7 @@ def status(
     context: typer.Context,
     runs: _Runs,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until stopped.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    every: Annotated[float, typer.Option(callback=finite, min=0.1, max=86400, help="Seconds between two looks.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a line for each look.")] = False,
 ) -> None:
     """Show where each stage of a run stands, live, queued or dead, by the files of its folder; of several runs, a line each."""
@@ -39,7 +40,7 @@ def tensorboard(
     runs: _Runs,
     out: Annotated[str, typer.Option(help="Folder of the copy, which is continued; default: a temporary one, deleted at the end.")] = "",
     once: Annotated[bool, typer.Option("--once", help="Bring the copy in --out up to date, and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks at the storage.")] = 30.0,
+    every: Annotated[float, typer.Option(callback=finite, min=0.5, max=86400, help="Seconds between two looks at the storage.")] = 30.0,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 serves other machines, too, without a password.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 6006,
 ) -> None:
@@ -54,8 +55,8 @@ def show_logs(
     context: typer.Context,
     run: _Run,
     stage: Annotated[str, typer.Option(help="Stage, or a share of one (encode.0-of-3); default: what was begun last.")] = "",
-    rank: Annotated[int, typer.Option(min=-1, help="One rank; -1: all.")] = -1,
-    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
+    rank: Annotated[int, typer.Option(min=-1, max=1 << 20, help="One rank; -1: all.")] = -1,
+    attempt: Annotated[int, typer.Option(min=-1, max=1 << 30, help="Attempt, counted from 0; -1: the newest.")] = -1,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the attempt ends.")] = False,
 ) -> None:
     """Show what the ranks of an attempt printed: from the run folder, from a SLURM job's output, or from pods."""
@@ -81,7 +82,7 @@ def cancel(
 def why(
     run: _Run,
     stage: Annotated[str, typer.Option(help="Stage, or a share of one; default: all that did not end well.")] = "",
-    attempt: Annotated[int, typer.Option(min=-1, help="Attempt, counted from 0; -1: the newest.")] = -1,
+    attempt: Annotated[int, typer.Option(min=-1, max=1 << 30, help="Attempt, counted from 0; -1: the newest.")] = -1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say why an attempt failed, by its evidence, and what to do: RESTART, RESTART ELSEWHERE or STOP, by which rule, and what was lost."""
@@ -94,7 +95,7 @@ def why(
 def sample(
     context: typer.Context,
     run: _Run,
-    step: Annotated[int, typer.Option(min=1, help="The checkpoint after this update.")],
+    step: Annotated[int, typer.Option(min=1, max=1 << 53, help="The checkpoint after this update.")],
     aside: Annotated[bool, typer.Option("--aside", help="At the lowest priority.")] = False,
 ) -> None:
     """Draw the captions of section [samples] with one checkpoint of a run that trains. Training itself starts this."""

@@ -1,0 +1,137 @@
+"""Lines of samples.jsonl from strangers, and numbers that nobody draws with: each is refused in a sentence. About 3 s."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from infra.errors import ConfigError, DataError
+from infra.signals import StopFlag
+from tests.support import drawable_run
+from train.config import load_run
+from train.drawing.settings import Settings
+from train.drawing.source import Models, open_models
+from train.verbs import arguments
+from train.verbs import draw as verb
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return open_models(drawable_run.make(str(tmp_path_factory.mktemp("runs") / "mine")).url, "cpu", "fp32", "none")
+
+
+@pytest.fixture(scope="module")
+def line(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("out")
+    verb.main(models.url, ["a red fox"], verb.Options(Settings(n=2), out=str(out)), StopFlag())
+    (table,) = out.glob("*/samples.jsonl")
+    found: dict[str, Any] = json.loads(table.read_text().splitlines()[0])
+    return found
+
+
+@pytest.fixture
+def again(models: Models, line: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]:
+    """Draws the line again with another value of a field."""
+    monkeypatch.setattr(verb, "open_models", lambda *_, **__: models)
+
+    def call(section: str, key: str, value: Any) -> None:
+        changed = copy.deepcopy(line)
+        (changed[section] if section else changed)[key] = value
+        verb.main("", [], verb.Options(again=json.dumps(changed), out=str(tmp_path / "again")), StopFlag())
+
+    return call
+
+
+STRANGE: dict[str, dict[str, list[Any]]] = {
+    "settings": {
+        "temperature": [0, -1, 1e-300, 1e308, True, "1", None],
+        "top_k": [-5, 0, 1.5, 10**5, 10**50],
+        "top_p": [-1, 0, 2, "x"],
+        "guidance": [-1, 3, 1e308, None],
+        "n": [-1, 0, 10**50],
+        "seed": [-1, "x"],
+        "prefix": [["x"], [-1], [10**9], [1.5], [[1]], [True], [1], [10**5] * 4, [0] * 16, [0] * 64, [0] * 10**5, "abc", 5, None],
+        "unknown": [1],
+    },
+    "shaped_by": {
+        "place": [9, -1, 65536],
+        "captions": [0, -1, 10**9],
+        "each": [0, 10**9],
+        "window": [0, 99, 65536, 10**9],
+        "threads": [0, -1, 65536],
+        "ancestry": [[[0, 10**30]], [[0, -1]], [[5, 1]]],
+    },
+    "": {"candidate": [2, 65536, -1]},
+}
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in STRANGE.items() for key in keys])
+def test_a_line_with_a_value_that_no_drawing_has_is_refused_by_its_field(
+    section: str, key: str, again: Callable[[str, str, Any], None], tmp_path: Path
+) -> None:
+    for value in STRANGE[section][key]:
+        with pytest.raises(DataError, match=f"--again.*{key}"):
+            again(section, key, value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_top_p_that_fp32_takes_for_0_draws_the_likeliest_codes(again: Callable[[str, str, Any], None], tmp_path: Path) -> None:
+    again("settings", "top_p", 1e-300)
+    assert len(list((tmp_path / "again").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"temperature": 1e-300},
+        {"guidance": math.inf},
+        {"guidance": math.nan},
+        {"top_p": math.nan},
+        {"n": 10**20},
+        {"batch": 10**20},
+        {"window": 10**20},
+        {"keep_rows": 10**20},
+        {"top_k": 10**20},
+    ],
+)
+def test_numbers_that_nobody_draws_with_are_refused_by_name(settings: dict[str, Any], models: Models) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(settings))} = .*: (accepted|must)"):
+        Settings(**settings).check(models.cfg)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_options_take_finite_numbers_alone(value: float) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a finite number"):
+        arguments.finite(value)
+    assert arguments.finite(0.5) == 0.5
+
+
+def test_every_numeric_option_of_the_launcher_has_an_upper_bound_or_is_checked_by_the_model() -> None:
+    """In a process of its own, as the launcher sets itself up when it is imported."""
+    code = """
+import click, typer, launcher
+for name, command in typer.main.get_command(launcher.app).commands.items():
+    for option in command.params:
+        kind = option.type
+        if isinstance(kind, click.types.IntParamType) and getattr(kind, 'max', None) is None or isinstance(kind, click.types.FloatParamType) and option.callback is None:
+            print(name, option.name)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.split("\n")
+    assert sorted(set(found)) == ["", "draw seed", "inspect seed"], "seeds may be any number"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200])
+def test_a_name_of_a_run_that_no_folder_can_have_is_refused_by_its_key(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name: .*a name of [34]00 bytes; it is the name of a folder: accepted are up to 255"):
+        load_run("tiny", [f"run.name={name}"])

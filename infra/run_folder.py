@@ -315,6 +315,8 @@ def place_of(config_url: str) -> dict[str, str]:
         return {}
     stored.check(provenance, run_records.Provenance, url)
     _of_known_schema(url, provenance)
+    if folder.startswith("file://"):
+        folder = str(storage.local_path(folder))  # a name is literal, without the escapes of a URL
     if not storage.is_remote(folder) and storage.local_path(folder).name in ("", ".."):  # '.' and '..' are paths, but not names of runs
         folder = str(storage.local_path(folder).resolve())
     root, _, name = folder.rstrip("/").rpartition("/")

@@ -230,8 +230,8 @@ def test_a_hang_up_stops_like_term_and_is_ignored_under_nohup(ignored: bool, end
         "child = subprocess.Popen(['sleep', '60'])\nos.kill(os.getpid(), signal.SIGHUP); child.send_signal(signal.SIGHUP); time.sleep(0.3)\n"
         "print(repr(flag.received).partition(':')[0].strip('<'), child.poll()); child.kill()"
     )
-    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
-    assert program(text, preexec_fn=before).stdout == f"{end} None\n", "helpers of libraries survive it"
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL  # whatever the tests themselves were started under
+    assert program(text, preexec_fn=lambda: signal.signal(signal.SIGHUP, action)).stdout == f"{end} None\n", "helpers of libraries survive it"
 
 
 def test_doctor_says_that_there_is_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ class _Sums:
     def __init__(self, cfg: DVAEConfig, judges: Judges, names: tuple[str, ...], device: torch.device) -> None:
         self.judges, self.device = judges, device
         self.names = [*names, "psnr", *(["ssim"] if cfg.image_size >= _SSIM_SIDE else []), *(["lpips"] if judges.lpips is not None else [])]
-        self.images = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(1 + len(self.names), dtype=torch.float64, device=device)
+        """The number of pictures, and of each figure the sum: one tensor, which is read at once."""
         self.counts_N = torch.zeros(cfg.vocab, dtype=torch.int64, device=device)
         self.features = [FeatureSums(judges.net.width, device) for _ in range(2)] if judges.net is not None else []
         self.shown: list[tuple[Tensor, ...]] = []
@@ -88,11 +88,11 @@ class _Sums:
             figures: those that the caller has named, one value for each picture.
             more: further pictures to show.
         """
-        rows = [*figures, psnr(drawn_B3YX, pixels_B3YX)]
+        right = psnr(drawn_B3YX, pixels_B3YX)
+        rows = [torch.ones_like(right), *figures, right]
         rows += [ssim(drawn_B3YX, pixels_B3YX)] if "ssim" in self.names else []
         rows += [self.judges.lpips(drawn_B3YX, pixels_B3YX)] if self.judges.lpips is not None else []
         self.sums += torch.stack([row.double().sum() for row in rows])
-        self.images += len(pixels_B3YX)
         flat = codes_BYX.flatten()
         self.counts_N.scatter_add_(0, flat, torch.ones_like(flat))  # torch.bincount would wait for the GPU in every batch
         for total, some_B3YX in zip(self.features, (pixels_B3YX, drawn_B3YX), strict=False):
@@ -103,11 +103,11 @@ class _Sums:
 
     def result(self) -> Reconstruction:
         """The means over all ranks. Collective."""
-        for part in (self.images, self.sums, self.counts_N):
+        for part in (self.sums, self.counts_N):
             if dist.is_initialized():
                 dist.all_reduce(part)
-        images = float(self.images)
-        values = {name: total / max(images, 1.0) for name, total in zip(self.names, self.sums.tolist(), strict=True)} | code_statistics(self.counts_N)
+        images, *totals = self.sums.tolist()
+        values = {name: total / max(images, 1.0) for name, total in zip(self.names, totals, strict=True)} | code_statistics(self.counts_N)
         if self.judges.net is not None:
             values[self.judges.net.metric] = frechet_distance(*(total.moments() for total in self.features))
         return Reconstruction(values, self.counts_N, int(images), [list(torch.cat(parts)[:SHOWN]) for parts in zip(*self.shown, strict=True)])

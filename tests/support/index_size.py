@@ -5,7 +5,6 @@ Of the older index a share of the tensors is made and parsed, and counted up: th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import sys
@@ -23,12 +22,12 @@ from infra import storage
 from infra.digests import digest
 from train.config import load_run
 from train.planning import wire
+from train.planning.index_part import NO_HASH, index_part
 from train.weights import layout
-from train.weights.checkpoint_index import catalogue, index_of, part_of
+from train.weights.checkpoint_index import catalogue, index_of
 from train.weights.checkpoint_storage import PIECE_BYTES
 
 STATES = ("model", "average", "optimizer/exp_avg", "optimizer/exp_avg_sq")
-_HASH = hashlib.sha256(b"").hexdigest()
 _SHARE = 64
 
 
@@ -67,11 +66,7 @@ def newer_index(found: Cut, told: list[int]) -> tuple[dict[str, Any], list[bytes
 
 def newer_part(found: Cut, rank: int) -> bytes:
     """A rank's part."""
-    tensors, position = {}, 0
-    for name, (offset, length, _) in found.rows(rank).items():
-        tensors[name] = {"start": position, "offset": offset, "length": length, "sha256": [_HASH] * -(-4 * length // PIECE_BYTES)}
-        position += 4 * length
-    return part_of(rank, PIECE_BYTES, tensors)
+    return index_part(rank, found.rows(rank))
 
 
 def older_index(found: Cut) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def older_index(found: Cut) -> dict[str, Any]:
             offset, length = found.share(name, rank)
             for start in range(offset, offset + length, most):
                 count = min(most, offset + length - start)
-                place = {"file": f"rank-{rank}.bin", "start": 4 * start // found.ranks, "bytes": 4 * count, "sha256": _HASH}
+                place = {"file": f"rank-{rank}.bin", "start": 4 * start // found.ranks, "bytes": 4 * count, "sha256": NO_HASH}
                 chunks.append({"offset": start, "length": count} | place)
         tensors[name] = {"dtype": "float32", "size": size, "chunks": chunks}
     return {"tensors": tensors}

@@ -7,9 +7,7 @@ and a checkpoint's index. The other ranks' shards are computed by the arithmetic
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,9 +25,10 @@ from train.machine.rates import DTYPES
 from train.planning import estimate, states
 from train.planning.estimate import Setting
 from train.planning.fake_world import Watched, fake_world
+from train.planning.index_part import index_part
+from train.planning.wire import Fragment
 from train.weights import layout
-from train.weights.checkpoint_index import index_of, part_of
-from train.weights.checkpoint_storage import PIECE_BYTES
+from train.weights.checkpoint_index import index_of
 
 TOLERANCE = 0.05
 """Of bytes of memory. What is sent and who holds what must be equal."""
@@ -69,7 +68,6 @@ MOST_INDEX = 10_000_000
 """Bytes of a checkpoint's index that a rank may have to read before it can restore."""
 _BELOW = 0.12
 """Beyond that, on stages 1 and 2: the plan adds the gradients of all parameters to the widest activations, which may come before most gradients are there."""
-_NO_HASH = hashlib.sha256(b"").hexdigest()
 
 
 def findings(setting: Setting) -> list[Finding]:
@@ -82,14 +80,14 @@ def findings(setting: Setting) -> list[Finding]:
     fit = setting.cfg.dalle_fit
     if setting.cfg.zero.offload_optimizer or fit.optimizer == "apex":
         raise ConfigError("--check follows the update of this project on a GPU: set zero.offload_optimizer=false and dalle_fit.optimizer=adamw.")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     cfg = setting.cfg
     # FlexAttention needs a compiler for its device; the plan knows the activations of this engine too.
     changed = {"dalle": replace(cfg.dalle, attention="structured"), "compression": CompressionSection()}
     setting = replace(setting, cfg=cfg.model_copy(update=changed), rank=None)
     with fake_world(setting.cluster.nodes, setting.cluster.gpus) as (world, watched):
         engine = build(setting, world)
-        found = [*_places(setting, engine), *_checkpoint(setting, engine)]
+        by_rank = estimate.fragments(setting)
+        found = [*_places(setting, engine, by_rank[0]), *_checkpoint(setting, engine, by_rank)]
         update(setting, engine)  # stage 3 learns in the first update what it fetches ahead in all others, and moments are made in it
         gc.collect()
         watched.restart()
@@ -123,7 +121,7 @@ def update(setting: Setting, engine: ZeroEngine) -> None:
     engine.step(1e-3, [0.0] * len(engine.measure()))
 
 
-def _places(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
+def _places(setting: Setting, engine: ZeroEngine, fragments: list[Fragment]) -> Iterator[Finding]:
     """Who shards with whom, batches, and what this rank holds."""
     cluster, topology = setting.cluster, engine.topology
     if topology is not None:
@@ -134,17 +132,17 @@ def _places(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
     sharding = cluster.world if topology is None else cluster.gpus
     product = engine.config["train_micro_batch_size_per_gpu"] * engine.config["gradient_accumulation_steps"] * sharding
     yield Finding("samples of the ranks that shard together", engine.config["train_batch_size"], product)
-    planned = {(f.parameter.name, f.offset, f.length) for f in estimate.fragments(setting)[0]}
+    planned = {(f.parameter.name, f.offset, f.length) for f in fragments}
     held = {(piece.name, piece.offset, piece.length) for piece in engine.pieces}
     yield Finding("pieces of parameters that rank 0 holds", len(planned), len(held))
     yield Finding("of them planned or held otherwise", 0, len(planned ^ held))
 
 
-def _checkpoint(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
+def _checkpoint(setting: Setting, engine: ZeroEngine, cut: list[list[Fragment]]) -> Iterator[Finding]:
     """The tensors of a checkpoint, and the bytes of its index and of the largest part: against what a rank should have to read."""
     real = layout.held(engine.fragments(to_load=False))
     by_rank = []
-    for fragments in estimate.fragments(setting):
+    for fragments in cut:
         rows = {}
         for fragment in fragments:
             for state in ("model", "average", *(f"optimizer/{name}" for name in engine.shard_optimizer.state_names)):
@@ -152,26 +150,15 @@ def _checkpoint(setting: Setting, engine: ZeroEngine) -> Iterator[Finding]:
                 dtype = "int16" if setting.moment_bytes == 4 and fragment.parameter.is_block_matrix and "optimizer" in state else "float32"
                 rows[name] = (fragment.offset, fragment.length, layout.kind_of(fragment.parameter.elements, dtype))
         by_rank.append(dict(sorted(rows.items())))
-    own = {name: row for name, row in real.items() if not name.startswith("compression")}
-    yield Finding("tensors of a checkpoint held otherwise", 0, len(set(own.items()) ^ set(by_rank[0].items())))
+    yield Finding("tensors of a checkpoint held otherwise", 0, len(set(real.items()) ^ set(by_rank[0].items())))
     expected = layout.Expected(layout.Expected.of(by_rank[0]))
     tensors = layout.described(expected, [expected.differences(rows, rank) for rank, rows in enumerate(by_rank)])
     elements = sum(tensor["size"] for tensor in tensors.values())
     parameters = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).total
     yield Finding("elements of a checkpoint without buffers", (2 + len(engine.shard_optimizer.state_names)) * parameters, elements)
-    parts = [len(_part(rank, rows)) for rank, rows in enumerate(by_rank)]
+    parts = [len(index_part(rank, rows)) for rank, rows in enumerate(by_rank)]
     index = len(json.dumps(index_of(tensors, [(size, bytes(32)) for size in parts])).encode())
     yield Finding("index and own part that a rank reads, at most", MOST_INDEX, index + max(parts), "MB", below=1.0)
-
-
-def _part(rank: int, rows: dict[str, layout.Row]) -> bytes:
-    """A rank's part of the index, with hashes of nothing."""
-    tensors, position = {}, 0
-    for name, (offset, length, kind) in rows.items():
-        size = length * layout.width_of(kind)
-        tensors[name] = {"start": position, "offset": offset, "length": length, "sha256": [_NO_HASH] * -(-size // PIECE_BYTES)}
-        position += size
-    return part_of(rank, PIECE_BYTES, tensors)
 
 
 def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[Finding]:

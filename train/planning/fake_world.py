@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,10 +28,18 @@ from train.optimizer import adamw
 _aten: Any = torch.ops.aten
 _c10d: Any = torch.ops.c10d
 _YES_OR_NO = (_aten.equal.default, _aten.is_nonzero.default)
-_GATHERS = (_c10d._allgather_base_.default, _c10d.allgather_.default)
-_SCATTERS = (_c10d._reduce_scatter_base_.default, _c10d.reduce_scatter_.default, _c10d.alltoall_base_.default)
-_ALL_REDUCES = (_c10d.allreduce_.default,)
-_ROOTED = (_c10d.broadcast_.default, _c10d.reduce_.default)
+_SENT = {
+    _c10d._allgather_base_.default: (0, 1, 2),
+    _c10d.allgather_.default: (0, 1, 2),
+    _c10d._reduce_scatter_base_.default: (1, 1, 2),
+    _c10d.reduce_scatter_.default: (1, 1, 2),
+    _c10d.alltoall_base_.default: (1, 1, 2),
+    _c10d.allreduce_.default: (0, 2, 1),
+    _c10d.broadcast_.default: (0, 1, 1),
+    _c10d.reduce_.default: (0, 1, 1),
+    _c10d.barrier.default: (0, 0, 1),
+}
+"""Collective -> number of the argument with the tensors that a ring passes on, how often it does so, and number of the argument with the group."""
 
 
 class Watched(LiveBytes):
@@ -46,7 +53,6 @@ class Watched(LiveBytes):
         super().__init__()
         self.inside = self.outside = 0.0
         """To ranks of the same machine, and to others: of a ring over all ranks of several machines, a process's share of what its machine sends."""
-        self.calls: Counter[str] = Counter()
         self._gpus = gpus
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,23 +64,12 @@ class Watched(LiveBytes):
         """Forget the peak and what was sent so far."""
         super().restart()
         self.inside = self.outside = 0.0
-        self.calls.clear()
 
     def _send(self, func: Any, args: Any) -> None:
-        self.calls[func.__name__.partition(".")[0].strip("_")] += 1
-        if func in _GATHERS:
-            size, place = _bytes(args[0]), 2
-        elif func in _SCATTERS:
-            size, place = _bytes(args[1]), 2
-        elif func in _ALL_REDUCES:
-            size, place = 2 * _bytes(args[0]), 1
-        elif func in _ROOTED:
-            size, place = _bytes(args[0]), 1
-        else:
-            assert "barrier" in func.__name__, f"{func} is not known to {__name__}"
-            return
-        ranks = dist.get_process_group_ranks(ProcessGroup.unbox(args[place]))
-        sent = size * (len(ranks) - 1) / len(ranks)
+        assert func in _SENT, f"{func} is not known to {__name__}"
+        tensors, times, group = _SENT[func]
+        ranks = dist.get_process_group_ranks(ProcessGroup.unbox(args[group]))
+        sent = times * _bytes(args[tensors]) * (len(ranks) - 1) / len(ranks)
         machines = {rank // self._gpus for rank in ranks}
         if len(machines) == len(ranks) > 1:
             self.outside += sent
@@ -92,7 +87,7 @@ class _Fake(FakeTensorMode):
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else args[0].dtype != torch.bool and 0
+            return 0.0 if args[0].is_floating_point() else False if args[0].dtype == torch.bool else 0
         if func in _YES_OR_NO:
             return False
         return super().dispatch(func, types, args, kwargs)

@@ -3,13 +3,15 @@
 Shapes: B batch, Y X rows and columns (of pixels or of the code grid), S side of a picture.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from model.config import DVAEConfig
 
 
-class ImageTokenizer(nn.Module):
+class ImageTokenizer(nn.Module, ABC):
     """Pictures in [0, 1] to a square grid of codes, and codes to pictures."""
 
     def __init__(self, cfg: DVAEConfig) -> None:
@@ -49,11 +51,13 @@ class ImageTokenizer(nn.Module):
         check_codes(codes_BYX, self.grid)
         return self._decode(codes_BYX)
 
+    @abstractmethod
     def _encode(self, pixels_B3YX: Tensor) -> Tensor:
-        raise NotImplementedError
+        """``encode`` of pictures of the right size."""
 
+    @abstractmethod
     def _decode(self, codes_BYX: Tensor) -> Tensor:
-        raise NotImplementedError
+        """``decode`` of codes that there are."""
 
 
 def check_pixels(pixels_B3YX: Tensor, image_size: int) -> None:

@@ -271,7 +271,8 @@ class Transformer(nn.Module):
         """
         if read_text_BT is not None or read_codes_BI is not None:
             self._check(text_BT, lengths_B, codes_BI)  # else the inputs, which are checked where they are read
-        read_text_BT, read_codes_BI = (given if other is None else other for given, other in ((text_BT, read_text_BT), (codes_BI, read_codes_BI)))
+        read_text_BT = text_BT if read_text_BT is None else read_text_BT
+        read_codes_BI = codes_BI if read_codes_BI is None else read_codes_BI
         text_BTD, image_BID = self.predicting_states(read_text_BT, lengths_B, read_codes_BI)
         keeps_logits = not self.checkpoint_every
         is_token_BT = torch.arange(self.shape.text_tokens, device=text_BT.device) < lengths_B[:, None]

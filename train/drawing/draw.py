@@ -203,11 +203,17 @@ def score(models: Models, pictures: Sequence[Picture]) -> list[float]:
     return [score_one(models, picture.caption, picture.pixels_YXC) for picture in pictures]
 
 
-@torch.no_grad()
 def score_one(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> float:
     """The same for one picture."""
+    image_1E, text_1E = embeddings(models, caption, pixels_YXC)
+    return float(image_1E @ text_1E.T)
+
+
+@torch.no_grad()
+def embeddings(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """A picture's and its caption's embeddings by the contrastive model, [1, E] each."""
     assert models.clip is not None
     ids, length = models.tokenizer.encode(caption)
     text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device))
     pixels_13YX = torch.from_numpy(pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(models.device)
-    return float(models.clip.encode_image(pixels_13YX) @ text_1E.T)
+    return models.clip.encode_image(pixels_13YX), text_1E

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import ConfigError, ReportedError
 from infra.run_folder import producer
 from train.drawing.captions import read_captions
-from train.drawing.draw import Picture, draw, score
+from train.drawing.draw import Picture, draw, embeddings, score
 from train.drawing.settings import Settings
 from train.drawing.source import Models, open_judge, open_models
 from train.evaluation.distances import recalls
@@ -60,22 +59,11 @@ def _judged(best: Sequence[tuple[Picture, float]], models: Models, judge: Models
     ranked = [worth for _, worth in best]
     found: dict[str, Any] = {"score_by_ranking_model": float(np.mean(ranked)), "scores": ranked}
     if judge is not None:
-        image_ME, text_ME = _embeddings(judge, [picture for picture, _ in best])
-        scores = (image_ME * text_ME).sum(1)
-        found |= {"score_by_judge": float(scores.mean()), "scores": scores.tolist()} | recalls(torch.from_numpy(image_ME), torch.from_numpy(text_ME))
+        pairs = [embeddings(judge, picture.caption, picture.pixels_YXC) for picture, _ in best]
+        image_ME, text_ME = (torch.cat(parts).float().cpu() for parts in zip(*pairs, strict=True))
+        scores_M = (image_ME * text_ME).sum(1)
+        found |= {"score_by_judge": float(scores_M.mean()), "scores": scores_M.tolist()} | recalls(image_ME, text_ME)
     return found
-
-
-@torch.no_grad()
-def _embeddings(judge: Models, pictures: Sequence[Picture]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    assert judge.clip is not None
-    images, texts = [], []
-    for picture in pictures:
-        ids, length = judge.tokenizer.encode(picture.caption)
-        texts.append(judge.clip.encode_text(torch.from_numpy(ids)[None].to(judge.device), torch.tensor([length], device=judge.device)))
-        pixels_13YX = torch.from_numpy(picture.pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(judge.device)
-        images.append(judge.clip.encode_image(pixels_13YX))
-    return torch.cat(images).float().cpu().numpy(), torch.cat(texts).float().cpu().numpy()
 
 
 def main(arguments: Sequence[str]) -> int:

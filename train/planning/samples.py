@@ -10,9 +10,14 @@ _PROCESS = 1_080_000_000
 """Bytes of a process that has torch and the kernels of drawing, and no weights: measured at 26 and 152 million weights, which took 8.5 bytes each."""
 
 
+def given(cfg: RunConfig) -> tuple[str, ...]:
+    """The captions that the configuration names; if there are none, held-out ones are drawn."""
+    return cfg.samples.captions or cfg.generate.captions[: cfg.samples.num_captions]
+
+
 def pictures(cfg: RunConfig) -> int:
     """How many pictures are drawn at once."""
-    return len(cfg.samples.captions or cfg.generate.captions[: cfg.samples.num_captions]) or cfg.samples.num_captions
+    return len(given(cfg)) or cfg.samples.num_captions
 
 
 def memory(cfg: RunConfig) -> int:

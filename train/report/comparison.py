@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 
-from infra.errors import DataError
 from train.report import page
 from train.report.markup import Child, el, join
 from train.report.view import RunView, Section
-
-_log = logging.getLogger(__name__)
 
 SECTIONS = ("results", "curves", "pictures", "configuration")
 MOST = 4
@@ -22,7 +19,7 @@ Runs = Mapping[str, RunView]
 
 def render(runs: Runs) -> str:
     """The HTML page. A section whose inputs are damaged shows the error in its place."""
-    sections = [section for name in SECTIONS if (section := _section(runs, name))]
+    sections = [section for name in SECTIONS if (section := page.section_or_error("comparison", name, partial(_made, runs, name)))]
     marks = [el("span", _swatch(number), name, class_="facts") for number, name in enumerate(runs)]
     title = " and ".join(runs)
     header = el("header", el("p", "Text to image, runs side by side", class_="kicker"), el("h1", title), el("p", join(*marks), class_="facts legend"))
@@ -33,10 +30,6 @@ def _swatch(number: int) -> Child:
     return el("span", class_="swatch", style=f"background:var(--s{number})")
 
 
-def _section(runs: Runs, name: str) -> Section | None:
-    try:
-        make: Callable[[Runs], Section | None] = import_module(f"train.report.compare_{name}").section
-        return make(runs)
-    except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:  # what reading a damaged file raises
-        _log.warning("comparison: section '%s' cannot be shown: %s", name, error)
-        return Section(name, name.capitalize(), el("p", f"This section cannot be shown: {error}", class_="error"))
+def _made(runs: Runs, name: str) -> Section | None:
+    make: Callable[[Runs], Section | None] = import_module(f"train.report.compare_{name}").section
+    return make(runs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from infra import storage
@@ -22,7 +24,7 @@ def render(run: RunView) -> str:
 
     A section whose inputs are missing says so. A section whose inputs are damaged shows the error in its place; the others are not affected.
     """
-    sections = [section for name in SECTIONS if (section := _section(run, name))]
+    sections = [section for name in SECTIONS if (section := section_or_error("report", name, partial(_made, run, name)))]
     return document(f"{run_name(run)} – report", _header(run), sections)
 
 
@@ -50,11 +52,16 @@ def run_name(run: RunView) -> str:
         return run.url.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _section(run: RunView, name: str) -> Section | None:
+def _made(run: RunView, name: str) -> Section | None:
+    return make(name)(run)
+
+
+def section_or_error(page: str, name: str, make_it: Callable[[], Section | None]) -> Section | None:
+    """A section of a page; where its inputs are damaged, the error in its place."""
     try:
-        return make(name)(run)
+        return make_it()
     except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:  # what reading a damaged file raises
-        _log.warning("report: section '%s' cannot be shown: %s", name, error)
+        _log.warning("%s: section '%s' cannot be shown: %s", page, name, error)
         return Section(name, name.capitalize(), el("p", f"This section cannot be shown: {error}", class_="error"))
 
 

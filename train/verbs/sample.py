@@ -10,6 +10,7 @@ from infra import environment, signals
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from train.config import RunConfig, load_run
+from train.planning import samples
 
 
 def main(url: str, step: int, stop: StopFlag, *, aside: bool = False) -> None:
@@ -54,7 +55,7 @@ def step_aside() -> None:
 
 def captions_of(cfg: RunConfig, run: RunFolder) -> tuple[str, ...]:
     """The captions that are drawn while training."""
-    if given := cfg.samples.captions or cfg.generate.captions[: cfg.samples.num_captions]:
+    if given := samples.given(cfg):
         return given
     from train.run import places
     from train.run.inputs import open_images

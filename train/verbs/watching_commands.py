@@ -8,10 +8,9 @@ import typer
 
 from infra.errors import UsageError
 from train.run.stage_table import STAGES
-from train.verbs.arguments import finite
+from train.verbs.arguments import Run, finite
 
 _app = typer.Typer()
-_Run = Annotated[str, typer.Argument(help="Run folder, local or s3://.")]
 _Runs = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, local or s3://.", show_default=False)]
 
 
@@ -53,7 +52,7 @@ def tensorboard(
 @_app.command(name="logs")
 def show_logs(
     context: typer.Context,
-    run: _Run,
+    run: Run,
     stage: Annotated[str, typer.Option(help="Stage, or a share of one (encode.0-of-3); default: what was begun last.")] = "",
     rank: Annotated[int, typer.Option(min=-1, max=1 << 20, help="One rank; -1: all.")] = -1,
     attempt: Annotated[int, typer.Option(min=-1, max=1 << 30, help="Attempt, counted from 0; -1: the newest.")] = -1,
@@ -67,7 +66,7 @@ def show_logs(
 
 @_app.command()
 def cancel(
-    run: _Run,
+    run: Run,
     stage: Annotated[str, typer.Option(help="Only this stage.")] = "",
 ) -> None:
     """End what works on a run, here or as a job, and take out of the queue what waits; what trains saves first, and goes on when it is started again."""
@@ -80,7 +79,7 @@ def cancel(
 
 @_app.command()
 def why(
-    run: _Run,
+    run: Run,
     stage: Annotated[str, typer.Option(help="Stage, or a share of one; default: all that did not end well.")] = "",
     attempt: Annotated[int, typer.Option(min=-1, max=1 << 30, help="Attempt, counted from 0; -1: the newest.")] = -1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -94,7 +93,7 @@ def why(
 @_app.command(hidden=True)
 def sample(
     context: typer.Context,
-    run: _Run,
+    run: Run,
     step: Annotated[int, typer.Option(min=1, max=1 << 53, help="The checkpoint after this update.")],
     aside: Annotated[bool, typer.Option("--aside", help="At the lowest priority.")] = False,
 ) -> None:

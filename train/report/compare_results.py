@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from infra.progress import duration, three_digits
@@ -25,7 +24,7 @@ def section(runs: Mapping[str, RunView]) -> Section | None:
     """A row for each figure, a column for each run; the best is in bold type where runs differ."""
     rows: list[list[Child]] = []
     for words, key, stage, metric, more in MEASURED:
-        values = [_measured(run, key, stage, metric) for run in runs.values()]
+        values = [run.measured(key, stage, metric) for run in runs.values()]
         if any(value is not None for value in values):
             rows.append([words, *_marked(values, more)])
     for stage in TRAINED:
@@ -35,13 +34,6 @@ def section(runs: Mapping[str, RunView]) -> Section | None:
     rows.append(["commit", *(str(run.provenance.get("commit", ""))[:10] for run in runs.values())])
     words = "Of the evaluate stage; of a run that has not come to it, the newest of its training logs, on fewer samples (*)."
     return Section("results", "Results", join(table(["", *runs], rows, numbers=range(1, 1 + len(runs))), note(words)))
-
-
-def _measured(run: RunView, key: str, stage: str, metric: str) -> tuple[float, bool] | None:
-    """The value, and whether it is of the evaluate stage."""
-    value = run.evaluation.get(key)
-    found = run.last(stage, metric) if value is None else float(value)
-    return None if found is None or not math.isfinite(found) else (found, value is not None)
 
 
 def _marked(values: list[tuple[float, bool] | None], more: bool) -> list[Child]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from infra.progress import duration
@@ -46,9 +45,8 @@ def _render(tile: Tile) -> Html:
 
 
 def _measured(run: RunView, key: str, stage: str, metric: str) -> float | None:
-    value = run.evaluation.get(key)
-    value = run.last(stage, metric) if value is None else float(value)
-    return value if value is not None and math.isfinite(value) else None
+    found = run.measured(key, stage, metric)
+    return None if found is None else found[0]
 
 
 def _psnr(run: RunView) -> Tile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,6 +107,12 @@ class RunView:
             return {}
         cfg, run = load_run(self.url, []), RunFolder(self.url)
         return {stage: old for stage in STAGES if (old := lineage.out_of_date(cfg, run, stage))}
+
+    def measured(self, key: str, stage: str, metric: str) -> tuple[float, bool] | None:
+        """A figure of evaluate/metrics.json, or where there is none the newest of a stage's metric; and whether it is of the first kind. None: neither is finite."""
+        evaluated = self.evaluation.get(key)
+        value = self.last(stage, metric) if evaluated is None else float(evaluated)
+        return None if value is None or not math.isfinite(value) else (value, evaluated is not None)
 
     def last(self, stage: str, name: str) -> float | None:
         """The newest value of a metric; None if there is none."""

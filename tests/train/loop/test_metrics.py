@@ -16,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from infra import storage
+from tests.support.events import next_second
 from tests.train.loop.test_trainer import APPLIED, Nothing, fit_of
 from train.loop.metrics import MetricsWriter, next_attempt, read_metrics, shown_as, throughput
 from train.loop.panels import PANELS
@@ -121,6 +122,7 @@ def test_tensorboard_hides_the_lost_steps_too(tmp_path: Path) -> None:
         for step in steps:
             writer.scalars(step, {"loss": 10.0 * attempt + step})
         writer.close()
+        next_second()
     assert _events(tmp_path, "dvae")["loss"] == [(1, 1.0), (2, 12.0), (3, 13.0)]
 
 
@@ -259,8 +261,10 @@ def test_a_run_that_died_and_goes_on_has_each_step_once_in_tensorboard(tmp_path:
     with pytest.raises(RuntimeError, match="killed"):
         first.run_to_end()
     first._writer._events.flush()  # what had come to the disk of it
+    first._saver.wait()  # of update 6, which a thread writes
     folder = checkpoint.folder(str(tmp_path / "toy"), 6)
     shutil.rmtree(folder)  # so that update 5 to 7 are made again
+    next_second()
     fit_of(tmp_path, [APPLIED] * 10, [2.0]).run_to_end()
     found = EventAccumulator(str(tmp_path / "tensorboard" / "toy"))
     found.Reload()

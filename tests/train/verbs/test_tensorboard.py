@@ -19,6 +19,7 @@ from infra import storage
 from infra.errors import ConfigError, DataError, ExitCode, UsageError
 from infra.mirror import Look, Mirror
 from infra.signals import StopFlag
+from tests.support.events import next_second
 from tests.support.root import ROOT
 from train.loop.metrics import MetricsWriter
 from train.run.run_names import distinct
@@ -57,6 +58,7 @@ def test_a_copy_holds_what_each_attempt_wrote_and_a_restart_leaves_no_step_twice
     assert [step for step, _ in _losses(tmp_path / "copy/near/dvae")] == [1, 2]
     first.scalars(6, {"train/loss": 6.0})
     first.flush()  # and then it is killed: the next attempt begins behind update 4
+    next_second()
     second = _run(remote, range(5, 9), attempt=1)
     capsys.readouterr()
     tensorboard.main([remote, local], options, StopFlag())

@@ -180,18 +180,20 @@ class Transformer(nn.Module):
         attend: Attend | None = None,
         checkpoint_every: int = 0,
         z_loss: float = 0.0,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Build and initialise the model in fp32.
 
         Args:
             cfg: sizes.
             shape: the token stream.
-            branch_dtype: arithmetic of the residual branches; everything else is fp32.
+            branch_dtype: arithmetic of the residual branches; everything else is fp32, but for ``logits_dtype``.
             norm: makes a norm of a given width; layer norm with eps 1e-5 if None.
             attend: the attention engine (a module, if it holds buffers); DenseAttention if None.
             checkpoint_every: keep only the states before every n-th resblock, and recompute the resblocks in between (and the logits) in the backward pass (paper
                 2.4 recomputes each resblock: 1); 0 keeps everything.
             z_loss: see ``cross_entropy``.
+            logits_dtype: what the heads' matrix products read in training: ``products`` of ``cross_entropy``.
         """
         super().__init__()
         self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
@@ -212,8 +214,8 @@ class Transformer(nn.Module):
             blocks.append(MLPResblock(cfg, make_norm(width), branch_dtype))
         self.resblocks = nn.ModuleList(blocks)
         self.final_norm = make_norm(width)
-        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE, z_loss)
-        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE, z_loss)
+        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE, z_loss, logits_dtype)
+        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE, z_loss, logits_dtype)
 
     def embed_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Input states of the text slots, fp32 [B, T, D]."""

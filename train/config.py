@@ -177,6 +177,9 @@ class DalleFit(LearningSection, FitSection, NumericsSection):
     used)."""
     norm: Literal["torch", "apex"] = "torch"
     """Layer norm of torch, or NVIDIA apex's FusedLayerNorm (needs a GPU; an error if apex cannot be used). Weights and exports are the same."""
+    logits: Literal["fp32", "bf16", "auto"] = Field(default="fp32", json_schema_extra=GOING_ON)
+    """Operands of the heads' matrix products in training: 'fp32' as in the paper, 'bf16', or 'auto': bf16 where the residual branches compute in bf16. Softmax, loss,
+    weights and gradients are fp32 always, and so are the products of evaluation and drawing."""
     clip_variance: float | None = Field(default=5.0, gt=0)
     """Upper limit of Adam's variance estimate; None: no limit."""
     moments: Literal["fp32", "16-bit"] = "fp32"

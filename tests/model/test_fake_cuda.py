@@ -37,22 +37,27 @@ VQGANS = [
 ]  # fmt: skip
 
 
-def transformer(engine: EngineName = "dense", every: int = 0, dtype: torch.dtype = torch.float16) -> Transformer:
+def transformer(
+    engine: EngineName = "dense", every: int = 0, dtype: torch.dtype = torch.float16, logits_dtype: torch.dtype = torch.float32
+) -> Transformer:
     attend: Any = FlexAttention(CFG, SHAPE, compiled=False, kernel=flex) if engine == "flex" else make_engine(engine, CFG, SHAPE, CUDA)
     with CUDA:
-        return Transformer(CFG, SHAPE, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every)
+        return Transformer(CFG, SHAPE, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every, logits_dtype=logits_dtype)
 
 
 def tokens(count: int = 3) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros(size, dtype=torch.int64, device="cuda") for size in ((count, 8), (count,), (count, 16)))
 
 
-@pytest.mark.parametrize(("engine", "every"), [("dense", 0), ("structured", 1), ("flex", 1)])
-def test_a_step_of_the_transformer_waits_for_nothing(engine: EngineName, every: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "every", "logits_dtype"),
+    [("dense", 0, torch.float32), ("dense", 0, torch.bfloat16), ("structured", 1, torch.float32), ("flex", 1, torch.bfloat16)],
+)
+def test_a_step_of_the_transformer_waits_for_nothing(engine: EngineName, every: int, logits_dtype: torch.dtype) -> None:
     """With the two gradient points, whose scales are tensors, and with recomputation, whose second forward pass runs inside the backward one."""
     with fake_cuda() as watch:
         with watch.setting_up():
-            model, inputs = transformer(engine, every), tokens()
+            model, inputs = transformer(engine, every, logits_dtype=logits_dtype), tokens()
             scales = torch.ones(4, device="cuda")
             for scale, block in zip(scales, model.resblocks, strict=True):
                 block.gradient_scale, block.filter_gradients = scale, True  # type: ignore[assignment]

@@ -59,6 +59,35 @@ def test_the_z_loss_is_in_the_gradient_and_not_in_the_figure(keeps: bool, monkey
     assert torch.equal(*shown)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_bf16_products_read_rounded_operands_and_everything_else_is_fp32(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, against the same formula in float64 on rounded operands: what is left is the rounding of each product on a CPU."""
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", {"cpu": 200})
+    g = torch.Generator().manual_seed(0)
+    x_ND, weight_VD, targets_N = torch.randn(40, 16, generator=g), torch.randn(30, 16, generator=g), torch.arange(40) % 30
+    x, w = x_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+    nll_N = cross_entropy(x, w, targets_N, keeps_logits=keeps, products=torch.bfloat16)
+    nll_N.sum().backward()
+    assert x.grad is not None and w.grad is not None and nll_N.dtype == x.grad.dtype == w.grad.dtype == torch.float32
+    read_ND, read_VD = (t.bfloat16().double() for t in (x_ND, weight_VD))
+    logits_NV = (read_ND @ read_VD.t()).bfloat16().double()
+    torch.testing.assert_close(nll_N.double(), F.cross_entropy(logits_NV, targets_N, reduction="none"), rtol=1e-3, atol=1e-3)
+    grad_NV = (logits_NV.softmax(1) - F.one_hot(targets_N, 30)).float().bfloat16().double()
+    torch.testing.assert_close(x.grad.double(), (grad_NV @ read_VD).bfloat16().double(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(w.grad.double(), grad_NV.t() @ read_ND, rtol=1e-2, atol=2e-2)
+    exact_N = cross_entropy(x_ND, weight_VD, targets_N, keeps_logits=keeps)
+    assert 1e-4 < (nll_N - exact_N).abs().max() < 0.1, "it is another arithmetic, and close"
+
+
+def test_products_are_fp32_in_evaluation() -> None:
+    torch.manual_seed(0)
+    plain, rounded = Unembedding(16, 30, 0.125), Unembedding(16, 30, 0.125, products=torch.bfloat16)
+    rounded.load_state_dict(plain.state_dict())
+    x_BPD, targets_BP = torch.randn(2, 5, 16), torch.randint(30, (2, 5))
+    assert not torch.equal(plain(x_BPD, targets_BP), rounded(x_BPD, targets_BP)) and torch.equal(plain(x_BPD), rounded(x_BPD))
+    assert torch.equal(plain(x_BPD, targets_BP), rounded.eval()(x_BPD, targets_BP))
+
+
 def test_huge_logits_stay_finite() -> None:
     x_ND, weight_VD = torch.full((2, 1), 100.0, requires_grad=True), torch.tensor([[100.0], [-100.0]], requires_grad=True)
     nll_N = cross_entropy(x_ND, weight_VD, torch.tensor([0, 1]), keeps_logits=True)

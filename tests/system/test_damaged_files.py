@@ -48,7 +48,7 @@ from train.verbs import demo_page, doctor_lineage, status, targets
 from train.weights import checkpoint, export
 from train.weights.fragments import even_slice
 
-TIMES = 100
+TIMES = 60
 CODES = (ExitCode.DATA, ExitCode.CONFIG)
 
 

@@ -43,10 +43,11 @@ def run_until(words: list[str], run: Path, reached: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_the_demo_killed_in_three_stages_completes_and_repeats_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_the_demo_killed_in_three_stages_completes_and_repeats_nothing(tmp_path: Path, nproc: int) -> None:
     run = tmp_path / "tiny"
     steps = [f"{stage}_fit.{key}" for stage in ("dvae", "dalle") for key in ("steps=120", "save_every=10", "eval_every=120")]
-    words = ["demo", "tiny", f"run.root={tmp_path}", "data.records_per_part=512", *steps]
+    words = ["demo", "tiny", f"run.root={tmp_path}", "data.records_per_part=512", *steps, "--nproc", str(nproc)]
     run_until(words, run, lambda: any((run / "images" / "train").glob("part-*/done.json")))
     part = min((run / "images" / "train").glob("part-*/done.json"))
     written = part.stat().st_mtime_ns

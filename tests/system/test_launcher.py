@@ -204,7 +204,8 @@ def test_no_rank_is_started_again_after_a_stop_signal(tmp_path: Path, monkeypatc
 def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_end(run: Path, options: tuple[int, *tuple[str, ...]]) -> None:
     number, *restarts = options
     without_end(run)
-    process = start("dvae", str(run), "--nproc", "2", *restarts)
+    nproc = "1" if restarts else "2"
+    process = start("dvae", str(run), "--nproc", nproc, *restarts)
     wait_for(run / "dvae" / "metrics" / "attempt-0.jsonl", process, "train/loss")
     process.send_signal(number)
     output = process.communicate(timeout=_PATIENCE_S)[0]
@@ -214,7 +215,7 @@ def test_a_stop_signal_saves_and_asks_to_be_requeued_and_the_run_goes_on_to_its_
     stopped_at = json.loads(saved.read_text())["step"]
     assert {record["code"] for record in exits(run, "dvae")} == {75}
     change(run, dvae_fit__steps=stopped_at + 20)
-    done = launch("dvae", str(run), "--nproc", "2")
+    done = launch("dvae", str(run), "--nproc", nproc)
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count(f"dvae: resumed after update {stopped_at}\n") == 1, "notes are the main rank's, and seen"
     again = launch("dvae", str(run))

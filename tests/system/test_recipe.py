@@ -122,7 +122,7 @@ def samples_of(root: Path) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize(("kills", "updates"), [(3, 100), pytest.param(20, 400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "updates"), [(2, 50), pytest.param(20, 400, marks=pytest.mark.soak)])
 def test_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path, kills: int, updates: int) -> None:
     """kill -9 of a random rank of two, at random times, under a launcher that starts them again: the losses of an undisturbed run, update for update.
 

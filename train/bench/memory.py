@@ -48,12 +48,16 @@ def train_peak(model: Transformer, batch: int, device: str) -> tuple[int, int]:
     return kept, live.peak - before
 
 
-def build(cfg: TransformerConfig, shape: StreamShape, engine: EngineName, dtype: str, checkpoint_every: int, device: str) -> Transformer:
-    """Build a model with the named attention engine."""
+def build(
+    cfg: TransformerConfig, shape: StreamShape, engine: EngineName, dtype: str, checkpoint_every: int, device: str, logits: str = "fp32"
+) -> Transformer:
+    """Build a model with the named attention engine. ``logits`` names the dtype that the heads' products read."""
     torch.manual_seed(0)
     place = torch.device(device)
     attend = make_engine(engine, cfg, shape, place)
-    return Transformer(cfg, shape, branch_dtype=DTYPES[dtype], attend=attend, checkpoint_every=checkpoint_every).to(place)
+    return Transformer(cfg, shape, branch_dtype=DTYPES[dtype], attend=attend, checkpoint_every=checkpoint_every, logits_dtype=DTYPES[logits]).to(
+        place
+    )
 
 
 def run(options: Options) -> Result:

@@ -66,7 +66,7 @@ def _step(result: Result, engine: EngineName, dtype: str, every: int, options: O
     batch, flops = _BATCH[every], train_flops(_CFG, _SHAPE)
     words = f"{dtype}, {'recomputing every resblock' if every else 'without recomputation'}"
     torch.cuda.reset_peak_memory_stats()
-    figure = measure(training_step(_CFG, _SHAPE, batch, dtype, "cuda", engine, every), batch * _SHAPE.states, "tokens/s", options)
+    figure = measure(training_step(_CFG, _SHAPE, batch, dtype, "cuda", engine, checkpoint_every=every), batch * _SHAPE.states, "tokens/s", options)
     memory = torch.cuda.max_memory_allocated() / 1e9
     result.measured[f"training step {words}"] = figure
     result.measured[f"peak memory {words}"] = Figure(memory, memory, memory, "GB", 1)

@@ -18,10 +18,18 @@ def scaled(figure: Figure, factor: float, unit: str) -> Figure:
 
 
 def training_step(
-    cfg: TransformerConfig, shape: StreamShape, batch: int, dtype: str, device: str, engine: EngineName, checkpoint_every: int = 0
+    cfg: TransformerConfig,
+    shape: StreamShape,
+    batch: int,
+    dtype: str,
+    device: str,
+    engine: EngineName,
+    *,
+    checkpoint_every: int = 0,
+    logits: str = "fp32",
 ) -> Callable[[], None]:
     """A function that does one update on fixed, random tokens."""
-    model = build(cfg, shape, engine, dtype, checkpoint_every, device)
+    model = build(cfg, shape, engine, dtype, checkpoint_every, device, logits)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     text_BT = torch.randint(2, shape.text_vocab, (batch, shape.text_tokens), device=device)
     lengths_B = torch.full((batch,), shape.text_tokens, device=device)

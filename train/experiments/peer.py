@@ -272,7 +272,7 @@ def judge(cfg: RunConfig, run: RunFolder, cores: int) -> tuple[dict[str, dict[st
     tokenizer, _ = open_tokenizer(cfg, run)
     reader = dalle_batches.validation(cfg, run, World.single(), tokenizer, cfg.evaluate.samples)
     dtype = branch_dtype(cfg.dalle_fit.precision, _CPU, run, World.single())
-    model: Transformer = build_dalle(cfg, _CPU, dtype, attention_engine.of_run(cfg, run, World.single(), _CPU, dtype))
+    model: Transformer = build_dalle(cfg, _CPU, dtype, attention_engine.of_run(cfg, run, World.single(), _CPU, dtype)).eval()
     url, found = run.at("dalle"), {}
     newest = checkpoint.folder(url, checkpoint.complete(url)[-1])
     for name, prefix in (("averaged", "average"), ("raw", "model")):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from model.config import StreamShape, TransformerConfig
 from model.offsets import Kind, MaskRules, layer_kinds, lines_before, mask_kind
 
-_FP32, _INT64 = 4, 8
+_FP32, _BF16, _INT64 = 4, 2, 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Run:
     """Whether fp32 weights are cast inside the resblocks; autograd then holds the 16-bit copies."""
     chunk_elements: int = 1 << 26
     """Number of fp32 elements in a chunk of logits (model/head.py)."""
+    casts_logits: bool = False
+    """Whether the heads' products read bf16 copies of their operands in training."""
 
     @property
     def positions(self) -> int:
@@ -119,8 +121,11 @@ def _peak_in_head(run: Run) -> int:
         (shape.image_tokens, shape.image_vocab),
         (shape.text_tokens, shape.text_vocab),
     ):  # the backward pass of the image's head comes first
-        chunk = _FP32 * min(max(1, run.chunk_elements // vocab), run.batch * positions) * vocab
-        moments.append(chunk + _FP32 * width * (run.batch * positions + vocab) - gone)
+        rows = min(max(1, run.chunk_elements // vocab), run.batch * positions)
+        chunk = _FP32 * rows * vocab
+        # Beside the chunk of gradients: copies of them, of the states and of the weight, and the product with the states before it is added.
+        copies = _BF16 * (rows * (vocab + width) + vocab * width) + _FP32 * vocab * width if run.casts_logits else 0
+        moments.append(chunk + copies + _FP32 * width * (run.batch * positions + vocab) - gone)
         gone += 0 if run.checkpoint_every else _FP32 * run.batch * positions * vocab
     return kept_by_forward(run) + max(moments)
 

@@ -27,6 +27,7 @@ from train.planning.estimate import Setting
 from train.planning.fake_world import Watched, fake_world
 from train.planning.index_part import index_part
 from train.planning.wire import Fragment
+from train.run.inputs import logits_dtype
 from train.weights import layout
 from train.weights.checkpoint_index import index_of
 
@@ -102,7 +103,8 @@ def build(setting: Setting, world: World) -> ZeroEngine:
     with sharded_construction(fit, cfg.zero, world):
         attend = make_engine("structured", cfg.dalle, shape, torch.device("cpu"))
         every = fit.checkpoint_every if fit.activation_checkpointing else 0
-        model = Transformer(cfg.dalle, shape, branch_dtype=DTYPES[fit.precision], attend=attend, checkpoint_every=every)
+        dtype = DTYPES[fit.precision]
+        model = Transformer(cfg.dalle, shape, branch_dtype=dtype, attend=attend, checkpoint_every=every, logits_dtype=logits_dtype(fit, dtype))
     model.to = lambda *_: model  # type: ignore[method-assign, assignment]  # it is there already, and fake tensors cannot be swapped
     return ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
-from train.config import RunConfig
+from train.config import DalleFit, RunConfig
 from train.planning import activations, network, states, wire
 from train.planning.flops import forward_flops, head_products, train_flops
 from train.planning.hardware import Gpu
@@ -117,7 +117,12 @@ def activation_run(setting: Setting) -> activations.Run:
         engine="flex" if cfg.dalle.attention == "auto" else cfg.dalle.attention,
         checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0,
         casts_weights=setting.storage == "cast",
+        casts_logits=_casts_logits(fit),
     )
+
+
+def _casts_logits(fit: DalleFit) -> bool:
+    return fit.logits == "bf16" or (fit.logits == "auto" and fit.precision in ("auto", "bf16"))  # a GPU computes branches of precision 'auto' in bf16
 
 
 def memory(setting: Setting) -> Memory:
@@ -218,8 +223,9 @@ def times(setting: Setting, gpu: Gpu) -> Times:
     parameters = states.count(cfg.dalle, shape)
     per_gpu = fit.batch / setting.cluster.world
     operations = train_flops(cfg.dalle, shape) + (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
-    # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
-    operations += 3 * 2.0 * head_products(cfg.dalle, shape)
+    if not _casts_logits(fit):
+        # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
+        operations += 3 * 2.0 * head_products(cfg.dalle, shape)
     sent = traffic(setting)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
     # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.

@@ -20,7 +20,7 @@ from model.clip import Clip
 from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Norm, Transformer
-from train.config import FitSection, RunConfig
+from train.config import DalleFit, FitSection, RunConfig
 from train.run import attention_engine, places
 from train.weights import export
 
@@ -110,8 +110,22 @@ def build_dalle(
 ) -> Transformer:
     """Build the transformer with the given attention engine, and with torch's layer norm unless another is given."""
     shape = cfg.stream_shape()
-    attend = make_engine(engine, cfg.dalle, shape, device)
-    return Transformer(cfg.dalle, shape, branch_dtype=dtype, norm=norm, attend=attend, checkpoint_every=checkpoint_every, z_loss=z_loss).to(device)
+    return Transformer(
+        cfg.dalle,
+        shape,
+        branch_dtype=dtype,
+        norm=norm,
+        attend=make_engine(engine, cfg.dalle, shape, device),
+        checkpoint_every=checkpoint_every,
+        z_loss=z_loss,
+        logits_dtype=logits_dtype(cfg.dalle_fit, dtype),
+    ).to(device)
+
+
+def logits_dtype(fit: DalleFit, branches: torch.dtype) -> torch.dtype:
+    """What the heads' matrix products read in training, in a model whose residual branches compute in ``branches``."""
+    is_bf16 = fit.logits == "bf16" or (fit.logits == "auto" and branches == torch.bfloat16)
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

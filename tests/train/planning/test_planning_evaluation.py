@@ -1,15 +1,17 @@
-"""`plan` counts evaluation during training: its forward passes are those of real runs, and it says where they are what takes most. About 5 s."""
+"""`plan` counts evaluation during training, whose forward passes are those of real runs, and says where it is what takes most; and bf16 copies at the heads.
+About 8 s."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer
-from train.bench.memory import build
+from train.bench.memory import build, train_peak
 from train.config import load_run
 from train.machine.live_bytes import LiveBytes
 from train.planning import activations, estimate
@@ -52,3 +54,15 @@ def test_where_evaluation_is_wider_than_an_update_plan_says_so_and_offers_a_smal
     less = Setting.configured(load_run("12B", ["evaluate.batch=8"]), Cluster(128, 8))
     assert estimate.memory(less).total == estimate.memory(less).training < found.training + 1
     assert "an update is wider" in plan.evaluating(less) and "evaluate.batch" not in plan.remedies(less, found.training - 1e9)
+
+
+def test_bf16_copies_at_the_heads_are_counted() -> None:
+    """A CPU's product before it is added takes half of a GPU's, for which the plan is made."""
+    shape = StreamShape(text_tokens=16, text_vocab=4000, grid=8, image_vocab=1000)
+    for every in (0, 1):
+        model = build(NARROW, shape, "structured", "bf16", every, "cpu", "bf16")
+        train_peak(model, 8, "cpu")
+        peak = train_peak(model, 8, "cpu")[1]
+        run = activations.Run(NARROW, shape, 8, 2, "structured", every, chunk_elements=1 << 21, casts_logits=True)
+        assert 0.95 * peak <= activations.peak(run) <= 1.1 * peak, every
+        assert activations.peak(run) > 1.1 * activations.peak(replace(run, casts_logits=False)) or not every

@@ -24,7 +24,13 @@ from train.config_learning import LearningSection
 from train.engines.protocol import Engine
 from train.stages.dalle_task import DalleTask
 
-OPTIONS = {"dalle_fit.replace_codes": 0.2, "dalle_fit.replace_pieces": 0.1, "dalle_fit.z_loss": 1e-3, "dalle.zero_projections": True}
+OPTIONS = {
+    "dalle_fit.replace_codes": 0.2,
+    "dalle_fit.replace_pieces": 0.1,
+    "dalle_fit.z_loss": 1e-3,
+    "dalle_fit.logits": "bf16",
+    "dalle.zero_projections": True,
+}
 
 
 @settings(max_examples=10, deadline=None)

@@ -94,6 +94,7 @@ def read(encoder: str, decoder: str, cfg: DVAEConfig) -> DVAE:
         model.load_state_dict(join_halves(*(half.tensors for half in halves)))
     except RuntimeError as error:
         raise DataError(f"{encoder} and {decoder} do not belong together: {' '.join(str(error).split())[:300]}") from error
+    _require_finite(f"{encoder} and {decoder}", model)
     return model
 
 
@@ -111,7 +112,15 @@ def read_published(path: str, cfg: DVAEConfig) -> Vqgan:
         model.load_state_dict(found.tensors)
     except RuntimeError as error:
         raise DataError(f"{path}: a VQGAN whose networks are not those of taming-transformers: {' '.join(str(error).split())[:300]}") from error
+    _require_finite(path, model)
     return model
+
+
+def _require_finite(where: str, model: ImageTokenizer) -> None:
+    if odd := next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), ""):
+        raise DataError(
+            f"{where}: '{odd}' holds numbers that are not finite: the weights are damaged, or diverged. Take the file from its publisher again."
+        )
 
 
 def _require_shape(what: str, cfg: DVAEConfig, shape: DVAEConfig) -> None:

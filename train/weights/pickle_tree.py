@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from infra import shown
 from infra.errors import DataError
 
 
@@ -29,11 +30,21 @@ class Name:
 class Call:
     """An object that unpickling would create: the function that it would call, with which arguments, and the state that it would then set."""
 
-    function: Any
+    function: Name
     arguments: Any
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
     """Entries that the pickle adds to it, if it is a dictionary."""
+
+
+_KEYS = (str, bytes, int, float, type(None), Name, Call)
+"""What keys of dictionaries may be. A pickle of a few bytes can hold a tuple that holds another one twice, and so on: its hash and its repr take for ever."""
+
+
+def described(value: Any) -> str:
+    """A value in a message: of anything that may hold others, its kind alone (see ``_KEYS``)."""
+    plain = isinstance(value, str | bytes | int | float | None)
+    return shown.value(value, 80) if plain else str(value) if isinstance(value, Name) else f"a {type(value).__name__}"
 
 
 _MARK = object()
@@ -84,7 +95,7 @@ def read_tree(file: IO[bytes], allowed: Collection[str], persistent: Callable[[A
             if operation.name != "STOP":
                 machine.step(operation.name, argument)
         return machine.stack.pop()
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{where}: damaged, or not a pickle ({type(error).__name__}: {error}).") from error
 
 
@@ -120,10 +131,14 @@ class _Machine:
 
     def _stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self._name(str(module), str(name))
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError(f"{described(module)} and {described(name)} where a name belongs")
+        self._name(module, name)
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Name):
+            raise ValueError(f"a call of {described(function)}")
         self.stack.append(Call(function, arguments))
 
     _newobj = _reduce
@@ -131,7 +146,7 @@ class _Machine:
     def _build(self, _: Any) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Call):
-            raise DataError(f"{self.where}: sets attributes of '{self.stack[-1]}', which is no object of its own; it was not loaded.")
+            raise DataError(f"{self.where}: sets attributes of {described(self.stack[-1])}, which is no object of its own; it was not loaded.")
         self.stack[-1].state = state
 
     def _put(self, argument: int) -> None:
@@ -194,5 +209,7 @@ class _Machine:
 
     def _pairs(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if odd := next((key for key in values[::2] if not isinstance(key, _KEYS)), None):
+            raise ValueError(f"{described(odd)} as the key of a dictionary")
         pairs = target.items if isinstance(target, Call) else target
         pairs.update(zip(values[::2], values[1::2], strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from infra.errors import ConfigError
 from model.config import DVAEConfig
 from train.weights.pickle_tree import Call
-from train.weights.torch_file import open_tree, pairs, tensor_of
+from train.weights.torch_file import open_tree, pairs, tensors_of
 
 HALVES = ("encoder", "decoder")
 _MODULES = frozenset(
@@ -23,6 +23,9 @@ _MODULES = frozenset(
         *("torch.nn.modules.upsampling.Upsample", "torch.nn.modules.linear.Identity"),
     }
 )
+
+_MOST_MODULES = 10_000
+"""The released halves have about a hundred each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def read_half(path: str) -> Module:
     """
     with open_tree(path, _MODULES, "a module of the dall-e package") as tree:
         names: set[str] = set()
-        return Module({name: tensor_of(value, path) for name, value in _named(tree, "", names)}, frozenset(names))
+        return Module(tensors_of(_named(tree, "", names), path), frozenset(names))
 
 
 def join_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +95,8 @@ def _named(tree: Any, prefix: str, names: set[str]) -> list[tuple[str, Any]]:
         found = [(f"{prefix}{name}", value) for name, value in pairs(state["_parameters"]).items()]
         for name, child in pairs(state["_modules"]).items():
             names.add(f"{prefix}{name}")
+            if len(names) > _MOST_MODULES:  # modules that hold the next one twice are many with few bytes
+                raise ValueError(f"more than {_MOST_MODULES} modules inside of each other")
             found += _named(child, f"{prefix}{name}.", names)
         return found
     return [(f"{prefix}{name}", value) for name, value in pairs(tree).items()]

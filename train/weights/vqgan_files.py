@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from infra import storage
 from infra.errors import DataError
 from model.config import NORM_GROUPS, DVAEConfig
 from train.weights.pickle_tree import Call
-from train.weights.torch_file import open_tree, pairs, tensor_of
+from train.weights.torch_file import open_tree, pairs, tensors_of
 
 _AROUND = frozenset(
     {
@@ -39,7 +40,10 @@ _LLAMAGEN = (
     (r"^(decoder\.)conv_blocks\.(\d+)\.", r"\1up.\2."),
     (r"^((?:encoder\.down|decoder\.up)\.\d+\.)res\.", r"\1block."),
 )
-_DOWN, _UP = re.compile(r"^encoder\.down\.(\d+)\.(block|attn)\.(\d+)\."), re.compile(r"^decoder\.up\.(\d+)\.")
+_DOWN, _UP = re.compile(r"^encoder\.down\.(\d{1,9})\.(block|attn)\.(\d{1,9})\."), re.compile(r"^decoder\.up\.(\d{1,9})\.")
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CONVOLUTION, _TABLE = 4, 2
+"""Dimensions of weights."""
 
 
 class Weights:
@@ -57,18 +61,18 @@ class Weights:
             DataError: they are not a VQGAN that is supported; the message says why.
         """
         self._refuse_others()
-        first, latent = self._size("encoder.conv_in.weight"), self._size("encoder.conv_out.weight")[0]
+        first, latent = self._size("encoder.conv_in.weight", _CONVOLUTION), self._size("encoder.conv_out.weight", _CONVOLUTION)[0]
         found = [(int(match[1]), match[2], int(match[3])) for name in self.tensors if (match := _DOWN.match(name))]
         groups = 1 + max(level for level, _, _ in found) if found else 0
-        channels = [self._size(f"encoder.down.{level}.block.0.conv2.weight")[0] for level in range(groups)]
+        channels = [self._size(f"encoder.down.{level}.block.0.conv2.weight", _CONVOLUTION)[0] for level in range(groups)]
         width = first[0]
-        if first[1] != 3 or not channels or any(count % width for count in channels) or width % NORM_GROUPS:
+        if first[1] != 3 or not channels or not width or any(count % width for count in channels) or width % NORM_GROUPS:
             raise DataError(
                 f"{self.path}: an encoder from {first[1]} channels with groups of {channels} channels after {width}: accepted are VQGANs of pictures (3 "
                 f"channels) whose groups have multiples of the first convolution's channels, and these a multiple of {NORM_GROUPS}."
             )
         is_gumbel = "quantize.proj.weight" in self.tensors
-        vocab, vector = self._size("quantize.embed.weight" if is_gumbel else "quantize.embedding.weight")
+        vocab, vector = self._size("quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", _TABLE)
         try:
             return DVAEConfig(
                 kind="vqgan",
@@ -101,13 +105,18 @@ class Weights:
         if any("running_mean" in name for name in names):
             raise DataError(f"{self.path}: batch normalisation, which is not supported; the published VQGANs have group normalisation.")
 
-    def _size(self, name: str) -> tuple[int, ...]:
+    def _size(self, name: str, dimensions: int) -> tuple[int, ...]:
         if name not in self.tensors:
             odd = ", ".join(sorted(self.tensors)[:3])
             raise DataError(
                 f"{self.path}: no VQGAN of taming-transformers or LlamaGen: '{name}' is missing; it has {len(self.tensors)} tensors: {odd}, ..."
             )
-        return tuple(self.tensors[name].shape)
+        size = tuple(self.tensors[name].shape)
+        if len(size) != dimensions:
+            raise DataError(
+                f"{self.path}: no VQGAN of taming-transformers or LlamaGen: '{name}' has the shape {list(size)}, where {dimensions} sizes belong."
+            )
+        return size
 
 
 def read_vqgan(path: str) -> Weights:
@@ -123,9 +132,13 @@ def _safetensors(path: str) -> dict[str, Tensor]:
     if storage.is_remote(path) or not Path(path).is_file():
         raise DataError(f"{path}: cannot be read: published weights are read from a file on a disk, and there is none.")
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items() if not name.startswith(_UNUSED)}
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
+        found = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(_UNUSED)}
+    except (SafetensorError, OSError, LookupError, RuntimeError) as error:
+        raise DataError(f"{path}: damaged, or not a safetensors file ({' '.join(str(error).split())[:200]}).") from error
+    if odd := next((name for name, tensor in found.items() if tensor.dtype not in _NUMBERS), ""):
+        kind = str(found[odd].dtype).removeprefix("torch.")
+        raise DataError(f"{path}: '{odd}' holds numbers of the kind {kind}: accepted are float32, float16, bfloat16 and float64.")
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 def _checkpoint(path: str) -> dict[str, Tensor]:
@@ -133,7 +146,7 @@ def _checkpoint(path: str) -> dict[str, Tensor]:
         entries = pairs(tree)
         holder = next((key for key in _HOLDERS if _holds_tensors(entries.get(key))), None)
         named = pairs(entries[holder]) if holder is not None else entries
-        return {name: tensor_of(value, path) for name, value in named.items() if isinstance(name, str) and not name.startswith(_UNUSED)}
+        return tensors_of(((name, value) for name, value in named.items() if isinstance(name, str) and not name.startswith(_UNUSED)), path)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra import storage
-from infra.errors import DataError
+from infra import files, storage
+from infra.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,9 @@ _OVERLAP = 64
 """Bytes before the new ones that are read again: where they differ, the file is another one by the same name."""
 _PIECE = 8 << 20
 """Bytes of a read; so many are in memory at a time."""
+_LONGEST = 1 << 16
+_OWNER = ".copied-from"
+"""File of a copy that says of what: whatever else lies in the folder is deleted when it is not there, so the folder must be the copy's alone."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,66 @@ class Mirror:
         self.url, self.folder, self._wanted = url, folder, wanted
         self._versions: dict[str, str] = {}
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside the block, the folder is this copy's, of this process: a look deletes from it what the original does not have.
+
+        Raises:
+            ConfigError: it holds something else, a copy of something else, or another process copies into it.
+        """
+        of, place = storage.absolute(self.url), self.folder / _OWNER
+        if not storage.is_remote(of) and Path(os.path.abspath(self.folder)).is_relative_to(of):
+            raise ConfigError(f"{self.folder}: lies in what is copied, {of}, and would be copied itself; name another folder.")
+        with ExitStack() as held:
+            with files.write_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not place.exists() and any(self.folder.iterdir()):
+                    raise ConfigError(
+                        f"{self.folder}: holds files that were not copied there by this command, which would delete them; name another folder."
+                    )
+                owner = held.enter_context(place.open("a+", encoding="utf-8"))
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.folder}: another process copies into it; name another folder, or end that one.") from None
+            except OSError:
+                log.info("%s: its file system knows no locks", self.folder)
+            owner.seek(0)
+            before = owner.read(_LONGEST)
+            if before not in ("", of):
+                raise ConfigError(f"{self.folder}: a copy of {before}, and not of {of}; name another folder, or delete that one.")
+            if not before:
+                with files.write_errors(self.folder):
+                    owner.write(of)
+                    owner.flush()
+            yield
+
     def look(self) -> Look:
         """Bring the copy up to date: one listing, and a read of each file that changed. A storage that does not answer, and a file that changes while it is
         read, are left to the next look."""
         found = Look()
         try:
-            listed = {info.name: info for info in storage.glob(f"{self.url}/")[1] if self._wanted(info.name)}
+            listed = {info.name: info for info in storage.glob(f"{self.url}/")[1] if self._wanted(info.name) and not self._leads_out(info.name)}
             for name, info in sorted(listed.items()):
                 if self._versions.get(name) != info.version:
-                    found = self._follow(name, info.size, found)
+                    with files.write_errors(self.folder):
+                        found = self._follow(name, info.size, found)
                     self._versions[name] = info.version
         except DataError as error:
             log.warning("%s: not all of it could be read (%s); the next look does", self.url, error)
             return replace(found, failed=str(error))
         gone = sorted(name for name in storage.list_files(str(self.folder)) if name not in listed and self._wanted(name))
         for name in gone:
-            self._place(name).unlink()
+            self._place(name).unlink(missing_ok=True)
             self._versions.pop(name, None)
         return replace(found, files=len(listed), replaced=(*found.replaced, *gone))
+
+    def _leads_out(self, name: str) -> bool:
+        """Whether a file is a link to one elsewhere, as in a run folder of somebody else, who may not read what its reader may."""
+        if storage.is_remote(self.url):
+            return False
+        here = os.path.realpath(storage.local_path(self.url))
+        return not Path(os.path.realpath(os.path.join(here, name))).is_relative_to(here)
 
     def _place(self, name: str) -> Path:
         if {"", ".", ".."} & set(name.split("/")):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(urls: list[str], options: Options, stop: StopFlag) -> None:
     Raises:
         DataError: there is no run in a folder.
         UsageError: a copy was asked for without a place, or with one on an object store.
-        ConfigError: TensorBoard ended by itself.
+        ConfigError: TensorBoard ended by itself; or the folder of the copy holds something else.
     """
     if options.once and not options.out:
         raise UsageError("--once copies event files and ends, so it needs a place for them: --out FOLDER.")
@@ -61,6 +62,13 @@ def main(urls: list[str], options: Options, stop: StopFlag) -> None:
 
 def _feed(urls: Sequence[str], folder: Path, options: Options, stop: StopFlag) -> None:
     mirrors = {name: Mirror(RunFolder(url).at("tensorboard"), folder / name, _is_event_file) for name, url in distinct(urls).items()}
+    with ExitStack() as held:
+        for mirror in mirrors.values():
+            held.enter_context(mirror.claimed())
+        _go_on(mirrors, folder, options, stop)
+
+
+def _go_on(mirrors: dict[str, Mirror], folder: Path, options: Options, stop: StopFlag) -> None:
     looks = _look(mirrors)
     if options.once:
         if failed := next((found.failed for found in looks.values() if found.failed), ""):

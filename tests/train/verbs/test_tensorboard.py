@@ -82,6 +82,49 @@ def test_places_that_hold_no_run_and_options_that_do_not_fit_are_refused(tmp_pat
         tensorboard.main([str(tmp_path / "run")], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
 
 
+def test_a_copy_deletes_nothing_that_it_did_not_copy(tmp_path: Path) -> None:
+    """A look deletes what the original does not have: in the folder of runs it would have been the run's own event files."""
+    run, other = tmp_path / "runs" / "demo", tmp_path / "logs" / "demo" / "mine.tfevents"
+    _run(str(run), range(1, 3)).close()
+    _run(str(tmp_path / "more" / "demo"), range(1, 3)).close()
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"of another program")
+    before = sorted(path.read_bytes() for path in run.rglob("*tfevents*"))
+    for out, message in (
+        (run.parent, r"runs/demo: holds files that were not copied there by this command, which would delete them"),
+        (other.parents[1], r"logs/demo: holds files that were not copied there"),
+        (run / "tensorboard", r"demo/tensorboard/demo: lies in what is copied"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tensorboard.main([str(run)], Options(out=str(out), once=True), StopFlag())
+    assert before == sorted(path.read_bytes() for path in run.rglob("*tfevents*")) and other.read_bytes() == b"of another program"
+    tensorboard.main([str(run)], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
+    with pytest.raises(ConfigError, match=r"copy/demo: a copy of .*/runs/demo/tensorboard, and not of .*/more/demo/tensorboard"):
+        tensorboard.main([str(tmp_path / "more" / "demo")], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        tensorboard.main([str(run)], Options(out=str(tmp_path / "file"), once=True), StopFlag())
+
+
+def test_one_process_copies_into_a_folder(tmp_path: Path) -> None:
+    """Two would both append what is new."""
+    _run(str(tmp_path / "run"), range(1, 3)).close()
+    first, second = (Mirror(str(tmp_path / "run" / "tensorboard"), tmp_path / "copy", lambda name: True) for _ in range(2))
+    with first.claimed(), pytest.raises(ConfigError, match="copy: another process copies into it"), second.claimed():
+        pass
+    with second.claimed():
+        pass
+
+
+def test_a_link_to_what_the_run_does_not_hold_is_not_copied(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _run(str(run), range(1, 3)).close()
+    (tmp_path / "secret").write_text("secret")
+    (run / "tensorboard" / "x.tfevents").symlink_to(tmp_path / "secret")
+    tensorboard.main([str(run)], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
+    assert not (tmp_path / "copy" / "run" / "x.tfevents").exists() and _losses(tmp_path / "copy" / "run" / "dvae")
+
+
 def test_it_serves_what_grows_ends_cleanly_and_names_a_port_in_use(tmp_path: Path) -> None:
     run = str(tmp_path / "alone")
     writer = _run(run, range(1, 3))

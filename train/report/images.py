@@ -7,12 +7,16 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, PngImagePlugin
+from pydantic import Field
 
+from data_pipeline.images.files import open_file
+from infra import stored, strict_json
+from infra.errors import DataError
 from train.report.labels import LABEL_SIZE, fit, legible
 
 if TYPE_CHECKING:
@@ -24,6 +28,9 @@ WHITE, INK = (255, 255, 255), (70, 74, 82)
 _LAYOUT = "dalle-grid"
 _INLINE_BYTES = 150_000
 _LARGE_ENOUGH = 128
+_MOST_PIXELS = 1 << 26
+"""Pixels of a picture that is decoded: a small file can hold far more than memory does."""
+_MOST_TILES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,21 @@ class GridPng:
     """The pictures and labels of a file that ``grid_png`` wrote."""
 
     rows: list[list[Pixels]]
+    labels: list[str]
+
+
+_Side = Annotated[int, Field(ge=1, le=_MOST_PIXELS)]
+_Place = Annotated[int, Field(ge=0, le=_MOST_PIXELS)]
+
+
+class _Grid(stored.Stored):
+    """The layout in the text chunk of a file that ``grid_png`` wrote."""
+
+    tile_width: _Side
+    tile_height: _Side
+    pad: _Place
+    tops: Annotated[list[_Place], Field(max_length=_MOST_TILES)]
+    columns: Annotated[list[Annotated[int, Field(ge=0, le=_MOST_TILES)]], Field(max_length=_MOST_TILES)]
     labels: list[str]
 
 
@@ -46,16 +68,25 @@ def png_bytes(array_HWC: Pixels) -> bytes:
 
 
 def read_png(data: bytes) -> Pixels:
-    """The pixels of a PNG (or any format that Pillow can read), uint8 [H, W, 3]; transparent ones are put on white.
+    """The pixels of a PNG (or another format that images of a data set may have), uint8 [H, W, 3]; transparent ones are put on white.
 
     Raises:
-        ValueError: the bytes are not a picture.
+        ValueError: the bytes are not a picture, or one of too many pixels.
     """
+    picture = _opened(data)
     try:
-        picture = Image.open(io.BytesIO(data)).convert("RGBA")
+        picture = picture.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{len(data)} bytes are not a picture ({error})") from error
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert("RGB"))
+
+
+def _opened(data: bytes) -> Image.Image:
+    """A picture that is not decoded yet. Run folders come from strangers, too: Pillow's other formats would start programs (EPS) or read other files."""
+    try:
+        return open_file(data, _MOST_PIXELS)
+    except DataError as error:
+        raise ValueError(f"{len(data)} bytes are not a picture ({error})") from error
 
 
 def enlarged(pictures: Sequence[Pixels], least: int = _LARGE_ENOUGH) -> list[Pixels]:
@@ -110,12 +141,15 @@ def read_grid(data: bytes) -> GridPng | None:
     Raises:
         ValueError: the bytes are not a picture.
     """
-    pixels = read_png(data)
-    text = Image.open(io.BytesIO(data)).info.get(_LAYOUT)
+    text = _opened(data).info.get(_LAYOUT)
     if text is None:
         return None
-    layout = json.loads(text)
+    pixels, layout = read_png(data), strict_json.loads(str(text))
+    stored.check(layout, _Grid, "the layout of a grid of pictures")
     step, width, height = layout["tile_width"] + layout["pad"], layout["tile_width"], layout["tile_height"]
+    across = max(layout["columns"], default=0)
+    if max(layout["tops"], default=0) + height > len(pixels) or layout["pad"] + across * step > pixels.shape[1]:
+        raise ValueError(f"a grid of pictures that do not lie in its {pixels.shape[1]} x {len(pixels)} pixels")
     rows = []
     for top, columns in zip(layout["tops"], layout["columns"], strict=True):
         lefts = [layout["pad"] + column * step for column in range(columns)]

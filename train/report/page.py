@@ -17,6 +17,8 @@ from train.run.stage_table import STAGES
 
 _STYLE = Path(__file__).with_name("style.css")
 _log = logging.getLogger(__name__)
+_DAMAGE = (DataError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
+"""What reading a damaged file raises; numbers that are too large for a plot are ArithmeticErrors, and what no XML may hold is a SyntaxError."""
 
 
 def render(run: RunView) -> str:
@@ -60,7 +62,7 @@ def section_or_error(page: str, name: str, make_it: Callable[[], Section | None]
     """A section of a page; where its inputs are damaged, the error in its place."""
     try:
         return make_it()
-    except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:  # what reading a damaged file raises
+    except _DAMAGE as error:
         _log.warning("%s: section '%s' cannot be shown: %s", page, name, error)
         return Section(name, name.capitalize(), el("p", f"This section cannot be shown: {error}", class_="error"))
 
@@ -68,7 +70,7 @@ def section_or_error(page: str, name: str, make_it: Callable[[], Section | None]
 def _header(run: RunView) -> Html:
     try:
         facts = _facts(run)
-    except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except _DAMAGE as error:
         facts = note(str(error))
     return el("header", el("p", "Text to image, from data to pictures", class_="kicker"), el("h1", run_name(run)), facts)
 

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from infra.shown import printable
 from train.report.markup import Html
 
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
@@ -25,6 +26,7 @@ ElementTree.register_namespace("", _SVG[1:-1])
 _INCHES = (4.4, 2.6)
 _MAX_POINTS = 300
 _FAINT_FROM = 40
+_LONGEST_LABEL = 80
 # Placeholder colours, which are replaced by the page's CSS colours in matplotlib's output.
 _INK = "#010203"
 _SERIES = ("#010a01", "#010a02", "#010a03", "#010a04")
@@ -94,7 +96,7 @@ def lines(
             axes.yaxis.set_major_locator(MaxNLocator(5))
         if reference:
             axes.axhline(reference[0], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
-            axes.text(1, reference[0], reference[1], ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+            axes.text(1, reference[0], _literal(reference[1]), ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.8)
         if len(shown) > 1:
@@ -141,10 +143,17 @@ def _figure() -> tuple[Figure, Axes]:
 def _draw(axes: Axes, line: Line, colour: str) -> None:
     xs, ys = zip(*thin(line.points, _MAX_POINTS), strict=True)
     if len(xs) < _FAINT_FROM:
-        axes.plot(xs, ys, color=colour, linewidth=1.4, marker="o", markersize=2.6, label=line.label)
+        axes.plot(xs, ys, color=colour, linewidth=1.4, marker="o", markersize=2.6, label=_literal(line.label))
         return
     axes.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.3)
-    axes.plot(xs, running_mean(ys), color=colour, linewidth=1.5, label=line.label)
+    axes.plot(xs, running_mean(ys), color=colour, linewidth=1.5, label=_literal(line.label))
+
+
+def _literal(label: str) -> str:
+    """A label as matplotlib shows it unchanged: it would set what stands between dollars as a formula, leave out labels that begin with an underscore, and write
+    control characters, which no XML may hold."""
+    plain = printable(label, _LONGEST_LABEL).replace("$", r"\$")
+    return f"\u200a{plain}" if plain.startswith("_") else plain
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from train.report.comparison import MOST, render
 from train.report.view import RunView
 from train.run.run_names import distinct
 
+_LONGEST = 200
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
 
 
@@ -38,7 +40,14 @@ def main(urls: list[str], words: list[str]) -> None:
     for url in urls:
         if not storage.exists(RunFolder(url).config_url):
             raise DataError(f"{RunFolder(url).config_url} is missing: {url} is no run folder.")
-    page = Path(f"compare-{'-'.join(named)}.html")
+    page = Path(f"compare-{_short('-'.join(named))}.html")
     with files.atomic(page) as file:
         file.write(render({name: RunView(url) for name, url in named.items()}).encode())
     print(page, flush=True)
+
+
+def _short(names: str) -> str:
+    """Names as a part of a file's name, which has at most 255 bytes."""
+    if len(names.encode()) <= _LONGEST:
+        return names
+    return f"{names.encode()[:_LONGEST].decode(errors='ignore')}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"

@@ -106,6 +106,9 @@ def test_report_with_several_runs_writes_a_comparison_here_and_refuses_what_is_n
     url, other = (_bare(tmp_path / "runs" / name, runs["demo"].config).url for name in ("a", "b"))
     assert launcher.main(["report", url, other]) == ExitCode.DONE
     assert capsys.readouterr().out.strip() == "compare-a-b.html" and "a and b" in (tmp_path / "compare-a-b.html").read_text()
+    long = [_bare(tmp_path / "runs" / (letter * 120), runs["demo"].config).url for letter in "cdé"]
+    compare.main(long, [])
+    assert re.fullmatch(r"compare-c{120}-d{79}-[0-9a-f]{8}\.html", capsys.readouterr().out.strip()), "no file's name is longer than 255 bytes"
     assert compare.others(["a.b=1", "runs/x", "s3://b/day=1/run", "dalle_fit.lr=3"]) == ["runs/x", "s3://b/day=1/run"]
     for urls in ([url, f"{url}/"], [f"{url}{number}" for number in range(comparison.MOST + 1)]):
         with pytest.raises(UsageError, match="a comparison takes two to 4 different run folders; given:"):

@@ -30,6 +30,14 @@ def test_plots_take_their_colours_and_font_from_the_page_and_keep_words_as_text(
     assert len(text) < 60_000
 
 
+def test_names_of_curves_are_shown_as_they_are() -> None:
+    """matplotlib would set what stands between dollars as a formula, leave out what begins with an underscore, and write what no XML may hold."""
+    names = ("a$\\frac{$b", "_hidden", "two\x1b[2J", "$5$")
+    text = lines("k", "x", [Line(name, [(0, 1.0), (1, float(place))]) for place, name in enumerate(names)], reference=(1.5, "$x$"))
+    for shown in ("a$\\frac{$b", "\u200a_hidden", "two\\x1b[2J", "$5$", "$x$"):
+        assert f">{shown}</text>" in text
+
+
 def test_the_numbers_of_an_axis_are_not_cut() -> None:
     assert ">0.1005</text>" in lines("k", "x", [Line("a", [(0, 0.1), (1, 0.105)])])
 

@@ -81,8 +81,9 @@ def data(preset: str, setting: Setting) -> str:
     """Whether data would be the limit; empty unless the preset is a run whose pictures are prepared."""
     cfg = setting.cfg
     done = RunFolder(preset).done("prepare") if "/" in preset and not preset.endswith((".toml", ".json")) else None
-    images = int(done["summary"].get("splits", {}).get("train", 0)) if done else 0
-    if not images:
+    splits = done["summary"].get("splits") if done else None
+    images = splits.get("train") if isinstance(splits, dict) else None
+    if not isinstance(images, int) or images <= 0:
         return ""
     return (
         f"data                 {data_limit.described(data_limit.Facts(images, cfg.dalle_fit.steps * cfg.dalle_fit.batch / images, cfg.encode.crops))}"

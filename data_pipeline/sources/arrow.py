@@ -13,12 +13,13 @@ import pyarrow.ipc
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import foreign_json
 from data_pipeline.sources.arrow_bounds import check_bounds
+from data_pipeline.sources.arrow_messages import check_messages
 from data_pipeline.sources.arrow_rows import Rows, columns_of
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
 from data_pipeline.sources.rows_to_pairs import FETCHES, Draft, named_by, split_of_name, with_images
 from infra import storage
-from infra.errors import DataError, UnreachableError
+from infra.errors import DataError, UnchangingError, UnreachableError
 from infra.storage import FileInfo
 
 SUFFIXES = (".arrow", ".feather")
@@ -109,7 +110,7 @@ class ArrowSource:
 
     def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
         url = self.origin.part(shard.name)
-        with _open(url) as (schema, batches):
+        with _open(url, all_of_it=True) as (schema, batches):
             columns = columns_of(self.origin, schema, url)
             rows, first = Rows(self.origin, shard.name, columns, wanted), 0
             for batch in batches:
@@ -122,17 +123,26 @@ class ArrowSource:
 
 
 @contextmanager
-def _open(url: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+def _open(url: str, *, all_of_it: bool = False) -> Iterator[tuple[Any, Iterator[Any]]]:
     """The schema and the batches of an Arrow file, in the stream format or the file format.
 
+    Args:
+        all_of_it: the batches are read, too.
+
     Raises:
-        DataError: it is missing, not an Arrow file, or damaged; may also be raised while it is read.
+        DataError: it is missing, not an Arrow file, damaged, or unpacks to far more than it is; may also be raised while it is read.
     """
     size = storage.size(url)
     seekable = size > len(_SEEKABLE) and storage.read_range(url, 0, len(_SEEKABLE)) == _SEEKABLE
     if not seekable and (size < len(_END) or storage.read_range(url, size - len(_END), len(_END)) != _END):
         # pyarrow takes a stream that breaks off between two batches for a complete one.
         raise DataError(f"{url}: not an Arrow file, or truncated: the end marker of an Arrow stream is missing; fetch it again.")
+    if all_of_it:
+        with storage.open_seekable(url) as stream:
+            try:
+                check_messages(stream, size, seekable=seekable)
+            except ValueError as error:
+                raise UnchangingError(f"{url}: not an Arrow file, or damaged ({error}).") from None
     with storage.open_seekable(url) if seekable else storage.open_stream(url) as stream:
         try:
             if seekable:

@@ -14,6 +14,7 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.sources.arrow_rows import Columns, Rows, columns_of
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Census, Found, InputShard, Pair, Unreadable
+from data_pipeline.sources.parquet_pages import GuardedFile, WideError
 from data_pipeline.sources.rows_to_pairs import FETCHES, IMAGE_SUFFIXES, Draft, named_by, split_of_name, with_images
 from infra import storage
 from infra.errors import DataError, UnreachableError
@@ -22,7 +23,9 @@ from infra.storage import FileInfo
 SUFFIXES = (".parquet",)
 BATCH_ROWS = 32
 """How many rows with embedded images are in memory at once."""
-BATCH_ROWS_WITHOUT_IMAGES = 1024
+BATCH_ROWS_WITHOUT_IMAGES = 512
+_AT_ONCE = 1 << 30
+"""Bytes of a column's values that may be in memory at once, as far as its pages show. Where each row may have that many, rows are read one by one."""
 READ_BYTES = 1 << 20
 """How many bytes of a column are read at once from a local file."""
 REMOTE_READ_BYTES = 8 << 20
@@ -99,7 +102,7 @@ class ParquetSource:
         may, does = True, False  # the file cannot be read, so assume that its rows may name image files
         try:
             url = self.origin.part(info.name)
-            with _open(url) as file:
+            with _open(url) as (file, _):
                 columns = columns_of(self.origin, file.schema_arrow, url)
                 may, does = columns.names_files, columns.is_path or (columns.is_struct and not _all_embedded(file.metadata, columns.image))
                 rows = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
@@ -118,7 +121,7 @@ class ParquetSource:
     def _drafts(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Draft | Pair | Unreadable]:
         name = shard.name.rpartition("@")[0]
         url = self.origin.part(name)
-        with _open(url) as file:
+        with _open(url) as (file, guard):
             columns = columns_of(self.origin, file.schema_arrow, url)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if shard.span[1] > len(sizes):
@@ -126,9 +129,9 @@ class ParquetSource:
             reader = Rows(self.origin, name, columns, wanted)
             for group in range(*shard.span):
                 first, bad = sum(sizes[:group]), []
-                for found in reader.found(_batches(file, group, columns, columns.is_path), first, with_image=columns.is_path):
+                for found in reader.found(_batches(file, guard, group, columns, columns.is_path), first, with_image=columns.is_path):
                     if not isinstance(found, Unreadable):
-                        yield from reader.found(_batches(file, group, columns, True), first, with_image=True)
+                        yield from reader.found(_batches(file, guard, group, columns, True), first, with_image=True)
                         break
                     bad.append(found)
                 else:
@@ -149,15 +152,26 @@ def _may_be_empty(statistics: Any) -> bool:
     return statistics is None or statistics.null_count != 0 or (statistics.has_min_max and not statistics.min)
 
 
-def _batches(file: Any, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:
+def _batches(file: Any, guard: GuardedFile, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:
     """One row group, batch by batch; without images when only the groups of its records are needed."""
-    rows = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES
-    return file.iter_batches(rows, row_groups=[group], columns=columns.read(with_image), use_threads=False)  # type: ignore[no-any-return]
+    rows, done = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES, 0
+    while True:
+        guard.watch(file.metadata.row_group(group), _AT_ONCE // rows if rows > 1 else 0)
+        at = 0
+        try:
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns.read(with_image), use_threads=False):
+                if at + batch.num_rows > done:
+                    yield batch.slice(max(0, done - at))
+                at += batch.num_rows
+                done = max(done, at)
+            return
+        except WideError as wide:
+            rows = max(1, _AT_ONCE // wide.longest)  # fewer than before
 
 
 @contextmanager
-def _open(url: str) -> Iterator[Any]:
-    """A Parquet file, whose columns are read piece by piece.
+def _open(url: str) -> Iterator[tuple[Any, GuardedFile]]:
+    """A Parquet file, whose columns are read piece by piece, and what checks the pages that are read.
 
     Raises:
         DataError: it is missing, not a Parquet file, or damaged; may also be raised while it is read.
@@ -165,7 +179,8 @@ def _open(url: str) -> Iterator[Any]:
     buffer = REMOTE_READ_BYTES if storage.is_remote(url) else READ_BYTES
     with storage.open_seekable(url) as stream:
         try:
-            with pyarrow.parquet.ParquetFile(stream, buffer_size=buffer, pre_buffer=False) as file:
-                yield file
+            guard = GuardedFile(stream, url)
+            with pyarrow.parquet.ParquetFile(guard, buffer_size=buffer, pre_buffer=False) as file:
+                yield file, guard
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{url}: not a Parquet file, or damaged ({(str(error).splitlines() or [''])[0]}).") from error

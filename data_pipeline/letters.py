@@ -58,3 +58,16 @@ def common_runs(runs: Mapping[str, int], room: int) -> Mapping[str, int]:
             if common:
                 cut["".join(letters)] += count
     return cut
+
+
+def normalise(text: str) -> str:
+    """The form of a caption that is encoded, and that decoding returns: Unicode NFC, lower case, with lone surrogates replaced by U+FFFD.
+
+    Nothing else changes: no space is added, merged or removed, and no other character is replaced.
+    """
+    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if _has_surrogate(text) else text
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", clean).lower())
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False

@@ -15,7 +15,6 @@ import heapq
 import io
 import logging
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from pydantic import Field
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.letters import A_TO_Z, Letters, common_runs, is_run, split
+from data_pipeline.letters import normalise as normalise
 from data_pipeline.shards.shard_set import ShardSet
 from infra import schemas, storage, stored
 from infra.digests import digest
@@ -44,19 +44,6 @@ _SPACE = "\u2581"  # sentencepiece writes a space in a piece as this character
 _CHARACTER_SHARE = 8  # at most 1/8 of the vocabulary goes to characters other than letters
 _MEASURED = 50_000  # size of the sample of captions whose lengths are measured
 _NUM_FIXED = 2 + 256 + len(_LETTERS)  # padding, unknown, bytes, letters
-
-
-def normalise(text: str) -> str:
-    """The form of a caption that is encoded, and that decoding returns: Unicode NFC, lower case, with lone surrogates replaced by U+FFFD.
-
-    Nothing else changes: no space is added, merged or removed, and no other character is replaced.
-    """
-    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if _has_surrogate(text) else text
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", clean).lower())
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
 
 
 def train_tokenizer(captions: Iterable[str], vocab: int, letters: Letters = "a-z") -> bytes:
@@ -155,8 +142,14 @@ class Tokenizer:
         """Number of these that were cut at ``max_tokens``."""
         pieces = [self._model.id_to_piece(index) for index in range(self._model.get_piece_size())]
         self._bytes = [bytes([int(piece[3:5], 16)]) if self._model.is_byte(index) else piece.encode() for index, piece in enumerate(pieces)]
-        self._bytes[PAD] = self._bytes[UNKNOWN] = b""
         byte_ids = [self._model.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+        found = (self._model.pad_id(), self._model.unk_id(), sum(map(self._model.is_byte, byte_ids)) if pieces else 0)
+        if found != (PAD, UNKNOWN, 256):  # characters that are in no piece would silently become 'unknown'
+            raise DataError(
+                "not a tokenizer model of this project: padding {}, unknown {}, and {} of 256 bytes, where {}, {} and 256 belong; run the stage 'tokenizer' "
+                "again.".format(*found, PAD, UNKNOWN)
+            )
+        self._bytes[PAD] = self._bytes[UNKNOWN] = b""
         self._byte_ids = byte_ids
         self._character_ids = {piece: index for index, piece in enumerate(pieces) if len(piece) == 1 and piece not in _LETTERS}
         space = self._character_ids.pop(_SPACE, None)
@@ -397,4 +390,9 @@ def load_tokenizer(url: str, config: TokenizerConfig) -> tuple[Tokenizer, dict[s
     model = storage.read_bytes(storage.join(url, MODEL))
     if hashlib.sha256(model).hexdigest() != manifest["sha256"]:
         raise DataError(f"{storage.join(url, MODEL)}: damaged, its SHA-256 is not the manifest's; delete {url} and run the stage 'tokenizer' again.")
-    return Tokenizer(model, config.max_tokens, config.letters), manifest
+    tokenizer = Tokenizer(model, config.max_tokens, config.letters)
+    if tokenizer.size > config.vocab:  # the transformer has no embeddings of more
+        raise DataError(
+            f"{storage.join(url, MODEL)}: has {tokenizer.size:,} pieces, more than tokenizer.vocab = {config.vocab:,}; run 'tokenizer' again."
+        )
+    return tokenizer, manifest

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from infra import cloud_errors, environment, scratch
+from infra import cloud_errors, environment, s3_client, scratch
 from infra.errors import ConfigError, DataError
 from infra.files import atomic
 
@@ -282,6 +282,7 @@ def _connect(scheme: str) -> Any:
         if scheme == "gs":
             from gcsfs import GCSFileSystem
 
+            s3_client.refuse_passwords()
             server = environment.text("STORAGE_EMULATOR_HOST")
             return GCSFileSystem(**({"token": "anon", "endpoint_url": server} if server else {}), **fresh)
         from adlfs import AzureBlobFileSystem

@@ -46,6 +46,10 @@ def read_errors(name: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) or (isinstance(error, NotADirectoryError) and not os.path.lexists(name)):
             raise MissingError(f"{name}: does not exist.") from error
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise MissingError(f"{name}: no name of a file, for it holds a null character.") from error
 
 
 def regular(path: Path, name: str) -> Path:

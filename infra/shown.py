@@ -40,7 +40,12 @@ _SIGNATURE = re.compile(
     r"""(?i)(?<=[?&;])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)"""
     r"""(?:=|%(?:25)*3D))[^&\s'"<>]+"""
 )
-_SECRET_NAMES = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CREDENTIALS)(?:_ID)?$")
+_SECRET_NAMES = re.compile(
+    r"(?:^|_)(?:SECRET|TOKEN|PASSWD|PASSPHRASE|KEY|CREDENTIAL|CREDENTIALS|CONNECTION_STRING|PWD|PASS)(?:_ID)?$|PASSWORD(?:_ID)?$"
+)
+_NO_SECRETS = ("GOOGLE_APPLICATION_CREDENTIALS", "PWD")  # paths, without which messages would name nothing
+_INSIDE = re.compile(r"(?i)(?:AccountKey|SharedAccessSignature)=([^;\s]+)")
+"""Secrets in Azure's connection strings, which libraries take apart."""
 _SHORTEST_SECRET = 8  # shorter values may be common words, which would be masked everywhere
 # Characters that move a terminal's cursor, change the direction of text, or cannot be written as UTF-8. Our own messages use line ends and tabs.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -69,8 +74,9 @@ def mask(text: str) -> str:
 def secrets() -> Iterator[str]:
     """Values of environment variables whose names say that they are secret, such as AWS_SECRET_ACCESS_KEY (but not AWS_WEB_IDENTITY_TOKEN_FILE)."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAMES.search(name.upper()):
+        if len(value) >= _SHORTEST_SECRET and name not in _NO_SECRETS and _SECRET_NAMES.search(name.upper()):
             yield value
+            yield from (inside for inside in _INSIDE.findall(value) if len(inside) >= _SHORTEST_SECRET)
 
 
 def holds_password(text: str) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import random
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -163,6 +166,30 @@ def test_bytes_that_are_no_model_are_refused() -> None:
         Tokenizer(b"nonsense", 8)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"byte_fallback": False}, "0 of 256 bytes, where 0, 1 and 256 belong"),
+        ({"pad_id": 5, "unk_id": 0}, "padding 5, unknown 0"),
+        ({"pad_id": -1}, "padding -1, unknown 1"),
+    ],
+)
+def test_a_model_that_would_lose_characters_in_silence_is_refused(changed: dict[str, Any], message: str) -> None:
+    """Of a foreign run: it would read every character that it does not know as 'unknown'."""
+    model = io.BytesIO()
+    usual: dict[str, Any] = {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1, "byte_fallback": True, "model_type": "bpe"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=330, hard_vocab_limit=False, minloglevel=2, **usual | changed
+    )
+    with pytest.raises(DataError, match=message):
+        Tokenizer(model.getvalue(), 8)
+
+
+def test_a_model_without_anything_is_refused() -> None:
+    with pytest.raises(DataError, match="not a tokenizer model"):
+        Tokenizer(b"", 8)
+
+
 def image_set(url: str, captions: list[str]) -> ShardSet:
     write_part(url, "inputs", [ImageRecord(str(i), [c], b"", 1, 1, "s", "l", "g", "train") for i, c in enumerate(captions)])
     parts = [Part("inputs", "s")]
@@ -193,6 +220,11 @@ def test_a_tokenizer_that_is_missing_damaged_or_of_another_size_is_refused(tmp_p
     tokenizer_module.run(config, image_set(str(tmp_path / "a"), CAPTIONS), url)
     with pytest.raises(DataError, match=r"trained for tokenizer.vocab = 400, this run has 500"):
         tokenizer_module.load_tokenizer(url, TokenizerConfig(vocab=500, max_tokens=16))
+    manifest = storage.read_json(f"{url}/manifest.json")
+    storage.write_json(f"{url}/manifest.json", manifest | {"settings": manifest["settings"] | {"vocab": 300}})
+    with pytest.raises(DataError, match=r"tokenizer.model: has 3\d\d pieces, more than tokenizer.vocab = 300"):
+        tokenizer_module.load_tokenizer(url, TokenizerConfig(vocab=300, max_tokens=16))
+    storage.write_json(f"{url}/manifest.json", manifest)
     storage.write_bytes(f"{url}/tokenizer.model", b"damaged")
     with pytest.raises(DataError, match=r"tokenizer.model: damaged, .* delete .* run the stage 'tokenizer' again"):
         tokenizer_module.load_tokenizer(url, config)

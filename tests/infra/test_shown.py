@@ -16,7 +16,7 @@ import torch
 
 from infra import files, logs, s3_client, shown, storage, strict_json
 from infra.config import differences
-from infra.errors import ConfigError, DataError, ReportedError
+from infra.errors import ConfigError, DataError, MissingError, ReportedError
 from infra.run_folder import RunFolder
 from train.config import load_run
 from train.weights import export
@@ -116,7 +116,7 @@ def test_a_password_in_a_configuration_is_refused_before_anything_is_stored(key:
     assert key in str(caught.value) and "hunter22" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("name", ["S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "STORAGE_EMULATOR_HOST"])
 def test_a_password_in_an_endpoint_is_refused_where_a_run_is_configured_and_where_a_client_is_made(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +139,30 @@ def test_what_the_environment_holds_as_a_secret_is_in_no_message_and_in_no_recor
     run = RunFolder(str(tmp_path))
     run.record_exit("dvae", 0, 0, 1, "KeyError: 'hunter22hunter22'")
     assert "hunter22" not in (tmp_path / "exits/dvae/attempt-0/rank-0.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PGPASSWORD", "hunter22hunter22", "hunter22hunter22"),
+        ("MYSQL_PWD", "hunter22hunter22", "hunter22hunter22"),
+        ("SSH_PASSPHRASE", "hunter22hunter22", "hunter22hunter22"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=me;AccountKey=hunter22hunter22==;X=y", "AccountName=me;AccountKey=hunter22hunter22==;X=y"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=me;AccountKey=hunter22hunter22==;X=y", "the key hunter22hunter22== is odd"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "SharedAccessSignature=sv=1&sig=hunter22", "sv=1&sig=hunter22"),
+    ],
+)
+def test_secrets_of_other_stores_and_programs_are_masked_too(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert "hunter22" not in str(ReportedError(f"refused: {said}."))
+    for path in ("PWD", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.setenv(path, "/some/place/of/mine")
+    assert str(ReportedError("/some/place/of/mine is missing")) == "/some/place/of/mine is missing"
+
+
+def test_a_name_with_a_null_character_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no name of a file, for it holds a null character"):
+        storage.read_bytes(f"{tmp_path}/a\0b")
 
 
 def test_messages_hold_no_control_characters_and_cut_values() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from data_pipeline.tokenizer import Tokenizer
 from infra import storage, text
 from infra.errors import DataError
+from train.drawing.samples import MOST_LETTERS
 
 _SHOWN = 8
 """A note quotes at most this many characters."""
@@ -17,7 +18,7 @@ def read_captions(given: Sequence[str], file: str) -> list[str]:
     """The captions of the command line and of a file ('-': standard input) with one in each line. Repeated captions and blank lines are left out.
 
     Raises:
-        DataError: the file is missing, or is not UTF-8.
+        DataError: the file is missing, or is not UTF-8; or a caption is not (on a command line), or is too long to be recorded.
     """
     found = list(given)
     if file:
@@ -26,6 +27,13 @@ def read_captions(given: Sequence[str], file: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"--file -: not UTF-8 text ({error}).") from error
         found += [line for line in text.lines(content) if line.strip()]
+    for caption in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise DataError(
+                f"the caption '{shortened(caption)}' is not UTF-8 text; give it as such (a terminal's encoding is that of LC_ALL or LANG)."
+            )
+        if len(caption) > MOST_LETTERS:
+            raise DataError(f"the caption '{shortened(caption)}' has {len(caption):,} characters; accepted are up to {MOST_LETTERS:,}.")
     return list(dict.fromkeys(found))
 
 

@@ -23,7 +23,10 @@ SCHEMA = "sample/2"
 SAMPLES = "samples.jsonl"
 FORMATS = ("png", "webp")
 _KEY_LETTERS, _NAME_LETTERS = 12, 40
-_MOST_THREADS = 4096
+_MOST_THREADS = 512
+MOST_LETTERS = 1 << 16
+"""Characters of a caption."""
+_MOST_DIGITS = 12
 
 Line = dict[str, Any]
 
@@ -31,7 +34,7 @@ Line = dict[str, Any]
 _Few = Annotated[int, Field(ge=0, le=MOST_PICTURES)]
 _Some = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 _Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-_Text = Annotated[str, Field(max_length=1 << 16)]
+_Text = Annotated[str, Field(max_length=MOST_LETTERS)]
 
 
 class _ShapedBy(stored.Stored):
@@ -181,7 +184,7 @@ def find_line(given: str) -> Line:
     if given.lstrip().startswith("{"):
         return parse_line(given, "--again")
     head, _, number = given.rpartition(":")
-    url, at = (head, int(number)) if head and number.isdecimal() else (given, 0)
+    url, at = (head, int(number)) if head and number.isdecimal() and len(number) <= _MOST_DIGITS else (given, 0)
     try:
         lines = read_lines(url)
     except MissingError as error:

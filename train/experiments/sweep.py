@@ -22,7 +22,6 @@ that diverged is recorded as such. ``python -m train.experiments.page --render``
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from infra import storage
+from infra import storage, stored
 from infra.config import Section, differences, parse, validate
 from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.repository import DOCS
@@ -49,7 +48,7 @@ _OF_THE_SWEEP = ("dalle_fit.steps", "run.seed", "run.name", "run.root")
 class SweepFile(Section):
     """What FILE.toml may say."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=80)
     """Name of the file of figures."""
     run: str
     """Folder of the run whose codes and tokenizer are used."""
@@ -112,7 +111,7 @@ class Sweep:
         settings = {key: value for key, value in common.items() if key not in left_out} | extent
         self.found: dict[str, Any] = {"kind": "sweep", "name": given.name, "settings": settings, "arms": {}, "runs": []}
         if out.exists():
-            self._go_on(json.loads(out.read_text()))
+            self._go_on(_figures(out))
         self.found["base"] = next(iter(given.arms))
         for arm, words in given.arms.items():
             self.found["arms"].setdefault(arm, {"overrides": list(words)})
@@ -181,6 +180,32 @@ class Sweep:
 
     def _write(self) -> None:
         peer.write(self.out, self.found)
+
+
+class _Arm(stored.Stored):
+    overrides: list[str]
+
+
+class _Run(stored.Stored):
+    arm: str
+    seed: int
+    end: str
+
+
+class _Figures(stored.Stored):
+    """A file of figures of this runner."""
+
+    settings: dict[str, Any]
+    arms: dict[str, _Arm]
+    runs: list[_Run]
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DataError: the file is damaged.
+    """
+    return stored.read(str(path), _Figures, "repair it, or remove it and make its trainings again")
 
 
 def training_loss(url: str) -> float:

@@ -47,6 +47,10 @@ def described(value: Any) -> str:
     return shown.value(value, 80) if plain else str(value) if isinstance(value, Name) else f"a {type(value).__name__}"
 
 
+def _quoted(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, Name) else described(value)
+
+
 _MARK = object()
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: _MARK,
@@ -146,7 +150,7 @@ class _Machine:
     def _build(self, _: Any) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Call):
-            raise DataError(f"{self.where}: sets attributes of {described(self.stack[-1])}, which is no object of its own; it was not loaded.")
+            raise DataError(f"{self.where}: sets attributes of {_quoted(self.stack[-1])}, which is no object of its own; it was not loaded.")
         self.stack[-1].state = state
 
     def _put(self, argument: int) -> None:

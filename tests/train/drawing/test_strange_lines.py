@@ -18,6 +18,7 @@ from infra.errors import ConfigError, DataError
 from infra.signals import StopFlag
 from tests.support import drawable_run
 from train.config import load_run
+from train.drawing import draw
 from train.drawing.settings import Settings
 from train.drawing.source import Models, open_models
 from train.verbs import arguments
@@ -67,7 +68,7 @@ STRANGE: dict[str, dict[str, list[Any]]] = {
         "captions": [0, -1, 10**9],
         "each": [0, 10**9],
         "window": [0, 99, 65536, 10**9],
-        "threads": [0, -1, 65536],
+        "threads": [0, -1, 513, 65536],
         "ancestry": [[[0, 10**30]], [[0, -1]], [[5, 1]]],
     },
     "": {"candidate": [2, 65536, -1]},
@@ -136,3 +137,40 @@ for command in launcher.app.registered_commands:
 def test_a_name_of_a_run_that_no_folder_can_have_is_refused_by_its_key(name: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.name: .*a name of [34]00 bytes; it is the name of a folder: accepted are up to 255"):
         load_run("tiny", [f"run.name={name}"])
+
+
+def test_a_number_of_a_line_that_nobody_has_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        verb.main("", [], verb.Options(again=f"{tmp_path}/x:{'9' * 5000}"), StopFlag())
+
+
+def test_captions_that_could_not_be_recorded_are_refused_before_anything_is_drawn(models: Models, tmp_path: Path) -> None:
+    """A terminal in latin-1 gives lone surrogates, which no file holds."""
+    out = tmp_path / "out"
+    for caption, message in (
+        ("caf\udce9", r"the caption 'caf\\udce9' is not UTF-8 text"),
+        ("a" * 70_000, "has 70,000 characters; accepted are up to 65,536"),
+    ):
+        with pytest.raises(DataError, match=message):
+            verb.main(models.url, [caption], verb.Options(Settings(n=1), out=str(out)), StopFlag())
+    assert not out.exists()
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused_before_it_is_taken(
+    models: Models, again: Callable[[str, str, Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of a stranger may ask for a batch of 65,536 pictures; so may --batch."""
+    monkeypatch.setattr(draw, "_available", lambda models: 100_000)
+    with pytest.raises(ConfigError, match=r"30,000 pictures at once take \d+\.\d GB, and 0\.0 GB are free: give a smaller --batch"):
+        again("shaped_by", "each", 30_000)
+    with pytest.raises(ConfigError, match="50,000 pictures at once take"):
+        list(draw.draw(models, ["x"], Settings(n=50_000, batch=50_000)))
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_container_has_less_memory_than_its_machine(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = draw._available(models)
+    for limit, found in (("5000000", 5_000_000), ("max", whole)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        monkeypatch.setattr(draw, "_CONTAINER", tmp_path / "memory.max")
+        assert draw._available(models) == pytest.approx(found, rel=0.5)

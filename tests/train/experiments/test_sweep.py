@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
 from tests.system.test_training import copy_of
@@ -30,6 +30,22 @@ overrides = ["dalle_fit.precision=fp32", "evaluate.samples=8"]
 base = []
 "decay 1" = ["dalle_fit.weight_decay=1.0"]
 """
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "should be a valid dictionary"),
+        ("{}", "settings: field required"),
+        ('{"settings": {}, "arms": {"base": []}, "runs": []}', r"arms\.base: input should be a valid dictionary"),
+        ('{"settings": {}, "arms": {}, "runs": [{"arm": "base"}]}', r"runs\.0\.seed: field required"),
+    ],
+)
+def test_figures_that_are_damaged_are_refused_by_their_field(figures: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(figures)
+    with pytest.raises(DataError, match=message):
+        sweep._figures(tmp_path / "x.json")
 
 
 def written(folder: Path, run: str, seeds: tuple[int, ...] = (0, 1), extent: str = "tokens = 1000", more: str = "") -> Path:

@@ -27,7 +27,8 @@ DOUBLED = b")q\x00" + b"".join(b"h" + bytes([number]) + b"\x86q" + bytes([number
 
 def legacy(count: int) -> bytes:
     """A file in torch's older format with a storage of ``count`` numbers, and none of them."""
-    head = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    values: tuple[Any, ...] = (0x1950A86A20F9469CFC6C, 1001, {})
+    head = b"".join(pickle.dumps(value, protocol=2) for value in values)
     number = b"\x8a\x09" + count.to_bytes(9, "little")
     identifier = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0kX\x03\0\0\0cpu" + number + b"NtQ."
     return head + b"\x80\x02" + identifier + pickle.dumps(["k"], protocol=2) + struct.pack("<Q", count)
@@ -92,7 +93,7 @@ class Pickler(pickle._Pickler):
     """Writes ``Module`` as a class that need not be there."""
 
     def save(self, value: Any, save_persistent_id: bool = True) -> None:
-        known = self.memo.get(id(value)) if isinstance(value, Module) else None
+        known = self.memo.get(id(value)) if isinstance(value, Module) else None  # type: ignore[attr-defined]
         if not isinstance(value, Module) or known is not None:
             super().save(value, save_persistent_id)  # type: ignore[misc]
             return

@@ -17,17 +17,22 @@ MAX_DEPTH = 64
 _MOST_DIGITS = 60  # long enough for any file; descriptions of fields (infra/stored.py) set tighter bounds
 
 
-def loads(text: str, *, alike: bool = False) -> Any:
+class Twice(dict[str, Any]):
+    """An object in which a key occurs twice, with the last values: which one is meant, nobody can tell."""
+
+
+def loads(text: str, *, alike: bool = False, marked: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         alike: of long tables whose rows repeat themselves: equal lists of words inside objects become one list, and must not be changed in place.
+        marked: an object in which a key occurs twice becomes a ``Twice``, instead of being refused.
 
     Raises:
         ValueError: the text is not JSON, or is JSON that our writers never produce; the message says what is wrong.
     """
     try:
-        found = (_sharing() if alike else _STRICT).decode(text)
+        found = (_sharing() if alike else _MARKING if marked else _STRICT).decode(text)
     except RecursionError:
         raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     _check_depth(found)
@@ -70,6 +75,11 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _marking(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Twice(found)
+
+
 def _sharing() -> json.JSONDecoder:
     """A parser that keeps one of the lists of words that are equal."""
     known: dict[tuple[str | None, ...], list[Any]] = {}
@@ -102,6 +112,7 @@ def _constant(name: str) -> float:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)
+_MARKING = json.JSONDecoder(object_pairs_hook=_marking, parse_int=_integer, parse_float=_number, parse_constant=_constant)
 _FAST = json.JSONDecoder(parse_constant=_constant)
 
 

@@ -22,6 +22,7 @@ from data_pipeline.sources.rows_to_pairs import (
     ODD_CAPTION,
     OUTSIDE,
     REPEATED_ID,
+    REPEATED_NAME,
     BadRecord,
     Draft,
     distinct,
@@ -30,7 +31,7 @@ from data_pipeline.sources.rows_to_pairs import (
     text_in,
     with_images,
 )
-from infra import storage
+from infra import storage, strict_json
 from infra.errors import DataError, UnchangingError, UnreachableError
 
 _LOOKED_AT = 4  # how many images are looked for in each folder
@@ -54,6 +55,8 @@ class Annotations:
     """Ids that several images have: whose a caption is cannot be told."""
     nobodys: int = 0
     """Number of annotations that name no image."""
+    unclear: int = 0
+    """Number of annotations in which a key occurs twice."""
 
 
 class CocoSource:
@@ -112,6 +115,7 @@ class CocoSource:
         if shard.span[0] == 0:
             yield from (Unreadable(self.origin.id(f"{name}/{identity}"), MISSING_IMAGE) for identity in found.strays)
             yield from (Unreadable(self.origin.id(f"{name}/annotations/{number}"), NO_ID) for number in range(found.nobodys))
+            yield from (Unreadable(self.origin.id(f"{name}/annotations/unclear/{number}"), REPEATED_NAME) for number in range(found.unclear))
 
     def images(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[str]:
         """As of Source."""
@@ -134,7 +138,9 @@ class CocoSource:
 
     def _annotations(self, name: str, version: str) -> Annotations:
         url = self.origin.part(name)
-        tree = foreign_json.read(url, "captions in COCO's form")
+        tree = foreign_json.read(url, "captions in COCO's form", marked=True)
+        if isinstance(tree, strict_json.Twice):
+            raise UnchangingError(f"{url}: a key of the outermost object occurs twice, so one of two lists would be lost; mend the file.")
         images, said = (tree.get("images"), tree.get("annotations")) if isinstance(tree, dict) else (None, None)
         if images is None or said is None or not _is_rows(images) or not _is_rows(said):
             raise UnchangingError(
@@ -143,8 +149,11 @@ class CocoSource:
         ids = Counter(json.dumps(image["id"]) for image in images if image.get("id") is not None)
         captions: dict[Any, list[Any]] = {identity: [] for identity in ids}
         strays: dict[str, None] = {}
-        nobodys = 0
+        nobodys = unclear = 0
         for annotation in said:
+            if isinstance(annotation, strict_json.Twice):
+                unclear += 1
+                continue
             identity = json.dumps(annotation.get("image_id"))
             if annotation.get("image_id") is None:
                 nobodys += 1
@@ -152,7 +161,7 @@ class CocoSource:
                 captions[identity].append(annotation.get("caption"))
             else:
                 strays[identity] = None
-        return Annotations(images, captions, list(strays), frozenset(identity for identity, count in ids.items() if count > 1), nobodys)
+        return Annotations(images, captions, list(strays), frozenset(identity for identity, count in ids.items() if count > 1), nobodys, unclear)
 
     def _folder(self, name: str, folders: list[str], found: Annotations) -> str:
         """The folder of the images, relative to the base: the one named like the file (val2017 for captions_val2017.json), else the first that holds an image."""
@@ -182,6 +191,8 @@ class CocoSource:
         place = f"{name}/{text_in(image, 'id') or path}"
         row = {key: value for key, value in image.items() if key in ("group",)}
         try:
+            if isinstance(image, strict_json.Twice):
+                raise BadRecord(REPEATED_NAME)
             captions = distinct(_said(image, found))
             url = self.origin.image_url(path, self.origin.url(folder))
         except BadRecord as bad:

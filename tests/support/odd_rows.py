@@ -51,6 +51,14 @@ def _coco(images: list[dict[str, object]], said: list[dict[str, object]]) -> Cal
     return write
 
 
+def _coco_with_a_key_twice(place: Path) -> None:
+    """In an image, and in an annotation of another one."""
+    _coco(_named(1, 2, 3), [{"image_id": number, "caption": caption(number)} for number in (1, 2, 3)])(place)
+    path = place / "annotations" / "captions_train.json"
+    changed = path.read_text().replace('"id": 2,', '"id": 2, "id": 2,', 1).replace('{"image_id": 3,', '{"image_id": 1, "image_id": 3,', 1)
+    path.write_text(changed)
+
+
 def _lines(*lines: str, name: str = "t.jsonl") -> Callable[[Path], None]:
     def write(place: Path) -> None:
         for number in range(6):
@@ -121,6 +129,7 @@ MORE = (
         1,
         lost=2,
     ),
+    Odd("COCO's annotations, in which an image and an annotation hold a key twice", _coco_with_a_key_twice, 1, lost=3),
     Odd(
         "COCO's annotations, of which one is no text",
         _coco(_named(1, 2), [{"image_id": 1, "caption": caption(1)}, {"image_id": 1, "caption": ["a"]}, {"image_id": 2, "caption": caption(2)}]),

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from infra import live, logs, output
+from infra import live, logs, output, shown
 
 _WINDOW_S = 60.0
 _REDRAW_S = 0.2
@@ -214,13 +214,20 @@ def duration(seconds: float) -> str:
 def table(rows: Sequence[Mapping[str, object]], title: str = "", stream: TextIO | None = None) -> None:
     """Print rows as a table; the columns are the keys in the order of their first appearance, a missing value is left empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid = Table(
+        title=Text(shown.escaped(title), "table.title") if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+    )
     for column in columns:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         # Text, not str: a caption such as "[red]" is not markup.
-        grid.add_row(*(Text(_word(row.get(column, ""))) for column in columns))
+        grid.add_row(*(Text(shown.escaped(_word(row.get(column, "")))) for column in columns))
     out = sys.stdout if stream is None else stream
     # A log has no width of its own: never cut a path there.
     Console(file=out, width=None if out.isatty() else _LOG_WIDTH).print(grid)

@@ -55,9 +55,15 @@ _RUN = re.compile(rf"\S{{{LONGEST + 1},}}")
 
 def message(text: str) -> str:
     """A message made fit to be printed and stored; unchanged if it is already."""
-    masked = _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], mask(text))
+    masked = escaped(mask(text))
     whole = _RUN.sub(lambda found: cut(found.group()), masked)
     return whole if len(whole) <= LONGEST_MESSAGE else f"{whole[: LONGEST_MESSAGE - 40]}… ({len(whole):,} characters)"
+
+
+def escaped(text: str) -> str:
+    """Text whose control characters are escaped: a log or a reason in somebody else's run folder would move the cursor, rename the terminal, or write to its
+    clipboard. Ends of lines and tabs stay."""
+    return _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def mask(text: str) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from infra import listening, queues, run_records, storage, stored
+from infra import listening, queues, run_records, shown, storage, stored
 from infra.errors import ConfigError, DataError, MissingError, UsageError
 from infra.queues import Submitted
 from infra.run_folder import RunFolder
@@ -91,7 +91,7 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
             seen[name] += len(text)
             prefix = f"[rank {name.removeprefix('rank-').removesuffix('.log')}] " if len(files) > 1 else ""
             for line in text.decode(errors="replace").splitlines():
-                print(f"{prefix}{line}", flush=True)
+                print(shown.escaped(f"{prefix}{line}"), flush=True)
         if not follow or last:
             return
         time.sleep(_POLL_S)
@@ -115,7 +115,7 @@ def _of_job(run: RunFolder, job: Submitted, label: str, rank: int | None, restar
         assert child.stdout is not None
         for line in child.stdout:
             if _is_of(line, rank):
-                print(line, end="", flush=True)
+                print(shown.escaped(line), end="", flush=True)
         if code := child.wait():
             raise ConfigError(f"kubectl logs of {job.words} ended with {code}.")
         return
@@ -128,7 +128,7 @@ def _of_job(run: RunFolder, job: Submitted, label: str, rank: int | None, restar
         if found := _RESTART.match(line):
             at = int(found[1])
         if (restart is None or at == restart) and _is_of(line, rank):
-            print(line, flush=True)
+            print(shown.escaped(line), flush=True)
 
 
 def _lines(url: str, job: Submitted, *, follow: bool, stop: StopFlag) -> Iterator[str]:

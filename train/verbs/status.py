@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from infra import storage
+from infra import shown, storage
 from infra.commands import launcher
 from infra.errors import DataError
 from infra.progress import duration, table, three_digits
@@ -72,17 +72,17 @@ def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:
     for each in stages:
         where = f"{each.stage} {each.share}".strip()
         if each.is_live and each.waits:
-            print(f"{where}: {each.waits}")
+            print(shown.escaped(f"{where}: {each.waits}"))
         if each.is_live and each.slow:
             print(f"{where}: slow: {', '.join(f'rank {rank:.0f} ({times:.1f} times the median of own work)' for rank, times in each.slow)}")
         if each.end and each.state in ("ended", "killed"):
-            print(f"{where}: {each.end}")
+            print(shown.escaped(f"{where}: {each.end}"))
     for name in TRAINED:
         for point in change_points.read(run.at(name)):
-            print(f"{name}: {change_points.described(point)}")
+            print(shown.escaped(f"{name}: {change_points.described(point)}"))
     for name in STAGES:
         if old := lineage.out_of_date(cfg, run, name):
-            print(f"{name}: out of date, {old}; {_remedy(run, name)}")
+            print(shown.escaped(f"{name}: out of date, {old}; {_remedy(run, name)}"))
 
 
 def _remedy(run: RunFolder, name: str) -> str:

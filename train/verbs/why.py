@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from infra import storage
+from infra import shown, storage
 from infra.errors import DataError, ExitCode, UsageError
 from infra.run_folder import RunFolder
 from train.advice import facts, words
@@ -35,4 +35,4 @@ def main(url: str, stage: str = "", attempt: int | None = None, *, as_json: bool
     if as_json:
         print(json.dumps([words.as_json(each) for each in failed]))
     else:
-        print("\n\n".join(words.of(each) for each in failed) or f"{url}: no attempt has failed.", flush=True)
+        print(shown.escaped("\n\n".join(words.of(each) for each in failed)) or f"{url}: no attempt has failed.", flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from infra import listening, live, queues, storage
+from infra import listening, live, progress, queues, storage
 from infra.errors import ConfigError, DataError, ExitCode, LostPeerError, UsageError
 from infra.job import Job
 from infra.run_folder import RunFolder
@@ -25,7 +25,7 @@ from infra.signals import StopFlag
 from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE
 from train.config import load_run
-from train.verbs import cancel, logs, standing, status
+from train.verbs import cancel, logs, standing, status, why
 from train.verbs.standing import Standing
 
 RANK = f"""
@@ -148,6 +148,21 @@ def test_an_attempt_that_ended_says_how_and_where_its_checkpoint_is(run: RunFold
     (line,) = capsys.readouterr().out.splitlines()
     (clip,) = [each for each in json.loads(line)[0]["stages"] if each["stage"] == "clip"]
     assert clip["end"] == "DIVERGED: no progress" and clip["restarts"] == 1 and clip["saved"] == 4
+
+
+def test_what_a_foreign_run_says_moves_no_cursor_and_is_no_markup(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its logs and reasons may hold what renames a terminal or writes to its clipboard; and a folder's name in brackets is a name."""
+    shutil.copytree(run.url, tmp_path / "[" / "x]")
+    run, odd = RunFolder(f"{tmp_path}/[/x]"), "\x1b]52;c;ZWNobw==\x07 \u202e[/b] done"
+    number = begun(run, "clip")
+    storage.write_json(run.attempt_url("clip", number, "end.json"), {"code": 1, "reason": odd, "ended": 0.0})
+    storage.write_text(storage.join(listening.logs(run.url, "clip", number), "rank-0.log"), f"{odd}\n")
+    status.main([run.url])
+    why.main(run.url, "clip", None, as_json=False)
+    logs.main(run.url, "clip", None, None, follow=False, stop=StopFlag())
+    progress.table([{"name": odd}], title=odd)
+    said = capsys.readouterr().out
+    assert not set(said) & set("\x1b\x07\u202e") and said.count("\\x1b]52;c;ZWNobw==\\x07") >= 5 and "[/b] done" in said and "/[/x]" in said
 
 
 def test_shares_are_counted_and_shown_one_by_one(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

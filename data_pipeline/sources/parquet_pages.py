@@ -64,6 +64,9 @@ class GuardedFile(io.RawIOBase):
             begin = first if first and first < begin else begin  # as pyarrow finds it
             self._chunks.append(_Chunk(column.path_in_schema, begin, begin + column.total_compressed_size, column.num_values))
 
+    def readable(self) -> bool:
+        return True
+
     def seekable(self) -> bool:
         return True
 

@@ -18,6 +18,7 @@ CALLED_BY_LIBRARIES = {
     "infra/streamed_upload.py": {"readable", "readinto"},
     "infra/cloud.py": {"readable", "readinto"},
     "data_pipeline/sources/gzipped.py": {"readable", "readinto"},
+    "data_pipeline/sources/parquet_pages.py": {"readable"},  # pyarrow
     "data_pipeline/loading/shard_cache.py": {"get_shards", "set_up_local", "get_index_size"},  # streaming.Stream
     "data_pipeline/loading/workers.py": {"is_set"},  # threading.Event, as DataLoader asks it
     "train/engines/zero/topology.py": {  # DeepSpeed's mpu

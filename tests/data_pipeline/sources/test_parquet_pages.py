@@ -51,7 +51,12 @@ def test_a_value_that_many_rows_name_is_not_copied_for_all_of_them_at_once(tmp_p
     assert path.stat().st_size < MB // 10
     sizes: list[int] = []
     found = pyarrow.parquet.ParquetFile.iter_batches
-    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda self, rows, **more: [sizes.append(rows), found(self, rows, **more)][1])
+
+    def noted(self: Any, rows: int, **more: Any) -> Any:
+        sizes.append(rows)
+        return found(self, rows, **more)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", noted)
     tracemalloc.start()
     number = 0
     source = ParquetSource(SourceConfig(url=str(path)), 1024)
@@ -82,7 +87,8 @@ def test_rows_that_were_read_before_a_wide_page_come_once(tmp_path: Path, monkey
 
 
 def test_the_pages_of_usual_files_pass_whatever_their_encoding_and_version(tmp_path: Path) -> None:
-    columns = {"image": [b"image %d" % number * 40 for number in range(3000)], "caption": [f"a caption {number % 700}" for number in range(3000)]}
+    images, captions = [b"image %d" % number * 40 for number in range(3000)], [f"a caption {number % 700}" for number in range(3000)]
+    table = pyarrow.table({"image": images, "caption": captions})
     plain = {"use_dictionary": False}
     options: list[dict[str, Any]] = [
         {},
@@ -93,10 +99,8 @@ def test_the_pages_of_usual_files_pass_whatever_their_encoding_and_version(tmp_p
     ]
     options += [{"compression": "snappy"}, {"compression": "none"}, plain | {"column_encoding": {"caption": "DELTA_LENGTH_BYTE_ARRAY"}}]
     for given in options:
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", **given)
-        assert [(record.image, record.captions[0]) for record in read(tmp_path / "a.parquet")] == list(
-            zip(columns["image"], columns["caption"], strict=True)
-        )
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **given)
+        assert [(record.image, record.captions[0]) for record in read(tmp_path / "a.parquet")] == list(zip(images, captions, strict=True))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\x15", b"\x15" + b"\xff" * 20, b"\x1c" * 100, b"\x19\xfc\xff\xff\xff\x7f", b"\x1d\x00"])

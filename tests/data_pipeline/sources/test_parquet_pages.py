@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ def test_a_value_that_many_rows_name_is_not_copied_for_all_of_them_at_once(tmp_p
 def test_rows_that_were_read_before_a_wide_page_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of one encoding make long values from what values have in common; such a page may come late."""
     monkeypatch.setattr(parquet, "_AT_ONCE", 1 << 20)
-    short, long = [f"caption {number}" for number in range(2000)], ["y" * 20_000 + str(number) for number in range(100)]
+    monkeypatch.setattr(parquet, "READ_BYTES", 4096)
+    short, long = (
+        [hashlib.sha256(bytes([number % 256, number // 256])).hexdigest() for number in range(2000)],
+        ["y" * 40_000 + str(number) for number in range(100)],
+    )
     columns = {"image": [b"x"] * 2100, "caption": short + long}
     path = written(
         tmp_path / "a.parquet",

@@ -47,7 +47,9 @@ class GenerateSection(Section):
 
 
 class EvaluateSection(Section):
-    """Evaluation on the validation split."""
+    """Evaluation on the validation split. It shapes no weights, so a run may change its mind at any time; with other values the stage runs again."""
+
+    model_config = ConfigDict(json_schema_extra=ANY_TIME)
 
     samples: int = Field(default=1024, gt=0)
     """Samples for reconstruction, cross-entropies and retrieval."""
@@ -59,13 +61,13 @@ class EvaluateSection(Section):
     """Feature network of the Fréchet distance of reconstructions. Only the Inception networks give an FID; 'efficientnet-lite0' needs no download, and is reported under its own name."""
     frechet_weights: str = Field(default="", json_schema_extra=PLACE)
     """File with the weights of that network; 'efficientnet-lite0' uses those in its package."""
-    drawings: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
+    drawings: int = Field(default=0, ge=0)
     """Validation captions, each of another concept, that are drawn and measured as section [generate] says (docs/evaluation.md); 0: none."""
-    best_of: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1, json_schema_extra=ANY_TIME)
+    best_of: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
     """The best of how many candidates by the run's contrastive model is measured. 1 is not ranked."""
-    blur: tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=ANY_TIME)
+    blur: tuple[PositiveInt, ...] = Field(default=())
     """Standard deviations in pixels of blurs with which distances are measured, too (paper Figure 9: 1, 2, 4, 8)."""
-    judge: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
+    judge: str = Field(default="", json_schema_extra=PLACE)
     """Folder with another exported contrastive model of the same tokenizer, which judges ranked drawings; empty: only the network of frechet_net does."""
 
     @model_validator(mode="after")

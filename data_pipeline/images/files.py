@@ -63,7 +63,7 @@ def _as_data_error() -> Iterator[None]:
     except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes
         if "decompressed data too large" in str(error).lower():  # a PNG's compressed text or colour profile
             raise BombError(f"image whose metadata is far larger when it is decompressed ({error}); encode it again without them.") from error
-        raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace it or remove it from the source.") from error
+        raise DataError(f"image cannot be decoded ({type(error).__name__}: {error}); replace the file or leave it out.") from error
 
 
 def open_file(data: bytes, max_pixels: int) -> ImageFile.ImageFile:

@@ -183,11 +183,11 @@ def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDAr
     dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
     raise DataError(
         f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {empty[0]} split ({tally.seen} pairs read; "
-        f"dropped: {dropped}). {_advice(plan, empty[0], left, tally)}"
+        f"dropped: {dropped}). {advice(plan, empty[0], left, tally)}"
     )
 
 
-def _advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
+def advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
     """What to change so that the split is not empty."""
     if left:  # all records went to the other split
         other = next(name for name in SPLITS if name != split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_pipeline.config import SourceConfig
 from infra.config import Section, to_json
 from infra.config_keys import ANY_TIME, GOING_ON, PLACE, adopted, completed, declared, keys
 from infra.errors import ConfigError
+from infra.repository import DOCS
 from train.config import RunConfig, load_run
 from train.verbs import docs
 
@@ -73,7 +75,10 @@ def test_each_key_says_whether_a_run_may_change_it_alone_or_with_its_section() -
     assert found == {"part.size": "any time", "rate": "with --go-on", "shape.width": None, "items": None, "nothing.there": None}
 
 
-@pytest.mark.parametrize("key", ["zero.stage", "dalle_fit.save_every", "data.workers", "clip_fit.accumulation"])
+_KEYS_OF_DRAWINGS = re.findall(r"(evaluate\.\w+)", (DOCS / "evaluation.md").read_text())
+
+
+@pytest.mark.parametrize("key", ["zero.stage", "dalle_fit.save_every", "data.workers", "clip_fit.accumulation", *sorted(set(_KEYS_OF_DRAWINGS))])
 def test_what_says_how_may_change_at_any_time(key: str) -> None:
     assert declared(RunConfig, key)["may_change"] == "any time"
 

@@ -21,6 +21,7 @@ CALLED_BY_LIBRARIES = {
     "data_pipeline/sources/parquet_pages.py": {"readable"},  # pyarrow
     "data_pipeline/loading/shard_cache.py": {"get_shards", "set_up_local", "get_index_size"},  # streaming.Stream
     "data_pipeline/loading/workers.py": {"is_set"},  # threading.Event, as DataLoader asks it
+    "train/drawing/cpu_kernels.py": {"on_start", "on_end"},  # numba's events
     "train/engines/zero/topology.py": {  # DeepSpeed's mpu
         "get_data_parallel_rank",
         "get_data_parallel_world_size",

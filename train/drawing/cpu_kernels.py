@@ -14,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import prange
+from numba.core import event
 
 from model import gumbel
 
@@ -62,6 +63,30 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
             return numba.njit(**settings)(function)
 
     return compile_
+
+
+class _First(event.Listener):
+    """Calls a function when the first kernel is compiled. Those that are on disk are not."""
+
+    say: Callable[[], None] | None = None
+
+    def on_start(self, event: Any) -> None:
+        """numba begins to compile."""
+        say, self.say = self.say, None
+        if say is not None:
+            say()
+
+    def on_end(self, event: Any) -> None:
+        """numba has compiled."""
+
+
+_FIRST = _First()
+event.register("numba:compile", _FIRST)
+
+
+def when_compiling(say: Callable[[], None]) -> None:
+    """Call a function once, when this process next begins to compile a kernel."""
+    _FIRST.say = say
 
 
 def use_threads(count: int) -> None:

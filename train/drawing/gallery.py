@@ -17,6 +17,7 @@ from train.drawing.draw import Batch, Picture, draw, score
 from train.drawing.samples import Folder, Line
 from train.drawing.settings import Settings, key
 from train.drawing.source import Models
+from train.drawing.told import Told
 from train.report.images import Pixels, grid, png_bytes, read_png
 
 
@@ -43,11 +44,12 @@ class Gallery:
             self.out, caption, key(caption, self.settings, lineage, list(self.prefix), judge, format=self.format, precision=self.models.precision)
         )
 
-    def draw(self, captions: Sequence[str], stop: StopFlag, drawn: Callable[[str, list[Line]], None]) -> int:
+    def draw(self, captions: Sequence[str], stop: StopFlag, drawn: Callable[[str, list[Line]], None], told: Told | None = None) -> int:
         """Draw the missing pictures of each caption; return how many there were.
 
         Args:
             drawn: called for each caption that is complete, with its lines.
+            told: says how far a long drawing is.
 
         Raises:
             StopRequested: a signal came. Finished pictures have been written, and the same call draws the rest.
@@ -56,9 +58,13 @@ class Gallery:
         def listen(batch: Batch, codes_BI: Tensor, known_B: Tensor) -> None:
             if stop:
                 raise StopRequested(f"stopped by a signal after {count} new pictures, which are kept in {self.out}; the same command draws the rest.")
+            if told is not None:
+                before = count * each - batch.size * len(self.prefix)
+                told.look(lambda: before + int(known_B.sum()), missing * each)
 
         lines = {caption: self._kept(caption) for caption in captions}
-        count = 0
+        count, each = 0, self.models.weights.shape.image_tokens - len(self.prefix)
+        missing = sum(self.settings.n - len(found) for found in lines.values())
         for caption in [caption for caption in captions if len(lines[caption]) == self.settings.n]:
             drawn(caption, lines[caption])
         for several, candidates in self._missing(lines):

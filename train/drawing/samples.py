@@ -69,9 +69,10 @@ class _Settings(stored.Stored):
 
 
 class _Drawn(stored.Stored):
-    """A line of samples.jsonl. A line may come from a stranger, so the pattern of ``file`` allows only names that ``put`` gives: no other file is read or written."""
+    """A line of samples.jsonl. A line may come from a stranger, so the patterns of ``key`` and ``file`` allow only names that ``folder`` and ``put`` give: no
+    other file is read or written."""
 
-    key: _Text
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     caption: _Text
     candidate: _Few
     seed: int

@@ -224,7 +224,8 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
         if not steps or "step" not in about or about["step"] >= steps[-1]:
             identity, tensors = export.read_tensors(place.dalle)
             step = f" after update {about['step']}" if "step" in about else ""
-            return tensors, identity, about["parents"], f"{about.get('weights', 'average')} weights{step}"
+            kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
+            return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
     if place.run is None or not steps:
         do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
         raise DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")

@@ -132,6 +132,23 @@ class Sweep:
         there = {(one["arm"], one["seed"]) for one in self.found["runs"]}
         return [(arm, seed) for seed in self.given.seeds for arm in self.given.arms if (arm, seed) not in there]
 
+    def plan(self) -> list[str]:
+        """What ``go`` would do, for people."""
+        missing, given = self.missing(), self.given
+        lines = []
+        for arm, words in given.arms.items():
+            seeds = [seed for name, seed in missing if name == arm]
+            said = f"seeds to train: {', '.join(map(str, seeds))}" if seeds else "is there"
+            lines.append(f"{arm}: {' '.join(words) or 'no changes'}; {said}")
+        probed = sum("updates" not in self.found["arms"][arm] for arm in {name for name, _ in missing})
+        minutes = (
+            ""
+            if given.minutes is None
+            else f", {len(missing) * given.minutes:g} minutes of training"
+            + (f" and about {probed * (given.probe_minutes or given.minutes / 20):g} of probes" if probed else "")
+        )
+        return [*lines, f"{len(missing)} trainings to go{minutes}; evaluations and starts come on top"]
+
     def go(self) -> None:
         """Make the trainings that are missing, and write the figures after each."""
         for arm, seed in self.missing():
@@ -220,10 +237,14 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.experiments.sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("file", type=Path, help="the sweep, a TOML file")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder whose experiments/ gets the figures")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and stop")
     given = parser.parse_args(words)
     try:
         file = read(given.file)
         sweep = Sweep(file, given.docs / "experiments" / f"sweep-{file.name}.json")
+        if given.dry_run:
+            print("\n".join(sweep.plan()))
+            return 0
         sweep.go()
     except ReportedError as error:
         print(error, file=sys.stderr)

@@ -337,7 +337,7 @@ class Trainer:
         if self.plateau is not None:
             restarts = len(self._changes) > earlier and self._changes[-1]["schedule"] == "restarted"
             (self.plateau.restart if restarts else self.plateau.begin_at)(self.task.curve.start)
-        for point in self._changes[earlier:]:
+        for point in self._changes[earlier:] if self.world.is_main else ():
             log.warning("%s: goes on %s", self.stage, change_points.described(point))
 
     def _adopt(self, parents: dict[str, str]) -> None:

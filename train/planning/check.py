@@ -10,6 +10,7 @@ import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,9 @@ def findings(setting: Setting) -> list[Finding]:
         raise ConfigError("--check follows the update of this project on a GPU: set zero.offload_optimizer=false and dalle_fit.optimizer=adamw.")
     cfg = setting.cfg
     # FlexAttention needs a compiler for its device; the plan knows the activations of this engine too.
-    changed = {"dalle": replace(cfg.dalle, attention="structured"), "compression": CompressionSection()}
+    changed: dict[str, Any] = {"dalle": replace(cfg.dalle, attention="structured"), "compression": CompressionSection()}
+    if fit.precision == "auto":  # decided on the machine that trains; the plan counts what it stores in 16 bits there
+        changed["dalle_fit"] = fit.model_copy(update={"precision": "bf16"})
     setting = replace(setting, cfg=cfg.model_copy(update=changed), rank=None)
     with fake_world(setting.cluster.nodes, setting.cluster.gpus) as (world, watched):
         engine = build(setting, world)
@@ -178,6 +181,6 @@ def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[F
     traffic = estimate.traffic(setting)
     # Stage 3 need not gather again in the backward pass what it has kept since the forward pass; the plan has no formula for how much that is.
     kept = 4 * (cfg.zero.stage3_max_live_parameters + cfg.zero.stage3_max_reuse_distance) if setting.stage == 3 else 0
-    below = min(1.0, kept / traffic.inside)
+    below = min(1.0, kept / traffic.inside) if traffic.inside else 0.0  # one process sends nothing
     yield Finding("sent in an update, inside the machine", traffic.inside, watched.inside, "MB", _SENT, below)
     yield Finding("sent in an update, to other machines", traffic.outside, watched.outside, "MB", _SENT, below if setting.layout == "flat" else 0.0)

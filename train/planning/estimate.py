@@ -20,6 +20,10 @@ POWER_OVERHEAD = 1.6
 RESERVE = 0.08
 """Fraction of a GPU's memory that is reserved for CUDA, NCCL and fragmentation; an assumption."""
 
+_STARTS = 100
+"""Kernels that an update starts for each layer and micro-batch, at the least; an assumption."""
+_START_S = 5e-6
+"""Seconds that the host takes to start one; an assumption."""
 
 _FP32 = 4
 _FP32_RATE = 1 / 8
@@ -214,6 +218,12 @@ class Times:
     def overlapped(self) -> float:
         """Seconds if communication between machines overlapped too, as in the paper."""
         return max(self.compute + self.compressing, self.inside, self.outside) + self.optimizer
+
+
+def starting(setting: Setting) -> float:
+    """Seconds of an update in which the host starts kernels. Elsewhere the GPU works meanwhile; a small model's GPU waits for them."""
+    cfg = setting.cfg
+    return cfg.dalle.layers * cfg.dalle_fit.accumulation * _STARTS * _START_S
 
 
 def times(setting: Setting, gpu: Gpu) -> Times:

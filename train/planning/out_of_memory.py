@@ -51,7 +51,7 @@ def advice(stage: str, cfg: RunConfig, ranks: int, error: BaseException) -> str:
 def _words(stage: str, cfg: RunConfig, ranks: int) -> str:
     if stage == "dalle":
         keys = [words for words, _ in smaller(Setting.configured(cfg, Cluster(1, ranks)))]
-        look = "; 'launcher.py plan' with the same words shows what each takes, and another accumulation needs another run.name" if keys else ""
+        look = "; the run goes on with any of them, and 'launcher.py plan' with the same words shows what each takes"
         return f"Less memory: {', '.join(keys)}{look}." if keys else "Use more or larger GPUs, or a smaller model."
     fit: FitSection | None = getattr(cfg, f"{stage}_fit", None)
     if fit is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from train.loop.panels import PANELS, TITLES
 from train.report.markup import Html, el, join, note
-from train.report.plots import Line, lines
+from train.report.plots import Line, few, lines
 from train.report.view import RunView, Section
 from train.run.stage_table import TRAINED
 
@@ -38,4 +38,6 @@ def _plot(runs: Mapping[str, RunView], stage: str, key: str, metric: str, title:
     found = [Line(name, [(point.step, point.value) for point in run.series(stage).get(metric, [])]) for name, run in runs.items()]
     if not any(math.isfinite(value) for line in found for _, value in line.points):
         return None
-    return el("figure", el("figcaption", title), lines(key, title, found, log=log, keep_colours=True), class_="plot")
+    there = [line for line in found if line.points]
+    alone = f" – {there[0].label} alone" if len(there) < len(found) and len(there) == 1 else ""
+    return el("figure", el("figcaption", title, alone, few(there)), lines(key, title, found, log=log, keep_colours=True), class_="plot")

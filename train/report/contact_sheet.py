@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from train.report.images import INK, WHITE, Pixels
-from train.report.labels import LABEL_SIZE, Face, fit, font, legible
+from train.report.labels import LABEL_SIZE, legible, wrap
 
 TILE = 160
 """Side of the square in which a picture is shown, in pixels."""
@@ -59,18 +59,3 @@ def thumbnail(picture_YXC: Pixels) -> Pixels:
         return np.asarray(image.resize((width * factor, height * factor), Image.Resampling.NEAREST))
     size = (max(1, round(width * TILE / longer)), max(1, round(height * TILE / longer)))
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3))
-
-
-def wrap(text: str, width: int, lines: int, face: Face | None = None) -> list[str]:
-    """Text broken into at most ``lines`` lines of ``width`` pixels; text that does not fit ends in an ellipsis."""
-    face = face or font(LABEL_SIZE - 1)
-    out: list[str] = []
-    words = text.split()
-    while words and len(out) < lines:
-        line = words.pop(0)
-        while words and face.getlength(f"{line} {words[0]}") <= width:
-            line += " " + words.pop(0)
-        if words and len(out) == lines - 1:
-            line += " " + " ".join(words)
-        out.append(fit(line, width, face=face))
-    return out

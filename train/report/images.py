@@ -17,7 +17,7 @@ from pydantic import Field
 from data_pipeline.images.files import open_file
 from infra import stored, strict_json
 from infra.errors import DataError
-from train.report.labels import LABEL_SIZE, fit, legible
+from train.report.labels import LABEL_SIZE, Face, legible, wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,9 @@ _LARGE_ENOUGH = 128
 _MOST_PIXELS = 1 << 26
 """Pixels of a picture that is decoded: a small file can hold far more than memory does."""
 _MOST_TILES = 1 << 12
+_LEAST_WIDTH = 200
+"""Pixels of a grid with labels: one small picture is too narrow for a caption."""
+_MOST_LINES, _LINE = 3, LABEL_SIZE + 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str]
     Args:
         images: rows of uint8 [H, W, 3]; rows may differ in length.
         pad: pixels around and between pictures.
-        labels: one for each row, cut to the width of the grid; or empty.
+        labels: one for each row, in up to three lines of the grid's width; or empty.
 
     Returns:
         uint8 [H, W, 3].
@@ -112,10 +115,12 @@ def grid(images: Sequence[Sequence[Pixels]], pad: int = 4, labels: Sequence[str]
     layout = _layout(images, pad, labels)
     canvas = Image.new("RGB", (layout["width"], layout["height"]), WHITE)
     draw = ImageDraw.Draw(canvas)
+    texts = _texts(labels, layout["width"] - 2 * pad)
     for row, (top, pictures) in enumerate(zip(layout["tops"], images, strict=True)):
         if labels:
-            text, face = legible(labels[row])
-            draw.text((pad, top - LABEL_SIZE - 4), fit(text, layout["width"] - 2 * pad, face=face), fill=INK, font=face)
+            said, face = texts[row]
+            for number, line in enumerate(reversed(said), 1):
+                draw.text((pad, top - number * _LINE), line, fill=INK, font=face)
         for column, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (pad + column * (layout["tile_width"] + pad), top))
     return np.asarray(canvas)
@@ -184,16 +189,19 @@ def _layout(images: Sequence[Sequence[Pixels]], pad: int, labels: Sequence[str])
     if labels and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} rows: give one for each row, or none")
     height, width, _ = shapes.pop()
-    above = LABEL_SIZE + 8 if labels else 0
-    tops = [pad + above + row * (height + pad + above) for row in range(len(images))]
-    across = max(len(row) for row in images)
-    return {
-        "tile_width": width,
-        "tile_height": height,
-        "tops": tops,
-        "width": pad + across * (width + pad),
-        "height": tops[-1] + height + pad,
-    }
+    whole = max(pad + max(len(row) for row in images) * (width + pad), _LEAST_WIDTH if labels else 0)
+    texts = _texts(labels, whole - 2 * pad)
+    tops, end = [], 0
+    for row in range(len(images)):
+        tops.append(end + pad + (_LINE * max(1, len(texts[row][0])) + 4 if labels else 0))
+        end = tops[-1] + height
+    return {"tile_width": width, "tile_height": height, "tops": tops, "width": whole, "height": end + pad}
+
+
+def _texts(labels: Sequence[str], width: int) -> list[tuple[list[str], Face]]:
+    """The lines of each label, and the font that has their letters."""
+    found = [legible(label) for label in labels]
+    return [(wrap(text, width, _MOST_LINES, face), face) for text, face in found]
 
 
 def to_array(picture_CYX: Tensor) -> NDArray[np.uint8]:

@@ -121,3 +121,18 @@ def fit(text: str, width: int, size: int = LABEL_SIZE, face: Face | None = None)
         middle = (low + high + 1) // 2
         low, high = (middle, high) if face.getlength(text[:middle] + "…") <= width else (low, middle - 1)
     return text[:low] + "…"
+
+
+def wrap(text: str, width: int, lines: int, face: Face | None = None) -> list[str]:
+    """Text broken into at most ``lines`` lines of ``width`` pixels; text that does not fit ends in an ellipsis."""
+    face = face or font(LABEL_SIZE - 1)
+    out: list[str] = []
+    words = text.split()
+    while words and len(out) < lines:
+        line = words.pop(0)
+        while words and face.getlength(f"{line} {words[0]}") <= width:
+            line += " " + words.pop(0)
+        if words and len(out) == lines - 1:
+            line += " " + " ".join(words)
+        out.append(fit(line, width, face=face))
+    return out

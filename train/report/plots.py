@@ -60,6 +60,15 @@ class Line:
     """(step, value); values that are not finite are left out."""
 
 
+FEW = 2
+
+
+def few(series: Sequence[Line]) -> str:
+    """A remark for the title of a plot with curves of one or two points, which show no trend."""
+    short = [(line.label, len(line.points)) for line in series if len(line.points) <= FEW]
+    return "".join(f" – {label}: {count} point{'s' if count > 1 else ''}, no trend" for label, count in short)
+
+
 def lines(
     key: str,
     title: str,

@@ -19,9 +19,10 @@ def section(run: RunView) -> Section | None:
     if asked.get("gpu") and not watts:
         name, figures = named(str(asked["gpu"]))
         watts, source = figures.watts, f"{name}: {figures.source}"
-    rows: list[list[Child]] = [[stage, *_row(found, price, watts)] for stage, found in hours.items()]
-    rows.append([el("b", "together"), *(el("b", cell) for cell in _row(sum(hours.values()), price, watts))])
-    header = ["stage", "hours x processes", *(["cost"] if price else []), *(["kWh at the wall"] if watts else [])]
+    unit, factor = ("hours", 1) if sum(hours.values()) >= 1 else ("minutes", 60)
+    rows: list[list[Child]] = [[stage, *_row(found, factor, price, watts)] for stage, found in hours.items()]
+    rows.append([el("b", "together"), *(el("b", cell) for cell in _row(sum(hours.values()), factor, price, watts))])
+    header = ["stage", f"{unit} x processes", *(["cost"] if price else []), *(["kWh at the wall"] if watts else [])]
     words = [
         f"Estimated from each stage's own time, over all attempts, times its processes; at {price:g} for a process and hour." if price else None,
         f" Energy: {watts:g} W a process ({source}), times {POWER_OVERHEAD:g} for processors, network and cooling." if watts else None,
@@ -45,7 +46,7 @@ def _lost_hours(run: RunView, stage: str) -> float:
     return lost / 3600 * int(run.done(stage).get("world_size") or 1)
 
 
-def _row(hours: float, price: float, watts: float) -> list[str]:
+def _row(hours: float, factor: int, price: float, watts: float) -> list[str]:
     cost = [f"{hours * price:,.2f}"] if price else []
     energy = [f"{hours * watts * POWER_OVERHEAD / 1000:,.3g}"] if watts else []
-    return [f"{hours:,.3g}", *cost, *energy]
+    return [f"{hours:,.3g}" if factor == 1 else f"{hours * factor:,.2f}", *cost, *energy]

@@ -8,13 +8,12 @@ from itertools import pairwise
 from train.evaluation import data_limit
 from train.loop.panels import PANELS, TITLES, Panel
 from train.report.markup import Html, el, join, note
-from train.report.plots import Line, lines
+from train.report.plots import FEW, Line, few, lines
 from train.report.view import RunView, Section
 from train.run import change_points
 from train.run.stage_table import TRAINED
 
 _OPEN = 3
-_FEW = 2
 
 
 def section(run: RunView) -> Section | None:
@@ -49,29 +48,24 @@ def _plot(run: RunView, stage: str, number: int, panel: Panel) -> Html | None:
     reference = (float(value), panel.reference_label) if value is not None else None
     marks = [point["step"] for point in run.changes(stage)]
     plot = lines(f"{stage}{number}", panel.title, found, log=panel.log, reference=reference, marks=marks)
-    return el("figure", el("figcaption", panel.title, _few(found)), plot, class_="plot")
-
-
-def _few(found: list[Line]) -> str:
-    """A remark for curves of one or two points, which show no trend."""
-    short = [(line.label, len(line.points)) for line in found if len(line.points) <= _FEW]
-    return "".join(f" – {label}: {count} point{'s' if count > 1 else ''}, no trend" for label, count in short)
+    return el("figure", el("figcaption", panel.title, few(found)), plot, class_="plot")
 
 
 def _against_time(run: RunView, stage: str) -> Html | None:
-    """The losses over minutes of training, without pauses between attempts as far as the logged points show them."""
+    """The losses over the time of training, without pauses between attempts as far as the logged points show them."""
     panel = next((panel for panel in PANELS[stage] if panel.title.startswith(("image loss", "loss", "contrastive loss"))), None)
     series = run.series(stage)
     whole = sorted({(point.step, point.time) for points in series.values() for point in points})
-    if panel is None or len(whole) < _FEW + 1:
+    if panel is None or len(whole) < FEW + 1:
         return None
     minutes = _minutes(whole)
-    found = [Line(label, [(minutes[point.step], point.value) for point in series[name]]) for name, label in panel.curves if series.get(name)]
+    unit, factor = ("minutes", 1) if minutes[whole[-1][0]] >= 2 else ("seconds", 60)
+    found = [Line(label, [(factor * minutes[point.step], point.value) for point in series[name]]) for name, label in panel.curves if series.get(name)]
     if not any(math.isfinite(value) for line in found for _, value in line.points):
         return None
     title = f"{panel.title}, against time"
-    marks = [minutes[point["step"]] for point in run.changes(stage) if point["step"] in minutes]
-    return el("figure", el("figcaption", title), lines(f"{stage}time", title, found, across="minutes of training", marks=marks), class_="plot")
+    marks = [factor * minutes[point["step"]] for point in run.changes(stage) if point["step"] in minutes]
+    return el("figure", el("figcaption", title), lines(f"{stage}time", title, found, across=f"{unit} of training", marks=marks), class_="plot")
 
 
 def _minutes(points: list[tuple[int, float]]) -> dict[int, float]:

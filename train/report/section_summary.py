@@ -11,6 +11,9 @@ from train.report.markup import Html, el, join, note
 from train.report.view import RunView, Section
 from train.run.stage_table import STAGES
 
+_FEW = 50
+"""Of fewer pictures, figures are chance."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,12 +33,18 @@ def section(run: RunView) -> Section | None:
     if not tiles:
         return Section("summary", "At a glance", note("No stage has measured anything yet."))
     held_out = "whole concepts" if judgement.draws_emoji(run) else "pictures"
-    explanation = f"Measured on the validation split: {held_out} that no training stage has seen." if run.evaluation else None
+    count = int(run.evaluation.get("samples") or 0)
+    few = " Of so few, figures say little." if 0 < count < _FEW else ""
+    explanation = f"Measured on {f'{count:,} pictures of ' if count else ''}the validation split: {held_out} that no training stage has seen.{few}"
     missing = (
         "The evaluate stage has not finished: these are the newest values of the training logs, on fewer samples." if not run.evaluation else None
     )
     old = [note(f"Out of date: {stage} was {why}; run it again.") for stage, why in run.out_of_date.items()]
-    return Section("summary", "At a glance", join(el("div", [_render(tile) for tile in tiles], class_="tiles"), note(explanation, missing), old))
+    return Section(
+        "summary",
+        "At a glance",
+        join(el("div", [_render(tile) for tile in tiles], class_="tiles"), note(explanation if run.evaluation else None, missing), old),
+    )
 
 
 def _render(tile: Tile) -> Html:

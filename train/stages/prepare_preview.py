@@ -7,7 +7,7 @@ from collections import Counter
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.drop_counts import Tally
 from data_pipeline.prepare.identity import check
-from data_pipeline.prepare.merge import files
+from data_pipeline.prepare.merge import advice, files
 from data_pipeline.prepare.outlook import outlook
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, spread
 from train.config import RunConfig
@@ -44,6 +44,12 @@ def preview(cfg: RunConfig) -> str:
         )
     lines.append(f"# {len(plan.units)} input shards; of a sample of {tally.seen} records {kept} are kept ({kept / max(1, tally.seen):.1%})")
     lines.append(f"# split: {', '.join(f'{split} {splits[split]}' for split in SPLITS)}")
+    if kept and tally.seen < SAMPLED:  # of more records, others may be in it
+        lines += [
+            f"# no record in the {split} split: 'prepare' would end with 65. {advice(plan, split, kept, tally)}"
+            for split in SPLITS
+            if not splits[split]
+        ]
     for reason, entry in sorted(tally.dropped.items(), key=lambda item: -item[1]["count"]):
         lines.append(f"{entry['count']:6d}  {reason}")
         lines += [f"          {_printable(example['id'])}: {_printable(example['why'])}".rstrip(": ") for example in entry["examples"]]

@@ -17,6 +17,8 @@ from train.drawing.gallery import Gallery, ranked
 from train.drawing.samples import FORMATS, Line
 from train.drawing.settings import Settings
 from train.drawing.source import Models, locate, open_models
+from train.drawing.told import Told, say_compiling
+from train.loop.goodput import process_age_s
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,28 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
     out = options.out or _default_out(url)
     storage.check_writable(out)
     models, settings = _open(url, options)
-    for note in [note for caption in wanted for note in notes(models.tokenizer, caption)]:
+    for note in [*_unquoted(captions), *(note for caption in wanted for note in notes(models.tokenizer, caption))]:
         print(f"note: {note}", file=sys.stderr, flush=True)
     if stop:
         raise StopRequested("stopped by a signal before the first picture.")
     gallery = Gallery(models, settings, out, tuple(_prefix(models, options)), options.format)
-    began = time.monotonic()
-    count = gallery.draw(wanted, stop, lambda caption, lines: _show(gallery, caption, lines, options))
+    began, told = time.monotonic(), Told()
+    try:
+        count = gallery.draw(wanted, stop, lambda caption, lines: _show(gallery, caption, lines, options), told)
+    finally:
+        told.finish()
     seconds = time.monotonic() - began
     kept = len(wanted) * settings.n - count
     _say(options, f"drew {count} pictures in {seconds:.1f} s" + (f"; {kept} were drawn before (another --seed draws others)" if kept else ""))
     if options.grid:
         print(gallery.grid(wanted), file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+def _unquoted(captions: Sequence[str]) -> list[str]:
+    """A note where a caption seems to have been given without quotes: each of its words is a caption then."""
+    if len(captions) < 2 or any(len(caption.split()) != 1 for caption in captions):
+        return []
+    return [f"{len(captions)} captions of one word each; a caption of several words goes in quotes: '{shortened(' '.join(captions))}'"]
 
 
 def _default_out(url: str) -> str:
@@ -84,7 +96,8 @@ def _open(url: str, options: Options) -> tuple[Models, Settings]:
     models = open_models(url, options.device, options.precision, options.rerank, deterministic=options.deterministic)
     options.settings.check(models.cfg)
     what = f"{models.description} ({models.lineage['dalle'][:12]}), {models.device.type}, {models.precision}"
-    _say(options, f"{models.url}: {what}; loaded in {time.monotonic() - began:.1f} s")
+    _say(options, f"{models.url}: {what}; loaded in {time.monotonic() - began:.1f} s, {process_age_s():.1f} s after the start of the command")
+    say_compiling(models.device, lambda words: _say(options, words))
     return models, options.settings
 
 
@@ -100,8 +113,9 @@ def _prefix(models: Models, options: Options) -> list[int]:
             raise UsageError("--keep-rows needs an image: give --image too.")
         return []
     rows, grid = prompt_image.kept_rows(models, settings.keep_rows), models.cfg.dvae.grid
+    codes = prompt_image.codes(models, prompt_image.read(options.image, models.cfg.dvae.image_size, settings.fit), settings.keep_rows)
     _say(options, f"{options.image}: its first {rows} of {grid} rows of codes are kept")
-    return prompt_image.codes(models, prompt_image.read(options.image, models.cfg.dvae.image_size, settings.fit), settings.keep_rows)
+    return codes
 
 
 def _show(gallery: Gallery, caption: str, lines: list[Line], options: Options) -> None:
@@ -134,7 +148,8 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
         picture, data = again.again(models, line)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--again: the line is incomplete ({error}); give one exactly as {samples.SAMPLES} has it.") from error
-    target = storage.join(options.out or "again", line["file"])
+    # Lines of different drawings name equal files, so by default each has a folder.
+    target = storage.join(options.out or samples.folder("again", line["caption"], line["key"]).url, line["file"])
     storage.write_bytes(target, data)
     found = again.verdict(line, picture, data)
     if options.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -93,6 +94,12 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
             for line in text.decode(errors="replace").splitlines():
                 print(shown.escaped(f"{prefix}{line}"), flush=True)
         if not follow or last:
+            if not any(seen.values()):  # an empty answer looks like a broken one
+                others = ", ".join(name for name in labels(run) if name != label)
+                print(
+                    f"'{label}', attempt {attempt}: its ranks printed nothing{f'; --stage shows others: {others}' if others else ''}.",
+                    file=sys.stderr,
+                )
             return
         time.sleep(_POLL_S)
 

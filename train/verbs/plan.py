@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
+from infra import progress
 from infra.errors import ConfigError, ReportedError, UsageError
 from infra.run_folder import RunFolder
 from train.config import load_run
 from train.evaluation import data_limit
 from train.planning import estimate, network, requests, samples, states
-from train.planning.estimate import Setting
+from train.planning.estimate import Setting, Times
 from train.planning.flops import layer_pairs, train_flops
 from train.planning.hardware import Gpu, named
 from train.planning.out_of_memory import smaller
@@ -181,7 +182,8 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
         f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
         f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
         f"{useful / figures.tflops_16bit / 1e12:.0%} of the datasheet",
-        f"the whole run        {whole.updates:,.0f} updates: {_short(whole.days)} days, {_short(whole.gpu_hours)} GPU hours, {_short(whole.megawatt_hours)} MWh at the wall",
+        f"the whole run        {whole.updates:,.0f} updates: {_lasting(whole.days)}, {_short(whole.gpu_hours)} GPU hours, {_short(whole.megawatt_hours)} MWh at the wall",
+        *_too_small(setting, times),
         f"from                 {gpu}: {figures.tflops_16bit:g} TFLOP/s, {figures.memory_gb_s:g} GB/s memory, {figures.link_gb_s:g} GB/s to its neighbours, "
         f"{figures.network_gb_s:g} GB/s network, {figures.watts:g} W ({figures.source})",
         f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory at {estimate.LINK_EFFICIENCY:.0%}, "
@@ -216,6 +218,28 @@ def evaluating(setting: Setting) -> str:
     return (
         f"evaluation           {setting.cfg.evaluate.batch} samples at once (evaluate.batch): {found.evaluation / _GB:,.2f} GB of activations, "
         f"{found.evaluating / _GB:,.2f} GB in all; {found.training / _GB:,.2f} GB in an update ({widest})"
+    )
+
+
+def _too_small(setting: Setting, times: Times) -> list[str]:
+    """A warning where a GPU would wait for its host: the figures above leave that out."""
+    starting = estimate.starting(setting)
+    if times.compute >= starting:
+        return []
+    return [
+        f"too small            to start the kernels of an update takes {_short(starting)} s or more (assumed), longer than to compute it: on a GPU expect that time, and "
+        "no use of these throughputs"
+    ]
+
+
+def _lasting(days: float) -> str:
+    """Days; of less than one, hours, minutes and seconds."""
+    return (
+        f"{_short(days)} days"
+        if days >= 1
+        else f"{progress.duration(days * 86400)} h"
+        if days * 24 >= 1
+        else f"{progress.duration(days * 86400)} minutes"
     )
 
 

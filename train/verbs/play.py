@@ -11,6 +11,7 @@ from infra.errors import ConfigError
 from infra.signals import StopFlag
 from train.drawing.page import Page
 from train.drawing.source import open_models
+from train.drawing.told import say_compiling
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LOOK_S = 0.2
@@ -25,6 +26,7 @@ def main(url: str, host: str, port: int, rerank: str, device: str, precision: st
         DataError: the run has no weights yet, or they do not belong together.
     """
     models = open_models(url, device, precision, rerank)
+    say_compiling(models.device, lambda words: print(words, flush=True))
     guidance = models.cfg.generate.guidance if models.cfg.dalle_fit.caption_dropout else 1.0
     try:
         server = make_server(host, port, Page(models, guidance, only_local=host in _LOOPBACK), threaded=True)

@@ -70,6 +70,9 @@ def _feed(urls: Sequence[str], folder: Path, options: Options, stop: StopFlag) -
 
 def _go_on(mirrors: dict[str, Mirror], folder: Path, options: Options, stop: StopFlag) -> None:
     looks = _look(mirrors)
+    for name, look in looks.items():
+        if not look.files and not look.failed:
+            print(f"{name}: no event files yet in {mirrors[name].url}", flush=True)
     if options.once:
         if failed := next((found.failed for found in looks.values() if found.failed), ""):
             raise DataError(failed)

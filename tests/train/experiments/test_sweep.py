@@ -131,6 +131,24 @@ def test_arms_differ_in_their_words_alone_and_what_is_there_is_not_trained_again
     assert "| decay 1 | `dalle_fit.weight_decay=1.0` | 3.9000 | -0.1000 | -2.5% |" in (shown := capsys.readouterr().out) and "1, 1 diverged" in shown
 
 
+def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(
+    prepared: Path, made: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, str(prepared / "tiny"), seeds=(0,), extent="minutes = 10.0")
+    assert sweep.main([str(path), "--docs", str(tmp_path), "--dry-run"]) == 0 and not made and not (tmp_path / "experiments").exists()
+    said = capsys.readouterr().out
+    assert "base: no changes; seeds to train: 0\ndecay 1: dalle_fit.weight_decay=1.0; seeds to train: 0\n" in said
+    assert said.endswith("2 trainings to go, 20 minutes of training and about 1 of probes; evaluations and starts come on top\n")
+    written(tmp_path, str(prepared / "tiny"), seeds=(0,))
+    assert sweep.main([str(path), "--docs", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert sweep.main([str(path), "--docs", str(tmp_path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "decay 1: dalle_fit.weight_decay=1.0; is there",
+        "0 trainings to go; evaluations and starts come on top",
+    ]
+
+
 def test_figures_of_other_settings_are_not_mixed(prepared: Path, made: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = str(prepared / "tiny")
     path = written(tmp_path, url, seeds=(0,))

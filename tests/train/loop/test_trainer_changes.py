@@ -12,6 +12,7 @@ from infra import storage
 from infra.config import to_json
 from infra.errors import StopRequested
 from infra.signals import STOP_SIGNALS, StopFlag
+from infra.world import World
 from tests.train.loop.test_trainer_updates import Task, make, points
 from train.config import load_run
 from train.loop.metrics import MetricsWriter
@@ -89,6 +90,15 @@ def _stop_at(task: Task, stop: StopFlag, at: int) -> None:
         return plain(engine, batch, step, *rest)
 
     task.loss = stopping  # type: ignore[assignment, method-assign]
+
+
+def test_the_main_rank_alone_says_that_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, *_ = configured(tmp_path, 4)
+    for rank in (0, 1):
+        second, *_ = configured(tmp_path, 9)
+        second.world = World(rank, 2, rank, 2)
+        second._go_on({"config": first.meta["config"], "step": 4})
+    assert [record.message for record in caplog.records] == ["dalle: goes on from update 4 on: dalle_fit.steps: 4 -> 9; schedule recomputed"]
 
 
 @pytest.mark.parametrize(("at", "before", "after"), [(3, [], [3, 6, 7]), (4, [3], [6, 7]), (6, [3], [6, 7])])

@@ -24,6 +24,7 @@ CASES = {
     "stage 3, flat": ["zero.sharding=flat"],
     "stage 2, two micro-batches": ["zero.stage=2", "dalle_fit.accumulation=2"],
     "stage 1": ["zero.stage=1"],
+    "precision that the machine decides": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=auto", "dalle_fit.moments=fp32"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
 PROGRAM = """

@@ -12,19 +12,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import launcher
+from infra.config_keys import declared
 from infra.errors import ConfigError, ExitCode
 from infra.repository import DOCS, REPOSITORY
 from model.config import StreamShape, TransformerConfig
 from model.transformer import Transformer, parameter_tags
 from train.bench import memory
 from train.bench.memory import build, train_peak
-from train.config import PRESETS, load_run
+from train.config import PRESETS, RunConfig, load_run
 from train.machine.live_bytes import LiveBytes
 from train.planning import activations, estimate, network, states, wire
 from train.planning.estimate import Setting
 from train.planning.flops import forward_flops, layer_pairs, train_flops
 from train.planning.hardware import GPUS, find_by_device_name, named
-from train.planning.out_of_memory import advice, is_out_of_memory
+from train.planning.out_of_memory import advice, is_out_of_memory, smaller
 from train.planning.states import Cluster
 from train.verbs import plan
 
@@ -341,6 +342,10 @@ def test_a_full_gpu_names_the_keys_that_take_less() -> None:
     cfg = load_run("1.2B", [])
     said = advice("dalle", cfg, 8, error)
     assert said.startswith("CUDA out of memory. Less memory: dalle_fit.accumulation=") and "zero.stage=3" in said and "plan" in said
+    assert "; the run goes on with any of them, and 'launcher.py plan'" in said
+    wide = cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"batch": 4096})})
+    named_keys = {words.partition("=")[0] for words, _ in smaller(Setting.configured(wide, Cluster(1, 8)))}
+    assert "evaluate.batch" in named_keys and all(declared(RunConfig, key)["may_change"] == "any time" for key in named_keys)
     more = 2 * cfg.dvae_fit.accumulation
     assert f"dvae_fit.accumulation={more}, dvae_fit.activation_checkpointing=true" in advice("dvae", cfg, 8, error)
     assert "encode.batch" in advice("encode", cfg, 8, error) and "nvidia-smi" in advice("generate", cfg, 8, error)

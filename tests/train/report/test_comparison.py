@@ -71,6 +71,7 @@ def test_a_comparison_overlays_curves_marks_the_best_and_names_what_differs(page
     curve = next(each for each in _section(page, "curves").split("<figure") if "image loss (nats per code), training" in each)
     assert all(f"var(--s{number})" in curve for number in range(3)), "a colour for each run"
     alone = next(each for each in _section(page, "curves").split("<figure") if "text loss (nats per token), training" in each)
+    assert ", training – demo alone<" in alone
     assert "var(--s0)" in alone and "var(--s1)" not in alone, "the first has it alone, and keeps its colour"
     last = next(each for each in _section(page, "curves").split("<figure") if "Fréchet distance of reconstructions, FID" in each)
     assert "var(--s2)" in last and "var(--s0)" not in last, "the last has it alone, and keeps its colour, too"
@@ -78,6 +79,17 @@ def test_a_comparison_overlays_curves_marks_the_best_and_names_what_differs(page
     assert pictures.count("<article") == 2 and "<h3>a house</h3>" in pictures and "a flat emoji of a red apple" not in pictures
     assert "begun * 100 updates" in pictures and "demo not drawn" in pictures and pictures.count("<img") == 3 + 3 + 3 + 1
     assert "<b>dog</b>" not in pictures
+
+
+def test_figures_of_other_pictures_are_not_better_and_chance_stands_beside(tmp_path: Path) -> None:
+    for name, images, codes, recall, chance, psnr in (("a", "i", "c", 0.5, 0.5, 12.0), ("b", "i", "d", 0.25, 0.02, 21.0)):
+        run = fake_run(tmp_path / name)
+        found = RunView(str(run)).evaluation | {"clip_recall_at_1": recall, "clip_chance": chance, "psnr_db": psnr, "image_ce_nats": psnr / 10}
+        write_json(run / "evaluate/metrics.json", found | {"parents": {"images": images, "codes": codes}})
+    results = _section(render({name: RunView(str(tmp_path / name)) for name in "ab"}), "results")
+    assert 'share) ≠</td><td class="n">0.5 (chance 0.5)</td><td class="n">0.25 (chance 0.02)</td>' in results
+    assert 'nats per code) ≠</td><td class="n">1.2</td><td class="n">2.1</td>' in results and "so no run is better" in results
+    assert 'PSNR (dB)</td><td class="n">12</td><td class="n"><b>21</b></td>' in results, "dVAEs may be compared on the same pictures"
 
 
 def test_a_damaged_run_costs_its_section_and_runs_that_are_alike_say_so(runs: dict[str, RunView], tmp_path: Path) -> None:
@@ -147,6 +159,9 @@ def test_cost_and_energy_are_hours_times_processes_times_what_is_given(tmp_path:
         write_json(run / "config.json", config | {"report": {"price": 0.0, "gpu": "", "watts": 0.0} | given})
         return section_cost.section(RunView(str(run))).body  # type: ignore[union-attr]
 
+    write_json(run / "dvae/done.json", {"stage": "dvae", "seconds": 90.0, "world_size": 2})
+    assert "minutes x processes" in body() and '<td class="n">3.00</td>' in body(), "a short run is not told in ten-thousandths of an hour"
+    write_json(run / "dvae/done.json", {"stage": "dvae", "seconds": 7200.0, "world_size": 4})
     assert '<td class="n">8</td>' in body() and "kWh" not in body() and "report.price=2.5" in body()
     priced = body(price=2.5, gpu="H100")
     assert '<td class="n">20.00</td>' in priced and '<td class="n">8.96</td>' in priced and "H100-80GB: NVIDIA H100 SXM5 datasheet" in priced

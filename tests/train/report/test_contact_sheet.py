@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.report.contact_sheet import TILE, contact_sheet, thumbnail, wrap
-from train.report.labels import font
+from train.report.contact_sheet import TILE, contact_sheet, thumbnail
+from train.report.labels import font, wrap
 
 
 def test_a_contact_sheet_shows_each_picture_undistorted_above_its_caption() -> None:

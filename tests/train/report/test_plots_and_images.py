@@ -79,6 +79,19 @@ def test_a_grid_can_be_taken_apart_again() -> None:
     assert read_grid(png_bytes(disc(0))) is None
 
 
+def test_a_long_label_takes_three_lines_and_a_short_one_a_line() -> None:
+    tile, inked = np.full((4, 6, 3), 255, np.uint8), []
+    for label in ("a cat", "a cat on a mat " * 3, "a cat on a mat " * 30):
+        sheet = grid([[tile]], labels=[label])
+        assert sheet.shape[1] == 200, "wide enough for words, however small the picture"
+        dark = (sheet < 200).any((1, 2))
+        inked.append(int((dark[1:] & ~dark[:-1]).sum()))
+    assert inked[0] == 1 and inked[1] in (2, 3) and inked[2] == 3
+    rows = [[disc(0)], [disc(1)]]
+    found = read_grid(grid_png(rows, labels=["a cat on a mat " * 3, "b"]))
+    assert found is not None and all((got[0] == row[0]).all() for got, row in zip(found.rows, rows, strict=True))
+
+
 def test_a_grid_without_labels_has_only_white_between_its_pictures() -> None:
     black = np.zeros((4, 6, 3), np.uint8)
     canvas = grid([[black, black], [black, black]], pad=2)

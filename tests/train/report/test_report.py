@@ -136,6 +136,20 @@ def test_a_curve_of_one_or_two_points_says_so(tmp_path: Path) -> None:
     assert "training: 2 points, no trend" in body_of("curves", run)
 
 
+def test_few_pictures_short_times_and_later_loading_do_not_mislead(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    page = Path(build(str(run))).read_text()
+    assert 'loading="lazy"' not in page, "what a browser loads later is blank in print"
+    found = json.loads((run / "evaluate/metrics.json").read_text())
+    for count, few in ((4, True), (328, False)):
+        write_json(run / "evaluate/metrics.json", found | {"samples": count})
+        said = body_of("summary", run)
+        assert f"Measured on {count} pictures of the validation split" in said and ("Of so few, figures say little." in said) == few
+    assert "minutes of training" in body_of("curves", run)
+    write_metrics(run, "clip", 50, 10, lambda step: {"train/loss": 1.0 / step})
+    assert "seconds of training" in body_of("curves", run)
+
+
 def test_losses_stand_against_minutes_of_training_without_the_pause_between_attempts(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     assert body_of("curves", run).count("against time") == 2 * 3, "one plot for each training, by caption and for screen readers"

@@ -43,6 +43,23 @@ def test_the_columns_that_were_found_are_said(tmp_path: Path, form: str, line: s
     assert "# split: train " in text and "files" in text
 
 
+def test_an_empty_split_is_said_before_anything_is_read_for_long(tmp_path: Path) -> None:
+    (tmp_path / "set/val").mkdir(parents=True)
+    for number in range(6):
+        (tmp_path / "set/val" / f"{number}.png").write_bytes(png(number, 20))
+        (tmp_path / "set/val" / f"{number}.txt").write_text(f"a picture of dog number {number} in the snow")
+    text = preview(load_run("tiny", [f"data.sources={tmp_path}/set", "data.min_side=8", "data.share=1"]))
+    assert "# split: train 0, validation 6" in text
+    assert (
+        "# no record in the train split: 'prepare' would end with 65. The data call all of it validation: add data that is called train, or give"
+        in text
+    )
+    text = preview(
+        load_run("tiny", [f'data.sources={{url="{tmp_path}/set", split="hash"}}', "data.min_side=8", "data.share=1", "data.validation_share=0.5"])
+    )
+    assert "would end" not in text
+
+
 def test_the_dry_run_says_which_parts_are_there_looked_at_and_made_and_why(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number in range(6):

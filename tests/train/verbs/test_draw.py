@@ -149,6 +149,7 @@ def test_lines_that_are_none_are_refused(draw: Draw, tmp_path: Path, given: str,
     [
         ({"file": "../../000.png"}, "file: string should match pattern"),
         ({"file": "/000.png"}, "file: string should match pattern"),
+        ({"key": "/../../../tmp"}, "key: string should match pattern"),
         ({"shaped_by": {"captions": 1 << 40}}, "shaped_by.captions: input should be less than or equal to 65536"),
         ({"score": "high"}, "score: input should be a valid number"),
         ({"weights": None}, "weights: input should be a valid dictionary"),

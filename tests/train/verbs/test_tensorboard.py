@@ -69,13 +69,19 @@ def test_a_copy_holds_what_each_attempt_wrote_and_a_restart_leaves_no_step_twice
         writer.close()
 
 
-def test_places_that_hold_no_run_and_options_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_hold_no_run_and_options_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(DataError, match=r"config\.json is missing: .*/nothing is no run folder"):
         tensorboard.main([str(tmp_path / "nothing")], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
     with pytest.raises(UsageError, match="--once copies event files and ends, so it needs a place for them: --out FOLDER"):
         tensorboard.main([str(tmp_path)], Options(once=True), StopFlag())
     with pytest.raises(UsageError, match=r"--out s3://bucket/x: event files are copied to a folder of this machine"):
         tensorboard.main([str(tmp_path)], Options(out="s3://bucket/x"), StopFlag())
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/config.json").write_text("{}")
+    tensorboard.main([str(tmp_path / "new")], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
+    assert f"new: no event files yet in {tmp_path}/new/tensorboard\n" in capsys.readouterr().out
     _run(str(tmp_path / "run"), range(1, 2)).close()
     monkeypatch.setattr(Mirror, "look", lambda self: Look(failed=f"{self.url}: no answer"))
     with pytest.raises(DataError, match=r"run/tensorboard: no answer"):

@@ -1,0 +1,22 @@
+"""`logs` of a stage whose ranks were silent. The rest of the verb is in test_status.py, beside the runs that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra import listening, storage
+from infra.run_folder import RunFolder
+from infra.signals import StopFlag
+from train.verbs import logs
+
+
+def test_logs_of_a_stage_that_printed_nothing_say_so_and_name_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    run.begin_attempt("clip", size=1)
+    run.begin_attempt("report", size=1)
+    storage.write_text(storage.join(listening.logs(run.url, "report", 0), "rank-0.log"), "")
+    logs.main(run.url, "report", None, None, follow=False, stop=StopFlag())
+    found = capsys.readouterr()
+    assert found.out == "" and found.err == "'report', attempt 0: its ranks printed nothing; --stage shows others: clip.\n"

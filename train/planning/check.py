@@ -124,6 +124,7 @@ def update(setting: Setting, engine: ZeroEngine) -> None:
         engine.backward(text_nll_BT.sum() + image_nll_BI.sum())
         del text_nll_BT, image_nll_BI
     engine.step(1e-3, [0.0] * len(engine.measure()))
+    engine.average.wait()  # its thread computes with fake tensors too, and their mode is not made for two threads
 
 
 def _places(setting: Setting, engine: ZeroEngine, fragments: list[Fragment]) -> Iterator[Finding]:

@@ -126,7 +126,7 @@ def _show(gallery: Gallery, caption: str, lines: list[Line], options: Options) -
         return
     print(shortened(caption) or "(empty caption)")
     for line in ranked(lines):
-        worth = "" if line["score"] is None else f"   score {line['score']:.3f}"
+        worth = "" if line["score"] is None else f"   similarity {line['score']:.3f}"
         print(f"  {storage.join(gallery.folder(caption).url, line['file'])}   seed {line['seed']}{worth}")
     sys.stdout.flush()
 

@@ -24,7 +24,7 @@ CASES = {
     "stage 3, flat": ["zero.sharding=flat"],
     "stage 2, two micro-batches": ["zero.stage=2", "dalle_fit.accumulation=2"],
     "stage 1": ["zero.stage=1"],
-    "precision that the machine decides": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=auto", "dalle_fit.moments=fp32"],
+    "machines of one GPU, precision decided there": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=auto", "dalle_fit.moments=fp32"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
 PROGRAM = """
@@ -35,12 +35,12 @@ from train.planning import check, estimate, states, wire
 from train.planning.estimate import Setting
 from train.planning.states import Cluster
 
-def wrong(words):
-    setting = Setting.configured(load_run("12B", words), Cluster(8, 4))
+def wrong(words, cluster=Cluster(8, 4)):
+    setting = Setting.configured(load_run("12B", words), cluster)
     return [(f.what, f.planned, f.found) for f in check.findings(setting) if not f.is_right]
 
 cases, small = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = {name: wrong([*small, *words]) for name, words in cases.items()}
+found = {name: wrong([*small, *words], Cluster(32, 1) if "one GPU" in name else Cluster(8, 4)) for name, words in cases.items()}
 memory, traffic, fragments = estimate.memory, estimate.traffic, estimate.fragments
 def more(setting):
     seen = memory(setting)

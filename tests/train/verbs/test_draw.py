@@ -58,6 +58,7 @@ def test_pictures_lie_by_caption_and_say_what_shaped_them(draw: Draw, run: RunFo
     draw("a red fox", "a blue house", rerank="clip")
     said = capsys.readouterr().out
     assert "average weights (" in said and "cpu, fp32; loaded in" in said and "drew 4 pictures in" in said
+    assert said.count("   similarity ") == 4 and "score" not in said, "a cosine is no probability, and is not called what reads like one"
     found = lines(tmp_path / "out")
     assert len(found) == 4 and all(line["url"] in said for line in [{"url": line["file"]} for line in found])
     for line in found:

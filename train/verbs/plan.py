@@ -233,14 +233,11 @@ def _too_small(setting: Setting, times: Times) -> list[str]:
 
 
 def _lasting(days: float) -> str:
-    """Days; of less than one, hours, minutes and seconds."""
-    return (
-        f"{_short(days)} days"
-        if days >= 1
-        else f"{progress.duration(days * 86400)} h"
-        if days * 24 >= 1
-        else f"{progress.duration(days * 86400)} minutes"
-    )
+    """A duration: days, or of less than one hours, minutes or seconds."""
+    seconds = days * 86400
+    if seconds < 60:
+        return f"{_short(seconds)} s"
+    return f"{_short(days)} days" if days >= 1 else f"{progress.duration(seconds)} {'hours' if seconds >= 3600 else 'minutes'}"
 
 
 def _short(value: float) -> str:

@@ -79,7 +79,7 @@ def traffic(
         sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + (stored if stage else 0))
     if layout == "flat":
         # In a ring over all GPUs, only one GPU of a machine sends to another machine, so each GPU's share of the network carries 1/gpus of its bytes.
-        return Traffic(sent, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
+        return Traffic(sent if cluster.gpus > 1 else 0.0, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
     if cluster.nodes == 1:
         return Traffic(sent, 0.0)
     between = 2 * (cluster.nodes - 1) / cluster.nodes

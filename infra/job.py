@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from infra import environment
 from infra.config import Section
@@ -20,6 +20,7 @@ FIRST_PORT, PORTS = 20_000, 10_000
 """Rendezvous ports: FIRST_PORT plus the job id modulo PORTS, which stays below Linux's ephemeral ports (32768)."""
 RETRIES = 3
 """Default number of consecutive crashes without progress that are retried."""
+_PINNED = re.compile(r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
 _NO_STEP = 0xFFFFFF00
 """Step ids from here on are SLURM's own (batch, interactive, external); such a step was not started by srun."""
 
@@ -63,12 +64,25 @@ class ClusterConfig(Section):
     topology: str = Field(default="", pattern=r"^$|^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
     """Node label whose value all nodes of a training job should share, where Kueue places the job: a level of the Topology that the queue's flavor names. Empty:
     what the overlay says."""
+    queue: str = Field(default="", pattern=r"^$|^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+    """Kueue's LocalQueue for the job, in its namespace; the job is then submitted suspended, on any overlay. Empty: what the overlay says ('train' in kueue and
+    kueue-topology, none in the others)."""
     tensorboard: bool = False
     """Start TensorBoard beside a stage on Kubernetes, on the run's folder."""
-    image: str = Field(default="", pattern=r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
+    image: str = Field(default="", json_schema_extra={"pattern": _PINNED.pattern})
     """Container image, pinned by digest: registry/name@sha256:...; Kubernetes needs one."""
-    namespace: str = Field(default="default", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Namespace on Kubernetes."""
+    namespace: str = Field(default="", pattern=r"^$|^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Namespace on Kubernetes. Empty: that of the overlay or its site, else 'default'."""
+
+    @field_validator("image")
+    @classmethod
+    def _pinned(cls, image: str) -> str:
+        if image and not _PINNED.match(image):
+            raise ValueError(
+                f"'{image}' is not pinned by its digest, so pods of one run could differ; accepted is registry/name@sha256:<64 hex digits>, which "
+                "docker push prints, and docker buildx imagetools inspect registry/name:tag."
+            )
+        return image
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,14 @@ def asked(spec: JobSpec, manifests: str) -> dict[str, str]:
     cluster, room = spec.cluster, spec.room
     counts: dict[str, Any] = {"gang": {"nodes": spec.count}, "array": {"shares": spec.count}, "node": {}}[spec.shape]
     sizes = {"gpus": room.gpus, "cpus": room.cpus, "memory_gib": room.memory_gib, "shm_gib": cluster.shm_gib, "disk_gib": cluster.disk_gib}
-    rest = {"overlay": cluster.overlay, "topology": cluster.topology, "image": cluster.image, "grace_s": cluster.grace_s, "retries": cluster.retries}
+    rest = {
+        "overlay": cluster.overlay,
+        "topology": cluster.topology,
+        "queue": cluster.queue,
+        "image": cluster.image,
+        "grace_s": cluster.grace_s,
+        "retries": cluster.retries,
+    }
     values = {f"cluster.{name}": str(value) for name, value in (counts | sizes | rest).items()}
     return values | {"run folder": spec.run_url, "manifests": manifests}
 

@@ -9,20 +9,27 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infra import k8s_standing, kubectl, scratch, storage
+from infra import k8s_checks, k8s_standing, kubectl, scratch, storage
 from infra.errors import ConfigError
 from infra.job import JobSpec
 from infra.repository import REPOSITORY
 
 OVERLAYS = REPOSITORY / "infra" / "k8s" / "overlays"
+SITE = REPOSITORY / "infra" / "k8s" / "site" / "kustomization.yaml"
 NAMES = REPOSITORY / "infra" / "k8s" / "base" / "kustomizeconfig.yaml"
 IMAGE = "text-to-image-launcher"
 """The image's name in the base."""
 TOPOLOGY = "kueue.x-k8s.io/podset-preferred-topology"
 """Annotation of a gang's pods: the node label whose value they should share. Kueue never admits a gang that names a level its queue's flavor does not have."""
+NAMESPACE = "default"
+"""Where jobs go if neither cluster.namespace nor the overlay names a namespace."""
+_BY_HAND = "trainjob"
+"""The overlay whose objects are others than those that are filled in here."""
+_RESTRICTIONS = "--load-restrictor=LoadRestrictionsNone"
 _CONTAINER = "/spec/template/spec/containers/0"
 _GANG = "/spec/replicatedJobs/0/template"
 _DIGEST = "digest-of-the-manifests"
@@ -33,14 +40,26 @@ def base(name: str) -> Path:
     """The folder that a job is built on: a name below OVERLAYS, or the path of any other folder.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no kustomization.yaml.
+        ConfigError: there is no such folder, it holds no kustomization.yaml, or it is a part of others, with no jobs in it.
     """
     place = OVERLAYS / name if "/" not in name and (OVERLAYS / name).is_dir() else Path(name).expanduser()
     for found in (place, REPOSITORY / place):
         if (found / "kustomization.yaml").is_file():
+            if re.search(r"^kind: Component$", (found / "kustomization.yaml").read_text(), re.M):
+                raise ConfigError(f"cluster.overlay = {name}: a Component, which is a part of others; name the folder whose 'components' lists it.")
             return found.resolve()
-    known = ", ".join(sorted(path.name for path in OVERLAYS.iterdir()))
+    known = ", ".join(sorted(path.name for path in OVERLAYS.iterdir() if path.name != _BY_HAND))
     raise ConfigError(f"cluster.overlay = {name}: neither one of {known} nor a folder with a kustomization.yaml.")
+
+
+def settled(spec: JobSpec) -> JobSpec:
+    """The job with its namespace: cluster.namespace, else that of the overlay or its site, else ``NAMESPACE``."""
+    if spec.cluster.namespace:
+        return spec
+    place, found = base(spec.cluster.overlay), None
+    if place.parent != OVERLAYS or re.search(r"^namespace:", SITE.read_text(), re.M):  # the overlays beside these name none
+        found = re.search(r"^  namespace: (\S+)$", _own(spec, kubectl.run(["kustomize", _RESTRICTIONS, str(place)])), re.M)
+    return replace(spec, cluster=spec.cluster.model_copy(update={"namespace": found[1] if found else NAMESPACE}))
 
 
 def overlay(spec: JobSpec) -> dict[str, Any]:
@@ -95,6 +114,9 @@ def _patch(spec: JobSpec) -> list[dict[str, Any]]:
         steps.append({"op": "replace", "path": f"{pod}/spec/volumes/1/emptyDir/sizeLimit", "value": f"{cluster.disk_gib}Gi"})
     if gang and cluster.topology:
         steps.append({"op": "add", "path": f"{pod}/metadata/annotations/{_escaped(TOPOLOGY)}", "value": cluster.topology})
+    if cluster.queue:
+        label = f"/metadata/labels/{_escaped(k8s_checks.QUEUE)}"
+        steps += [{"op": "add", "path": label, "value": cluster.queue}, {"op": "add", "path": "/spec/suspend", "value": True}]
     if not gang:  # one share that always fails does not stop the others; if a quarter fail, the shares are not to blame
         steps.append({"op": "replace", "path": "/spec/maxFailedIndexes", "value": max(1, count // 4)})
     return steps
@@ -134,10 +156,15 @@ def render(spec: JobSpec) -> str:
     """All manifests of the overlay: those of this stage and those shared by all stages.
 
     Raises:
-        ConfigError: kubectl is not installed, or the overlay does not build.
+        ConfigError: kubectl is not installed, the overlay does not build, or it has no job of the stage to fill in.
     """
-    with folder(spec) as place:
-        text = kubectl.run(["kustomize", "--load-restrictor=LoadRestrictionsNone", str(place)])
+    with folder(settled(spec)) as place:
+        text = kubectl.run(["kustomize", _RESTRICTIONS, str(place)])
+    if not _own(spec, text):
+        raise ConfigError(
+            f"cluster.overlay = {spec.cluster.overlay}: it has no {'JobSet' if spec.shape == 'gang' else 'Job'} of the stage {spec.stage} that --on k8s could "
+            "fill in. Take an overlay that has one, or apply this one by hand (docs/cluster.md, 'Kubernetes')."
+        )
     return text.replace(_DIGEST, digest(spec, text))
 
 
@@ -148,6 +175,12 @@ def digest(spec: JobSpec, rendered: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
+def _own(spec: JobSpec, rendered: str) -> str:
+    """The document of the stage's job in rendered manifests; '' if there is none."""
+    found = (document for document in rendered.split("\n---\n") if re.search(r"^kind: Job(Set)?$", document, re.M))
+    return next((document for document in found if re.search(rf"^    stage: {spec.stage}$", document, re.M)), "")
+
+
 def selection(spec: JobSpec) -> str:
     """Label selector of a stage's objects: the job, its service account and its settings."""
     return f"stage in ({spec.stage},shared{',tensorboard' if spec.cluster.tensorboard else ''})"
@@ -155,6 +188,7 @@ def selection(spec: JobSpec) -> str:
 
 def shown(spec: JobSpec) -> str:
     """For ``--dry-run``: what a submission would do now, the overlay, the command, and the rendered manifests."""
+    spec = settled(spec)
     rendered = render(spec)
     try:
         intent = k8s_standing.intent(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
@@ -172,8 +206,9 @@ def submit(spec: JobSpec) -> str:
         What was done, in words.
 
     Raises:
-        ConfigError: kubectl refuses, or a live job of the same name has other values.
+        ConfigError: kubectl refuses, a live job of the same name has other values, or the cluster lacks the queue or the topology that the job asks for.
     """
+    spec = settled(spec)
     rendered = render(spec)
     standing = k8s_standing.find(spec)
     intent = k8s_standing.intent(spec, standing, k8s_standing.asked(spec, digest(spec, rendered)))
@@ -181,20 +216,7 @@ def submit(spec: JobSpec) -> str:
         raise ConfigError(intent.removeprefix("refuse: "))
     if intent.startswith("leave"):
         return f"{intent.removeprefix('leave: ')}: left alone\n"
-    _check_topology(spec)
+    k8s_checks.require(spec, _own(spec, rendered))
     if standing is not None:
         k8s_standing.remove(spec, standing)
     return kubectl.run(["apply", "-f", "-", "-l", selection(spec)], rendered)
-
-
-def _check_topology(spec: JobSpec) -> None:
-    """Refuse a level that no Topology of the cluster has: such a job would wait in its queue for ever."""
-    if not spec.cluster.topology or spec.shape != "gang":
-        return
-    path = "jsonpath={.items[*].spec.levels[*].nodeLabel}"
-    levels = kubectl.run(["get", "topologies.kueue.x-k8s.io", f"--output={path}", kubectl.PATIENCE]).split()
-    if spec.cluster.topology not in levels:
-        raise ConfigError(
-            f"cluster.topology = {spec.cluster.topology}: no Topology of this cluster has such a level (it has: {', '.join(levels) or 'none'}), so Kueue would "
-            "never admit the job; name one of them, or leave it empty."
-        )

@@ -12,10 +12,9 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from infra import kubectl, run_records, stored
+from infra import kubectl, run_records, slurm_site, stored
 from infra.errors import ConfigError, LostPeerError
 from infra.run_folder import RunFolder
-from infra.slurm_submit import SITE
 
 _PATIENCE_S = 20.0
 _SELECTORS = {"jobset": "jobset.sigs.k8s.io/jobset-name", "job": "batch.kubernetes.io/job-name"}
@@ -55,7 +54,7 @@ def of(run: RunFolder, stage: str) -> Submitted | None:
 def state(job: Submitted) -> str | None:
     """How a job stands in its queue, in the scheduler's own words, with what it waits for; '' if it is not there (any more), None where nobody can be asked."""
     if job.scheduler == "slurm":
-        answer = _asked(_on_site("squeue", "--noheader", f"--jobs={job.job}", "--format=%T %r"))
+        answer = _asked(slurm_site.command("squeue", "--noheader", f"--jobs={job.job}", "--format=%T %r"))
         if answer is None:
             return None
         code, text = answer
@@ -96,7 +95,7 @@ def cancel(job: Submitted) -> str:
         ConfigError: the scheduler's command is not here.
         LostPeerError: it refuses, or does not answer.
     """
-    slurm = _on_site("scancel", job.job)
+    slurm = slurm_site.command("scancel", job.job)
     pods = ["kubectl", "delete", job.kind or "job", job.job, f"--namespace={job.namespace}", "--ignore-not-found", "--wait=false", kubectl.PATIENCE]
     return _done(slurm if job.scheduler == "slurm" else pods).strip()
 
@@ -117,11 +116,6 @@ def pods_log(job: Submitted, *, follow: bool) -> list[str]:
     """The command that shows what the pods of a job print."""
     words = ["kubectl", "logs", f"--namespace={job.namespace}", f"--selector={_SELECTORS[job.kind or 'job']}={job.job}"]
     return [*words, "--prefix", "--tail=-1", "--max-log-requests=1000", *(["--follow"] if follow else [])]
-
-
-def _on_site(*command: str) -> list[str]:
-    """A command of SLURM with a site's settings, as it was submitted with."""
-    return ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', str(SITE), *command]
 
 
 def _missing(command: list[str]) -> str:

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra import run_records, storage, stored
+from infra import run_records, slurm_site, storage, stored
 from infra.errors import ConfigError, LostPeerError
 from infra.job import JobSpec
 from infra.repository import REPOSITORY
 
-SITE = REPOSITORY / "infra" / "slurm" / "site.env"
 _EXPORTED = ("PATH", "HOME", "USER", "LANG", "TMPDIR")
 """Variables that a job needs from the shell that submits it, besides our own and the storage's."""
-_PASSED = ("LAUNCHER_", "S3_", "AWS_", "HTTP", "NO_PROXY", "http", "no_proxy")
+_PASSED = ("LAUNCHER_", "S3_", "AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_HOST", "HTTP", "NO_PROXY", "http", "no_proxy", "SSL_CERT_")
 _TEST_S = 30.0
 _WAITS = ("--dependency=", "--kill-on-invalid-dep=")
 
@@ -34,13 +33,13 @@ class Queued:
 
 
 def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
-    """The sbatch command of a job; its options override the script's own ``#SBATCH`` lines.
+    """The sbatch command of a job; its options override the script's own ``#SBATCH`` lines, and the site's come after ours.
 
     Args:
         after: ids of jobs that must succeed before this one starts.
 
     Raises:
-        ConfigError: the time limit leaves no time before the signal that ends the job.
+        ConfigError: the time limit leaves no time before the signal that ends the job, or the site's options are none.
     """
     cluster, room = spec.cluster, spec.room
     seconds = round(cluster.hours * 3600)
@@ -57,7 +56,7 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []
     words += [f"--output={str(logs(spec)).replace('%', '%%')}/%x-{_numbers(spec)}.out"]
     words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    return [*words, str(REPOSITORY / "infra" / "slurm" / f"{spec.stage}.sbatch"), spec.run_url]
+    return [*words, *slurm_site.words(room.gpus), str(REPOSITORY / "infra" / "slurm" / f"{spec.stage}.sbatch"), spec.run_url]
 
 
 def _numbers(spec: JobSpec) -> str:
@@ -78,14 +77,16 @@ def logs(spec: JobSpec) -> Path:
 
 def environment(spec: JobSpec) -> dict[str, str]:
     """Environment variables that the job needs besides its arguments."""
-    return {"LAUNCHER_HOME": str(REPOSITORY), "LAUNCHER_RETRIES": str(spec.cluster.retries)}
+    return {"LAUNCHER_HOME": str(REPOSITORY), "LAUNCHER_RETRIES": str(spec.cluster.retries)} | slurm_site.variables()
 
 
 def shown(spec: JobSpec, after: Sequence[str] = ()) -> str:
     """For ``--dry-run``: the command as one would type it, the script that it submits, and, where SLURM is installed, the answer of ``sbatch --test-only``."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(spec).items())
     command = sbatch(spec, after)
-    words = f"set -a; . {shlex.quote(str(SITE))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
+    words = (
+        f"set -a; . {shlex.quote(str(slurm_site.path()))}; set +a\n{settings} {shlex.join(command)}\n# {command[-2]}\n{Path(command[-2]).read_text()}"
+    )
     return words + _tested(spec)
 
 
@@ -158,13 +159,11 @@ def _refuse_other_values(spec: JobSpec, there: Queued, record_url: str, asked: l
 
 def _exports() -> list[str]:
     """The --export option for sites that do not pass the login node's environment to jobs (SBATCH_EXPORT): it lists the variables that jobs need."""
-    asked = subprocess.run(
-        ["bash", "-c", f'set -a; . {shlex.quote(str(SITE))}; printf %s "$SBATCH_EXPORT"'], capture_output=True, text=True, check=False
-    ).stdout
-    if asked.strip() in ("", "ALL"):
+    asked = slurm_site.value("SBATCH_EXPORT")
+    if asked in ("", "ALL"):
         return []
     names = [name for name in sorted(os.environ) if name in _EXPORTED or name.startswith(_PASSED)]
-    wanted = [] if asked.strip() in ("NONE", "NIL") else asked.strip().split(",")
+    wanted = [] if asked in ("NONE", "NIL") else asked.split(",")
     return [f"--export={','.join(dict.fromkeys([*wanted, *names, 'LAUNCHER_HOME', 'LAUNCHER_RETRIES']))}"]
 
 
@@ -178,5 +177,6 @@ def _run(command: list[str], spec: JobSpec, error: type[ConfigError] | type[Lost
 
 
 def _site(command: list[str], spec: JobSpec, limit_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    site = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', str(SITE), *command]
-    return subprocess.run(site, capture_output=True, text=True, env=os.environ | environment(spec), timeout=limit_s, check=False)
+    return subprocess.run(
+        slurm_site.command(*command), capture_output=True, text=True, env=os.environ | environment(spec), timeout=limit_s, check=False
+    )

@@ -5,23 +5,30 @@ set -euo pipefail
 
 : "${SLURM_JOB_ID:?submit with sbatch, from the repository: sbatch infra/slurm/STAGE.sbatch RUN_FOLDER}"
 cd "${LAUNCHER_HOME:-$SLURM_SUBMIT_DIR}"
+site=${LAUNCHER_SITE:-infra/slurm/site.env}
 set -a
 # shellcheck source=infra/slurm/site.env
-. "${LAUNCHER_SITE:-infra/slurm/site.env}"
+. "$site"
 set +a
 
 # Words before "python" for the chosen runtime, and srun's own options for it.
 wrap=() container=()
 choose_runtime() {
     case $LAUNCHER_RUNTIME in
-        venv) PATH=$(cd "$LAUNCHER_VENV" && pwd)/bin:$PATH ;;
+        venv)
+            [ -x "$LAUNCHER_VENV/bin/python" ] || refuse "LAUNCHER_VENV=$LAUNCHER_VENV: no environment with a bin/python in $PWD on $HOSTNAME; name one that all nodes see."
+            PATH=$(cd "$LAUNCHER_VENV" && pwd)/bin:$PATH
+            ;;
         apptainer) wrap=(apptainer exec --nv --bind "$PWD${LAUNCHER_MOUNTS:+,$LAUNCHER_MOUNTS}" "$LAUNCHER_IMAGE") ;;
         pyxis) container=("--container-image=$LAUNCHER_IMAGE" "--container-mounts=$PWD:$PWD${LAUNCHER_MOUNTS:+,$LAUNCHER_MOUNTS}" "--container-workdir=$PWD") ;;
-        *)
-            echo "LAUNCHER_RUNTIME=$LAUNCHER_RUNTIME: accepted are venv, apptainer and pyxis (infra/slurm/site.env)." >&2
-            exit 78
-            ;;
+        *) refuse "LAUNCHER_RUNTIME=$LAUNCHER_RUNTIME: accepted are venv, apptainer and pyxis." ;;
     esac
+    [ "$LAUNCHER_RUNTIME" = venv ] || [ -n "$LAUNCHER_IMAGE" ] || refuse "LAUNCHER_RUNTIME=$LAUNCHER_RUNTIME needs LAUNCHER_IMAGE: a .sif file, a .sqsh file or registry#name@sha256:..."
+}
+
+refuse() {
+    echo "$1 ($site)" >&2
+    exit 78
 }
 
 # A signal may come before Python has installed its handler. Blocked, it waits for the handler; ignored (with an old env), it is lost; otherwise it would kill.

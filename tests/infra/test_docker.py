@@ -69,6 +69,10 @@ def test_the_install_steps_run_in_order_and_stop_at_the_first_failure(tmp_path: 
     (tmp_path / "asked").unlink()
     assert install(FAIL="requirements.txt").returncode == 3 and len((tmp_path / "asked").read_text().splitlines()) == 1
     assert install(OLD="1").returncode == 78
+    (tmp_path / "asked").unlink()
+    assert install(CLOUDS="gcsfs google-auth-oauthlib").returncode == 0
+    last = (tmp_path / "asked").read_text().splitlines()[-2]
+    assert " -m pip install " in last and last.endswith(f"-c {tmp_path}/build/constraints.txt gcsfs google-auth-oauthlib"), "after the removal"
 
 
 def commands(fence: str) -> list[str]:

@@ -125,7 +125,7 @@ def test_a_level_of_ones_own_is_set_and_one_that_the_cluster_lacks_is_refused(
     monkeypatch.setattr(k8s_submit, "render", lambda spec: text)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for levels, refused in (("topology.kubernetes.io/zone kubernetes.io/hostname", True), ("example.com/rack kubernetes.io/hostname", False)):
-        (tmp_path / "kubectl").write_text(f'#!/bin/sh\ncase "$2" in topologies*) echo "{levels}";; esac\n')
+        (tmp_path / "kubectl").write_text(f'#!/bin/sh\ncase "$2" in topologies*) echo "{levels}";; localqueues*) echo train;; esac\n')
         (tmp_path / "kubectl").chmod(0o755)
         if refused:
             with pytest.raises(

@@ -22,6 +22,11 @@ def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
     return JobSpec(stage, cfg.run.name, storage.absolute(run.url), shape, cfg.cluster, STAGES[stage].gpus)  # the job starts in the repository
 
 
+def _settled(spec: JobSpec, on: str) -> JobSpec:
+    """A job whose namespace is known, where it has one."""
+    return k8s_submit.settled(spec) if on == "k8s" else spec
+
+
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:
     """The text that ``submit`` would send to the scheduler. Changes nothing."""
     stages = lineage.waiting(cfg, run) if chain else [stage]
@@ -44,7 +49,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     if on == "k8s":
         k8s_submit.overlay(job_spec(stage, cfg, run))  # raises if it cannot be submitted, before anything is written
     if going_on:
-        _refuse_beside_another(stage, job_spec(stage, cfg, run), on)
+        _refuse_beside_another(stage, _settled(job_spec(stage, cfg, run), on), on)
     prepares = (chain or stage == "prepare") and not places.finished(cfg, run, "prepare")
     for line in submitted_inputs.check(cfg, on, prepares=prepares):
         print(f"{stage}: {line}")
@@ -56,7 +61,7 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
         submitted_inputs.require(stage, cfg, run)
     ids = _queued_inputs(stage, cfg, run) if on == "slurm" and not chain else {}
     for name in lineage.waiting(cfg, run) if chain else [stage]:
-        spec, record = job_spec(name, cfg, run), run.at("jobs", f"{name}.json")
+        spec, record = _settled(job_spec(name, cfg, run), on), run.at("jobs", f"{name}.json")
         if on == "k8s":
             print(k8s_submit.submit(spec), end="")
             facts = {"kind": k8s_standing.kind(spec), "namespace": spec.cluster.namespace, "shares": spec.count if spec.shape == "array" else 1}

@@ -157,7 +157,7 @@ def _scheduler(on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     commands = {
         "squeue": f"{busy} && echo 7; exit 0",
         "sbatch": "echo 8",
-        "kubectl": f'case "$1" in get) {busy} && echo "{{\\"metadata\\":{{}}}}"; exit 0;; kustomize) echo "{{}}";; apply) cat > /dev/null; echo applied;; esac',
+        "kubectl": f'case "$1" in get) {busy} && echo "{{\\"metadata\\":{{}}}}"; exit 0;; kustomize) printf "kind: JobSet\\nmetadata:\\n  labels:\\n    stage: clip\\n";; apply) cat > /dev/null; echo applied;; esac',
     }
     (tmp_path / "bin").mkdir()
     for name, script in commands.items():

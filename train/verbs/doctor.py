@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -150,9 +151,9 @@ def all_reduce() -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ALL_REDUCE_S, cwd=REPOSITORY, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(
-            "all-reduce", False, f"no end within {_ALL_REDUCE_S} s", "ends", "the GPUs cannot reach each other: check NVLink, and run nccl-tests"
-        )
+        reached = shutil.which("nvidia-smi") is not None
+        advice = "the GPUs cannot reach each other: check NVLink, and run nccl-tests" if reached else "see what else works on this machine (uptime)"
+        return Finding("all-reduce", False, f"no end within {_ALL_REDUCE_S} s", "ends", advice)
     if done.returncode:
         words = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("all-reduce", False, words, "ends", "see the message; on GPUs, set NCCL_DEBUG=INFO and run doctor again")

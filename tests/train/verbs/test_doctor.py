@@ -144,6 +144,16 @@ def test_an_all_reduce_is_held_against_its_floor(monkeypatch: pytest.MonkeyPatch
     assert found.ok == ok and words in found.found
 
 
+@pytest.mark.parametrize(
+    ("tool", "advice"), [("/usr/bin/nvidia-smi", "check NVLink, and run nccl-tests"), (None, "see what else works on this machine")]
+)
+def test_an_all_reduce_without_an_end_is_blamed_on_what_the_machine_has(monkeypatch: pytest.MonkeyPatch, tool: str | None, advice: str) -> None:
+    """A busy machine without a GPU was told to look at its NVLink."""
+    monkeypatch.setattr(doctor, "_ALL_REDUCE_S", 0.01)
+    monkeypatch.setattr(doctor, "shutil", SimpleNamespace(which=lambda name: tool))
+    assert advice in doctor.all_reduce().advice
+
+
 def report(run: RunFolder, node: int, commit: str, monkeypatch: pytest.MonkeyPatch) -> Finding:
     """What a node of four finds, and leaves for the others."""
     monkeypatch.setattr(doctor, "producer", lambda: {"commit": commit, "versions": {"torch": "2.15.0"}})

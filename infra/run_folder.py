@@ -127,6 +127,17 @@ class RunFolder:
             storage.write_json(url, producer() | facts)
         return True
 
+    def withdraw(self) -> None:
+        """Take back what ``create`` made, if nothing else has come into the folder since: no job was submitted, no launcher has begun."""
+        made = ("config.json", "provenance.json")  # in this order: without its configuration it is no run
+        if set(storage.list_files(self.url)) <= set(made):
+            for name in made:
+                storage.delete(self.at(name))
+            if not storage.is_remote(self.url):
+                for folder in (storage.local_path(self.at("logs")), storage.local_path(self.url)):
+                    with contextlib.suppress(OSError):  # not empty, or not there
+                        folder.rmdir()
+
     def claim(
         self,
         config: dict[str, Any],

@@ -38,7 +38,7 @@ def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) ->
 
 
 def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, command: str, going_on: str = "") -> None:
-    """Claim the run folder and submit a stage, or with ``chain`` all that are not finished. Twice does no harm: what is queued stays alone.
+    """Claim the run folder and submit a stage, or with ``chain`` all that are not finished. Twice does no harm: what is queued stays alone. A refusal leaves no run.
 
     Raises:
         ConfigError: the scheduler refuses; a job of the stage is there while the run is to go on with other values; or ``chain`` on Kubernetes, which has no dependencies between jobs.
@@ -53,7 +53,17 @@ def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, 
     prepares = (chain or stage == "prepare") and not places.finished(cfg, run, "prepare")
     for line in submitted_inputs.check(cfg, on, prepares=prepares):
         print(f"{stage}: {line}")
+    fresh = run.stored() is None
     cfg = places.claim(cfg, run, command, going_on)
+    try:
+        _submit_claimed(stage, cfg, run, on, chain=chain)
+    except ReportedError:
+        if fresh:  # the next try may have other values
+            run.withdraw()
+        raise
+
+
+def _submit_claimed(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> None:
     if not chain and places.finished(cfg, run, stage) and not STAGES[stage].repeats and not lineage.out_of_date(cfg, run, stage):
         print(f"{stage}: finished already ({run.at(stage, 'done.json')})")
         return

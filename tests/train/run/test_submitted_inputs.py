@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra import storage
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from train.config import RunConfig, load_run
 from train.run import cluster, places, submitted_inputs
@@ -58,3 +58,36 @@ def test_a_stage_whose_inputs_are_not_there_is_not_submitted_to_kubernetes_which
     for stage in ("tokenizer", "encode"):
         storage.write_bytes(run.at(stage, "done.json"), b"{}")
     submitted_inputs.require("dalle", cfg, run)
+
+
+@pytest.mark.parametrize("refusal", ["inputs", "scheduler", "second job"])
+def test_a_refused_submission_leaves_no_run_that_another_value_would_contradict(
+    refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition that does not exist left a configuration, and the corrected command was refused as another run."""
+    script = f'[ -e {tmp_path}/once ] && {{ echo 7; exit 0; }}; echo "invalid partition" >&2; exit 1'
+    if refusal == "second job":
+        script = f"[ -e {tmp_path}/once ] && exit 1; touch {tmp_path}/once; echo 7"
+    for name, text in (("squeue", "exit 0"), ("sbatch", script)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    root = tmp_path / "runs"
+    cfg = configured(root)
+    with pytest.raises((DataError, ConfigError), match=r"needs what 'prepare' makes" if refusal == "inputs" else r"sbatch .* ended with 1"):
+        cluster.submit("dvae" if refusal == "inputs" else "report", cfg, places.run_folder(cfg), "slurm", chain=refusal != "inputs", command="")
+    if refusal == "second job":
+        assert (root / "tiny" / "config.json").exists() and (root / "tiny" / "jobs" / "prepare.json").exists(), "the first one is on its way"
+        return
+    assert not (root / "tiny").exists()
+    (tmp_path / "once").touch()
+    other = configured(root, "dvae_fit.steps=7")
+    cluster.submit("prepare", other, places.run_folder(other), "slurm", chain=False, command="")
+    assert (root / "tiny" / "jobs" / "prepare.json").exists()
+
+
+def test_what_a_refused_submission_to_s3_created_is_taken_back(s3: str) -> None:
+    cfg, run = configured(s3), RunFolder(f"{s3}/tiny")
+    with pytest.raises(DataError, match="dalle needs what 'tokenizer' makes"):
+        cluster.submit("dalle", cfg, run, "k8s", chain=False, command="")
+    assert storage.list_files(run.url) == []

@@ -129,6 +129,7 @@ def test_a_stage_waits_for_what_makes_its_inputs_and_is_refused_where_nothing_do
     words = ("tiny", f"run.root={tmp_path}", "--on", "slurm")
     alone = launch("tokenizer", *words, **env)
     assert alone.returncode == 65 and "tokenizer needs what 'prepare' makes, which has not finished and is in no queue" in alone.stderr
+    assert "--on slurm' first (a new run: with its preset and values in place of the folder)" in alone.stderr
     assert "--chain submits what is missing too" in alone.stderr and not stand_in.calls(tmp_path / "slurm", "sbatch")
     for stage in ("prepare", "tokenizer"):
         assert launch(stage, *words, **env).returncode == 0

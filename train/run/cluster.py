@@ -96,8 +96,8 @@ def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]
         there = slurm_submit.queued(job_spec(need, cfg, run))
         if there is None:
             raise DataError(
-                f"{stage} needs what '{need}' makes, which has not finished and is in no queue: run '{launcher(need, run.url)}' first; --chain submits what "
-                "is missing too."
+                f"{stage} needs what '{need}' makes, which has not finished and is in no queue: run '{launcher(need, run.url)} --on slurm' first "
+                "(a new run: with its preset and values in place of the folder); --chain submits what is missing too."
             )
         found[need] = there.job
     return found

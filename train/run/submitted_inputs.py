@@ -56,5 +56,5 @@ def require(stage: str, cfg: RunConfig, run: RunFolder) -> None:
         if not places.finished(cfg, run, need):
             raise DataError(
                 f"{stage} needs what '{need}' makes, which has not finished, and Kubernetes starts jobs at once: run '{launcher(need, run.url)} --on k8s' "
-                "first, and submit this once it has."
+                "first, and submit this once it has (a new run: with its preset and values in place of the folder)."
             )

@@ -1,10 +1,11 @@
-"""``launcher.py why RUN``: the evidence of the newest failed attempt, whether to start it again, by which rule, and what was lost."""
+"""``launcher.py why RUN``: the evidence of the newest failed attempt, whether to start it again, by which rule, and what was lost. Who works is not judged."""
 
 from __future__ import annotations
 
 import json
 
 from infra import shown, storage
+from infra.commands import launcher
 from infra.errors import DataError, ExitCode, UsageError
 from infra.run_folder import RunFolder
 from train.advice import facts, words
@@ -31,8 +32,14 @@ def main(url: str, stage: str = "", attempt: int | None = None, *, as_json: bool
         raise UsageError(f"--attempt {attempt}: there was none at '{stage or logs.newest(run)}'.")
     labels = [stage or logs.newest(run)] if stage or attempt is not None else logs.labels(run)
     found = [each for label in labels if (each := facts.gather(run, label, attempt)) is not None]
-    failed = [each for each in found if each.code != ExitCode.DONE or attempt is not None or stage]
+    status = f"how it stands: {launcher('status', url)}"
+    running = [each for each in found if not each.ended and not run.records(each.stage, each.attempt)]
+    failed = [each for each in found if each not in running and (each.code != ExitCode.DONE or attempt is not None or stage)]
     if as_json:
         print(json.dumps([words.as_json(each) for each in failed]))
-    else:
-        print(shown.escaped("\n\n".join(words.of(each) for each in failed)) or f"{url}: no attempt has failed.", flush=True)
+        return
+    lines = [
+        f"{each.stage}, attempt {each.attempt}: nothing has ended it; its launcher gave a sign of life within the last minute ({status})"
+        for each in running
+    ]
+    print(shown.escaped("\n\n".join([*lines, *(words.of(each) for each in failed)])) or f"{url}: no attempt has failed.", flush=True)

@@ -207,6 +207,28 @@ def test_a_live_attempt_is_not_called_over(tmp_path: Path) -> None:
     assert facts.gather(run, "clip") is None
 
 
+def test_an_attempt_that_works_is_not_told_to_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was called killed, with the advice to start it again, while it trained."""
+    run = RunFolder(str(tmp_path))
+    storage.write_json(run.config_url, {})
+    number = run.begin_attempt("dvae", size=2, saved=-1)
+    with run.lock("dvae"):
+        why.main(run.url)
+        said = capsys.readouterr().out
+        assert said.startswith("dvae, attempt 0: nothing has ended it; its launcher gave a sign of life") and f"launcher.py status {run.url}" in said
+        assert "RESTART" not in said and "killed" not in said
+        why.main(run.url, as_json=True)
+        assert json.loads(capsys.readouterr().out) == []
+        run.record_exit("dvae", number, 1, ExitCode.DATA, "shard 3 is damaged")
+        why.main(run.url)
+        assert "shard 3 is damaged" in (said := capsys.readouterr().out) and "STOP" in said, "a rank has said why it ended"
+    run = RunFolder(str(tmp_path / "dead"))
+    storage.write_json(run.config_url, {})
+    run.begin_attempt("dvae", size=2, saved=-1)
+    why.main(run.url)
+    assert "RESTART" in capsys.readouterr().out, "nobody holds the stage"
+
+
 def test_an_attempt_that_tests_leave_behind_without_a_fitting_verdict_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(str(tmp_path / "runs" / "a"))
     number = run.begin_attempt("dvae", size=1, saved=-1)

@@ -17,6 +17,9 @@ from infra.errors import ConfigError, LostPeerError
 from infra.run_folder import RunFolder
 
 _PATIENCE_S = 20.0
+OVER = "has ended meanwhile"
+_GONE = ("nvalid job id", "already completing or completed")
+"""What scancel says of a job that squeue still showed a moment ago."""
 _SELECTORS = {"jobset": "jobset.sigs.k8s.io/jobset-name", "job": "batch.kubernetes.io/job-name"}
 """Label by which the pods of a job are known."""
 
@@ -33,6 +36,8 @@ class Submitted:
     kind: str = ""
     namespace: str = "default"
     shares: int = 1
+    name: str = ""
+    """SLURM: its name, without which a job is known by its number alone."""
 
     @property
     def words(self) -> str:
@@ -48,13 +53,23 @@ def of(run: RunFolder, stage: str) -> Submitted | None:
     array = next((re.fullmatch(r"--array=0-(\d{1,9})", word) for word in found.get("asked", []) if word.startswith("--array=")), None)
     shares = int(array[1]) + 1 if array else int(found.get("shares", 1))
     namespace = found.get("namespace") or "default"
-    return Submitted(stage, found["scheduler"], found["job"], found["submitted"], found.get("output", ""), found.get("kind", ""), namespace, shares)
+    return Submitted(
+        stage,
+        found["scheduler"],
+        found["job"],
+        found["submitted"],
+        found.get("output", ""),
+        found.get("kind", ""),
+        namespace,
+        shares,
+        found.get("name", ""),
+    )
 
 
 def state(job: Submitted) -> str | None:
     """How a job stands in its queue, in the scheduler's own words, with what it waits for; '' if it is not there (any more), None where nobody can be asked."""
     if job.scheduler == "slurm":
-        answer = _asked(slurm_site.command("squeue", "--noheader", f"--jobs={job.job}", "--format=%T %r"))
+        answer = _asked(slurm_site.command("squeue", "--noheader", f"--jobs={job.job}", *_named(job), "--format=%T %r"))
         if answer is None:
             return None
         code, text = answer
@@ -65,6 +80,11 @@ def state(job: Submitted) -> str | None:
     if answer is None or answer[0]:
         return None
     return _conditions(json.loads(answer[1])) if answer[1].strip() else ""
+
+
+def _named(job: Submitted) -> list[str]:
+    """An option of squeue and scancel. Numbers are a cluster's own: in a run that was moved from another one, they are somebody else's."""
+    return [f"--name={job.name}"] if job.name else []
 
 
 def _spoken(lines: str) -> str:
@@ -95,9 +115,14 @@ def cancel(job: Submitted) -> str:
         ConfigError: the scheduler's command is not here.
         LostPeerError: it refuses, or does not answer.
     """
-    slurm = slurm_site.command("scancel", job.job)
+    slurm = slurm_site.command("scancel", *_named(job), job.job)
     pods = ["kubectl", "delete", job.kind or "job", job.job, f"--namespace={job.namespace}", "--ignore-not-found", "--wait=false", kubectl.PATIENCE]
-    return _done(slurm if job.scheduler == "slurm" else pods).strip()
+    try:
+        return _done(slurm if job.scheduler == "slurm" else pods).strip()
+    except LostPeerError as error:
+        if any(words in str(error) for words in _GONE):
+            return OVER
+        raise
 
 
 def output_file(job: Submitted, run_url: str, share: int = 0) -> str:

@@ -98,6 +98,8 @@ class Submitted(Stored):
 
     scheduler: Literal["slurm", "k8s"]
     job: _Text
+    name: _Text = ""
+    """SLURM: the job's name, which tells it from a job of another cluster, or of later, that has the same number."""
     submitted: Seconds
     asked: list[_Text] = Field(default_factory=list)
     output: _Text = ""

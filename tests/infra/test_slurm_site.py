@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from infra import cloud, queues, s3_client, slurm_site, slurm_submit
+from infra import cloud, queues, s3_client, slurm_site, slurm_submit, storage
 from infra.errors import ConfigError
 from infra.job import ClusterConfig, JobSpec, Shape
+from infra.run_folder import RunFolder
 from tests.support import slurm_stand_in as stand_in
 from tests.support.root import ROOT
 
@@ -92,3 +93,26 @@ def test_a_job_without_its_python_says_so_and_is_not_retried(tmp_path: Path, set
     done = subprocess.run(["bash", str(ROOT / "infra/slurm/dalle.sbatch"), "RUN"], env=os.environ | env, capture_output=True, text=True, check=False)
     assert done.returncode == 78 and said in done.stderr and done.stderr.rstrip().endswith("(infra/slurm/site.env)"), done.stderr
     assert not stand_in.calls(tmp_path / "slurm", "srun") and not stand_in.calls(tmp_path / "slurm", "scontrol")
+
+
+def test_a_job_of_the_same_number_in_another_cluster_is_neither_shown_nor_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is moved brings the numbers of its jobs along; there they are somebody else's, or one's own for something else."""
+    run = RunFolder(str(tmp_path / "run"))
+    facts = {"scheduler": "slurm", "job": "8", "name": "mine-dvae", "submitted": 0.0, "asked": [], "output": ""}
+    storage.write_json(run.at("jobs", "dvae.json"), facts)
+    there = tmp_path / "name"
+    for name in ("squeue", "scancel"):
+        script = f'#!/bin/sh\ncase "$*" in *--name=$(cat {there})*) echo "{name}" >> {tmp_path}/met; echo "RUNNING None";; esac\n'
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = queues.of(run, "dvae")
+    assert job is not None
+    there.write_text("other-dalle")
+    assert queues.state(job) == "" and queues.cancel(job) == "" and not (tmp_path / "met").exists()
+    there.write_text("mine-dvae")
+    assert queues.state(job) == "RUNNING"
+    queues.cancel(job)
+    assert (tmp_path / "met").read_text().split() == ["squeue", "scancel"]
+    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: Kill job error on job id 8: Invalid job id specified' >&2; exit 1\n")
+    assert queues.cancel(job) == queues.OVER, "squeue shows a job a while longer"

@@ -29,8 +29,8 @@ def main(url: str, stage: str = "") -> None:
     for name in [stage] if stage else list(STAGES):
         job = queues.of(run, name)
         if job is not None and queues.state(job) != "":
-            queues.cancel(job)
-            said.append(f"{name}: {job.words} was told to end; what trains saves first")
+            over = queues.cancel(job) == queues.OVER
+            said.append(f"{name}: {job.words} " + (queues.OVER if over else "was told to end; what trains saves first"))
             continue
         for label in _labels(run, name):
             words, reached = _stop(run, label)

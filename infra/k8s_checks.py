@@ -5,12 +5,23 @@ from __future__ import annotations
 import re
 import sys
 
-from infra import kubectl
+from infra import environment, kubectl
 from infra.errors import ConfigError
 from infra.job import JobSpec
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 """Label of a job: the LocalQueue, in the job's own namespace, through which Kueue admits it."""
+
+
+def unsaid_endpoint(spec: JobSpec, rendered: str) -> str:
+    """A line where S3 is another server for who submits than for pods; '' where nothing is to be said."""
+    given = environment.text("S3_ENDPOINT_URL")
+    if not given or not spec.run_url.startswith("s3://") or re.search(r"^  S3_ENDPOINT_URL:", rendered, re.M):
+        return ""
+    return (
+        "S3_ENDPOINT_URL is set here, and in no setting of the pods: unless the secret launcher-s3 has it, they ask AWS. Name it in "
+        "infra/k8s/site/kustomization.yaml, whose recipes show how."
+    )
 
 
 def require(spec: JobSpec, job: str) -> None:

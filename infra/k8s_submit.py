@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +195,7 @@ def shown(spec: JobSpec) -> str:
         intent = k8s_standing.intent(spec, k8s_standing.find(spec), k8s_standing.asked(spec, digest(spec, rendered)))
     except ConfigError as error:
         intent = f"the cluster was not asked what is there already: {error}"
-    said = "".join(f"# {line}\n" for line in intent.splitlines())
+    said = "".join(f"# {line}\n" for line in [*intent.splitlines(), k8s_checks.unsaid_endpoint(spec, rendered)] if line)
     command = shlex.join(["kubectl", "apply", "-f", "-", "-l", selection(spec)])
     return f"{said}# overlay\n{json.dumps(overlay(spec), indent=2)}\n# {command}\n{rendered}"
 
@@ -217,6 +218,8 @@ def submit(spec: JobSpec) -> str:
     if intent.startswith("leave"):
         return f"{intent.removeprefix('leave: ')}: left alone\n"
     k8s_checks.require(spec, _own(spec, rendered))
+    if line := k8s_checks.unsaid_endpoint(spec, rendered):
+        print(line, file=sys.stderr, flush=True)
     if standing is not None:
         k8s_standing.remove(spec, standing)
     return kubectl.run(["apply", "-f", "-", "-l", selection(spec)], rendered)

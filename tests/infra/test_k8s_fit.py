@@ -184,3 +184,13 @@ def test_what_kubectl_says_is_shown_without_the_log_of_its_library(tmp_path: Pat
         (tmp_path / "kubectl").chmod(0o755)
         with pytest.raises(ConfigError, match=said):
             kubectl.run(["get"])
+
+
+def test_an_endpoint_that_only_the_submission_knows_is_said(with_kubectl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods would look for the bucket at AWS, and end with 78 once they run."""
+    words = "S3_ENDPOINT_URL is set here, and in no setting of the pods"
+    monkeypatch.delenv("S3_ENDPOINT_URL", raising=False)
+    assert words not in k8s_submit.shown(spec("dalle"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://s3.example.com")
+    assert f"# {words}" in k8s_submit.shown(spec("dalle"))
+    assert words not in k8s_submit.shown(spec("dalle", "overlay=infra/k8s/sites/bare-metal")), "the site names one"

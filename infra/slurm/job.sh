@@ -53,6 +53,9 @@ run_stage() {
     echo "== $1: job $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRAY_TASK_ID)}, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
     trap '' TERM # scancel and requeues send it to this script, too, which must wait for the ranks and give the verdict
     local srun code=0
+    # SLURM numbers the steps of every start from 0. Where it had lost a node that was only asleep, the srun there wakes, hears of it, and aborts its step by that
+    # number, which would be the next start's: so every second start begins at 1.
+    [ $((${SLURM_RESTART_COUNT:-0} % 2)) -eq 0 ] || srun --nodes=1 --ntasks=1 true || true
     # No --wait: a launcher that ends first waits for the others by itself.
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --label "${container[@]}" \
         "${early_signals[@]}" "${wrap[@]}" python launcher.py "$@" &

@@ -116,3 +116,21 @@ def test_a_job_of_the_same_number_in_another_cluster_is_neither_shown_nor_cancel
     assert (tmp_path / "met").read_text().split() == ["squeue", "scancel"]
     (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: Kill job error on job id 8: Invalid job id specified' >&2; exit 1\n")
     assert queues.cancel(job) == queues.OVER, "squeue shows a job a while longer"
+
+
+@pytest.mark.parametrize("restart", [0, 1, 2, 3])
+def test_starts_that_follow_each_other_number_their_steps_differently(tmp_path: Path, restart: int) -> None:
+    """A start that slept through the loss of its node aborted the step of the next one as it woke: both were step 0 of the job."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    env = (
+        stand_in.install(tmp_path / "slurm")
+        | stand_in.batch_environment(tmp_path / "slurm", restart=restart)
+        | {"LAUNCHER_VENV": str(tmp_path / "venv")}
+    )
+    done = subprocess.run(["bash", str(ROOT / "infra/slurm/dalle.sbatch"), "RUN"], env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [next(word for word in call if not word.startswith("--")) for call in stand_in.calls(tmp_path / "slurm", "srun")]
+    assert steps == ["true", "env"][1 - restart % 2 :], "the launchers' step is number 1 of every second start"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +136,34 @@ def test_an_import_that_makes_another_error_of_a_stop_is_stopped_all_the_same(tm
         raise ImportError("no such library")
 
     assert ended(tmp_path, monkeypatch, breaks, World.single(), StopFlag())[0] == 1
+
+
+def test_weights_whose_loading_makes_another_error_of_a_stop_are_left_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gathers whatever is raised as it copies a parameter, and raises an error of its own: encode, told to stop as it opened its weights, had crashed."""
+    import torch
+
+    class Struck(torch.nn.Module):
+        def _load_from_state_dict(self, *given: Any) -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Exception as error:  # as torch's own does for each parameter
+                given[-1].append(str(error))
+
+    def work(stop: StopFlag) -> None:
+        stop.phase("the start")
+        Struck().load_state_dict({})
+
+    code, reason = ended(tmp_path, monkeypatch, work, World.single(), signals.install())
+    assert code == 75 and "stopped by a signal, which ended the start in RuntimeError: Error(s) in loading state_dict" in reason
+
+    def swallowed(stop: StopFlag) -> None:
+        stop.phase("the start")
+        with contextlib.suppress(StopRequested):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.orderly("an update")
+        raise RuntimeError("a bug of the update")
+
+    assert ended(tmp_path, monkeypatch, swallowed, World.single(), signals.install())[0] == 1, "the stop has nothing to do with it"
 
 
 @pytest.mark.parametrize(("stopped", "peers", "expected"), [(True, None, 75), (False, 75, 75), (False, None, 1), (False, 65, 1)])

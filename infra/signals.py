@@ -39,7 +39,7 @@ class StopFlag:
         self.received: signal.Signals | None = None
         self.name = ""
         """Of the phase that a signal ends at once; '' where work is under way that is saved first."""
-        self.left = ""
+        self.ended = ""
         """The phase that a signal has ended, once: a library may have made another error of that."""
         self.struck = ""
         """What was under way when the first signal came, for people."""
@@ -72,7 +72,7 @@ class StopFlag:
             StopRequested: the signal has come already.
         """
         self.doing(name)
-        self.name, self.left, self._patient, self._insisting = name, "", patient, insisting
+        self.name, self.ended, self._patient, self._insisting = name, "", patient, insisting
         live.say(now=True, phase=name)
         if self.received is not None:
             self._end_if_idle()
@@ -82,7 +82,7 @@ class StopFlag:
         if self.name:
             live.say(now=True, phase="")
         self.doing(name)
-        self.name = self.left = ""
+        self.name = self.ended = ""
 
     def doing(self, name: str) -> None:
         """What is under way from here on, whatever a signal does to it. LAUNCHER_DEBUG shows it."""
@@ -145,7 +145,7 @@ class StopFlag:
             if self._insisting:
                 self._again_after(_AGAIN_S)
             else:
-                self.name, self.left = "", phase  # once: what cleans up must not be struck again
+                self.name, self.ended = "", phase  # once: what cleans up must not be struck again
             raise StopRequested(f"stopped by {self.received.name} during {phase}; nothing was lost.", at_once=True)
 
     def _again_after(self, seconds: float) -> None:

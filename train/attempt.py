@@ -103,7 +103,7 @@ def guarded(name: str, cfg: RunConfig, run: RunFolder, world: World, stop: StopF
         stop.orderly("the end of the process")
         code, reason = error.exit_code, str(error)
     except Exception as error:
-        idle = stop.name or stop.left
+        idle = stop.name or stop.ended
         stop.orderly("the end of the process")
         code, reason, alone = *_explained(name, cfg, run, world, attempt, error, stopped=idle if stop else ""), bool(stop)
     if code == ExitCode.REQUEUE and stop.received and world.is_main:

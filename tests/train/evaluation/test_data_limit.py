@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,7 @@ def test_the_report_and_the_plan_of_a_run_say_it(tmp_path: Path) -> None:
     assert plan.data("tiny", setting) == ""
     said = plan.data(str(run), setting)
     assert said.startswith("data                 Data is likely to be the limit") and "5 training pictures, each read 160.0 times" in said
-    for odd in ([], {"train": "x"}, {"train": [5]}, {"train": -5}, None):  # a foreign run's
+    odds: tuple[Any, ...] = ([], {"train": "x"}, {"train": [5]}, {"train": -5}, None)
+    for odd in odds:  # a foreign run's
         write_json(run / "prepare" / "done.json", done | {"summary": {"splits": odd}})
         assert plan.data(str(run), setting) == ""

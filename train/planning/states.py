@@ -133,11 +133,6 @@ def states(
     moments = moment_bytes * parameters.matrices + 2 * _FP32 * parameters.rest
     if stage == 0:
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, error_bytes)
-    # A bucket is never larger than what is to be reduced. Stage 3 needs a second one, into which it reduces.
-    if half_gradients:
-        bucket = _HALF * min(bucket_elements, parameters.matrices) + _FP32 * min(bucket_elements, parameters.rest)
-    else:
-        bucket = _FP32 * min(bucket_elements, parameters.total)
     share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
     gathered_bytes = matrix * min(live_elements, parameters.total)
     return States(
@@ -145,11 +140,18 @@ def states(
         masters=share,  # also in stage 3: an fp32 shard could serve as its own master copy, but DeepSpeed keeps a second copy
         moments=moments / shards,
         gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share, max(share, _FP32 * touched), overlaps),
-        buckets=2 * bucket if stage == 3 else bucket,
+        buckets=_buckets(parameters, stage, bucket_elements, half_gradients=half_gradients),
         error_buffers=error_bytes,
         update=2 * share,  # gradients, and the same laid end to end
         keeps_gradients=stage == 3,
     )
+
+
+def _buckets(parameters: Parameters, stage: int, elements: int, *, half_gradients: bool) -> float:
+    """DeepSpeed allocates a bucket whole, however little there is to reduce. Stage 3 reduces into a second buffer, as large as what the bucket holds."""
+    kinds = [(_HALF, parameters.matrices), (_FP32, parameters.rest)] if half_gradients else [(_FP32, parameters.total)]
+    held = sum(size * min(elements, count) for size, count in kinds) if stage == 3 else 0
+    return sum(size * elements for size, _ in kinds) + held
 
 
 def _gradients(stage: int, micro_batches: int, whole: float, share: float, touched: float, overlaps: bool) -> float:

@@ -9,7 +9,7 @@ import pytest
 import launcher
 from infra.errors import ExitCode
 from train.config import load_run
-from train.planning import estimate
+from train.planning import estimate, states
 from train.planning.estimate import Setting
 from train.planning.states import Cluster
 
@@ -30,3 +30,11 @@ def test_machines_of_one_gpu_send_nothing_inside() -> None:
     cfg = load_run("12B", ["zero.sharding=flat", "dalle_fit.accumulation=1"])
     alone, eight = (estimate.traffic(Setting.configured(cfg, Cluster(nodes, gpus))) for nodes, gpus in ((64, 1), (8, 8)))
     assert alone.inside == 0.0 and alone.outside == eight.inside > eight.outside > 0
+
+
+def test_a_bucket_is_allocated_whole_however_small_the_model() -> None:
+    """By DeepSpeed; `plan tiny --check` and `plan demo --check` compare it with the engine."""
+    parameters = states.Parameters(matrices=600, blocks_rest=40, embeddings=30, unembeddings=20, final_norm=10)
+    assert states.states(parameters, 2, 1, bucket_elements=1000).buckets == 4000
+    assert states.states(parameters, 1, 1, bucket_elements=1000, half_gradients=True).buckets == 2000 + 4000
+    assert states.states(parameters, 3, 1, bucket_elements=1000).buckets == 4000 + 4 * 700

@@ -270,7 +270,7 @@ def test_every_mode_becomes_three_bytes_a_pixel(mode: str, form: str) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.new("RGB", (64, 64)))[:60]])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"cannot be decoded .* replace it or remove it"):
+    with pytest.raises(DataError, match=r"cannot be decoded .* replace the file or leave it out"):
         crops_module.decode(data)
 
 

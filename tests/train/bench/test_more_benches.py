@@ -39,7 +39,8 @@ def test_a_peer_trains_sees_nothing_that_comes_later_and_has_as_many_weights(kin
 def test_ours_is_compared_with_each_peer_at_its_best() -> None:
     found = training_peers.compare(CFG, SHAPE, 2, Options("cpu", 0.01, 1), engine="structured", compiled=False)
     assert set(found.peers) == {"nanoGPT-style, bf16, eager", "LlamaGen-style, bf16, eager"} and len(found.ratios) == 2
-    assert all(ratio.of == "ours, bf16" and ratio.value > 0 for ratio in found.ratios.values()) and to_json(found)
+    assert set(found.measured) == {f"ours, bf16, logits in {logits}" for logits in ("fp32", "bf16")}
+    assert all(ratio.of.startswith("ours, bf16, logits in ") and ratio.value > 0 for ratio in found.ratios.values()) and to_json(found)
 
 
 def test_a_generated_set_opens_with_as_many_records_as_it_says(tmp_path_factory: pytest.TempPathFactory) -> None:

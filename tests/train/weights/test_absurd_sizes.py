@@ -174,7 +174,7 @@ def test_captions_with_odd_separators_are_one_line_of_a_file_and_of_what_is_reco
     }
     facts = {
         "schema": samples.SCHEMA,
-        "key": "k",
+        "key": "0" * 64,
         "seed": 0,
         "score": None,
         "sha256": "",
@@ -184,5 +184,5 @@ def test_captions_with_odd_separators_are_one_line_of_a_file_and_of_what_is_reco
         "source": "",
     }
     lines = [facts | {"shaped_by": shaped, "caption": caption, "candidate": n, "file": f"{n:03d}.png"} for n, caption in enumerate(wanted)]
-    samples.Folder(str(tmp_path), "k").write(lines)
-    assert samples.Folder(str(tmp_path), "k").lines() == lines
+    samples.Folder(str(tmp_path), "0" * 64).write(lines)
+    assert samples.Folder(str(tmp_path), "0" * 64).lines() == lines

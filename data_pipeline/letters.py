@@ -65,9 +65,10 @@ def normalise(text: str) -> str:
 
     Nothing else changes: no space is added, merged or removed, and no other character is replaced.
     """
-    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if _has_surrogate(text) else text
+    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if has_surrogate(text) else text
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", clean).lower())
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half a character, which is no Unicode: as from bytes that are not UTF-8 on a command line."""
     return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False

@@ -29,11 +29,16 @@ def _chunks(rows: int, vocab: int, device_type: str) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _bf16_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of bf16 operands. A GPU returns fp32; a CPU cannot, and rounds to bf16."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in fp32, of operands that are both fp32 or both bf16. A CPU rounds a product of bf16 operands to bf16, a GPU does not."""
+    """``a @ b`` as fp32, of operands that are both fp32 or both bf16."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
+    product = _bf16_product(a, b)
     return product.float() if out is None else out.copy_(product)
 
 
@@ -44,7 +49,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     elif first:
         _product(a, b, out=total)
     else:
-        total.add_(torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b))
+        total.add_(_bf16_product(a, b))
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -193,6 +193,10 @@ class DalleFit(LearningSection, FitSection, NumericsSection):
     checkpoint_every: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
     """With activation_checkpointing: resblocks that are recomputed together; activations are kept before every n-th resblock."""
 
+    def has_bf16_logits(self, branches: str) -> bool:
+        """Whether the heads' products read bf16 operands in training, where residual branches compute in ``branches`` (fp32, bf16 or fp16)."""
+        return self.logits == "bf16" or (self.logits == "auto" and branches == "bf16")
+
 
 class ZeroSection(Section):
     """DeepSpeed ZeRO. Keys have DeepSpeed's names where it has such a key."""

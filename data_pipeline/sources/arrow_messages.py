@@ -12,7 +12,6 @@ from data_pipeline.sources.gzipped import FREE_BYTES, MOST_TIMES
 
 _LOOK = 1 << 12
 _CONTINUES = 0xFFFFFFFF
-_MAGIC = b"ARROW1"
 _FIRST, _TRAILER = 8, 10
 """Bytes before the first message of a file, and those behind its footer: a length and the magic word."""
 _DICTIONARY, _BATCH = 2, 3
@@ -33,12 +32,14 @@ def check_messages(stream: BinaryIO, size: int, *, seekable: bool) -> None:
         ValueError: one unpacks to far more than it is, or the metadata are damaged.
     """
     try:
-        for at in _footer(stream, size) if seekable else [0]:
-            following: int | None = at
-            while following is not None and following < size:
-                following = _check(stream, following, size)
-                if seekable:
-                    break
+        if seekable:
+            for at in _footer(stream, size):
+                if at < size:
+                    _check(stream, at, size)
+            return
+        following: int | None = 0
+        while following is not None and following < size:
+            following = _check(stream, following, size)
     except (struct.error, IndexError, OverflowError) as error:
         raise ValueError(f"its metadata cannot be read: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.letters import has_surrogate
 from data_pipeline.tokenizer import Tokenizer
 from infra import storage, text
 from infra.errors import DataError
@@ -28,7 +29,7 @@ def read_captions(given: Sequence[str], file: str) -> list[str]:
             raise DataError(f"--file -: not UTF-8 text ({error}).") from error
         found += [line for line in text.lines(content) if line.strip()]
     for caption in found:
-        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        if has_surrogate(caption):
             raise DataError(
                 f"the caption '{shortened(caption)}' is not UTF-8 text; give it as such (a terminal's encoding is that of LC_ALL or LANG)."
             )

@@ -161,7 +161,6 @@ def draw(
 
 def draw_batch(models: Models, batch: Batch, settings: Settings, prefix: Sequence[int] = (), listen: Listen | None = None) -> list[Picture]:
     """Draw one batch; see ``draw``."""
-    _check_memory(models, settings, batch.size)
     of_caption = {caption: settings.seeds(caption) for caption in dict.fromkeys(batch.captions)}  # once: of n candidates, each has n seeds
     seeds = [of_caption[caption][candidate] for caption in batch.captions for candidate in batch.candidates]
     run = begin_batch(models, batch, settings, seeds, prefix)

@@ -126,7 +126,7 @@ def activation_run(setting: Setting) -> activations.Run:
 
 
 def _casts_logits(fit: DalleFit) -> bool:
-    return fit.logits == "bf16" or (fit.logits == "auto" and fit.precision in ("auto", "bf16"))  # a GPU computes branches of precision 'auto' in bf16
+    return fit.has_bf16_logits("bf16" if fit.precision == "auto" else fit.precision)  # as a GPU decides it
 
 
 def memory(setting: Setting) -> Memory:

@@ -21,6 +21,7 @@ from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Norm, Transformer
 from train.config import DalleFit, FitSection, RunConfig
+from train.machine.rates import name_of
 from train.run import attention_engine, places
 from train.weights import export
 
@@ -124,8 +125,7 @@ def build_dalle(
 
 def logits_dtype(fit: DalleFit, branches: torch.dtype) -> torch.dtype:
     """What the heads' matrix products read in training, in a model whose residual branches compute in ``branches``."""
-    is_bf16 = fit.logits == "bf16" or (fit.logits == "auto" and branches == torch.bfloat16)
-    return torch.bfloat16 if is_bf16 else torch.float32
+    return torch.bfloat16 if fit.has_bf16_logits(name_of(branches)) else torch.float32
 
 
 def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:

@@ -20,6 +20,7 @@ from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from tests.support.fault_proxy import Rule, fault_proxy
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from tests.support.s3_server import S3Server
 from train import attempt as attempt_module
@@ -279,7 +280,7 @@ def test_a_killed_rank_leaves_no_notes_of_pythons_tracker_on_the_terminal() -> N
     code = "import os; from multiprocessing.shared_memory import SharedMemory as Segment; Segment(create=True, size=16); os._exit(0)"
     said = {
         quiet: subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONWARNINGS": quiet}, capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONWARNINGS": quiet}, capture_output=True, text=True, timeout=PATIENCE_S, check=True
         ).stderr
         for quiet in ("", TRACKER_NOTES)
     }

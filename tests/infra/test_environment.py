@@ -16,6 +16,7 @@ from infra import environment, node_checks, scratch
 from infra.errors import ConfigError
 from infra.job import Job
 from infra.world import Share, World
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.launch import default_nproc
 from train.run.stage_table import STAGES
@@ -200,7 +201,7 @@ def test_captions_are_read_as_utf8_and_printed_as_the_terminal_can(tmp_path: Pat
     (tmp_path / "data").mkdir()
     (tmp_path / "猫.txt").rename(tmp_path / "data" / "猫.txt")
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "data")], env=os.environ | variables, stdout=subprocess.PIPE)
-    assert process.communicate(timeout=60)[0] == shown + f" {process.pid}\n".encode(), "and the process keeps its number"
+    assert process.communicate(timeout=PATIENCE_S)[0] == shown + f" {process.pid}\n".encode(), "and the process keeps its number"
 
 
 SPEAKS = "from infra import output; output.last(); import sys, os; print('a' * 100_000); sys.stdout.flush(); print('b', file=sys.stderr); os.write({kept}, b'alive')"
@@ -212,7 +213,7 @@ def test_a_log_that_is_lost_ends_nothing(tmp_path: Path, lost: str) -> None:
     # bash tells the code of what stands before the pipe in a file.
     with (tmp_path / "kept").open("wb") as kept:
         words = ["bash", "-c", f"export PYTHONPATH={ROOT}; {way}", "bash", sys.executable, "-c", SPEAKS.format(kept=kept.fileno())]
-        done = subprocess.run(words, cwd=tmp_path, pass_fds=[kept.fileno()], check=False, timeout=60)
+        done = subprocess.run(words, cwd=tmp_path, pass_fds=[kept.fileno()], check=False, timeout=PATIENCE_S)
     code = int((tmp_path / "status").read_text()) if lost == "broken" else done.returncode
     assert (code, (tmp_path / "kept").read_bytes()) == (0, b"alive")
 

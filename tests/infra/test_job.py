@@ -19,6 +19,7 @@ from infra.job import FIRST_PORT, PORTS, ClusterConfig, Job, JobSpec, expand_hos
 from infra.ledger import Attempt, crashes_in_a_row, judge
 from infra.run_folder import RunFolder
 from infra.world import World
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.config import load_run
 from train.loop.goodput import Goodput, lost_s, process_age_s
@@ -83,7 +84,7 @@ def test_helpers_of_a_launcher_survive_the_signal_that_slurm_sends_to_every_proc
         "while not flag: time.sleep(0.01)\n"
         "time.sleep(0.3); print(flag.received.name, helper.poll()); helper.terminate(); print(helper.wait())"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, start_new_session=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, start_new_session=True)
     assert done.stdout.split() == ["SIGUSR2", "None", "-15"], done.stderr
 
 
@@ -224,11 +225,11 @@ def test_launchers_wait_for_the_records_of_all_nodes_or_for_one_that_says_enough
     run.record_exit("dvae", number, 0, 75, "saved")
     threading.Timer(1.0, run.record_exit, args=("dvae", number, 1, 75, "saved")).start()
     started = time.monotonic()
-    run.wait_for_records("dvae", number, 2, timeout_s=20)
+    run.wait_for_records("dvae", number, 2, timeout_s=PATIENCE_S)
     assert 0.3 < time.monotonic() - started < 19 and run.root_cause("dvae", number, 2)[0] == 75
     number = run.begin_attempt("dvae", size=2)
     run.record_exit("dvae", number, 0, 78, "wrong")
-    run.wait_for_records("dvae", number, 2, timeout_s=20)
+    run.wait_for_records("dvae", number, 2, timeout_s=PATIENCE_S)
     started = time.monotonic()
     run.wait_for_records("dvae", run.begin_attempt("dvae"), 2, timeout_s=0.2)
     assert time.monotonic() - started < 19
@@ -249,7 +250,7 @@ def test_a_stuck_rank_ends_in_time_and_says_where_it_stood() -> None:
     time.sleep(1.5)
     assert not said
     watchdog.beat()
-    assert ended.wait(10)
+    assert ended.wait(PATIENCE_S)
     ((code, reason),) = said
     assert code == 1 and "no progress for 1 s; it stands at tests/infra/test_job.py" in reason
     assert "inside wait (threading.py)" in reason
@@ -261,7 +262,7 @@ def test_the_watchdog_ends_a_process_that_nothing_else_would(tmp_path: Path) -> 
         "os.environ['LAUNCHER_HANG_S'] = '0.3'\n"
         "watchdog.start(lambda code, reason: print(reason, flush=True)); watchdog.beat(); threading.Lock().acquire(); threading.Event().wait()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
     assert done.returncode == 1 and "no progress for" in done.stdout and "Thread" in done.stderr
 
 

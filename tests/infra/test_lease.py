@@ -25,6 +25,7 @@ from infra.lease import Holder, hold
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.run.cluster import Start, verdict
 from train.weights import checkpoint
@@ -124,7 +125,7 @@ def test_of_racing_launchers_one_wins(url: str) -> None:
         try:
             held = lease._take(storage.join(url, "locks", "dvae"), "busy", Job(), None)
             won.append(held)
-            over.wait(20)
+            over.wait(PATIENCE_S)
         except ConfigError as error:
             lost.append(str(error))
         if len(lost) == 3:
@@ -203,7 +204,7 @@ def test_the_later_start_of_a_job_lets_the_earlier_one_save_and_end(url: str, ho
     """As where a scheduler has lost a node whose processes live on, and starts the job elsewhere."""
     orphan = holder(url, "77", 0, LAUNCHER_LEASE_S="6")
     with hold(url, "dvae", Job("77", 1)) as held:
-        assert held.number == 1 and orphan.wait(timeout=30) == 0, orphan.communicate()[0]  # it held the lease to its end, and so could save
+        assert held.number == 1 and orphan.wait(timeout=PATIENCE_S) == 0, orphan.communicate()[0]  # it held the lease to its end, and so could save
         assert storage.exists(storage.join(url, "dvae", "done.json"))
         with pytest.raises(SupersededError), pytest.MonkeyPatch.context() as patch:  # an earlier start that comes late moves nobody
             patch.setattr(lease, "PATIENCE_S", 0.5)
@@ -242,7 +243,7 @@ def test_a_holder_that_was_paused_past_its_lease_writes_nothing_when_it_wakes(ur
         assert held.number == 1
         before = {name: digest for name, digest in tree(url).items() if "/locks/" not in f"/{name}"}
         paused.send_signal(signal.SIGCONT)  # its next beat finds out, and stops what it runs; the marker is refused
-        assert paused.wait(timeout=30) == 75
+        assert paused.wait(timeout=PATIENCE_S) == 75
         said = paused.communicate()[0]
         assert f"the work was taken over by process {os.getpid()} on" in said and "ended: " in said, said
         assert {name: digest for name, digest in tree(url).items() if "/locks/" not in f"/{name}"} == before
@@ -260,7 +261,7 @@ def test_clocks_five_minutes_apart_neither_end_a_living_launcher_nor_keep_a_dead
     with pytest.raises(ConfigError, match=f"process {living.pid} on "), hold(url, "dvae", Job()):
         pass  # where its files look old on a mount that keeps the writer's time, it is watched first
     living.send_signal(signal.SIGTERM)
-    assert living.wait(timeout=30) == 0
+    assert living.wait(timeout=PATIENCE_S) == 0
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - skew)
     place(url, somebody(lease_s=SHORT_S))
     with hold(url, "dvae", Job("77", 1)) as held:
@@ -312,7 +313,7 @@ def test_a_launcher_that_has_lost_and_does_not_end_is_ended(tmp_path: Path, monk
     with hold(str(tmp_path), "dvae", Job()) as held:
         held.end = ends.append
         place(str(tmp_path), somebody(), 1)
-        held._thread.join(20)
+        held._thread.join(PATIENCE_S)
     assert (kills, ends) == ([signal.SIGTERM], [75]) and "taken over by process 4711" in held.lost
 
 

@@ -17,6 +17,7 @@ from infra.job import Job
 from infra.meeting import Meeting
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support.patience import PATIENCE_S
 
 
 def free_port() -> int:
@@ -49,7 +50,7 @@ def joined(mine: Job, place: str = "") -> list[Meeting | BaseException]:
     return found
 
 
-def until(condition: object, what: str, limit_s: float = 60.0) -> None:
+def until(condition: object, what: str, limit_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, what

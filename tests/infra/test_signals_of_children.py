@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.signals import PREEMPTION_SIGNAL, STOP_SIGNALS
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 
 _CHILD = "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('SigBlk')])"
@@ -50,7 +51,7 @@ import os, sys, time
 from infra import signals
 signals.die_with_parent(*(int(word) for word in sys.argv[1:]))
 print("alive", flush=True)
-time.sleep(30)
+time.sleep(900)
 """
 
 
@@ -75,7 +76,7 @@ def test_a_child_ends_with_its_parent_and_not_before(tmp_path: Path, variable: b
     assert said == "alive" and _is_running(int(child))
     parent.kill()
     parent.wait()  # not communicate: the child holds its pipes too
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while _is_running(int(child)):
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.02)

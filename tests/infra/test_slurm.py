@@ -20,6 +20,7 @@ from infra import slurm_submit
 from infra.errors import ConfigError
 from infra.job import ClusterConfig, JobSpec
 from tests.support import slurm_stand_in as stand_in
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import missing
 from train.loop.metrics import read_metrics
@@ -203,7 +204,7 @@ def requeues(folder: Path) -> list[list[str]]:
 def test_a_job_script_ends_as_the_verdict_says(tmp_path: Path, end: int, verdict: int, restart: int, code: int, requeued: bool) -> None:
     restarts = {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
     process = batch(tmp_path / "slurm", "RUN", "dalle_fit.lr=1", END=str(end), VERDICT=str(verdict), **restarts)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == code, output
     assert requeues(tmp_path / "slurm") == ([["requeue", "4242"]] if requeued else [])
     said = (tmp_path / "slurm" / "python").read_text()
@@ -219,7 +220,7 @@ def test_a_run_folder_is_meant_where_it_was_named(tmp_path: Path) -> None:
     for number, (given, meant) in enumerate((("runs/mine", f"{tmp_path}/runs/mine"), ("tiny", "tiny"), ("s3://b/runs/mine", "s3://b/runs/mine"))):
         folder = tmp_path / f"slurm-{number}"
         process = batch(folder, given, "dalle_fit.lr=1", END="0", VERDICT="0", LAUNCHER_HOME=str(ROOT), SLURM_SUBMIT_DIR=str(tmp_path))
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == 0, output
         assert f"python launcher.py dalle {meant} dalle_fit.lr=1" in (folder / "python").read_text()
 
@@ -230,24 +231,24 @@ def test_a_run_folder_is_meant_where_it_was_named(tmp_path: Path) -> None:
 def test_the_tasks_of_an_array_divide_what_can_be_divided(tmp_path: Path, script: str, given: dict[str, str], share: str | None) -> None:
     array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"}
     process = batch(tmp_path / "slurm", "RUN", script=script, END="0", VERDICT="0", **array, **given)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     assert [env.get("LAUNCHER_SHARE") for env in stand_in.environments(tmp_path / "slurm", "srun")] == [share]
 
 
 def test_a_job_that_was_started_again_elsewhere_is_not_requeued_by_its_orphan(tmp_path: Path) -> None:
     process = batch(tmp_path / "slurm", "RUN", END="75", VERDICT="75", SLURM_RESTART_COUNT="1", JOB_RESTARTS="2")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 75 and "runs elsewhere by now (restart 2)" in output and not requeues(tmp_path / "slurm")
 
 
 def test_a_job_that_slurm_is_ending_is_not_requeued(tmp_path: Path) -> None:
     process = batch(tmp_path / "slurm", "RUN", END="75", VERDICT="75", JOB_STATE="COMPLETING")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 75 and "verdict 75" in output and not requeues(tmp_path / "slurm")
 
 
 def until_ready(process: subprocess.Popen[str], folder: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (folder / "ready").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -262,7 +263,7 @@ def test_a_batch_script_passes_usr2_on_and_survives_term(tmp_path: Path, number:
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGUSR2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 75 and "srun ended with 75" in output
     assert requeues(tmp_path / "slurm") == [["requeue", "4242"]]
 
@@ -273,7 +274,7 @@ def test_srun_may_end_while_usr2_is_passed_on(tmp_path: Path) -> None:
     process = batch(tmp_path / "slurm", "RUN", PATIENT="78", VERDICT="78", **{"BASH_FUNC_kill%%": kill})
     until_ready(process, tmp_path / "slurm")
     process.send_signal(signal.SIGUSR2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 78 and "srun ended with 78" in output, output
 
 
@@ -281,7 +282,7 @@ def test_containers_wrap_the_launcher_by_one_variable(tmp_path: Path) -> None:
     for name, runtime in (("a", "apptainer"), ("b", "pyxis"), ("c", "docker")):
         folder = tmp_path / name
         process = batch(folder, "RUN", LAUNCHER_RUNTIME=runtime, LAUNCHER_IMAGE="image.sif", LAUNCHER_MOUNTS="/data", VERDICT="0")
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
         asked = stand_in.calls(folder, "srun")
         if runtime == "apptainer":
             assert ["apptainer", "exec", "--nv", "--bind", f"{ROOT},/data", "image.sif", "python", "launcher.py"] == asked[0][7:15], asked

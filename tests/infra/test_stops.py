@@ -21,6 +21,7 @@ from infra.errors import ExitCode, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train import attempt as attempt_module
 from train.config import load_run
@@ -82,7 +83,7 @@ def test_a_stop_that_a_library_swallows_is_raised_again_where_nothing_is_cleaned
     process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.terminate()
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE_S)[0]
     assert said == ("1 stopped by SIGTERM during the imports; nothing was lost.\n" if insisting else "went on\n"), said
 
 
@@ -216,7 +217,7 @@ def test_a_rank_that_waits_in_a_library_for_one_that_was_stopped_is_ended_if_it_
     process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.terminate()
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     if idle:
         assert (process.returncode, output) == (75, "stopped by SIGTERM during the start; nothing was lost.\n")
     else:

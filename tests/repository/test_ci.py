@@ -10,13 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 
 # As `make demo` it leaves a report where it was told to.
 MAKE = """#!/bin/sh
 echo "make $*"
+case "$*" in "test") [ ! -e fails ] || exit 2 ;; test*) [ ! -e fails_alone ] || exit 2 ;; esac
 for word in "$@"; do case $word in ARGS=run.root=*) head -c 2000 /dev/zero > "${word#ARGS=run.root=}/report.html" ;; esac; done
 """
+
+
+def _run(folder: Path, programs: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """.ci/run in a folder of its own, with these programs and npm as stand-ins."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    (folder / "bin").mkdir()
+    for name, text in (programs | {"npm": '#!/bin/sh\necho "npm $*"\n'}).items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    for name in ("bash", "sh", "dirname", "mkdir", "mktemp", "rm", "date", "find", "head", "wc", "timeout", "touch"):
+        (folder / "bin" / name).symlink_to(str(shutil.which(name)))
+    env = {"PATH": str(folder / "bin"), "HOME": os.environ.get("HOME", "/")}
+    return subprocess.run(["bash", str(folder / ".ci" / "run")], capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
 
 
 @pytest.mark.parametrize(
@@ -29,18 +45,7 @@ for word in "$@"; do case $word in ARGS=run.root=*) head -c 2000 /dev/zero > "${
     ],
 )
 def test_ci_installs_a_real_slurm_where_it_can_and_goes_on_where_it_cannot(tmp_path: Path, user: str, apt_get: str, said: str, calls: int) -> None:
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
-    (tmp_path / "bin").mkdir()
-    programs = {"make": MAKE, "id": f"#!/bin/sh\necho {user}\n", "apt-get": f'#!/bin/sh\necho "$@" >> calls\n{apt_get}\n'}
-    programs["npm"] = '#!/bin/sh\necho "npm $*"\n'
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    for name in ("bash", "sh", "dirname", "mkdir", "mktemp", "rm", "date", "find", "head", "wc", "timeout", "touch"):
-        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
-    env = {"PATH": str(tmp_path / "bin"), "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(["bash", str(tmp_path / ".ci" / "run")], capture_output=True, text=True, env=env, timeout=60, check=False)
+    done = _run(tmp_path, {"make": MAKE, "id": f"#!/bin/sh\necho {user}\n", "apt-get": f'#!/bin/sh\necho "$@" >> calls\n{apt_get}\n'})
     assert done.returncode == 0, done.stdout + done.stderr
     assert said in done.stdout and ("not installed" in done.stdout) == bool(said) and "CI: all passed" in done.stdout
     asked = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
@@ -48,3 +53,15 @@ def test_ci_installs_a_real_slurm_where_it_can_and_goes_on_where_it_cannot(tmp_p
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("make")] == ["check", "test", "demo"]
     assert re.search(r"^npm install .*--prefix \S+/\.venv-ci-\w+/azurite azurite@", done.stdout, re.MULTILINE)
     assert not list((tmp_path / "runs").iterdir()) and not list(tmp_path.glob(".venv*")), "it cleans up after itself"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_tests_that_fail_run_again_alone_and_a_second_failure_ends_it(tmp_path: Path, alone: bool) -> None:
+    (tmp_path / "fails").touch()
+    if not alone:
+        (tmp_path / "fails_alone").touch()
+    done = _run(tmp_path, {"make": MAKE, "id": "#!/bin/sh\necho 1000\n"})
+    assert (done.returncode == 0) == alone == ("CI: all passed" in done.stdout), done.stdout + done.stderr
+    made = [line for line in done.stdout.splitlines() if line.startswith("make ")]
+    assert made[1:3] == ["make test", "make test ARGS=--last-failed --last-failed-no-failures none -n 0 -x"]
+    assert len(made) == 3 + alone

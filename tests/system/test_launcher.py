@@ -18,6 +18,7 @@ from infra.agent import Placement, begin
 from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import ranks_of
 from tests.support.root import ROOT
 from train import attempt as attempt_module
@@ -247,7 +248,7 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_lock_is_free(run: Pa
     assert len(ranks) == 2
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while ranks_of(run):
         assert time.monotonic() < deadline, "ranks outlived their launcher"
         time.sleep(0.05)

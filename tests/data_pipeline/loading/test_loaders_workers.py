@@ -24,6 +24,7 @@ from data_pipeline.shards.shard_set import ShardSet
 from infra.errors import ConfigError, DataError, ReportedError
 from infra.world import World
 from tests.support.code_sets import COUNT, code_set, draw, loader
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import alive
 from tests.support.ranks import ROOT
 
@@ -266,9 +267,9 @@ def test_workers_end_with_their_parent_however_it_ends(how: str) -> None:
     pids = process.stdout.readline().split()
     if how == "wait":
         process.kill()
-    assert process.wait(timeout=60) == (-signal.SIGKILL if how == "wait" else 0)
+    assert process.wait(timeout=PATIENCE_S) == (-signal.SIGKILL if how == "wait" else 0)
     process.stdout.close()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while any(alive(int(pid)) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
@@ -282,7 +283,7 @@ def test_a_worker_makes_as_many_batches_ahead_as_it_is_told(tmp_path: Path) -> N
 
     made = Workers(make, 1, 5)
     made.next()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while len(list(tmp_path.iterdir())) < 6 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)  # for one too many to show

@@ -24,6 +24,7 @@ from infra.errors import ConfigError
 from infra.signals import StopFlag
 from tests.support import drawable_run
 from tests.support.browser import PHONE, needs_browser, opened
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.drawing.page import MOST, Page
 from train.drawing.pictures import load
@@ -128,7 +129,7 @@ def test_play_serves_the_page_until_a_signal_comes(url: str, capsys: pytest.Capt
     with urllib.request.urlopen(address[0]) as answer:
         assert b"what to draw" in answer.read()
     stop.handle(2, None)
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 

@@ -17,6 +17,7 @@ import typer
 from infra.errors import ConfigError, DataError
 from infra.signals import StopFlag
 from tests.support import drawable_run
+from tests.support.patience import PATIENCE_S
 from train.config import load_run
 from train.drawing import draw
 from train.drawing.settings import Settings
@@ -129,7 +130,7 @@ for command in launcher.app.registered_commands:
             if option.max is None and kind is int or kind is float and option.callback is None:
                 print(command.name or command.callback.__name__, name)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.split("\n")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout.split("\n")
     assert sorted(set(found)) == ["", "draw seed", "inspect seed"], "seeds may be any number"
 
 

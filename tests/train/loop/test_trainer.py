@@ -15,6 +15,7 @@ from infra.errors import CheckpointError, DivergedError
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
+from tests.support.patience import PATIENCE_S
 from train.config import FitSection
 from train.engines.protocol import Update
 from train.loop.metrics import read_metrics
@@ -208,7 +209,7 @@ def fragments_of(value: float) -> dict[str, Fragment]:
 
 def test_saving_goes_on_beside_training_and_keeps_what_was_there_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, plain = threading.Event(), checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args, **named: (gate.wait(10), plain(*args, **named)))
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **named: (gate.wait(PATIENCE_S), plain(*args, **named)))
     saver, live, plateau = Checkpointer(str(tmp_path), World.single(), keep=2), fragments_of(1.0), Plateau(2, 1, 0.5, 5, 0, at=(3,))
     began = time.perf_counter()
     saver.save(1, live, {"shapes": {"w": [4]}, "plateau": plateau.state()})
@@ -247,7 +248,7 @@ def test_tensors_are_copied_when_they_are_ready_and_settling_waits_for_it(tmp_pa
     saver, live, ready = Checkpointer(str(tmp_path), World.single(), keep=2), fragments_of(1.0), threading.Event()
 
     def finish() -> None:
-        ready.wait(10)
+        ready.wait(PATIENCE_S)
         live["model/w"].tensor.fill_(3.0)  # an average that is still being mixed
 
     began = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.patience import PATIENCE_S
 from train.optimizer import averaging
 from train.optimizer.averaging import Average
 
@@ -32,7 +33,7 @@ def test_the_next_step_waits_for_the_mixing_and_the_update_does_not(monkeypatch:
     plain, gate, mixed = averaging._mix, threading.Event(), list[bool]()
 
     def slow(*given: Any) -> None:
-        mixed.append(gate.wait(30))
+        mixed.append(gate.wait(PATIENCE_S))
         plain(*given)
 
     p = torch.ones(3)

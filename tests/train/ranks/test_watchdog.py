@@ -16,6 +16,7 @@ import pytest
 
 from infra.run_folder import RunFolder
 from infra.world import World
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import ranks_of
 from tests.system.test_launcher import LAUNCHER, copied
 from train.advice import facts, words
@@ -110,7 +111,7 @@ def test_a_suspended_process_is_not_taken_for_a_hung_one(tmp_path: Path) -> None
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
     process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=60)[0] == "well\n" and process.returncode == 0
+    assert process.communicate(timeout=PATIENCE_S)[0] == "well\n" and process.returncode == 0
 
 
 def test_who_waits_for_others_gives_them_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def test_who_waits_for_others_gives_them_longer(monkeypatch: pytest.MonkeyPatch)
     patient = Watchdog(2.0, lambda code, reason: said.append(reason), lambda code: ended.set())
     began = time.monotonic()
     patient.beat()
-    assert ended.wait(30) and time.monotonic() - began >= 2.5
+    assert ended.wait(PATIENCE_S) and time.monotonic() - began >= 2.5
     assert "it waits for other ranks at tests/train/ranks/test_watchdog.py" in said[0] and said[0].endswith(
         "; on this node rank 1 (process 7) is stopped"
     )
@@ -150,7 +151,7 @@ def test_stacks_are_shown_on_request(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=Path(LAUNCHER).parent)
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     process.send_signal(watchdog.STACK_SIGNAL)
-    output = process.communicate(timeout=60)[0]  # ends its input
+    output = process.communicate(timeout=PATIENCE_S)[0]  # ends its input
     assert "most recent call first" in output and output.endswith("on\n") and process.returncode == 0
 
 

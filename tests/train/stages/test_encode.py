@@ -24,6 +24,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from model.dvae import DVAE
+from tests.support.patience import PATIENCE_S
 from tests.train.stages.test_shares import tree
 from train import launch
 from train.config import RunConfig, load_run
@@ -148,7 +149,7 @@ def test_the_next_batch_is_decoded_while_the_model_works_on_this_one(encoded: Pa
     encode, cut = DVAE.encode, CodeMaker._cut
 
     def slow(self: DVAE, pixels_B3YX: torch.Tensor) -> torch.Tensor:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while len(decoded) < min(16, 8 * (len(seen) + 2)) and time.monotonic() < deadline:
             time.sleep(0.001)  # the model gives way: only other threads can decode now
         seen.append(len(decoded))

@@ -22,6 +22,7 @@ from infra.errors import ConfigError, DataError, ExitCode, LostPeerError, UsageE
 from infra.job import Job
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE
 from train.config import load_run
@@ -58,7 +59,7 @@ def of(run: RunFolder, stage: str) -> Standing:
     return standing.of_stage(load_run(run.url, []), run, stage)[0]
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline

@@ -20,6 +20,7 @@ from infra.errors import ConfigError, DataError, ExitCode, UsageError
 from infra.mirror import Look, Mirror
 from infra.signals import StopFlag
 from tests.support.events import next_second
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.loop.metrics import MetricsWriter
 from train.run.run_names import distinct
@@ -146,13 +147,13 @@ def test_it_serves_what_grows_ends_cleanly_and_names_a_port_in_use(tmp_path: Pat
             tensorboard.main([run], Options(port=int(url.rstrip("/").rpartition(":")[2])), StopFlag())
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == ExitCode.DONE
+        assert process.wait(PATIENCE_S) == ExitCode.DONE
     assert children and not [child for child in children if os.path.exists(f"/proc/{child}")]
 
 
 def _served(url: str, run: str, count: int) -> list[int]:
     """The steps that TensorBoard shows, once it shows so many."""
-    until, steps = time.monotonic() + 60, list[int]()
+    until, steps = time.monotonic() + PATIENCE_S, list[int]()
     query = f"{url.rstrip('/')}/data/plugin/scalars/scalars?tag=1%20loss%2Ftrain%20loss&run={run.replace('/', '%2F')}"
     while len(steps) < count and time.monotonic() < until:
         try:

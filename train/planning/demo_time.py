@@ -34,11 +34,13 @@ _QUIET_SHARE = 0.9
 _BUSY = 1.25
 """If the time under the present load is at least this many times that on an idle machine, the projection is a range."""
 _TELLING_S = 20.0
+_PROBE_COUNTS_S = 120.0
+"""A probe on an idle machine counts as a stage of so many seconds that took what was projected: a load that one stage met may be gone in the next."""
 _MOST_OFF = 1.5
 """The ends of a range are at most this factor away from its middle."""
 _START_S = 5.0
 """Seconds that a stage's launcher takes before it starts ranks."""
-_CLIP_IMAGES_S, _PICTURES_S = 600.0, 3.3
+_CLIP_IMAGES_S, _PICTURES_S = 600.0, 10.0
 _OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, "report": 2.0}
 """Recorded seconds of the other stages with the demo's data, without the starts of processes."""
 
@@ -56,6 +58,7 @@ class Projection:
         self.quiet, self.loaded, self._words = dict(quiet), dict(loaded), words
         self._told: list[tuple[float, float]] = []
         """(seconds taken, seconds projected) of each finished stage that was long enough to tell the speed of the machine."""
+        self._probe = [(_PROBE_COUNTS_S, _PROBE_COUNTS_S)] if sum(loaded.values()) <= _BUSY * sum(quiet.values()) else []
 
     def __str__(self) -> str:
         if self._words:
@@ -82,13 +85,14 @@ class Projection:
     def to_go_s(self) -> tuple[float, float] | None:
         """Least and most seconds that are left, or None before a stage of some length has ended.
 
-        The projection is scaled by the time that all ended stages took, divided by their projected time, so that long stages count more than short ones. The range is
-        as wide as the single stages differ in this factor.
+        The projection is scaled by the time that the probe and all ended stages took, divided by their projected time, so that long stages count more than short ones.
+        The range is as wide as they differ in this factor.
         """
         if not self._told:
             return None
-        pace = sum(taken for taken, _ in self._told) / sum(middle for _, middle in self._told)
-        paces = [taken / middle for taken, middle in self._told]
+        told = [*self._probe, *self._told]
+        pace = sum(taken for taken, _ in told) / sum(middle for _, middle in told)
+        paces = [taken / middle for taken, middle in told]
         off = min(_MOST_OFF, max(max(paces) / pace, pace / min(paces)))
         left = pace * sum(map(self._middle, self.loaded))
         return left / off, left * off

@@ -22,13 +22,13 @@ def test_the_parts_of_recorded_demos_add_up_within_a_tenth() -> None:
     """Two demos on two cores of an AMD EPYC: updates alone at the rates that the runs had, starts of 5 to 7 s."""
     demo = load_run("demo", [])
     nothing = {"dvae": 0, "dalle": 0}
-    # Nothing else ran: 804 s of the transformer's training, 18.4 minutes of stages and about one of starts.
+    # Nothing else ran: 804 s of the transformer's training, 18.4 minutes of stages and about one of starts; its drawings took half a minute more, and would today take what stands here.
     quiet = estimate(demo, {"dvae": 114.0, "dalle": 82.5}, 5.0, nothing, STAGES)
-    assert sum(quiet.values()) == pytest.approx(60 * 19.4, rel=0.1)
+    assert sum(quiet.values()) == pytest.approx(60 * 18.9, rel=0.1)
     # Later, up to 'encode': launchers' own seconds, starts included.
     assert quiet["dvae"] == pytest.approx(179, rel=0.1)
     assert sum(quiet[name] for name in ("prepare", "tokenizer", "encode")) == pytest.approx(19 + 3 + 20, abs=12)
-    assert quiet["clip"] + quiet["generate"] + quiet["evaluate"] + quiet["report"] == pytest.approx(48 + 54 + 12 + 2, rel=0.1)
+    assert quiet["clip"] + quiet["generate"] + quiet["evaluate"] + quiet["report"] == pytest.approx(48 + 24 + 12 + 2, rel=0.1)
 
 
 def test_what_is_done_already_is_left_out_and_a_slow_machine_takes_longer_for_everything() -> None:
@@ -38,7 +38,7 @@ def test_what_is_done_already_is_left_out_and_a_slow_machine_takes_longer_for_ev
     assert "dvae" not in half and half["dalle"] == pytest.approx(10 + (whole["dalle"] - 10) / 2, rel=0.02)
     slow = estimate(demo, {"dvae": 57.0, "dalle": 41.0}, 5.0, {"dvae": 0, "dalle": 0}, STAGES)
     for name in ("dvae", "dalle", "clip", "generate"):
-        assert 1.6 * whole[name] < slow[name] < 2 * whole[name], name
+        assert 1.5 * whole[name] < slow[name] < 2 * whole[name], name
 
 
 def test_a_loaded_machine_gets_a_range_and_each_stage_mends_what_is_left() -> None:
@@ -50,7 +50,7 @@ def test_a_loaded_machine_gets_a_range_and_each_stage_mends_what_is_left() -> No
     )
     found = Projection(quiet, loaded)
     assert re.match(
-        r"projected time: 20 to 12\d minutes \(.*other programs take 8\d % of this machine now; measured again after each stage", str(found)
+        r"projected time: 19 to 1[12]\d minutes \(.*other programs take 8\d % of this machine now; measured again after each stage", str(found)
     )
     assert found.to_go() == "", "nothing was seen yet"
     found.took("prepare", 4.0)
@@ -62,16 +62,20 @@ def test_a_loaded_machine_gets_a_range_and_each_stage_mends_what_is_left() -> No
     assert "to" not in str(Projection(quiet, quiet)).partition("minutes")[0].removeprefix("projected time"), "one figure on a quiet machine"
 
 
-QUIET = {"prepare": 19.0, "tokenizer": 3, "dvae": 179, "encode": 20, "dalle": 816, "clip": 48, "generate": 54, "evaluate": 12, "report": 2}
-"""Seconds of each stage's launcher in the demo of 23 November, on two cores that were its own; the probe said 114 and 82.5 samples/s, starts 5 s."""
-LOADED = {"prepare": 30.0, "tokenizer": 8, "dvae": 576, "encode": 28, "dalle": 2597, "clip": 215, "generate": 201, "evaluate": 59, "report": 11}
+QUIET = {"prepare": 19.0, "tokenizer": 3, "dvae": 179, "encode": 20, "dalle": 816, "clip": 48, "generate": 24, "evaluate": 12, "report": 2}
+"""Seconds of each stage's launcher in the demo of 23 November, on two cores that were its own; the probe said 114 and 82.5 samples/s, starts 5 s. Drawing took 54 s then."""
+LOADED = {"prepare": 30.0, "tokenizer": 8, "dvae": 576, "encode": 28, "dalle": 2597, "clip": 215, "generate": 90, "evaluate": 59, "report": 11}
 """Of 29 November, beside up to ten other programs that came after the probe, which said 86 and 55.5 samples/s, starts 7 s: 28 minutes.
 
-Its transformer was stopped and resumed once; its two launchers are added up."""
+Its transformer was stopped and resumed once; its two launchers are added up. Drawing took 201 s then, and is taken here as much faster as above."""
+UNSTEADY = {"prepare": 17.0, "tokenizer": 3, "dvae": 358, "encode": 18, "dalle": 872, "clip": 43, "generate": 20, "evaluate": 12, "report": 2}
+"""Of 30 November, on a virtual machine that became six times slower in the middle of the dVAE and three times faster after it; the probe said 15 minutes."""
 
 
 @pytest.mark.parametrize(
-    ("trace", "rates", "start_s", "said"), [(QUIET, (114.0, 82.5), 5.0, 20), (LOADED, (86.0, 55.5), 7.0, 28)], ids=["quiet", "loaded"]
+    ("trace", "rates", "start_s", "said"),
+    [(QUIET, (114.0, 82.5), 5.0, 19), (LOADED, (86.0, 55.5), 7.0, 27), (UNSTEADY, (136.0, 112.0), 4.0, 15)],
+    ids=["quiet", "loaded", "unsteady"],
 )
 def test_after_each_stage_of_a_recorded_demo_the_time_to_go_is_within_1_5_times(
     trace: dict[str, float], rates: tuple[float, float], start_s: float, said: int
@@ -82,14 +86,16 @@ def test_after_each_stage_of_a_recorded_demo_the_time_to_go_is_within_1_5_times(
     if trace is QUIET:
         assert sum(trace.values()) / 1.1 < sum(projected.values()) < 1.1 * sum(trace.values())
     told = 0
-    for name in list(trace)[:6]:  # what follows takes a few minutes at most
+    for name in list(trace)[:6]:
         found.took(name, trace[name])
         left = sum(list(trace.values())[list(trace).index(name) + 1 :])
-        if (ends := found.to_go_s()) is not None and name not in ("prepare", "tokenizer"):
+        if (
+            (ends := found.to_go_s()) is not None and name not in ("prepare", "tokenizer") and left >= 100
+        ):  # the last minute and a half is mostly starts of processes
             told += 1
             assert left / 1.5 < math.sqrt(ends[0] * ends[1]) < 1.5 * left, name
             assert ends[1] <= 1.5**2 * ends[0] * (1 + 1e-9)
-    assert told == 4
+    assert told == (4 if trace is LOADED else 2)
 
 
 def claimed(folder: Path) -> tuple[RunFolder, str]:

@@ -18,7 +18,7 @@ CONFIG = """[run]
 branch = False
 parallel = True
 sigterm = True
-patch = subprocess
+patch = subprocess, fork, _exit
 source = infra, model, data_pipeline, train
 data_file = {folder}/data
 """

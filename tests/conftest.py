@@ -51,6 +51,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Triton's bindings complain about what is left at the end of a process."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _every_fault_has_a_verdict(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever attempts a test has left in run folders of its own, injected faults among them, `launcher.py why` finds a verdict that fits how they ended."""

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from infra.repository import DOCS
+from train.bench import best_known
 from train.bench.harness import JSON_SCHEMA
 from train.bench.table import BENCHES
 
@@ -41,7 +42,7 @@ def render(folder: Path) -> str:
         ValueError: a file does not hold the result of a benchmark; the message names it.
     """
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
-    parts = [_HEAD, _open(results)]
+    parts = [_HEAD, _open(results), *filter(None, [best_known.section(folder, results)])]
     for name in sorted({result["name"] for result in results}):
         group = sorted(
             (result for result in results if result["name"] == name), key=lambda result: (result["device"]["kind"], result["device"]["name"])

@@ -208,6 +208,18 @@ def test_the_page_shows_medians_ranges_ratios_and_goals_of_every_file_and_nothin
     assert "###" not in docs.render(tmp_path / "empty")
 
 
+def test_the_best_that_is_known_stands_beside_recorded_ratios_and_a_ratio_that_nobody_recorded_is_refused(tmp_path: Path) -> None:
+    write(result(device={"kind": "cpu", "name": "CPU X", "cores": 2}), tmp_path)
+    row = '[[row]]\nwhat = "speed"\nbest = "0.78"\nsource = "a paper"\nours = [["floor", "{}"]]\n'
+    (tmp_path / "best_known.toml").write_text(row.format("a over b"))
+    page = docs.render(tmp_path)
+    assert "| speed | 0.78 | a paper | a over b: 0.50 (CPU X, 2" in page and page.index("## Best known") < page.index("## Floors"), page
+    for broken in (row.format("b over a"), "row = 3", "[[row]]\nwhat = 'x'\n", "[[row"):
+        (tmp_path / "best_known.toml").write_text(broken)
+        with pytest.raises(ValueError, match=r"best_known\.toml: (no result of the benchmark 'floor' has a ratio 'b over a'|not a table)"):
+            docs.render(tmp_path)
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json: no result of a benchmark \(.*run the benchmark again"):

@@ -37,7 +37,7 @@ HANG_S = 40
 _PATIENCE_S = 900
 _SEED = int(os.environ.get("SOAK_SEED", "0"))
 _SAVING = rf"PUT .*/{STAGE}/checkpoints/step-\d+/rank-"
-_STEPS = 25  # of the run, for each fault: it must not be over before the day is
+_STEPS = 60  # of the run, for each fault: it must not be over before the day is, also where it trains on through an outage
 
 
 def the_day(rng: random.Random) -> list[str]:

@@ -32,6 +32,11 @@ class Row(BaseModel):
     open: str = ""
 
 
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    row: list[Row]
+
+
 def section(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
     """The section as Markdown, or "" if the folder has no such table.
 
@@ -46,8 +51,8 @@ def section(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
     if not place.exists():
         return ""
     try:
-        rows = [Row(**row) for row in tomllib.loads(place.read_text())["row"]]
-    except (tomllib.TOMLDecodeError, KeyError, ValidationError) as error:
+        rows = _Table.model_validate(tomllib.loads(place.read_text())).row
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
         raise ValueError(f"{TABLE}: not a table of what is best known ({error})") from error
     return "\n".join([_HEAD, *(_line(row, results) for row in rows), ""])
 

@@ -214,7 +214,7 @@ def test_the_best_that_is_known_stands_beside_recorded_ratios_and_a_ratio_that_n
     (tmp_path / "best_known.toml").write_text(row.format("a over b"))
     page = docs.render(tmp_path)
     assert "| speed | 0.78 | a paper | a over b: 0.50 (CPU X, 2" in page and page.index("## Best known") < page.index("## Floors"), page
-    for broken in (row.format("b over a"), "row = 3", "[[row]]\nwhat = 'x'\n", "[[row"):
+    for broken in (row.format("b over a"), "row = 3", "[[row]]\nwhat = 'x'\n", "[[row", "row = [3]"):
         (tmp_path / "best_known.toml").write_text(broken)
         with pytest.raises(ValueError, match=r"best_known\.toml: (no result of the benchmark 'floor' has a ratio 'b over a'|not a table)"):
             docs.render(tmp_path)

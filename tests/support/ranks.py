@@ -67,7 +67,7 @@ def _ask(asked: dict[str, Any]) -> list[int]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
         _SERVERS[os.getpid()] = server
-        atexit.register(_end, server)
+        atexit.register(_end, server, os.getpid())
     assert server.stdin is not None and server.stdout is not None
     try:
         print(json.dumps(asked), file=server.stdin, flush=True)
@@ -79,9 +79,13 @@ def _ask(asked: dict[str, Any]) -> list[int]:
         raise
 
 
-def _end(server: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        server.communicate()
+def _end(server: subprocess.Popen[str], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the test process ends
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        # An empty line, because forks may hold the other end of the pipe.
+        server.communicate("\n", timeout=10)
+    server.kill()
 
 
 def _serve() -> None:
@@ -94,7 +98,9 @@ def _serve() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # a collection in a rank would copy the pages of all that was imported
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
+        if not line.strip():
+            break
         asked = json.loads(line)
         ranks = [_fork(asked, rank) for rank in range(asked["size"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]

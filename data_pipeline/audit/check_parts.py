@@ -17,7 +17,7 @@ from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
 from data_pipeline.shards.rows import Row, ShardRows
 from data_pipeline.shards.schema import check_columns, read_marker_file, read_part_index
-from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, IMAGE_SCHEMA, MANIFEST, PRINTS, part_name
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, FURTHER, IDS, IMAGE_SCHEMA, MANIFEST, PRINTS, part_name
 from infra import scratch, storage
 from infra.digests import id_hash
 from infra.errors import DataError, UnreachableError
@@ -134,7 +134,7 @@ def check_part(job: PartJob) -> PartResult:
 
 
 def _side_problems(job: PartJob, folder: Path, sound: set[str], columns: _Columns) -> Iterator[tuple[str, str]]:
-    """Where the index, ids.u64, prints.u64 and the captions file disagree with the records."""
+    """Where the index, ids.u64, prints.u64, further.u64 and the captions file disagree with the records."""
     count = len(columns.ids)
     if count != job.part["count"]:
         yield INDEX, f"names shards of {count} records, the manifest counts {job.part['count']}"
@@ -143,6 +143,10 @@ def _side_problems(job: PartJob, folder: Path, sound: set[str], columns: _Column
     if PRINTS in sound:
         prints = _read_u64(folder / PRINTS)
         yield from ((PRINTS, what) for what in _difference("three numbers a record, the third of its group", prints[2::3].tolist(), columns.groups))
+    if FURTHER in sound:
+        further = _read_u64(folder / FURTHER)
+        if len(further) % 2 or not np.isin(further[::2], np.array(columns.ids, U64)).all():
+            yield FURTHER, "is not two numbers a row, the first of a record's id: it names records that the part does not have"
     if CAPTIONS in sound:
         try:
             captions = list(unpack_captions((folder / CAPTIONS).read_bytes(), count, CAPTIONS))

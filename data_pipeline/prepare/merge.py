@@ -16,8 +16,8 @@ from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.parts import refuse_too_many
 from data_pipeline.prepare.plan import SPLITS, Plan, Unit
 from data_pipeline.prepare.tries import Tries
-from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers, takedown_lines
-from data_pipeline.shards.spellings import without_match
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, part_name, read_markers
+from data_pipeline.shards.spellings import takedown_lines, without_match
 from data_pipeline.shards.versions import merge
 from data_pipeline.sources.pairs import UNKNOWN
 from infra import shown, storage
@@ -135,7 +135,7 @@ def finish(plan: Plan, images_url: str, producer: dict[str, Any] | None = None) 
         "files": files(plan),
     }
     if plan.data.takedown:
-        summary["takedown"] = _takedown(plan, [*validation.id_hashes(), *train.id_hashes()], now)
+        summary["takedown"] = _takedown(plan, [*validation.named_ids(), *train.named_ids()], now)
     storage.write_json(storage.join(images_url, SUMMARY), summary)
     return summary
 

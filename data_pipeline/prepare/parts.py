@@ -202,7 +202,8 @@ def accepted(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None
         prints = (verdict.content_hash, verdict.perceptual_hash)
         size = (verdict.width, verdict.height)
         split = plan.split(unit.source, pair.split, group)
-        yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints)
+        further = tuple(map(id_hash, pair.also))
+        yield ImageRecord(kept.id, list(kept.captions), verdict.image, *size, kept.source, kept.license, group, split, prints, further)
 
 
 def _readable(plan: Plan, unit: Unit, tally: Tally, records: RecordsDigest | None, stop: Stop) -> Iterator[Found]:

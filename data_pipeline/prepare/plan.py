@@ -12,8 +12,7 @@ from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.filters.judge import fingerprint
 from data_pipeline.prepare.identity import IDENTITY
 from data_pipeline.prepare.named_images import Look, Looks
-from data_pipeline.shards.shard_set import read_takedown
-from data_pipeline.shards.spellings import spellings
+from data_pipeline.shards.spellings import read_takedown, spellings
 from data_pipeline.shards.versions import Part
 from data_pipeline.sources.open_source import open_source
 from data_pipeline.sources.pairs import InputShard, Pair, Source
@@ -23,6 +22,7 @@ from infra.seeds import derive
 
 SPLITS = ("train", "validation")
 _VERSION = 2  # version of the content of parts: raise it to have finished parts written again
+_FURTHER = " with the ids of further rows"  # parts of such inputs were once without them; other parts keep their names
 _KEYS = {
     "filters": "filters",
     "seed": "run.seed",
@@ -134,6 +134,7 @@ class Plan:
         return self._digest(unit, f"sizes {unit.shard.sizes}") if unit.shard.sizes else ""
 
     def _digest(self, unit: Unit, version: str) -> str:
+        version += _FURTHER if unit.shard.joins else ""
         shard = [unit.shard.name, version, unit.shard.keys, unit.shard.span]
         return digest([_VERSION, self._source(unit), self.sources[unit.source].version(), shard, self._shaping])
 
@@ -146,6 +147,8 @@ class Plan:
         """What the unit's part depends on besides the bytes of its input, by key, so that a later plan can say why it makes the part again."""
         source = {f"data.sources: {key}": value for key, value in self._source(unit).items()}
         keys = {_KEYS.get(key, key): value for key, value in self._shaping.items()}
+        if unit.shard.joins:
+            keys["the ids of further rows of an image, which parts hold now"] = True
         if look := self.look(unit):
             keys["the size or time of an image that its rows name"] = look.digest
         return {"the reader": [_VERSION, self.sources[unit.source].version().partition(" {")[0]], **source, **keys}

@@ -134,5 +134,5 @@ def unmatched(set_urls: list[str], lines: list[str]) -> list[str]:
                 manifest = read_manifest(storage.join(set_url, VERSIONS, name))
                 whole = [part for part in manifest["parts"] if storage.exists(storage.join(set_url, part["name"], DONE))]
                 opened = ShardSet(set_url, manifest | {"parts": whole})
-                left = without_match(left, bases_of(manifest["settings"]), opened.id_hashes())
+                left = without_match(left, bases_of(manifest["settings"]), opened.named_ids())
     return left

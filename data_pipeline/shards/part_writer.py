@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64
-from data_pipeline.shards.shard_set import CAPTIONS, DONE, IDS, PRINTS, ImageRecord, Record, part_name
+from data_pipeline.shards.shard_set import CAPTIONS, DONE, FURTHER, IDS, PRINTS, ImageRecord, Record, part_name
 from infra import scratch, storage
 from infra.digests import id_hash
 from infra.files import write_errors
@@ -43,6 +43,7 @@ class PartWriter:
         self._folder = scratch.Folder("part-")
         self._mds: MDSWriter | None = None
         self._ids: list[int] = []
+        self._further: list[tuple[int, int]] = []
         self._prints: list[tuple[int, int, int]] = []
         self._captions: list[str] = []
 
@@ -67,6 +68,7 @@ class PartWriter:
         with write_errors(Path(self._folder.name)):
             self._mds.write({name: getattr(record, name) for name in columns})
         self._ids.append(id_hash(record.id))
+        self._further += [(self._ids[-1], further) for further in record.further]
         if isinstance(record, ImageRecord):
             self._prints.append((*record.prints, id_hash(record.group)))
             self._captions.append(json.dumps(record.captions, ensure_ascii=True))
@@ -97,6 +99,8 @@ class PartWriter:
         else:
             self._mds.finish()
         (folder / IDS).write_bytes(np.array(self._ids, U64).tobytes())
+        if self._further:
+            (folder / FURTHER).write_bytes(np.array(self._further, U64).tobytes())
         if self._prints:
             (folder / PRINTS).write_bytes(np.array(self._prints, U64).tobytes())
             # mtime=0 and no file name in the gzip header, so that equal captions give equal bytes.

@@ -1,6 +1,6 @@
 """Shard sets. A set consists of parts, whose MDS shards never change once written, and of versions, which say which parts and records belong to the set.
 
-    <set>/part-<16 hex>/shard.00000.mds  index.json  ids.u64  [prints.u64  captions.jsonl.gz]  done.json
+    <set>/part-<16 hex>/shard.00000.mds  index.json  ids.u64  [prints.u64  captions.jsonl.gz]  [further.u64]  done.json
     <set>/versions/<16 hex>/index.json  excluded.u64  manifest.json      one folder for each version, see data_pipeline/shards/versions.py
     <set>/index.json  manifest.json                                      copies of the newest version; manifest.json is the very last write
 
@@ -9,34 +9,37 @@ docs/contracts.md, section 3, specifies the format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import schema as schemas
 from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_row, read_u64, sha256_of, unpack_captions
-from data_pipeline.shards.spellings import bases_of, spellings
-from infra import node_folder, storage, text
+from data_pipeline.shards.spellings import bases_of, read_takedown, spellings
+from infra import storage
 from infra.commands import launcher
 from infra.digests import id_hash
 from infra.errors import DataError, MissingError
+
+T = TypeVar("T")
 
 IMAGE_SCHEMA = "image/1"
 CODES_SCHEMA = "codes/1"
 MANIFEST = "manifest.json"
 DONE = "done.json"
 IDS = "ids.u64"
+FURTHER = "further.u64"
+"""Two numbers for each further row that says captions of an image: ``id_hash`` of the record, and of the row. Parts without such rows have no such file."""
 PRINTS = "prints.u64"
 CAPTIONS = "captions.jsonl.gz"
 EXCLUDED = "excluded.u64"
 VERSIONS = "versions"
 _NAME_DIGITS = 16
-_LONGEST_LIST = 1 << 30  # bytes of a take-down list
 _PARALLEL = 16  # small files that are read in parallel, because each may be a request to S3
 
 
@@ -55,6 +58,8 @@ class ImageRecord:
     split: str
     prints: tuple[int, int] = (0, 0)
     """Content hash and perceptual hash, 64 bits each, for the search for duplicates. Not a column."""
+    further: tuple[int, ...] = ()
+    """``id_hash`` of each further row that says captions of the image. Not a column."""
 
     schema = IMAGE_SCHEMA
 
@@ -74,6 +79,8 @@ class CodeRecord:
     """CropBox.to_json()."""
     crop_index: int
     seed: int
+    further: tuple[int, ...] = ()
+    """As of ImageRecord."""
 
     schema = CODES_SCHEMA
 
@@ -200,12 +207,15 @@ class ShardSet:
 
     @cached_property
     def taken_down(self) -> NDArray[np.int64]:
-        """Sorted positions of the records whose ids are on the take-down list."""
+        """Sorted positions of the records whose ids are on the take-down list, or the id of a further row that says captions of the same image."""
         if not self.taken_ids:
             return np.empty(0, np.int64)
         listed = spellings(self.taken_ids, bases_of(self.manifest.get("settings") or {}))
         wanted = np.array(sorted(id_hash(identity) for identity in listed), U64)
-        found = [np.flatnonzero(np.isin(ids, wanted)) + self.starts[part] for part, ids in enumerate(self.id_hashes())]
+        found = []
+        for part, (ids, further) in enumerate(zip(self.id_hashes(), self.further_ids(), strict=True)):
+            named = np.union1d(wanted, further[np.isin(further[:, 1], wanted), 0]) if len(further) else wanted
+            found.append(np.flatnonzero(np.isin(ids, named)) + self.starts[part])
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     @cached_property
@@ -226,6 +236,24 @@ class ShardSet:
         """
         return list(self._side_files(IDS, 1, once=True))
 
+    def further_ids(self) -> list[NDArray[np.uint64]]:
+        """``id_hash`` of a record and of a further row that says captions of the same image: uint64 [rows, 2] for each part.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        return list(self._each_part(self.further_ids_of, range(len(self.parts))))
+
+    def further_ids_of(self, part: int) -> NDArray[np.uint64]:
+        """As ``further_ids``, of one part."""
+        entry = self.parts[part]
+        rows = sum(file["bytes"] for file in entry["files"] if file["name"] == FURTHER) // 16
+        return self._side_file(entry, FURTHER, 2 * rows, once=True).reshape(-1, 2)
+
+    def named_ids(self) -> list[NDArray[np.uint64]]:
+        """``id_hash`` of all ids by which a take-down list may name stored records, as one or two arrays for each part."""
+        return [*self.id_hashes(), *(further[:, 1] for further in self.further_ids() if len(further))]
+
     def prints(self) -> list[NDArray[np.uint64]]:
         """Content hash, perceptual hash and hash of the group of every stored image: uint64 [count, 3] for each part."""
         return [values.reshape(-1, 3) for values in self._side_files(PRINTS, 3)]
@@ -240,12 +268,13 @@ class ShardSet:
             yield values.reshape(-1, 3)[:, 2]
 
     def _side_files(self, name: str, numbers: int, *, once: bool = False) -> Iterator[NDArray[np.uint64]]:
-        def read(part: dict[str, Any]) -> NDArray[np.uint64]:
-            found = [file["sha256"] for file in part["files"] if file["name"] == name]
-            place = storage.join(self.url, part["name"], name)
-            return read_u64(place, found[0], numbers * part["count"], once=once) if found else np.empty(0, U64)
+        return self._each_part(lambda part: self._side_file(part, name, numbers * part["count"], once=once), self.parts)
 
-        parts = self.parts
+    def _side_file(self, part: dict[str, Any], name: str, count: int, *, once: bool) -> NDArray[np.uint64]:
+        found = [file["sha256"] for file in part["files"] if file["name"] == name]
+        return read_u64(storage.join(self.url, part["name"], name), found[0], count, once=once) if found else np.empty(0, U64)
+
+    def _each_part(self, read: Callable[[T], NDArray[np.uint64]], parts: Sequence[T]) -> Iterator[NDArray[np.uint64]]:
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for begin in range(
                 0, len(parts), _PARALLEL
@@ -351,32 +380,3 @@ def open_set(url: str, schema: str, expect_parents: Mapping[str, str] | None = N
                 f"run '{stage}' again for this run, or go back to the {kind} it was made from."
             )
     return ShardSet(url, manifest, read_takedown(takedown))
-
-
-def read_takedown(url: str) -> frozenset[str]:
-    """Ids on a take-down list: a text file with one id a line. An empty URL means no list.
-
-    Raises:
-        DataError: the list is missing or is not UTF-8.
-    """
-    # Both the line itself and the line without surrounding spaces: an id may begin with a space, or spaces may have been typed by mistake.
-    return frozenset(each for line in takedown_lines(url) for each in (line, line.strip()))
-
-
-def takedown_lines(url: str) -> list[str]:
-    """The distinct lines of a take-down list that are not blank, in order. An empty URL means no list.
-
-    Raises:
-        DataError: as read_takedown.
-    """
-    if not url:
-        return []
-    try:
-        found = node_folder.read_once(url, _LONGEST_LIST).decode("utf-8-sig")
-    except MissingError as error:
-        raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{url}: not UTF-8 text ({error}).") from error
-    if "\0" in found:  # UTF-16 of ASCII letters is UTF-8 as well, of ids that no record has
-        raise DataError(f"{url}: not UTF-8 text (it holds NUL bytes, as UTF-16 does); save it as UTF-8.")
-    return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))

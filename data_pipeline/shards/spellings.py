@@ -1,4 +1,4 @@
-"""The two spellings of an id that is a path: relative to its source (newer sets) and absolute (older sets). A take-down list may hold either."""
+"""Take-down lists, and the two spellings of an id that is a path: relative to its source (newer sets) and absolute (older sets). A take-down list may hold either."""
 
 from __future__ import annotations
 
@@ -8,8 +8,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import globs
+from infra import globs, node_folder, text
 from infra.digests import id_hash
+from infra.errors import DataError, MissingError
+
+_LONGEST_LIST = 1 << 30  # bytes of a take-down list
+
+
+def read_takedown(url: str) -> frozenset[str]:
+    """Ids on a take-down list: a text file with one id a line. An empty URL means no list.
+
+    Raises:
+        DataError: the list is missing or is not UTF-8.
+    """
+    # Both the line itself and the line without surrounding spaces: an id may begin with a space, or spaces may have been typed by mistake.
+    return frozenset(each for line in takedown_lines(url) for each in (line, line.strip()))
+
+
+def takedown_lines(url: str) -> list[str]:
+    """The distinct lines of a take-down list that are not blank, in order. An empty URL means no list.
+
+    Raises:
+        DataError: as read_takedown.
+    """
+    if not url:
+        return []
+    try:
+        found = node_folder.read_once(url, _LONGEST_LIST).decode("utf-8-sig")
+    except MissingError as error:
+        raise DataError(f"data.takedown = {url}: does not exist; name a text file with an id on each line, or leave it empty.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{url}: not UTF-8 text ({error}).") from error
+    if "\0" in found:  # UTF-16 of ASCII letters is UTF-8 as well, of ids that no record has
+        raise DataError(f"{url}: not UTF-8 text (it holds NUL bytes, as UTF-16 does); save it as UTF-8.")
+    return list(dict.fromkeys(line for line in text.lines(found) if line.strip()))
 
 
 def bases_of(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -127,6 +127,8 @@ class InputShard:
     """About how many bytes of these files are read for it; images that rows name are not counted."""
     names_images: bool = False
     """Whether its rows name files of images, which are not among ``files``: ``Source.images`` says which."""
+    joins: bool = False
+    """Whether several of its rows may say captions of one image and bring ids of their own (``Pair.also``)."""
 
 
 class Source(Protocol):

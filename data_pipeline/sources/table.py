@@ -47,6 +47,8 @@ FOLDERS = ("", "images", "Images", "image", "imgs", "img", "pictures", "photos",
 """Folders beside a table in which its images may be. The first one that holds an image of one of the first rows is used for all rows."""
 BYTES_PER_RECORD = 256
 """Assumed size of a row, by which ranges get about the desired number of records."""
+IDS = ("id", "uid", "key")
+"""Columns of a row's own id."""
 MAX_RUN = 64
 """Most consecutive rows of one image; further ones are counted as unreadable."""
 
@@ -107,7 +109,8 @@ class TableSource:
             bounds = table.boundaries(self.step) if table.is_csv and size > self.step else list(range(0, size, self.step))
             for start, end in zip(bounds, [*bounds[1:], size], strict=False):
                 name = f"{info.name}@{start}"
-                yield InputShard(name, info.version, (), (start, end), splits, (info.name,), str(info.size), end - start, names_images=True)
+                about = (name, info.version, (), (start, end), splits, (info.name,), str(info.size), end - start)
+                yield InputShard(*about, names_images=True, joins=table.joins)
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The runs of rows that begin in a byte range; a run is one record.
@@ -134,10 +137,12 @@ class TableSource:
             DataError: it leads outside the source, cannot be read, or its columns of images and captions are unknown.
         """
         table = Table(self.origin, name)
-        path = table_copies.ordered(table, version)
+        path, joins = table_copies.ordered(table, version)
         if not path:
+            table.joins = joins
             return table
         copy = Table(self.origin, name, path)
+        copy.joins = joins
         if copy.has_columns:
             copy.lay_out(*table_copies.layout(path))
         return copy
@@ -163,6 +168,8 @@ class Table:
     def __init__(self, origin: Origin, name: str, copy: str = "") -> None:
         self.origin, self.name = origin, name
         self.is_copy = bool(copy)
+        self.joins = False
+        """Whether rows that follow another one of their image bring ids of their own."""
         self.url = copy or origin.part(name)
         self.shown = origin.url(name)
         """What messages call it."""
@@ -330,6 +337,10 @@ class Table:
         name = self.header.image if self.has_columns else find_image(record.row, self.origin.config)
         return text_in(record.row, name)
 
+    def has_id(self, record: Record) -> bool:
+        """Whether a row brings an id of its own."""
+        return bool(text_in(record.row, *IDS))
+
     def _place(self, record: Record) -> str:
         return f"{self.name}/{text_in(record.row, 'key') or f'@{record.start}'}"
 
@@ -347,7 +358,7 @@ class Table:
         if not self.has_columns:
             self.origin.took("key", find_image(first.row, self.origin.config), find_captions(first.row, self.origin.config))
         pair = self.origin.pair(place, row, captions, split_of_name(self.name), f"image/{path}")
-        others = [record for record in run[1:] if text_in(record.row, "id", "uid", "key")]
+        others = [record for record in run[1:] if self.has_id(record)]
         return Draft(replace(pair, also=tuple(self.origin.pair(self._place(other), other.row, (), "").id for other in others)), url)
 
     def _captions(self, row: Row) -> list[str]:

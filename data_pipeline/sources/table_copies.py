@@ -31,12 +31,13 @@ from infra.files import write_errors
 if TYPE_CHECKING:
     from data_pipeline.sources.table import Table
 
-_VERSION = 2  # version of the sorted copies: raise it to have every table sorted again
+_VERSION = 3  # version of the sorted copies: raise it to have every table sorted again
 _CACHE_KIB = 64 << 10  # SQLite's page cache
 
 
-def ordered(table: Table, version: str) -> str:
-    """Path of a plain copy of the table in which the rows of each image are consecutive; empty if the table itself is like that.
+def ordered(table: Table, version: str) -> tuple[str, bool]:
+    """Path of a plain copy of the table in which the rows of each image are consecutive, empty if the table itself is like that; and whether further rows of
+    an image bring ids of their own.
 
     Args:
         table: the original table.
@@ -50,25 +51,27 @@ def ordered(table: Table, version: str) -> str:
     key = hashlib.blake2b(
         repr((_VERSION, table.url, version, config.image, config.captions)).encode("utf-8", "backslashreplace"), digest_size=16
     ).hexdigest()
-    copy, fine = folder() / key, folder() / f"{key}.ordered"
+    copy, fine, joining = folder() / key, folder() / f"{key}.ordered", folder() / f"{key}.joins"  # the last one is written first
     if fine.exists():
-        return ""
+        return "", joining.exists()
     if copy.exists() and (_layout_of(copy).exists() or not table.has_columns):
-        return str(copy)
+        return str(copy), joining.exists()
     plain = _unzip(table, copy.with_suffix(f".{secrets.token_hex(4)}.plain")) if table.is_zipped else None
     try:
         looked_at = type(table)(table.origin, table.name, str(plain)) if plain else table
-        together = _stand_together(looked_at)
+        together, joins = _look(looked_at)
+        if joins:
+            joining.touch()
         if together and plain is None:
             fine.touch()
-            return ""
+            return "", joins
         if table.has_columns:
             _keep_layout(looked_at, _layout_of(copy))
         if together and plain is not None:
             plain.replace(copy)
         else:
             _sort(looked_at, copy)
-        return str(copy)
+        return str(copy), joins
     finally:
         if plain is not None:
             plain.unlink(missing_ok=True)
@@ -110,17 +113,22 @@ def _unzip(table: Table, place: Path) -> Path:
     return place
 
 
-def _stand_together(table: Table) -> bool:
+def _look(table: Table) -> tuple[bool, bool]:
+    """Whether the rows of each image stand together; and whether several are about one image and rows bring ids."""
     seen, previous = array("Q"), ""
-    for _, image in table.rows():
+    with_ids = several = False
+    for record, image in table.rows():
         if not image:
             continue  # an unreadable row does not separate the rows of an image
+        with_ids = with_ids or table.has_id(record)
+        several = several or image == previous
         if image != previous:
             seen.append(int.from_bytes(hashlib.blake2b(image.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little"))
         previous = image
     hashes = np.frombuffer(seen, np.uint64) if seen else np.empty(0, np.uint64)
     hashes = np.sort(hashes)
-    return not bool((hashes[1:] == hashes[:-1]).any())
+    together = not bool((hashes[1:] == hashes[:-1]).any())
+    return together, with_ids and (several or not together)
 
 
 def _sort(table: Table, copy: Path) -> None:

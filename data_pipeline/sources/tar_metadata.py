@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,14 +17,19 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.rows_to_pairs import MAX_TEXT_BYTES, BadRecord, never_opens, parse_object, text_in
 from infra import globs, storage
+from infra.digests import id_hash
 from infra.errors import DataError, UnreachableError
 
 log = logging.getLogger(__name__)
 
 PATTERN = "metadata*.jsonl"
+IDS = ("id", "uid")
+"""Keys of a line's own id."""
 _LINE = re.compile(rb"\r{64,65536}(?!\n)|[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 """A line with its end. Many empty lines in a row are one, which is as empty: a file may hold millions of them."""
 
@@ -35,6 +41,8 @@ class Place:
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     """(URL of a file, first byte, byte after the last); ranges of consecutive lines are merged."""
     lines: int = 0
+    joins: bool = False
+    """Whether several lines are about one image, and lines bring ids."""
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
     """Digest of these lines, so that a tar's version changes with the lines about it and not with those about other tars."""
 
@@ -74,6 +82,8 @@ def is_one(name: str) -> bool:
 def find(folder: str, origin: Origin) -> dict[str, Place]:
     """Name of a tar -> where its metadata are, from the metadata files directly in a folder. Lines without ``shard`` and ``file_name`` are ignored."""
     found: dict[str, Place] = {}
+    images: dict[str, array[int]] = {}  # the images of each tar's lines, hashed
+    with_ids = set[str]()
     base, infos = storage.glob(storage.join(globs.escape(folder), PATTERN))
     for info in infos:
         url, lost, stack = storage.join(base, info.name), 0, ExitStack()
@@ -102,6 +112,9 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
                 place = found.setdefault(shard, Place())
                 place.digest.update(line)
                 place.lines += 1
+                images.setdefault(shard, array("Q")).append(id_hash(_image_of(row)))
+                if text_in(row, *IDS):
+                    with_ids.add(shard)
                 end = start + len(line or b"")
                 if place.ranges and place.ranges[-1][0] == url and place.ranges[-1][2] == start:
                     place.ranges[-1] = (url, place.ranges[-1][1], end)
@@ -109,7 +122,14 @@ def find(folder: str, origin: Origin) -> dict[str, Place]:
                     place.ranges.append((url, start, end))
         if lost:
             log.warning("%s: %d lines name no shard and file_name; they describe no image of a tar.", url, lost)
+    for shard in with_ids:
+        found[shard].joins = len(np.unique(np.frombuffer(images[shard], np.uint64))) < len(images[shard])
     return found
+
+
+def _image_of(row: dict[str, Any]) -> str:
+    """The image that a line is about."""
+    return text_in(row, "file_name").removeprefix("./")
 
 
 def rows(place: Place) -> dict[str, list[dict[str, Any]]]:
@@ -128,7 +148,7 @@ def rows(place: Place) -> dict[str, list[dict[str, Any]]]:
                 row.pop("group", None)
                 if text_in(row, "label"):
                     row["group"] = f"{text_in(row, 'source')}/{text_in(row, 'label').replace(' ', '_')}"
-                found.setdefault(text_in(row, "file_name").removeprefix("./"), []).append(row)
+                found.setdefault(_image_of(row), []).append(row)
     return found
 
 

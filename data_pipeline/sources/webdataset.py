@@ -100,7 +100,10 @@ class WebDatasetSource:
             place = self._place(info.name)
             said = f" {place.digest.hexdigest()}" if place else ""
             splits = frozenset({split_of_name(info.name)})
-            yield InputShard(info.name, info.version + said, splits=splits, files=(info.name,), sizes=f"{info.size}{said}", bytes=info.size)
+            joins = place is not None and place.joins
+            yield InputShard(
+                info.name, info.version + said, splits=splits, files=(info.name,), sizes=f"{info.size}{said}", bytes=info.size, joins=joins
+            )
 
     def read(self, shard: InputShard, wanted: Callable[[str], bool]) -> Iterator[Found]:
         """The records, in the order in which they become complete.
@@ -305,7 +308,7 @@ class _Reader:
         self.origin.took("member", suffix, [*(f".{name}" for name in sample.texts), *find_captions(row, self.origin.config)])
         place = f"{self.shard}/{clean(key)}"
         pair = self.origin.pair(place, row, captions, self.split)
-        also = tuple(self.origin.pair(place, line, (), "").id for line in lines[1:] if text_in(line, "id", "uid"))
+        also = tuple(self.origin.pair(place, line, (), "").id for line in lines[1:] if text_in(line, *tar_metadata.IDS))
         return replace(pair, image=sample.image, also=also)
 
 

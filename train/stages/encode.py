@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from data_pipeline.shards.part_writer import PartWriter
 from data_pipeline.shards.shard_set import CODES_SCHEMA, CodeRecord, ShardSet, part_done
 from data_pipeline.shards.versions import Part, collect, merge
-from infra.digests import digest
+from infra.digests import digest, id_hash
 from infra.errors import DataError
 from infra.progress import Progress
 from infra.run_folder import RunFolder, producer
@@ -96,7 +97,7 @@ def _write(cfg: RunConfig, model: ImageTokenizer, units: list[Unit], device: tor
                 break
             if not part_done(unit.url, unit.inputs):
                 writer = PartWriter(unit.url, unit.inputs, cfg.data.shard_bytes)
-                if not _fill(writer, maker.codes(unit.images.read_part(unit.part), unit.crop), upload, stop):
+                if not _fill(writer, _codes(maker, unit), upload, stop):
                     break
                 upload = uploader.submit(_finish, writer)
                 images += unit.images.parts[unit.part]["count"]
@@ -105,6 +106,15 @@ def _write(cfg: RunConfig, model: ImageTokenizer, units: list[Unit], device: tor
             upload.result()
     progress.finish()
     return images
+
+
+def _codes(maker: CodeMaker, unit: Unit) -> Iterator[CodeRecord]:
+    """The codes of a part, each with the ids of the further rows of its image, by which it may be taken down too."""
+    further = defaultdict[int, list[int]](list)
+    for record, row in unit.images.further_ids_of(unit.part).tolist():
+        further[record].append(row)
+    for code in maker.codes(unit.images.read_part(unit.part), unit.crop):
+        yield replace(code, further=tuple(further[id_hash(code.id)])) if further else code
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:

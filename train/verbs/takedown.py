@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from data_pipeline.shards.deletion import Purge, plan_purge, unmatched
-from data_pipeline.shards.shard_set import read_takedown, takedown_lines
+from data_pipeline.shards.spellings import read_takedown, takedown_lines
 from infra import shown, storage
 from infra.commands import launcher
 from infra.errors import ConfigError

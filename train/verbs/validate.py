@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from data_pipeline.audit.alike import Alike
 from data_pipeline.audit.check_parts import PartJob, PartResult, Problem, Rules, check_part
 from data_pipeline.audit.check_set import Layout, read_ids, read_layout, repeated, shown_ids
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, read_takedown
+from data_pipeline.shards.shard_set import CODES_SCHEMA, IDS, IMAGE_SCHEMA, MANIFEST, ShardSet
+from data_pipeline.shards.spellings import read_takedown
 from data_pipeline.tokenizer import read_manifest
 from infra import storage
 from infra.commands import launcher
-from infra.digests import id_hash
 from infra.errors import ConfigError, DataError, ReportedError, StopRequested, UnreachableError
 from infra.progress import Progress, table
 from infra.signals import StopFlag
@@ -76,8 +76,9 @@ def main(url: str, options: Options, stop: StopFlag) -> None:
     if options.version and target.kind != "set":
         raise ConfigError(f"--version {options.version}: {url} is no single shard set; name one, for example {storage.join(url, 'train')}.")
     run = open_run(options.run) if options.run else target.run
-    images, hidden = _image_sets(options, run, target), _taken_down(options, run)
-    checked = [_check_set(place, options, run, images, hidden, stop) for place in target.sets]
+    images = _image_sets(options, run, target)
+    listed = read_takedown(options.takedown or (run.cfg.data.takedown if run else ""))
+    checked = [_check_set(place, options, run, images, listed, stop) for place in target.sets]
     checked += [_check_tokenizer(place, images) for place in target.tokenizers]
     if run is not None:
         checked.append(Checked(run.folder.at("*", "export"), "lineage of exports", list(export_parents(run)), "dalle"))
@@ -95,13 +96,7 @@ def _image_sets(options: Options, run: Run | None, target: Target) -> list[str]:
     return [place.url for place in sets if schema_of(place.url) == IMAGE_SCHEMA]
 
 
-def _taken_down(options: Options, run: Run | None) -> NDArray[np.uint64]:
-    """The hashes in ids.u64 that belong to the ids of the take-down list, sorted."""
-    listed = read_takedown(options.takedown or (run.cfg.data.takedown if run else ""))
-    return np.array(sorted(id_hash(identity) for identity in listed), np.uint64)
-
-
-def _check_set(where: Place, options: Options, run: Run | None, images: Sequence[str], hidden: NDArray[np.uint64], stop: StopFlag) -> Checked:
+def _check_set(where: Place, options: Options, run: Run | None, images: Sequence[str], listed: frozenset[str], stop: StopFlag) -> Checked:
     url, layout = where.url, read_layout(where.url, options.version or where.version)
     schema = str(layout.manifest.get("schema", ""))
     vocab = run.cfg.dvae.vocab if run is not None else 0
@@ -119,7 +114,7 @@ def _check_set(where: Place, options: Options, run: Run | None, images: Sequence
     problems += [problem for result in results for problem in result.problems]
     if not problems:  # damaged ids would be reported as missing and repeated ones
         shown = shown_ids(layout, [result.ids for result in results])
-        problems += _ids_once(storage.join(url, "*", IDS), shown, parent, hidden)
+        problems += _ids_once(storage.join(url, "*", IDS), shown, parent, listed)
     words = [
         f"{sum(r.files for r in results):,} files",
         f"{sum(r.num_bytes for r in results):,} bytes",
@@ -146,11 +141,14 @@ def _with_images(layout: Layout, jobs: Sequence[PartJob], parent: Layout) -> tup
     return [replace(job, images=owner) for job, owner in zip(jobs, owners, strict=True)], []
 
 
-def _ids_once(place: str, shown: NDArray[np.uint64], parent: Layout | None, hidden: NDArray[np.uint64]) -> Iterator[Problem]:
+def _ids_once(place: str, shown: NDArray[np.uint64], parent: Layout | None, listed: frozenset[str]) -> Iterator[Problem]:
     if repeated(shown):
         yield Problem(place, f"{repeated(shown)} records would be shown twice: their ids repeat, and the version does not exclude them")
     if parent is not None:
-        theirs = shown_ids(parent, read_ids(parent))
+        ids = read_ids(parent)
+        theirs = shown_ids(parent, ids)
+        # By the rules of readers: in both spellings, and by the id of any row of an image.
+        hidden = np.concatenate([*ids, np.zeros(0, np.uint64)])[ShardSet(parent.url, parent.manifest, listed).taken_down]
         missing, strange = len(np.setdiff1d(np.setdiff1d(theirs, shown), hidden)), len(np.setdiff1d(shown, theirs))
         if missing or strange:
             yield Problem(place, f"{missing} images of {parent.url} have no codes here, {strange} codes have no image there")

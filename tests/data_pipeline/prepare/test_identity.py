@@ -12,8 +12,8 @@ from data_pipeline.prepare import parts
 from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.merge import finish
 from data_pipeline.shards.deletion import plan_purge, unmatched
-from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ImageRecord, open_set, takedown_lines
-from data_pipeline.shards.spellings import bases_of, spellings
+from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ImageRecord, open_set
+from data_pipeline.shards.spellings import bases_of, spellings, takedown_lines
 from data_pipeline.shards.versions import write_set
 from infra.errors import DataError
 from infra.world import World

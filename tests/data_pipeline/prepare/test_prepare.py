@@ -17,7 +17,7 @@ from data_pipeline.filters.captions import blocked_words
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.merge import finish, state
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, split_of, spread
-from data_pipeline.shards.shard_set import read_takedown
+from data_pipeline.shards.spellings import read_takedown
 from data_pipeline.sources.pairs import Pair, Unreadable
 from infra import storage
 from infra.errors import DataError

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 
+from data_pipeline.sources.arrow_sizes import pieces
 from data_pipeline.sources.columns import ABOUT, find_captions, find_image, refuse_repeated, usual_captions
 from data_pipeline.sources.origin import Origin
 from data_pipeline.sources.pairs import Pair, Unreadable
@@ -101,11 +102,18 @@ def _check_struct(url: str, name: str, kind: Any) -> None:
             )
 
 
-def _check_captions(url: str, name: str, kind: Any) -> None:
+def _check_captions(url: str, name: str, kind: Any, *, inside: bool = False) -> None:
     types = pyarrow.types
     while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
-    if types.is_struct(kind) and not usual_captions(field.name for field in kind):
+    if types.is_run_end_encoded(kind) or types.is_list_view(kind) or types.is_large_list_view(kind) or types.is_union(kind):
+        raise UnchangingError(
+            f"{url}: column '{name}' is of type {str(kind)[:80]}; accepted are strings, lists of strings, and structs. Write the column anew with such a "
+            "type, or name another one in data.sources as captions."
+        )
+    for field in kind if types.is_struct(kind) else ():
+        _check_captions(url, f"{name}.{field.name}", field.type, inside=True)
+    if types.is_struct(kind) and not inside and not usual_captions(field.name for field in kind):
         raise UnchangingError(
             f"{url}: column '{name}' holds structs of {', '.join(field.name for field in kind)}, none of which is known to hold a caption; accepted are "
             "strings, lists of strings, and structs with a field of a usual name (caption, text, raw ...). Name another column in data.sources as captions."
@@ -126,7 +134,7 @@ class Rows:
         """The wanted records in batches of rows, of which the first row has the number ``first`` in the file; without images when only groups are needed."""
         self._asked = {number: answer for number, answer in self._asked.items() if number >= first}
         for batch in batches:
-            for number, row in enumerate(_rows(batch), first):
+            for number, row in enumerate(_rows(self._narrow(batch), self.columns.image), first):
                 place = f"{self.name}/@{number}"
                 try:
                     record = self._record(place, row, with_image)
@@ -139,6 +147,16 @@ class Rows:
                 if self._asked[number]:
                     yield record
             first += batch.num_rows
+
+    def _narrow(self, batch: Any) -> Any:
+        """The batch without the fields of its images that are not read, which may be anything."""
+        name = self.columns.image
+        if not self.columns.is_struct or name not in batch.schema.names:
+            return batch
+        place, column = batch.schema.get_field_index(name), batch.column(name)
+        fields = [field.name for field in column.type if field.name in ("bytes", "path")]
+        found = pyarrow.StructArray.from_arrays([column.field(field) for field in fields], fields, mask=column.is_null())
+        return batch.set_column(place, name, found)
 
     def _record(self, place: str, row: Row | str, with_image: bool) -> Draft | Pair:
         if isinstance(row, str):
@@ -162,7 +180,16 @@ class Rows:
         return replace(pair, image=data)
 
 
-def _rows(batch: Any) -> Iterator[Row | str]:
+def _rows(batch: Any, image: str) -> Iterator[Row | str]:
+    """The rows of a batch; of a row that is too large or cannot be converted, the reason."""
+    for piece, reason in pieces(batch, image):
+        if reason:
+            yield reason
+        else:
+            yield from _converted(piece)
+
+
+def _converted(batch: Any) -> Iterator[Row | str]:
     """The rows of a batch; of a row that cannot be converted, the reason: strings that are not UTF-8, or a date that no calendar has."""
     try:
         yield from batch.to_pylist()

@@ -126,12 +126,14 @@ class ParquetSource:
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if shard.span[1] > len(sizes):
                 raise DataError(f"{url}: has {len(sizes)} row groups, {shard.span[1]} when it was listed; run again.")
-            reader = Rows(self.origin, name, columns, wanted)
+            reader, lists = Rows(self.origin, name, columns, wanted), _lists(file, columns)
+            # Values of lists stay in their dictionary: of the rows that name a long one a million times, none is copied.
+            file = pyarrow.parquet.ParquetFile(guard, metadata=file.metadata, read_dictionary=lists, **_options(url)) if lists else file
             for group in range(*shard.span):
                 first, bad = sum(sizes[:group]), []
-                for found in reader.found(_batches(file, guard, group, columns, columns.is_path), first, with_image=columns.is_path):
+                for found in reader.found(_batches(file, guard, group, columns, lists, columns.is_path), first, with_image=columns.is_path):
                     if not isinstance(found, Unreadable):
-                        yield from reader.found(_batches(file, guard, group, columns, True), first, with_image=True)
+                        yield from reader.found(_batches(file, guard, group, columns, lists, True), first, with_image=True)
                         break
                     bad.append(found)
                 else:
@@ -152,11 +154,22 @@ def _may_be_empty(statistics: Any) -> bool:
     return statistics is None or statistics.null_count != 0 or (statistics.has_min_max and not statistics.min)
 
 
-def _batches(file: Any, guard: GuardedFile, group: int, columns: Columns, with_image: bool) -> Iterator[Any]:
+def _lists(file: Any, columns: Columns) -> list[str]:
+    """The paths of those columns of captions that lie in lists."""
+    found = map(file.schema.column, range(len(file.schema)))
+    roots = tuple(f"{name}." for name in columns.captions)
+    return [column.path for column in found if column.max_repetition_level and column.path.startswith(roots)]
+
+
+def _options(url: str) -> dict[str, Any]:
+    return {"buffer_size": REMOTE_READ_BYTES if storage.is_remote(url) else READ_BYTES, "pre_buffer": False}
+
+
+def _batches(file: Any, guard: GuardedFile, group: int, columns: Columns, lists: list[str], with_image: bool) -> Iterator[Any]:
     """One row group, batch by batch; without images when only the groups of its records are needed."""
     rows, done = BATCH_ROWS if with_image and not columns.is_path else BATCH_ROWS_WITHOUT_IMAGES, 0
     while True:
-        guard.watch(file.metadata.row_group(group), _AT_ONCE // rows if rows > 1 else 0)
+        guard.watch(file.metadata.row_group(group), _AT_ONCE // rows if rows > 1 else 0, lists)
         at = 0
         try:
             for batch in file.iter_batches(rows, row_groups=[group], columns=columns.read(with_image), use_threads=False):
@@ -176,11 +189,10 @@ def _open(url: str) -> Iterator[tuple[Any, GuardedFile]]:
     Raises:
         DataError: it is missing, not a Parquet file, or damaged; may also be raised while it is read.
     """
-    buffer = REMOTE_READ_BYTES if storage.is_remote(url) else READ_BYTES
     with storage.open_seekable(url) as stream:
         try:
             guard = GuardedFile(stream, url)
-            with pyarrow.parquet.ParquetFile(guard, buffer_size=buffer, pre_buffer=False) as file:
+            with pyarrow.parquet.ParquetFile(guard, **_options(url)) as file:
                 yield file, guard
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{url}: not a Parquet file, or damaged ({(str(error).splitlines() or [''])[0]}).") from error

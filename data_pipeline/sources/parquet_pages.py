@@ -5,12 +5,15 @@ that names it: a file of 4 kilobytes takes 12 gigabytes. The headers are looked 
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline.sources.gzipped import FREE_BYTES, MOST_TIMES
 from infra.errors import UnchangingError
 
+MOST_VALUES = 1 << 25
+"""Values of a column of lists in a row group; they take about 15 bytes each."""
 _HEADER, _LONG_HEADER = 256, 1 << 16
 _DEEPEST = 8
 _DELTA_BYTE_ARRAY = 7
@@ -41,6 +44,8 @@ class _Chunk:
     end: int
     left: int
     """Values that are still to come."""
+    refused: str = ""
+    """Why it is not read."""
 
 
 class GuardedFile(io.RawIOBase):
@@ -52,17 +57,25 @@ class GuardedFile(io.RawIOBase):
         self._chunks: list[_Chunk] = []
         self._longest = 0
 
-    def watch(self, row_group: Any, longest: int) -> None:
+    def watch(self, row_group: Any, longest: int, lists: Collection[str] = ()) -> None:
         """Check the pages of a row group from here on.
 
         Args:
+            row_group: its metadata.
+            lists: paths of its columns with lists, in which a single row may have all values.
             longest: bytes that a value may have; 0: any number. A page may make longer ones from a dictionary, or from what values have in common.
         """
         self._longest, self._chunks = longest, []
         for column in map(row_group.column, range(row_group.num_columns)):
             begin, first = column.data_page_offset, column.dictionary_page_offset if column.has_dictionary_page else None
             begin = first if first and first < begin else begin  # as pyarrow finds it
-            self._chunks.append(_Chunk(column.path_in_schema, begin, begin + column.total_compressed_size, column.num_values))
+            chunk = _Chunk(column.path_in_schema, begin, begin + column.total_compressed_size, column.num_values)
+            if chunk.name in lists and chunk.left > MOST_VALUES:
+                chunk.refused = (
+                    f"column '{chunk.name}' has {chunk.left:,} values in lists in one row group, and accepted are {MOST_VALUES:,}, since a few bytes may "
+                    "stand for all; if that is what it should hold, write the file anew with smaller row groups"
+                )
+            self._chunks.append(chunk)
 
     def readable(self) -> bool:
         return True
@@ -91,6 +104,8 @@ class GuardedFile(io.RawIOBase):
         return data
 
     def _check(self, chunk: _Chunk, at: int, data: bytes) -> None:
+        if chunk.refused:
+            raise self._refused(chunk.refused)
         header, length = self._header(chunk, at, data)
         unpacked, packed = _whole(header.get(_UNPACKED)), _whole(header.get(_PACKED))
         if unpacked < 0 or packed < 0:
@@ -104,7 +119,10 @@ class GuardedFile(io.RawIOBase):
         repeats = _DICTIONARY in header or _DELTA_BYTE_ARRAY in (data_page.get(_ENCODING), data_page_2.get(_ENCODING_2))
         if repeats and self._longest and unpacked > self._longest:
             raise WideError(unpacked)
-        chunk.left -= max(0, _whole((data_page or data_page_2).get(_NUM_VALUES, 0)))
+        values = max(0, _whole((data_page or data_page_2).get(_NUM_VALUES, 0)))
+        if values > chunk.left:
+            raise self._refused(f"a page of column '{chunk.name}' has {values:,} values, {chunk.left:,} are left of those that the file counts")
+        chunk.left -= values
         chunk.next += length + packed
 
     def _header(self, chunk: _Chunk, at: int, data: bytes) -> tuple[dict[int, Any], int]:

@@ -252,8 +252,19 @@ def _refuse_changed(url: str, found: dict[str, Any]) -> None:
 
 
 def _path(url: str) -> str:
+    """What the libraries call an object.
+
+    Raises:
+        DataError: they would take the name for that of another object, as adlfs does with 'a?versionid=1' (it reads and deletes 'a') and with line ends, which it
+            leaves out; or it leads out of the folder that it lies in, as a server may resolve it.
+    """
     bucket, key = bucket_and_key(url)
-    return f"{bucket}/{key}"
+    path, files = f"{bucket}/{key}", _files(url)
+    begins_empty = url.partition("://")[2].startswith(f"{bucket}//")
+    found = files.split_path(files._strip_protocol(path))[:2]
+    if begins_empty or {".", ".."} & set(key.split("/")) or tuple(found) != (bucket, key):
+        raise DataError(f"{url}: an object of another name would be meant by it; rename this one, or delete it, with the tools of its storage.")
+    return path
 
 
 def _marked(url: str, writer: str) -> dict[str, Any]:

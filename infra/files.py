@@ -52,14 +52,23 @@ def read_errors(name: str) -> Iterator[None]:
         raise MissingError(f"{name}: no name of a file, for it holds a null character.") from error
 
 
-def regular(path: Path, name: str) -> Path:
+LARGEST_WHOLE = 8 << 30
+"""Bytes of a file that is read whole; a file of terabytes may take no disk at all."""
+
+
+def regular(path: Path, name: str, most: int = 0) -> Path:
     """A file to be opened, where there is one; a folder says itself that it is none.
 
+    Args:
+        most: bytes that it may have; 0: any number.
+
     Raises:
-        DataError: something else is there: a pipe may block for ever, and a device may have no end.
+        DataError: something else is there (a pipe may block for ever, and a device may have no end), or it is larger.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"{name}: not a regular file.")
+    if most and path.is_file() and path.stat().st_size > most:
+        raise DataError(f"{name}: larger than {most:,} bytes, and such files are read whole; it is damaged, or was not written by this project.")
     return path
 
 

@@ -77,7 +77,7 @@ class ClusterConfig(Section):
     @field_validator("image")
     @classmethod
     def _pinned(cls, image: str) -> str:
-        if image and not _PINNED.match(image):
+        if image and not _PINNED.fullmatch(image):
             raise ValueError(
                 f"'{image}' is not pinned by its digest, so pods of one run could differ; accepted is registry/name@sha256:<64 hex digits>, which "
                 "docker push prints, and docker buildx imagetools inspect registry/name:tag."
@@ -213,6 +213,14 @@ class JobSpec:
     """gang: one launcher on each of cluster.nodes, which fail and restart together; array: cluster.shares independent launchers; node: a single launcher."""
     cluster: ClusterConfig
     gpus: Gpus = "node"
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: the run folder's path holds control characters, which job files, manifests and their annotations may not carry.
+        """
+        if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", self.run_url):
+            raise ConfigError(f"run folder {self.run_url!r}: its path holds a control character; --on slurm and --on k8s accept none: rename it.")
 
     @property
     def count(self) -> int:

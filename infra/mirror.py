@@ -5,12 +5,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra import files, storage
+from infra import files, shown, storage
 from infra.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ _OVERLAP = 64
 _PIECE = 8 << 20
 """Bytes of a read; so many are in memory at a time."""
 _LONGEST = 1 << 16
+_LONGEST_PART, _LONGEST_NAME = 255, 2000
+"""Bytes of a file's name, and of its path below the copy."""
 _OWNER = ".copied-from"
 """File of a copy that says of what: whatever else lies in the folder is deleted when it is not there, so the folder must be the copy's alone."""
 
@@ -92,7 +94,10 @@ class Mirror:
         read, are left to the next look."""
         found = Look()
         try:
-            listed = {info.name: info for info in storage.glob(f"{self.url}/")[1] if self._wanted(info.name) and not self._leads_out(info.name)}
+            infos = [info for info in storage.glob(f"{self.url}/")[1] if self._wanted(info.name) and not self._leads_out(info.name)]
+            names = {info.name for info in infos}
+            odd = sorted(name for name in names if _is_odd(name, names))
+            listed = {info.name: info for info in infos if info.name not in odd}
             for name, info in sorted(listed.items()):
                 if self._versions.get(name) != info.version:
                     with files.write_errors(self.folder):
@@ -101,10 +106,16 @@ class Mirror:
         except DataError as error:
             log.warning("%s: not all of it could be read (%s); the next look does", self.url, error)
             return replace(found, failed=str(error))
-        gone = sorted(name for name in storage.list_files(str(self.folder)) if name not in listed and self._wanted(name))
+        gone = sorted(name for name in storage.list_files(str(self.folder)) if name not in (*listed, _OWNER) and self._wanted(name))
         for name in gone:
             self._place(name).unlink(missing_ok=True)
             self._versions.pop(name, None)
+        if odd:
+            found = replace(
+                found,
+                failed=f"{self.url}: {len(odd)} objects have names that no file here can have, as {shown.value(odd[0])}; rename or delete them.",
+            )
+            log.warning("%s", found.failed)
         return replace(found, files=len(listed), replaced=(*found.replaced, *gone))
 
     def _leads_out(self, name: str) -> bool:
@@ -115,8 +126,6 @@ class Mirror:
         return not Path(os.path.realpath(os.path.join(here, name))).is_relative_to(here)
 
     def _place(self, name: str) -> Path:
-        if {"", ".", ".."} & set(name.split("/")):
-            raise DataError(f"{self.url}: the object {name!r} leads out of it; rename or delete it.")
         return self.folder / name
 
     def _follow(self, name: str, size: int, found: Look) -> Look:
@@ -145,6 +154,19 @@ class Mirror:
             os.replace(target, place)
         changed = not same or at > have
         return replace(found, grown=found.grown + changed, read=found.read + read, replaced=found.replaced if same else (*found.replaced, name))
+
+
+def _is_odd(name: str, names: Collection[str]) -> bool:
+    """Whether an object cannot be a file of the copy: its name leads out of it, is none of a file, or another object is a file where it needs a folder."""
+    parts = name.split("/")
+    above = ("/".join(parts[:count]) for count in range(1, len(parts)))
+    if {"", ".", "..", _OWNER} & set(parts) or "\0" in name or any(each in names for each in above):
+        return True
+    try:
+        longest = max(len(os.fsencode(f"{storage.TEMPORARY}{part}")) for part in parts)
+        return longest > _LONGEST_PART or len(os.fsencode(name)) > _LONGEST_NAME
+    except UnicodeEncodeError:
+        return True
 
 
 def _tail(place: Path, count: int) -> bytes:

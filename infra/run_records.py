@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.stored import Code, Count, Number, Seconds, Stored
 
@@ -93,21 +94,33 @@ class RankRecord(End):
     time: Seconds
 
 
+_JOB = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+
+
 class Submitted(Stored):
-    """jobs/<stage>.json."""
+    """jobs/<stage>.json. What it says becomes words of squeue, scancel and kubectl: in a run of somebody else, an option among them could end every job."""
 
     scheduler: Literal["slurm", "k8s"]
-    job: _Text
-    name: _Text = ""
+    job: Annotated[str, Field(pattern=_JOB)]
+    """SLURM: digits. Kubernetes: name of the object."""
+    name: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,100})?$")] = ""
     """SLURM: the job's name, which tells it from a job of another cluster, or of later, that has the same number."""
     submitted: Seconds
     asked: list[_Text] = Field(default_factory=list)
-    output: _Text = ""
-    """SLURM: pattern of the files that hold its output, below the run folder where it begins with no /."""
-    kind: _Text = ""
-    namespace: _Text = ""
+    output: Annotated[str, Field(max_length=5000, pattern=r"^(([^\x00]*/)?[a-z0-9][a-z0-9-]{0,100}-(%A_%a|%j)\.out)?$")] = ""
+    """SLURM: pattern of the files that hold its output, below the run folder where it begins with no /. Other files are not read by what it says."""
+    kind: Literal["", "job", "jobset"] = ""
+    namespace: Annotated[str, Field(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$")] = ""
     """Kubernetes: as kubectl names them."""
     shares: Count = 1
+
+    @model_validator(mode="after")
+    def _of_its_scheduler(self) -> Self:
+        if self.scheduler == "slurm" and not re.fullmatch("[0-9]{1,18}", self.job):
+            raise ValueError("job: a job of SLURM has a number")
+        if ".." in self.output.split("/"):
+            raise ValueError("output: leads out of its folder")
+        return self
 
 
 class LiveRank(Stored):

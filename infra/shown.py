@@ -37,7 +37,7 @@ _BARE = re.compile(rf"""(?i)(?<![^\s'"=(\[,]){_NAME}{{1,300}}{_COLON}(?!{_PORT})
 _WHOLE = re.compile(r"(?is)\s*(?:https?:[/\\]+(?!\[)[^/\\@:]*:(?!\d{1,5}(?:[/?#]|$))|(?!https?:|file:)[a-z][a-z0-9+.-]*:[/\\]+[^/\\@:]*:).*@")
 # Query parameters that sign a request in a URL.
 _SIGNATURE = re.compile(
-    r"""(?i)(?<=[?&;])((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)"""
+    r"""(?i)(?<=[?&;#])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|AccountKey|sig|(?:access_)?token|api_?key|password|secret)"""
     r"""(?:=|%(?:25)*3D))[^&\s'"<>]+"""
 )
 _SECRET_NAMES = re.compile(
@@ -125,6 +125,11 @@ def cut(text: str, most: int = LONGEST) -> str:
     note = f"…({len(text):,} characters)…"
     end = most // 4
     return text[: most - end - len(note)] + note + text[-end:]
+
+
+def markdown(text: str, most: int = LONGEST) -> str:
+    """Text from data as a piece of a line of Markdown, in a table or not: without line ends and markup. Usual names and values stay as they are."""
+    return printable(mask(text), most).replace("`", "'").replace("|", "\\|").replace("<", "&lt;").replace("](", "] (")
 
 
 def printable(text: str, most: int) -> str:

@@ -51,6 +51,8 @@ def sbatch(spec: JobSpec, after: Sequence[str] = ()) -> list[str]:
     words = ["sbatch", "--parsable", f"--job-name={spec.name}", f"--chdir={REPOSITORY}"]
     words += [f"--nodes={cluster.nodes if spec.shape == 'gang' else 1}", f"--cpus-per-task={room.cpus}", f"--mem={room.memory_gib}G"]
     words += [f"--gpus-per-node={room.gpus}"] if room.gpus else []
+    if "\\" in str(logs(spec)):  # says to SLURM that %x and %j are no patterns, and that %% is two characters
+        raise ConfigError(f"{logs(spec)}: SLURM accepts no backslash in the path of a job's output: rename the folder.")
     minutes, hours = seconds // 60, seconds // 3600
     words += [f"--time={hours}:{minutes % 60:02d}:{seconds % 60:02d}", f"--signal=USR2@{cluster.grace_s}"]
     words += [f"--array=0-{cluster.shares - 1}"] if spec.shape == "array" else []

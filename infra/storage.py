@@ -82,7 +82,7 @@ def read_bytes(url: str) -> bytes:
     if is_remote(url):
         return store(url).read(url)
     with files.read_errors(url):
-        return files.regular(local_path(url), url).read_bytes()
+        return files.regular(local_path(url), url, files.LARGEST_WHOLE).read_bytes()
 
 
 def read_at_most(url: str, most: int) -> bytes:

@@ -95,3 +95,24 @@ def test_on_s3_a_look_is_a_listing_and_a_range_of_what_grew_and_an_outage_is_mad
         assert "dvae/events.1" in look()[0].failed
         proxy.rules = []
         assert look()[0] == Look(2, 1, 40_064) and (tmp_path / "dvae/events.1").read_bytes() == data
+
+
+ODD = [
+    *("a/../../evil.tfevents", "/etc/x.tfevents", "a//b.tfevents", "./x.tfevents", "..", "a.tfevents/b.tfevents", "x" * 300, f"{'d/' * 1500}x"),
+    *("a\0b.tfevents", "a\ud800.tfevents", ".copied-from/x.tfevents", "a/.copied-from"),
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_object_whose_name_no_file_of_the_copy_can_have_costs_itself_alone(odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the bucket of somebody else, where names are any text."""
+    infos = [storage.FileInfo(name, 4, "v") for name in ("a.tfevents", odd, "z.tfevents")]
+    monkeypatch.setattr(mirror.storage, "glob", lambda url: (url, infos))
+    monkeypatch.setattr(mirror.storage, "read_range", lambda url, start, size: b"good"[:size])
+    copy = Mirror("s3://bucket/run", tmp_path / "copy", _any)
+    with copy.claimed():
+        for _ in range(2):
+            found = copy.look()
+    assert found.files == 2 and "1 objects have names that no file here can have" in found.failed and "\0" not in found.failed
+    there = sorted(path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*"))
+    assert there == [".copied-from", "a.tfevents", "z.tfevents"] and sorted(path.name for path in tmp_path.iterdir()) == ["copy"]

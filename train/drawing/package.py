@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenizer import MANIFEST, MODEL, read_manifest
-from infra import scratch, storage
+from infra import scratch, shown, storage
 from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.run_folder import producer
@@ -16,6 +16,7 @@ from train.weights import export
 
 SCHEMA = "package/1"
 CARD = "README.md"
+_LONGEST_CREDIT = 2000
 _SECTIONS = {"run": ("seed",), "dalle_fit": ("caption_dropout",)}
 """The only keys of these sections that drawing needs. The others are left out, because they say where the data is and how training went."""
 _WHOLE = ("tokenizer", "dvae", "dalle", "clip")
@@ -83,7 +84,7 @@ def _card(place: Place, description: str, identity: str, tensors: dict[str, Any]
     dropout = cfg.dalle_fit.caption_dropout
     guidance = f"Trained with {dropout:.0%} of captions dropped: `--guidance` works." if dropout else "Trained without caption dropout: no guidance."
     licences = (
-        "\n".join(f"- {line}" for line in credits)
+        "\n".join(f"- {shown.markdown(str(line), _LONGEST_CREDIT)}" for line in credits)
         or "- The run has recorded no licences of its images: ask who trained it before you share pictures."
     )
     return f"""---
@@ -96,7 +97,7 @@ tags:
 - discrete-vae
 ---
 
-# {cfg.run.name}
+# {shown.markdown(cfg.run.name)}
 
 A text-to-image transformer after "Zero-Shot Text-to-Image Generation" (DALL-E, 2021): a caption becomes {cfg.dvae.grid} x {cfg.dvae.grid} codes of {cfg.dvae.vocab}, and
 a discrete VAE turns these into {cfg.dvae.image_size} x {cfg.dvae.image_size} pixels.

@@ -103,7 +103,13 @@ class Folder:
         place = storage.join(self.url, SAMPLES)
         if not storage.exists(place):
             return []
-        return [line for line in read_lines(place) if line["key"] == self.key]
+        found = [line for line in read_lines(place) if line["key"] == self.key]
+        candidates = [line["candidate"] for line in found]
+        if len(set(candidates)) < len(candidates) or any(line["candidate"] >= line["settings"]["n"] for line in found):
+            raise DataError(
+                f"{place}: names a candidate twice, or one beyond those that were asked for; delete it, and its pictures are drawn again."
+            )
+        return found
 
     def write(self, lines: Sequence[Line]) -> None:
         """Replace samples.jsonl. The pictures must have been written before."""
@@ -154,7 +160,14 @@ def read_lines(url: str) -> list[Line]:
         MissingError: the file does not exist.
         DataError: it is not a samples.jsonl.
     """
-    return [parse_line(line, f"{url}, line {number}") for number, line in enumerate(text.lines(storage.read_text(url)), 1)]
+    return [parse_line(line, f"{url}, line {number}") for number, line in enumerate(text.lines(_text(url)), 1)]
+
+
+def _text(url: str) -> str:
+    try:
+        return storage.read_at_most(url, strict_json.MAX_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{url}: not UTF-8 text ({error}).") from error
 
 
 def parse_line(given: str, where: str) -> Line:

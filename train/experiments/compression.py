@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra import stored
 from infra.files import atomic
 from infra.repository import DOCS
 from infra.run_folder import RunFolder, producer
@@ -204,6 +205,18 @@ def _gradients(model: Transformer, batch: dict[str, Any], machines: int, text_we
     return loss, found
 
 
+class _Training(stored.Stored):
+    arm: str
+    seed: int
+
+
+class _File(stored.Stored):
+    """A file of these trainings."""
+
+    settings: dict[str, Any]
+    runs: list[_Training]
+
+
 def experiment(cfg: RunConfig, run: RunFolder, options: Options, seeds: Sequence[int], arms: Sequence[str], out: Path) -> dict[str, Any]:
     """Train all arms, and write the file after each training. Trainings that ``out`` already holds are not repeated.
 
@@ -214,7 +227,7 @@ def experiment(cfg: RunConfig, run: RunFolder, options: Options, seeds: Sequence
     settings = json.loads(json.dumps(asdict(options) | shape | {"codes": cfg.stream_shape().image_tokens, "vocab": cfg.dvae.vocab}))
     found: dict[str, Any] = {"kind": "compression", "name": out.stem, "settings": settings, "runs": [], "producer": producer()}
     if out.exists():
-        found["runs"] = (before := json.loads(out.read_text()))["runs"]
+        found["runs"] = (before := stored.read(str(out), _File, "repair it, or give another --name"))["runs"]
         if before["settings"] != settings:
             raise SystemExit(f"{out} holds trainings with {before['settings']}: give another --name, or remove it")
     there = {(one["arm"], one["seed"]) for one in found["runs"]}

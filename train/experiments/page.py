@@ -148,7 +148,7 @@ def render(folder: Path) -> str:
 
 def _of_kind(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The files of a kind, in the order of their names. A file that names no kind holds variants."""
-    everything = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    everything = (storage.read_json(str(path)) for path in sorted(folder.glob("*.json")))
     return [one for one in everything if one.get("kind", "variants") == kind]
 
 

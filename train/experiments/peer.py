@@ -70,7 +70,7 @@ def main(words: Sequence[str]) -> None:
     out = given.out or _FOLDER / f"{peer_page.stem(cfg.run.name)}.json"
     if given.at_once and given.only is None:
         at_once(words, given.threads, out)
-        print(peer_page.section(json.loads(out.read_text())))
+        print(peer_page.section(storage.read_json(str(out))))
         return
     keep_memory()  # for the peer; our stages call it themselves
     probe = given.probe_minutes or given.minutes / 20
@@ -153,7 +153,7 @@ def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any
     found: dict[str, Any] = {"kind": "peer", "settings": settings}
     if only is None or not out.exists():
         return found
-    before = json.loads(out.read_text())
+    before = _read(out)
     (other,) = set(HALVES) - {only}
     if other not in before:
         return found
@@ -165,6 +165,20 @@ def read(out: Path, settings: dict[str, Any], only: str | None) -> dict[str, Any
             + "\n  (file -> given)"
         )
     return found | {other: before[other]}
+
+
+class _File(stored.Stored):
+    """A file of this comparison."""
+
+    settings: dict[str, Any]
+
+
+def _read(out: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DataError: the file is damaged.
+    """
+    return stored.read(str(out), _File, "repair it, or give another --out")
 
 
 def write(out: Path, found: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra import stored
 from infra.files import atomic
 from infra.repository import DOCS
 from infra.run_folder import producer
@@ -209,6 +210,20 @@ def lost_shares(run: Run, step: int) -> list[float]:
     return [part / max(whole, 1.0) for part, whole in zip(lost, total, strict=True)]
 
 
+class _ArmRun(stored.Stored):
+    seed: int
+    floor_bits: int
+    arm: str
+
+
+class _File(stored.Stored):
+    """A file of these runs."""
+
+    options: dict[str, Any]
+    commit: str
+    runs: list[_ArmRun]
+
+
 def experiment(options: Options, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     """Train all arms at all floors (fp32 once) for each seed, and write the file after each run. Runs that ``out`` already holds are not repeated.
 
@@ -224,7 +239,7 @@ def experiment(options: Options, seeds: Sequence[int], out: Path) -> dict[str, A
     } | producer()
     there: dict[tuple[int, int, str], dict[str, Any]] = {}
     if out.exists():
-        before = json.loads(out.read_text())
+        before = stored.read(str(out), _File, "repair it, or give another --name")
         same = all(before["options"].get(key) == value for key, value in settings.items()) and before["commit"] == found["commit"]
         if not same:
             raise SystemExit(f"{out} holds runs with {before['options']} at commit {before['commit']}: give another --name, or remove it")

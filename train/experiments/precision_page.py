@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from infra import storage
 from train.report.plots import Line, lines
 
 _HEAD = """# Experiments on precision
@@ -37,7 +37,7 @@ def write(docs: Path) -> None:
     """Write the page and its pictures below ``docs``."""
     parts = [_HEAD]
     for path in sorted((docs / "experiments" / "precision").glob("*.json")):
-        found = json.loads(path.read_text())
+        found = storage.read_json(str(path))
         drawn = pictures(path.stem, found)
         parts.append(_section(path.stem, found, list(drawn)))
         for kind, picture in drawn.items():

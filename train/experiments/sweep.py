@@ -26,7 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,7 +60,7 @@ class SweepFile(Section):
     """Positions of the stream of each training, padding included; or give minutes."""
     probe_minutes: float | None = Field(default=None, gt=0)
     """Training time of the probe of an arm; a twentieth of the minutes if not given."""
-    cores: int = Field(default=1, gt=0)
+    cores: int = Field(default=1, gt=0, le=1024)
     """Processes of a training."""
     overrides: tuple[str, ...] = ()
     """section.key=value, for all arms."""
@@ -201,12 +201,34 @@ class Sweep:
 
 class _Arm(stored.Stored):
     overrides: list[str]
+    updates: Annotated[int, Field(ge=1, lt=1 << 53)] | None = None
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+
+
+class _Producer(stored.Stored):
+    commit: str
 
 
 class _Run(stored.Stored):
     arm: str
     seed: int
-    end: str
+    end: Literal["done", "diverged"]
+    producer: _Producer
+    updates: stored.Count
+    minutes: stored.Number = 0.0
+    epochs: stored.Number = 0.0
+    train_nats_per_code: stored.Number = 0.0
+    nats_per_code: stored.Number = 0.0
+    caption_gain: stored.Number = 0.0
+
+    @model_validator(mode="after")
+    def _has_its_figures(self) -> Self:
+        lacking = [key for key in sweep_page.MEANS if key not in self.model_fields_set]
+        if self.end == "done" and lacking:
+            raise ValueError(f"a training that is done has no {', '.join(lacking)}")
+        if self.nats_per_code < 0 or (self.end == "done" and not self.nats_per_code):
+            raise ValueError("nats_per_code: a loss of codes is above 0")
+        return self
 
 
 class _Figures(stored.Stored):

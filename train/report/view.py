@@ -16,6 +16,9 @@ from train.report.markup import Html
 from train.run import change_points, lineage
 from train.run.stage_table import STAGES, TRAINED
 
+_LARGEST_PICTURE = 256 << 20
+"""Bytes of a picture's file; those of ours have some megabytes."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -130,7 +133,7 @@ class RunView:
         if not name or not self.has(name):
             return None
         url = storage.join(self.url, name)
-        return None if not storage.is_remote(url) and storage.local_path(url).is_symlink() else storage.read_bytes(url)
+        return None if not storage.is_remote(url) and storage.local_path(url).is_symlink() else storage.read_at_most(url, _LARGEST_PICTURE)
 
     def has(self, name: str) -> bool:
         """Whether the run folder holds a file."""

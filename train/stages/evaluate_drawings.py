@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.progress import Progress
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -184,8 +186,19 @@ def _with_blurs(pictures_V3YX: Tensor, radii: Sequence[int]) -> Tensor:
 
 
 def _read(url: str) -> Arrays:
-    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as found:
-        return dict(found)
+    """
+    Raises:
+        DataError: the file is damaged, or unpacks to more than it is, as none of ours does.
+    """
+    data = io.BytesIO(storage.read_bytes(url))
+    try:
+        with zipfile.ZipFile(data) as members:
+            if sum(member.file_size for member in members.infolist()) > len(data.getbuffer()):
+                raise ValueError("it unpacks to more than it is")
+        with np.load(data, allow_pickle=False) as found:
+            return dict(found)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{url}: no figures of drawings, or damaged ({error}); delete it, and run the stage 'evaluate' again.") from error
 
 
 def _found(task: _Task, files: Sequence[Arrays], training: ShardSet) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import typer
@@ -19,7 +20,7 @@ from infra.signals import StopFlag
 from tests.support import drawable_run
 from tests.support.patience import PATIENCE_S
 from train.config import load_run
-from train.drawing import draw
+from train.drawing import draw, package, samples
 from train.drawing.settings import Settings
 from train.drawing.source import Models, open_models
 from train.verbs import arguments
@@ -175,3 +176,30 @@ def test_a_container_has_less_memory_than_its_machine(models: Models, tmp_path: 
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         monkeypatch.setattr(draw, "_CONTAINER", tmp_path / "memory.max")
         assert draw._available(models) == pytest.approx(found, rel=0.5)
+
+
+def test_a_list_of_pictures_that_names_one_twice_or_too_many_is_damaged(models: Models, line: dict[str, Any], tmp_path: Path) -> None:
+    """By such a list a drawing was never complete, and ended without a word."""
+    place = samples.Folder(str(tmp_path), line["key"])
+    place.write([line, line | {"candidate": 1}])
+    assert len(place.lines()) == 2
+    for more in (line, line | {"candidate": 2}, line | {"candidate": 4000}):
+        place.write([line, line | {"candidate": 1}, more])
+        with pytest.raises(DataError, match=r"samples\.jsonl: names a candidate twice, or one beyond those that were asked for; delete it"):
+            place.lines()
+    place.write([line, line | {"key": "0" * 64}])
+    assert len(place.lines()) == 1, "others' pictures do not count"
+
+
+def test_an_endless_list_of_pictures_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "samples.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"larger than 536,870,912 bytes"):
+        samples.read_lines(str(tmp_path / "samples.jsonl"))
+
+
+def test_a_model_card_holds_what_records_say_as_text(models: Models) -> None:
+    evil = "x\n---\nlicense: mit\n---\n# Mine <script>alert(1)</script>"
+    run = SimpleNamespace(done=lambda stage: {"summary": {"credits": [evil, "plain: CC-BY-4.0 (5 records)"]}})
+    card = package._card(cast(Any, SimpleNamespace(run=run, cfg=models.cfg)), "raw", "0" * 64, {})
+    assert card.count("\n---\n") == 1 and "<script" not in card and "\n# Mine" not in card and "- plain: CC-BY-4.0 (5 records)" in card

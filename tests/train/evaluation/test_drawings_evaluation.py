@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from train.config import load_run
 from train.evaluation.blur import blurred
 from train.evaluation.colours import COLOURS, agreement, named, shares
@@ -18,6 +19,7 @@ from train.evaluation.drawings import Judge, figures
 from train.evaluation.frechet import FeatureSums, frechet_distance
 from train.report import section_drawings
 from train.report.view import RunView
+from train.stages import evaluate_drawings
 
 
 def normal(count: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -151,3 +153,18 @@ def test_numbers_of_candidates_begin_with_one_and_rise() -> None:
     for words in ("[2,4]", "[1,4,2]", "[1,1]"):
         with pytest.raises(ConfigError, match=r"best_of = \[.*\]: rising numbers from 1 on"):
             load_run("tiny", [f"evaluate.best_of={words}"])
+
+
+def test_figures_of_somebody_else_unpack_to_no_more_than_they_are(tmp_path: Path) -> None:
+    place = tmp_path / "x.npz"
+    np.savez(place, a=np.arange(5))
+    assert evaluate_drawings._read(str(place))["a"].tolist() == [0, 1, 2, 3, 4]
+    np.savez_compressed(place, a=np.zeros(50_000_000))
+    assert place.stat().st_size < 1 << 20
+    for data in (place.read_bytes(), b"", b"PK\x03\x04", place.read_bytes()[:100]):
+        place.write_bytes(data)
+        with pytest.raises(DataError, match=r"x\.npz: no figures of drawings, or damaged \(.*delete it, and run the stage 'evaluate' again"):
+            evaluate_drawings._read(str(place))
+    np.savez(place, a=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match="allow_pickle"):
+        evaluate_drawings._read(str(place))

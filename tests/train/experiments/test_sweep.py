@@ -17,7 +17,7 @@ from infra.run_folder import RunFolder
 from tests.system.test_training import copy_of
 from tests.train.experiments.test_peer import in_process
 from train.config import load_run
-from train.experiments import page, peer, sweep, sweep_page
+from train.experiments import compression, page, peer, precision, sweep, sweep_page
 from train.loop.metrics import read_metrics
 
 FILE = """
@@ -262,3 +262,51 @@ def test_a_real_sweep_trains_evaluates_and_keeps_its_books(prepared: Path, tmp_p
     first, second = (read_metrics(str(tmp_path / "runs" / "tiny" / "against" / f"sweep-{n}"), "dalle")["train/loss_image"] for n in (0, 1))
     assert first[0].value == second[0].value, "the same seed has the same weights and the same first batch"
     assert runs[0]["train_nats_per_code"] == pytest.approx(first[-1].value, abs=1e-4)
+
+
+DONE: dict[str, Any] = {"arm": "base", "seed": 0, "end": "done", "producer": {"commit": "c"}, "updates": 5, "minutes": 1.0, "epochs": 1.0}
+DONE |= {"nats_per_code": 4.0, "caption_gain": 0.1, "train_nats_per_code": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nats_per_code": "4"}, r"runs\.0\.nats_per_code: input should be a valid number"),
+        ({"nats_per_code": 0.0}, "a loss of codes is above 0"),
+        ({"end": "lost"}, r"runs\.0\.end"),
+        ({"producer": {}}, r"producer\.commit: field required"),
+        ({"epochs": None}, r"runs\.0\.epochs"),
+    ],
+)
+def test_figures_of_somebody_else_end_in_a_sentence_before_they_are_shown(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = {"settings": {}, "arms": {"base": {"overrides": []}}, "runs": [DONE]}
+    (tmp_path / "x.json").write_text(json.dumps(file))
+    assert sweep._figures(tmp_path / "x.json")["runs"] == [DONE]
+    (tmp_path / "x.json").write_text(json.dumps(file | {"runs": [DONE | changes]}))
+    with pytest.raises(DataError, match=message):
+        sweep._figures(tmp_path / "x.json")
+    for lacking in ("updates", "caption_gain", "producer"):
+        (tmp_path / "x.json").write_text(json.dumps(file | {"runs": [{key: value for key, value in DONE.items() if key != lacking}]}))
+        with pytest.raises(DataError, match=lacking):
+            sweep._figures(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"settings": {}, "settings": {}}', '{"settings": NaN}', "nothing", "[]", '{"runs": 1}'])
+def test_files_of_any_experiment_that_are_damaged_end_in_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json"):
+        peer._read(tmp_path / "x.json")
+    for model, read in ((compression._File, compression.stored.read), (precision._File, precision.stored.read)):
+        with pytest.raises(DataError, match=r"x\.json"):
+            read(str(tmp_path / "x.json"), model)
+
+
+def test_names_and_values_of_a_foreign_sweep_are_no_markup_of_its_page() -> None:
+    evil = "x|y`\n# title <script>alert(1)</script> [a](javascript:b)"
+    settings = {"minutes": 1.0, "cores": 1, "run": evil, "overrides": [evil]}
+    page = sweep_page.section(
+        {"name": "x", "settings": settings, "base": evil, "arms": {evil: {"overrides": [evil]}}, "runs": [DONE | {"arm": evil}]}
+    )
+    assert "<script" not in page and "\n# title" not in page and "](javascript" not in page and "| x\\|y' " not in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) == 3 and len({line.replace("\\|", "").count("|") for line in rows}) == 1, "a table of one row"

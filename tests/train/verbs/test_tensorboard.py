@@ -163,3 +163,17 @@ def _served(url: str, run: str, count: int) -> list[int]:
             steps = []
         time.sleep(0.2)
     return steps
+
+
+def test_nothing_but_event_files_reaches_tensorboard(tmp_path: Path) -> None:
+    """Its projector reads whatever file a projector_config.pbtxt names, and profiles and sprites are read by name too."""
+    run = tmp_path / "run"
+    _run(str(run), range(1, 3)).close()
+    for name in ("projector_config.pbtxt", "dvae/projector_config.pbtxt", "x.tfevents.d/projector_config.pbtxt", "plugins/profile/r/a.xplane.pb"):
+        place = run / "tensorboard" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text('embeddings { metadata_path: "/etc/passwd" }')
+    os.mkfifo(run / "tensorboard" / "pipe.tfevents")
+    tensorboard.main([str(run)], Options(out=str(tmp_path / "copy"), once=True), StopFlag())
+    copied = [path.name for path in (tmp_path / "copy").rglob("*") if path.is_file() and path.name != ".copied-from"]
+    assert copied and all("tfevents" in name for name in copied) and _losses(tmp_path / "copy" / "run" / "dvae")

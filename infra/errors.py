@@ -1,5 +1,7 @@
 """The exit codes of every command, and the exceptions that carry them (docs/contracts.md, section 1)."""
 
+import sys
+from collections.abc import Callable
 from enum import IntEnum
 
 from infra import shown
@@ -106,3 +108,12 @@ class SupersededError(ReportedError):
 
 class LostPeerError(ReportedError):
     """Another node or rank did not do its part: may be retried."""
+
+
+def in_a_sentence(main: Callable[[list[str]], object]) -> None:
+    """Run the main function of a program with its command line: an error that is for the user is a line, and its code the program's."""
+    try:
+        main(sys.argv[1:])
+    except ReportedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from infra import stored
+from infra.errors import in_a_sentence
 from infra.files import atomic
 from infra.repository import DOCS
 from infra.run_folder import RunFolder, producer
@@ -268,6 +269,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+    in_a_sentence(main)

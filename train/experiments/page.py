@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import storage
-from infra.errors import ExitCode
+from infra.errors import ExitCode, in_a_sentence
 from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import producer
 from train.config import load_run
@@ -162,4 +162,4 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    in_a_sentence(main)

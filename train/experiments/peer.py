@@ -23,7 +23,7 @@ import torch
 
 from infra import files, storage, stored
 from infra.config import differences
-from infra.errors import ConfigError
+from infra.errors import ConfigError, in_a_sentence
 from infra.repository import DOCS, LAUNCHER
 from infra.run_folder import RunFolder, producer
 from infra.run_records import PrecisionChoice
@@ -302,4 +302,4 @@ def _precision(run: RunFolder, given: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    in_a_sentence(main)

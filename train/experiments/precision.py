@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from infra import stored
+from infra.errors import in_a_sentence
 from infra.files import atomic
 from infra.repository import DOCS
 from infra.run_folder import producer
@@ -297,6 +298,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+    in_a_sentence(main)

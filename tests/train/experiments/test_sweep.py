@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, in_a_sentence
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
 from tests.system.test_training import copy_of
@@ -299,6 +299,16 @@ def test_files_of_any_experiment_that_are_damaged_end_in_a_sentence(text: str, t
     for model, read in ((compression._File, compression.stored.read), (precision._File, precision.stored.read)):
         with pytest.raises(DataError, match=r"x\.json"):
             read(str(tmp_path / "x.json"), model)
+
+
+def test_a_program_ends_with_a_line_and_the_code_of_its_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(words: list[str]) -> None:
+        raise DataError(f"x.json: damaged, asked with {words}")
+
+    monkeypatch.setattr("sys.argv", ["peer", "RUN"])
+    with pytest.raises(SystemExit) as ended:
+        in_a_sentence(fails)
+    assert ended.value.code == 65 and capsys.readouterr().err == "x.json: damaged, asked with ['RUN']\n"
 
 
 def test_names_and_values_of_a_foreign_sweep_are_no_markup_of_its_page() -> None:

@@ -130,6 +130,8 @@ class TransformerConfig:
     """Factor on the initial embeddings. 1: as published for large models; a narrow model with a large step size learns faster at 30 (DECISIONS.md)."""
     zero_projections: bool = False
     """Begin with zeros in the last matrix of each resblock, so that an untrained resblock adds nothing; all other weights are the same with and without it."""
+    qk_norm: bool = False
+    """Normalise the query and the key of each head, with a learned gain (Dehghani et al. 2023, arXiv 2302.05442, section 2)."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")

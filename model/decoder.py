@@ -18,6 +18,7 @@ from model.config import StreamShape, TransformerConfig
 from model.draw_cache import PastCache, Window, cache_places
 from model.gumbel import gumbel_noise
 from model.offsets import Kind, layer_kinds, mask_kind
+from model.queries import head_norm
 from model.transformer import AttentionResblock, MLPResblock, Transformer, quick_gelu
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -35,6 +36,8 @@ class Layer:
     attention_norm: nn.Module
     qkv: Tensor
     qkv_bias: Tensor
+    gains: tuple[Tensor, Tensor] | None
+    """Those of the norms of queries and of keys (``qk_norm``)."""
     post: Tensor
     post_bias: Tensor
     mlp_norm: nn.Module
@@ -79,6 +82,7 @@ class DrawingWeights:
             attention.norm,
             cast(q.weight, k.weight, v.weight),
             cast(q.bias, k.bias, v.bias),
+            None if attention.q_norm is None or attention.k_norm is None else (cast(attention.q_norm.weight), cast(attention.k_norm.weight)),
             cast(post.weight),
             cast(post.bias),
             mlp.norm,
@@ -95,11 +99,19 @@ class DrawingWeights:
     def run_layer(self, layer: Layer, x_RD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """One layer on fp32 states [rows, D]; ``attend`` turns fused queries, keys and values [rows, 3 D] into [rows, D]."""
         h_RD = layer.attention_norm(x_RD).to(self.dtype)
-        h_RD = self.linear(attend(self.linear(h_RD, layer.qkv, layer.qkv_bias)), layer.post, layer.post_bias)
+        qkv_RE = self._normed(layer, self.linear(h_RD, layer.qkv, layer.qkv_bias))
+        h_RD = self.linear(attend(qkv_RE), layer.post, layer.post_bias)
         x_RD = x_RD + h_RD.float()
         h_RD = layer.mlp_norm(x_RD).to(self.dtype)
         h_RD = self.linear(quick_gelu(self.linear(h_RD, layer.mlp_1, layer.mlp_1_bias)), layer.mlp_2, layer.mlp_2_bias)
         return x_RD + h_RD.float()
+
+    def _normed(self, layer: Layer, qkv_RE: Tensor) -> Tensor:
+        """Fused rows whose queries and keys have been normalised, if the model has norms for them."""
+        if layer.gains is None:
+            return qkv_RE
+        q_RHK, k_RHK, v_RHK = qkv_RE.unflatten(1, (3, self.cfg.heads, -1)).unbind(1)
+        return torch.stack([head_norm(q_RHK, layer.gains[0]), head_norm(k_RHK, layer.gains[1]), v_RHK], dim=1).flatten(1)
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Logits of the next code, fp32 [rows, N]."""

@@ -19,6 +19,7 @@ from model.attention import Attend, DenseAttention
 from model.config import StreamShape, TransformerConfig
 from model.head import Unembedding
 from model.offsets import Kind, layer_kinds
+from model.queries import HeadNorm
 
 # Initialisation as in code that the same group has published (distribution augmentation); the paper does not give it.
 _WEIGHT_VARIANCE = 0.125
@@ -119,10 +120,13 @@ class AttentionResblock(Resblock):
         self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std) for _ in range(3))
         # Half the variance, divided by the number of layers, so that the size of the residual sum does not depend on the depth.
         self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers) * (not cfg.zero_projections))
+        self.q_norm, self.k_norm = (HeadNorm(cfg.width // cfg.heads) if cfg.qk_norm else None for _ in range(2))
 
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
-        q_BHSK, k_BHSK, v_BHSK = (p(h_BSD).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        out_BHSK = attend(q_BHSK, k_BHSK, v_BHSK, self.kind)
+        q_BSHK, k_BSHK, v_BSHK = (p(h_BSD).unflatten(2, (self.heads, -1)) for p in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHK, k_BSHK = self.q_norm(q_BSHK), self.k_norm(k_BSHK)
+        out_BHSK = attend(q_BSHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2), self.kind)
         y_BSD: Tensor = self.post(out_BHSK.transpose(1, 2).flatten(2))
         return y_BSD
 

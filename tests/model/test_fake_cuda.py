@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 CUDA = torch.device("cuda")
 SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=4, image_vocab=30)
 CFG = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3)
+WITH_OPTIONS = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3, qk_norm=True)
 DVAE_CFG = DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32)
 
 VQGANS = [
@@ -38,11 +39,15 @@ VQGANS = [
 
 
 def transformer(
-    engine: EngineName = "dense", every: int = 0, dtype: torch.dtype = torch.float16, logits_dtype: torch.dtype = torch.float32
+    engine: EngineName = "dense",
+    every: int = 0,
+    dtype: torch.dtype = torch.float16,
+    logits_dtype: torch.dtype = torch.float32,
+    cfg: TransformerConfig = CFG,
 ) -> Transformer:
-    attend: Any = FlexAttention(CFG, SHAPE, compiled=False, kernel=flex) if engine == "flex" else make_engine(engine, CFG, SHAPE, CUDA)
+    attend: Any = FlexAttention(cfg, SHAPE, compiled=False, kernel=flex) if engine == "flex" else make_engine(engine, cfg, SHAPE, CUDA)
     with CUDA:
-        return Transformer(CFG, SHAPE, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every, logits_dtype=logits_dtype)
+        return Transformer(cfg, SHAPE, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every, logits_dtype=logits_dtype)
 
 
 def tokens(count: int = 3) -> tuple[torch.Tensor, ...]:
@@ -50,14 +55,20 @@ def tokens(count: int = 3) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "every", "logits_dtype"),
-    [("dense", 0, torch.float32), ("dense", 0, torch.bfloat16), ("structured", 1, torch.float32), ("flex", 1, torch.bfloat16)],
+    ("engine", "every", "logits_dtype", "cfg"),
+    [
+        ("dense", 0, torch.float32, CFG),
+        ("dense", 0, torch.bfloat16, WITH_OPTIONS),
+        ("structured", 1, torch.float32, WITH_OPTIONS),
+        ("flex", 1, torch.bfloat16, CFG),
+        ("flex", 1, torch.bfloat16, WITH_OPTIONS),
+    ],
 )
-def test_a_step_of_the_transformer_waits_for_nothing(engine: EngineName, every: int, logits_dtype: torch.dtype) -> None:
+def test_a_step_of_the_transformer_waits_for_nothing(engine: EngineName, every: int, logits_dtype: torch.dtype, cfg: TransformerConfig) -> None:
     """With the two gradient points, whose scales are tensors, and with recomputation, whose second forward pass runs inside the backward one."""
     with fake_cuda() as watch:
         with watch.setting_up():
-            model, inputs = transformer(engine, every, logits_dtype=logits_dtype), tokens()
+            model, inputs = transformer(engine, every, logits_dtype=logits_dtype, cfg=cfg), tokens()
             scales = torch.ones(4, device="cuda")
             for scale, block in zip(scales, model.resblocks, strict=True):
                 block.gradient_scale, block.filter_gradients = scale, True  # type: ignore[assignment]
@@ -104,11 +115,11 @@ def test_a_step_of_clip_waits_for_nothing() -> None:
         assert is_cuda([p.grad for p in model.parameters()]) and not watch.waits
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(guidance=2.0, top_k=5, top_p=0.9)])
-def test_drawing_waits_once_for_each_code_to_see_whether_it_is_a_number(rule: Rule) -> None:
+@pytest.mark.parametrize(("rule", "cfg"), [(Rule(), CFG), (Rule(guidance=2.0, top_k=5, top_p=0.9), WITH_OPTIONS)])
+def test_drawing_waits_once_for_each_code_to_see_whether_it_is_a_number(rule: Rule, cfg: TransformerConfig) -> None:
     with fake_cuda("model/sampling.py") as watch:
         with watch.setting_up(), torch.no_grad():
-            weights = DrawingWeights(transformer())
+            weights = DrawingWeights(transformer(cfg=cfg))
             text_CT, lengths_C, _ = tokens(2)
         passes: list[int] = []
 
@@ -122,10 +133,11 @@ def test_drawing_waits_once_for_each_code_to_see_whether_it_is_a_number(rule: Ru
     assert [after - before for before, after in itertools.pairwise(passes)] == [1] * 10
 
 
-def test_drawing_in_windows_waits_twice_for_each_pass_once_for_how_far_it_came() -> None:
+@pytest.mark.parametrize("cfg", [CFG, WITH_OPTIONS], ids=["plain", "options"])
+def test_drawing_in_windows_waits_twice_for_each_pass_once_for_how_far_it_came(cfg: TransformerConfig) -> None:
     with fake_cuda("model/sampling.py") as watch:
         with watch.setting_up(), torch.no_grad():
-            weights = DrawingWeights(transformer())
+            weights = DrawingWeights(transformer(cfg=cfg))
             text_CT, lengths_C, _ = tokens(2)
         passes: list[int] = []
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model import queries
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
 from model.gumbel import mixed
@@ -60,7 +61,9 @@ class CpuWeights(DrawingWeights):
         self.matrices = [tuple(rows[name][place] for name in _MATRICES) for place in range(len(self.layers))]
         self.head_matrix, self.head = self._matrix(self.head.detach(), torch.zeros(len(self.head)))
         self.norms = [(_norm(layer.attention_norm), _norm(layer.mlp_norm)) for layer in self.layers]
-        self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm)) for layer in self.layers]
+        self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm), queries.EPS) for layer in self.layers]
+        none = torch.empty(0)
+        self.gains = [tuple(map(_array, layer.gains or (none, none))) for layer in self.layers]
 
     def _matrix(self, weight_ED: Tensor, bias_E: Tensor) -> tuple[Matrix, Tensor]:
         """A matrix in the form that the kernels take, and its values, which may be rounded, as a tensor."""
@@ -149,7 +152,7 @@ class CpuDrawer(Drawer):
         for index, (keys, values) in enumerate(self._kept):
             qkv_RE, is_transposed, grid = qkv[0 if is_one else index], self._is_transposed[index], self.weights.shape.grid
             places = (self._first_B, self._offsets[index], grid, is_transposed)
-            weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.matrices[index])
+            weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.gains[index], self._cpu.matrices[index])
             cpu_kernels.layer(x_RD, *weights, self._texts[index], (keys, values), places, scratch, qkv_RE)
             if is_one:  # its input is certain, not a draft
                 cpu_kernels.keep(qkv_RE, keys, values, self._first_B, ones_B, grid, is_transposed)

@@ -137,6 +137,24 @@ def _norm(x_RD: Any, weight_D: Any, bias_D: Any, eps: float, out_RD: Any) -> Non
             out_RD[r, d] = (x_RD[r, d] - mean) * scale * weight_D[d] + bias_D[d]
 
 
+@_compiled()
+def _norm_heads(qkv_RE: Any, part: int, gain_K: Any, eps: float) -> None:
+    """Normalise each head of the queries (part 0) or of the keys (part 1) in place."""
+    width, size = qkv_RE.shape[1] // 3, gain_K.shape[0]
+    for r in range(qkv_RE.shape[0]):
+        for first in range(part * width, (part + 1) * width, size):
+            total = np.float32(0)
+            for k in range(size):
+                total += qkv_RE[r, first + k]
+            mean = total / np.float32(size)
+            squares = np.float32(0)
+            for k in range(size):
+                squares += (qkv_RE[r, first + k] - mean) * (qkv_RE[r, first + k] - mean)
+            scale = _ONE / np.sqrt(squares / np.float32(size) + np.float32(eps))
+            for k in range(size):
+                qkv_RE[r, first + k] = (qkv_RE[r, first + k] - mean) * scale * gain_K[k]
+
+
 @_compiled(parallel=True)
 def _product(x_RD: Any, weight_ED: Any, scale_E: Any, bias_E: Any, out_RE: Any, then: int) -> None:
     """``x @ (weight * scale).T + bias``; each weight is read from memory once, for all rows."""
@@ -255,12 +273,13 @@ def embed(codes_BI: Any, first_B: Any, codes_ND: Any, rows_WD: Any, columns_WD: 
 
 
 @_compiled()
-def layer(x_RD: Any, norms: Any, eps: Any, matrices: Any, texts: Any, past: Any, places: Any, scratch: Any, qkv_RE: Any) -> None:
+def layer(x_RD: Any, norms: Any, eps: Any, gains: Any, matrices: Any, texts: Any, past: Any, places: Any, scratch: Any, qkv_RE: Any) -> None:
     """Compute one layer on the states ``x``, in place.
 
     Args:
         norms: weight and bias of the norms before attention and before the MLP.
-        eps: epsilon of both norms.
+        eps: epsilon of both norms, and of those of queries and keys.
+        gains: [K] of the norms of queries and of keys; empty arrays if there are none.
         matrices: (weight, scale, bias) of queries, keys and values, of the projection after attention, and of the two of the MLP.
         texts: keys, values [C, H, T, K], and the caption of each picture.
         past: keys and values [B, H, P, K].
@@ -275,6 +294,9 @@ def layer(x_RD: Any, norms: Any, eps: Any, matrices: Any, texts: Any, past: Any,
     normed_RD, out_RD, inner_RF = scratch
     _norm(x_RD, weight_1, bias_1, eps[0], normed_RD)
     _product(normed_RD, qkv[0], qkv[1], qkv[2], qkv_RE, PLAIN)
+    for part in range(2):
+        if gains[part].shape[0]:
+            _norm_heads(qkv_RE, part, gains[part], eps[2])
     _attend(qkv_RE, text_k, text_v, caption_B, past[0], past[1], first_B, offsets, grid, is_transposed, out_RD)
     _product(out_RD, post[0], post[1], post[2], x_RD, ADDED)
     _norm(x_RD, weight_2, bias_2, eps[1], normed_RD)

@@ -47,9 +47,11 @@ class Run:
 
 
 def kept_by_attention(run: Run, kind: Kind) -> int:
-    """Bytes kept in one attention resblock, without its input: the norm's result, q, k, v, what the engine keeps, and cast weights."""
+    """Bytes kept in one attention resblock, without its input: the norm's result, q, k, v, what the engine keeps, and cast weights; and with norms of queries and
+    keys, these before their norms, and statistics."""
     width, size = run.cfg.width, run.branch_bytes
-    return size * run.positions + _norm_statistics(run) + _engine_keeps(run, kind) + run.cast_bytes * 4 * width * (width + 1)
+    plain = size * run.positions + _norm_statistics(run) + _engine_keeps(run, kind) + run.cast_bytes * 4 * width * (width + 1)
+    return plain + run.cfg.qk_norm * (2 * size * run.positions + 2 * run.cfg.heads * _norm_statistics(run))
 
 
 def _engine_keeps(run: Run, kind: Kind) -> int:

@@ -47,7 +47,8 @@ def count(cfg: TransformerConfig, shape: StreamShape) -> Parameters:
     starts, places = 2, 2 * shape.grid + 2 * shape.text_tokens  # rows and columns; positions and padding
     return Parameters(
         matrices=cfg.layers * 12 * width**2,
-        blocks_rest=cfg.layers * 13 * width,  # two norms of two vectors, and biases of d for all but the first MLP matrix, which has 4 d
+        # Two norms of two vectors, and biases of d for all but the first MLP matrix, which has 4 d; and the gains of the norms of queries and keys.
+        blocks_rest=cfg.layers * (13 * width + 2 * cfg.qk_norm * (width // cfg.heads)),
         embeddings=(shape.text_vocab + shape.image_vocab + places + starts) * width,
         unembeddings=(shape.text_vocab + shape.image_vocab) * width,
         final_norm=2 * width,

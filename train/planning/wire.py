@@ -50,6 +50,8 @@ def parameters(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter
             elements = 4 * d * d if block % 2 else d * d
             yield Parameter(f"resblocks.{block}.{name}.weight", elements, width, block, True, True)
             yield Parameter(f"resblocks.{block}.{name}.bias", outputs, 1, block, False, False)
+        for name in ("q_norm", "k_norm") if cfg.qk_norm and block % 2 == 0 else ():
+            yield Parameter(f"resblocks.{block}.{name}.weight", d // cfg.heads, 1, block, False, False)
     yield from norm("final_norm", None)
     yield from (table("text_unembedding", shape.text_vocab), table("image_unembedding", shape.image_vocab))
 

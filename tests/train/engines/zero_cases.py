@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from train.config_compression import CompressionSection
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
+WITH_OPTIONS = dataclasses.replace(CONFIG, qk_norm=True)
 BATCH = 24
 LR = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +44,12 @@ class Case:
     filter: bool = True
     initial: float = 13
     constant: float = 0
+    options: bool = False
+    """Whether the model has the options of the block."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return WITH_OPTIONS if self.options else CONFIG
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in vars(self).values())
@@ -82,7 +90,6 @@ def make_engine(
     world: World,
     *,
     seed: int = 0,
-    config: TransformerConfig = CONFIG,
     device: str = "cpu",
     compression: CompressionSection | None = None,
     node: int = 2,
@@ -96,7 +103,7 @@ def make_engine(
         node = min(node, world.size)
         world = World(world.rank, world.size, world.rank % node, node)
     with sharded_construction(fit_of(case, **changes), zero_of(case), world):
-        model = make_model(case.precision, checkpointing=case.checkpointing, seed=seed, config=config).to(device)
+        model = make_model(case.precision, checkpointing=case.checkpointing, seed=seed, config=case.config).to(device)
     return ZeroEngine(model, fit_of(case, **changes), zero_of(case), world, scales_of(case), compression)
 
 
@@ -155,9 +162,9 @@ def true_gradients(engine: Any) -> dict[str, Tensor]:
     return out
 
 
-def reference_gradients(step: int, *, half_weights: bool = False) -> tuple[float, dict[str, Tensor]]:
+def reference_gradients(step: int, *, half_weights: bool = False, config: TransformerConfig = CONFIG) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch in fp32, in one process; from the rounded matrices where those are stored in fp16."""
-    model = make_model()
+    model = make_model(config=config)
     if half_weights:
         tags = parameter_tags(model)
         for name, p in model.named_parameters():

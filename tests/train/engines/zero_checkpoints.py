@@ -32,6 +32,7 @@ SAVED = some(
         Case(stage=2),
         Case(stage=3, precision="fp16", moments="16-bit", weights="fp16"),
         Case(stage=1, precision="fp16", offload=True),
+        Case(stage=2, precision="fp16", moments="16-bit", options=True),
     ]
 )
 
@@ -40,10 +41,20 @@ HALF = Case(precision="fp16", moments="16-bit")
 
 
 LOADED = {
-    1: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
+    1: {
+        0: dataclasses.replace(HALF, stage=3),
+        1: Case(stage=3),
+        2: dataclasses.replace(HALF, stage=2),
+        4: dataclasses.replace(HALF, options=True, stage=3),
+    },
     2: {0: dataclasses.replace(HALF, stage=3), 1: Case(stage=1), 2: dataclasses.replace(HALF, stage=1, weights="cast")},
     3: {0: dataclasses.replace(HALF, stage=1), 1: Case(stage=3), 2: dataclasses.replace(HALF, stage=2)},
-    4: {0: dataclasses.replace(HALF, sharding="node"), 1: Case(stage=2, sharding="node"), 2: dataclasses.replace(HALF, stage=3, weights="cast")},
+    4: {
+        0: dataclasses.replace(HALF, sharding="node"),
+        1: Case(stage=2, sharding="node"),
+        2: dataclasses.replace(HALF, stage=3, weights="cast"),
+        4: dataclasses.replace(HALF, options=True, stage=1),
+    },
 }
 """Number of ranks -> index of the saved case -> what loads it."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from infra.world import World
-from tests.train.engines.zero_cases import CONFIG, SHAPE, Case, backward, everything, make_engine, some, updates
+from tests.train.engines.zero_cases import SHAPE, Case, backward, everything, make_engine, some, updates
 from tests.train.engines.zero_checkpoints import gathered, meta_of, restore
 from train.config_compression import CompressionSection
 from train.engines.zero.compression import fragments
@@ -30,7 +30,7 @@ CASES = some(
         Case(stage=3, precision="fp16", sharding="node", moments="16-bit"),
         Case(stage=1, sharding="node", accumulation=2),
         Case(stage=2, precision="fp16", sharding="node", checkpointing=True),
-        Case(stage=2, precision="fp16", sharding="node", offload=True),
+        Case(stage=2, precision="fp16", sharding="node", offload=True, options=True),
     ]
 )
 SECTIONS = [LOW, LOW.model_copy(update={"wire": "bf16", "refresh_every": 3}), LOW.model_copy(update={"wire": "1-6-9", "rest": "1-6-9"})]
@@ -146,7 +146,7 @@ def planned_bytes(engine: Any, case: Case, section: CompressionSection) -> dict[
     """What ``plan`` says of this rank: bytes of six updates, and whether its fragments are those of the engine."""
     every = section.refresh_every
     flags = {"by_resblock": engine.scales is not None, "half": case.precision == "fp16", "packed": case.moments == "16-bit"}
-    held = wire.fragments(list(wire.parameters(CONFIG, SHAPE)), case.stage, 2, **flags)[engine.topology.local]
+    held = wire.fragments(list(wire.parameters(case.config, SHAPE)), case.stage, 2, **flags)[engine.topology.local]
     sent = wire.sent(held, section.rank, section.wire, engine.nodes, every)
     mine = {(piece.name, piece.offset, piece.length) for piece in engine.pieces}
     bytes_ = [sent.factors + sent.exact + (sent.refresh * every if every and step % every == 0 else 0) for step in range(6)]

@@ -51,6 +51,9 @@ OTHERS = [
     Case(stage=3, precision="fp16", offload=True, accumulation=2),
     Case(stage=2, precision="fp16", scope="none"),
     Case(stage=3, precision="fp16", scope="global", overlap=True, constant=-4),
+    Case(stage=1, precision="bf16", options=True),
+    Case(stage=2, precision="fp16", checkpointing=True, options=True),
+    Case(stage=3, precision="fp16", accumulation=2, options=True),
 ]
 
 
@@ -68,7 +71,7 @@ def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
     assert torch.equal(engine.measure(), measured), "a second look changes no gradient"
     dist.all_reduce(measured)
     shards = true_gradients(engine)
-    expected_loss, expected = reference_gradients(0, half_weights=engine.storage == "fp16")
+    expected_loss, expected = reference_gradients(0, half_weights=engine.storage == "fp16", config=case.config)
     error = size = 0.0
     for name, gradient in expected.items():
         found = shards.get(name, torch.zeros_like(gradient))

@@ -33,12 +33,15 @@ FULL = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
 PAPER = {"120M": (12, 768, 12), "300M": (24, 1024, 16), "1.2B": (24, 2048, 32), "2.8B": (64, 1920, 30), "5.6B": (64, 2688, 42), "12B": (64, 3968, 62)}
 SMALL = StreamShape(text_tokens=32, text_vocab=300, grid=8, image_vocab=200)
 NARROW = TransformerConfig(layers=4, width=128, heads=4)
+WITH_OPTIONS = replace(NARROW, qk_norm=True)
 
 
 # --- Counted -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cfg", "shape"), [(TransformerConfig(), FULL), (NARROW, SMALL), (TransformerConfig(layers=3, width=96, heads=3), FULL)])
+@pytest.mark.parametrize(
+    ("cfg", "shape"), [(TransformerConfig(), FULL), (NARROW, SMALL), (TransformerConfig(layers=3, width=96, heads=3), FULL), (WITH_OPTIONS, SMALL)]
+)
 def test_parameters_are_those_of_the_built_model(cfg: TransformerConfig, shape: StreamShape) -> None:
     with torch.device("meta"):
         model = Transformer(cfg, shape, attend=lambda q, k, v, kind: q)
@@ -48,6 +51,8 @@ def test_parameters_are_those_of_the_built_model(cfg: TransformerConfig, shape: 
     assert found.blocks_rest == sum(size for name, size in sizes.items() if tags[name].resblock is not None and not tags[name].is_block_matrix)
     assert found.unembeddings == sum(size for name, size in sizes.items() if "unembedding" in name)
     assert found.total == sum(sizes.values())
+    listed = [(p.name, p.elements, p.resblock, p.is_block_matrix, p.decays) for p in wire.parameters(cfg, shape)]
+    assert listed == [(name, size, tags[name].resblock, tags[name].is_block_matrix, tags[name].decays) for name, size in sizes.items()]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -89,8 +94,9 @@ def test_operations_are_those_that_torch_counts_less_masked_pairs() -> None:
     [
         (NARROW, SMALL, 3),
         (TransformerConfig(layers=2, width=64, heads=2, conv_kernel=3), StreamShape(text_tokens=16, text_vocab=4000, grid=8, image_vocab=1000), 8),
+        (WITH_OPTIONS, SMALL, 3),
     ],
-    ids=["blocks", "vocabulary"],
+    ids=["blocks", "vocabulary", "options"],
 )
 def test_activations_are_within_5_percent_of_the_bytes_of_real_runs(
     engine: str, dtype: str, cfg: TransformerConfig, shape: StreamShape, batch: int

@@ -30,6 +30,7 @@ OPTIONS = {
     "dalle_fit.z_loss": 1e-3,
     "dalle_fit.logits": "bf16",
     "dalle.zero_projections": True,
+    "dalle.qk_norm": True,
 }
 
 
@@ -65,7 +66,9 @@ def test_one_share_does_not_change_what_the_other_replaces() -> None:
 
 
 def test_all_is_off_by_default_and_then_batches_are_as_they_were() -> None:
-    assert not any(LearningSection().model_dump().values()) and not TransformerConfig().zero_projections
+    assert not any(LearningSection().model_dump().values())
+    plain = TransformerConfig()
+    assert not any(getattr(plain, key.removeprefix("dalle.")) for key in OPTIONS if key.startswith("dalle."))
     batch = code_collate([code_transform(TOKENIZER, 0)(record(number), 0) for number in range(3)])
     assert set(batch) == {"ids", "codes", "text", "lengths"}
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from infra import storage
-from infra.errors import ConfigError, DataError, NoRoomError, StopRequested, UsageError
+from infra.errors import CheckpointError, ConfigError, DataError, NoRoomError, StopRequested, UsageError
 from infra.run_folder import RunFolder
 from infra.signals import STOP_SIGNALS, StopFlag
 from tests.support import drawable_run
@@ -337,6 +337,23 @@ def test_pictures_lie_in_a_local_run_and_beside_nothing_else(run: RunFolder, tmp
     package(run.url, "package")
     verb.main("package", ["a red fox"], verb.Options(Settings(n=1)), StopFlag())
     assert len(list((tmp_path / "drawings").glob("a-red-fox-*/000.png"))) == 1
+
+
+def test_options_of_the_block_are_stored_with_the_weights_and_a_package_draws_what_its_run_does(draw: Draw, tmp_path: Path) -> None:
+    options = ("dalle.qk_norm=true",)
+    run, out = drawable_run.make(str(tmp_path / "with"), *options), str(tmp_path / "package")
+    package(run.url, out)
+    stored = json.loads((tmp_path / "package" / "dalle" / "config.json").read_text())["model"]
+    assert all(stored[word.removeprefix("dalle.").removesuffix("=true")] is True for word in options)
+    drawn = []
+    for url in (run.url, out):
+        draw("a red fox", url=url, out=str(tmp_path / "out" / Path(url).name))
+        drawn.append([path.read_bytes() for path in sorted((tmp_path / "out" / Path(url).name).rglob("0*.png"))])
+    assert len(drawn[0]) == 2 and drawn[0] == drawn[1]
+    config = Path(run.config_url)
+    config.write_text(config.read_text().replace('"qk_norm": true', '"qk_norm": false'))
+    with pytest.raises(CheckpointError, match=r"weights of another model: 'resblocks.0.k_norm.weight' is \[16\], this configuration builds None"):
+        draw("a red fox", url=run.url)
 
 
 @pytest.mark.parametrize(

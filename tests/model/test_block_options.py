@@ -1,0 +1,153 @@
+"""Options of the attention resblock (norms of queries and keys): off they leave no trace, on they are what their formulas say in every engine and in drawing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention_engines import make_engine
+from model.config import StreamShape, TransformerConfig
+from model.decoder import DrawingWeights, Texts
+from model.draw_cache import Window
+from model.flex import FlexAttention
+from model.offsets import Kind
+from model.sampling import Rule, sample
+from model.transformer import Transformer, parameter_tags
+from tests.model import test_decoder
+from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, one_by_one, wanted
+from tests.model.test_transformer import batch, gradients
+from train.drawing.cpu_drawer import CpuWeights
+
+OPTIONS: list[dict[str, Any]] = [{"qk_norm": True}]
+CPU = torch.device("cpu")
+
+
+def build(options: dict[str, Any], **more: Any) -> Transformer:
+    """With gains that differ from each other and between layers, as after training."""
+    model = test_decoder.build(**({"layers": 3} | options | more))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return model
+
+
+def read_by_attention(model: Transformer, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a resblock's branch reads, and the queries, keys and values that it gives to the engine."""
+    seen: list[Tensor] = []
+
+    def attend(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
+        seen.extend((q_BHSK, k_BHSK, v_BHSK))
+        return v_BHSK
+
+    h_BSD = torch.randn(2, SHAPE.states, 32, generator=torch.Generator().manual_seed(1))
+    model.resblocks[block].branch(h_BSD, attend)  # type: ignore[operator]
+    return h_BSD, seen[0], seen[1], seen[2]
+
+
+def test_off_there_is_nothing_more_and_on_every_other_weight_is_as_it_was() -> None:
+    plain = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3), SHAPE)
+    assert not any("_norm" in name for name in plain.state_dict() if name != "final_norm.weight" and name != "final_norm.bias")
+    torch.manual_seed(0)
+    plain = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3), SHAPE)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3, qk_norm=True), SHAPE)
+    more = set(model.state_dict()) - set(plain.state_dict())
+    assert more == {f"resblocks.{block}.{name}_norm.weight" for block in (0, 2) for name in "qk"}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], torch.ones(16)) for name in more)
+    tags = parameter_tags(model)
+    for name in more:
+        assert tags[name].resblock == int(name.split(".")[1]) and not tags[name].decays and not tags[name].is_block_matrix
+
+
+def test_queries_and_keys_of_each_head_have_mean_0_and_variance_1_before_the_gain_and_values_stay() -> None:
+    model = build({"qk_norm": True})
+    block: Any = model.resblocks[2]
+    h_BSD, q_BHSK, k_BHSK, v_BHSK = read_by_attention(model, 2)
+    for projection, norm, found_BHSK in ((block.q, block.q_norm, q_BHSK), (block.k, block.k_norm, k_BHSK)):
+        x_BHSK = projection(h_BSD).unflatten(2, (2, 16)).transpose(1, 2)
+        centred_BHSK = x_BHSK - x_BHSK.mean(3, keepdim=True)
+        by_hand_BHSK = centred_BHSK / (centred_BHSK.square().mean(3, keepdim=True) + 1e-5).sqrt() * norm.weight
+        torch.testing.assert_close(found_BHSK, by_hand_BHSK, rtol=1e-4, atol=1e-5)
+    assert v_BHSK.equal(block.v(h_BSD).unflatten(2, (2, 16)).transpose(1, 2))
+
+
+def test_scores_do_not_grow_with_the_matrices_of_queries_and_keys() -> None:
+    model = build({"qk_norm": True})
+    before_BIN = wanted(model)
+    for block in list(model.resblocks)[::2]:
+        for projection in (block.q, block.k):
+            projection.weight.mul_(1000), projection.bias.mul_(1000)  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(wanted(model), before_BIN, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_all_engines_agree_and_so_do_gradients_that_are_recomputed(options: dict[str, Any]) -> None:
+    cfg, shape = (
+        TransformerConfig(layers=3, width=32, heads=2, conv_kernel=3, **options),
+        StreamShape(text_tokens=5, text_vocab=40, grid=4, image_vocab=24),
+    )
+    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+    engines = {"flex": FlexAttention(cfg, shape, block=16, compiled=False)} | {
+        name: make_engine(name, cfg, shape, CPU) for name in ("dense", "structured")
+    }  # type: ignore[arg-type]
+    made = {}
+    for name, attend in engines.items():
+        for every in (0, 1):
+            torch.manual_seed(0)
+            made[name, every] = Transformer(cfg, shape, attend=attend, checkpoint_every=every)
+    with torch.no_grad():
+        for name in ("structured", "flex"):
+            torch.testing.assert_close(made[name, 0](*batch()), made["dense", 0](*batch()), rtol=1e-5, atol=1e-5)
+    found = {key: gradients(made[key], batch()) for key in (("dense", 0), ("dense", 1), ("structured", 0))}
+    torch.testing.assert_close(found["structured", 0], found["dense", 0], rtol=1e-4, atol=1e-6)
+    assert all(grad.equal(found["dense", 1][name]) for name, grad in found["dense", 0].items())
+    assert all(grad.any() for name, grad in found["dense", 0].items() if "_norm.weight" in name)
+
+
+@pytest.mark.parametrize("cpu", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_drawing_gives_the_logits_of_the_whole_stream(options: dict[str, Any], cpu: bool) -> None:
+    """One state at a time, and in windows at places of their own, half of whose drafts are wrong."""
+    model = build(options)
+    weights = CpuWeights(model) if cpu else DrawingWeights(model)
+    wanted_BIN, texts = wanted(model), [Texts(TEXT, LENGTHS, 1)]
+    torch.testing.assert_close(one_by_one(weights.drawer(texts), CODES), wanted_BIN, rtol=1e-5, atol=2e-5)
+    drawer, known_B, draw = weights.drawer(texts), torch.zeros(4, dtype=torch.int64), torch.Generator().manual_seed(3)
+    while int(known_B.min()) < 16:
+        counts_B = torch.randint(1, 4, (4,), generator=draw).minimum(16 - known_B)
+        drafts_BI = CODES.where(torch.arange(16) < (known_B + counts_B - 1)[:, None], (CODES + 5) % 24)
+        got_BQN = drawer.logits(drafts_BI, Window(known_B, 3))
+        for picture, count in enumerate(counts_B.tolist()):
+            first = int(known_B[picture])
+            torch.testing.assert_close(got_BQN[picture, :count], wanted_BIN[picture, first : first + count], rtol=1e-5, atol=2e-5)
+        drawer.keep(counts_B)
+        known_B = known_B + counts_B
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_codes_are_the_same_whichever_way_they_are_drawn(options: dict[str, Any]) -> None:
+    model, rule, prefix_BP = build(options), Rule(guidance=2.0, top_k=9), CODES[:, :3]
+    torchs_BI = sample(DrawingWeights(model), TEXT, LENGTHS, list(range(4)), rule, prefix_BP=prefix_BP).codes_BI
+    for window in (1, 4):
+        for deterministic in (False, True):
+            weights = CpuWeights(model, deterministic=deterministic)
+            assert sample(weights, TEXT, LENGTHS, list(range(4)), rule, prefix_BP=prefix_BP, window=window).codes_BI.equal(torchs_BI)
+        assert sample(DrawingWeights(model), TEXT, LENGTHS, list(range(4)), rule, prefix_BP=prefix_BP, window=window).codes_BI.equal(torchs_BI)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.12), (torch.float16, 0.02)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sixteen_bits_are_near_and_drawing_has_the_models_own(options: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    model = build(options)
+    exact_BIN = wanted(model)
+    for block in model.resblocks:
+        block.branch_dtype = dtype  # type: ignore[assignment]
+    whole_BIN, drawn_BIN = wanted(model), one_by_one(DrawingWeights(model).drawer([Texts(TEXT, LENGTHS, 1)]), CODES)
+    for found_BIN in (whole_BIN, drawn_BIN):
+        assert 0 < float((found_BIN - exact_BIN).abs().max()) < tolerance * float(exact_BIN.std())

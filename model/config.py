@@ -132,6 +132,9 @@ class TransformerConfig:
     """Begin with zeros in the last matrix of each resblock, so that an untrained resblock adds nothing; all other weights are the same with and without it."""
     qk_norm: bool = False
     """Normalise the query and the key of each head, with a learned gain (Dehghani et al. 2023, arXiv 2302.05442, section 2)."""
+    rotary_positions: bool = False
+    """Turn queries and keys by their places, beside the learned positions: by row and column in the picture (Heo et al. 2024, arXiv 2403.13298), by slot in the text
+    (Su et al. 2021, arXiv 2104.09864)."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")
@@ -139,6 +142,10 @@ class TransformerConfig:
         if self.width % self.heads:
             down = max(1, self.width // self.heads) * self.heads
             raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}; nearest widths: {down}, {down + self.heads}")
+        if self.rotary_positions and self.width // self.heads % 4:
+            raise ValueError(
+                f"rotary_positions = true with width / heads = {self.width // self.heads}: rows and columns each turn pairs of a head's elements, so it must be a multiple of 4"
+            )
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel = {self.conv_kernel}: must be odd")
         if not 0 <= self.text_loss_weight <= 1:

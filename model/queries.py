@@ -1,11 +1,17 @@
 """What may come between the matrices of queries and keys and the attention: options of the block, off in the paper.
 
-B batch, S states, H heads, K width of a head, R rows of any kind.
+B batch, S states (T text, then I image), H heads, K width of a head, R rows of any kind.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.attention import Attend
+from model.config import StreamShape, TransformerConfig
+from model.offsets import Kind
 
 EPS = 1e-5
 """As in the model's other norms."""
@@ -26,3 +32,72 @@ class HeadNorm(nn.Module):
 def head_norm(x_RK: Tensor, gain_K: Tensor) -> Tensor:
     """Each row with mean 0 and variance 1, times the gain; rows may have any number of dimensions."""
     return F.layer_norm(x_RK, (len(gain_K),), gain_K, None, EPS)
+
+
+_BASE = 100.0
+"""Wavelengths run from 2 pi to nearly 2 pi times this many places (Heo et al. 2024: less than the usual 10,000, as grids are small)."""
+
+
+def turn_table(cfg: TransformerConfig, shape: StreamShape) -> Tensor:
+    """Cosines and sines of the angles by which queries and keys turn at each state, fp32 [query or key, cosine or sine, S, axis, K/4].
+
+    Half of a head turns with the row and half with the column (Heo et al. 2024, arXiv 2403.13298). In the text both are the number of the slot, so that it turns as
+    in one dimension (Su et al. 2021, arXiv 2104.09864), and the picture begins after it, as in Wang et al. 2024, arXiv 2409.12191. A query stands at the place of
+    what its state predicts and a key at that of what its state holds, so that the angle between them is the way from one code to the other also across the ends
+    of rows. Start vectors stand before the first place.
+    """
+    text, grid = shape.text_tokens, shape.grid
+    slot_T, image_I = torch.arange(text), torch.arange(shape.image_tokens)
+    row_I, column_I = image_I // grid, image_I % grid
+    image_I2 = text + torch.stack([row_I, column_I], dim=1)
+    start_12 = torch.tensor([[text, text - 1]])
+    query_S2 = torch.cat([slot_T[:, None].expand(-1, 2), image_I2])
+    key_S2 = torch.cat([slot_T[:, None].expand(-1, 2) - 1, start_12, image_I2[:-1]])
+    size = cfg.width // cfg.heads // 4
+    rate_K = _BASE ** -(torch.arange(size, dtype=torch.float64) / size)
+    angle_2S2K = torch.stack([query_S2, key_S2])[..., None] * rate_K
+    return torch.stack([angle_2S2K.cos(), angle_2S2K.sin()], dim=1).float()
+
+
+def turned(x_RK: Tensor, cos_R2K: Tensor, sin_R2K: Tensor) -> Tensor:
+    """Rows whose pairs of elements have been turned, in their dtype; the products are fp32. Without a gradient: see ``turn``."""
+    pairs = (2, 2, cos_R2K.shape[-1])  # axis, element of the pair, rate
+    a_R2K, b_R2K = x_RK.unflatten(-1, pairs).unbind(-2)
+    out_RK = torch.empty(x_RK.shape, dtype=x_RK.dtype, device=x_RK.device)
+    to_a_R2K, to_b_R2K = out_RK.unflatten(-1, pairs).unbind(-2)
+    to_a_R2K.copy_((a_R2K * cos_R2K).sub_(b_R2K * sin_R2K))
+    to_b_R2K.copy_((b_R2K * cos_R2K).add_(a_R2K * sin_R2K))
+    return out_RK
+
+
+class _Turn(torch.autograd.Function):
+    """Written by hand, because it keeps no activation for the backward pass, which turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSK: Tensor, cos_S2K: Tensor, sin_S2K: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_S2K, sin_S2K)
+        return turned(x_BHSK, cos_S2K, sin_S2K)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_S2K, sin_S2K = ctx.saved_tensors
+        return turned(grads[0], cos_S2K, -sin_S2K), None, None
+
+
+def turn(x_BHSK: Tensor, cos_S2K: Tensor, sin_S2K: Tensor) -> Tensor:
+    """``turned``, of all states, with a gradient."""
+    return _Turn.apply(x_BHSK, cos_S2K, sin_S2K)
+
+
+class RotaryAttention(nn.Module):
+    """An attention engine that is given queries and keys turned by their places (``turn_table``)."""
+
+    def __init__(self, cfg: TransformerConfig, shape: StreamShape, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+        self.turns: Tensor
+        self.register_buffer("turns", turn_table(cfg, shape), persistent=False)
+
+    def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
+        (q_cos, q_sin), (k_cos, k_sin) = self.turns
+        return self.attend(turn(q_BHSK, q_cos, q_sin), turn(k_BHSK, k_cos, k_sin), v_BHSK, kind)

@@ -19,7 +19,7 @@ from model.attention import Attend, DenseAttention
 from model.config import StreamShape, TransformerConfig
 from model.head import Unembedding
 from model.offsets import Kind, layer_kinds
-from model.queries import HeadNorm
+from model.queries import HeadNorm, RotaryAttention
 
 # Initialisation as in code that the same group has published (distribution augmentation); the paper does not give it.
 _WEIGHT_VARIANCE = 0.125
@@ -203,6 +203,8 @@ class Transformer(nn.Module):
         self.cfg, self.shape, self.checkpoint_every = cfg, shape, checkpoint_every
         make_norm = norm or (lambda width: nn.LayerNorm(width, eps=1e-5))
         self.attend = attend or DenseAttention(cfg, shape)
+        if cfg.rotary_positions:
+            self.attend = RotaryAttention(cfg, shape, self.attend)
         width, token_std, position_std = cfg.width, cfg.embedding_scale * _TOKEN_STD, cfg.embedding_scale * _POSITION_STD
         self.text_tokens = Table(shape.text_vocab, width, token_std)
         self.text_positions = Table(shape.text_tokens, width, position_std)

@@ -1,4 +1,4 @@
-"""Options of the attention resblock (norms of queries and keys): off they leave no trace, on they are what their formulas say in every engine and in drawing."""
+"""Options of the attention resblock (norms of queries and keys, rotary positions): off they leave no trace, on they are what their formulas say in every engine and in drawing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from model.decoder import DrawingWeights, Texts
 from model.draw_cache import Window
 from model.flex import FlexAttention
 from model.offsets import Kind
+from model.queries import RotaryAttention, turn, turn_table
 from model.sampling import Rule, sample
 from model.transformer import Transformer, parameter_tags
 from tests.model import test_decoder
@@ -22,7 +23,7 @@ from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, one_by_one, wa
 from tests.model.test_transformer import batch, gradients
 from train.drawing.cpu_drawer import CpuWeights
 
-OPTIONS: list[dict[str, Any]] = [{"qk_norm": True}]
+OPTIONS: list[dict[str, Any]] = [{"qk_norm": True}, {"rotary_positions": True, "qk_norm": True}]
 CPU = torch.device("cpu")
 
 
@@ -55,7 +56,7 @@ def test_off_there_is_nothing_more_and_on_every_other_weight_is_as_it_was() -> N
     torch.manual_seed(0)
     plain = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3), SHAPE)
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3, qk_norm=True), SHAPE)
+    model = Transformer(TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3, qk_norm=True, rotary_positions=True), SHAPE)
     more = set(model.state_dict()) - set(plain.state_dict())
     assert more == {f"resblocks.{block}.{name}_norm.weight" for block in (0, 2) for name in "qk"}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
@@ -84,6 +85,80 @@ def test_scores_do_not_grow_with_the_matrices_of_queries_and_keys() -> None:
         for projection in (block.q, block.k):
             projection.weight.mul_(1000), projection.bias.mul_(1000)  # type: ignore[union-attr,operator]
     torch.testing.assert_close(wanted(model), before_BIN, rtol=1e-3, atol=1e-3)
+
+
+def turned_queries_and_keys(q_SK: Tensor, k_SK: Tensor, shape: StreamShape = SHAPE) -> tuple[Tensor, Tensor]:
+    """What an engine is given of queries and keys."""
+    seen: list[Tensor] = []
+    cfg = TransformerConfig(layers=1, width=2 * q_SK.shape[1], heads=2, conv_kernel=3, rotary_positions=True)
+
+    def attend(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
+        seen.extend((q_BHSK[0, 0], k_BHSK[0, 0]))
+        return v_BHSK
+
+    RotaryAttention(cfg, shape, attend)(q_SK[None, None], k_SK[None, None], v := torch.zeros(1, 1, *q_SK.shape), "row").equal(v)
+    return seen[0], seen[1]
+
+
+def test_a_pair_of_elements_turns_as_a_complex_number_by_its_rate_and_place() -> None:
+    """By hand: heads of 8, two rates of wavelength 2 pi and 20 pi, rows in the first half and columns in the second; keys stand one code before queries."""
+    q_SK, k_SK = torch.randn(2, SHAPE.states, 8, generator=torch.Generator().manual_seed(2))
+    found = turned_queries_and_keys(q_SK, k_SK)
+    places = [[(j, j) for j in range(5)] + [(5 + p // 4, 5 + p % 4) for p in range(16)], [(j - 1, j - 1) for j in range(5)] + [(5, 4)]]
+    places[1] += places[0][5:-1]
+    for x_SK, found_SK, place in zip((q_SK, k_SK), found, places, strict=True):
+        for half in (0, 1):
+            pair_SK = torch.complex(x_SK[:, 4 * half : 4 * half + 2], x_SK[:, 4 * half + 2 : 4 * half + 4])
+            angle_SK = torch.tensor([at[half] for at in place], dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.1])
+            wanted_SK = pair_SK * torch.polar(torch.ones_like(angle_SK), angle_SK)
+            torch.testing.assert_close(found_SK[:, 4 * half : 4 * half + 4], torch.cat([wanted_SK.real, wanted_SK.imag], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_alike_states_depend_on_the_way_from_one_code_to_the_other_alone() -> None:
+    """Also across the ends of rows, where the distance in raster order says something else."""
+    alike_2SK = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2)).expand(-1, SHAPE.states, -1)
+    q_SK, k_SK = turned_queries_and_keys(alike_2SK[0], alike_2SK[1])
+    by_way: dict[tuple[str, int, int], list[float]] = {}
+    for code in range(16):
+        for before in range(code):
+            score = float(q_SK[5 + code] @ k_SK[5 + before + 1])  # the state after a code holds it
+            by_way.setdefault(("image", code // 4 - before // 4, code % 4 - before % 4), []).append(score)
+    for token in range(5):
+        for before in range(token):
+            by_way.setdefault(("text", token - before, 0), []).append(float(q_SK[token] @ k_SK[before + 1]))
+    assert sum(len(scores) > 1 for scores in by_way.values()) > 15
+    assert all(max(scores) - min(scores) < 1e-4 for scores in by_way.values())
+    means = {way: scores[0] for way, scores in by_way.items() if way[0] == "image"}
+    assert len({round(score, 4) for score in means.values()}) == len(means), "every way is another one"
+
+
+def test_heads_that_hold_no_whole_pairs_for_both_axes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rotary_positions = true with width / heads = 6: .* so it must be a multiple of 4"):
+        TransformerConfig(layers=1, width=12, heads=2, rotary_positions=True)
+    assert TransformerConfig(layers=1, width=12, heads=2).width == 12
+
+
+def test_turning_has_the_gradient_of_its_formula_and_keeps_lengths() -> None:
+    x_BHSK = torch.randn(1, 2, SHAPE.states, 8, dtype=torch.float64, requires_grad=True)
+    cos_S2K, sin_S2K = turn_table(TransformerConfig(layers=1, width=16, heads=2), SHAPE)[1]
+    assert torch.autograd.gradcheck(lambda x: turn(x, cos_S2K, sin_S2K), x_BHSK, atol=1e-4)
+    torch.testing.assert_close(turn(x_BHSK, cos_S2K, sin_S2K).norm(dim=3), x_BHSK.norm(dim=3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_picture_whose_codes_change_places_is_another_only_where_places_are_told() -> None:
+    """Without learned positions a full mask (one row of codes over two columns) cannot tell the order of codes; with rotary ones it can."""
+    shape = StreamShape(text_tokens=1, text_vocab=4, grid=2, image_vocab=8)
+    for rotary in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(TransformerConfig(layers=1, width=32, heads=2, conv_kernel=3, rotary_positions=rotary), shape)
+        for table in (model.image_rows, model.image_columns):
+            table.weight.data.zero_()
+        text_BT, lengths_B = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        text_BTD, image_BID = model.predicting_states(text_BT, lengths_B, torch.tensor([[1, 2, 5, 0], [1, 5, 2, 0]]))
+        _, swapped_BID = model.predicting_states(text_BT, lengths_B, torch.tensor([[2, 1, 5, 0], [5, 1, 2, 0]]))
+        torch.testing.assert_close(text_BTD[0], text_BTD[1])
+        differs = (image_BID[:, 3] - swapped_BID[:, 3]).abs().max() > 1e-3
+        assert bool(differs) == rotary
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

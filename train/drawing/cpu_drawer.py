@@ -64,6 +64,7 @@ class CpuWeights(DrawingWeights):
         self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm), queries.EPS) for layer in self.layers]
         none = torch.empty(0)
         self.gains = [tuple(map(_array, layer.gains or (none, none))) for layer in self.layers]
+        self.turn_table = _array(torch.empty(2, 2, 0, 2, 0) if self.turns is None else self.turns)
 
     def _matrix(self, weight_ED: Tensor, bias_E: Tensor) -> tuple[Matrix, Tensor]:
         """A matrix in the form that the kernels take, and its values, which may be rounded, as a tensor."""
@@ -152,7 +153,7 @@ class CpuDrawer(Drawer):
         for index, (keys, values) in enumerate(self._kept):
             qkv_RE, is_transposed, grid = qkv[0 if is_one else index], self._is_transposed[index], self.weights.shape.grid
             places = (self._first_B, self._offsets[index], grid, is_transposed)
-            weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.gains[index], self._cpu.matrices[index])
+            weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.gains[index], self._cpu.turn_table, self._cpu.matrices[index])
             cpu_kernels.layer(x_RD, *weights, self._texts[index], (keys, values), places, scratch, qkv_RE)
             if is_one:  # its input is certain, not a draft
                 cpu_kernels.keep(qkv_RE, keys, values, self._first_B, ones_B, grid, is_transposed)

@@ -54,6 +54,8 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     with watchdog.expecting(RESTORE_PATIENCE):
         # Only at the very start: a checkpoint holds later weights, and names the export that they started from.
         if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
+            if world.is_main:
+                dalle_init_from.say_differences(fit.init_from, cfg.dalle, "dalle_fit.init_from")
             lineage["init_from"] = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # only for people to read

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from infra.errors import ConfigError
+from model.config import TransformerConfig
 from train.engines.protocol import Engine
 from train.ranks.device import wait_for_all
 from train.weights import export
@@ -15,6 +16,24 @@ from train.weights.fragments import full_shape
 log = logging.getLogger(__name__)
 
 _SHOWN = 10
+_SAME_SHAPES = ("heads", "conv_kernel", "conv_offsets", "rotary_positions")
+"""Keys of section dalle that change what weights compute, and not their shapes."""
+
+
+def say_differences(url: str, cfg: TransformerConfig, key: str) -> None:
+    """Warn of an export whose weights fit, but were trained to compute something else. It may be meant: fine-tuning can begin so.
+
+    Raises:
+        DataError: there is no export, or it is damaged.
+    """
+    there = export.describe(url)["model"]
+    odd = [
+        f"dalle.{name} = {there[name]} there, {getattr(cfg, name)} here"
+        for name in _SAME_SHAPES
+        if name in there and there[name] != getattr(cfg, name)
+    ]
+    if odd:
+        log.warning("%s = %s: these weights were trained otherwise, and begin with a higher loss: %s", key, url, "; ".join(odd))
 
 
 @torch.no_grad()

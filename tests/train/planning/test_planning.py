@@ -33,7 +33,7 @@ FULL = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
 PAPER = {"120M": (12, 768, 12), "300M": (24, 1024, 16), "1.2B": (24, 2048, 32), "2.8B": (64, 1920, 30), "5.6B": (64, 2688, 42), "12B": (64, 3968, 62)}
 SMALL = StreamShape(text_tokens=32, text_vocab=300, grid=8, image_vocab=200)
 NARROW = TransformerConfig(layers=4, width=128, heads=4)
-WITH_OPTIONS = replace(NARROW, qk_norm=True)
+WITH_OPTIONS = replace(NARROW, qk_norm=True, rotary_positions=True)
 
 
 # --- Counted -----------------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from train import launch
 from train.config import DalleFit, RunConfig
 from train.config_learning import LearningSection
 from train.engines.protocol import Engine
+from train.stages import dalle_init_from
 from train.stages.dalle_task import DalleTask
+from train.weights import export
 
 OPTIONS = {
     "dalle_fit.replace_codes": 0.2,
@@ -31,6 +33,7 @@ OPTIONS = {
     "dalle_fit.logits": "bf16",
     "dalle.zero_projections": True,
     "dalle.qk_norm": True,
+    "dalle.rotary_positions": True,
 }
 
 
@@ -85,6 +88,19 @@ def test_the_model_reads_the_replaced_and_predicts_the_right_ones() -> None:
     by_hand = model(*read)
     assert loss.sums["loss_image"].item() == pytest.approx(by_hand[1].mean().item(), rel=1e-6)
     assert by_hand[1].mean().item() != pytest.approx(model(*read[:3])[1].mean().item(), rel=1e-4)
+
+
+def test_weights_that_fit_and_were_trained_to_compute_something_else_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, other = TransformerConfig(layers=2, width=16, heads=2), TransformerConfig(layers=2, width=16, heads=4, rotary_positions=True)
+    export.write(str(tmp_path), {"x": torch.zeros(1)}, plain)
+    with caplog.at_level("WARNING"):
+        dalle_init_from.say_differences(str(tmp_path), plain, "dalle_fit.init_from")
+        assert not caplog.messages
+        dalle_init_from.say_differences(str(tmp_path), other, "dalle_fit.init_from")
+    (said,) = caplog.messages
+    assert said.startswith(f"dalle_fit.init_from = {tmp_path}: ") and said.endswith(
+        "dalle.heads = 2 there, 4 here; dalle.rotary_positions = False there, True here"
+    )
 
 
 def test_a_run_with_all_options_resumes_bit_for_bit_and_learns_otherwise_than_one_without(prepared: Path, tmp_path: Path) -> None:

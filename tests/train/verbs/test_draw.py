@@ -340,7 +340,7 @@ def test_pictures_lie_in_a_local_run_and_beside_nothing_else(run: RunFolder, tmp
 
 
 def test_options_of_the_block_are_stored_with_the_weights_and_a_package_draws_what_its_run_does(draw: Draw, tmp_path: Path) -> None:
-    options = ("dalle.qk_norm=true",)
+    options = ("dalle.qk_norm=true", "dalle.rotary_positions=true")
     run, out = drawable_run.make(str(tmp_path / "with"), *options), str(tmp_path / "package")
     package(run.url, out)
     stored = json.loads((tmp_path / "package" / "dalle" / "config.json").read_text())["model"]

@@ -5,7 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["split", "crop", "caption", "gumbel", "bpe", "caption_dropout", "replace", "sample", "init", "order", "evaluate", "compression"]
+Purpose = Literal[
+    "split", "crop", "mirror", "caption", "gumbel", "bpe", "caption_dropout", "replace", "sample", "init", "order", "evaluate", "compression"
+]
 
 
 def derive(seed: int, purpose: Purpose, *counters: int | str) -> int:

@@ -15,7 +15,7 @@ from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
-from train.config_learning import LearningSection
+from train.config_learning import LearningSection, MirrorSection
 from train.config_pictures import EvaluateSection, GenerateSection
 from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
 
@@ -120,11 +120,9 @@ class DvaeFit(FitSection):
     """Listing 1: largest resize target, divided by the image size."""
 
 
-class EncodeSection(Section):
+class EncodeSection(MirrorSection):
     """Encoding of images as codes."""
 
-    crops: int = Field(default=1, gt=0)
-    """Crops of each image by Listing 2, each in a shard set of its own; epoch e reads crop e mod crops."""
     batch: int = Field(default=64, gt=0)
     """Images per forward pass; the last batch of a part is padded, so that codes depend on their part only."""
     precision: Precision = "fp32"

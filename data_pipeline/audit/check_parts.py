@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.audit.alike import Alike, reason_of
 from data_pipeline.images.crops import CropBox, decode
+from data_pipeline.images.mirroring import is_mirrored
 from data_pipeline.shards import links
 from data_pipeline.shards.part_files import INDEX, U64, unpack_captions
 from data_pipeline.shards.rows import Row, ShardRows
@@ -309,7 +310,17 @@ def _code_problem(record: Mapping[str, Any], rules: Rules, size: tuple[int, int]
         crop = CropBox.from_json(record["crop"])
     except (KeyError, TypeError, ValueError) as error:
         return f"the crop is no crop box ({type(error).__name__}: {error})"
-    return crop_problem(crop, int(settings.get("image_size", 0)), size)
+    return _mirror_problem(crop, record, settings) or crop_problem(crop, int(settings.get("image_size", 0)), size)
+
+
+def _mirror_problem(crop: CropBox, record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    never = settings.get("unmirrored", [])
+    if not isinstance(never, list) or not all(isinstance(word, str) for word in never):
+        return "its set names as unmirrored what are no words"
+    mirrored = "unmirrored" in settings and is_mirrored(settings.get("seed", 0), record["id"], record["crop_index"], record["captions"], never)
+    if crop.flip == mirrored:
+        return ""
+    return f"its crop is {'' if crop.flip else 'not '}mirrored, against its id, its captions and the words in the settings of its set"
 
 
 def crop_problem(crop: CropBox, image_size: int, size: tuple[int, int] | None) -> str:

@@ -83,7 +83,8 @@ ORDER = {
         ("filters", "loading", "audit"),
         ("images", "sources", "tokenizer"),
         ("shards",),
-        ("config", "letters"),
+        ("config", "sides"),
+        ("letters",),
     ],
 }
 """The rooms of a package from top to bottom. Each may import those on lower floors, and none beside or above it."""
@@ -97,6 +98,7 @@ NO_TORCH = (
     "train/engines/zero/compression/fragments.py",
     "model/offsets.py",
     "data_pipeline/config.py",
+    "data_pipeline/sides.py",
     "train/config.py",
     "train/launch.py",
     "train/attempt.py",

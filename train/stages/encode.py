@@ -149,7 +149,7 @@ def _units(cfg: RunConfig, run: RunFolder, weights: str, dtype: torch.dtype) -> 
         for crop in range(cfg.encode.crops):
             url = places.code_set(cfg, run, crop, split)
             for part, entry in enumerate(images.parts):
-                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop, dtype), cfg.data.shard_bytes]
+                inputs = [weights, entry["files"], images.removed_rows(part).tolist(), _settings(cfg, crop, split, dtype), cfg.data.shard_bytes]
                 units.append(Unit(crop, split, images, part, url, digest(inputs)))
     return units
 
@@ -164,13 +164,13 @@ def _merge(cfg: RunConfig, units: list[Unit], weights: str, dtype: torch.dtype) 
         parents = {"dvae": weights, "images": chosen[0].images.content_hash}
         # Take-down lists may name records in two spellings. The code set gets the bases of its images, so that both spellings are found in it too.
         bases = {key: value for key, value in chosen[0].images.manifest["settings"].items() if key == "bases"}
-        settings = _settings(cfg, chosen[0].crop, dtype) | bases
+        settings = _settings(cfg, chosen[0].crop, chosen[0].split, dtype) | bases
         sets[name] = merge(chosen[0].url, parts, markers, CODES_SCHEMA, settings, parents, producer())
     return sets
 
 
-def _settings(cfg: RunConfig, crop: int, dtype: torch.dtype) -> dict[str, object]:
-    return {
+def _settings(cfg: RunConfig, crop: int, split: str, dtype: torch.dtype) -> dict[str, object]:
+    plain = {
         "augmentation": "listing 2",
         "decode": cfg.data.decode,
         "image_size": cfg.dvae.image_size,
@@ -181,3 +181,5 @@ def _settings(cfg: RunConfig, crop: int, dtype: torch.dtype) -> dict[str, object
         "precision": next(name for name, value in DTYPES.items() if value == dtype),
         "threads": cfg.encode.threads,
     }
+    # Without it there is no entry, so that codes from before, and those of validation, are the same sets.
+    return plain | ({"unmirrored": list(cfg.encode.unmirrored())} if cfg.encode.mirror and split == "train" else {})

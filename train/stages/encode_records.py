@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.images.crops import CropBox, Pixels, picture, transformer_crop
+from data_pipeline.images.mirroring import is_mirrored
 from data_pipeline.shards.shard_set import CodeRecord
 from infra.seeds import derive, generator
 from model.image_tokenizer import ImageTokenizer
@@ -45,6 +46,11 @@ class CodeMaker:
     decoders: Executor
     """Threads that decode and crop images."""
 
+    @cached_property
+    def never(self) -> tuple[str, ...] | None:
+        """Words that keep a training picture as it is; None: all stay as they are."""
+        return self.cfg.encode.unmirrored() if self.cfg.encode.mirror else None
+
     def codes(self, records: Iterator[dict[str, Any]], crop: int) -> Iterator[CodeRecord]:
         """The code records of a part's image records, in order. How records are batched depends only on the part, and the last batch is padded, so the result is the
         same for any number of ranks.
@@ -72,10 +78,14 @@ class CodeMaker:
             yield _Batch(chunk, boxes, pictures_BYXC)
 
     def _cut(self, record: dict[str, Any], crop: int) -> tuple[Pixels, CropBox]:
-        """The cropped picture of a record, as in Listing 2 of the paper, and its crop box."""
-        size = self.cfg.dvae.image_size
-        rng = generator(self.cfg.run.seed, "crop", crop, record["id"])
-        draw = partial(transformer_crop, target=size, scale_max=self.cfg.encode.scale_max, rng=rng)
+        """The cropped picture of a record, as in Listing 2 of the paper or mirrored, and its crop box."""
+        size, seed = self.cfg.dvae.image_size, self.cfg.run.seed
+        rng = generator(seed, "crop", crop, record["id"])
+        flip = self.never is not None and record["split"] == "train" and is_mirrored(seed, record["id"], crop, record["captions"], self.never)
+
+        def draw(found: tuple[int, int]) -> CropBox:
+            return replace(transformer_crop(found, size, self.cfg.encode.scale_max, rng), flip=flip)
+
         return picture(record["image"], draw, size, self.cfg.data.decode)
 
     def _encode(self, pictures_BYXC: Pixels) -> Tensor:

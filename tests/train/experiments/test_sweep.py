@@ -242,11 +242,12 @@ def test_the_page_pairs_by_seed_and_shows_arms_without_figures(tmp_path: Path) -
     assert "| y | `a.d=3` | " + " | ".join("–" * 9) + " | not measured yet |" in said
 
 
-def test_the_sweep_that_comes_with_the_code_is_one_and_its_keys_exist() -> None:
-    file = sweep.read(REPOSITORY / "train" / "experiments" / "small-data.toml")
-    assert not file.arms["base"] and len(file.seeds) == 3
+@pytest.mark.parametrize(("name", "made_with"), [("small-data", []), ("small-data-mirrored", ["encode.crops=4", "encode.mirror=true"])])
+def test_the_sweeps_that_come_with_the_code_are_some_and_their_keys_exist(name: str, made_with: list[str]) -> None:
+    file = sweep.read(REPOSITORY / "train" / "experiments" / f"{name}.toml")
+    assert "base" in file.arms and len(file.seeds) == 3 and any(not words for words in file.arms.values())
     for words in file.arms.values():
-        load_run("demo", [*file.overrides, *words])
+        load_run("demo", [*made_with, *file.overrides, *words])
 
 
 def test_a_real_sweep_trains_evaluates_and_keeps_its_books(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

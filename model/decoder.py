@@ -63,8 +63,10 @@ class DrawingWeights:
         self.dtype = dtype or self.dtype_of(model)
         self.head: Tensor = model.image_unembedding.weight
         # Computed anew, because a model that was built for drawing has no memory behind its buffers.
-        self.turns = turn_table(self.cfg, self.shape).to(self.head.device, non_blocking=True) if self.cfg.rotary_positions else None
-        """``turn_table``, if the model has rotary positions."""
+        self.turns: Tensor | None = None
+        """``turn_table`` as complex numbers, if the model has rotary positions."""
+        if self.cfg.rotary_positions:
+            self.turns = torch.view_as_complex(turn_table(self.cfg, self.shape).to(self.head.device, non_blocking=True))
         self.layers = [
             self._layer(kind, *model.resblocks[2 * i : 2 * i + 2])  # type: ignore[arg-type]
             for i, kind in enumerate(layer_kinds(model.cfg.layers))
@@ -192,7 +194,7 @@ class Drawer:
             kept: list[tuple[Tensor, Tensor]] = []
 
             def attend(qkv_RE: Tensor, kept: list[tuple[Tensor, Tensor]] = kept) -> Tensor:
-                q_CHTK, k_CHTK, v_CHTK = self._heads(qkv_RE, text, None if weights.turns is None else weights.turns[:, :, :text])
+                q_CHTK, k_CHTK, v_CHTK = self._heads(qkv_RE, text, None if weights.turns is None else weights.turns[:, :text])
                 kept.append((k_CHTK.contiguous(), v_CHTK.contiguous()))
                 return sdpa.attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True).transpose(1, 2).reshape(len(qkv_RE), -1)
 
@@ -202,18 +204,18 @@ class Drawer:
         return [(torch.cat([part[i][0] for part in parts]), torch.cat([part[i][1] for part in parts])) for i in range(len(weights.layers))]
 
     def _heads(self, qkv_RE: Tensor, states: int, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused rows [B Q, 3 D] to queries, keys and values [B, H, Q, K]; the first two turned by these tables, which broadcast to [2, 2, B, H, Q, 2, K/4]."""
+        """Fused rows [B Q, 3 D] to queries, keys and values [B, H, Q, K]; the first two turned by these tables, which broadcast to [2, B, H, Q, K/2]."""
         split = qkv_RE.view(-1, states, 3, self.weights.cfg.heads, self.weights.cfg.width // self.weights.cfg.heads).permute(2, 0, 3, 1, 4)
         if turns is None:
             return split[0], split[1], split[2]
-        return turned(split[0], *turns[0]), turned(split[1], *turns[1]), split[2]
+        return turned(split[0], turns[0]), turned(split[1], turns[1]), split[2]
 
     def _turns(self, window: Window) -> Tensor | None:
         """The tables of ``_heads`` for a window."""
         if self.weights.turns is None:
             return None
         shape = self.weights.shape
-        return self.weights.turns[:, :, shape.text_tokens + window.states_BQ.clamp(max=shape.image_tokens - 1)].unsqueeze(3)
+        return self.weights.turns[:, shape.text_tokens + window.states_BQ.clamp(max=shape.image_tokens - 1)].unsqueeze(2)
 
     def logits(self, codes_BI: Tensor, window: Window) -> Tensor:
         """Logits fp32 [B, Q, N] of the codes at the window's positions, given all codes before each position, which may be drafts.

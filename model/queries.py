@@ -39,7 +39,7 @@ _BASE = 100.0
 
 
 def turn_table(cfg: TransformerConfig, shape: StreamShape) -> Tensor:
-    """Cosines and sines of the angles by which queries and keys turn at each state, fp32 [query or key, cosine or sine, S, axis, K/4].
+    """Cosines and sines of the angles by which pairs of neighbouring elements of queries and of keys turn at each state, fp32 [query or key, S, K/2, cosine or sine].
 
     Half of a head turns with the row and half with the column (Heo et al. 2024, arXiv 2403.13298). In the text both are the number of the slot, so that it turns as
     in one dimension (Su et al. 2021, arXiv 2104.09864), and the picture begins after it, as in Wang et al. 2024, arXiv 2409.12191. A query stands at the place of
@@ -55,38 +55,36 @@ def turn_table(cfg: TransformerConfig, shape: StreamShape) -> Tensor:
     key_S2 = torch.cat([slot_T[:, None].expand(-1, 2) - 1, start_12, image_I2[:-1]])
     size = cfg.width // cfg.heads // 4
     rate_K = _BASE ** -(torch.arange(size, dtype=torch.float64) / size)
-    angle_2S2K = torch.stack([query_S2, key_S2])[..., None] * rate_K
-    return torch.stack([angle_2S2K.cos(), angle_2S2K.sin()], dim=1).float()
+    angle_2SK = (torch.stack([query_S2, key_S2])[..., None] * rate_K).flatten(2)
+    return torch.stack([angle_2SK.cos(), angle_2SK.sin()], dim=3).float()
 
 
-def turned(x_RK: Tensor, cos_R2K: Tensor, sin_R2K: Tensor) -> Tensor:
-    """Rows whose pairs of elements have been turned, in their dtype; the products are fp32. Without a gradient: see ``turn``."""
-    pairs = (2, 2, cos_R2K.shape[-1])  # axis, element of the pair, rate
-    a_R2K, b_R2K = x_RK.unflatten(-1, pairs).unbind(-2)
-    out_RK = torch.empty(x_RK.shape, dtype=x_RK.dtype, device=x_RK.device)
-    to_a_R2K, to_b_R2K = out_RK.unflatten(-1, pairs).unbind(-2)
-    to_a_R2K.copy_((a_R2K * cos_R2K).sub_(b_R2K * sin_R2K))
-    to_b_R2K.copy_((b_R2K * cos_R2K).add_(a_R2K * sin_R2K))
-    return out_RK
+def turned(x_RK: Tensor, turn_RK: Tensor) -> Tensor:
+    """Rows whose pairs have been multiplied, as complex numbers, by those of ``turn_table``: complex [R, K/2]. Products are fp32, the result has the rows' dtype.
+    Complex products, because they are a twentieth of the time on a CPU that pairs of slices take."""
+    pairs_RK2 = x_RK.to(torch.promote_types(x_RK.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if pairs_RK2.stride(-1) != 1:  # a gradient that was expanded
+        pairs_RK2 = pairs_RK2.contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs_RK2) * turn_RK).flatten(-2).to(x_RK.dtype)
 
 
 class _Turn(torch.autograd.Function):
     """Written by hand, because it keeps no activation for the backward pass, which turns the gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, x_BHSK: Tensor, cos_S2K: Tensor, sin_S2K: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_S2K, sin_S2K)
-        return turned(x_BHSK, cos_S2K, sin_S2K)
+    def forward(ctx: Any, x_BHSK: Tensor, turn_SK: Tensor) -> Tensor:
+        ctx.save_for_backward(turn_SK)
+        return turned(x_BHSK, turn_SK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos_S2K, sin_S2K = ctx.saved_tensors
-        return turned(grads[0], cos_S2K, -sin_S2K), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (turn_SK,) = ctx.saved_tensors
+        return turned(grads[0], turn_SK.conj()), None
 
 
-def turn(x_BHSK: Tensor, cos_S2K: Tensor, sin_S2K: Tensor) -> Tensor:
+def turn(x_BHSK: Tensor, turn_SK: Tensor) -> Tensor:
     """``turned``, of all states, with a gradient."""
-    return _Turn.apply(x_BHSK, cos_S2K, sin_S2K)
+    return _Turn.apply(x_BHSK, turn_SK)
 
 
 class RotaryAttention(nn.Module):
@@ -99,5 +97,5 @@ class RotaryAttention(nn.Module):
         self.register_buffer("turns", turn_table(cfg, shape), persistent=False)
 
     def forward(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, kind: Kind) -> Tensor:
-        (q_cos, q_sin), (k_cos, k_sin) = self.turns
-        return self.attend(turn(q_BHSK, q_cos, q_sin), turn(k_BHSK, k_cos, k_sin), v_BHSK, kind)
+        q_SK, k_SK = torch.view_as_complex(self.turns)
+        return self.attend(turn(q_BHSK, q_SK), turn(k_BHSK, k_SK), v_BHSK, kind)

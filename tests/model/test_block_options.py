@@ -15,7 +15,7 @@ from model.decoder import DrawingWeights, Texts
 from model.draw_cache import Window
 from model.flex import FlexAttention
 from model.offsets import Kind
-from model.queries import RotaryAttention, turn, turn_table
+from model.queries import RotaryAttention, turn, turn_table, turned
 from model.sampling import Rule, sample
 from model.transformer import Transformer, parameter_tags
 from tests.model import test_decoder
@@ -108,10 +108,12 @@ def test_a_pair_of_elements_turns_as_a_complex_number_by_its_rate_and_place() ->
     places[1] += places[0][5:-1]
     for x_SK, found_SK, place in zip((q_SK, k_SK), found, places, strict=True):
         for half in (0, 1):
-            pair_SK = torch.complex(x_SK[:, 4 * half : 4 * half + 2], x_SK[:, 4 * half + 2 : 4 * half + 4])
+            pair_SK = torch.complex(x_SK[:, 4 * half : 4 * half + 4 : 2], x_SK[:, 4 * half + 1 : 4 * half + 4 : 2])
             angle_SK = torch.tensor([at[half] for at in place], dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.1])
             wanted_SK = pair_SK * torch.polar(torch.ones_like(angle_SK), angle_SK)
-            torch.testing.assert_close(found_SK[:, 4 * half : 4 * half + 4], torch.cat([wanted_SK.real, wanted_SK.imag], 1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found_SK[:, 4 * half : 4 * half + 4], torch.stack([wanted_SK.real, wanted_SK.imag], 2).flatten(1), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_scores_of_alike_states_depend_on_the_way_from_one_code_to_the_other_alone() -> None:
@@ -140,9 +142,11 @@ def test_heads_that_hold_no_whole_pairs_for_both_axes_are_refused() -> None:
 
 def test_turning_has_the_gradient_of_its_formula_and_keeps_lengths() -> None:
     x_BHSK = torch.randn(1, 2, SHAPE.states, 8, dtype=torch.float64, requires_grad=True)
-    cos_S2K, sin_S2K = turn_table(TransformerConfig(layers=1, width=16, heads=2), SHAPE)[1]
-    assert torch.autograd.gradcheck(lambda x: turn(x, cos_S2K, sin_S2K), x_BHSK, atol=1e-4)
-    torch.testing.assert_close(turn(x_BHSK, cos_S2K, sin_S2K).norm(dim=3), x_BHSK.norm(dim=3), rtol=1e-5, atol=1e-6)
+    turn_SK = torch.view_as_complex(turn_table(TransformerConfig(layers=1, width=16, heads=2), SHAPE)[1])
+    assert torch.autograd.gradcheck(lambda x: turn(x, turn_SK), x_BHSK, atol=1e-4)
+    (expanded,) = torch.autograd.grad(turn(x_BHSK, turn_SK).sum(), x_BHSK)
+    torch.testing.assert_close(expanded, turned(torch.ones_like(x_BHSK), turn_SK.conj()))
+    torch.testing.assert_close(turn(x_BHSK, turn_SK).norm(dim=3), x_BHSK.norm(dim=3), rtol=1e-5, atol=1e-6)
 
 
 def test_a_picture_whose_codes_change_places_is_another_only_where_places_are_told() -> None:

@@ -64,7 +64,7 @@ class CpuWeights(DrawingWeights):
         self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm), queries.EPS) for layer in self.layers]
         none = torch.empty(0)
         self.gains = [tuple(map(_array, layer.gains or (none, none))) for layer in self.layers]
-        self.turn_table = _array(torch.empty(2, 2, 0, 2, 0) if self.turns is None else self.turns)
+        self.turn_table = _array(torch.empty(2, 0, 0, 2) if self.turns is None else torch.view_as_real(self.turns))
 
     def _matrix(self, weight_ED: Tensor, bias_E: Tensor) -> tuple[Matrix, Tensor]:
         """A matrix in the form that the kernels take, and its values, which may be rounded, as a tensor."""

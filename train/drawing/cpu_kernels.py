@@ -158,17 +158,16 @@ def _norm_heads(qkv_RE: Any, part: int, gain_K: Any, eps: float) -> None:
 @_compiled()
 def _turn_heads(qkv_RE: Any, turns: Any, first_B: Any, text: int, head_width: int) -> None:
     """Turn queries and keys by their places in place (model/queries.py); states beyond the last turn as the last."""
-    states, width, size = qkv_RE.shape[0] // first_B.shape[0], qkv_RE.shape[1] // 3, head_width // 4
+    states, width = qkv_RE.shape[0] // first_B.shape[0], qkv_RE.shape[1] // 3
     for r in range(qkv_RE.shape[0]):
-        at = min(text + first_B[r // states] + r % states, turns.shape[2] - 1)
+        at = min(text + first_B[r // states] + r % states, turns.shape[1] - 1)
         for part in range(2):
-            for half in range(part * width, (part + 1) * width, 2 * size):
-                axis = half // (2 * size) % 2
-                for k in range(size):
-                    cos, sin = turns[part, 0, at, axis, k], turns[part, 1, at, axis, k]
-                    a, b = qkv_RE[r, half + k], qkv_RE[r, half + size + k]
-                    qkv_RE[r, half + k] = a * cos - b * sin
-                    qkv_RE[r, half + size + k] = b * cos + a * sin
+            for head in range(part * width, (part + 1) * width, head_width):
+                for k in range(head_width // 2):
+                    cos, sin = turns[part, at, k, 0], turns[part, at, k, 1]
+                    a, b = qkv_RE[r, head + 2 * k], qkv_RE[r, head + 2 * k + 1]
+                    qkv_RE[r, head + 2 * k] = a * cos - b * sin
+                    qkv_RE[r, head + 2 * k + 1] = b * cos + a * sin
 
 
 @_compiled(parallel=True)
@@ -298,7 +297,7 @@ def layer(
         norms: weight and bias of the norms before attention and before the MLP.
         eps: epsilon of both norms, and of those of queries and keys.
         gains: [K] of the norms of queries and of keys; empty arrays if there are none.
-        turns: [2, 2, S, 2, K/4] of rotary positions; an empty array if there are none.
+        turns: [2, S, K/2, 2] of rotary positions; an empty array if there are none.
         matrices: (weight, scale, bias) of queries, keys and values, of the projection after attention, and of the two of the MLP.
         texts: keys, values [C, H, T, K], and the caption of each picture.
         past: keys and values [B, H, P, K].
@@ -316,7 +315,7 @@ def layer(
     for part in range(2):
         if gains[part].shape[0]:
             _norm_heads(qkv_RE, part, gains[part], eps[2])
-    if turns.shape[2]:
+    if turns.shape[1]:
         _turn_heads(qkv_RE, turns, first_B, text_k.shape[2], text_k.shape[3])
     _attend(qkv_RE, text_k, text_v, caption_B, past[0], past[1], first_B, offsets, grid, is_transposed, out_RD)
     _product(out_RD, post[0], post[1], post[2], x_RD, ADDED)

@@ -161,7 +161,9 @@ def _backward_of_engine(run: Run, kind: Kind) -> int:
     # The backward pass of the softmax creates two tensors of its size. At that time the gradient of the windows of values exists, and the result is freed.
     head, lines = cfg.width // cfg.heads, _window_lines(run, kind)
     scores = shape.image_tokens * (shape.text_tokens + lines * shape.grid)
-    return size * run.batch * cfg.heads * (2 * scores + (lines * shape.image_tokens - shape.states) * head)
+    # With rotary positions, a gradient that is turned back is there beside what it becomes.
+    turned = size * run.positions if cfg.rotary_positions else 0
+    return size * run.batch * cfg.heads * (2 * scores + (lines * shape.image_tokens - shape.states) * head) + turned
 
 
 def peak_of_forward(run: Run) -> int:

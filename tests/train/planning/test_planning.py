@@ -45,8 +45,7 @@ WITH_OPTIONS = replace(NARROW, qk_norm=True, rotary_positions=True)
 def test_parameters_are_those_of_the_built_model(cfg: TransformerConfig, shape: StreamShape) -> None:
     with torch.device("meta"):
         model = Transformer(cfg, shape, attend=lambda q, k, v, kind: q)
-    tags, found = parameter_tags(model), states.count(cfg, shape)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    tags, found, sizes = parameter_tags(model), states.count(cfg, shape), {name: p.numel() for name, p in model.named_parameters()}
     assert found.matrices == sum(size for name, size in sizes.items() if tags[name].is_block_matrix)
     assert found.blocks_rest == sum(size for name, size in sizes.items() if tags[name].resblock is not None and not tags[name].is_block_matrix)
     assert found.unembeddings == sum(size for name, size in sizes.items() if "unembedding" in name)

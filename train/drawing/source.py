@@ -22,6 +22,7 @@ from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
 from train.drawing.cpu_drawer import CpuWeights, ready
+from train.drawing.memory import Room
 from train.machine.rates import DTYPES, name_of
 from train.run import places
 from train.weights import checkpoint, export
@@ -72,6 +73,11 @@ class Models:
         return self.weights.device
 
     @property
+    def room(self) -> Room:
+        """Where they draw."""
+        return Room(self.cfg, self.device, self.weights.dtype.itemsize)
+
+    @property
     def precision(self) -> str:
         return EIGHT_BITS if isinstance(self.weights, CpuWeights) and self.weights.eight_bits else name_of(self.weights.dtype)
 
@@ -116,20 +122,74 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
         ConfigError: there is no such run, device or precision.
         DataError: the run has no weights yet, or they do not belong together.
     """
-    place, where = locate(url), _device(device)
-    dtype = _dtype(precision, where, deterministic)
-    cfg = place.cfg
+    return open_place(locate(url), Asked(device, precision, rerank, deterministic), step)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How models shall be opened; see ``open_models``."""
+
+    device: str = ""
+    precision: str = "auto"
+    rerank: str = "none"
+    deterministic: bool = False
+
+    def room(self, place: Place) -> Room:
+        """Where these models will draw.
+
+        Raises:
+            ConfigError: there is no such device or precision.
+        """
+        where = _device(self.device)
+        return Room(place.cfg, where, _dtype(self.precision, where, self.deterministic).itemsize)
+
+    def check(self, place: Place, step: int = 0) -> None:
+        """Check what can be known before any weights are read, which takes much longer than everything else: that there are such a device and precision, that
+        the parts exist and, as far as their descriptions say, that they belong together.
+
+        Raises:
+            ConfigError, DataError: as ``open_models``.
+        """
+        self.room(place)
+        found = known_lineage(place)
+        for name in ("dvae", *(["clip"] if self.rerank == "clip" else [])):
+            _require(getattr(place, name), name, place)
+        if not step and not _weights_there(place):
+            raise _no_weights(place)
+        if not step and "dalle" in found:
+            check_parents(place, "dalle", export.describe(place.dalle)["parents"], found)
+        if self.rerank != "none":
+            judge = _judge_at(place, self.rerank)[0]
+            check_parents(place, "clip", export.describe(judge)["parents"], {"tokenizer": found["tokenizer"]})
+
+
+def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
+    """The same as ``open_models``, for a place that has been found."""
+    asked.check(place, step)
+    cfg, where = place.cfg, _device(asked.device)
+    dtype = _dtype(asked.precision, where, asked.deterministic)
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
     dvae, found["dvae"] = _open(place.dvae, lambda: image_tokenizer(cfg.dvae), "dvae", place)
     tensors, found["dalle"], parents, description = _weights_of(place, step) if step else newest_weights(place)
     check_parents(place, "dalle", parents, found)
     judge = None
-    if rerank != "none":
-        judge, found["clip"] = _judge(place, rerank, found)
+    if asked.rerank != "none":
+        judge, found["clip"] = _judge(place, asked.rerank, found)
         export.to_device(judge, where)
-    weights = ready(_build(cfg, tensors, where, dtype, place.dalle), dtype, eight_bits=precision == EIGHT_BITS, deterministic=deterministic)
+    model = _build(cfg, tensors, where, dtype, place.dalle)
+    weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+
+
+def known_lineage(place: Place) -> dict[str, str]:
+    """Content hashes as far as descriptions give them: that of a transformer which is still training is in its checkpoints alone."""
+    found = {"tokenizer": str(load_tokenizer(place.tokenizer, place.cfg.tokenizer)[1]["content_hash"])}
+    for name in ("dvae", "dalle"):
+        url = getattr(place, name)
+        if storage.exists(storage.join(url, export.DESCRIPTION)) and (name == "dvae" or _exported(place)):
+            found[name] = str(export.describe(url)["content_hash"])
+    return found
 
 
 def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
@@ -168,23 +228,30 @@ def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device)
     return judge, identity
 
 
-def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
-    """Open the contrastive model that ranks, and return it with its content hash."""
-    url, cfg = place.clip if rerank == "clip" else rerank.rstrip("/"), place.cfg
-    if rerank != "clip" and not storage.exists(storage.join(url, export.DESCRIPTION)):
+def _judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
+    """Where the contrastive model is that ranks, and its sizes.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if rerank == "clip":
+        return place.clip, place.cfg.clip
+    url = rerank.rstrip("/")
+    if not storage.exists(storage.join(url, export.DESCRIPTION)):
         raise ConfigError(
             f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
         )
-    sizes = cfg.clip
-    if rerank != "clip":
-        try:
-            sizes = ClipConfig(**export.describe(url)["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
-    shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    judge, identity = _open(url, lambda: Clip(sizes, *shape), "clip", place)
+    try:
+        return url, ClipConfig(**export.describe(url)["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
+
+
+def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
+    """Open the contrastive model that ranks, and return it with its content hash."""
+    (url, sizes), cfg = _judge_at(place, rerank, key), place.cfg
     check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
-    return judge, identity
+    return _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
 
 
 def _device(name: str) -> torch.device:
@@ -204,11 +271,38 @@ def _build(cfg: RunConfig, tensors: dict[str, Tensor], device: torch.device, dty
     return model.eval().requires_grad_(False)
 
 
-def _open(url: str, build: Callable[[], M], name: str, place: Place) -> tuple[M, str]:
+def _require(url: str, name: str, place: Place) -> None:
+    """
+    Raises:
+        DataError: there is no such export.
+    """
     if not storage.exists(storage.join(url, export.DESCRIPTION)):
         do = "export it again with it" if place.run is None else f"run 'launcher.py {name} {place.url}' first"
         raise DataError(f"{url}: there is no {name} here; {do}.")
+
+
+def _open(url: str, build: Callable[[], M], name: str, place: Place) -> tuple[M, str]:
+    _require(url, name, place)
     return export.open_as(url, build)
+
+
+def _exported(place: Place) -> bool:
+    """Whether the export holds the newest weights. The one that a finished stage writes has no "step". One that ``launcher.py export`` wrote has, and may be older
+    than the newest checkpoint."""
+    if not storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
+        return False
+    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
+    about = export.describe(place.dalle) if steps else {}
+    return not steps or "step" not in about or about["step"] >= steps[-1]
+
+
+def _weights_there(place: Place) -> bool:
+    return _exported(place) or (place.run is not None and bool(checkpoint.complete(place.run.at("dalle"))))
+
+
+def _no_weights(place: Place) -> DataError:
+    do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
+    return DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
 
 
 def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
@@ -217,18 +311,14 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
     Raises:
         DataError: there are none yet.
     """
-    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
-    if storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
+    if _exported(place):
         about = export.describe(place.dalle)
-        # The export that a finished stage writes has no "step". One that ``launcher.py export`` wrote has, and may be older than the newest checkpoint.
-        if not steps or "step" not in about or about["step"] >= steps[-1]:
-            identity, tensors = export.read_tensors(place.dalle)
-            step = f" after update {about['step']}" if "step" in about else ""
-            kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
-            return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
-    if place.run is None or not steps:
-        do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
-        raise DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
+        identity, tensors = export.read_tensors(place.dalle)
+        step = f" after update {about['step']}" if "step" in about else ""
+        kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
+        return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
+    if place.run is None or not _weights_there(place):
+        raise _no_weights(place)
     meta, tensors = _newest(place.run.at("dalle"))
     return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
 

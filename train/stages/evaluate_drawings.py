@@ -32,7 +32,7 @@ from infra.world import World
 from model.decoder import DrawingWeights
 from train.config import RunConfig
 from train.drawing.cpu_drawer import ready
-from train.drawing.draw import Picture, batch_width, draw, score
+from train.drawing.draw import Picture, draw, score
 from train.drawing.settings import Settings, key, of_stage, replaced
 from train.drawing.source import Models, open_judge
 from train.evaluation.blur import blurred
@@ -122,7 +122,7 @@ def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:
     """Draw captions, as many together as fit, and write each one's file."""
-    each = max(1, batch_width(task.models, task.settings) // task.settings.n)
+    each = max(1, task.models.room.batch_width(task.settings) // task.settings.n)
     progress = Progress(len(mine), "drawings", unit="captions", timed=True, enabled=world.is_main)
     for begin in range(0, len(mine), each):
         if stop:

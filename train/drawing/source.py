@@ -159,7 +159,7 @@ class Asked:
         if not step and "dalle" in found:
             check_parents(place, "dalle", export.describe(place.dalle)["parents"], found)
         if self.rerank != "none":
-            judge = _judge_at(place, self.rerank)[0]
+            judge = judge_at(place, self.rerank)[0]
             check_parents(place, "clip", export.describe(judge)["parents"], {"tokenizer": found["tokenizer"]})
 
 
@@ -228,7 +228,7 @@ def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device)
     return judge, identity
 
 
-def _judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
+def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
     """Where the contrastive model is that ranks, and its sizes.
 
     Raises:
@@ -249,7 +249,7 @@ def _judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, Clip
 
 def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
     """Open the contrastive model that ranks, and return it with its content hash."""
-    (url, sizes), cfg = _judge_at(place, rerank, key), place.cfg
+    (url, sizes), cfg = judge_at(place, rerank, key), place.cfg
     check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
     return _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
 

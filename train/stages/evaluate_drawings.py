@@ -34,7 +34,7 @@ from train.config import RunConfig
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import Picture, draw, score
 from train.drawing.settings import Settings, key, of_stage, replaced
-from train.drawing.source import Models, open_judge
+from train.drawing.source import Models, judge_at, locate, open_judge
 from train.evaluation.blur import blurred
 from train.evaluation.colours import shares
 from train.evaluation.distances import quantiles
@@ -73,6 +73,21 @@ class _Task:
         return self.run.at(self.folder, f"{index:05d}.npz")
 
 
+def check(cfg: RunConfig, run: RunFolder) -> None:
+    """Check what can be known before weights are read: the settings of drawing, and that the judge is there.
+
+    Raises:
+        ConfigError: this model cannot draw with them, or there is no such judge.
+    """
+    _settings(cfg).check(cfg)
+    if cfg.evaluate.judge:
+        judge_at(locate(run.url), cfg.evaluate.judge, "evaluate.judge")
+
+
+def _settings(cfg: RunConfig) -> Settings:
+    return replaced(of_stage(cfg), n=max(cfg.evaluate.best_of), search=False)  # candidates of a search are not independent
+
+
 def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop: StopFlag) -> dict[str, float]:
     """Draw and look at this rank's captions; the main rank then computes the figures of all, and writes them. Returns the most important of them. Collective.
 
@@ -97,9 +112,8 @@ def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop
 def _task(cfg: RunConfig, run: RunFolder, exports: Exports) -> _Task:
     weights = ready(exports.dalle, DrawingWeights.dtype_of(exports.dalle))
     models = Models(run.url, cfg, exports.dvae, weights, exports.tokenizer, exports.clip, exports.lineage, "exported weights")
-    settings = replaced(of_stage(cfg), n=max(cfg.evaluate.best_of), search=False)  # candidates of a search are not independent
     wanted = held_out(open_images(cfg, run, "validation"), cfg.evaluate.drawings, cfg.run.seed)
-    return _Task(cfg, run, wanted, settings, models, _judges(cfg, run, models))
+    return _Task(cfg, run, wanted, _settings(cfg), models, _judges(cfg, run, models))
 
 
 def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:

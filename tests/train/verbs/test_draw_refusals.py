@@ -14,11 +14,13 @@ from infra import storage
 from infra.errors import ConfigError, DataError, ReportedError, UsageError
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from infra.world import World
 from model.clip import Clip
 from tests.support import drawable_run
 from train.config import load_run
 from train.drawing import memory
 from train.drawing.settings import Settings
+from train.stages import evaluate, generate
 from train.verbs import draw as verb
 from train.verbs import play
 from train.weights import checkpoint, export
@@ -153,3 +155,15 @@ def test_play_binds_its_address_before_it_reads_weights(runs: dict[str, RunFolde
     with pytest.raises(ConfigError, match="rerank 'nowhere': accepted"):
         play.main(runs["finished"].url, "127.0.0.1", 0, "nowhere", "cpu", "fp32", StopFlag())
     assert storage.exists(runs["finished"].config_url)
+
+
+def test_stages_refuse_before_they_look_at_what_earlier_ones_left(runs: dict[str, RunFolder]) -> None:
+    url, world = runs["finished"].url, World.single()
+    for stage, overrides, message in (
+        (generate, ["generate.search=true", "generate.candidates=1", "generate.show=1"], "search with n = 1 and rerank clip"),
+        (generate, ["generate.temperature=1e-9"], "temperature = 1e-09: must be above 0"),
+        (evaluate, ["evaluate.drawings=4", "generate.temperature=1e9"], "temperature = 1000000000.0: must be above 0"),
+        (evaluate, ["evaluate.drawings=4", "evaluate.judge=nowhere"], "evaluate.judge '.*nowhere': accepted are"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stage.run(load_run(url, overrides), RunFolder(url), world, StopFlag())

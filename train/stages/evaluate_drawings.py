@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,13 @@ def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
     if section.frechet_net != "none":
         net = feature_net(section.frechet_net, section.frechet_weights, device)
         weights = storage.sha256_file(storage.local_path(section.frechet_weights)) if section.frechet_weights else "its package"
-        found.append(Judge(section.frechet_net, weights, net.features))
+        classes = None if net.classes is None else _on_cpu(net.classes, device)  # features are kept on the CPU
+        found.append(Judge(section.frechet_net, weights, net.features, classes=classes, score=net.score))
     return found
+
+
+def _on_cpu(classes: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda features_BD: classes(features_BD.to(device)).cpu()
 
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:

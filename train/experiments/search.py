@@ -38,17 +38,22 @@ class _Chosen(stored.Stored):
     seconds: float
 
 
+class _DrawnWith(stored.Stored):
+    """Captions, and the settings and weights on which all pictures depend."""
+
+    captions: list[str]
+
+
 class _Record(stored.Stored):
     """The content of ``--out``."""
 
-    drawn_with: dict[str, Any]
-    """Captions, settings and weights, on which all pictures depend."""
+    drawn_with: _DrawnWith
     chosen: dict[str, dict[str, list[_Chosen]]]
     """By N and way, for the first captions."""
 
 
 def opened(url: str, drawn_with: dict[str, Any]) -> dict[str, Any]:
-    """The record at a URL, as far as it has come; an empty one if there is none.
+    """The record at a URL, as far as it has come; an empty one if there is none. It may have more or fewer captions, if they begin alike.
 
     Raises:
         ConfigError: its pictures were drawn with something else.
@@ -56,10 +61,12 @@ def opened(url: str, drawn_with: dict[str, Any]) -> dict[str, Any]:
     if not storage.exists(url):
         return {"drawn_with": drawn_with, "chosen": {}}
     record = stored.read(url, _Record)
-    odd = [name for name, value in drawn_with.items() if record["drawn_with"].get(name) != value]
+    before, both = record["drawn_with"], min(len(record["drawn_with"]["captions"]), len(drawn_with["captions"]))
+    odd = [name for name, value in drawn_with.items() if name != "captions" and before.get(name) != value]
+    odd += ["captions"] if before["captions"][:both] != drawn_with["captions"][:both] else []
     if odd:
         raise ConfigError(f"--out {url}: its pictures were drawn with another value of '{odd[0]}'; name another file.")
-    return record
+    return record | {"drawn_with": before if len(before["captions"]) > both else drawn_with}
 
 
 def choose(models: Models, record: dict[str, Any], captions: Sequence[str], sizes: Sequence[int], settings: Settings, out: str) -> None:

@@ -102,7 +102,7 @@ def draw(
     image: Annotated[str, typer.Option(help="Complete the upper part of this image.")] = "",
     keep_rows: Annotated[int, typer.Option(min=0, max=1 << 16, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
-    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
+    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an exported one or one of open_clip.")] = "none",
     search: Annotated[bool, typer.Option("--search", help="Candidates compete while they are drawn; needs --rerank.")] = False,
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",

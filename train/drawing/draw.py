@@ -180,7 +180,5 @@ def score_one(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> fl
 def embeddings(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """A picture's and its caption's embeddings by the contrastive model, [1, E] each."""
     assert models.clip is not None
-    ids, length = models.tokenizer.encode(caption)
-    text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device))
     pixels_13YX = torch.from_numpy(pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(models.device)
-    return models.clip.encode_image(pixels_13YX), text_1E
+    return models.clip.encode_image(pixels_13YX), models.clip.encode_caption(caption)

@@ -21,8 +21,10 @@ from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
+from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import CpuWeights, ready
 from train.drawing.memory import Room
+from train.drawing.ranking import OwnClip, Ranker
 from train.machine.rates import DTYPES, name_of
 from train.run import places
 from train.weights import checkpoint, export
@@ -61,8 +63,8 @@ class Models:
     dvae: ImageTokenizer
     weights: DrawingWeights
     tokenizer: Tokenizer
-    clip: Clip | None
-    """The contrastive model; None if it was not asked for."""
+    clip: Ranker | None
+    """What ranks; None if it was not asked for."""
     lineage: dict[str, str]
     """Content hashes of dalle, dvae, tokenizer and, if it was opened, clip."""
     description: str
@@ -159,8 +161,7 @@ class Asked:
         if not step and "dalle" in found:
             check_parents(place, "dalle", export.describe(place.dalle)["parents"], found)
         if self.rerank != "none":
-            judge = judge_at(place, self.rerank)[0]
-            check_parents(place, "clip", export.describe(judge)["parents"], {"tokenizer": found["tokenizer"]})
+            check_judge(place, self.rerank, found["tokenizer"])
 
 
 def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
@@ -175,8 +176,7 @@ def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
     check_parents(place, "dalle", parents, found)
     judge = None
     if asked.rerank != "none":
-        judge, found["clip"] = _judge(place, asked.rerank, found)
-        export.to_device(judge, where)
+        judge, found["clip"] = _judge(place, asked.rerank, tokenizer, found, where)
     model = _build(cfg, tensors, where, dtype, place.dalle)
     weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
@@ -216,16 +216,29 @@ def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.d
     return dtype
 
 
-def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device) -> tuple[Clip, str]:
+def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device) -> tuple[Ranker, str]:
     """Open another contrastive model than the run's own, to judge drawings, and return it with its content hash.
 
     Raises:
         ConfigError: the folder holds none.
         DataError: it was trained with another tokenizer.
     """
-    judge, identity = _judge(locate(url), folder, {"tokenizer": tokenizer_hash}, "evaluate.judge")
-    export.to_device(judge, device)
-    return judge, identity
+    place = locate(url)
+    tokenizer, _ = load_tokenizer(place.tokenizer, place.cfg.tokenizer)
+    return _judge(place, folder, tokenizer, {"tokenizer": tokenizer_hash}, device, "evaluate.judge")
+
+
+def check_judge(place: Place, rerank: str, tokenizer_hash: str, key: str = "rerank") -> None:
+    """Check what can be known of the model that ranks before its weights are read.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it was trained with another tokenizer.
+    """
+    if rerank != "clip" and open_clip_folder.is_there(rerank):
+        open_clip_folder.check(rerank, key)
+    else:
+        check_parents(place, "clip", export.describe(judge_at(place, rerank, key)[0])["parents"], {"tokenizer": tokenizer_hash})
 
 
 def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
@@ -239,7 +252,8 @@ def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipC
     url = rerank.rstrip("/")
     if not storage.exists(storage.join(url, export.DESCRIPTION)):
         raise ConfigError(
-            f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
+            f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export, or with a model of "
+            f"open_clip ({open_clip_folder.CONFIG})."
         )
     try:
         return url, ClipConfig(**export.describe(url)["model"])
@@ -247,11 +261,15 @@ def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipC
         raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
 
 
-def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
+def _judge(place: Place, rerank: str, tokenizer: Tokenizer, found: dict[str, str], device: torch.device, key: str = "rerank") -> tuple[Ranker, str]:
     """Open the contrastive model that ranks, and return it with its content hash."""
+    check_judge(place, rerank, found["tokenizer"], key)
+    if rerank != "clip" and open_clip_folder.is_there(rerank):
+        return open_clip_folder.open_folder(rerank, device, key)
     (url, sizes), cfg = judge_at(place, rerank, key), place.cfg
-    check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
-    return _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
+    clip, identity = _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
+    export.to_device(clip, device)
+    return OwnClip(clip, tokenizer), identity
 
 
 def _device(name: str) -> torch.device:

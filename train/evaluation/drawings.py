@@ -30,7 +30,8 @@ class Judge:
     identity: str
     image: Callable[[Tensor], Tensor]
     """Pictures [B, 3, Y, X] in [0, 1] -> features [B, D]; unit vectors if there is a text tower."""
-    text: Callable[[Tensor, Tensor], Tensor] | None = None
+    text: Callable[[str], Tensor] | None = None
+    """A caption -> [1, D]; None if there is no text tower."""
     classes: Callable[[Tensor], Tensor] | None = None
     """Features [B, D] -> logits of classes [B, C], if it has classes."""
     score: str = ""

@@ -133,7 +133,7 @@ def made(count: int, best_of: int, blurs: int) -> list[dict[str, Any]]:
 def towers(name: str, *, ranks: bool = False, shares_images: bool = False) -> Judge:
     if name == "net":
         return Judge(name, "abc", lambda x: x, classes=lambda x: 9 * x, score="class_score_net", ranks=ranks, shares_images=shares_images)
-    return Judge(name, "abc", lambda x: x, lambda text, lengths: text, ranks=ranks, shares_images=shares_images)
+    return Judge(name, "abc", lambda x: x, lambda caption: torch.ones(1, 12), ranks=ranks, shares_images=shares_images)
 
 
 def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -21,6 +21,7 @@ from infra.errors import ConfigError
 from train.evaluation.weight_files import read_weights
 from train.weights import export
 from train.weights.checkpoint import content_hash
+from train.weights.torch_file import open_tree, pairs, tensors_of
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -122,6 +123,17 @@ def _weights(folder: str, key: str) -> str:
     raise ConfigError(f"{key} '{folder}': {CONFIG} is there, and no weights; accepted are {', '.join(WEIGHTS)}.")
 
 
+def _tensors(path: str, key: str) -> dict[str, Tensor]:
+    """
+    Raises:
+        DataError: the file holds something else, or more than tensors by name.
+    """
+    if path.endswith(".safetensors"):
+        return read_weights(path, key)
+    with open_tree(path, (), "weights of a model of open_clip") as tree:
+        return tensors_of(pairs(tree).items(), path)
+
+
 def open_folder(folder: str, device: torch.device, key: str = "rerank") -> tuple[OpenClip, str]:
     """Open a model, and return it with the content hash of its weights.
 
@@ -130,7 +142,7 @@ def open_folder(folder: str, device: torch.device, key: str = "rerank") -> tuple
         CheckpointError: the weights are those of another configuration.
     """
     config = _Config.model_validate(check(folder, key))
-    tensors = read_weights(_weights(folder, key), key)
+    tensors = _tensors(_weights(folder, key), key)
     sizes = config.model_cfg.model_dump()
     build, pieces = import_module("open_clip.model").CLIP, import_module("open_clip.tokenizer").SimpleTokenizer
     with torch.device("meta"):

@@ -131,7 +131,7 @@ def test_nothing_in_a_file_is_executed_and_what_is_missing_is_said(
     with pytest.raises(ConfigError, match=r"open_clip_config\.json is there, and no weights; accepted are open_clip_model\.safetensors"):
         open_models(run.url, rerank=folder)
     (tmp_path / "clip" / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"visual.proj": Trap()}))
-    with pytest.raises(DataError, match="cannot be read as weights"):
+    with pytest.raises(DataError, match=r"open_clip_pytorch_model\.bin: .*(io|builtins)\.open"):
         open_models(run.url, rerank=folder)
     assert not (tmp_path / "trap").exists()
     with pytest.raises(ConfigError, match="read from a local folder; copy it to one"):

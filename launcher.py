@@ -102,7 +102,9 @@ def draw(
     image: Annotated[str, typer.Option(help="Complete the upper part of this image.")] = "",
     keep_rows: Annotated[int, typer.Option(min=0, max=1 << 16, help="How many rows of codes to keep of --image; 0: 15 of 32.")] = 0,
     fit: Annotated[str, typer.Option(help="How --image becomes a square: crop or letterbox.")] = "crop",
-    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an export of one.")] = "none",
+    rerank: Annotated[
+        str, typer.Option(help="Order candidates by: none, clip (the run's), or a folder with an exported one or one of open_clip.")
+    ] = "none",
     search: Annotated[bool, typer.Option("--search", help="Candidates compete while they are drawn; needs --rerank.")] = False,
     out: Annotated[str, typer.Option(help="Folder for pictures; default: drawings in a local run, else drawings here.")] = "",
     format: Annotated[str, typer.Option(help="png or webp; both lossless.")] = "png",
@@ -136,7 +138,7 @@ def play(
         str, typer.Option(help="Address to listen on; 0.0.0.0 serves the page to other machines, too, without a password.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 7860,
-    rerank: Annotated[str, typer.Option(help="Order candidates by: none, clip, or a folder with an exported contrastive model.")] = "none",
+    rerank: Annotated[str, typer.Option(help="As for draw.")] = "none",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = "",
     precision: Annotated[str, typer.Option(help="As for draw.")] = "auto",
 ) -> None:

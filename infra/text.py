@@ -1,4 +1,4 @@
-"""How text is split into lines."""
+"""How text is split into lines, and how things are counted in it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def lines(text: str) -> list[str]:
     """
     found = _ENDS.split(text)
     return found[:-1] if not found[-1] else found
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun: '1 picture', '1,024 pictures'; ``nouns`` is the plural, where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

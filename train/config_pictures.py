@@ -68,7 +68,8 @@ class EvaluateSection(Section):
     blur: tuple[PositiveInt, ...] = Field(default=())
     """Standard deviations in pixels of blurs with which distances are measured, too (paper Figure 9: 1, 2, 4, 8)."""
     judge: str = Field(default="", json_schema_extra=PLACE)
-    """Folder with another exported contrastive model of the same tokenizer, which judges ranked drawings; empty: only the network of frechet_net does."""
+    """Folder with another exported contrastive model of the same tokenizer, or with a published CLIP of open_clip, which judges ranked drawings; empty: only the network of
+    frechet_net does."""
 
     @model_validator(mode="after")
     def _rising(self) -> Self:

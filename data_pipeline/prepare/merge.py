@@ -22,6 +22,7 @@ from data_pipeline.shards.versions import merge
 from data_pipeline.sources.pairs import UNKNOWN
 from infra import shown, storage
 from infra.errors import DataError
+from infra.text import counted
 
 SUMMARY = "summary.json"
 _SHOWN = 5
@@ -182,7 +183,7 @@ def _refuse_empty(plan: Plan, draft: dict[str, ShardSet], hidden: dict[str, NDAr
     left = sum(draft[split].stored - len(hidden[split]) for split in SPLITS)
     dropped = ", ".join(f"{reason}: {entry['count']}" for reason, entry in tally.dropped.items()) or "none"
     raise DataError(
-        f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {empty[0]} split ({tally.seen} pairs read; "
+        f"data.sources = {[source.url for source in plan.data.sources]}: no record in the {empty[0]} split ({counted(tally.seen, 'pair')} read; "
         f"dropped: {dropped}). {advice(plan, empty[0], left, tally)}"
     )
 
@@ -195,7 +196,7 @@ def advice(plan: Plan, split: str, left: int, tally: Tally) -> str:
             return f'data.sources says split = "{other}" of them: leave it out, or name a source with split = "{split}".'
         if any(unit.shard.splits != {""} for unit in plan.units) or left > _FEW:
             return f'The data call all of it {other}: add data that is called {split}, or give the source split = "hash", which takes it from all.'
-        return f"There are {left} records in all: add data, or raise data.validation_share."
+        return f"In all there {'is' if left == 1 else 'are'} {counted(left, 'record')}: add data, or raise data.validation_share."
     if not tally.dropped:
         return "Nothing was read: add data, or raise data.share."
     reason, entry = max(tally.dropped.items(), key=lambda item: int(item[1]["count"]))
@@ -246,7 +247,7 @@ def _terms(name: str, now: State) -> str:
         for marker in markers:
             if name in marker["extra"]["sources"]:
                 licenses.update(marker["extra"]["licenses"])
-    known = [f"{text} ({count} records)" for text, count in licenses.most_common(_SHOWN) if text not in ("", UNKNOWN)]
+    known = [f"{text} ({counted(count, 'record')})" for text, count in licenses.most_common(_SHOWN) if text not in ("", UNKNOWN)]
     return (
         f"licences by its records: {', '.join(known)}; the author stands with each record, if anywhere."
         if known

@@ -10,6 +10,7 @@ from infra import node_checks
 from infra.errors import ExitCode
 from infra.progress import duration
 from infra.repository import REPOSITORY
+from infra.text import counted
 from train.advice.facts import Facts
 from train.advice.rules import decide
 
@@ -79,13 +80,16 @@ def lost(facts: Facts) -> str:
     if facts.code in (ExitCode.REQUEUE, ExitCode.DONE) or not facts.lost_updates:
         return f"nothing; the newest checkpoint is of update {facts.saved}" if facts.saved >= 0 else "nothing was saved yet, and no update was logged"
     where = f"after the checkpoint of update {facts.saved}" if facts.saved >= 0 else "for there is no checkpoint yet"
-    return f"{facts.lost_updates} updates {where}, {duration(facts.lost_s)} of work"
+    return f"{counted(facts.lost_updates, 'update')} {where}, {duration(facts.lost_s)} of work"
 
 
 def _evidence(facts: Facts, *, said: bool) -> list[tuple[str, str]]:
     found = [("reason", facts.reason.splitlines()[0] if facts.reason else "none was recorded")]
     found += [("signal", f"rank {rank}{_on(facts, rank)}: {name}") for rank, name in list(facts.signals.items())[:_RANKS]]
-    found += [("memory", f"the kernel of {node} killed {count} processes for want of memory") for node, count in facts.memory_kills.items()]
+    found += [
+        ("memory", f"the kernel of {node} killed {counted(count, 'process', 'processes')} for want of memory")
+        for node, count in facts.memory_kills.items()
+    ]
     found += [("node", f"{node}: {check}") for node, checks in facts.checks.items() for check in checks]
     found += [("storage", outage) for outage in facts.outages[:_RANKS] if outage != facts.reason]
     found += [("numerics", words) for words in facts.numerics]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 from infra.errors import ConfigError, DataError
+from train.config import RunConfig
 from train.drawing.draw import Batch, Picture, draw_batch
+from train.drawing.memory import Room
 from train.drawing.samples import Line, encoded
-from train.drawing.search import along
+from train.drawing.search import along, check_ancestry
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 from train.machine.rates import threads
@@ -22,18 +25,8 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
     Raises:
         DataError: the line names other weights than the model has, or what no drawing with this model has written.
     """
-    for kind in ("dalle", "dvae", "tokenizer"):
-        if line["weights"].get(kind) != models.lineage[kind]:
-            raise DataError(
-                f"{models.url}: its {kind} is {models.lineage[kind][:12]}, and the picture was drawn with {str(line['weights'].get(kind))[:12]}; "
-                "name the run or the package that holds it."
-            )
-    shaped, shape = line["shaped_by"], dict(line["settings"])
-    if models.is_deterministic:
-        shaped = shaped | {"captions": 1, "each": 1, "place": 0}
-    prefix = shape.pop("prefix", [])
-    settings = replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"])
-    _check(models, line, settings, prefix)
+    check(models.cfg, models.url, models.lineage, line)
+    shaped, settings, prefix = _shape(line)
     # All pictures of the batch are copies of the wanted candidate; all but one are thrown away.
     batch = Batch((line["caption"],) * shaped["captions"], (line["candidate"],) * shaped["each"])
     ancestry = shaped.get("ancestry")
@@ -43,15 +36,42 @@ def again(models: Models, line: Line) -> tuple[Picture, bytes]:
     return found, encoded(found, line["file"].rsplit(".", 1)[-1])
 
 
-def _check(models: Models, line: Line, settings: Settings, prefix: list[int]) -> None:
-    """Refuse a line that this model cannot have drawn. Lines come from strangers, too.
+def _shape(line: Line) -> tuple[dict[str, Any], Settings, list[int]]:
+    """What shaped the picture, its settings, and the codes that were given."""
+    shaped, shape = line["shaped_by"], dict(line["settings"])
+    if shaped["deterministic"]:
+        shaped = shaped | {"captions": 1, "each": 1, "place": 0}
+    prefix = shape.pop("prefix", [])
+    return shaped, replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"]), prefix
+
+
+def check_room(room: Room, line: Line) -> None:
+    """
+    Raises:
+        ConfigError: the batch in which the picture was drawn takes more memory than there is.
+    """
+    shaped, settings, _ = _shape(line)
+    room.check(settings, shaped["captions"] * shaped["each"])
+
+
+def check(cfg: RunConfig, url: str, lineage: dict[str, str], line: Line) -> None:
+    """Refuse a line that a model cannot have drawn; before it is loaded, too. Lines come from strangers as well.
+
+    Args:
+        lineage: content hashes of the model's parts, as far as they are known.
 
     Raises:
         DataError: the message names the field.
     """
-    shaped, shape = line["shaped_by"], models.weights.shape
+    for kind in sorted({"dalle", "dvae", "tokenizer"} & lineage.keys()):
+        if line["weights"].get(kind) != lineage[kind]:
+            raise DataError(
+                f"{url}: its {kind} is {lineage[kind][:12]}, and the picture was drawn with {str(line['weights'].get(kind))[:12]}; "
+                "name the run or the package that holds it."
+            )
+    (shaped, settings, prefix), shape = _shape(line), cfg.stream_shape()
     try:
-        settings.check(models.cfg)
+        settings.check(cfg)
     except ConfigError as error:
         raise DataError(f"--again: settings of the line: {error}") from error
     if line["candidate"] >= settings.n:
@@ -60,6 +80,8 @@ def _check(models: Models, line: Line, settings: Settings, prefix: list[int]) ->
         raise DataError(
             f"--again: shaped_by.place = {shaped['place']}: its batch has {shaped['captions']} x {shaped['each']} pictures, counted from 0."
         )
+    if shaped.get("ancestry"):
+        check_ancestry(shaped["ancestry"], shape.image_tokens)
     if len(prefix) % shape.grid or len(prefix) >= shape.image_tokens or any(code >= shape.image_vocab for code in prefix):
         raise DataError(
             f"--again: settings.prefix has {len(prefix)} codes up to {max(prefix)}: accepted are whole rows of {shape.grid}, fewer than {shape.grid} of them, of "

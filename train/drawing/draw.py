@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infra.errors import CheckpointError, ConfigError
-from model.decoder import cache_bytes, text_bytes
+from infra.errors import CheckpointError
 from model.sampling import NotFiniteError, Sampling, begin
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 from train.report.images import to_array
-
-_CPU_BYTES, _CPU_PICTURES = 1 << 30, 64
-"""Limits of memory and pictures of a batch on a CPU. Larger batches are not faster, and their first picture comes later."""
-_SHARE_OF_FREE = 0.5
-_UNKNOWN = 1 << 50
-_CONTAINER = Path("/sys/fs/cgroup/memory.max")
-_CPU_ROWS, _GPU_ROWS, _GPU_WINDOW = 8, 1 << 12, 16
-"""How many positions a pass computes in about the time of one: reading the weights takes most of it."""
 
 
 @dataclass(frozen=True)
@@ -73,58 +62,6 @@ def plan(captions: Sequence[str], candidates: Sequence[int], width: int) -> Iter
             yield Batch(some, tuple(candidates[first : first + width]))
 
 
-def batch_width(models: Models, settings: Settings) -> int:
-    """How many pictures are drawn together: the number in the settings, or as many as memory allows."""
-    if settings.batch:
-        return settings.batch
-    each = _bytes_each(models, settings)
-    if models.device.type == "cuda":
-        return max(1, int(_SHARE_OF_FREE * _available(models)) // each)
-    return max(1, min(_CPU_PICTURES, min(_CPU_BYTES, int(_SHARE_OF_FREE * _available(models))) // each))
-
-
-def _bytes_each(models: Models, settings: Settings) -> int:
-    """What each picture of a batch takes."""
-    cfg, shape = models.cfg.dalle, models.weights.shape
-    copies = 1 if settings.guidance == 1 else 2
-    window = max(1, settings.window)
-    logits = 4 * 4 * window * shape.image_vocab  # logits, their noise, and up to two copies
-    each = copies * (cache_bytes(cfg, shape, models.weights.dtype.itemsize, window) + logits)
-    return each + text_bytes(cfg, shape, models.weights.dtype.itemsize)  # the worst case: each picture has its own caption
-
-
-def _available(models: Models) -> int:
-    """Bytes of free memory of the device; for a CPU no more than a container may have. A very large number if that is not known."""
-    if models.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(models.device)[0])
-    found = [_UNKNOWN]
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # ValueError: "max", no limit
-        found.append(int(_CONTAINER.read_text()))
-    return min(found)
-
-
-def _check_memory(models: Models, settings: Settings, pictures: int) -> None:
-    """
-    Raises:
-        ConfigError: a batch takes more memory than there is. Sizes of batches come from command lines, and from the lines of strangers (``draw --again``).
-    """
-    needed, free = pictures * _bytes_each(models, settings), _available(models)
-    if needed > free:
-        raise ConfigError(
-            f"{pictures:,} pictures at once take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: give a smaller --batch (with --search: a smaller --n); "
-            "a picture that was drawn in such a batch is drawn again on a machine that holds it."
-        )
-
-
-def window_of(models: Models, settings: Settings, pictures: int) -> int:
-    """How many positions of each picture a pass computes."""
-    rows = _GPU_ROWS if models.device.type == "cuda" else _CPU_ROWS
-    return settings.window or max(1, min(_GPU_WINDOW, models.weights.shape.grid, rows // pictures))
-
-
 def draw(
     models: Models,
     captions: Sequence[str],
@@ -155,7 +92,7 @@ def draw(
         for caption in captions:
             yield [picture for picture in search(models, caption, settings, prefix, listen) if picture.candidate in wanted]
         return
-    for batch in plan(captions, wanted, batch_width(models, settings)):
+    for batch in plan(captions, wanted, models.room.batch_width(settings)):
         yield draw_batch(models, batch, settings, prefix, listen)
 
 
@@ -174,12 +111,12 @@ def begin_batch(models: Models, batch: Batch, settings: Settings, seeds: Sequenc
     Raises:
         ConfigError: it takes more memory than there is.
     """
-    _check_memory(models, settings, batch.size)
+    models.room.check(settings, batch.size)
     encoded = [models.tokenizer.encode(caption) for caption in batch.captions]
     text_CT = torch.from_numpy(np.stack([ids for ids, _ in encoded])).to(models.device)
     lengths_C = torch.tensor([length for _, length in encoded], device=models.device)
     prefix_BP = torch.tensor([list(prefix)], dtype=torch.int64, device=models.device).expand(batch.size, -1) if prefix else None
-    window = window_of(models, settings, batch.size)
+    window = models.room.window(settings, batch.size)
     return begin(models.weights, text_CT, lengths_C, seeds, settings.rule, prefix_BP=prefix_BP, window=window)
 
 
@@ -243,7 +180,5 @@ def score_one(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> fl
 def embeddings(models: Models, caption: str, pixels_YXC: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """A picture's and its caption's embeddings by the contrastive model, [1, E] each."""
     assert models.clip is not None
-    ids, length = models.tokenizer.encode(caption)
-    text_1E = models.clip.encode_text(torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device))
     pixels_13YX = torch.from_numpy(pixels_YXC).permute(2, 0, 1)[None].float().div(255).to(models.device)
-    return models.clip.encode_image(pixels_13YX), text_1E
+    return models.clip.encode_image(pixels_13YX), models.clip.encode_caption(caption)

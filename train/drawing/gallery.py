@@ -12,6 +12,7 @@ from torch import Tensor
 from infra import storage
 from infra.errors import StopRequested
 from infra.signals import StopFlag
+from infra.text import counted
 from train.drawing import samples
 from train.drawing.draw import Batch, Picture, draw, score
 from train.drawing.samples import Folder, Line
@@ -57,7 +58,8 @@ class Gallery:
 
         def listen(batch: Batch, codes_BI: Tensor, known_B: Tensor) -> None:
             if stop:
-                raise StopRequested(f"stopped by a signal after {count} new pictures, which are kept in {self.out}; the same command draws the rest.")
+                which = f"{counted(count, 'new picture')}, which {'is' if count == 1 else 'are'} kept in {self.out}"
+                raise StopRequested(f"stopped by a signal after {which}; the same command draws the rest.")
             if told is not None:
                 before = count * each - batch.size * len(self.prefix)
                 told.look(lambda: before + int(known_B.sum()), missing * each)

@@ -23,6 +23,7 @@ from werkzeug.wrappers import Request, Response
 
 from data_pipeline.images.crops import decode as decode_image
 from infra.errors import ReportedError, StopRequested, UsageError
+from infra.text import counted
 from train.drawing import prompt_image
 from train.drawing.captions import notes
 from train.drawing.draw import Batch, Picture, decode, draw, score
@@ -155,7 +156,7 @@ class Page:
     def _ended(self, caption: str, pictures: list[Picture], seconds: float) -> Message:
         scores: list[float | None] = list(score(self.models, pictures)) if self.models.clip is not None else [None] * len(pictures)
         order = sorted(range(len(pictures)), key=lambda place: (-(scores[place] or 0.0), place))
-        said = f"drew {len(pictures)} pictures in {seconds:.1f} s."
+        said = f"drew {counted(len(pictures), 'picture')} in {seconds:.1f} s."
         found = [_finished(pictures[place], scores[place]) for place in order]
         return {"done": True, "said": said, "notes": notes(self.models.tokenizer, caption), "pictures": found}
 

@@ -18,9 +18,8 @@ _MOST_STRETCH = 64
 """The longer side of an image may be at most this many times the shorter one; for a longer image, less than a pixel would be left."""
 
 
-def kept_rows(models: Models, keep_rows: int | None) -> int:
-    """How many rows of codes are taken from the image."""
-    grid = models.cfg.dvae.grid
+def kept_rows(grid: int, keep_rows: int | None) -> int:
+    """How many of a picture's rows of codes are taken from the image."""
     return max(1, min(grid - 1, round(_KEPT * grid))) if keep_rows is None else keep_rows
 
 
@@ -59,7 +58,8 @@ def square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
 
 def codes(models: Models, image: Image.Image, keep_rows: int | None) -> list[int]:
     """The codes of an image's first rows."""
-    rows, grid = kept_rows(models, keep_rows), models.cfg.dvae.grid
+    grid = models.cfg.dvae.grid
+    rows = kept_rows(grid, keep_rows)
     pixels_13YX = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div(255).to(models.device)
     found: list[int] = models.dvae.encode(pixels_13YX)[0, :rows].flatten().tolist()
     assert len(found) == rows * grid

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 
 from infra import storage, stored, strict_json, text
 from infra.errors import DataError, MissingError
+from infra.text import counted
 from train.drawing.draw import Picture
 from train.drawing.settings import MOST_PICTURES
 from train.report.images import png_bytes
@@ -206,5 +207,5 @@ def find_line(given: str) -> Line:
             f"--again {given}: neither a line of a {SAMPLES} nor a file; name one, such as drawings/a-red-fox-5d2c/{SAMPLES}:2."
         ) from error
     if at > len(lines) or (not at and len(lines) != 1):
-        raise DataError(f"--again {given}: {url} has {len(lines)} lines; name one as {url}:NUMBER, 1 to {len(lines)}.")
+        raise DataError(f"--again {given}: {url} has {counted(len(lines), 'line')}; name one as {url}:NUMBER, 1 to {len(lines)}.")
     return lines[(at or 1) - 1]

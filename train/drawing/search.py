@@ -8,12 +8,13 @@ Every candidate keeps its place and its seed, so one that is never replaced is t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infra.errors import ConfigError, DataError
+from infra.errors import DataError
 from model.sampling import Sampling
 from train.drawing.draw import Batch, Listen, Picture, begin_batch, decode, finished, run_to, score_one
 from train.drawing.settings import Settings
@@ -30,10 +31,7 @@ def search(models: Models, caption: str, settings: Settings, prefix: Sequence[in
     Raises:
         ConfigError: nothing ranks, or there is only one candidate.
     """
-    if models.clip is None or settings.n < 2:
-        raise ConfigError(
-            f"search with n = {settings.n} and rerank {'clip' if models.clip else 'none'}: it needs --rerank clip and at least 2 candidates."
-        )
+    replace(settings, search=True).check_search(models.clip is not None)
     batch = Batch((caption,), tuple(range(settings.n)))
     seeds = settings.seeds(caption)
     ancestry: list[Ancestry] = [[[0, seed]] for seed in seeds]
@@ -54,9 +52,7 @@ def along(models: Models, batch: Batch, settings: Settings, ancestry: Ancestry, 
     Raises:
         DataError: that is no ancestry.
     """
-    places = [place for place, _ in ancestry]
-    if places[0] != 0 or places != sorted(set(places)) or places[-1] >= models.weights.shape.image_tokens:
-        raise DataError(f"ancestry {ancestry}: expected rising positions from 0 on, below {models.weights.shape.image_tokens}.")
+    check_ancestry(ancestry, models.weights.shape.image_tokens)
     seeds = [ancestry[0][1]] * batch.size
     run = begin_batch(models, batch, settings, seeds, prefix)
     for end, seed in ancestry[1:]:
@@ -65,6 +61,16 @@ def along(models: Models, batch: Batch, settings: Settings, ancestry: Ancestry, 
         run.select(torch.arange(batch.size, device=models.device), seeds)
     run_to(models, run, run.total, batch, None)
     return finished(models, batch, run, seeds, [{"ancestry": ancestry}] * batch.size)
+
+
+def check_ancestry(ancestry: Ancestry, positions: int) -> None:
+    """
+    Raises:
+        DataError: that is no ancestry of a picture of so many codes.
+    """
+    places = [place for place, _ in ancestry]
+    if places[0] != 0 or places != sorted(set(places)) or places[-1] >= positions:
+        raise DataError(f"ancestry {ancestry}: expected rising positions from 0 on, below {positions}.")
 
 
 def _ends(run: Sampling, given: int) -> list[int]:

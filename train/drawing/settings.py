@@ -70,6 +70,16 @@ class Settings:
         if self.fit not in ("crop", "letterbox"):
             raise ConfigError(f"fit '{self.fit}': accepted are crop (the central square) and letterbox (all of it, on white).")
 
+    def check_search(self, is_ranked: bool) -> None:
+        """
+        Raises:
+            ConfigError: a search has nothing that ranks, or a single candidate.
+        """
+        if self.search and (not is_ranked or self.n < 2):
+            raise ConfigError(
+                f"search with n = {self.n} and rerank {'clip' if is_ranked else 'none'}: it needs --rerank clip and at least 2 candidates."
+            )
+
     def seeds(self, caption: str) -> list[int]:
         """The seed of each candidate, which depends only on (seed, caption, candidate)."""
         return [derive(self.seed, "sample", caption, candidate) for candidate in range(self.n)]

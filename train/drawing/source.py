@@ -21,7 +21,10 @@ from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
 from train.config import RunConfig, load_run
+from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import CpuWeights, ready
+from train.drawing.memory import Room
+from train.drawing.ranking import OwnClip, Ranker
 from train.machine.rates import DTYPES, name_of
 from train.run import places
 from train.weights import checkpoint, export
@@ -60,8 +63,8 @@ class Models:
     dvae: ImageTokenizer
     weights: DrawingWeights
     tokenizer: Tokenizer
-    clip: Clip | None
-    """The contrastive model; None if it was not asked for."""
+    clip: Ranker | None
+    """What ranks; None if it was not asked for."""
     lineage: dict[str, str]
     """Content hashes of dalle, dvae, tokenizer and, if it was opened, clip."""
     description: str
@@ -70,6 +73,11 @@ class Models:
     @property
     def device(self) -> torch.device:
         return self.weights.device
+
+    @property
+    def room(self) -> Room:
+        """Where they draw."""
+        return Room(self.cfg, self.device, self.weights.dtype.itemsize)
 
     @property
     def precision(self) -> str:
@@ -116,20 +124,72 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
         ConfigError: there is no such run, device or precision.
         DataError: the run has no weights yet, or they do not belong together.
     """
-    place, where = locate(url), _device(device)
-    dtype = _dtype(precision, where, deterministic)
-    cfg = place.cfg
+    return open_place(locate(url), Asked(device, precision, rerank, deterministic), step)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How models shall be opened; see ``open_models``."""
+
+    device: str = ""
+    precision: str = "auto"
+    rerank: str = "none"
+    deterministic: bool = False
+
+    def room(self, place: Place) -> Room:
+        """Where these models will draw.
+
+        Raises:
+            ConfigError: there is no such device or precision.
+        """
+        where = _device(self.device)
+        return Room(place.cfg, where, _dtype(self.precision, where, self.deterministic).itemsize)
+
+    def check(self, place: Place, step: int = 0) -> None:
+        """Check what can be known before any weights are read, which takes much longer than everything else: that there are such a device and precision, that
+        the parts exist and, as far as their descriptions say, that they belong together.
+
+        Raises:
+            ConfigError, DataError: as ``open_models``.
+        """
+        self.room(place)
+        found = known_lineage(place)
+        for name in ("dvae", *(["clip"] if self.rerank == "clip" else [])):
+            _require(getattr(place, name), name, place)
+        if not step and not _weights_there(place):
+            raise _no_weights(place)
+        if not step and "dalle" in found:
+            check_parents(place, "dalle", export.describe(place.dalle)["parents"], found)
+        if self.rerank != "none":
+            check_judge(place, self.rerank, found["tokenizer"])
+
+
+def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
+    """The same as ``open_models``, for a place that has been found."""
+    asked.check(place, step)
+    cfg, where = place.cfg, _device(asked.device)
+    dtype = _dtype(asked.precision, where, asked.deterministic)
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
     found = {"tokenizer": str(manifest["content_hash"])}
     dvae, found["dvae"] = _open(place.dvae, lambda: image_tokenizer(cfg.dvae), "dvae", place)
     tensors, found["dalle"], parents, description = _weights_of(place, step) if step else newest_weights(place)
     check_parents(place, "dalle", parents, found)
     judge = None
-    if rerank != "none":
-        judge, found["clip"] = _judge(place, rerank, found)
-        export.to_device(judge, where)
-    weights = ready(_build(cfg, tensors, where, dtype, place.dalle), dtype, eight_bits=precision == EIGHT_BITS, deterministic=deterministic)
+    if asked.rerank != "none":
+        judge, found["clip"] = _judge(place, asked.rerank, tokenizer, found, where)
+    model = _build(cfg, tensors, where, dtype, place.dalle)
+    weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+
+
+def known_lineage(place: Place) -> dict[str, str]:
+    """Content hashes as far as descriptions give them: that of a transformer which is still training is in its checkpoints alone."""
+    found = {"tokenizer": str(load_tokenizer(place.tokenizer, place.cfg.tokenizer)[1]["content_hash"])}
+    for name in ("dvae", "dalle"):
+        url = getattr(place, name)
+        if storage.exists(storage.join(url, export.DESCRIPTION)) and (name == "dvae" or _exported(place)):
+            found[name] = str(export.describe(url)["content_hash"])
+    return found
 
 
 def replaced_weights(models: Models, tensors: dict[str, Tensor]) -> Models:
@@ -156,35 +216,60 @@ def _dtype(precision: str, device: torch.device, deterministic: bool) -> torch.d
     return dtype
 
 
-def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device) -> tuple[Clip, str]:
+def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device) -> tuple[Ranker, str]:
     """Open another contrastive model than the run's own, to judge drawings, and return it with its content hash.
 
     Raises:
         ConfigError: the folder holds none.
         DataError: it was trained with another tokenizer.
     """
-    judge, identity = _judge(locate(url), folder, {"tokenizer": tokenizer_hash}, "evaluate.judge")
-    export.to_device(judge, device)
-    return judge, identity
+    place = locate(url)
+    tokenizer, _ = load_tokenizer(place.tokenizer, place.cfg.tokenizer)
+    return _judge(place, folder, tokenizer, {"tokenizer": tokenizer_hash}, device, "evaluate.judge")
 
 
-def _judge(place: Place, rerank: str, found: dict[str, str], key: str = "rerank") -> tuple[Clip, str]:
-    """Open the contrastive model that ranks, and return it with its content hash."""
-    url, cfg = place.clip if rerank == "clip" else rerank.rstrip("/"), place.cfg
-    if rerank != "clip" and not storage.exists(storage.join(url, export.DESCRIPTION)):
+def check_judge(place: Place, rerank: str, tokenizer_hash: str, key: str = "rerank") -> None:
+    """Check what can be known of the model that ranks before its weights are read.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it was trained with another tokenizer.
+    """
+    if rerank != "clip" and open_clip_folder.is_there(rerank):
+        open_clip_folder.check(rerank, key)
+    else:
+        check_parents(place, "clip", export.describe(judge_at(place, rerank, key)[0])["parents"], {"tokenizer": tokenizer_hash})
+
+
+def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
+    """Where the contrastive model is that ranks, and its sizes.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if rerank == "clip":
+        return place.clip, place.cfg.clip
+    url = rerank.rstrip("/")
+    if not storage.exists(storage.join(url, export.DESCRIPTION)):
         raise ConfigError(
-            f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export."
+            f"{key} '{rerank}': accepted are none, clip, and a folder with an exported contrastive model, such as runs/other/clip/export, or with a model of "
+            f"open_clip ({open_clip_folder.CONFIG})."
         )
-    sizes = cfg.clip
-    if rerank != "clip":
-        try:
-            sizes = ClipConfig(**export.describe(url)["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
-    shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    judge, identity = _open(url, lambda: Clip(sizes, *shape), "clip", place)
-    check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": found["tokenizer"]})
-    return judge, identity
+    try:
+        return url, ClipConfig(**export.describe(url)["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
+
+
+def _judge(place: Place, rerank: str, tokenizer: Tokenizer, found: dict[str, str], device: torch.device, key: str = "rerank") -> tuple[Ranker, str]:
+    """Open the contrastive model that ranks, and return it with its content hash."""
+    check_judge(place, rerank, found["tokenizer"], key)
+    if rerank != "clip" and open_clip_folder.is_there(rerank):
+        return open_clip_folder.open_folder(rerank, device, key)
+    (url, sizes), cfg = judge_at(place, rerank, key), place.cfg
+    clip, identity = _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
+    export.to_device(clip, device)
+    return OwnClip(clip, tokenizer), identity
 
 
 def _device(name: str) -> torch.device:
@@ -204,11 +289,38 @@ def _build(cfg: RunConfig, tensors: dict[str, Tensor], device: torch.device, dty
     return model.eval().requires_grad_(False)
 
 
-def _open(url: str, build: Callable[[], M], name: str, place: Place) -> tuple[M, str]:
+def _require(url: str, name: str, place: Place) -> None:
+    """
+    Raises:
+        DataError: there is no such export.
+    """
     if not storage.exists(storage.join(url, export.DESCRIPTION)):
         do = "export it again with it" if place.run is None else f"run 'launcher.py {name} {place.url}' first"
         raise DataError(f"{url}: there is no {name} here; {do}.")
+
+
+def _open(url: str, build: Callable[[], M], name: str, place: Place) -> tuple[M, str]:
+    _require(url, name, place)
     return export.open_as(url, build)
+
+
+def _exported(place: Place) -> bool:
+    """Whether the export holds the newest weights. The one that a finished stage writes has no "step". One that ``launcher.py export`` wrote has, and may be older
+    than the newest checkpoint."""
+    if not storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
+        return False
+    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
+    about = export.describe(place.dalle) if steps else {}
+    return not steps or "step" not in about or about["step"] >= steps[-1]
+
+
+def _weights_there(place: Place) -> bool:
+    return _exported(place) or (place.run is not None and bool(checkpoint.complete(place.run.at("dalle"))))
+
+
+def _no_weights(place: Place) -> DataError:
+    do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
+    return DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
 
 
 def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
@@ -217,18 +329,14 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
     Raises:
         DataError: there are none yet.
     """
-    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
-    if storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
+    if _exported(place):
         about = export.describe(place.dalle)
-        # The export that a finished stage writes has no "step". One that ``launcher.py export`` wrote has, and may be older than the newest checkpoint.
-        if not steps or "step" not in about or about["step"] >= steps[-1]:
-            identity, tensors = export.read_tensors(place.dalle)
-            step = f" after update {about['step']}" if "step" in about else ""
-            kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
-            return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
-    if place.run is None or not steps:
-        do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
-        raise DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
+        identity, tensors = export.read_tensors(place.dalle)
+        step = f" after update {about['step']}" if "step" in about else ""
+        kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
+        return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
+    if place.run is None or not _weights_there(place):
+        raise _no_weights(place)
     meta, tensors = _newest(place.run.at("dalle"))
     return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
 

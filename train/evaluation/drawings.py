@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.evaluation.class_scores import class_score
 from train.evaluation.colours import agreement
 from train.evaluation.distances import distances, halves, recalls
 
@@ -29,7 +30,12 @@ class Judge:
     identity: str
     image: Callable[[Tensor], Tensor]
     """Pictures [B, 3, Y, X] in [0, 1] -> features [B, D]; unit vectors if there is a text tower."""
-    text: Callable[[Tensor, Tensor], Tensor] | None = None
+    text: Callable[[str], Tensor] | None = None
+    """A caption -> [1, D]; None if there is no text tower."""
+    classes: Callable[[Tensor], Tensor] | None = None
+    """Features [B, D] -> logits of classes [B, C], if it has classes."""
+    score: str = ""
+    """Name of the score that its classes give."""
     ranks: bool = False
     """Whether it has chosen among candidates: then it judges the first candidate only."""
     shares_images: bool = False
@@ -41,7 +47,7 @@ Files = Sequence[Mapping[str, NDArray[Any]]]
 
 def figures(captions: Sequence[str], files: Files, judges: Sequence[Judge], best_of: Sequence[int], blur: Sequence[int], seed: int) -> dict[str, Any]:
     """All figures of drawings that need no training image. ``files`` holds the arrays of each caption, as stage evaluate writes them."""
-    found: dict[str, Any] = {"drawings": len(captions), "best_of": list(best_of), "blur": list(blur), "distances": {}, "retrieval": {}}
+    found: dict[str, Any] = {"drawings": len(captions), "best_of": list(best_of), "blur": list(blur), "distances": {}, "retrieval": {}, "classes": {}}
     for judge in judges:
         drawn_MVD, real_MVD = (_stacked(files, f"{judge.name}/{name}") for name in ("drawn_VD", "real_VD"))
         facts = {"identity": judge.identity, "trained_on_the_images_of_what_ranks": judge.shares_images or judge.ranks}
@@ -53,6 +59,8 @@ def figures(captions: Sequence[str], files: Files, judges: Sequence[Judge], best
                 places = [(len(best_of) + place, 1 + place, radius) for place, radius in enumerate(blur)]
                 by_blur = {str(radius): distances(drawn_MVD[:, ours], real_MVD[:, theirs], seed) for ours, theirs, radius in places}
                 found["distances"][judge.name]["by_blur"] = {"best_of": best_of[-1]} | by_blur
+        if judge.classes is not None:
+            found["classes"][judge.name] = _class_scores(judge, judge.classes, drawn_MVD, real_MVD, best_of, blur)
         if judge.text is not None:
             text_MD = _stacked(files, f"{judge.name}/text_D")
             found["retrieval"][judge.name] = facts | {
@@ -66,6 +74,24 @@ def figures(captions: Sequence[str], files: Files, judges: Sequence[Judge], best
         "by_n": {str(count): agreement(captions, colours_MVK[:, place]) for place, count in enumerate(best_of)},
     }
     return found
+
+
+@torch.no_grad()
+def _class_scores(
+    judge: Judge, classes: Callable[[Tensor], Tensor], drawn_MVD: Tensor, real_MVD: Tensor, best_of: Sequence[int], blur: Sequence[int]
+) -> dict[str, Any]:
+    """The score of drawings and of the real pictures; over radii of blur for the best of the most candidates. Radius 0 is none."""
+
+    def score(views_MVD: Tensor, place: int) -> float:
+        return class_score(classes(views_MVD[:, place]))
+
+    last = len(best_of) - 1
+    radii = {str(radius): (last + place, place) for place, radius in enumerate([0, *blur])}
+    return {
+        "name": judge.score,
+        "by_n": {str(count): score(drawn_MVD, place) for place, count in enumerate(best_of)},
+        "by_blur": {radius: {"drawn": score(drawn_MVD, ours), "real": score(real_MVD, theirs)} for radius, (ours, theirs) in radii.items()},
+    }
 
 
 def _stacked(files: Files, name: str) -> Tensor:

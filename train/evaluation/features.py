@@ -31,6 +31,10 @@ class FeatureNet:
     width: int
     features: Callable[[Tensor], Tensor]
     """Pictures [B, 3, Y, X] in [0, 1] -> [B, width]."""
+    classes: Callable[[Tensor], Tensor] | None = None
+    """Features [B, width] -> logits [B, classes]; None if the file has no classes."""
+    score: str = "inception_score"
+    """Name of the score that these classes give."""
 
 
 def feature_net(name: str, weights: str, device: torch.device) -> FeatureNet:
@@ -46,7 +50,8 @@ def feature_net(name: str, weights: str, device: torch.device) -> FeatureNet:
 def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
     """The Inception network of clean-fid, from its TorchScript file (inception-2015-12-05.pt), called as clean-fid's InceptionV3W does."""
     try:
-        layers = torch.jit.load(_file(weights), map_location=device).eval().layers
+        net = torch.jit.load(_file(weights), map_location=device).eval()
+        layers = net.layers
     except (RuntimeError, AttributeError) as error:
         raise DataError(
             f"{weights}: not clean-fid's TorchScript of Inception ({' '.join(str(error).split())[:200]}); {_KEY} names inception-2015-12-05.pt."
@@ -56,7 +61,7 @@ def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
         x_B3YX = _resized(pictures_B3YX, 299) * 255
         return layers.forward((x_B3YX - 128) / 128).flatten(1)
 
-    return FeatureNet("fid", 2048, features)
+    return FeatureNet("fid", 2048, features, _without_bias(net.output.weight) if hasattr(net, "output") else None)
 
 
 def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
@@ -68,7 +73,7 @@ def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
         (found_BD,) = net((pictures_B3YX * 255).round().to(torch.uint8))
         return found_BD
 
-    return FeatureNet("fid", 2048, features)
+    return FeatureNet("fid", 2048, features, _without_bias(net.fc.weight) if hasattr(net, "fc") else None)
 
 
 def _lite0(weights: str, device: torch.device) -> FeatureNet:
@@ -88,7 +93,13 @@ def _lite0(weights: str, device: torch.device) -> FeatureNet:
         x_B3YX = (_resized(pictures_B3YX, 224) * 255 - 127) / 128
         return net.extract_features(x_B3YX).mean((2, 3))
 
-    return FeatureNet("frechet_efficientnet_lite0", 1280, features)
+    return FeatureNet("frechet_efficientnet_lite0", 1280, features, net._fc, "class_score_efficientnet_lite0")
+
+
+def _without_bias(weight_CD: Tensor) -> Callable[[Tensor], Tensor]:
+    """Inception's classes as the Inception Score takes them: the original program left the bias of the last layer out, and so do its successors."""
+    weight_CD = weight_CD.detach().float()
+    return lambda features_BD: F.linear(features_BD.to(weight_CD), weight_CD)
 
 
 def _resized(pictures_B3YX: Tensor, side: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infra.text import counted
 from train.config import RunConfig
 from train.planning import states
 
@@ -40,6 +41,6 @@ def line(cfg: RunConfig) -> list[str]:
     }
     beyond = f"; more than samples.memory_gb = {limit:g}: nothing is drawn" if limit and found > limit * 1e9 else ""
     return [
-        f"samples              {pictures(cfg)} pictures every {cfg.samples.every:,} updates, {where[cfg.samples.where]}, on the main rank's "
+        f"samples              {counted(pictures(cfg), 'picture')} every {counted(cfg.samples.every, 'update')}, {where[cfg.samples.where]}, on the main rank's "
         f"{'CPU' if cfg.samples.device == 'cpu' else 'GPU'}: {found / 1e9:.2f} GB while they are drawn{beyond}"
     ]

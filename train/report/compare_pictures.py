@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from infra.text import counted
 from train.report.markup import Html, el, join, note
 from train.report.section_pictures import image
 from train.report.view import RunView, Section
@@ -23,7 +24,7 @@ def section(runs: Mapping[str, RunView]) -> Section | None:
             "pictures", "Pictures", note("No caption was drawn by two of these runs. generate.captions, or samples.captions, gives them equal ones.")
         )
     cards = [_card(runs, drawn, caption) for caption in common[:_MOST]]
-    left = f" {len(common) - _MOST} more captions are not shown." if len(common) > _MOST else ""
+    left = f" {counted(len(common) - _MOST, 'more caption')} not shown." if len(common) > _MOST else ""
     words = f"Captions that at least two of the runs drew: the best {_SHOWN} of each by its own CLIP, or else the newest drawn while it trained (*).{left}"
     return Section("pictures", "Pictures", join(note(words), el("div", cards, class_="captions")))
 

@@ -32,7 +32,7 @@ def section(run: RunView) -> Section | None:
         "which therefore judges N = 1 only: what ranks never judges. No distance here is an FID unless the network is Inception. A distance between two halves ",
         "of the real pictures is what a perfect model would get with half as many.",
     ]
-    body = [note(*words), *_distances(found), *_retrieval(found), _colours(found), _nearest(found)]
+    body = [note(*words), *_distances(found), *_classes(found), *_retrieval(found), _colours(found), _nearest(found)]
     return Section("drawings", _TITLE, join(*body))
 
 
@@ -56,6 +56,22 @@ def _distances(found: dict[str, Any]) -> list[Html]:
         out.append(join(el("h3", f"Distance to the real pictures by {name}"), table(["", *(label for label, _ in columns)], rows, range(1, 20))))
         if judged["trained_on_the_images_of_what_ranks"] and name != _OWN:
             out.append(note(f"{name} was trained on the images that the ranking model was trained on: it is not independent."))
+    return out
+
+
+def _classes(found: dict[str, Any]) -> list[Html]:
+    """Scores by a network's classes; Inception Scores by Inception alone."""
+    out: list[Html] = []
+    for name, judged in found.get("classes", {}).items():
+        label = "Inception Score" if judged["name"] == "inception_score" else f"Class score by {name} (no Inception Score)"
+        rows: list[list[Child]] = [[f"N = {count}", _number(value), ""] for count, value in list(judged["by_n"].items())[:-1]]
+        most = list(judged["by_n"])[-1]
+        rows += [
+            [f"N = {most}" + ("" if radius == "0" else f", blur {radius}"), _number(part["drawn"]), _number(part["real"])]
+            for radius, part in judged["by_blur"].items()
+        ]
+        words = "Higher is surer and more various. It grows with the number of pictures: compare it with that of the real ones here, not with published values."
+        out.append(join(el("h3", label), note(words), table(["", "drawings", "real pictures"], rows, [1, 2])))
     return out
 
 

@@ -28,6 +28,8 @@ from train.stages.dalle_task import cross_entropies
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Measure on all ranks; the main rank writes the figures."""
     started = time.monotonic()
+    if cfg.evaluate.drawings:
+        evaluate_drawings.check(cfg, run)  # before anything is loaded
     places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))

@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ from infra.signals import StopFlag
 from infra.world import World
 from model.decoder import DrawingWeights
 from train.config import RunConfig
+from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import ready
-from train.drawing.draw import Picture, batch_width, draw, score
+from train.drawing.draw import Picture, draw, score
+from train.drawing.ranking import OwnClip
 from train.drawing.settings import Settings, key, of_stage, replaced
-from train.drawing.source import Models, open_judge
+from train.drawing.source import Models, check_judge, known_lineage, locate, open_judge
 from train.evaluation.blur import blurred
 from train.evaluation.colours import shares
 from train.evaluation.distances import quantiles
@@ -73,6 +75,22 @@ class _Task:
         return self.run.at(self.folder, f"{index:05d}.npz")
 
 
+def check(cfg: RunConfig, run: RunFolder) -> None:
+    """Check what can be known before weights are read: the settings of drawing, and that the judge is there.
+
+    Raises:
+        ConfigError: this model cannot draw with them, or there is no such judge.
+    """
+    _settings(cfg).check(cfg)
+    if cfg.evaluate.judge:
+        place = locate(run.url)
+        check_judge(place, cfg.evaluate.judge, known_lineage(place)["tokenizer"], "evaluate.judge")
+
+
+def _settings(cfg: RunConfig) -> Settings:
+    return replaced(of_stage(cfg), n=max(cfg.evaluate.best_of), search=False)  # candidates of a search are not independent
+
+
 def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop: StopFlag) -> dict[str, float]:
     """Draw and look at this rank's captions; the main rank then computes the figures of all, and writes them. Returns the most important of them. Collective.
 
@@ -96,33 +114,46 @@ def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop
 
 def _task(cfg: RunConfig, run: RunFolder, exports: Exports) -> _Task:
     weights = ready(exports.dalle, DrawingWeights.dtype_of(exports.dalle))
-    models = Models(run.url, cfg, exports.dvae, weights, exports.tokenizer, exports.clip, exports.lineage, "exported weights")
-    settings = replaced(of_stage(cfg), n=max(cfg.evaluate.best_of), search=False)  # candidates of a search are not independent
+    models = Models(
+        run.url, cfg, exports.dvae, weights, exports.tokenizer, OwnClip(exports.clip, exports.tokenizer), exports.lineage, "exported weights"
+    )
     wanted = held_out(open_images(cfg, run, "validation"), cfg.evaluate.drawings, cfg.run.seed)
-    return _Task(cfg, run, wanted, settings, models, _judges(cfg, run, models))
+    return _Task(cfg, run, wanted, _settings(cfg), models, _judges(cfg, run, models))
 
 
 def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
     """The run's own contrastive model, which judges unranked drawings only because it ranks the others, and the networks that the configuration names."""
     assert models.clip is not None
-    found = [Judge(OWN_CLIP, models.lineage["clip"], models.clip.encode_image, models.clip.encode_text, ranks=True)]
+    found = [Judge(OWN_CLIP, models.lineage["clip"], models.clip.encode_image, models.clip.encode_caption, ranks=True)]
     section, device = cfg.evaluate, models.device
     if section.judge:
         clip, identity = open_judge(run.url, section.judge, models.lineage["tokenizer"], device)
         if identity == models.lineage["clip"]:
             raise ConfigError(f"evaluate.judge = '{section.judge}': the model that ranks the drawings, which never judges them; name another one.")
-        images = [export.describe(url).get("parents", {}).get("images") for url in (section.judge, run.at("clip", "export"))]
-        found.append(Judge("judge", identity, clip.encode_image, clip.encode_text, shares_images=images[0] == images[1]))
+        found.append(Judge("judge", identity, clip.encode_image, clip.encode_caption, shares_images=_shares_images(section.judge, run)))
     if section.frechet_net != "none":
         net = feature_net(section.frechet_net, section.frechet_weights, device)
         weights = storage.sha256_file(storage.local_path(section.frechet_weights)) if section.frechet_weights else "its package"
-        found.append(Judge(section.frechet_net, weights, net.features))
+        classes = None if net.classes is None else _on_cpu(net.classes, device)  # features are kept on the CPU
+        found.append(Judge(section.frechet_net, weights, net.features, classes=classes, score=net.score))
     return found
+
+
+def _shares_images(judge: str, run: RunFolder) -> bool:
+    """Whether the judge was trained on the images of the model that ranks. One of open_clip was not: it comes from elsewhere."""
+    if open_clip_folder.is_there(judge):
+        return False
+    images = [export.describe(url).get("parents", {}).get("images") for url in (judge, run.at("clip", "export"))]
+    return images[0] == images[1]
+
+
+def _on_cpu(classes: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda features_BD: classes(features_BD.to(device)).cpu()
 
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:
     """Draw captions, as many together as fit, and write each one's file."""
-    each = max(1, batch_width(task.models, task.settings) // task.settings.n)
+    each = max(1, task.models.room.batch_width(task.settings) // task.settings.n)
     progress = Progress(len(mine), "drawings", unit="captions", timed=True, enabled=world.is_main)
     for begin in range(0, len(mine), each):
         if stop:
@@ -159,13 +190,11 @@ def _looked_at(task: _Task, index: int, pictures: list[Picture]) -> bytes:
     }
     drawn_V3YX = _with_blurs(_tensor(views, models.device), section.blur)
     real_V3YX = _with_blurs(_tensor([real_YXC], models.device), section.blur)
-    ids, length = models.tokenizer.encode(prompt.caption)
-    text_1T, length_1 = torch.from_numpy(ids)[None].to(models.device), torch.tensor([length], device=models.device)
     for judge in task.judges:
         out[f"{judge.name}/drawn_VD"] = _features(judge, drawn_V3YX)
         out[f"{judge.name}/real_VD"] = _features(judge, real_V3YX)
         if judge.text is not None:
-            out[f"{judge.name}/text_D"] = judge.text(text_1T, length_1)[0].float().cpu().numpy()
+            out[f"{judge.name}/text_D"] = judge.text(prompt.caption)[0].float().cpu().numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **out)  # type: ignore[arg-type]
     return buffer.getvalue()

@@ -20,6 +20,7 @@ from train.config import RunConfig
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import draw, score
 from train.drawing.learned import PictureFile
+from train.drawing.ranking import OwnClip
 from train.drawing.settings import Settings, key, of_stage
 from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
@@ -85,13 +86,16 @@ class _Task:
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Draw this rank's captions; each one that is finished is kept. Once all exist, those of other launchers included, write the index and the grid."""
     started = time.monotonic()
+    settings = of_stage(cfg)
+    settings.check(cfg)  # before anything is loaded
+    settings.check_search(is_ranked=True)
     places.require(run, "dvae", "clip")  # of the transformer an export is enough (launcher.py export): its stage need not have finished
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     weights = ready(models.dalle, DrawingWeights.dtype_of(models.dalle))
-    drawing = Models(run.url, cfg, models.dvae, weights, models.tokenizer, models.clip, models.lineage, "exported weights")
-    task = _Task(cfg, run, prompts(cfg, training, validation), of_stage(cfg), drawing)
+    drawing = Models(run.url, cfg, models.dvae, weights, models.tokenizer, OwnClip(models.clip, models.tokenizer), models.lineage, "exported weights")
+    task = _Task(cfg, run, prompts(cfg, training, validation), settings, drawing)
     share = Share.from_env()
     place = share.of(world)
     mine = [index for index in range(place.rank, len(task.wanted), place.size) if not task.is_finished(index)]

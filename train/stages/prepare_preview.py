@@ -10,6 +10,7 @@ from data_pipeline.prepare.identity import check
 from data_pipeline.prepare.merge import advice, files
 from data_pipeline.prepare.outlook import outlook
 from data_pipeline.prepare.plan import SPLITS, Plan, make_plan, spread
+from infra.text import counted
 from train.config import RunConfig
 from train.run import places
 
@@ -42,7 +43,9 @@ def preview(cfg: RunConfig) -> str:
         lines.append(
             f'# everything is called train: {share:.0%} of the groups become validation; split = "train" in data.sources keeps all for training'
         )
-    lines.append(f"# {len(plan.units)} input shards; of a sample of {tally.seen} records {kept} are kept ({kept / max(1, tally.seen):.1%})")
+    lines.append(
+        f"# {counted(len(plan.units), 'input shard')}; of a sample of {counted(tally.seen, 'record')} {kept:,} {'is' if kept == 1 else 'are'} kept ({kept / max(1, tally.seen):.1%})"
+    )
     lines.append(f"# split: {', '.join(f'{split} {splits[split]}' for split in SPLITS)}")
     if kept and tally.seen < SAMPLED:  # of more records, others may be in it
         lines += [
@@ -83,9 +86,9 @@ def _files(plan: Plan) -> list[str]:
     """Which files each source has, and which of them are not read."""
     lines = []
     for url, census in files(plan).items():
-        beside = f", {census['pictures']:,} images beside them" if census["pictures"] else ""
+        beside = f", {counted(census['pictures'], 'image')} beside them" if census["pictures"] else ""
         lines.append(
-            f"# {_printable(url)}: {census['listed']:,} files, {census['read']:,} read{beside}, {sum(census['not_read'].values()):,} not read"
+            f"# {_printable(url)}: {counted(census['listed'], 'file')}, {census['read']:,} read{beside}, {sum(census['not_read'].values()):,} not read"
         )
         lines += [f"{count:6d}  files that are not read: {suffix}" for suffix, count in sorted(census["not_read"].items(), key=lambda item: -item[1])]
     return lines

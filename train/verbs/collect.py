@@ -22,6 +22,7 @@ from data_pipeline.shards.schema import read_manifest
 from infra import globs, kept_within, storage, unfinished_writes
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
+from infra.text import counted
 from train.run import places
 from train.run.stage_table import STAGES, TRAINED
 from train.verbs.targets import Run, open_run
@@ -44,10 +45,11 @@ class Findings:
     def lines(self) -> Iterator[str]:
         """Describe the findings in lines of text."""
         for each in self.leftovers:
-            yield f"{each.url}: {'unfinished upload' if each.upload else 'temporary file'}, {each.days:.0f} days old"
+            yield f"{each.url}: {'unfinished upload' if each.upload else 'temporary file'}, {counted(round(each.days), 'day')} old"
         yield from (f"{url}: checkpoint without its marker" for url in self.checkpoints)
         yield from (
-            f"{each.set_url}: {len(each.versions)} superseded versions ({', '.join(each.versions)}), {len(each.parts)} parts" for each in self.sets
+            f"{each.set_url}: {counted(len(each.versions), 'superseded version')} ({', '.join(each.versions)}), {counted(len(each.parts), 'part')}"
+            for each in self.sets
         )
 
     def delete(self) -> None:

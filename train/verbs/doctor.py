@@ -23,6 +23,7 @@ from infra.progress import table
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder, producer
 from infra.run_records import NodeVersions
+from infra.text import counted
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -159,7 +160,7 @@ def all_reduce() -> Finding:
         return Finding("all-reduce", False, words, "ends", "see the message; on GPUs, set NCCL_DEBUG=INFO and run doctor again")
     found = json.loads(done.stdout.splitlines()[-1])
     floor = ALL_REDUCE_FLOOR_GBS[found["backend"]]
-    words = f"{found['gb_per_s']:.2f} GB/s ({found['backend']}, {found['ranks']} ranks)"
+    words = f"{found['gb_per_s']:.2f} GB/s ({found['backend']}, {counted(found['ranks'], 'rank')})"
     return Finding(
         "all-reduce", found["gb_per_s"] >= floor, words, f"{floor} GB/s", "a slow link or a busy node: compare nvidia-smi topo -m with its peers"
     )

@@ -8,15 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from PIL import Image
+
 from infra import shown, storage
 from infra.errors import ConfigError, StopRequested, UsageError
 from infra.signals import StopFlag
+from infra.text import counted
 from train.drawing import again, prompt_image, samples
 from train.drawing.captions import notes, read_captions, shortened
 from train.drawing.gallery import Gallery, ranked
 from train.drawing.samples import FORMATS, Line
 from train.drawing.settings import Settings
-from train.drawing.source import Models, locate, open_models
+from train.drawing.source import Asked, Models, Place, known_lineage, locate, open_place
 from train.drawing.told import Told, say_compiling
 from train.loop.goodput import process_age_s
 
@@ -38,9 +41,21 @@ class Options:
     again: str = ""
     deterministic: bool = False
 
+    @property
+    def asked(self) -> Asked:
+        """How the models shall be opened."""
+        return Asked(self.device, self.precision, self.rerank, self.deterministic)
+
+    def for_new_pictures(self) -> list[str]:
+        """The given options that shape new pictures, as the command line names them."""
+        plain, settings = Options(), vars(Settings())
+        given = [name for name, value in vars(self.settings).items() if value != settings[name]]
+        given += [name for name in ("image", "rerank", "format", "grid") if getattr(self, name) != getattr(plain, name)]
+        return [f"--{name.replace('_', '-')}" for name in given]
+
 
 def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) -> None:
-    """Draw, print what was drawn and where, and record it.
+    """Draw, print what was drawn and where, and record it. Everything that can be wrong is looked at before weights are read, which takes longest.
 
     Raises:
         UsageError: no caption, or an unknown format.
@@ -58,24 +73,43 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
     wanted = read_captions(captions, options.file)
     if not url or not wanted:
         raise UsageError("nothing to draw: give a run and a caption, as in: launcher.py draw runs/demo 'a red fox'; or --file captions.txt.")
-    out = options.out or _default_out(url)
+    place = locate(url)
+    image = _checked(place, options, len(wanted))
+    out = options.out or _default_out(place)
     storage.check_writable(out)
-    models, settings = _open(url, options)
+    models = _open(place, options)
     for note in [*_unquoted(captions), *(note for caption in wanted for note in notes(models.tokenizer, caption))]:
         print(f"note: {note}", file=sys.stderr, flush=True)
     if stop:
         raise StopRequested("stopped by a signal before the first picture.")
-    gallery = Gallery(models, settings, out, tuple(_prefix(models, options)), options.format)
+    gallery = Gallery(models, options.settings, out, tuple(_prefix(models, image, options)), options.format)
     began, told = time.monotonic(), Told()
     try:
         count = gallery.draw(wanted, stop, lambda caption, lines: _show(gallery, caption, lines, options), told)
     finally:
         told.finish()
-    seconds = time.monotonic() - began
-    kept = len(wanted) * settings.n - count
-    _say(options, f"drew {count} pictures in {seconds:.1f} s" + (f"; {kept} were drawn before (another --seed draws others)" if kept else ""))
+    kept = len(wanted) * options.settings.n - count
+    before = f"; {kept:,} {'was' if kept == 1 else 'were'} drawn before (another --seed draws others)" if kept else ""
+    _say(options, f"drew {counted(count, 'picture')} in {time.monotonic() - began:.1f} s{before}")
     if options.grid:
         print(gallery.grid(wanted), file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+def _checked(place: Place, options: Options, captions: int) -> Image.Image | None:
+    """Check all options as far as it takes no weights; the square image that is to be continued, if there is one.
+
+    Raises:
+        UsageError: a number of rows to keep was given without an image.
+        ConfigError, DataError: as ``main``.
+    """
+    settings, asked = options.settings, options.asked
+    settings.check(place.cfg)
+    settings.check_search(options.rerank != "none")
+    if settings.keep_rows is not None and not options.image:
+        raise UsageError("--keep-rows needs an image: give --image too.")
+    asked.room(place).check_asked(settings, captions)
+    asked.check(place)
+    return prompt_image.read(options.image, place.cfg.dvae.image_size, settings.fit) if options.image else None
 
 
 def _unquoted(captions: Sequence[str]) -> list[str]:
@@ -85,36 +119,27 @@ def _unquoted(captions: Sequence[str]) -> list[str]:
     return [f"{len(captions)} captions of one word each; a caption of several words goes in quotes: '{shortened(' '.join(captions))}'"]
 
 
-def _default_out(url: str) -> str:
+def _default_out(place: Place) -> str:
     """The default folder of pictures: ``drawings`` in the folder of a local run, else in the working directory, so that packages and buckets are not changed."""
-    place = locate(url)
     return storage.join(place.url, "drawings") if place.run is not None and not storage.is_remote(place.url) else "drawings"
 
 
-def _open(url: str, options: Options) -> tuple[Models, Settings]:
+def _open(place: Place, options: Options) -> Models:
     began = time.monotonic()
-    models = open_models(url, options.device, options.precision, options.rerank, deterministic=options.deterministic)
-    options.settings.check(models.cfg)
+    models = open_place(place, options.asked)
     what = f"{models.description} ({models.lineage['dalle'][:12]}), {models.device.type}, {models.precision}"
     _say(options, f"{models.url}: {what}; loaded in {time.monotonic() - began:.1f} s, {process_age_s():.1f} s after the start of the command")
     say_compiling(models.device, lambda words: _say(options, words))
-    return models, options.settings
+    return models
 
 
-def _prefix(models: Models, options: Options) -> list[int]:
-    """Codes of the image that is to be continued.
-
-    Raises:
-        UsageError: a number of rows to keep was given without an image.
-    """
-    settings = options.settings
-    if not options.image:
-        if settings.keep_rows is not None:
-            raise UsageError("--keep-rows needs an image: give --image too.")
+def _prefix(models: Models, image: Image.Image | None, options: Options) -> list[int]:
+    """Codes of the image that is to be continued."""
+    if image is None:
         return []
-    rows, grid = prompt_image.kept_rows(models, settings.keep_rows), models.cfg.dvae.grid
-    codes = prompt_image.codes(models, prompt_image.read(options.image, models.cfg.dvae.image_size, settings.fit), settings.keep_rows)
-    _say(options, f"{options.image}: its first {rows} of {grid} rows of codes are kept")
+    grid, keep = models.cfg.dvae.grid, options.settings.keep_rows
+    codes = prompt_image.codes(models, image, keep)
+    _say(options, f"{options.image}: the first {prompt_image.kept_rows(grid, keep)} of its {grid} rows of codes are kept")
     return codes
 
 
@@ -135,21 +160,28 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
     """Draw one recorded picture again.
 
     Raises:
-        UsageError: captions were given too; they would be ignored.
+        UsageError: something was given that only new pictures take; it would be ignored.
         DataError: there is no such record, or the weights are not those that it names.
     """
     if captions or options.file:
         raise UsageError("--again draws one recorded picture; captions and --file are for new ones.")
+    if ignored := options.for_new_pictures():
+        raise UsageError(f"--again draws one recorded picture as its line says; {ignored[0]} is for new ones.")
     line = samples.find_line(options.again)
     try:
         precision, deterministic = again.precision_of(line, options.precision), bool(line["shaped_by"]["deterministic"])
-        options = replace(options, precision=precision, settings=Settings(), deterministic=deterministic)
-        models, _ = _open(url or line["source"], options)
-        picture, data = again.again(models, line)
+        options = replace(options, precision=precision, deterministic=deterministic)
+        place = locate(url or line["source"])
+        again.check(place.cfg, place.url, known_lineage(place), line)
+        again.check_room(options.asked.room(place), line)
+        options.asked.check(place)
+        # Lines of different drawings name equal files, so by default each has a folder.
+        folder = options.out or samples.folder("again", line["caption"], line["key"]).url
+        storage.check_writable(folder)
+        picture, data = again.again(_open(place, options), line)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--again: the line is incomplete ({error}); give one exactly as {samples.SAMPLES} has it.") from error
-    # Lines of different drawings name equal files, so by default each has a folder.
-    target = storage.join(options.out or samples.folder("again", line["caption"], line["key"]).url, line["file"])
+    target = storage.join(folder, line["file"])
     storage.write_bytes(target, data)
     found = again.verdict(line, picture, data)
     if options.json:

@@ -16,6 +16,7 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_manifest
 from infra import progress, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError
+from infra.text import counted
 from train.report.contact_sheet import contact_sheet, thumbnail
 from train.report.images import Pixels, png_bytes
 from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
@@ -113,7 +114,10 @@ def _facts(opened: ShardSet) -> list[Row]:
     return [
         {"set": "schema", "value": opened.manifest["schema"]},
         {"set": "records", "value": f"{opened.count:,} to be read, {opened.stored:,} stored"},
-        {"set": "size", "value": f"{sum(file['bytes'] for file in files):,} bytes in {len(files):,} files, {len(opened.shards):,} of them shards"},
+        {
+            "set": "size",
+            "value": f"{counted(sum(file['bytes'] for file in files), 'byte')} in {counted(len(files), 'file')}, {len(opened.shards):,} of them shards",
+        },
         {"set": "parts", "value": f"{len(parts):,}"},
         {"set": "records per part", "value": " to ".join(str(per_part.get(name, 0)) for name in ("least", "median", "most"))},
         *({"set": f"from {printable(source)}", "value": f"{count:,} stored"} for source, count in _sources(opened).items()),
@@ -202,8 +206,10 @@ def _inspect_source(url: str, options: Options, measure: _Measure | None) -> Non
     rows += [{"source": f"unreadable: {reason}", "value": f"{count:,}"} for reason, count in sorted(unreadable.items())]
     _show(rows, title=url)
     if not found.pairs:
-        raise DataError(f"{url}: none of the first records of {found.looked_into} input shards can be read; the reasons are in the table above.")
-    sampled = f"of {len(found.pairs)} records, as many from each of {found.looked_into} input shards"
+        raise DataError(
+            f"{url}: none of the first records of {counted(found.looked_into, 'input shard')} can be read; the reasons are in the table above."
+        )
+    sampled = f"of {counted(len(found.pairs), 'record')}, as many from each of {counted(found.looked_into, 'input shard')}"
     for name, values in (
         ("source", [p.source for p in found.pairs]),
         ("licence", [p.license for p in found.pairs]),

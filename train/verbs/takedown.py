@@ -10,6 +10,7 @@ from infra import shown, storage
 from infra.commands import launcher
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
+from infra.text import counted
 from train.config import RunConfig, load_run
 from train.run import places
 from train.run.stage_table import STAGES
@@ -61,4 +62,4 @@ def _some(lines: list[str]) -> str:
 
 
 def _line(purge: Purge) -> str:
-    return f"{purge.set_url}: {purge.records} records in {len(purge.parts)} parts ({', '.join(purge.parts[:5])}), {len(purge.versions)} versions"
+    return f"{purge.set_url}: {counted(purge.records, 'record')} in {counted(len(purge.parts), 'part')} ({', '.join(purge.parts[:5])}), {counted(len(purge.versions), 'version')}"

@@ -24,6 +24,7 @@ from infra.commands import launcher
 from infra.errors import ConfigError, DataError, ReportedError, StopRequested, UnreachableError
 from infra.progress import Progress, table
 from infra.signals import StopFlag
+from infra.text import counted
 from train.verbs.lineage_checks import code_parents, export_parents, tokenizer_parents
 from train.verbs.targets import Place, Run, Target, open_run, resolve, schema_of
 
@@ -116,9 +117,9 @@ def _check_set(where: Place, options: Options, run: Run | None, images: Sequence
         shown = shown_ids(layout, [result.ids for result in results])
         problems += _ids_once(storage.join(url, "*", IDS), shown, parent, listed)
     words = [
-        f"{sum(r.files for r in results):,} files",
-        f"{sum(r.num_bytes for r in results):,} bytes",
-        f"{sum(r.records for r in results):,} records",
+        counted(sum(r.files for r in results), "file"),
+        counted(sum(r.num_bytes for r in results), "byte"),
+        counted(sum(r.records for r in results), "record"),
     ]
     return Checked(url, ", ".join([*words, *_unchecked(schema, parent, run)]), problems, "encode" if schema == CODES_SCHEMA else "prepare")
 

@@ -230,7 +230,7 @@ def test_the_upper_part_of_an_image_is_kept_whatever_its_size(tmp_path: Path, ar
             one, two = artist.draw("a red fox", n=2, image=file, keep_rows=2, fit=fit)
             # Decoding mixes neighbours: the codes are compared, not the pixels.
             assert arrays([one]) != arrays([two])
-    assert prompt_image.kept_rows(artist.models, None) == 2  # 15 of 32, of 4
+    assert prompt_image.kept_rows(artist.models.cfg.dvae.grid, None) == 2  # 15 of 32, of 4
 
 
 def test_letterboxing_shows_all_of_an_image_and_cropping_its_middle() -> None:

@@ -20,7 +20,7 @@ from infra.signals import StopFlag
 from tests.support import drawable_run
 from tests.support.patience import PATIENCE_S
 from train.config import load_run
-from train.drawing import draw, package, samples
+from train.drawing import draw, memory, package, samples
 from train.drawing.settings import Settings
 from train.drawing.source import Models, open_models
 from train.verbs import arguments
@@ -44,7 +44,7 @@ def line(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture
 def again(models: Models, line: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]:
     """Draws the line again with another value of a field."""
-    monkeypatch.setattr(verb, "open_models", lambda *_, **__: models)
+    monkeypatch.setattr(verb, "open_place", lambda *_, **__: models)
 
     def call(section: str, key: str, value: Any) -> None:
         changed = copy.deepcopy(line)
@@ -162,7 +162,7 @@ def test_a_batch_that_memory_does_not_hold_is_refused_before_it_is_taken(
     models: Models, again: Callable[[str, str, Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line of a stranger may ask for a batch of 65,536 pictures; so may --batch."""
-    monkeypatch.setattr(draw, "_available", lambda models: 100_000)
+    monkeypatch.setattr(memory, "available", lambda device: 100_000)
     with pytest.raises(ConfigError, match=r"30,000 pictures at once take \d+\.\d GB, and 0\.0 GB are free: give a smaller --batch"):
         again("shaped_by", "each", 30_000)
     with pytest.raises(ConfigError, match="50,000 pictures at once take"):
@@ -171,11 +171,11 @@ def test_a_batch_that_memory_does_not_hold_is_refused_before_it_is_taken(
 
 
 def test_a_container_has_less_memory_than_its_machine(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = draw._available(models)
+    whole = memory.available(models.device)
     for limit, found in (("5000000", 5_000_000), ("max", whole)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        monkeypatch.setattr(draw, "_CONTAINER", tmp_path / "memory.max")
-        assert draw._available(models) == pytest.approx(found, rel=0.5)
+        monkeypatch.setattr(memory, "_CONTAINER", tmp_path / "memory.max")
+        assert memory.available(models.device) == pytest.approx(found, rel=0.5)
 
 
 def test_a_list_of_pictures_that_names_one_twice_or_too_many_is_damaged(models: Models, line: dict[str, Any], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from infra.errors import ConfigError, DataError
 from train.config import load_run
 from train.evaluation.blur import blurred
+from train.evaluation.class_scores import class_score
 from train.evaluation.colours import COLOURS, agreement, named, shares
 from train.evaluation.distances import distances, frechet, frechet_unbiased, halves, mmd2, recalls, sliced_wasserstein
 from train.evaluation.drawings import Judge, figures
@@ -66,6 +67,18 @@ def test_retrieval_counts_the_rank_of_the_own_picture_and_equal_pictures_do_not_
     assert recalls(torch.ones(4, 4) / 2, text, (1, 2)) == {"recall_at_1": 0.0, "recall_at_2": 1.0}
 
 
+def test_class_scores_count_the_classes_that_are_surely_and_equally_often_named() -> None:
+    sure, unsure = 50 * torch.eye(10), torch.zeros(10, 10)
+    assert class_score(sure) == pytest.approx(10) and class_score(unsure) == pytest.approx(1)
+    assert class_score(sure[:1].repeat(10, 1)) == pytest.approx(1), "one class alone is no variety"
+    assert class_score(sure[[0, 1] * 5]) == pytest.approx(2)
+    logits = normal(20_000, 7, 1)
+    expected = []
+    for part in logits.double().softmax(1).numpy().reshape(4, 5000, 7):  # as published: the mean over parts of 5,000
+        expected.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+    assert class_score(logits) == pytest.approx(float(np.mean(expected)), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("rgb", "name"),
     [
@@ -117,8 +130,10 @@ def made(count: int, best_of: int, blurs: int) -> list[dict[str, Any]]:
     return out
 
 
-def towers(name: str, **facts: bool) -> Judge:
-    return Judge(name, "abc", lambda x: x, None if name == "net" else lambda text, lengths: text, **facts)
+def towers(name: str, *, ranks: bool = False, shares_images: bool = False) -> Judge:
+    if name == "net":
+        return Judge(name, "abc", lambda x: x, classes=lambda x: 9 * x, score="class_score_net", ranks=ranks, shares_images=shares_images)
+    return Judge(name, "abc", lambda x: x, lambda caption: torch.ones(1, 12), ranks=ranks, shares_images=shares_images)
 
 
 def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -132,6 +147,11 @@ def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeyp
     }
     assert {name: list(part["by_n"]) for name, part in found["retrieval"].items()} == {"own clip": ["1"], "judge": ["1", "2", "4"]}
     assert "by_blur" not in found["distances"]["own clip"] and list(found["distances"]["net"]["by_blur"]) == ["best_of", "2"]
+    assert list(found["classes"]) == ["net"], "of the judges that have classes"
+    scores = found["classes"]["net"]
+    assert list(scores["by_n"]) == ["1", "2", "4"] and list(scores["by_blur"]) == ["0", "2"]
+    assert scores["by_blur"]["0"]["drawn"] == scores["by_n"]["4"] != scores["by_n"]["1"]
+    assert all(scores["by_blur"]["2"][kind] != scores["by_blur"]["0"][kind] for kind in ("drawn", "real")), "of the blurred pictures"
     shown = found["retrieval"]["judge"]
     assert shown["real"]["recall_at_1"] == 1 and shown["by_n"]["1"]["recall_at_5"] < shown["by_n"]["4"]["recall_at_5"]
     assert shown["by_n"]["4"]["clip_score"] > shown["by_n"]["4"]["clip_score_of_another_caption"]
@@ -145,7 +165,14 @@ def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeyp
     monkeypatch.setattr(view, "json", lambda *parts: found if parts == ("evaluate", "drawings.json") else {})
     section = section_drawings.section(view)
     assert section is not None and section.body.count("<svg") == 2
-    for words in ("judge was trained on the images", "blur 2", "real pictures", "25.0 % of the drawings are nearer", "chance is 4.2 % at 1"):
+    for words in (
+        "judge was trained on the images",
+        "blur 2",
+        "real pictures",
+        "25.0 % of the drawings are nearer",
+        "chance is 4.2 % at 1",
+        "Class score by net",
+    ):
         assert words in section.body
 
 

@@ -156,6 +156,7 @@ def test_the_stand_in_has_a_name_of_its_own_and_features_that_tell_pictures_apar
         flat, rough = net.features(torch.full((2, 3, 32, 32), 0.3)), net.features(noisy(2, 32))
     assert flat.shape == (2, net.width) and torch.isfinite(flat).all()
     assert (flat - rough).abs().mean() > 10 * (flat[0] - flat[1]).abs().mean()
+    assert net.classes is not None and net.classes(flat).shape == (2, 1000) and net.score == "class_score_efficientnet_lite0"
 
 
 class Layers(nn.Module):
@@ -169,6 +170,7 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = Layers()
+        self.output = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -181,6 +183,9 @@ def test_clean_fids_file_is_fed_as_clean_fid_feeds_it(tmp_path: Path) -> None:
     net = feature_net("inception-cleanfid", path, CPU)
     assert net.metric == "fid"
     torch.testing.assert_close(net.features(torch.full((2, 3, 8, 8), 0.5)), torch.full((2, 12), (127.5 - 128) / 128))
+    assert net.classes is not None and net.score == "inception_score"
+    features = torch.rand(2, 12)
+    torch.testing.assert_close(net.classes(features), features @ torch.jit.load(path).output.weight.detach().T)  # without the bias, as published
     torch.jit.script(Layers()).save(path)
     with pytest.raises(DataError, match="not clean-fid's TorchScript of Inception"):
         feature_net("inception-cleanfid", path, CPU)
@@ -193,6 +198,7 @@ def test_torch_fidelitys_network_gets_bytes_and_its_weights(tmp_path: Path, monk
         def __init__(self, name: str, features: list[str], feature_extractor_weights_path: str) -> None:
             super().__init__()
             asked.append((name, features, feature_extractor_weights_path))
+            self.fc = nn.Linear(3, 4)
 
         def forward(self, x: Tensor) -> tuple[Tensor]:
             asked.append(x)
@@ -205,6 +211,7 @@ def test_torch_fidelitys_network_gets_bytes_and_its_weights(tmp_path: Path, monk
     (tmp_path / "w.pth").touch()
     net = feature_net("inception-torch-fidelity", str(tmp_path / "w.pth"), CPU)
     assert net.metric == "fid" and net.features(torch.full((1, 3, 4, 4), 0.5)).tolist() == [[128.0] * 3]
+    assert net.classes is not None and net.classes(torch.zeros(1, 3)).tolist() == [[0.0] * 4], "logits without bias"
     assert asked[0] == ("inception-v3-compat", ["2048"], str(tmp_path / "w.pth")) and asked[1].dtype == torch.uint8
 
 

@@ -122,7 +122,7 @@ def test_a_take_down_deletes_bytes_and_the_stages_make_the_rest_again(tmp_path: 
     listed.write_text(f"{victim}\n")
     assert victim not in [record["id"] for record in open_set(f"{run}/codes/crop-0/train", CODES_SCHEMA, takedown=str(listed)).records()]
     takedown.main("tiny", arguments, dry_run=True)
-    assert (run / "prepare" / "done.json").exists() and "1 records in 1 parts" in capfd.readouterr().out
+    assert (run / "prepare" / "done.json").exists() and "1 record in 1 part" in capfd.readouterr().out
     takedown.main("tiny", arguments, dry_run=False)
     with pytest.raises(DataError, match="run the stage 'prepare' first"):
         open_set(f"{run}/images/train", IMAGE_SCHEMA)

@@ -137,8 +137,8 @@ def test_what_runs_name_stays_and_the_rest_is_shown_and_then_deleted(tmp_path: P
     before = everything(tmp_path)
     verb.main(run.url, verb.DAYS, [], delete=False)
     out = capsys.readouterr().out
-    assert f"{images}: 1 superseded versions ({sha(seen[0])[:16]}), 1 parts" in out
-    assert f"{codes}: 1 superseded versions ({sha(made[0])[:16]}), 1 parts" in out and "2 to delete: run again with --delete" in out
+    assert f"{images}: 1 superseded version ({sha(seen[0])[:16]}), 1 part" in out
+    assert f"{codes}: 1 superseded version ({sha(made[0])[:16]}), 1 part" in out and "2 to delete: run again with --delete" in out
     assert everything(tmp_path) == before, "it shows first"
     verb.main(run.url, verb.DAYS, [], delete=True)
     assert "2 deleted" in capsys.readouterr().out

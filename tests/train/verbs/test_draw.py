@@ -37,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture
 def draw(run: RunFolder, tmp_path: Path) -> Draw:
-    def call(*captions: str, stop: StopFlag | None = None, url: str = run.url, n: int = 2, **words: Any) -> None:
+    def call(*captions: str, stop: StopFlag | None = None, url: str = run.url, n: int = 0, **words: Any) -> None:
         names = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(n=n, **{name: value for name, value in words.items() if name in names})
+        settings = Settings(n=n or (Settings().n if "again" in words else 2), **{name: value for name, value in words.items() if name in names})
         options = {name: value for name, value in words.items() if name not in names}
         verb.main(url, captions, verb.Options(settings, **({"out": str(tmp_path / "out")} | options)), StopFlag() if stop is None else stop)
 
@@ -205,7 +205,7 @@ def test_weights_of_eight_bits_are_recorded_and_drawn_again(draw: Draw, tmp_path
     draw(url="", again=json.dumps(line))
     assert "cpu, int8" in capsys.readouterr().out
     draw("a red fox", n=1)
-    assert "drew 1 pictures" in capsys.readouterr().out, "rounded weights are other weights"
+    assert "drew 1 picture in" in capsys.readouterr().out, "rounded weights are other weights"
 
 
 def test_a_signal_keeps_what_is_drawn_and_the_same_command_draws_the_rest(
@@ -259,7 +259,7 @@ def test_a_picture_that_was_deleted_is_drawn_anew(draw: Draw, tmp_path: Path, ca
     before = files(tmp_path / "out")
     next((tmp_path / "out").rglob("001.png")).unlink()
     draw("a red fox", n=3)
-    assert "drew 1 pictures" in capsys.readouterr().out
+    assert "drew 1 picture in" in capsys.readouterr().out
     assert {name: data for name, data in files(tmp_path / "out").items() if name.endswith(".png")} == {
         name: data for name, data in before.items() if name.endswith(".png")
     }

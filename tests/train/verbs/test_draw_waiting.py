@@ -29,9 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def draw(run: RunFolder, tmp_path: Path) -> Draw:
     def call(*captions: str, url: str = run.url, n: int = 1, seed: int = 0, batch: int = 0, **words: Any) -> None:
-        verb.main(
-            url, captions, verb.Options(Settings(n=n, seed=seed, batch=batch, window=1), **({"out": str(tmp_path / "out")} | words)), StopFlag()
-        )
+        settings = Settings() if "again" in words else Settings(n=n, seed=seed, batch=batch, window=1)
+        verb.main(url, captions, verb.Options(settings, **({"out": str(tmp_path / "out")} | words)), StopFlag())
 
     return call
 

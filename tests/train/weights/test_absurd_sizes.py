@@ -148,7 +148,7 @@ def test_a_password_in_an_option_of_draw_is_refused_masked_and_before_anything_i
     option: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verb, "open_models", lambda *given, **words: pytest.fail("models were opened"))
+    monkeypatch.setattr(verb, "open_place", lambda *given, **words: pytest.fail("models were opened"))
     for url in ("s3://AKIAEXAMPLE:hunter2secret@bucket/x", "https://u:hunter2secret@host/x", "https://host/x?X-Amz-Signature=hunter2secret"):
         given: dict[str, Any] = {option: url}
         with pytest.raises(ConfigError, match=rf"^--{option}: a URL may not carry a user, a password or a signature") as caught:

@@ -110,6 +110,11 @@ class Gang:
                 return
         raise AssertionError(f"{place} would not be limited to what it holds")
 
+    def empty_disk(self, node: int) -> None:
+        """Lift the limit again."""
+        inside = ["nsenter", "-t", str(self.launchers[node].pid), "--mount"]
+        subprocess.run([*inside, "mount", "-o", "remount,size=3g", str(self.folder / f"tmp-{node}")], check=True, capture_output=True)
+
 
 def send(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process that may have ended."""

@@ -19,5 +19,5 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     stop.phase("the tokenizer's training")
     places.require(run, "prepare")
     training = open_images(cfg, run, "train")
-    summary = tokenizer.run(cfg.tokenizer, training, places.tokenizer(cfg, run), producer())
+    summary = tokenizer.run(cfg.tokenizer, training, places.tokenizer(cfg, run), producer(), shared=bool(cfg.data.tokenizer))
     run.finish("tokenizer", seconds=time.monotonic() - started, world_size=1, summary=summary, parents={"images": training.content_hash})

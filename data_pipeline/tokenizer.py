@@ -274,7 +274,13 @@ class Tokenizer:
         return b"".join(self._bytes[index] for index in indices).decode("utf-8", "replace")
 
 
-def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str, Any] | None = None, *, shared: bool = False) -> dict[str, Any]:
+def settings_of(config: TokenizerConfig) -> dict[str, Any]:
+    """What a tokenizer depends on besides its captions, as its manifest says it."""
+    found = {"vocab": config.vocab, "algorithm": 1, "sentencepiece": sentencepiece.__version__}
+    return found if config.letters == "a-z" else found | {"letters": config.letters}
+
+
+def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str, Any] | None = None) -> dict[str, Any]:
     """Stage 'tokenizer': train on all captions of the training images, and write model and manifest (last). A finished one with the same inputs is kept.
 
     Args:
@@ -282,33 +288,22 @@ def run(config: TokenizerConfig, images: ShardSet, url: str, producer: dict[str,
         images: the image set of the training split.
         url: place of the tokenizer.
         producer: commit and versions, for the manifest.
-        shared: the place was named by data.tokenizer, so other runs may use what lies there.
 
     Returns:
         The manifest.
 
     Raises:
         ConfigError: tokenizer.vocab is too small.
-        DataError: the captions hold no letter, or the images cannot be read; or a shared place holds a tokenizer of other captions or settings.
+        DataError: the captions hold no letter, or the images cannot be read.
     """
     place = storage.join(url, MANIFEST)
-    parents: dict[str, Any] = {"images": images.content_hash}
-    settings: dict[str, Any] = {"vocab": config.vocab, "algorithm": 1, "sentencepiece": sentencepiece.__version__}
-    if config.letters != "a-z":
-        settings["letters"] = config.letters
+    parents, settings = {"images": images.content_hash}, settings_of(config)
     if storage.exists(place):
         former = read_manifest(url)
         if former.get("parents") == parents and former.get("settings") == settings:
             return former
-        if shared:
-            other = "captions" if former.get("parents") != parents else "settings"
-            raise DataError(
-                f"data.tokenizer = {url}: holds a tokenizer of other {other}, which other runs may use, so it is not trained anew; "
-                "name another folder, or leave data.tokenizer empty for one of this run's own."
-            )
         storage.delete(place)
-    num_captions, num_records = 0, 0
-    sample: list[str] = []
+    num_captions, num_records, sample = 0, 0, list[str]()
     draw = random.Random(0).randrange
 
     def captions() -> Iterable[str]:

@@ -213,21 +213,6 @@ def test_the_stage_writes_once_and_again_when_its_images_change(tmp_path: Path) 
     assert tokenizer.encode("pear")[1] == 1
 
 
-def test_a_tokenizer_in_a_place_that_runs_share_is_used_or_refused_and_never_trained_anew(tmp_path: Path) -> None:
-    config, url = TokenizerConfig(vocab=400, max_tokens=16), str(tmp_path / "tokenizer")
-    first = tokenizer_module.run(config, image_set(str(tmp_path / "a"), CAPTIONS), url, shared=True)
-    files = {path: path.read_bytes() for path in Path(url).iterdir()}
-    same, pear = image_set(str(tmp_path / "b"), CAPTIONS), image_set(str(tmp_path / "c"), ["a blue pear"])
-    assert tokenizer_module.run(config, same, url, shared=True) == first
-    with pytest.raises(
-        DataError, match=r"data\.tokenizer = .*: holds a tokenizer of other captions, .*; name another folder, or leave data\.tokenizer empty"
-    ):
-        tokenizer_module.run(config, pear, url, shared=True)
-    with pytest.raises(DataError, match=r"holds a tokenizer of other settings"):
-        tokenizer_module.run(TokenizerConfig(vocab=500, max_tokens=16), same, url, shared=True)
-    assert {path: path.read_bytes() for path in Path(url).iterdir()} == files
-
-
 def test_a_tokenizer_that_is_missing_damaged_or_of_another_size_is_refused(tmp_path: Path) -> None:
     config, url = TokenizerConfig(vocab=400, max_tokens=16), str(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=r"no tokenizer here .* run the stage 'tokenizer' first"):

@@ -178,7 +178,7 @@ def test_raw_data_are_inspected_and_previewed_by_their_own_names(source: str, tm
     inspect.main(place, inspect.Options(f"{tmp_path}/{FOLDER} sheet.png", 8, 4, 0, "", "", "", "", True))
     assert (tmp_path / f"{FOLDER} sheet.png").stat().st_size > 0
     said = prepare_preview.preview(load_run("tiny", [f'data.sources=["{place}"]', "data.min_side=8", "data.validation_share=0.5", "data.share=1"]))
-    assert f"of a sample of {count} records {count} are kept" in said, said
+    assert ("of a sample of 1 record 1 is kept" if count == 1 else f"of a sample of {count} records {count} are kept") in said, said
 
 
 def test_figures_are_written_to_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,9 @@ def open_models(url: str, device: str = "", precision: str = "auto", rerank: str
         ConfigError: there is no such run, device or precision.
         DataError: the run has no weights yet, or they do not belong together.
     """
-    return open_place(locate(url), Asked(device, precision, rerank, deterministic), step)
+    place, asked = locate(url), Asked(device, precision, rerank, deterministic)
+    asked.check(place, step)
+    return open_place(place, asked, step)
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ class Asked:
         where = _device(self.device)
         return Room(place.cfg, where, _dtype(self.precision, where, self.deterministic).itemsize)
 
-    def check(self, place: Place, step: int = 0) -> None:
+    def check(self, place: Place, step: int = 0) -> dict[str, str]:
         """Check what can be known before any weights are read, which takes much longer than everything else: that there are such a device and precision, that
-        the parts exist and, as far as their descriptions say, that they belong together.
+        the parts exist and, as far as their descriptions say, that they belong together. Returns their content hashes, as ``known_lineage``.
 
         Raises:
             ConfigError, DataError: as ``open_models``.
@@ -162,11 +164,11 @@ class Asked:
             check_parents(place, "dalle", export.describe(place.dalle)["parents"], found)
         if self.rerank != "none":
             check_judge(place, self.rerank, found["tokenizer"])
+        return found
 
 
 def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
-    """The same as ``open_models``, for a place that has been found."""
-    asked.check(place, step)
+    """The same as ``open_models``, for a place that has been found and checked (``Asked.check``)."""
     cfg, where = place.cfg, _device(asked.device)
     dtype = _dtype(asked.precision, where, asked.deterministic)
     tokenizer, manifest = load_tokenizer(place.tokenizer, cfg.tokenizer)
@@ -176,7 +178,7 @@ def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
     check_parents(place, "dalle", parents, found)
     judge = None
     if asked.rerank != "none":
-        judge, found["clip"] = _judge(place, asked.rerank, tokenizer, found, where)
+        judge, found["clip"] = _judge(place, asked.rerank, tokenizer, where)
     model = _build(cfg, tensors, where, dtype, place.dalle)
     weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
     return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
@@ -225,7 +227,8 @@ def open_judge(url: str, folder: str, tokenizer_hash: str, device: torch.device)
     """
     place = locate(url)
     tokenizer, _ = load_tokenizer(place.tokenizer, place.cfg.tokenizer)
-    return _judge(place, folder, tokenizer, {"tokenizer": tokenizer_hash}, device, "evaluate.judge")
+    check_judge(place, folder, tokenizer_hash, "evaluate.judge")
+    return _judge(place, folder, tokenizer, device, "evaluate.judge")
 
 
 def check_judge(place: Place, rerank: str, tokenizer_hash: str, key: str = "rerank") -> None:
@@ -261,9 +264,8 @@ def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipC
         raise ConfigError(f"{key} '{rerank}': no contrastive model ({error}); name a run's clip/export.") from error
 
 
-def _judge(place: Place, rerank: str, tokenizer: Tokenizer, found: dict[str, str], device: torch.device, key: str = "rerank") -> tuple[Ranker, str]:
-    """Open the contrastive model that ranks, and return it with its content hash."""
-    check_judge(place, rerank, found["tokenizer"], key)
+def _judge(place: Place, rerank: str, tokenizer: Tokenizer, device: torch.device, key: str = "rerank") -> tuple[Ranker, str]:
+    """Open the contrastive model that ranks, which has been checked, and return it with its content hash."""
     if rerank != "clip" and open_clip_folder.is_there(rerank):
         return open_clip_folder.open_folder(rerank, device, key)
     (url, sizes), cfg = judge_at(place, rerank, key), place.cfg

@@ -19,7 +19,7 @@ from train.drawing.captions import notes, read_captions, shortened
 from train.drawing.gallery import Gallery, ranked
 from train.drawing.samples import FORMATS, Line
 from train.drawing.settings import Settings
-from train.drawing.source import Asked, Models, Place, known_lineage, locate, open_place
+from train.drawing.source import Asked, Models, Place, locate, open_place
 from train.drawing.told import Told, say_compiling
 from train.loop.goodput import process_age_s
 
@@ -172,9 +172,8 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
         precision, deterministic = again.precision_of(line, options.precision), bool(line["shaped_by"]["deterministic"])
         options = replace(options, precision=precision, deterministic=deterministic)
         place = locate(url or line["source"])
-        again.check(place.cfg, place.url, known_lineage(place), line)
+        again.check(place.cfg, place.url, options.asked.check(place), line)
         again.check_room(options.asked.room(place), line)
-        options.asked.check(place)
         # Lines of different drawings name equal files, so by default each has a folder.
         folder = options.out or samples.folder("again", line["caption"], line["key"]).url
         storage.check_writable(folder)

@@ -53,7 +53,8 @@ def line(runs: dict[str, RunFolder], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails whoever reads weights."""
+    """Fails whoever reads weights, on a machine with a megabyte."""
+    monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
     for module in (export, checkpoint):
         monkeypatch.setattr(module, "read_tensors", lambda *_, **__: pytest.fail("weights were read"))
 
@@ -97,9 +98,7 @@ def test_no_weights_are_read_for_an_option_that_is_wrong(
     runs: dict[str, RunFolder],
     tmp_path: Path,
     sealed: None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
     drawable_run.picture_file(tmp_path / "given.png")
     (tmp_path / "page.png").write_text("<html>")
     root = str(Path(runs["finished"].url).parent)
@@ -137,9 +136,7 @@ def test_no_weights_are_read_for_a_line_that_no_drawing_has(
     line: dict[str, Any],
     tmp_path: Path,
     sealed: None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
     (tmp_path / "file").write_text("")
     changed = {name: value | change.get(name, {}) if isinstance(value, dict) else change.get(name, value) for name, value in line.items()}
     given = {"out": str(tmp_path / "again")} | options

@@ -23,6 +23,8 @@ RETRIES = 3
 _PINNED = re.compile(r"^$|^[a-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}$")
 _NO_STEP = 0xFFFFFF00
 """Step ids from here on are SLURM's own (batch, interactive, external); such a step was not started by srun."""
+NAMESPACE = r"^$|^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+"""Name of a namespace of Kubernetes; empty: the one of kubectl's context."""
 
 
 class ClusterConfig(Section):
@@ -71,7 +73,7 @@ class ClusterConfig(Section):
     """Start TensorBoard beside a stage on Kubernetes, on the run's folder."""
     image: str = Field(default="", json_schema_extra={"pattern": _PINNED.pattern})
     """Container image, pinned by digest: registry/name@sha256:...; Kubernetes needs one."""
-    namespace: str = Field(default="", pattern=r"^$|^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    namespace: str = Field(default="", pattern=NAMESPACE)
     """Namespace on Kubernetes. Empty: that of the overlay or its site, else 'default'."""
 
     @field_validator("image")

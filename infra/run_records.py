@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from infra.job import NAMESPACE
 from infra.stored import Code, Count, Number, Seconds, Stored
 
 _Text = Annotated[str, Field(max_length=1 << 20)]
@@ -110,7 +111,7 @@ class Submitted(Stored):
     output: Annotated[str, Field(max_length=5000, pattern=r"^(([^\x00]*/)?[a-z0-9][a-z0-9-]{0,100}-(%A_%a|%j)\.out)?$")] = ""
     """SLURM: pattern of the files that hold its output, below the run folder where it begins with no /. Other files are not read by what it says."""
     kind: Literal["", "job", "jobset"] = ""
-    namespace: Annotated[str, Field(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$")] = ""
+    namespace: Annotated[str, Field(pattern=NAMESPACE)] = ""
     """Kubernetes: as kubectl names them."""
     shares: Count = 1
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from model.attention_engines import make_engine
 from model.config import StreamShape, TransformerConfig
 from model.decoder import DrawingWeights, Texts
-from model.draw_cache import Window
 from model.flex import FlexAttention
 from model.offsets import Kind
 from model.queries import RotaryAttention, turn, turn_table, turned
 from model.sampling import Rule, sample
 from model.transformer import Transformer, parameter_tags
 from tests.model import test_decoder
-from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, one_by_one, wanted
+from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, in_windows, one_by_one, wanted
 from tests.model.test_transformer import batch, gradients
 from train.drawing.cpu_drawer import CpuWeights
 
@@ -197,16 +196,8 @@ def test_drawing_gives_the_logits_of_the_whole_stream(options: dict[str, Any], c
     weights = CpuWeights(model) if cpu else DrawingWeights(model)
     wanted_BIN, texts = wanted(model), [Texts(TEXT, LENGTHS, 1)]
     torch.testing.assert_close(one_by_one(weights.drawer(texts), CODES), wanted_BIN, rtol=1e-5, atol=2e-5)
-    drawer, known_B, draw = weights.drawer(texts), torch.zeros(4, dtype=torch.int64), torch.Generator().manual_seed(3)
-    while int(known_B.min()) < 16:
-        counts_B = torch.randint(1, 4, (4,), generator=draw).minimum(16 - known_B)
-        drafts_BI = CODES.where(torch.arange(16) < (known_B + counts_B - 1)[:, None], (CODES + 5) % 24)
-        got_BQN = drawer.logits(drafts_BI, Window(known_B, 3))
-        for picture, count in enumerate(counts_B.tolist()):
-            first = int(known_B[picture])
-            torch.testing.assert_close(got_BQN[picture, :count], wanted_BIN[picture, first : first + count], rtol=1e-5, atol=2e-5)
-        drawer.keep(counts_B)
-        known_B = known_B + counts_B
+    for picture, places, got_QN in in_windows(weights.drawer(texts), CODES, 3, 3):
+        torch.testing.assert_close(got_QN, wanted_BIN[picture, places], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

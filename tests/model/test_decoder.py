@@ -1,6 +1,7 @@
 """The cached arithmetic of drawing is that of the whole stream, whatever is kept, shared and computed together."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,6 +40,22 @@ def wanted(model: Transformer) -> torch.Tensor:
 def one_by_one(drawer: Drawer, codes_BI: torch.Tensor) -> torch.Tensor:
     firsts = [torch.full((len(codes_BI),), first) for first in range(16)]
     return torch.cat([drawer.logits(codes_BI, Window(first_B, 1, first)) for first, first_B in enumerate(firsts)], dim=1)
+
+
+def in_windows(drawer: Drawer, codes_BI: torch.Tensor, length: int, most: int) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Logits of windows at places of their own, as (picture, its places, logits): pictures go on by random numbers of up to ``most`` codes, and of the drafts beyond
+    those that are kept all are wrong, which must leave no trace."""
+    pictures, codes = codes_BI.shape
+    known_B, draw = torch.zeros(pictures, dtype=torch.int64), torch.Generator().manual_seed(3)
+    while int(known_B.min()) < codes:
+        counts_B = torch.randint(1, most + 1, (pictures,), generator=draw).minimum(codes - known_B)
+        drafts_BI = codes_BI.where(torch.arange(codes) < (known_B + counts_B - 1)[:, None], (codes_BI + 5) % 24)
+        got_BQN = drawer.logits(drafts_BI, Window(known_B, length))
+        for picture, count in enumerate(counts_B.tolist()):
+            first = int(known_B[picture])
+            yield picture, slice(first, first + count), got_BQN[picture, :count]
+        drawer.keep(counts_B)
+        known_B = known_B + counts_B
 
 
 @pytest.mark.parametrize("engine", ["dense", "structured"])

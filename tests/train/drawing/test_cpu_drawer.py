@@ -11,7 +11,7 @@ from model.decoder import DrawingWeights, Texts, cache_bytes, text_bytes
 from model.draw_cache import Window
 from model.gumbel import gumbel_noise
 from model.sampling import NotFiniteError, Rule, sample
-from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, build, one_by_one, wanted
+from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, build, in_windows, one_by_one, wanted
 from tests.support.logits import logits
 from train.drawing.cpu_drawer import CpuDrawer, CpuWeights
 
@@ -31,19 +31,10 @@ def test_windows_at_places_of_their_own_give_bits_of_states_drawn_one_by_one(mas
     """Pictures go on by numbers of their own; what was not kept leaves no trace."""
     weights = CpuWeights(build(**masks), deterministic=True)
     alone_BIN = one_by_one(weights.drawer([Texts(TEXT, LENGTHS, 1)]), CODES)
-    drawer, known_B, draw = weights.drawer([Texts(TEXT, LENGTHS, 1)]), torch.zeros(4, dtype=torch.int64), torch.Generator().manual_seed(3)
     compared = 0
-    while int(known_B.min()) < 16:
-        # Drafts beyond the first are wrong as often as not; those that are kept are not.
-        counts_B = torch.randint(1, 5, (4,), generator=draw).minimum(16 - known_B)
-        drafts_BI = CODES.where(torch.arange(16) < (known_B + counts_B - 1)[:, None], (CODES + 5) % 24)
-        got_BQN = drawer.logits(drafts_BI, Window(known_B, 4))
-        for picture, count in enumerate(counts_B.tolist()):
-            first = int(known_B[picture])
-            assert got_BQN[picture, :count].equal(alone_BIN[picture, first : first + count])
-            compared += count
-        drawer.keep(counts_B)
-        known_B = known_B + counts_B
+    for picture, places, got_QN in in_windows(weights.drawer([Texts(TEXT, LENGTHS, 1)]), CODES, 4, 4):
+        assert got_QN.equal(alone_BIN[picture, places])
+        compared += len(got_QN)
     assert compared == 64
 
 

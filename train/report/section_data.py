@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from infra.text import counted
 from train.report.judgement import draws_emoji
 from train.report.markup import Child, Html, el, join, note, number, table
 from train.report.view import RunView, Section
@@ -125,15 +126,12 @@ def _quarantined(summary: dict[str, Any]) -> Html | None:
         return None
     words = f"{number(len(shards))} input shard{'s' if len(shards) > 1 else ''} could not be read; the rest went on without. Repair the input and run prepare again."
     lines = [
-        el("li", el("span", str(each["shard"]), class_="mono"), el("br"), f"{each['reason']} ({_tries(each['tries'])})") for each in shards[:_SHARDS]
+        el("li", el("span", str(each["shard"]), class_="mono"), el("br"), f"{each['reason']} ({counted(each['tries'], 'try', 'tries')})")
+        for each in shards[:_SHARDS]
     ]
     if len(shards) > _SHARDS:
         lines.append(el("li", f"and {number(len(shards) - _SHARDS)} more"))
     return join(el("h3", "Quarantined input"), el("p", words, class_="error"), el("ul", lines))
-
-
-def _tries(tries: int) -> str:
-    return f"{tries} tr{'y' if tries == 1 else 'ies'}"
 
 
 def _percent(count: int, total: int) -> str:

@@ -239,12 +239,8 @@ def _report(url: str, checked: Sequence[Checked], run: Run | None) -> None:
     print("\n".join(["", "to mend it", *(f"  {remedy}" for remedy in remedies)]))
     named = ", ".join(files[:_NAMED]) + (f" and {len(files) - _NAMED} more" if len(files) > _NAMED else "")
     raise DataError(
-        f"{url}: {_number(len(problems), 'problem')} in {_number(len(files), 'file')}: {named}. To mend it: {'; '.join(remedies[:_NAMED])}."
+        f"{url}: {counted(len(problems), 'problem')} in {counted(len(files), 'file')}: {named}. To mend it: {'; '.join(remedies[:_NAMED])}."
     )
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _remedy(problem: Problem, stage: str, run: Run | None) -> str:

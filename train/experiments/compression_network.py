@@ -35,7 +35,7 @@ from train.config_compression import CompressionSection
 
 SHAPE = StreamShape(text_tokens=16, text_vocab=64, grid=4, image_vocab=64)
 CONFIG = TransformerConfig(layers=2, width=256, heads=8, conv_kernel=3)
-RATES = (20, 50, 100, 200, 500, 0)
+RATES = (20, 50, 100, 200, 500, 1000, 2000, 4000, 0)
 """Mbit/s; 0: no limit."""
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 _CABLE = "cable"
 _ADDRESSES = ("10.213.0.1", "10.213.0.2")
-_WARM, _UPDATES, _PROCESSES = 1, 3, 2
+_WARM, _UPDATES, _PROCESSES = 1, 9, 2
 
 
 def main(words: Sequence[str]) -> None:

@@ -77,18 +77,24 @@ def _bytes(row: dict[str, Any]) -> str:
 
 
 def crossover(rows: Sequence[dict[str, Any]]) -> str:
-    """Say between which two rates compression stops saving time."""
+    """Say up to which rate compression saves time. Above the first rate where it does not, the times differ by less than they vary, so later ones are not read as gains."""
     times = {(row["way"], row["mbit_s"] or float("inf")): row["update_s"] for row in rows}
     words = []
     for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "exact"):
-        faster = sorted(rate for name, rate in times if name == way and times[way, rate] < times["exact", rate])
-        slower = sorted(rate for name, rate in times if name == way and times[way, rate] >= times["exact", rate])
-        upper = f"from {slower[0]:g} Mbit/s on" if slower and slower[0] < float("inf") else "without a bound"
-        most = "at any rate" if faster and not slower else f"up to {faster[-1]:g} Mbit/s" if faster else ""
-        words.append(
-            f"{way} is faster than exact {most}" + (f", and slower {upper}" if slower else "") if faster else f"{way} is never faster than exact"
-        )
+        rates = sorted(rate for name, rate in times if name == way)
+        slower = next((rate for rate in rates if times[way, rate] >= times["exact", rate]), None)
+        faster = [rate for rate in rates if slower is None or rate < slower]
+        if slower is None:
+            words.append(f"{way} is faster than exact at any rate")
+        elif faster:
+            words.append(f"{way} is faster than exact up to {faster[-1]:g} Mbit/s, and not {_from(slower)}")
+        else:
+            words.append(f"{way} is not faster than exact {_from(slower)}")
     return "; ".join(words) + "."
+
+
+def _from(rate: float) -> str:
+    return "without a bound" if rate == float("inf") else f"from {rate:g} Mbit/s on"
 
 
 def verdict(runs: Sequence[dict[str, Any]]) -> str:

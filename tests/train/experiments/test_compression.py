@@ -86,7 +86,15 @@ def test_the_page_says_which_rank_is_as_good_as_exact(tmp_path: Path) -> None:
     said = page.render(tmp_path)
     assert "m = 2: the smallest rank within 0.01 nats of exact in every tenth is 32" in said and "m = 8: the smallest rank" in said
     assert "| m 2, r/d 0.25 | 32 | 0.250 | 0.250 | 4.0050 | +0.0050 ± 0.0000 | +0.0050 | 10.0% | 2 |" in said
-    assert "low is faster than exact up to 100 Mbit/s, and slower without a bound" in said
+    assert "low is faster than exact up to 100 Mbit/s, and not without a bound" in said
+    again = [row | {"update_s": row["update_s"] - 2.0 * (row["way"] == "low" and not row["mbit_s"])} for row in rows]
+    assert compression_page.crossover(again) == "low is faster than exact at any rate."
+    noisy = [
+        {"way": way, "mbit_s": rate, "update_s": seconds}
+        for way, all_seconds in (("exact", (2, 1, 1)), ("low", (3, 2, 0)))
+        for rate, seconds in zip((100, 200, 0), all_seconds, strict=True)
+    ]
+    assert compression_page.crossover(noisy) == "low is not faster than exact from 100 Mbit/s on."
     assert compression_page.verdict([]) == "No compressed arm is here yet."
 
 

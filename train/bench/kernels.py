@@ -35,25 +35,34 @@ class Variant:
     """One of GRADIENTS. If a copy of the master weights is written, it has the same dtype."""
     copies: bool
     """Whether a copy of the master weights is written."""
+    pieces: bool = False
+    """Whether the gradient is in pieces."""
 
     def __str__(self) -> str:
-        return f"AdamW, {self.moments} moments, {self.gradient} gradients{', with a copy' if self.copies else ''}"
+        return f"AdamW, {self.moments} moments, {self.gradient} gradients{' in pieces' * self.pieces}{', with a copy' * self.copies}"
 
     def source(self) -> ASTSource:
         """The input of Triton's compiler: the types of the arguments, and the constants."""
         packed = self.moments == "16-bit"
         codes, dtype = "*i16" if packed else "*fp32", GRADIENTS[self.gradient]
         pointers = {"p_ptr": "*fp32", "grad_ptr": dtype, "mean_ptr": codes, "variance_ptr": codes, "copy_ptr": dtype if self.copies else "*fp32"}
+        pointers |= {"table_ptr": "*i64", "owner_ptr": "*i32"} if self.pieces else {}
         numbers = ("factor", "decay", "step", "inverse_correction", "beta1", "beta2", "eps", "clip")
         constants: dict[str, Any] = dict(zip(("m_largest", "m_smallest"), (SIGNED_169.largest, SIGNED_169.smallest), strict=True))
         constants |= dict(zip(("v_largest", "v_smallest"), (UNSIGNED_0610.largest, UNSIGNED_0610.smallest), strict=True))
-        constants |= {"packed": packed, "copies": self.copies, "block": adamw_kernel._BLOCK}
-        signature = {**pointers, "n": "i32", **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(constants, "constexpr")}
+        constants |= {"packed": packed, "copies": self.copies, "block": adamw_kernel._BLOCK} | ({"aligned": True} if self.pieces else {})
+        signature = {**pointers, **({} if self.pieces else {"n": "i32"}), **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(constants, "constexpr")}
         aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}  # the alignment of memory that torch allocates
-        return ASTSource(adamw_kernel._kernel, signature, constexprs=constants, attrs=aligned)
+        kernel = adamw_kernel._pieces_kernel if self.pieces else adamw_kernel._kernel
+        return ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
 
 
-VARIANTS = tuple(Variant(moments, gradient, copies) for moments in ("fp32", "16-bit") for gradient in GRADIENTS for copies in (False, True))
+VARIANTS = tuple(
+    Variant(moments, gradient, copies, pieces)
+    for moments in ("fp32", "16-bit")
+    for gradient in GRADIENTS
+    for copies, pieces in ((False, False), (True, False), (True, True))
+)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import torch
 from train.bench import plain_adamw
 from train.bench.harness import Result, main, start
 from train.machine.rates import Options, copy_rate, measure, threads
-from train.optimizer.adamw import Hyper, update
+from train.optimizer.adamw import Hyper, update, update_pieces
 
 _COUNT = {"cpu": 1 << 22, "cuda": 1 << 28}
+_PIECES = 1000
+"""About as many parameters as the preset 12B has in a group of ZeRO stage 3."""
 _KINDS = (
     ("fp32 moments", torch.float32, False, 2 * 4 + 4 * 4 + 4),
     ("16-bit moments", torch.int16, False, 2 * 4 + 4 * 2 + 4),
@@ -35,6 +37,11 @@ def run(options: Options) -> Result:
             m, v = (torch.zeros(count, dtype=moments, device=options.device) for _ in range(2))
             copy = torch.empty(count, dtype=torch.float16, device=options.device) if half else None
             result.measured[f"update, {name}"] = measure(partial(update, p, grad, m, v, _HYPER, copy), 1e-9 * each * count, "GB/s", options)
+            if half:  # as on ZeRO stage 3
+                pieces = [piece.clone() for piece in grad.chunk(_PIECES)]
+                divided = partial(update_pieces, p, pieces, m, v, _HYPER, copy)
+                result.measured[f"update, {name}, {_PIECES:,} gradients"] = measure(divided, 1e-9 * each * count, "GB/s", options)
+                result.ratio(f"{_PIECES:,} gradients over one", f"update, {name}, {_PIECES:,} gradients", f"update, {name}")
             over_copy, over_torch = _GOALS[name]
             result.ratio(f"{name} over a copy", f"update, {name}", "copy", goal=0.8 if options.device == "cuda" else over_copy)
             result.peers[f"torch's operations, {name}"] = measure(

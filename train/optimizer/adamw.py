@@ -72,13 +72,8 @@ class PaperAdamW(torch.optim.Optimizer):
         if (count := sum(grad.numel() for grad in grads)) != p.numel():
             raise ValueError(f"{count} gradients for {p.numel()} parameters.")
         hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
-        state, start = self.moments(group, p), 0
-        whole = [t.detach().view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
-        for grad in grads:
-            place = slice(start, start + grad.numel())
-            master, mean, variance = (t[place] for t in whole)
-            update(master, grad, mean, variance, hyper, None if copy is None else copy[place])
-            start = place.stop
+        state = self.moments(group, p)
+        update_pieces(p.detach().view(-1), grads, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), hyper, copy)
 
     def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:
         """See the protocol. Code 0 of the 16-bit formats is zero."""
@@ -113,3 +108,17 @@ def update(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Hyper
     else:
         from train.optimizer import adamw_cpu as compiled  # type: ignore[no-redef]  # numba takes a moment to import
     compiled.update(p, grad, mean, variance, hyper, copy)
+
+
+def update_pieces(p: Tensor, grads: Sequence[Tensor], mean: Tensor, variance: Tensor, hyper: Hyper, copy: Tensor | None = None) -> None:
+    """``update`` with a gradient in pieces: flat tensors of one dtype, as many elements together as p. On a GPU that is one launch, however many there are."""
+    if p.is_cuda and len(grads) > 1 and not _chosen:
+        from train.optimizer import adamw_kernel
+
+        adamw_kernel.update_pieces(p, grads, mean, variance, hyper, copy)
+        return
+    start = 0
+    for grad in grads:
+        place = slice(start, start + grad.numel())
+        update(p[place], grad, mean[place], variance[place], hyper, None if copy is None else copy[place])
+        start = place.stop

@@ -105,11 +105,19 @@ def launched(p: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, hyper: Any
     assert is_cuda(given) and len({t.numel() for t in given}) == 1 and all(t.is_contiguous() for t in given)
 
 
+def launched_once(p: Tensor, grads: list[Tensor], mean: Tensor, variance: Tensor, hyper: Any, copy: Tensor | None = None) -> None:
+    """The same for a gradient in pieces."""
+    given = [p, mean, variance] if copy is None else [p, mean, variance, copy]
+    assert is_cuda([*given, *grads]) and len({t.numel() for t in given}) == 1 and all(t.is_contiguous() for t in [*given, *grads])
+    assert sum(grad.numel() for grad in grads) == p.numel() and len({grad.dtype for grad in grads}) == 1
+
+
 @contextmanager
 def sharded(watch: Watch, cfg: RunConfig) -> Iterator[ZeroEngine]:
     with ExitStack() as stack:
         stack.enter_context(zero_stand_in.installed())
         stack.enter_context(mock.patch.object(adamw_kernel, "update", launched))
+        stack.enter_context(mock.patch.object(adamw_kernel, "update_pieces", launched_once))
         with watch.setting_up(), CUDA:
             shape = cfg.stream_shape()
             model = Transformer(cfg.dalle, shape, branch_dtype=torch.float16, attend=DenseAttention(cfg.dalle, shape).to(CUDA))

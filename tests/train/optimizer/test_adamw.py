@@ -129,7 +129,8 @@ _INTERPRETED = """
 import torch
 from tests.train.optimizer.test_adamw import HYPER, tensors
 from train.optimizer.adamw import update
-from train.optimizer.adamw_kernel import update as fused
+from train.optimizer import adamw_kernel
+from train.optimizer.adamw_kernel import update as fused, update_pieces as fused_pieces
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 for scale in (1e-3, 1.0, 30.0):
     for packed in (False, True):
@@ -150,6 +151,23 @@ for scale in (1e-3, 1.0, 30.0):
                     assert ((x.int() & 0x7FFF) - (y.int() & 0x7FFF)).abs().max() <= 1
                 else:
                     torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
+for lengths in ((1024, 16, 2048), (1, 1023, 0, 2049, 15), (5000,)):
+    for packed, dtype in ((False, torch.float32), (True, torch.float16)):
+        n = sum(lengths)
+        a, b = tensors(n, 5, 1.0), tensors(n, 5, 1.0)
+        for t in (a, b):
+            t[1] = t[1].to(dtype)
+            if packed:
+                t[2], t[3] = SIGNED_169.encode(t[2]), UNSIGNED_0610.encode(t[3])
+        copies = [torch.zeros(n, dtype=dtype) for _ in "ab"]
+        fused(*a, HYPER, copies[0])
+        pieces = [piece.clone() for piece in b[1].split(lengths)]  # each has memory of its own
+        fused_pieces(b[0], pieces, b[2], b[3], HYPER, copies[1])
+        same = [torch.equal(x, y) for x, y in zip((a[0], a[2], a[3], copies[0]), (b[0], b[2], b[3], copies[1]))]
+        assert all(same), (lengths, packed, same)
+        table = adamw_kernel._table(b[0], pieces)
+        assert table is adamw_kernel._table(b[0], pieces) and table is not adamw_kernel._table(b[0], [piece.clone() for piece in pieces])
+        assert table.aligned == (lengths != (1, 1023, 0, 2049, 15)) and len(table.owners) == sum(-(-length // 1024) for length in lengths)
 codes = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 from train.optimizer import adamw_kernel as k
 import triton, triton.language as tl
@@ -183,6 +201,7 @@ def test_the_benchmark_measures_both_kinds_of_moments(monkeypatch: pytest.Monkey
     monkeypatch.setattr(optimizer, "copy_rate", lambda _: Figure(1.0, 1.0, 1.0, "GB/s", 1))
     result = optimizer.run(Options(device="cpu", seconds=0.02, runs=2))
     kinds = {"update, fp32 moments", "update, 16-bit moments", "update, 16-bit moments and weights"}
+    kinds.add("update, 16-bit moments and weights, 1,000 gradients")
     assert set(result.measured) == kinds and min(figure.value for figure in result.measured.values()) > 0
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.support.gpu import DEVICE, NEEDS_GPU
 from train.bench import plain_adamw
-from train.optimizer.adamw import Hyper, update
+from train.optimizer.adamw import Hyper, update, update_pieces
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 
 pytestmark = NEEDS_GPU
@@ -40,3 +40,18 @@ def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool, dtype: torch.
             torch.testing.assert_close(packing.decode(found.cpu()), packing.decode(wanted), rtol=2**-8, atol=1e-6)
         else:
             torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(1 << 20, 64, 4096), (1_000_003, 1, 0, 70_001)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gradient_in_pieces_gives_the_same_bits_as_a_whole_one(packed: bool, lengths: tuple[int, ...]) -> None:
+    found = [t.to(DEVICE) for t in tensors(sum(lengths), 7, 1.0)]
+    if packed:
+        found[2], found[3] = SIGNED_169.encode(found[2]), UNSIGNED_0610.encode(found[3])
+    a, b = found, [t.clone() for t in found]
+    copies = [torch.zeros(sum(lengths), dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    pieces = [piece.clone() for piece in b[1].split(lengths)]
+    for _ in range(2):  # the second update finds the table of the first
+        update(a[0], a[1], a[2], a[3], HYPER, copies[0])
+        update_pieces(b[0], pieces, b[2], b[3], HYPER, copies[1])
+    assert all(torch.equal(x, y) for x, y in zip((a[0], a[2], a[3], copies[0]), (b[0], b[2], b[3], copies[1]), strict=True))

@@ -67,13 +67,13 @@ def read_once(url: str, most: int) -> bytes:
     return found[1:]
 
 
-def json_once(url: str, *, alike: bool = False) -> Any:
-    """The same of a JSON file; ``alike`` as in ``strict_json.loads``.
+def json_once(url: str, *, alike: bool = False, taken: strict_json.Taken | None = None) -> Any:
+    """The same of a JSON file; ``alike`` and ``taken`` as in ``strict_json.loads``.
 
     Raises:
         DataError: it is missing, or no JSON.
     """
-    return storage.parse_json(url, read_once(url, strict_json.MAX_BYTES), alike=alike)
+    return storage.parse_json(url, read_once(url, strict_json.MAX_BYTES), alike=alike, taken=taken)
 
 
 def once(name: str, produce: Callable[[], bytes]) -> bytes:
@@ -84,19 +84,20 @@ def once(name: str, produce: Callable[[], bytes]) -> bytes:
     with Path(folder, f"once-{hashlib.sha256(name.encode()).hexdigest()}").open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        found = file.read()
-        if not found:
-            found = b"+" + produce()
-            _leave(file, found)
-    return found[1:]
+        if file.read(1):
+            return file.read()
+        found = produce()
+        _leave(file, found)
+    return found
 
 
 def _leave(file: FileIO, found: bytes) -> None:
-    """Write it for the others, who produce it themselves where there is no room."""
-    rest = memoryview(found)
+    """Write it, after a mark that it is there, for the others, who produce it themselves where there is no room."""
     try:
-        while rest:
-            rest = rest[file.write(rest) :]
+        for part in (b"+", found):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[file.write(rest) :]
     except OSError:
         file.truncate(0)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 MAX_BYTES = 512 << 20
@@ -21,18 +23,23 @@ class Twice(dict[str, Any]):
     """An object in which a key occurs twice, with the last values: which one is meant, nobody can tell."""
 
 
-def loads(text: str, *, alike: bool = False, marked: bool = False) -> Any:
+Taken = Callable[[dict[str, Any]], Any]
+"""Gets an object of a text that is being parsed, and returns what takes its place."""
+
+
+def loads(text: str, *, alike: bool = False, taken: Taken | None = None, marked: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         alike: of long tables whose rows repeat themselves: equal lists of words inside objects become one list, and must not be changed in place.
+        taken: with ``alike``, called with each object as soon as it is complete, the inner ones first, so that a table need not be in memory whole.
         marked: an object in which a key occurs twice becomes a ``Twice``, instead of being refused.
 
     Raises:
         ValueError: the text is not JSON, or is JSON that our writers never produce; the message says what is wrong.
     """
     try:
-        found = (_sharing() if alike else _MARKING if marked else _STRICT).decode(text)
+        found = (_sharing(taken) if alike else _MARKING if marked else _STRICT).decode(text)
     except RecursionError:
         raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     _check_depth(found)
@@ -80,16 +87,18 @@ def _marking(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found if len(found) == len(pairs) else Twice(found)
 
 
-def _sharing() -> json.JSONDecoder:
-    """A parser that keeps one of the lists of words that are equal."""
+def _sharing(taken: Taken | None) -> json.JSONDecoder:
+    """A parser that keeps one of the lists of words that are equal, and one of the names."""
     known: dict[tuple[str | None, ...], list[Any]] = {}
 
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(found: list[tuple[str, Any]]) -> Any:
         row = _pairs(found)
         for key, value in found:
-            if type(value) is list and all(word is None or type(word) is str for word in value):
+            if key == "name" and type(value) is str:
+                row[key] = sys.intern(value)
+            elif type(value) is list and all(word is None or type(word) is str for word in value):
                 row[key] = known.setdefault(tuple(value), value)
-        return row
+        return row if taken is None else taken(row)
 
     return json.JSONDecoder(object_pairs_hook=pairs, parse_int=_integer, parse_float=_number, parse_constant=_constant)
 
@@ -116,6 +125,8 @@ _MARKING = json.JSONDecoder(object_pairs_hook=_marking, parse_int=_integer, pars
 _FAST = json.JSONDecoder(parse_constant=_constant)
 
 
-def written(value: Any) -> bytes:
-    """JSON as this project stores it: with sorted keys, so that equal values are equal files. A number that is not finite is a ValueError."""
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+def written(value: Any, *, for_people: bool = True) -> bytes:
+    """JSON as this project stores it: with sorted keys, so that equal values are equal files. A number that is not finite is a ValueError. Without the line breaks
+    and indents that people want to see, a large table takes half the bytes."""
+    form: dict[str, Any] = {"indent": 2} if for_people else {"separators": (",", ":")}
+    return (json.dumps(value, sort_keys=True, allow_nan=False, **form) + "\n").encode()

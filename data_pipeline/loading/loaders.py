@@ -25,8 +25,9 @@ from data_pipeline.loading.shard_cache import ShardCache, check_local, check_wor
 from data_pipeline.loading.shared_memory import Claim, check_room
 from data_pipeline.loading.transforms import Record, Sample
 from data_pipeline.loading.workers import Workers
+from data_pipeline.shards.index import Shard
 from data_pipeline.shards.rows import ShardRows
-from data_pipeline.shards.shard_set import Shard, ShardSet
+from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
 from infra.errors import ConfigError, DataError
 from infra.seeds import generator
@@ -240,7 +241,7 @@ def _limit(shard_set: ShardSet, order: Order, cache_bytes: int, processes: int) 
     """
     if not cache_bytes or not storage.is_remote(shard_set.url):
         return 0
-    sizes = np.array([shard.entry["raw_data"]["bytes"] for shard in shard_set.shards], np.int64)
+    sizes = np.array([shard.bytes for shard in shard_set.shards], np.int64)
     first = order.epoch(0)
     largest = max((int(sizes[first.shards_of(block)].sum()) for block in range(first.num_blocks)), default=0)
     underway = 2 * processes * int(sizes.max())  # each process may download one shard to read and one ahead

@@ -25,9 +25,10 @@ from filelock import FileLock
 
 from data_pipeline.loading.shared_memory import Claim
 from data_pipeline.shards import mosaic
+from data_pipeline.shards.index import Shard
 from data_pipeline.shards.mosaic import FileInfo, MDSReader, ShardState, Stream, StreamingDataset
 from data_pipeline.shards.rows import ShardRows, check_file
-from data_pipeline.shards.shard_set import Shard, ShardSet
+from data_pipeline.shards.shard_set import ShardSet
 from infra import storage
 from infra.errors import ConfigError, DataError
 from infra.world import World
@@ -95,6 +96,26 @@ def check_world(world: World) -> None:
         )
 
 
+class _Files(Sequence[MDSReader]):
+    """The shards as streaming knows them, each made when it is asked for: a hundred thousand of them take 0.1 GB in every process."""
+
+    def __init__(self, shards: Sequence[Shard] = (), local: str = "") -> None:
+        self._shards, self._local = shards, local
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return _Files(self._shards[place], self._local)
+        return _file_of(self._shards[place], self._local)
+
+    def __iadd__(self, others: _Files) -> _Files:
+        """The shards of the only stream, which streaming adds to none."""
+        assert not self._shards
+        return others
+
+
 class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships no types
     """The files of one version of a set. Its index is that of the version and not the file index.json, and downloads use our storage layer."""
 
@@ -104,8 +125,8 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
         self._set, self._folder, self._remote = shard_set, local, remote
         self._damaged: dict[str, DamagedShard] = {}
 
-    def get_shards(self, world: mosaic.World, allow_unsafe_types: bool) -> list[MDSReader]:
-        return [_file_of(shard, self.local) for shard in self._set.shards]
+    def get_shards(self, world: mosaic.World, allow_unsafe_types: bool) -> _Files:
+        return _Files(self._set.shards, self.local)
 
     def set_up_local(self, shards: list[MDSReader], cache_usage_per_shard: Any) -> None:
         """Overridden to do nothing: no shard counts as present, so that every file is verified before its first use."""
@@ -131,10 +152,15 @@ class _Stream(Stream):  # type: ignore[misc, unused-ignore]  # streaming ships n
             raise
 
 
+_NOTHING: list[Any] = []
+"""For what streaming is not to know of a shard, because it does not read it. One list for all shards."""
+
+
 def _file_of(shard: Shard, local: str) -> MDSReader:
-    raw = shard.entry["raw_data"]
     # Not MDSReader.from_json, which copies the whole entry: for 25,000 shards that is 0.1 GB in every process.
-    return MDSReader(local, None, [], [], [], None, [], FileInfo(raw["basename"], raw["bytes"], raw["hashes"]), shard.samples, None, None)
+    return MDSReader(
+        local, None, _NOTHING, _NOTHING, _NOTHING, None, _NOTHING, FileInfo(shard.basename, shard.bytes, shard.hashes), shard.samples, None, None
+    )
 
 
 @contextmanager
@@ -166,8 +192,18 @@ class _Dataset(StreamingDataset):  # type: ignore[misc, unused-ignore]
     """If an attribute of this name exists, streaming does not make a new lock for each call."""
 
     def __init__(self, **options: Any) -> None:
+        self._files = _Files()
         super().__init__(**options)
         self._making, self._maker = threading.Lock(), -1
+
+    @property
+    def shards(self) -> _Files:
+        return self._files
+
+    @shards.setter
+    def shards(self, found: _Files | list[MDSReader]) -> None:
+        """Streaming begins with an empty list, and adds the shards of each stream."""
+        self._files = found if isinstance(found, _Files) else _Files()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         with self._making:  # a forked process needs a FileLock of its own, which both of its threads share

@@ -32,7 +32,7 @@ _FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}"
 _SHARD = rf"{_FILE}\.mds"
 _VERSION = re.compile(r"[0-9a-f]{1,64}")
 _TEXT = r"^[^\x00]{0,4096}$"
-_PIECE = 4096
+PIECE = 4096
 """Rows that are checked together."""
 _WRITTEN_AGAIN = "run 'launcher.py validate' on the set, which says what to delete and to run"
 
@@ -212,11 +212,11 @@ def _read(url: str, model: type[Stored], remedy: str = _WRITTEN_AGAIN, *, once: 
         return read(url, model, remedy)
     found: dict[str, Any] = node_folder.json_once(url, alike=True)
     rows = found.get(table) if isinstance(found, dict) else None
-    if not isinstance(rows, list) or len(rows) <= _PIECE:
+    if not isinstance(rows, list) or len(rows) <= PIECE:
         check(found, model, url, remedy)
         return found
-    for begin in range(0, len(rows), _PIECE):
-        check({**found, table: rows[begin : begin + _PIECE]}, model, f"{url}: {table} from {begin} on" if begin else url, remedy)
+    for begin in range(0, len(rows), PIECE):
+        check({**found, table: rows[begin : begin + PIECE]}, model, f"{url}: {table} from {begin} on" if begin else url, remedy)
     return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import schema as schemas
+from data_pipeline.shards.index import Shard, read_shards
 from data_pipeline.shards.part_files import INDEX, U64, read_checked, read_records, read_row, read_u64, sha256_of, unpack_captions
 from data_pipeline.shards.spellings import bases_of, read_takedown, spellings
 from infra import storage
@@ -121,19 +122,6 @@ def part_done(set_url: str, inputs_hash: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One MDS file of a set."""
-
-    basename: str
-    """Its name below the set: 'part-.../shard.00000.mds'."""
-    samples: int
-    source: str
-    """The entry of data.sources that its records came from."""
-    entry: dict[str, Any]
-    """Its entry in index.json."""
-
-
-@dataclass(frozen=True)
 class ShardSet:
     """An opened version of a shard set, without the records that were taken down."""
 
@@ -173,16 +161,8 @@ class ShardSet:
         Raises:
             DataError: the index is missing or damaged, or does not match the manifest.
         """
-        url = storage.join(self.version_url, INDEX)
-        entries = schemas.read_index(url)
-        sources = {part["name"]: part["source"] for part in self.parts}
-        names = [entry["raw_data"]["basename"] for entry in entries]
-        strays = {name.partition("/")[0] for name in names} - sources.keys()
-        if strays:
-            raise DataError(f"{url}: lists shards of {min(strays)}, which is no part in the manifest; run '{launcher('validate', self.url)}'.")
-        for name, entry in zip(names, entries, strict=True):
-            schemas.check_columns(str(self.manifest["schema"]), entry, f"{url}: {name}")
-        return [Shard(name, int(entry["samples"]), sources[name.partition("/")[0]], entry) for name, entry in zip(names, entries, strict=True)]
+        sources = {part["name"]: part["source"] for part in self.manifest["parts"]}
+        return read_shards(storage.join(self.version_url, INDEX), str(self.manifest["schema"]), sources)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from data_pipeline.shards.part_files import INDEX, U64
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.schema import read_manifest
 from data_pipeline.shards.shard_set import DONE, EXCLUDED, MANIFEST, Record, ShardSet, part_name, read_markers, version_url
-from infra import storage
+from infra import storage, strict_json
 from infra.digests import digest
 from infra.errors import DataError
 
@@ -97,11 +97,11 @@ def merge(
     else:
         manifest["producer"] = manifest["producer"] if before is None else before["producer"]
         storage.write_bytes(storage.join(place, EXCLUDED), packed)
-        storage.write_json(storage.join(place, INDEX), index)
+        storage.write_bytes(storage.join(place, INDEX), strict_json.written(index, for_people=False))
         storage.write_json(storage.join(place, MANIFEST), manifest)
     newest = storage.join(set_url, MANIFEST)
     if not storage.exists(newest) or read_manifest(newest) != manifest:
-        storage.write_json(storage.join(set_url, INDEX), index)
+        storage.write_bytes(storage.join(set_url, INDEX), strict_json.written(index, for_people=False))
         storage.write_json(newest, manifest)
     return ShardSet(set_url, manifest)
 

@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.audit import check_set
 from data_pipeline.shards import deletion, schema, versions
+from data_pipeline.shards import index as shard_index
 from data_pipeline.shards.part_writer import write_part
 from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, CodeRecord, ImageRecord, ShardSet, open_set, part_done, read_marker
 from data_pipeline.shards.versions import Part
@@ -359,7 +360,8 @@ def test_parts_of_a_set_that_is_written_at_once_are_of_the_sources_that_are_name
 
 
 def test_rows_of_a_large_set_are_checked_in_pieces_and_equal_lists_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_PIECE", 2)
+    monkeypatch.setattr(schema, "PIECE", 2)
+    monkeypatch.setattr(shard_index, "PIECE", 2)
     made = make_set(str(tmp_path), (1, 1, 1, 1, 1))
     found = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash)
     assert found.shards == made.shards and len(found.shards) >= 5
@@ -367,7 +369,23 @@ def test_rows_of_a_large_set_are_checked_in_pieces_and_equal_lists_are_one(tmp_p
     assert first["column_names"] is last["column_names"] and first["raw_data"] is not last["raw_data"]
     url = f"{made.version_url}/index.json"
     index = storage.read_json(url)
+    assert [shard.entry for shard in found.shards] == index["shards"], "nothing of an entry is lost where it is packed"
+    assert found.shards[0].hashes == index["shards"][0]["raw_data"]["hashes"]
     index["shards"][3]["samples"] = -1
     storage.write_json(url, index)
     with pytest.raises(DataError, match=r"index\.json: shards from 2 on: damaged, or not written by this project: shards\.1\.samples: "):
         _ = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash).shards
+
+
+def test_entries_of_shards_outside_of_their_list_are_refused(tmp_path: Path) -> None:
+    made = make_set(str(tmp_path), (1, 1))
+    url = f"{made.version_url}/index.json"
+    index = storage.read_json(url)
+    for changed in (index | {"more": index["shards"][:1]}, {"more": index["shards"], "shards": [*index["shards"][1:]]}):
+        storage.write_json(url, changed)
+        with pytest.raises(DataError, match=r"index\.json: damaged, it has entries of shards outside of its list 'shards'; run '.*validate"):
+            _ = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash).shards
+    for changed in ({"shards": [0, 1]}, {"shards": [*index["shards"], {"samples": 1}]}, [index["shards"][0]], {}):
+        storage.write_json(url, changed)
+        with pytest.raises(DataError, match=r"index\.json: damaged, or not written by this project"):
+            _ = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash).shards

@@ -170,9 +170,11 @@ class DalleFit(LearningSection, FitSection, NumericsSection):
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = Field(default=4.0, gt=0, json_schema_extra=GOING_ON)
     """Clip gradients to this global norm."""
-    optimizer: Literal["paper", "apex"] = "paper"
-    """AdamW with the paper's details, or NVIDIA apex's FusedAdam (needs a GPU and fp32 moments, has no upper limit of the variance; an error if apex cannot be
-    used)."""
+    optimizer: Literal["paper", "apex", "muon"] = "paper"
+    """AdamW with the paper's details; NVIDIA apex's FusedAdam (needs a GPU and fp32 moments, has no upper limit of the variance; an error if apex cannot be
+    used); or 'muon': Muon for the matrices of resblocks, the paper's AdamW for everything else (docs/small_data.md)."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """'muon': decay of the momentum, which is Nesterov's."""
     norm: Literal["torch", "apex"] = "torch"
     """Layer norm of torch, or NVIDIA apex's FusedLayerNorm (needs a GPU; an error if apex cannot be used). Weights and exports are the same."""
     logits: Literal["fp32", "bf16", "auto"] = Field(default="fp32", json_schema_extra=GOING_ON)
@@ -313,6 +315,11 @@ class RunConfig(Section):
     def _sections_agree(self) -> Self:
         if self.dalle_fit.optimizer == "apex" and self.dalle_fit.moments == "16-bit":
             raise ValueError("dalle_fit.optimizer = 'apex' keeps fp32 moments; set dalle_fit.moments = 'fp32', or the optimizer to 'paper'")
+        if self.dalle_fit.optimizer == "muon" and self.zero.offload_optimizer:
+            raise ValueError(
+                "dalle_fit.optimizer = 'muon' multiplies whole matrices, for which zero.offload_optimizer = true leaves the CPU only; set it to false, or the optimizer "
+                "to 'paper'"
+            )
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
         check_sharding(self.compression, self.zero.sharding)

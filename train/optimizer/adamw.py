@@ -47,14 +47,15 @@ class PaperAdamW(torch.optim.Optimizer):
     The moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or for packed groups int16 tensors in the formats 1-6-9 and 0-6-10.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
     count: int
 
     def __init__(self, groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float = 1e-8, clip_variance: float | None = 5.0) -> None:
         """Raises: ValueError: no groups."""
         self.betas, self.eps, self.clip_variance = betas, eps, float("inf") if clip_variance is None else clip_variance
         self.count = 1
-        super().__init__([dict(group) for group in groups], {"lr": 0.0, "weight_decay": 0.0, "packed": False, "factor": 1.0, "skip": False})
+        super().__init__(
+            [dict(group) for group in groups], {"lr": 0.0, "weight_decay": 0.0, "packed": False, "orthogonal": False, "factor": 1.0, "skip": False}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -69,11 +70,14 @@ class PaperAdamW(torch.optim.Optimizer):
         """See the protocol. Raises: ValueError: the gradients do not have as many elements as p."""
         if group["skip"]:
             return
-        if (count := sum(grad.numel() for grad in grads)) != p.numel():
-            raise ValueError(f"{count} gradients for {p.numel()} parameters.")
+        check_lengths(p, grads)
         hyper = Hyper(group["lr"], *self.betas, self.eps, group["weight_decay"], self.clip_variance, factor=float(group["factor"]), count=self.count)
         state = self.moments(group, p)
         update_pieces(p.detach().view(-1), grads, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), hyper, copy)
+
+    def state_names(self, group: ShardGroup) -> tuple[str, ...]:
+        """See the protocol."""
+        return "exp_avg", "exp_avg_sq"
 
     def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:
         """See the protocol. Code 0 of the 16-bit formats is zero."""
@@ -82,6 +86,12 @@ class PaperAdamW(torch.optim.Optimizer):
             dtype = torch.int16 if group["packed"] else torch.float32
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype, requires_grad=False) for _ in range(2))
         return state
+
+
+def check_lengths(p: Tensor, grads: Sequence[Tensor]) -> None:
+    """Raises: ValueError: the gradients do not have as many elements as p."""
+    if (count := sum(grad.numel() for grad in grads)) != p.numel():
+        raise ValueError(f"{count} gradients for {p.numel()} parameters.")
 
 
 _chosen: list[Callable[[Tensor, Tensor, Tensor, Tensor, Hyper, Tensor | None], None]] = []

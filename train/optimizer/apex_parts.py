@@ -47,9 +47,12 @@ def adam(groups: Iterable[ShardGroup], *, betas: tuple[float, float], eps: float
     class ApexAdamW(FusedAdam):
         """Updates one group at a time, and applies the group's factor and the engine's count of updates, as our engine requires."""
 
-        state_names = ("exp_avg", "exp_avg_sq")
         count = 1
         param_groups: list[Any]
+
+        def state_names(self, group: ShardGroup) -> tuple[str, ...]:
+            """See the protocol."""
+            return "exp_avg", "exp_avg_sq"
 
         def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:
             """See the protocol."""

@@ -15,7 +15,7 @@ from torch import Tensor
 class ShardGroup(TypedDict, total=False):
     """A group of parameters with common settings: an entry of torch's ``param_groups``, with additional keys.
 
-    The first four are fixed when the engine is made (``train.engines.zero.groups``), the others are set before each step.
+    The first five are fixed when the engine is made (``train.engines.zero.groups``), the others are set before each step.
     """
 
     params: list[Tensor]
@@ -26,6 +26,8 @@ class ShardGroup(TypedDict, total=False):
     packed: bool
     """Whether the optimizer's state is stored in the 16-bit formats (paper B.2). Only block matrices may be in such a group. If moments are fp32, block matrices and
     other parameters may be in the same group."""
+    orthogonal: bool
+    """Whether the group is one of block matrices that Muon updates (train/optimizer/muon.py)."""
     resblock: int | None
     """Number of the resblock that the group belongs to, if each resblock has its own gradient scale. None: it belongs to none, or there are no such scales."""
     lr: float
@@ -40,8 +42,6 @@ class ShardOptimizer(Protocol):
     """An optimizer that DeepSpeed's own step can use: DeepSpeed concatenates the gradients of a group in fp32, sets them as ``grad`` of the group's flat shard, and
     calls ``step``."""
 
-    state_names: tuple[str, ...]
-    """The names of the tensors that ``moments`` returns. Checkpoints store them as ``optimizer/<name>/<parameter>``. Every group has all of them."""
     count: int
     """Number of applied updates, the next one included, for bias corrections. The engine sets it before each step."""
     param_groups: list[Any]
@@ -49,6 +49,10 @@ class ShardOptimizer(Protocol):
 
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient, except in groups whose ``skip`` is set."""
+        ...
+
+    def state_names(self, group: ShardGroup) -> tuple[str, ...]:
+        """The names of the tensors that ``moments`` returns for the group. Checkpoints store them as ``optimizer/<name>/<parameter>``."""
         ...
 
     def moments(self, group: ShardGroup, p: Tensor) -> dict[str, Tensor]:

@@ -28,14 +28,15 @@ from train.engines.zero.accumulation import HalfGradients
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
 from train.engines.zero.exponents import Exponents
-from train.engines.zero.groups import parameter_groups, store_weights, weight_storage
+from train.engines.zero.groups import make_optimizer, parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import EngineState, GradientScales
 from train.engines.zero.shards import GradientReader, pieces
 from train.engines.zero.topology import node_topology
-from train.optimizer.adamw import PaperAdamW
+from train.engines.zero.whole_matrices import WholeMatrices, matrices_of
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
-from train.optimizer.protocol import OnePassOptimizer, ShardGroup, ShardOptimizer
+from train.optimizer.muon import Muon
+from train.optimizer.protocol import OnePassOptimizer, ShardGroup
 from train.weights.fragments import Fragment, full_shape
 
 log = logging.getLogger(__name__)
@@ -73,20 +74,6 @@ def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int 
         "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU in every micro-batch
         "wall_clock_breakdown": False,
     }
-
-
-def make_optimizer(groups: list[ShardGroup], fit: DalleFit) -> ShardOptimizer:
-    """The optimizer that dalle_fit.optimizer names.
-
-    Raises:
-        ConfigError: it is apex's, and apex cannot be used here.
-    """
-    betas, eps = (fit.beta1, fit.beta2), 1e-8
-    if fit.optimizer == "apex":
-        from train.optimizer import apex_parts  # imported only if it is needed
-
-        return apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
-    return PaperAdamW(groups, betas=betas, eps=eps, clip_variance=fit.clip_variance)
 
 
 class ZeroEngine:
@@ -136,6 +123,7 @@ class ZeroEngine:
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device
+        self._whole_matrices = self._gathering_matrices()
         self._compression_section, self._seed = compression or CompressionSection(), seed
         found = self._build_compression()
         self.compression = found if found.is_active else None
@@ -164,6 +152,15 @@ class ZeroEngine:
                     "deepspeed is not %s: its own optimizer step runs, which reads and writes more (train/engines/zero/one_pass.py)",
                     internals.FOLLOWED,
                 )
+
+    def _gathering_matrices(self) -> WholeMatrices | None:
+        """What brings whole matrices to an optimizer that needs them."""
+        rule, topology = self.shard_optimizer, self.topology
+        if not isinstance(rule, Muon):
+            return None
+        ranks, group = (self.world.size, None) if topology is None else (topology.node_size, topology.within)
+        matrices = matrices_of(self._optimizer, self.zero.stage, self.module, self.tags, ranks)
+        return WholeMatrices(rule, matrices, self.pieces, self.gradients.names, self.fit.precision, self.shard_rank, group)
 
     def _scale_resblocks(self) -> None:
         """Connect each resblock to its gradient scale, and multiply its gradients by the constant before reductions."""
@@ -245,6 +242,8 @@ class ZeroEngine:
         if self.compression is not None:
             self.compression.settle([applied and not (self.scales is not None and bad) for bad in found.bad])
             self.compression = None if self.compression.is_done else self.compression
+        if self._whole_matrices is not None and applied:
+            self._whole_matrices.replace(self.gradients.read().tensors, self._masters(), self._group_of)
         # DeepSpeed runs the step (ours, see one_pass.py) and gathers the parameters; then the average follows.
         self.shard_optimizer.count = self.updates + 1
         self.average.before_step()
@@ -312,9 +311,10 @@ class ZeroEngine:
         masters = self._masters()
         for piece in self.pieces:
             flat = masters[piece.flat]
-            moments = self.shard_optimizer.moments(self._group_of(piece.flat), flat)  # zeros if no update has been applied yet
+            group = self._group_of(piece.flat)
+            moments = self.shard_optimizer.moments(group, flat)  # zeros if no update has been applied yet
             tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
-            tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names}
+            tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names(group)}
             for kind, tensor in tensors.items():
                 found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found

@@ -1,7 +1,7 @@
-"""Storage of block matrices, and the parameter groups of the optimizer (DEEPSPEED.md beside this file, 3 and 4).
+"""Storage of block matrices, and the optimizer and its parameter groups (DEEPSPEED.md beside this file, 3 and 4).
 
-Block matrices have groups of their own if they are stored or sent in 16 bits, or if their moments are. Otherwise they share a group with embeddings and
-unembeddings.
+Block matrices have groups of their own if they are stored or sent in 16 bits, if their moments are, or if Muon updates them. Otherwise they share a group with
+embeddings and unembeddings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import nn
 
 from model.transformer import ParameterTag
 from train.config import DalleFit, ZeroSection
-from train.optimizer.protocol import ShardGroup
+from train.optimizer.adamw import PaperAdamW
+from train.optimizer.muon import Muon
+from train.optimizer.protocol import ShardGroup, ShardOptimizer
 
 Storage = Literal["fp32", "fp16", "cast"]
 
@@ -48,7 +50,7 @@ def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Sto
 
 
 def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[ShardGroup]:
-    """Groups of parameters that agree in storage, weight decay and packing of moments; and in their resblock, if gradients have scales.
+    """Groups of parameters that agree in storage, weight decay, packing of moments and optimizer; and in their resblock, if gradients have scales.
 
     An fp32 group of parameters outside resblocks comes first, because ZeRO takes the dtype of its buckets from the first parameter.
     """
@@ -57,8 +59,26 @@ def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: Dall
     for name, p in named:
         tag = tags[name]
         packed = fit.moments == "16-bit" and tag.is_block_matrix
+        orthogonal = fit.optimizer == "muon" and tag.is_block_matrix
         resblock = tag.resblock if by_resblock else None
-        key = (-1 if resblock is None else resblock, p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype), tag.decays, packed)
+        key = (-1 if resblock is None else resblock, p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype), tag.decays, packed, orthogonal)
         decay = fit.weight_decay if tag.decays else 0.0
-        groups.setdefault(key, {"params": [], "weight_decay": decay, "packed": packed, "resblock": resblock})["params"].append(p)
+        common: ShardGroup = {"params": [], "weight_decay": decay, "packed": packed, "orthogonal": orthogonal, "resblock": resblock}
+        groups.setdefault(key, common)["params"].append(p)
     return list(groups.values())
+
+
+def make_optimizer(groups: list[ShardGroup], fit: DalleFit) -> ShardOptimizer:
+    """The optimizer that dalle_fit.optimizer names.
+
+    Raises:
+        ConfigError: it is apex's, and apex cannot be used here.
+    """
+    betas, eps = (fit.beta1, fit.beta2), 1e-8
+    if fit.optimizer == "apex":
+        from train.optimizer import apex_parts  # imported only if it is needed
+
+        return apex_parts.adam(groups, betas=betas, eps=eps, key="dalle_fit.optimizer")
+    if fit.optimizer == "muon":
+        return Muon(groups, betas=betas, eps=eps, momentum=fit.muon_momentum, clip_variance=fit.clip_variance)
+    return PaperAdamW(groups, betas=betas, eps=eps, clip_variance=fit.clip_variance)

@@ -23,7 +23,7 @@ from train.config_compression import CompressionSection
 from train.engines.zero.construction import sharded_construction
 from train.engines.zero.engine import ZeroEngine
 from train.machine.rates import DTYPES
-from train.planning import estimate, states
+from train.planning import estimate, network, states
 from train.planning.estimate import Setting
 from train.planning.fake_world import Watched, fake_world
 from train.planning.index_part import index_part
@@ -81,7 +81,7 @@ def findings(setting: Setting) -> list[Finding]:
     """
     fit = setting.cfg.dalle_fit
     if setting.cfg.zero.offload_optimizer or fit.optimizer == "apex":
-        raise ConfigError("--check follows the update of this project on a GPU: set zero.offload_optimizer=false and dalle_fit.optimizer=adamw.")
+        raise ConfigError("--check follows the update of this project on a GPU: set zero.offload_optimizer=false and dalle_fit.optimizer=paper.")
     cfg = setting.cfg
     # FlexAttention needs a compiler for its device; the plan knows the activations of this engine too.
     changed: dict[str, Any] = {"dalle": replace(cfg.dalle, attention="structured"), "compression": CompressionSection()}
@@ -148,10 +148,11 @@ def _checkpoint(setting: Setting, engine: ZeroEngine, cut: list[list[Fragment]])
     """The tensors of a checkpoint, and the bytes of its index and of the largest part: against what a rank should have to read."""
     real = layout.held(engine.fragments(to_load=False))
     by_rank = []
+    states_of = {kind: engine.shard_optimizer.state_names({"orthogonal": kind and setting.orthogonal}) for kind in (False, True)}
     for fragments in cut:
         rows = {}
         for fragment in fragments:
-            for state in ("model", "average", *(f"optimizer/{name}" for name in engine.shard_optimizer.state_names)):
+            for state in ("model", "average", *(f"optimizer/{name}" for name in states_of[fragment.parameter.is_block_matrix])):
                 name = f"{state}/{fragment.parameter.name}"
                 dtype = "int16" if setting.moment_bytes == 4 and fragment.parameter.is_block_matrix and "optimizer" in state else "float32"
                 rows[name] = (fragment.offset, fragment.length, layout.kind_of(fragment.parameter.elements, dtype))
@@ -160,8 +161,9 @@ def _checkpoint(setting: Setting, engine: ZeroEngine, cut: list[list[Fragment]])
     expected = layout.Expected(layout.Expected.of(by_rank[0]))
     tensors = layout.described(expected, [expected.differences(rows, rank) for rank, rows in enumerate(by_rank)])
     elements = sum(tensor["size"] for tensor in tensors.values())
-    parameters = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).total
-    yield Finding("elements of a checkpoint without buffers", (2 + len(engine.shard_optimizer.state_names)) * parameters, elements)
+    parameters = states.count(setting.cfg.dalle, setting.cfg.stream_shape())
+    planned = 2 * parameters.total + len(states_of[True]) * parameters.matrices + len(states_of[False]) * parameters.rest
+    yield Finding("elements of a checkpoint without buffers", planned, elements)
     parts = [len(index_part(rank, rows)) for rank, rows in enumerate(by_rank)]
     index = len(json.dumps(index_of(tensors, [(size, bytes(32)) for size in parts])).encode())
     yield Finding("index and own part that a rank reads, at most", MOST_INDEX, index + max(parts), "MB", below=1.0)
@@ -179,7 +181,8 @@ def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[F
     yield Finding("average, in CPU memory", 4 * parameters / shards, shares["average"], "GB", TOLERANCE)
     loose = 0.0 if setting.stage == 3 else _BELOW
     yield Finding("widest point of an update, with the average", memory.training + shares["average"], watched.peak, "GB", TOLERANCE, below=loose)
-    traffic = estimate.traffic(setting)
+    traffic, most, own = estimate.traffic(setting), estimate.exchanged(setting), estimate.exchanged(setting, 0)
+    traffic = network.Traffic(traffic.inside - most.inside + own.inside, traffic.outside - most.outside + own.outside)  # of this rank
     # Stage 3 need not gather again in the backward pass what it has kept since the forward pass; the plan has no formula for how much that is.
     kept = 4 * (cfg.zero.stage3_max_live_parameters + cfg.zero.stage3_max_reuse_distance) if setting.stage == 3 else 0
     below = min(1.0, kept / traffic.inside) if traffic.inside else 0.0  # one process sends nothing

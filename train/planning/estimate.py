@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
 from train.config import DalleFit, RunConfig
+from train.optimizer.muon_schedule import FP32, Load, load_of, rounds, wire_bytes
 from train.planning import activations, network, states, wire
 from train.planning.flops import forward_flops, head_products, train_flops
 from train.planning.hardware import Gpu
@@ -40,6 +41,9 @@ class Setting:
     layout: Layout
     storage: Storage = "cast"
     moment_bytes: int = 8
+    """Bytes of AdamW's two moments of a matrix element."""
+    orthogonal: bool = False
+    """Whether Muon updates matrices: they then have a momentum in place of two moments."""
     half_gradients: bool = False
     """Whether gradients of matrices are sent in 16 bits: with fp16 arithmetic, however matrices are stored."""
     rank: int | None = None
@@ -55,10 +59,15 @@ class Setting:
         fit, zero = cfg.dalle_fit, cfg.zero
         is_half = fit.precision == "fp16"
         storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"
-        found = cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, is_half)
+        found = cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, fit.optimizer == "muon", is_half)
         if cfg.compression.method == "exact" or cluster.nodes == 1:
             return found
         return replace(found, rank=cfg.compression.rank, wire=cfg.compression.wire, rest=cfg.compression.rest)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state of a matrix element."""
+        return self.moment_bytes // 2 if self.orthogonal else self.moment_bytes
 
     @property
     def micro_batch(self) -> int:
@@ -140,7 +149,7 @@ def memory(setting: Setting) -> Memory:
         setting.stage,
         shards,
         storage=setting.storage,
-        moment_bytes=setting.moment_bytes,
+        moment_bytes=setting.state_bytes,
         half_gradients=setting.half_gradients,
         bucket_elements=zero.reduce_bucket_size * (2 if zero.overlap_comm and setting.stage < 3 else 1),
         live_elements=states.gathered(run.cfg.width, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters),
@@ -148,6 +157,7 @@ def memory(setting: Setting) -> Memory:
         micro_batches=setting.cfg.dalle_fit.accumulation,
         touched=wire.touched(fragments(setting)) if setting.stage in (1, 2) and not zero.offload_optimizer else 0.0,
         overlaps=zero.overlap_comm,
+        orthogonalising=max((load.held for load in orthogonalising(setting)), default=0),
     )
     kept = activations.kept_by_forward(run)
     host = (2 + 2) * _FP32 * parameters.total / (shards if setting.stage else 1) + found.moments
@@ -176,7 +186,29 @@ def fragments(setting: Setting) -> list[list[wire.Fragment]]:
         by_resblock=setting.half_gradients and cfg.scales.scope != "none",
         half=setting.half_gradients,
         packed=setting.moment_bytes == 4,
+        orthogonal=setting.orthogonal,
     )
+
+
+def orthogonalising(setting: Setting) -> list[Load]:
+    """What Muon takes on each of the GPUs that together hold a copy; empty without it."""
+    if not setting.orthogonal or not setting.stage:
+        return []
+    size, ranks = wire_bytes(setting.cfg.dalle_fit.precision), setting.cluster.shards(setting.layout)
+    dealt = rounds(wire.matrices(fragments(setting)), ranks, size)
+    return [load_of(dealt, rank, size) for rank in range(ranks)]
+
+
+def exchanged(setting: Setting, rank: int | None = None) -> network.Traffic:
+    """Bytes that Muon sends from a GPU, by its number, or from those that send most."""
+    gpus = setting.cluster.gpus
+    inside, outside = [0], [0]
+    for sender, load in enumerate(orthogonalising(setting)):
+        if rank in (None, sender):
+            near = [size for other, size in enumerate(load.sent) if other // gpus == sender // gpus]
+            inside.append(sum(near))
+            outside.append(sum(load.sent) - sum(near))
+    return network.Traffic(max(inside), max(outside))
 
 
 def error_bytes(setting: Setting) -> float:
@@ -236,22 +268,32 @@ def times(setting: Setting, gpu: Gpu) -> Times:
     if not _casts_logits(fit):
         # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
         operations += 3 * 2.0 * head_products(cfg.dalle, shape)
-    sent = traffic(setting)
+    sent, loads, exchange = _reductions(setting), orthogonalising(setting), exchanged(setting)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
     # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.
-    touched = (12 + 2 * setting.moment_bytes) * parameters.total / shards
+    touched = (12 + 2 * setting.state_bytes) * parameters.total / shards
+    products = gpu.tflops_16bit * 1e12 * EFFICIENCY
+    rate = products * (_FP32_RATE if wire_bytes(fit.precision) == FP32 else 1.0)
+    whole = max((load.operations for load in loads), default=0) / rate  # Muon's matrices, and their messages, come after the backward pass
+    whole += (exchange.inside / gpu.link_gb_s + exchange.outside / gpu.network_gb_s) / (1e9 * LINK_EFFICIENCY)
     return Times(
-        compute=per_gpu * operations / (gpu.tflops_16bit * 1e12 * EFFICIENCY),
-        optimizer=touched / (gpu.memory_gb_s * 1e9 * LINK_EFFICIENCY),
+        compute=per_gpu * operations / products,
+        optimizer=touched / (gpu.memory_gb_s * 1e9 * LINK_EFFICIENCY) + whole,
         inside=sent.inside / (gpu.link_gb_s * 1e9 * LINK_EFFICIENCY),
         outside=sent.outside / (gpu.network_gb_s * 1e9 * LINK_EFFICIENCY),
-        compressing=max((one.operations for one in compression(setting)), default=0.0) / (gpu.tflops_16bit * 1e12 * EFFICIENCY * _FP32_RATE),
+        compressing=max((one.operations for one in compression(setting)), default=0.0) / (products * _FP32_RATE),
         is_exposed=setting.layout == "node" and setting.cluster.nodes > 1,
     )
 
 
 def traffic(setting: Setting) -> network.Traffic:
     """Bytes that one GPU sends in an update."""
+    found, more = _reductions(setting), exchanged(setting)
+    return network.Traffic(found.inside + more.inside, found.outside + more.outside)
+
+
+def _reductions(setting: Setting) -> network.Traffic:
+    """Bytes of gradients and parameters."""
     cfg = setting.cfg
     found = network.traffic(
         cfg.dalle,

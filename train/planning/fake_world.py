@@ -28,12 +28,14 @@ from train.optimizer import adamw
 _aten: Any = torch.ops.aten
 _c10d: Any = torch.ops.c10d
 _YES_OR_NO = (_aten.equal.default, _aten.is_nonzero.default)
+_TO_EACH, _SPLITS = _c10d.alltoall_base_.default, 4
+"""A message of any size to each rank, and number of the argument with the elements for each."""
 _SENT = {
     _c10d._allgather_base_.default: (0, 1, 2),
     _c10d.allgather_.default: (0, 1, 2),
     _c10d._reduce_scatter_base_.default: (1, 1, 2),
     _c10d.reduce_scatter_.default: (1, 1, 2),
-    _c10d.alltoall_base_.default: (1, 1, 2),
+    _TO_EACH: (1, 1, 2),
     _c10d.allreduce_.default: (0, 2, 1),
     _c10d.broadcast_.default: (0, 1, 1),
     _c10d.reduce_.default: (0, 1, 1),
@@ -43,7 +45,7 @@ _SENT = {
 
 
 class Watched(LiveBytes):
-    """Live bytes, and the bytes that this rank sends in collectives if each runs as a ring."""
+    """Live bytes, and the bytes that this rank, the first, sends in collectives if each runs as a ring, and those to each rank directly."""
 
     def __init__(self, gpus: int) -> None:
         """
@@ -69,6 +71,11 @@ class Watched(LiveBytes):
         assert func in _SENT, f"{func} is not known to {__name__}"
         tensors, times, group = _SENT[func]
         ranks = dist.get_process_group_ranks(ProcessGroup.unbox(args[group]))
+        if func is _TO_EACH and args[_SPLITS]:
+            for rank, size in zip(ranks, args[_SPLITS], strict=True):
+                near, sent = rank // self._gpus == 0, size * args[tensors].itemsize * (rank > 0)
+                self.inside, self.outside = self.inside + near * sent, self.outside + (not near) * sent
+            return
         sent = times * _bytes(args[tensors]) * (len(ranks) - 1) / len(ranks)
         machines = {rank // self._gpus for rank in ranks}
         if len(machines) == len(ranks) > 1:

@@ -107,6 +107,7 @@ def states(
     micro_batches: int = 1,
     touched: float = 0.0,
     overlaps: bool = False,
+    orthogonalising: float = 0.0,
 ) -> States:
     """Bytes of model states on one GPU under DeepSpeed ZeRO, as train/engines/zero/ configures it.
 
@@ -115,7 +116,8 @@ def states(
         stage: 0 (replicated, torch AdamW), 1, 2 or 3.
         shards: how many GPUs together hold one copy.
         storage: how matrices are stored.
-        moment_bytes: bytes of both moments of a matrix element: 8 in fp32, 4 in 1-6-9 and 0-6-10. Those of other parameters are fp32.
+        moment_bytes: bytes of the moments of a matrix element: AdamW's two take 8 in fp32, 4 in 1-6-9 and 0-6-10; Muon's momentum half of that. Those of other
+            parameters are fp32.
         half_gradients: gradients of matrices are sent in 16 bits (fp16 arithmetic); there is then a bucket for them, and one for the rest.
         bucket_elements: largest number of elements of a gradient reduction (zero.reduce_bucket_size).
         live_elements: largest number of parameters that stage 3 holds gathered (``gathered``).
@@ -123,6 +125,7 @@ def states(
         micro_batches: number of micro-batches of an update.
         touched: elements of all parameters of which a rank's flat shards hold some, on stages 1 and 2 (``train.planning.wire.touched``).
         overlaps: gradients are reduced during the backward pass (zero.overlap_comm).
+        orthogonalising: bytes that Muon holds beside the gradients, in messages and whole matrices (``train.optimizer.muon_schedule.load_of``).
 
     Raises:
         ValueError: the stage is unknown.
@@ -136,14 +139,15 @@ def states(
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, error_bytes)
     share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
     gathered_bytes = matrix * min(live_elements, parameters.total)
+    gradients = _gradients(stage, micro_batches, _FP32 * parameters.total, share, max(share, _FP32 * touched), overlaps)
     return States(
         parameters=stored / shards + gathered_bytes if stage == 3 else stored,
         masters=share,  # also in stage 3: an fp32 shard could serve as its own master copy, but DeepSpeed keeps a second copy
         moments=moments / shards,
-        gradients=_gradients(stage, micro_batches, _FP32 * parameters.total, share, max(share, _FP32 * touched), overlaps),
+        gradients=gradients,
         buckets=_buckets(parameters, stage, bucket_elements, half_gradients=half_gradients),
         error_buffers=error_bytes,
-        update=2 * share,  # gradients, and the same laid end to end
+        update=max(2 * share, gradients + orthogonalising),  # gradients, and the same laid end to end; or beside Muon's messages
         keeps_gradients=stage == 3,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from model.config import StreamShape, TransformerConfig
 from train.engines.zero.compression.fragments import Block, block_of, payload_bytes, sent_bytes
+from train.optimizer.muon_schedule import Matrix
 
 _ALIGNMENT = 2
 
@@ -70,20 +71,23 @@ class Fragment:
         return block_of(self.offset, self.length, p.elements, p.width, rank) if p.is_block_matrix else None
 
 
-def fragments(found: list[Parameter], stage: int, gpus: int, *, by_resblock: bool, half: bool, packed: bool) -> list[list[Fragment]]:
+def fragments(
+    found: list[Parameter], stage: int, gpus: int, *, by_resblock: bool, half: bool, packed: bool, orthogonal: bool = False
+) -> list[list[Fragment]]:
     """The fragments of each GPU of a machine.
 
     Args:
         by_resblock: each resblock has its own groups, as it does with gradient scales.
         half: gradients of block matrices are sent in 16 bits; block matrices then have separate groups.
         packed: moments of block matrices have 16 bits; block matrices then have separate groups too.
+        orthogonal: Muon updates block matrices, which then have separate groups too.
     """
     if stage == 3:
         each = {p.name: -(-p.elements // gpus) for p in found}
         return [[f for p in found if (f := _cut(p, gpu * each[p.name], (gpu + 1) * each[p.name])).length > 0] for gpu in range(gpus)]
     groups: dict[tuple[object, ...], list[Parameter]] = {}
     for p in sorted(found, key=lambda p: p.resblock is not None):
-        groups.setdefault((p.resblock if by_resblock else None, (half or packed) and p.is_block_matrix, p.decays), []).append(p)
+        groups.setdefault((p.resblock if by_resblock else None, (half or packed or orthogonal) and p.is_block_matrix, p.decays), []).append(p)
     out: list[list[Fragment]] = [[] for _ in range(gpus)]
     for members in groups.values():
         total = sum(p.elements for p in members)
@@ -94,6 +98,13 @@ def fragments(found: list[Parameter], stage: int, gpus: int, *, by_resblock: boo
                 out[gpu].append(_cut(p, gpu * share - start, (gpu + 1) * share - start))
             start += p.elements
     return out
+
+
+def matrices(held: list[list[Fragment]]) -> list[Matrix]:
+    """The block matrices, with the piece of each GPU of those that together hold a copy."""
+    pieces = [{fragment.parameter: (fragment.offset, fragment.length) for fragment in each if fragment.parameter.is_block_matrix} for each in held]
+    found = {parameter: None for each in pieces for parameter in each}
+    return [Matrix(p.name, p.elements // p.width, p.width, tuple(each.get(p, (0, 0)) for each in pieces)) for p in found]
 
 
 def touched(held: list[list[Fragment]]) -> int:

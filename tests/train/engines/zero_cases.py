@@ -46,6 +46,7 @@ class Case:
     constant: float = 0
     options: bool = False
     """Whether the model has the options of the block."""
+    optimizer: str = "paper"
 
     @property
     def config(self) -> TransformerConfig:
@@ -57,7 +58,7 @@ class Case:
 
 def fit_of(case: Case, **changes: Any) -> DalleFit:
     given = {"batch": BATCH, "accumulation": case.accumulation, "lr": LR, "ema": 0.5, "ema_every": 1, "steps": 6, "numerics_every": 2}
-    return DalleFit(precision=case.precision, moments=case.moments, **(given | changes))  # type: ignore[arg-type]
+    return DalleFit(precision=case.precision, moments=case.moments, optimizer=case.optimizer, **(given | changes))  # type: ignore[arg-type]
 
 
 def zero_of(case: Case) -> ZeroSection:

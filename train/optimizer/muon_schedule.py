@@ -103,7 +103,8 @@ def load_of(dealt: Sequence[Round], rank: int, element_bytes: int) -> Load:
             if other != rank:
                 sent[other] += element_bytes * (given(each, rank, other) + given(each, other, rank))
         mine = each[rank]
-        messages = sum(given(each, rank, owner) for owner in range(len(each))) + sum(matrix.elements for matrix in mine)
+        messages = sum(matrix.elements for matrix in mine)
+        messages += sum(given(each, rank, owner) for owner in range(len(each))) * (len(each) > 1)  # one rank alone computes in the message
         held = max(held, element_bytes * (messages + max((matrix.working for matrix in mine), default=0)))
         operations += sum(matrix.operations for matrix in mine)
     return Load(tuple(sent), held, operations)

@@ -42,8 +42,6 @@ class Setting:
     storage: Storage = "cast"
     moment_bytes: int = 8
     """Bytes of AdamW's two moments of a matrix element."""
-    orthogonal: bool = False
-    """Whether Muon updates matrices: they then have a momentum in place of two moments."""
     half_gradients: bool = False
     """Whether gradients of matrices are sent in 16 bits: with fp16 arithmetic, however matrices are stored."""
     rank: int | None = None
@@ -52,6 +50,8 @@ class Setting:
     """Format of the factors of compression."""
     rest: str = "1-6-9"
     """Format of the error buffers of compression."""
+    orthogonal: bool = False
+    """Whether Muon updates matrices: they then have a momentum in place of two moments."""
 
     @classmethod
     def configured(cls, cfg: RunConfig, cluster: Cluster) -> Setting:
@@ -59,7 +59,8 @@ class Setting:
         fit, zero = cfg.dalle_fit, cfg.zero
         is_half = fit.precision == "fp16"
         storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"
-        found = cls(cfg, cluster, zero.stage, zero.sharding, storage, 4 if fit.moments == "16-bit" else 8, fit.optimizer == "muon", is_half)
+        moments = 4 if fit.moments == "16-bit" else 8
+        found = cls(cfg, cluster, zero.stage, zero.sharding, storage, moments, is_half, orthogonal=fit.optimizer == "muon")
         if cfg.compression.method == "exact" or cluster.nodes == 1:
             return found
         return replace(found, rank=cfg.compression.rank, wire=cfg.compression.wire, rest=cfg.compression.rest)

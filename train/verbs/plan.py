@@ -177,6 +177,7 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
     exposed = f"; of it {_short(times.outside + times.compressing)} between machines after the backward pass, {_short(times.overlapped)} s in all if that were hidden"
     return [
         *compressing(setting),
+        *orthogonalising(setting),
         evaluating(setting),
         f"time of an update    {_short(times.expected)} s expected (compute {_short(times.compute)}, inside {_short(times.inside)}, outside {_short(times.outside)}, "
         f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
@@ -208,6 +209,20 @@ def compressing(setting: Setting) -> list[str]:
         f"factors have {elements:.2%} of the elements that they stand for (even shards: {closed:.2%})",
         f"error buffers        {estimate.error_bytes(setting) / _MB:,.1f} MB a GPU with the projections, in {setting.rest}; {stored / _MB:,.1f} MB in a checkpoint "
         f"(compression.error_buffers = '{kept}')",
+    ]
+
+
+def orthogonalising(setting: Setting) -> list[str]:
+    """If Muon updates matrices: what that sends, holds in memory and computes."""
+    loads, sent = estimate.orthogonalising(setting), estimate.exchanged(setting)
+    if not loads:
+        return []
+    cfg, most = setting.cfg, max(load.operations for load in loads)
+    whole = sum(load.operations for load in loads) * (setting.cluster.world // len(loads))
+    share = whole / (train_flops(cfg.dalle, cfg.stream_shape()) * cfg.dalle_fit.batch)
+    return [
+        f"muon                 {most:.3g} operations on the busiest GPU, {share:.2%} of those of all forward and backward passes; it sends {sent.inside / _MB:,.1f} MB inside the "
+        f"machine and {sent.outside / _MB:,.1f} MB outside, and holds {max(load.held for load in loads) / _MB:,.1f} MB for that beside the gradients"
     ]
 
 

@@ -28,7 +28,7 @@ from train.engines.zero.engine import ZeroEngine
 from train.loop.goodput import Goodput
 from train.loop.trainer import Trainer
 from train.loop.watching import Watched
-from train.optimizer import adamw_kernel
+from train.optimizer import adamw_kernel, muon
 from train.optimizer.loss_scale import LossScale
 from train.ranks.signal_vector import SignalVector
 from train.stages.clip_task import BothTowers, ClipTask
@@ -135,6 +135,24 @@ def test_an_update_of_the_transformer_waits_once_for_the_step_s_message(tmp_path
             made._saver.save(1, engine.fragments(to_load=False), {})
             assert waits_of_updates(made, watch, 1) == [MESSAGE]
         assert engine.updates == 2 and is_cuda(engine._masters())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "16-bit"])
+def test_an_update_by_muon_waits_no_more_and_keeps_matrices_on_the_gpu(tmp_path: Path, moments: str) -> None:
+    cfg = tiny("dalle_fit.optimizer=muon", f"dalle_fit.moments={moments}", "dalle_fit.precision=fp16", "zero.stage=3", "zero.weights=fp16")
+    made_of: list[Tensor] = []
+    plain = muon.update_of
+
+    def seen(direction: Tensor) -> Tensor:
+        made_of.append(plain(direction))
+        return made_of[-1]
+
+    with fake_cuda(MESSAGE) as watch, sharded(watch, cfg) as engine, mock.patch.object(muon, "update_of", seen):
+        made = trainer("dalle", DalleTask(cfg, CUDA, engine.module, []), engine, cfg.dalle_fit, cfg, tmp_path)
+        assert waits_of_updates(made, watch) == [MESSAGE] * 2
+        assert len(made_of) == 2 * 6 * cfg.dalle.layers and is_cuda(made_of) and {t.dtype for t in made_of} == {torch.bfloat16}
+        states = {name: f.tensor for name, f in engine.fragments(to_load=False).items() if name.startswith("optimizer/momentum/")}
+        assert len(states) == 6 * cfg.dalle.layers and is_cuda(list(states.values()))
 
 
 def test_an_evaluation_of_the_transformer_reads_its_sums_once(tmp_path: Path) -> None:

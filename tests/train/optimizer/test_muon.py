@@ -131,4 +131,5 @@ def test_loads_are_counted_from_the_pieces() -> None:
     found = load_of(dealt, 0, 2)
     assert found.sent == (0, 2 * (16 + 16)) and found.operations == 5 * (4 * 16 * 8 + 2 * 64)
     assert found.held == 2 * ((16 + 16) + 32 + (3 * 32 + 2 * 16))
+    assert load_of(rounds([even("a", 8, 4, 1)], 1, 2), 0, 2).held == 2 * (32 + (3 * 32 + 2 * 16))
     assert (wire_bytes("fp32"), wire_bytes("bf16"), wire_bytes("fp16")) == (4, 2, 2)

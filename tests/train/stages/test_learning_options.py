@@ -34,6 +34,7 @@ OPTIONS = {
     "dalle.zero_projections": True,
     "dalle.qk_norm": True,
     "dalle.rotary_positions": True,
+    "dalle_fit.optimizer": "muon",
 }
 
 

@@ -41,12 +41,13 @@ def update_of(direction: Tensor) -> Tensor:
     return orthogonalised(direction).mul_(0.2 * math.sqrt(max(direction.shape)))
 
 
-def advance(gradient: Tensor, factor: float, momentum: Tensor, decay: float, direction: Tensor) -> None:
+def advance(gradient: Tensor, factor: float, momentum: Tensor, decay: float, direction: Tensor | None) -> None:
     """Move a momentum on by a gradient, both flat and equally long, and write Nesterov's direction: the gradient and the momentum in parts of 1 - decay and decay.
 
     Args:
         factor: the gradient is multiplied by it first.
         momentum: float32, or int16 in the format 1-6-9; changed in place.
+        direction: None where it is not needed.
     """
     for start in range(0, gradient.numel(), _CHUNK):
         place = slice(start, start + _CHUNK)
@@ -55,7 +56,8 @@ def advance(gradient: Tensor, factor: float, momentum: Tensor, decay: float, dir
         mean = (SIGNED_169.decode(kept) if packed else kept).lerp_(g, 1.0 - decay)
         if packed:
             kept.copy_(SIGNED_169.encode(mean))
-        direction[place] = g.lerp_(mean, decay)
+        if direction is not None:
+            direction[place] = g.lerp_(mean, decay)
 
 
 class Muon(PaperAdamW):

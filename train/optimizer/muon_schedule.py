@@ -50,7 +50,7 @@ class Matrix:
 
 
 Round = tuple[tuple[Matrix, ...], ...]
-"""For each rank the matrices that it computes."""
+"""For each owner the matrices that it computes: the ranks of the first machine that shard together, then those of the second, and so on."""
 
 
 def cut(elements: int, start: int, share: int, ranks: int) -> tuple[tuple[int, int], ...]:
@@ -59,12 +59,18 @@ def cut(elements: int, start: int, share: int, ranks: int) -> tuple[tuple[int, i
     return tuple((first, last - first) for first, last in pairwise(ends))
 
 
-def rounds(matrices: Iterable[Matrix], ranks: int, element_bytes: int) -> list[Round]:
-    """Deal matrices to owners and rounds, from names and shapes alone: the largest first, each to the rank with the least to compute, and of several such to the
-    one that holds most of it."""
-    load, owned = [0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
+def rounds(matrices: Iterable[Matrix], ranks: int, element_bytes: int, machines: int = 1) -> list[Round]:
+    """Deal matrices to owners and rounds, from names and shapes alone: the largest first, each to the owner with the least to compute, and of several such to the
+    one that holds most of it.
+
+    Args:
+        ranks: those that shard together.
+        machines: replicas that share the work; 1: each does all of it.
+    """
+    owners = range(ranks * machines)
+    load, owned = [0 for _ in owners], [list[Matrix]() for _ in owners]
     for matrix in sorted(matrices, key=lambda m: (-m.operations, m.name)):
-        owner = min(range(ranks), key=lambda rank: (load[rank], -matrix.held[rank][1]))
+        owner = min(owners, key=lambda owner: (load[owner], -matrix.held[owner % ranks][1]))
         load[owner] += matrix.operations
         owned[owner].append(matrix)
     return list(zip_longest(*(_batches(each, ROUND_BYTES // element_bytes) for each in owned), fillvalue=()))
@@ -79,8 +85,13 @@ def _batches(matrices: Sequence[Matrix], most: int) -> list[tuple[Matrix, ...]]:
     return [tuple(batch) for batch in found]
 
 
+def by_machine(dealt: Round, ranks: int) -> list[Round]:
+    """The parts of a round that each machine computes."""
+    return [dealt[start : start + ranks] for start in range(0, len(dealt), ranks)]
+
+
 def given(dealt: Round, rank: int, owner: int) -> int:
-    """Elements of a round that a rank brings to an owner, and gets back from it."""
+    """Elements of a machine's part of a round that a rank brings to an owner, and gets back from it."""
     return sum(matrix.held[rank][1] for matrix in dealt[owner])
 
 
@@ -90,21 +101,29 @@ class Load:
 
     sent: tuple[int, ...]
     """Bytes to each rank of the sharding group, both ways together; none to itself."""
+    between: float
+    """Bytes to the ranks of other machines that have the same shard: updates that their machines have not computed."""
     held: int
     """Bytes of messages and matrices at once, at most."""
     operations: int
 
 
-def load_of(dealt: Sequence[Round], rank: int, element_bytes: int) -> Load:
-    """What these rounds take on a rank."""
-    sent, held, operations = [0] * (len(dealt[0]) if dealt else 1), 0, 0
-    for each in dealt:
-        for other in range(len(each)):
-            if other != rank:
-                sent[other] += element_bytes * (given(each, rank, other) + given(each, other, rank))
-        mine = each[rank]
-        messages = sum(matrix.elements for matrix in mine)
-        messages += sum(given(each, rank, owner) for owner in range(len(each))) * (len(each) > 1)  # one rank alone computes in the message
-        held = max(held, element_bytes * (messages + max((matrix.working for matrix in mine), default=0)))
-        operations += sum(matrix.operations for matrix in mine)
-    return Load(tuple(sent), held, operations)
+def loads(dealt: Sequence[Round], ranks: int, element_bytes: int) -> list[Load]:
+    """What these rounds take on each of their owners."""
+    parts = [by_machine(each, ranks) for each in dealt]
+    pieces = [[[sum(given(part, rank, owner) for owner in range(ranks)) for rank in range(ranks)] for part in each] for each in parts]
+    found = []
+    for machine, rank in ((machine, rank) for machine in range(len(parts[0])) for rank in range(ranks)):
+        sent, held, operations = [0] * ranks, 0, 0
+        for each, elements in zip(parts, pieces, strict=True):
+            mine, part = each[machine][rank], each[machine]
+            for other in range(ranks):
+                sent[other] += element_bytes * (given(part, rank, other) + given(part, other, rank)) * (other != rank)
+            message, whole = elements[machine][rank] * (ranks > 1), sum(matrix.elements for matrix in mine)  # one rank alone computes in the message
+            held = max(held, message + whole + max((matrix.working for matrix in mine), default=0))
+            held = max(held, elements[machine][rank] + max(each_machine[rank] for each_machine in elements) * (len(each) > 1))
+            operations += sum(matrix.operations for matrix in mine)
+        machines = len(parts[0])
+        shard = element_bytes * sum(each_machine[rank] for elements in pieces for each_machine in elements)
+        found.append(Load(tuple(sent), shard * (machines - 1) / machines, element_bytes * held, operations))
+    return found

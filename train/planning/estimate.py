@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from infra.errors import ConfigError
 from train.config import DalleFit, RunConfig
-from train.optimizer.muon_schedule import FP32, Load, load_of, rounds, wire_bytes
+from train.optimizer.muon_schedule import FP32, Load, loads, rounds, wire_bytes
 from train.planning import activations, network, states, wire
 from train.planning.flops import forward_flops, head_products, train_flops
 from train.planning.hardware import Gpu
@@ -192,23 +192,22 @@ def fragments(setting: Setting) -> list[list[wire.Fragment]]:
 
 
 def orthogonalising(setting: Setting) -> list[Load]:
-    """What Muon takes on each of the GPUs that together hold a copy; empty without it."""
+    """What Muon takes on each GPU; with compression between machines on each of a machine, as all machines do the same. Empty without it."""
     if not setting.orthogonal or not setting.stage:
         return []
     size, ranks = wire_bytes(setting.cfg.dalle_fit.precision), setting.cluster.shards(setting.layout)
-    dealt = rounds(wire.matrices(fragments(setting)), ranks, size)
-    return [load_of(dealt, rank, size) for rank in range(ranks)]
+    machines = setting.cluster.world // ranks if setting.rank is None else 1
+    return loads(rounds(wire.matrices(fragments(setting)), ranks, size, machines), ranks, size)
 
 
 def exchanged(setting: Setting, rank: int | None = None) -> network.Traffic:
     """Bytes that Muon sends from a GPU, by its number, or from those that send most."""
-    gpus = setting.cluster.gpus
-    inside, outside = [0], [0]
+    gpus, inside, outside = setting.cluster.gpus, [0.0], [0.0]
     for sender, load in enumerate(orthogonalising(setting)):
         if rank in (None, sender):
-            near = [size for other, size in enumerate(load.sent) if other // gpus == sender // gpus]
+            near = [size for other, size in enumerate(load.sent) if setting.layout == "node" or other // gpus == sender // gpus]
             inside.append(sum(near))
-            outside.append(sum(load.sent) - sum(near))
+            outside.append(sum(load.sent) - sum(near) + load.between)
     return network.Traffic(max(inside), max(outside))
 
 
@@ -269,13 +268,13 @@ def times(setting: Setting, gpu: Gpu) -> Times:
     if not _casts_logits(fit):
         # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
         operations += 3 * 2.0 * head_products(cfg.dalle, shape)
-    sent, loads, exchange = _reductions(setting), orthogonalising(setting), exchanged(setting)
+    sent, matrices, exchange = _reductions(setting), orthogonalising(setting), exchanged(setting)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
     # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.
     touched = (12 + 2 * setting.state_bytes) * parameters.total / shards
     products = gpu.tflops_16bit * 1e12 * EFFICIENCY
     rate = products * (_FP32_RATE if wire_bytes(fit.precision) == FP32 else 1.0)
-    whole = max((load.operations for load in loads), default=0) / rate  # Muon's matrices, and their messages, come after the backward pass
+    whole = max((load.operations for load in matrices), default=0) / rate  # Muon's matrices, and their messages, come after the backward pass
     whole += (exchange.inside / gpu.link_gb_s + exchange.outside / gpu.network_gb_s) / (1e9 * LINK_EFFICIENCY)
     return Times(
         compute=per_gpu * operations / products,

@@ -12,10 +12,10 @@ from infra.config_keys import declared
 from infra.errors import ConfigError
 from train.config import RunConfig, load_run
 from train.engines.zero.shards import Piece
-from train.engines.zero.whole_matrices import WholeMatrices
+from train.engines.zero.whole_matrices import Ranks, WholeMatrices
 from train.machine.live_bytes import LiveBytes
 from train.optimizer.muon import Muon
-from train.optimizer.muon_schedule import Matrix, cut, load_of, rounds
+from train.optimizer.muon_schedule import Matrix, cut, loads, rounds
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -33,14 +33,14 @@ def test_bytes_held_are_those_of_the_schedule(monkeypatch: pytest.MonkeyPatch, p
     rule = Muon([{"params": [flat], "weight_decay": 0.0, "packed": False, "orthogonal": True}], betas=(0.9, 0.96), momentum=0.95)
     group: Any = rule.param_groups[0]
     gradients = [torch.randn(piece.length) for piece in pieces]
-    whole = WholeMatrices(rule, matrices, pieces, [piece.name for piece in pieces], precision, 0, None)
+    whole = WholeMatrices(rule, matrices, pieces, [piece.name for piece in pieces], precision, Ranks(ranks, 0))
     with LiveBytes() as live:
         for tensor in (flat, rule.moments(group, flat)["momentum"], *gradients):
             live.follow(tensor)
         before = live.now
         whole.replace(gradients, [flat], lambda _: group)
     size = 4 if precision == "fp32" else 2
-    assert live.peak - before == pytest.approx(load_of(rounds(matrices, ranks, size), 0, size).held, rel=0.01) and live.now == before
+    assert live.peak - before == pytest.approx(loads(rounds(matrices, ranks, size), ranks, size)[0].held, rel=0.01) and live.now == before
 
 
 def test_muon_is_refused_where_a_cpu_would_multiply_its_matrices() -> None:

@@ -44,7 +44,9 @@ def test_with_fp16_and_its_scales_losses_follow_those_of_fp32_on_any_number_of_r
 
 def test_replicas_on_other_machines_are_equal_bit_for_bit_with_exact_sums_and_with_factors(found: Any) -> None:
     for rank in found[4]:
-        assert [each["compressed"] for each in rank["replicas"]] == [True, True, False]
+        assert [each["compressed"] for each in rank["replicas"]] == [True, True, False, False]
+        assert all(each["between"] == each["planned"] for each in rank["replicas"]), rank["replicas"]
+        assert [each["between"] > 0 for each in rank["replicas"]] == [False, False, True, True]
         assert all(each["agree"] and each["losses"][-1] < each["losses"][0] + 0.1 for each in rank["replicas"])
 
 

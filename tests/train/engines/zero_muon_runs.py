@@ -35,6 +35,7 @@ from tests.train.engines.zero_compression_runs import LOW, replicas_agree
 from tests.train.engines.zero_runs import inject
 from train.config import RunConfig
 from train.config_compression import CompressionSection
+from train.optimizer.muon_schedule import Load
 from train.planning import estimate
 from train.planning.estimate import Setting
 from train.planning.states import Cluster
@@ -48,6 +49,7 @@ REPLICAS = [
     (Case(stage=3, precision="fp16", sharding="node", moments="16-bit", optimizer="muon"), LOW.model_copy(update={"wire": "1-6-9"})),
     (Case(stage=2, sharding="node", optimizer="muon"), LOW),
     (Case(stage=1, precision="bf16", sharding="node", optimizer="muon"), CompressionSection()),
+    (Case(stage=3, precision="fp16", sharding="node", optimizer="muon"), CompressionSection()),
 ]
 SKIPPED = Case(stage=3, precision="fp16", skip="resblock", optimizer="muon")
 SAVED = Case(stage=2, precision="fp16", moments="16-bit", optimizer="muon")
@@ -112,11 +114,13 @@ def counted(world: World) -> Iterator[list[int]]:
         yield found
 
 
-def planned(world: World, case: Case) -> list[int]:
-    """The same for one update, as ``plan`` foretells it."""
-    cfg = RunConfig(dalle=CONFIG, dalle_fit=fit_of(case), zero=zero_of(case))
+def planned(world: World, case: Case, section: CompressionSection | None = None) -> Load:
+    """What one update takes on this rank, as ``plan`` foretells it; by node, a machine is two processes."""
+    cfg = RunConfig(dalle=CONFIG, dalle_fit=fit_of(case), zero=zero_of(case), compression=section or CompressionSection())
     object.__setattr__(cfg, "stream_shape", lambda: SHAPE)
-    return list(estimate.orthogonalising(Setting.configured(cfg, Cluster(1, world.size)))[world.rank].sent)
+    cluster = Cluster(world.size // 2, 2) if case.sharding == "node" else Cluster(1, world.size)
+    found = estimate.orthogonalising(Setting.configured(cfg, cluster))
+    return found[world.rank % len(found)]
 
 
 def compared(world: World, case: Case) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def compared(world: World, case: Case) -> dict[str, Any]:
         "cut": any(piece.name in matrices and piece.offset > 0 for piece in engine.pieces),
         "state": {(name.split("/")[1], name.split("/")[2] in matrices) for name in state if name.startswith("optimizer/")},
         "sent": [size / UPDATES for size in sent],
-        "planned": planned(world, case),
+        "planned": list(planned(world, case).sent),
         "idle": sum(idle),
     }
 
@@ -148,11 +152,26 @@ def compared(world: World, case: Case) -> dict[str, Any]:
 def replicas(world: World, case: Case, section: CompressionSection) -> dict[str, Any]:
     """Whether machines stay equal bit for bit, and how the loss goes."""
     engine = make_engine(case, world, compression=section)
-    history, agree = [], []
+    history, agree, sent = [], [], 0
+    plain = dist.broadcast
+
+    def counting(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        nonlocal sent
+        sent += tensor.nbytes * (named.get("group") is engine.topology.between)
+        return plain(tensor, *given, **named)
+
     for step in range(4):
-        history += updates(engine, world, step, step + 1, case.accumulation)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "broadcast", counting)
+            history += updates(engine, world, step, step + 1, case.accumulation)
         agree.append(replicas_agree(engine))
-    return {"agree": all(agree), "losses": [loss for loss, *_ in history], "compressed": engine.compression is not None}
+    return {
+        "agree": all(agree),
+        "losses": [loss for loss, *_ in history],
+        "compressed": engine.compression is not None,
+        "between": sent / 4 * (engine.nodes - 1) / engine.nodes,
+        "planned": planned(world, case, section).between,
+    }
 
 
 def saved(world: World, folder: str) -> dict[str, Any]:
@@ -179,7 +198,7 @@ def losses(world: World, case: Case) -> dict[str, Any]:
     engine = make_engine(case, world)
     with counted(world) as sent:
         found = [loss for loss, *_ in updates(engine, world, 0, 5, case.accumulation)]
-    return {"losses": found, "sent": [size / 5 for size in sent], "planned": planned(world, case)}
+    return {"losses": found, "sent": [size / 5 for size in sent], "planned": list(planned(world, case).sent)}
 
 
 def on_four(world: World, folder: str) -> dict[str, Any]:

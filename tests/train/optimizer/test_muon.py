@@ -10,7 +10,7 @@ import torch
 
 from train.optimizer import muon
 from train.optimizer.muon import Muon, advance, orthogonalised, update_of
-from train.optimizer.muon_schedule import ROUND_BYTES, Matrix, cut, given, load_of, rounds, wire_bytes
+from train.optimizer.muon_schedule import ROUND_BYTES, Matrix, by_machine, cut, given, loads, rounds, wire_bytes
 from train.optimizer.number_formats import SIGNED_169
 
 SHAPES = [(32, 32), (16, 64), (64, 16)]
@@ -107,7 +107,7 @@ def test_every_matrix_is_computed_once_and_ranks_compute_as_much_as_each_other()
     matrices = [even(f"{layer}.{name}", 64 * (1 + 3 * (name == "up")), 64, 4) for layer in range(6) for name in ("q", "k", "v", "up", "down")]
     dealt = rounds(matrices, 4, 2)
     assert sorted(m.name for each in dealt for owned in each for m in owned) == sorted(m.name for m in matrices)
-    work = [load_of(dealt, rank, 2).operations for rank in range(4)]
+    work = [load.operations for load in loads(dealt, 4, 2)]
     assert max(work) - min(work) <= max(m.operations for m in matrices) and sum(work) == sum(m.operations for m in matrices)
 
 
@@ -115,7 +115,7 @@ def test_a_matrix_goes_to_the_rank_that_holds_most_of_it_where_all_have_the_same
     whole = [Matrix(name, 8, 8, tuple((0, 64 * (rank == at)) for rank in range(3))) for name, at in (("a", 2), ("b", 0), ("c", 1))]
     dealt = rounds(whole, 3, 2)
     assert [[m.name for m in owned] for owned in dealt[0]] == [["b"], ["c"], ["a"]]
-    assert all(not any(load_of(dealt, rank, 2).sent) for rank in range(3))
+    assert all(not any(load.sent) for load in loads(dealt, 3, 2))
 
 
 def test_a_round_holds_a_bounded_number_of_bytes_but_always_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +128,20 @@ def test_a_round_holds_a_bounded_number_of_bytes_but_always_a_matrix(monkeypatch
 def test_loads_are_counted_from_the_pieces() -> None:
     dealt = rounds([even("a", 8, 4, 2), even("b", 4, 8, 2)], 2, 2)
     assert [given(dealt[0], 0, owner) for owner in range(2)] == [16, 16]
-    found = load_of(dealt, 0, 2)
+    found = loads(dealt, 2, 2)[0]
+    assert found.between == 0
     assert found.sent == (0, 2 * (16 + 16)) and found.operations == 5 * (4 * 16 * 8 + 2 * 64)
     assert found.held == 2 * ((16 + 16) + 32 + (3 * 32 + 2 * 16))
-    assert load_of(rounds([even("a", 8, 4, 1)], 1, 2), 0, 2).held == 2 * (32 + (3 * 32 + 2 * 16))
+    assert loads(rounds([even("a", 8, 4, 1)], 1, 2), 1, 2)[0].held == 2 * (32 + (3 * 32 + 2 * 16))
     assert (wire_bytes("fp32"), wire_bytes("bf16"), wire_bytes("fp16")) == (4, 2, 2)
+
+
+def test_machines_that_are_replicas_share_the_work_and_send_each_other_what_they_computed() -> None:
+    matrices = [even(f"m{index}", 8, 8, 2) for index in range(6)]
+    dealt = rounds(matrices, 2, 4, machines=3)
+    assert len(dealt) == 1 and [[len(owned) for owned in part] for part in by_machine(dealt[0], 2)] == [[1, 1]] * 3
+    found = loads(dealt, 2, 4)
+    assert len(found) == 6 and {load.operations for load in found} == {matrices[0].operations}
+    assert {load.between for load in found} == {4 * 6 * 32 * 2 / 3} and {load.sent for load in found} == {(0, 256), (256, 0)}
+    alone = loads(rounds(matrices, 2, 4), 2, 4)
+    assert [load.operations for load in alone] == [3 * matrices[0].operations] * 2 and alone[0].between == 0

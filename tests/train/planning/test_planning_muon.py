@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train.config import load_run
+from train.config_compression import CompressionSection
 from train.planning import estimate, states
 from train.planning.estimate import Setting
 from train.planning.flops import train_flops
@@ -35,14 +36,18 @@ def test_operations_and_bytes_are_those_of_the_formulas() -> None:
     cfg = load_run("12B", [*MUON, "zero.stage=3", "zero.sharding=node"])
     setting, d = Setting.configured(cfg, Cluster(2, 8)), cfg.dalle.width
     loads = estimate.orthogonalising(setting)
-    assert len(loads) == 8 and sum(load.operations for load in loads) == cfg.dalle.layers * 300 * d**3
+    assert len(loads) == 16 and sum(load.operations for load in loads) == cfg.dalle.layers * 300 * d**3
     assert max(load.operations for load in loads) < 1.02 * min(load.operations for load in loads)
     sent = estimate.exchanged(setting)
-    assert sent.outside == 0 and sent.inside == pytest.approx(4 * 7 / 8 * cfg.dalle.layers * 12 * d**2 / 8, rel=0.02)
+    shard = cfg.dalle.layers * 12 * d**2 / 8
+    assert sent.outside == 2 * shard / 2 and sent.inside == pytest.approx(4 * 7 / 8 * shard / 2, rel=0.02)
     assert (
         estimate.traffic(setting).inside - sent.inside
         == estimate.traffic(Setting.configured(load_run("12B", ["zero.stage=3", "zero.sharding=node"]), Cluster(2, 8))).inside
     )
+    low = Setting.configured(cfg.model_copy(update={"compression": CompressionSection(method="powersgd", rank=896)}), Cluster(2, 8))
+    repeated = estimate.orthogonalising(low)
+    assert len(repeated) == 8 and estimate.exchanged(low).outside == 0 and repeated[0].operations == 2 * loads[0].operations
     flat = Setting.configured(load_run("12B", [*MUON, "zero.stage=3", "zero.sharding=flat"]), Cluster(2, 8))
     of_flat = estimate.exchanged(flat)
     assert of_flat.outside > of_flat.inside > 0 and estimate.exchanged(flat, 0).inside <= of_flat.inside

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from train.engines.zero.groups import make_optimizer, parameter_groups, store_we
 from train.engines.zero.scales import EngineState, GradientScales
 from train.engines.zero.shards import GradientReader, pieces
 from train.engines.zero.topology import node_topology
-from train.engines.zero.whole_matrices import WholeMatrices, matrices_of
+from train.engines.zero.whole_matrices import Ranks, WholeMatrices, matrices_of
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
 from train.optimizer.muon import Muon
@@ -123,8 +124,8 @@ class ZeroEngine:
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device
-        self._whole_matrices = self._gathering_matrices()
         self._compression_section, self._seed = compression or CompressionSection(), seed
+        self._whole_matrices = self._gathering_matrices()
         found = self._build_compression()
         self.compression = found if found.is_active else None
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
@@ -158,9 +159,13 @@ class ZeroEngine:
         rule, topology = self.shard_optimizer, self.topology
         if not isinstance(rule, Muon):
             return None
-        ranks, group = (self.world.size, None) if topology is None else (topology.node_size, topology.within)
-        matrices = matrices_of(self._optimizer, self.zero.stage, self.module, self.tags, ranks)
-        return WholeMatrices(rule, matrices, self.pieces, self.gradients.names, self.fit.precision, self.shard_rank, group)
+        ranks = Ranks(self.world.size, self.shard_rank)
+        if topology is not None:
+            ranks = Ranks(topology.node_size, self.shard_rank, topology.within)
+            if self._compression_section.method == "exact":
+                ranks = replace(ranks, machines=topology.nodes, machine=topology.node, between=topology.between)
+        matrices = matrices_of(self._optimizer, self.zero.stage, self.module, self.tags, ranks.count)
+        return WholeMatrices(rule, matrices, self.pieces, self.gradients.names, self.fit.precision, ranks)
 
     def _scale_resblocks(self) -> None:
         """Connect each resblock to its gradient scale, and multiply its gradients by the constant before reductions."""

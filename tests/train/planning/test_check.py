@@ -26,7 +26,6 @@ CASES = {
     "stage 1": ["zero.stage=1"],
     "machines of one GPU, precision decided there": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=auto", "dalle_fit.moments=fp32"],
     "Muon on stage 3, by node": ["dalle_fit.optimizer=muon"],
-    "Muon on stage 2, flat": ["dalle_fit.optimizer=muon", "zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
 PROGRAM = """

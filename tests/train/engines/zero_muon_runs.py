@@ -160,7 +160,7 @@ def replicas(world: World, case: Case, section: CompressionSection) -> dict[str,
         sent += tensor.nbytes * (named.get("group") is engine.topology.between)
         return plain(tensor, *given, **named)
 
-    for step in range(4):
+    for step in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "broadcast", counting)
             history += updates(engine, world, step, step + 1, case.accumulation)
@@ -169,36 +169,36 @@ def replicas(world: World, case: Case, section: CompressionSection) -> dict[str,
         "agree": all(agree),
         "losses": [loss for loss, *_ in history],
         "compressed": engine.compression is not None,
-        "between": sent / 4 * (engine.nodes - 1) / engine.nodes,
+        "between": sent / 3 * (engine.nodes - 1) / engine.nodes,
         "planned": planned(world, case, section).between,
     }
 
 
 def saved(world: World, folder: str) -> dict[str, Any]:
-    """Three updates, a checkpoint, four more; the same four after a restore."""
+    """Three updates, a checkpoint, two more; the same two after a restore."""
     engine, url = make_engine(SAVED, world), f"{folder}/muon"
     updates(engine, world, 0, 3)
     checkpoint.save(url, 3, engine.fragments(to_load=False), meta_of(engine), world, keep=2)
     whole = gathered(engine, KINDS)
-    losses = [loss for loss, *_ in updates(engine, world, 3, 7)]
+    losses = [loss for loss, *_ in updates(engine, world, 3, 5)]
     again = make_engine(SAVED, world, seed=99)
     restore(again, url, world)
-    return {"whole": whole, "losses": losses, "again": [loss for loss, *_ in updates(again, world, 3, 7)]}
+    return {"whole": whole, "losses": losses, "again": [loss for loss, *_ in updates(again, world, 3, 5)]}
 
 
 def loaded(world: World, folder: str, stage: int, weights: str) -> dict[str, Any]:
     """What another number of ranks reads on another stage."""
     engine = make_engine(Case(stage=stage, precision="fp16", weights=weights, moments="16-bit", optimizer="muon"), world, seed=99)
     restore(engine, f"{folder}/muon", world)
-    return {"whole": gathered(engine, KINDS), "losses": [loss for loss, *_ in updates(engine, world, 3, 7)]}
+    return {"whole": gathered(engine, KINDS), "losses": [loss for loss, *_ in updates(engine, world, 3, 5)]}
 
 
 def losses(world: World, case: Case) -> dict[str, Any]:
     """Losses of some updates, and what one of them sent, as counted and as planned."""
     engine = make_engine(case, world)
     with counted(world) as sent:
-        found = [loss for loss, *_ in updates(engine, world, 0, 5, case.accumulation)]
-    return {"losses": found, "sent": [size / 5 for size in sent], "planned": list(planned(world, case).sent)}
+        found = [loss for loss, *_ in updates(engine, world, 0, 4, case.accumulation)]
+    return {"losses": found, "sent": [size / 4 for size in sent], "planned": list(planned(world, case).sent)}
 
 
 def on_four(world: World, folder: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from model import sdpa
 from model.config import ClipConfig
 
-_MAX_LOG_SCALE = math.log(100.0)
-_FIRST_LOG_SCALE = math.log(1 / 0.07)
+MAX_LOG_SCALE = math.log(100.0)
+FIRST_LOG_SCALE = math.log(1 / 0.07)
 
 
 class Block(nn.Module):
@@ -73,7 +73,7 @@ class Clip(nn.Module):
         self.text_blocks = nn.ModuleList(Block(width, cfg.heads, cfg.layers) for _ in range(cfg.layers))
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.image_head, self.text_head = nn.Linear(width, cfg.embed, bias=False), nn.Linear(width, cfg.embed, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(_FIRST_LOG_SCALE))
+        self.log_scale = nn.Parameter(torch.tensor(FIRST_LOG_SCALE))
 
     def encode_image(self, pixels_BCYX: Tensor) -> Tensor:
         """Pixels in [0, 1], fp32 [B, 3, image_size, image_size], to unit vectors fp32 [B, E].
@@ -123,4 +123,4 @@ class Clip(nn.Module):
     def limit_scale(self) -> None:
         """Keep the scale at or below 100; to be called after each update. A clamp inside ``scale`` would have no gradient beyond the limit, so a scale that has
         exceeded it could never return."""
-        self.log_scale.clamp_(max=_MAX_LOG_SCALE)
+        self.log_scale.clamp_(max=MAX_LOG_SCALE)

@@ -181,19 +181,27 @@ class ClipConfig:
 
     __pydantic_config__ = _STRICT
 
+    towers: Literal["own", "frozen"] = "own"
+    """'own': both towers are trained. 'frozen': pictures are looked at by EfficientNet-Lite0 and captions, English ones, read by all-MiniLM-L6-v2, whose weights come in
+    packages, and only heads on top of their features are trained (docs/drawing.md)."""
     width: int = 512
-    """Width of both towers; a multiple of heads."""
+    """'own': width of both towers; a multiple of heads."""
     layers: int = 12
-    """Transformer layers of each tower."""
+    """'own': transformer layers of each tower."""
     heads: int = 8
-    """Attention heads."""
+    """'own': attention heads."""
     patch: int = 16
-    """Side of an image patch in pixels; divides dvae.image_size."""
+    """'own': side of an image patch in pixels; divides dvae.image_size."""
     embed: int = 512
     """Width of the shared embedding."""
 
     def __post_init__(self) -> None:
         _positive(self, "width", "layers", "heads", "patch", "embed")
         _at_most(self, layers=4096, width=1 << 20, heads=1 << 16, patch=1 << 12, embed=1 << 20)
-        if self.width % self.heads:
+        if self.towers == "own" and self.width % self.heads:
             raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}")
+
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether it reads captions as the run's tokenizer divides them."""
+        return self.towers == "own"

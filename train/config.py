@@ -277,6 +277,8 @@ class ClipFit(FitSection):
     """Augmentation: largest resize target of a training picture, divided by the image size, before a crop is cut out of it at random; None: encode.scale_max."""
     mirror: bool = Field(default=False, json_schema_extra=GOING_ON)
     """Augmentation: mirror half of the training pictures. Captions that name left and right become wrong."""
+    views: int = Field(default=1, ge=1, le=64, json_schema_extra=GOING_ON)
+    """With clip.towers = 'frozen': crops of each training picture of which features are kept; each epoch draws one of them. Time and disk are proportional to it."""
     lr: float = Field(default=5e-4, gt=0, json_schema_extra=GOING_ON)
     """Peak step size."""
     warmup_steps: int = Field(default=100, ge=0, json_schema_extra=GOING_ON)
@@ -323,7 +325,7 @@ class RunConfig(Section):
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
         check_sharding(self.compression, self.zero.sharding)
-        if (size := self.dvae.image_size) % self.clip.patch:
+        if (size := self.dvae.image_size) % self.clip.patch and self.clip.towers == "own":
             raise ValueError(f"clip.patch = {self.clip.patch} does not divide dvae.image_size = {size}")
         if self.dvae_fit.scale_min > self.dvae_fit.scale_max:
             raise ValueError(f"dvae_fit.scale_min = {self.dvae_fit.scale_min} is above dvae_fit.scale_max = {self.dvae_fit.scale_max}")

@@ -341,8 +341,10 @@ class SequentialReader(Generic[T, B]):
 
 
 def image_collate(samples: list[Sample]) -> Batch:
-    """Collate image samples: ids (list), pixels float32 [B, 3, H, W] in [0, 1], and, if they have captions, text int64 [B, T] and lengths int64 [B]."""
+    """Collate image samples: ids (list), pixels float32 [B, 3, H, W] in [0, 1], and, if they have captions, captions (list), text int64 [B, T] and lengths int64 [B]."""
     batch: Batch = {"ids": [sample["id"] for sample in samples], "pixels": to_pixels(np.stack([sample["pixels"] for sample in samples]))}
+    if "caption" in samples[0]:
+        batch["captions"] = [sample["caption"] for sample in samples]
     return batch | _texts(samples) if "text" in samples[0] else batch
 
 

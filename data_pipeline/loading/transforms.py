@@ -18,8 +18,8 @@ from infra.seeds import derive, generator
 Record = Mapping[str, Any]
 """One record of a shard set: its columns by name. A column is decoded only when it is read."""
 Sample = dict[str, Any]
-"""The input of collation: id, and some of pixels (uint8 [H, W, 3]), text (int64 [T]), length (int), codes (int64 [I]), and what a model reads in place of the
-last and of text: read_codes, read_text."""
+"""The input of collation: id, and some of pixels (uint8 [H, W, 3]), caption (string), text (int64 [T]), length (int), codes (int64 [I]), and what a model reads in
+place of the last and of text: read_codes, read_text."""
 
 
 def dvae_transform(
@@ -43,7 +43,14 @@ def pair_transform(
 
     With ``mirror`` half of the pictures, drawn by (seed, epoch, id), are mirrored.
     """
-    encode = caption_transform(tokenizer, seed, dropout)
+    cut, encode = crop_transform(image_size, scale_max, seed, decoding, mirror), caption_transform(tokenizer, seed, dropout)
+    return lambda record, epoch: cut(record, epoch) | encode(record, epoch)
+
+
+def crop_transform(
+    image_size: int, scale_max: float, seed: int, decoding: crops.Decoding = "exact", mirror: bool = False
+) -> Callable[[Record, int], Sample]:
+    """The picture of ``pair_transform`` alone. Samples have pixels and id."""
 
     def transform(record: Record, epoch: int) -> Sample:
         rng = generator(seed, "crop", epoch, record["id"])
@@ -51,7 +58,7 @@ def pair_transform(
         picture, _ = crops.picture(record["image"], draw, image_size, decoding)
         if mirror and rng.random() < 0.5:
             picture = np.ascontiguousarray(picture[:, ::-1])
-        return {"id": record["id"], "pixels": picture} | encode(record, epoch)
+        return {"id": record["id"], "pixels": picture}
 
     return transform
 
@@ -125,7 +132,8 @@ def view_transform(image_size: int, tokenizer: Tokenizer | None = None) -> Calla
         picture, _ = crops.picture(record["image"], partial(crops.center_crop, target=image_size), image_size)
         sample: Sample = {"id": record["id"], "pixels": picture}
         if tokenizer is not None:
-            sample["text"], sample["length"] = tokenizer.encode(record["captions"][0])
+            sample["caption"] = record["captions"][0]
+            sample["text"], sample["length"] = tokenizer.encode(sample["caption"])
         return sample
 
     return transform

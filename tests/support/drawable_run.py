@@ -16,8 +16,10 @@ from infra.world import World
 from model.clip import Clip
 from model.dvae import DVAE
 from model.transformer import Transformer
+from tests.support.frozen_towers import LINEAGE
 from train.config import RunConfig, load_run
 from train.weights import checkpoint, export
+from train.weights.contrastive import build
 from train.weights.fragments import even_slice
 
 CAPTIONS = ("a red fox", "a blue house", "two green trees and a sun", "people at the sea")
@@ -50,8 +52,8 @@ def make(url: str, *overrides: str, live: bool = False) -> RunFolder:
     tokenizer = train_tokenizer(cfg.tokenizer, images, run.at("tokenizer"))["content_hash"]
     torch.manual_seed(1)
     dvae = export.write(run.at("dvae", "export"), DVAE(cfg.dvae).state_dict(), cfg.dvae, parents={})
-    clip = Clip(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    export.write(run.at("clip", "export"), clip.state_dict(), cfg.clip, parents={"tokenizer": tokenizer})
+    clip = build(cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
+    export.write(run.at("clip", "export"), clip.state_dict(), cfg.clip, parents={"tokenizer": tokenizer} if cfg.clip.reads_pieces else LINEAGE)
     parents = {"dvae": dvae, "tokenizer": tokenizer}
     storage.write_json(run.at("prepare", "done.json"), {"summary": {"credits": ["drawings by nobody, CC0"]}})
     if live:

@@ -84,6 +84,10 @@ class OpenClip:
     mean_311: Tensor
     std_311: Tensor
 
+    @property
+    def networks(self) -> frozenset[str]:
+        return frozenset()
+
     def encode_image(self, pixels_B3YX: Tensor) -> Tensor:
         """Pictures are scaled as open_clip's preprocessing does, by cubic interpolation."""
         scaled_B3YX = F.interpolate(pixels_B3YX, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from infra.errors import ConfigError, DataError
 from infra.run_folder import producer
 from train.drawing.source import PACKAGE, Place, check_parents, locate, newest_weights
 from train.weights import export
+from train.weights.contrastive import networks_of
+from train.weights.towers import INSTALL
 
 SCHEMA = "package/1"
 CARD = "README.md"
@@ -52,7 +55,7 @@ def write(url: str, out: str) -> list[str]:
     _copy(place.tokenizer, storage.join(out, "tokenizer"), (MODEL, MANIFEST))
     export.write(storage.join(out, "dalle"), tensors, place.cfg.dalle, parents=parents, weights=description)
     storage.write_json(storage.join(out, "config.json"), _config(place))
-    storage.write_text(storage.join(out, CARD), _card(place, description, identity, tensors))
+    storage.write_text(storage.join(out, CARD), _card(place, description, identity, tensors, parts))
     weights = hashes | {"dalle": identity}
     storage.write_json(storage.join(out, PACKAGE), {"schema": SCHEMA, "weights": weights, "producer": producer()})
     return ["dalle", *parts, "tokenizer", CARD]
@@ -74,7 +77,7 @@ def _config(place: Place) -> dict[str, Any]:
     return found
 
 
-def _card(place: Place, description: str, identity: str, tensors: dict[str, Any]) -> str:
+def _card(place: Place, description: str, identity: str, tensors: dict[str, Any], parts: Sequence[str] = ()) -> str:
     """The model card: what it is, how to draw with it, what it was trained on and under which licences."""
     cfg = place.cfg
     assert place.run is not None
@@ -82,6 +85,7 @@ def _card(place: Place, description: str, identity: str, tensors: dict[str, Any]
     credits = (prepared.get("summary") or {}).get("credits") or []
     parameters = sum(tensor.numel() for tensor in tensors.values())
     dropout = cfg.dalle_fit.caption_dropout
+    towers = f"`clip/` holds heads on networks that come in packages: `{INSTALL}`.\n\n" if networks_of(cfg.clip) and "clip" in parts else ""
     guidance = f"Trained with {dropout:.0%} of captions dropped: `--guidance` works." if dropout else "Trained without caption dropout: no guidance."
     licences = (
         "\n".join(f"- {shown.markdown(str(line), _LONGEST_CREDIT)}" for line in credits)
@@ -119,7 +123,7 @@ a discrete VAE turns these into {cfg.dvae.image_size} x {cfg.dvae.image_size} pi
 
 ## Files
 
-`dalle/`, `dvae/` and, if it is there, `clip/` hold `model.safetensors` and a `config.json` each; `tokenizer/` holds a sentencepiece model; `config.json` the sizes.
+{towers}`dalle/`, `dvae/` and, if it is there, `clip/` hold `model.safetensors` and a `config.json` each; `tokenizer/` holds a sentencepiece model; `config.json` the sizes.
 
 ## Training data and their licences
 

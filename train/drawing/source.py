@@ -14,7 +14,6 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from infra import storage
 from infra.errors import CheckpointError, ConfigError, DataError, MissingError
 from infra.run_folder import RunFolder
-from model.clip import Clip
 from model.config import ClipConfig
 from model.decoder import DrawingWeights
 from model.image_tokenizer import ImageTokenizer
@@ -24,10 +23,10 @@ from train.config import RunConfig, load_run
 from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import CpuWeights, ready
 from train.drawing.memory import Room
-from train.drawing.ranking import OwnClip, Ranker
 from train.machine.rates import DTYPES, name_of
 from train.run import places
-from train.weights import checkpoint, export
+from train.weights import checkpoint, export, towers
+from train.weights.contrastive import Ranker, networks_of, open_contrastive
 
 log = logging.getLogger(__name__)
 
@@ -235,13 +234,23 @@ def check_judge(place: Place, rerank: str, tokenizer_hash: str, key: str = "rera
     """Check what can be known of the model that ranks before its weights are read.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a package that it needs is not installed.
         DataError: it was trained with another tokenizer.
     """
     if rerank != "clip" and open_clip_folder.is_there(rerank):
         open_clip_folder.check(rerank, key)
     else:
-        check_parents(place, "clip", export.describe(judge_at(place, rerank, key)[0])["parents"], {"tokenizer": tokenizer_hash})
+        url, sizes = judge_at(place, rerank, key)
+        if not sizes.reads_pieces:
+            towers.check()
+        check_parents(place, "clip", export.describe(url)["parents"], {"tokenizer": tokenizer_hash})
+
+
+def judge_networks(place: Place, rerank: str, key: str = "rerank") -> frozenset[str]:
+    """Names of the networks from packages that a model looks through, without reading its weights. It was checked (``check_judge``)."""
+    if rerank != "clip" and open_clip_folder.is_there(rerank):
+        return frozenset()
+    return networks_of(judge_at(place, rerank, key)[1])
 
 
 def judge_at(place: Place, rerank: str, key: str = "rerank") -> tuple[str, ClipConfig]:
@@ -269,9 +278,8 @@ def _judge(place: Place, rerank: str, tokenizer: Tokenizer, device: torch.device
     if rerank != "clip" and open_clip_folder.is_there(rerank):
         return open_clip_folder.open_folder(rerank, device, key)
     (url, sizes), cfg = judge_at(place, rerank, key), place.cfg
-    clip, identity = _open(url, lambda: Clip(sizes, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab), "clip", place)
-    export.to_device(clip, device)
-    return OwnClip(clip, tokenizer), identity
+    _require(url, "clip", place)
+    return open_contrastive(url, sizes, cfg.dvae.image_size, tokenizer, cfg.tokenizer.vocab, device)
 
 
 def _device(name: str) -> torch.device:

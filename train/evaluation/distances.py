@@ -96,11 +96,15 @@ def sliced_wasserstein(a_ND: Tensor, b_ND: Tensor, seed: int) -> float:
 
 def recalls(image_ND: Tensor, text_ND: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
     """Share of captions whose own picture is among the k nearest of all pictures, for unit embeddings; 1/N at k = 1 is chance."""
-    scores_NN = text_ND.double() @ image_ND.double().T
-    # A picture that is equally near counts as nearer by half, so that equal pictures do not look found.
-    own_N1 = scores_NN.diagonal()[:, None]
-    above_N = (scores_NN > own_N1).sum(1) + ((scores_NN == own_N1).sum(1) - 1) / 2
+    above_N = nearer(image_ND, text_ND)
     return {f"recall_at_{k}": float((above_N < k).double().mean()) for k in ks}
+
+
+def nearer(image_ND: Tensor, text_ND: Tensor) -> Tensor:
+    """How many pictures are nearer to each caption than its own is, [N]. One that is equally near counts by half, so that equal pictures do not look found."""
+    scores_NN = text_ND.double() @ image_ND.double().T
+    own_N1 = scores_NN.diagonal()[:, None]
+    return (scores_NN > own_N1).sum(1) + ((scores_NN == own_N1).sum(1) - 1) / 2
 
 
 def quantiles(values_N: NDArray[np.float64]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from infra.errors import ConfigError, ReportedError, UsageError
 from infra.run_folder import producer
 from train.drawing.captions import read_captions
 from train.drawing.draw import decode, draw, embeddings, score
+from train.drawing.judging import refuse_shared
 from train.drawing.settings import Settings
 from train.drawing.source import Models, locate, open_judge, open_models
 from train.evaluation.distances import recalls
@@ -147,6 +148,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         clip, identity = open_judge(given.run, given.judge, models.lineage["tokenizer"], models.device)
         if identity == models.lineage["clip"]:
             raise ConfigError(f"--judge {given.judge}: the model that ranks; name another one.")
+        assert models.clip is not None
+        refuse_shared(f"--judge {given.judge}", clip.networks, models.clip.networks)
         judge = replace(models, clip=clip)
     shape = {name: value for name, value in settings.shape().items() if name != "n"}
     drawn_with = {"captions": captions, "settings": shape, "weights": models.lineage, "precision": models.precision}

@@ -41,6 +41,8 @@ _MOST_OFF = 1.5
 _START_S = 5.0
 """Seconds that a stage's launcher takes before it starts ranks."""
 _CLIP_IMAGES_S, _PICTURES_S = 600.0, 10.0
+_FEATURES_S = 500.0
+"""Seconds for one view of the demo's pictures and their captions through the frozen towers (clip.towers = "frozen")."""
 _OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, "report": 2.0}
 """Recorded seconds of the other stages with the demo's data, without the starts of processes."""
 
@@ -143,13 +145,18 @@ def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: M
         found[name] = _START_S + start_s + _training(fit, rate, fit.steps - done[name])
     speed = sum(rate / _REFERENCE_RATES[name] for name, rate in rates.items()) / len(rates)
     work = _OTHER_S | {
-        "clip": cfg.clip_fit.steps * cfg.clip_fit.batch / _CLIP_IMAGES_S,
+        "clip": _clip_s(cfg),
         "generate": cfg.generate.candidates * (cfg.generate.num_captions + cfg.generate.num_known_captions) / _PICTURES_S,
     }
     for name in others:
         ranks_s = 0.0 if name in ("prepare", "tokenizer", "report") else start_s
         found[name] = (0.0 if name == "report" else _START_S) + ranks_s + work[name] / speed
     return found
+
+
+def _clip_s(cfg: RunConfig) -> float:
+    """Seconds of stage clip; one update of heads alone is next to nothing."""
+    return _FEATURES_S * cfg.clip_fit.views if cfg.clip.towers == "frozen" else cfg.clip_fit.steps * cfg.clip_fit.batch / _CLIP_IMAGES_S
 
 
 def _training(fit: DvaeFit | DalleFit, rate: float, steps: int) -> float:

@@ -17,13 +17,15 @@ from infra.run_folder import RunFolder
 from infra.world import World
 from model.attention_engines import EngineName, make_engine
 from model.clip import Clip
+from model.frozen_clip import FrozenHeads
 from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Norm, Transformer
 from train.config import DalleFit, FitSection, RunConfig
 from train.machine.rates import name_of
 from train.run import attention_engine, places
-from train.weights import export
+from train.weights import export, towers
+from train.weights.contrastive import Contrastive, open_module, ranking
 
 
 def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
@@ -71,7 +73,7 @@ class Exports:
 
     dvae: ImageTokenizer
     dalle: Transformer
-    clip: Clip
+    clip: Contrastive
     tokenizer: Tokenizer
     lineage: dict[str, str]
     """Kind -> content hash."""
@@ -81,22 +83,27 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
     """The run's exported models and its tokenizer. Collective.
 
     Raises:
+        ConfigError: a package that the contrastive model needs is not installed.
         DataError: the transformer was trained on codes of another dVAE, or the transformer or the contrastive model with another tokenizer.
     """
+    if not cfg.clip.reads_pieces:
+        towers.check()
+    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
     (dvae, dvae_hash), (dalle, dalle_hash), (clip, clip_hash) = (
         open_dvae(cfg, run, device),
         open_dalle(cfg, run, world, device, dtype),
         open_clip(cfg, run, device),
     )
-    tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
-    for stage, parent, expected in (("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash), ("clip", "tokenizer", tokenizer_hash)):
+    made_from = [("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash)]
+    for stage, parent, expected in made_from + ([("clip", "tokenizer", tokenizer_hash)] if cfg.clip.reads_pieces else []):
         found = export.describe(run.at(stage, "export")).get("parents", {}).get(parent, "none")
         if found != expected:
             raise DataError(
                 f"{run.at(stage, 'export')} was trained with {parent} {found[:12]}, this run has {parent} {expected[:12]}; "
                 f"delete {run.at(stage)} and run '{launcher(stage, run.url)}' again."
             )
-    return Exports(dvae, dalle, clip, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
+    ranker = ranking(clip, run.at("clip", "export"), tokenizer, device)
+    return Exports(dvae, dalle, ranker, tokenizer, {"dalle": dalle_hash, "dvae": dvae_hash, "clip": clip_hash, "tokenizer": tokenizer_hash})
 
 
 def build_dalle(
@@ -128,11 +135,9 @@ def logits_dtype(fit: DalleFit, branches: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if fit.has_bf16_logits(name_of(branches)) else torch.float32
 
 
-def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip, str]:
-    """The exported contrastive model and its content hash."""
-    shape = (cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab)
-    module, identity = export.open_as(run.at("clip", "export"), lambda: Clip(cfg.clip, *shape))
-    return export.to_device(module, device), identity  # type: ignore[return-value]
+def open_clip(cfg: RunConfig, run: RunFolder, device: torch.device) -> tuple[Clip | FrozenHeads, str]:
+    """The exported contrastive model, or its heads on frozen towers, and its content hash."""
+    return open_module(run.at("clip", "export"), cfg.clip, cfg.dvae.image_size, cfg.tokenizer.max_tokens, cfg.tokenizer.vocab, device)
 
 
 def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -> str:

@@ -14,13 +14,18 @@ from torch.func import functional_call
 
 from infra.world import World
 from model.clip import Clip
+from model.frozen_clip import FrozenHeads
 from train.config import RunConfig
 from train.engines.protocol import Engine
+from train.evaluation.distances import nearer
 from train.loop.metrics import MetricsWriter
 from train.loop.schedules import warmup_cosine
 from train.loop.trainer import Batch, Loss
 from train.ranks.leaving import Batches, Between, equally_often, nothing
 from train.run.change_points import Curve
+
+PIXELS, FEATURES = ("pixels", "text", "lengths"), ("image_features", "text_features")
+"""What the two kinds of models take of a batch."""
 
 
 class BothTowers(nn.Module):
@@ -34,6 +39,20 @@ class BothTowers(nn.Module):
         """Normalised image and text embeddings [B, E], and the factor that scales their products."""
         with torch.autocast(pixels_B3YX.device.type, self.dtype, enabled=self.dtype != torch.float32):
             image_BE, text_BE = self.clip.encode_image(pixels_B3YX), self.clip.encode_text(text_BT, lengths_B)
+        return image_BE.float(), text_BE.float(), self.clip.scale
+
+
+class BothHeads(nn.Module):
+    """The same for heads on features of frozen towers."""
+
+    def __init__(self, heads: FrozenHeads, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.clip, self.dtype = heads, dtype
+
+    def forward(self, image_BF: Tensor, text_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``BothTowers``."""
+        with torch.autocast(image_BF.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image_BE, text_BE = self.clip.embed_image(image_BF), self.clip.embed_text(text_BF)
         return image_BE.float(), text_BE.float(), self.clip.scale
 
 
@@ -107,6 +126,7 @@ class ClipTask:
 
     def __init__(self, cfg: RunConfig, world: World, device: torch.device, validation: Batches[Batch]) -> None:
         self.cfg, self.world, self.device, self.validation = cfg, world, device, validation
+        self.inputs = FEATURES if cfg.clip.towers == "frozen" else PIXELS
         self._waiting: list[Batch] = []
         self._slopes: list[_Slope] = []
 
@@ -142,20 +162,20 @@ class ClipTask:
         total = _cross_entropy([image_BE], [text_BE], scale, self.world) / (2 * denominators["pairs"])
         return Loss(total, {"loss": total})
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        pixels_B3YX, text_BT, lengths_B = (batch[key].to(self.device, non_blocking=True) for key in ("pixels", "text", "lengths"))
-        return pixels_B3YX, text_BT, lengths_B
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        return tuple(batch[key].to(self.device, non_blocking=True) for key in self.inputs)
 
     @torch.no_grad()
     def evaluate(self, engine: Engine, step: int, writer: MetricsWriter, between: Between = nothing) -> dict[str, float]:
-        """Averaged weights: share of captions that find their picture within a batch, and the share that chance would find."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """Averaged weights: share of captions that find their picture first, or among ten, within a batch; and the share that chance would find first."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in equally_often(self.validation, between):
             image_BE, text_BE, _ = functional_call(engine.module, engine.average.values, self._inputs(batch))
             sums[0] += recall_at_1(image_BE, text_BE)
-            sums[1] += len(text_BE)
-            sums[2] += 1
+            sums[1] += (nearer(image_BE, text_BE) < 10).sum()
+            sums[2] += len(text_BE)
+            sums[3] += 1
         if dist.is_initialized():
             dist.all_reduce(sums)
-        found, pairs, batches = sums.tolist()
-        return {"recall_at_1": found / pairs, "chance": batches / pairs}
+        first, among_ten, pairs, batches = sums.tolist()
+        return {"recall_at_1": first / pairs, "recall_at_10": among_ten / pairs, "chance": batches / pairs}

@@ -81,7 +81,7 @@ def _on_images(cfg: RunConfig, models: Exports, pairs: SequentialReader, device:
         counts_N += torch.bincount(codes_BYX.flatten(), minlength=len(counts_N))
         drawn_B3YX = models.dvae.decode(codes_BYX)
         error = (drawn_B3YX - pixels_B3YX).square().mean((1, 2, 3)).sum()
-        found = recall_at_1(models.clip.encode_image(pixels_B3YX), models.clip.encode_text(batch["text"].to(device), batch["lengths"].to(device)))
+        found = recall_at_1(*models.clip.encode_batch(batch))
         row = (psnr(drawn_B3YX, pixels_B3YX).sum(), error, found, torch.tensor(float(len(pixels_B3YX))), torch.tensor(1.0))
         sums += torch.stack([value.double().to(device) for value in row])
     for part in (sums, counts_N):

@@ -34,9 +34,9 @@ from train.config import RunConfig
 from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import Picture, draw, score
-from train.drawing.ranking import OwnClip
+from train.drawing.judging import refuse_shared, shares_pictures
 from train.drawing.settings import Settings, key, of_stage, replaced
-from train.drawing.source import Models, check_judge, known_lineage, locate, open_judge
+from train.drawing.source import Models, check_judge, judge_networks, known_lineage, locate, open_judge
 from train.evaluation.blur import blurred
 from train.evaluation.colours import shares
 from train.evaluation.distances import quantiles
@@ -48,6 +48,7 @@ from train.stages.finish import stop_together
 from train.stages.generate_nearest import nearest, thumbs, view
 from train.stages.generate_prompts import Prompt, held_out
 from train.weights import export
+from train.weights.contrastive import networks_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -79,12 +80,15 @@ def check(cfg: RunConfig, run: RunFolder) -> None:
     """Check what can be known before weights are read: the settings of drawing, and that the judge is there.
 
     Raises:
-        ConfigError: this model cannot draw with them, or there is no such judge.
+        ConfigError: this model cannot draw with them, or there is no such judge, or it looks through a network of the model that ranks.
     """
     _settings(cfg).check(cfg)
-    if cfg.evaluate.judge:
+    ranker, section = networks_of(cfg.clip), cfg.evaluate
+    refuse_shared(f"evaluate.frechet_net = '{section.frechet_net}' with evaluate.drawings", {section.frechet_net}, ranker)
+    if section.judge:
         place = locate(run.url)
-        check_judge(place, cfg.evaluate.judge, known_lineage(place)["tokenizer"], "evaluate.judge")
+        check_judge(place, section.judge, known_lineage(place)["tokenizer"], "evaluate.judge")
+        refuse_shared(f"evaluate.judge = '{section.judge}'", judge_networks(place, section.judge, "evaluate.judge"), ranker)
 
 
 def _settings(cfg: RunConfig) -> Settings:
@@ -114,9 +118,7 @@ def measure(cfg: RunConfig, run: RunFolder, exports: Exports, world: World, stop
 
 def _task(cfg: RunConfig, run: RunFolder, exports: Exports) -> _Task:
     weights = ready(exports.dalle, DrawingWeights.dtype_of(exports.dalle))
-    models = Models(
-        run.url, cfg, exports.dvae, weights, exports.tokenizer, OwnClip(exports.clip, exports.tokenizer), exports.lineage, "exported weights"
-    )
+    models = Models(run.url, cfg, exports.dvae, weights, exports.tokenizer, exports.clip, exports.lineage, "exported weights")
     wanted = held_out(open_images(cfg, run, "validation"), cfg.evaluate.drawings, cfg.run.seed)
     return _Task(cfg, run, wanted, _settings(cfg), models, _judges(cfg, run, models))
 
@@ -130,12 +132,14 @@ def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
         clip, identity = open_judge(run.url, section.judge, models.lineage["tokenizer"], device)
         if identity == models.lineage["clip"]:
             raise ConfigError(f"evaluate.judge = '{section.judge}': the model that ranks the drawings, which never judges them; name another one.")
+        refuse_shared(f"evaluate.judge = '{section.judge}'", clip.networks, models.clip.networks)
         found.append(Judge("judge", identity, clip.encode_image, clip.encode_caption, shares_images=_shares_images(section.judge, run)))
     if section.frechet_net != "none":
         net = feature_net(section.frechet_net, section.frechet_weights, device)
         weights = storage.sha256_file(storage.local_path(section.frechet_weights)) if section.frechet_weights else "its package"
         classes = None if net.classes is None else _on_cpu(net.classes, device)  # features are kept on the CPU
-        found.append(Judge(section.frechet_net, weights, net.features, classes=classes, score=net.score))
+        shares = shares_pictures({section.frechet_net}, models.clip.networks)
+        found.append(Judge(section.frechet_net, weights, net.features, classes=classes, score=net.score, shares_images=shares))
     return found
 
 

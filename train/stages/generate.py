@@ -20,7 +20,6 @@ from train.config import RunConfig
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import draw, score
 from train.drawing.learned import PictureFile
-from train.drawing.ranking import OwnClip
 from train.drawing.settings import Settings, key, of_stage
 from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
@@ -94,7 +93,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)
     weights = ready(models.dalle, DrawingWeights.dtype_of(models.dalle))
-    drawing = Models(run.url, cfg, models.dvae, weights, models.tokenizer, OwnClip(models.clip, models.tokenizer), models.lineage, "exported weights")
+    drawing = Models(run.url, cfg, models.dvae, weights, models.tokenizer, models.clip, models.lineage, "exported weights")
     task = _Task(cfg, run, prompts(cfg, training, validation), settings, drawing)
     share = Share.from_env()
     place = share.of(world)

@@ -41,7 +41,7 @@ def export_parents(run: Run) -> Iterator[Problem]:
     """What is wrong with the parents of a run's exports: all must have been made with the present dVAE and tokenizer."""
     for stage, parent in _EXPORTS:
         place = run.folder.at(stage, "export", "config.json")
-        if not storage.exists(place):
+        if not storage.exists(place) or (stage == "clip" and not run.cfg.clip.reads_pieces):
             continue
         found = str(stored.read(place, stored.Identified).get("parents", {}).get(parent, "none"))
         there = _export_hash(run, "dvae") if parent == "dvae" else _tokenizer_hash(run)

@@ -184,9 +184,17 @@ def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[F
     yield Finding("moments", memory.states.moments, shares["optimizer"], "GB", TOLERANCE)
     shards = setting.cluster.shards(setting.layout)
     parameters = states.count(cfg.dalle, cfg.stream_shape()).total
+    yield Finding("frozen weights, in CPU memory", estimate.frozen(setting), shares["frozen"], "GB", TOLERANCE)
     yield Finding("average, in CPU memory", 4 * parameters / shards, shares["average"], "GB", TOLERANCE)
     loose = 0.0 if setting.stage == 3 else _BELOW
-    yield Finding("widest point of an update, with the average", memory.training + shares["average"], watched.peak, "GB", TOLERANCE, below=loose)
+    yield Finding(
+        "widest point of an update, with what hosts keep",
+        memory.training + shares["average"] + shares["frozen"],
+        watched.peak,
+        "GB",
+        TOLERANCE,
+        below=loose,
+    )
     traffic, most, own = estimate.traffic(setting), estimate.exchanged(setting), estimate.exchanged(setting, 0)
     traffic = network.Traffic(traffic.inside - most.inside + own.inside, traffic.outside - most.outside + own.outside)  # of this rank
     # Stage 3 need not gather again in the backward pass what it has kept since the forward pass; the plan has no formula for how much that is.

@@ -6,7 +6,7 @@ The layout of parameters is specified in docs/contracts.md, section 4.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,7 +261,14 @@ class Transformer(nn.Module):
         return text_BTD, image_BID
 
     def forward(
-        self, text_BT: Tensor, lengths_B: Tensor, codes_BI: Tensor, read_text_BT: Tensor | None = None, read_codes_BI: Tensor | None = None
+        self,
+        text_BT: Tensor,
+        lengths_B: Tensor,
+        codes_BI: Tensor,
+        read_text_BT: Tensor | None = None,
+        read_codes_BI: Tensor | None = None,
+        *,
+        temperatures: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood in nats of each token, fp32 [B, T] and [B, I]. The caller takes means, with its own denominators.
 
@@ -273,6 +280,7 @@ class Transformer(nn.Module):
             codes_BI: image codes in raster order, int64 [B, I].
             read_text_BT: text ids that are read as inputs instead of ``text_BT``, which stays what is predicted.
             read_codes_BI: the same for ``codes_BI``.
+            temperatures: if given, what the image's logits are divided by; codes then have a likelihood at each, fp32 [B, I, temperatures].
 
         Raises:
             ValueError: shapes are wrong, or ids or lengths out of range (which is checked for CPU tensors only, because on a device the host would have to wait).
@@ -287,6 +295,10 @@ class Transformer(nn.Module):
         text_nll_BT = self.text_unembedding(text_BTD, text_BT.where(is_token_BT, 0), keeps_logits)
         if not self.cfg.pads_in_text_loss:
             text_nll_BT = text_nll_BT.where(is_token_BT, 0.0)
+        if temperatures:
+            # Logits are linear in the states, which may carry the factor.
+            at = [self.image_unembedding(image_BID * (1 / temperature), codes_BI, False) for temperature in temperatures]
+            return text_nll_BT, torch.stack(at, 2)
         return text_nll_BT, self.image_unembedding(image_BID, codes_BI, keeps_logits)
 
     def text_counts(self, lengths_B: Tensor) -> Tensor:

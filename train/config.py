@@ -15,6 +15,7 @@ from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
 from train.config_compression import CompressionSection, check_sharding
+from train.config_contrast import ContrastSection
 from train.config_learning import LearningSection, MirrorSection
 from train.config_pictures import EvaluateSection, GenerateSection
 from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
@@ -137,11 +138,12 @@ class EncodeSection(MirrorSection):
     """Refuse a dVAE that uses a smaller share of its codes on validation images."""
 
 
-class DalleFit(LearningSection, FitSection, NumericsSection):
+class DalleFit(ContrastSection, LearningSection, FitSection, NumericsSection):
     """Training of the transformer (paper B.2)."""
 
     init_from: str = Field(default="", json_schema_extra=PLACE)
-    """Start from the weights of this export (a folder or s3 prefix with model.safetensors). Ignored once the run has a checkpoint."""
+    """Start from the weights of this export (a folder or s3 prefix with model.safetensors). Ignored once the run has a checkpoint, which also holds the frozen
+    copy that objective = 'caption_contrast' needs."""
     attention_records: str = Field(default="", json_schema_extra={**ANY_TIME, **PLACE})
     """Folder with a site's own measurements ('launcher.py bench model --out FOLDER'), which dalle.attention = 'auto' uses besides those in the code; empty: none."""
     lr: float = Field(default=4.5e-4, gt=0, json_schema_extra=GOING_ON)
@@ -192,6 +194,11 @@ class DalleFit(LearningSection, FitSection, NumericsSection):
     """Recompute activations inside resblocks in the backward pass."""
     checkpoint_every: int = Field(default=1, gt=0, json_schema_extra=ANY_TIME)
     """With activation_checkpointing: resblocks that are recomputed together; activations are kept before every n-th resblock."""
+
+    @model_validator(mode="after")
+    def _contrast_is_possible(self) -> Self:
+        self.check_contrast(init_from=self.init_from, batch=self.batch, z_loss=self.z_loss, replaced=self.replace_codes + self.replace_pieces)
+        return self
 
     def has_bf16_logits(self, branches: str) -> bool:
         """Whether the heads' products read bf16 operands in training, where residual branches compute in ``branches`` (fp32, bf16 or fp16)."""

@@ -353,9 +353,13 @@ READ = ("read_text", "read_codes")
 
 
 def code_collate(samples: list[Sample]) -> Batch:
-    """Collate code samples: ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]; and read_text and read_codes where samples have them."""
+    """Collate code samples: ids (list), codes int64 [B, I], text int64 [B, T], lengths int64 [B]; and where samples have them read_text, read_codes, caption_keys int64
+    [B] and own_keys (a list for each sample)."""
     stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in ("codes", *READ) if name in samples[0]}
-    return {"ids": [sample["id"] for sample in samples]} | stacked | _texts(samples)
+    batch = {"ids": [sample["id"] for sample in samples]} | stacked | _texts(samples)
+    if "own_keys" in samples[0]:
+        batch |= {"own_keys": [sample["own_keys"] for sample in samples], "caption_keys": torch.tensor([sample["caption_key"] for sample in samples])}
+    return batch
 
 
 def _texts(samples: list[Sample]) -> Batch:

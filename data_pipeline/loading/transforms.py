@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data_pipeline.images import crops
 from data_pipeline.tokenizer import UNKNOWN, Tokenizer
 from infra import shown
+from infra.digests import id_hash
 from infra.errors import DataError
 from infra.seeds import derive, generator
 
@@ -67,12 +68,15 @@ def caption_transform(tokenizer: Tokenizer, seed: int, dropout: float = 0.0, fir
     """One caption of a record (drawn by (seed, epoch, id), or the first one), encoded with BPE dropout. Samples have text (int64 [T]) and length."""
 
     def choose(record: Record, epoch: int) -> Sample:
-        captions = record["captions"]
-        choice = 0 if first_caption else derive(seed, "caption", epoch, record["id"]) % len(captions)
-        text, length = tokenizer.encode(captions[choice], dropout, derive(seed, "bpe", epoch, record["id"]) if dropout else None)
+        choice = 0 if first_caption else _choice(seed, epoch, record)
+        text, length = tokenizer.encode(record["captions"][choice], dropout, derive(seed, "bpe", epoch, record["id"]) if dropout else None)
         return {"text": text, "length": length}
 
     return choose
+
+
+def _choice(seed: int, epoch: int, record: Record) -> int:
+    return derive(seed, "caption", epoch, record["id"]) % len(record["captions"])
 
 
 def code_transform(
@@ -85,6 +89,7 @@ def code_transform(
     replace_pieces: float = 0.0,
     positions: int = 0,
     vocab: int = 0,
+    caption_keys: bool = False,
 ) -> Callable[[Record, int], Sample]:
     """For the transformer: code records with one of their captions (or the first). Samples have text, length, codes (int64 [I]) and id.
 
@@ -97,6 +102,8 @@ def code_transform(
         replace_pieces: share of the pieces of captions that are replaced by one of the tokenizer.
         positions: number of codes of a picture, which each record must have; 0: any.
         vocab: codes must be below this, as a model would look up what it does not have; 0: any.
+        caption_keys: samples also have own_keys, a number for each of the record's captions (``caption_key``), and caption_key, that of the chosen one; 0 where it is
+            dropped.
     """
     encode = caption_transform(tokenizer, seed, dropout, first_caption)
 
@@ -114,9 +121,19 @@ def code_transform(
             codes_rng, text_rng = (generator(seed, "replace", what, epoch, record["id"]) for what in ("codes", "pieces"))
             sample["read_codes"] = replaced(sample["codes"], replace_codes, (0, vocab), codes_rng)
             sample["read_text"] = replaced(sample["text"], replace_pieces, (UNKNOWN + 1, tokenizer.size), text_rng)
+        if caption_keys:
+            own = [caption_key(tokenizer, caption) for caption in record["captions"]]
+            sample |= {"own_keys": own, "caption_key": own[0 if first_caption else _choice(seed, epoch, record)] if sample["length"] else 0}
         return sample
 
     return transform
+
+
+def caption_key(tokenizer: Tokenizer, caption: str) -> int:
+    """A number that captions share if the tokenizer, without dropout, makes the same ids of them: up to its normalisation, and cut to its length. 63 bits; 0 for a caption
+    without pieces."""
+    text, length = tokenizer.encode(caption)
+    return id_hash(text[:length].tobytes().hex()) >> 1 if length else 0
 
 
 def replaced(ids: NDArray[np.int64], share: float, among: tuple[int, int], rng: np.random.Generator) -> NDArray[np.int64]:

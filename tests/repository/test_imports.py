@@ -76,7 +76,7 @@ ORDER = {
         ("evaluation", "ranks"),
         ("optimizer", "machine"),
         ("config",),
-        ("config_compression", "config_learning", "config_pictures", "config_watching"),
+        ("config_compression", "config_contrast", "config_learning", "config_pictures", "config_watching"),
     ],
     "data_pipeline": [
         ("prepare",),
@@ -92,6 +92,7 @@ ORDER = {
 NO_TORCH = (
     "model/config.py",
     "train/config_compression.py",
+    "train/config_contrast.py",
     "train/config_learning.py",
     "train/config_pictures.py",
     "train/config_watching.py",

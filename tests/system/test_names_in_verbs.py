@@ -11,7 +11,7 @@ import typer.main
 
 import launcher
 from infra import storage
-from infra.errors import ConfigError, ReportedError, UsageError
+from infra.errors import ConfigError, DataError, ReportedError, UsageError
 from infra.signals import STOP_SIGNALS, StopFlag
 from tests.support.made_sets import png
 from tests.support.published_vqgans import Published
@@ -26,6 +26,7 @@ from train.run import places
 from train.run.stage_table import STAGES
 from train.stages import prepare_preview
 from train.verbs import (
+    align,
     bench,
     cancel,
     collect,
@@ -95,6 +96,15 @@ def _import_vqgan(run: str, out: Path) -> None:
             raise
 
 
+def _align(run: str, out: Path) -> None:
+    """The run's transformer is still in training; its export is asked for by the run's own name."""
+    with pytest.raises(DataError, match=r"has no trained transformer to begin with|no run folder") as caught:
+        align.prepared(run, [], "", dry_run=False)
+    if "no run folder" in str(caught.value):
+        raise caught.value
+    assert shlex.quote(run) in str(caught.value) and not storage.exists(f"{run.rstrip('/')}-aligned")
+
+
 VERBS: dict[str, Callable[[str, Path], object]] = {
     "status": lambda run, out: status.main([run]),
     "logs": lambda run, out: logs.main(run, "", None, None, follow=False, stop=StopFlag()),
@@ -108,6 +118,7 @@ VERBS: dict[str, Callable[[str, Path], object]] = {
     "plan": lambda run, out: plan.main(run, [], nodes=0, gpus=0, memory=0.0, gpu="H100-80GB", tokens=0.0, rank=0, price=0.0),
     "doctor": _doctor,
     "verdict": lambda run, out: launch.verdict("tokenizer", run, []),
+    "align": _align,
     "export": lambda run, out: export.main(run, "dalle", "average", 0, f"{out}/{FOLDER}-export"),
     "draw": _draw,
     "play": _play,

@@ -117,3 +117,13 @@ class StatefulEngine(MeasuringEngine, Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """During the block, forward passes use the averaged weights. Collective."""
         ...
+
+
+@runtime_checkable
+class FrozenEngine(StatefulEngine, Protocol):
+    """An engine that also keeps the weights that training started from."""
+
+    def frozen(self, *, evaluates: bool) -> AbstractContextManager[None]:
+        """During the block, forward passes use the weights that training started from, in evaluation mode or as in training. Masters, moments and averages are not
+        touched. Collective; to be entered between updates' micro-batches only, never between a forward pass and its backward pass."""
+        ...

@@ -53,6 +53,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("text loss (nats per token)", (("train/loss_text", "training"), ("eval/loss_text", "validation"))),
         Panel("worth of the caption (nats per code)", (("eval/caption_gain", "validation"),)),
         Panel("weighted loss", (("train/loss", "training"),)),
+        Panel(
+            "captions contrasted: reward (log-likelihood ratio times beta)", (("train/reward", "own caption"), ("train/reward_other", "another's"))
+        ),
+        Panel("captions contrasted: pictures likelier under their own (share)", (("train/reward_accuracy", "training"),)),
         Panel("step size", (("optim/lr", "step size"),)),
         Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
         Panel("tokens per second", (("perf/tokens_per_s", "tokens/s"),)),

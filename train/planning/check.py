@@ -118,6 +118,11 @@ def update(setting: Setting, engine: ZeroEngine) -> None:
     text_BT = torch.zeros((setting.micro_batch, shape.text_tokens), dtype=torch.int64)
     lengths_B = torch.zeros(setting.micro_batch, dtype=torch.int64)
     codes_BI = torch.zeros((setting.micro_batch, shape.image_tokens), dtype=torch.int64)
+    if setting.cfg.dalle_fit.contrasts:  # as train/stages/dalle_contrast.py does
+        text_BT, lengths_B, codes_BI = (torch.cat([given, given]) for given in (text_BT, lengths_B, codes_BI))
+        with torch.no_grad(), engine.frozen(evaluates=False):
+            for _ in range(parts):
+                engine(text_BT, lengths_B, codes_BI)
     for index in range(parts):
         engine.micro_batch(last=index == parts - 1)
         text_nll_BT, image_nll_BI = engine(text_BT, lengths_B, codes_BI)
@@ -147,12 +152,12 @@ def _places(setting: Setting, engine: ZeroEngine, fragments: list[Fragment]) -> 
 def _checkpoint(setting: Setting, engine: ZeroEngine, cut: list[list[Fragment]]) -> Iterator[Finding]:
     """The tensors of a checkpoint, and the bytes of its index and of the largest part: against what a rank should have to read."""
     real = layout.held(engine.fragments(to_load=False))
-    by_rank = []
+    by_rank, frozen = [], ["frozen"] if setting.cfg.dalle_fit.contrasts else []
     states_of = {kind: engine.shard_optimizer.state_names({"orthogonal": kind and setting.orthogonal}) for kind in (False, True)}
     for fragments in cut:
         rows = {}
         for fragment in fragments:
-            for state in ("model", "average", *(f"optimizer/{name}" for name in states_of[fragment.parameter.is_block_matrix])):
+            for state in ("model", "average", *frozen, *(f"optimizer/{name}" for name in states_of[fragment.parameter.is_block_matrix])):
                 name = f"{state}/{fragment.parameter.name}"
                 dtype = "int16" if setting.moment_bytes == 4 and fragment.parameter.is_block_matrix and "optimizer" in state else "float32"
                 rows[name] = (fragment.offset, fragment.length, layout.kind_of(fragment.parameter.elements, dtype))
@@ -162,7 +167,7 @@ def _checkpoint(setting: Setting, engine: ZeroEngine, cut: list[list[Fragment]])
     tensors = layout.described(expected, [expected.differences(rows, rank) for rank, rows in enumerate(by_rank)])
     elements = sum(tensor["size"] for tensor in tensors.values())
     parameters = states.count(setting.cfg.dalle, setting.cfg.stream_shape())
-    planned = 2 * parameters.total + len(states_of[True]) * parameters.matrices + len(states_of[False]) * parameters.rest
+    planned = (2 + len(frozen)) * parameters.total + len(states_of[True]) * parameters.matrices + len(states_of[False]) * parameters.rest
     yield Finding("elements of a checkpoint without buffers", planned, elements)
     parts = [len(index_part(rank, rows)) for rank, rows in enumerate(by_rank)]
     index = len(json.dumps(index_of(tensors, [(size, bytes(32)) for size in parts])).encode())
@@ -173,14 +178,23 @@ def _bytes(setting: Setting, engine: ZeroEngine, watched: Watched) -> Iterator[F
     """Memory and messages of the update that was watched."""
     cfg, memory = setting.cfg, estimate.memory(setting)
     held = engine.fragments(to_load=True)
-    shares = {kind: sum(f.tensor.nbytes for name, f in held.items() if name.startswith(f"{kind}/")) for kind in ("model", "optimizer", "average")}
+    kinds = ("model", "optimizer", "average", "frozen")
+    shares = {kind: sum(f.tensor.nbytes for name, f in held.items() if name.startswith(f"{kind}/")) for kind in kinds}
     yield Finding("masters", memory.states.masters, shares["model"], "GB", TOLERANCE)
     yield Finding("moments", memory.states.moments, shares["optimizer"], "GB", TOLERANCE)
     shards = setting.cluster.shards(setting.layout)
     parameters = states.count(cfg.dalle, cfg.stream_shape()).total
+    yield Finding("frozen weights, in CPU memory", estimate.frozen(setting), shares["frozen"], "GB", TOLERANCE)
     yield Finding("average, in CPU memory", 4 * parameters / shards, shares["average"], "GB", TOLERANCE)
     loose = 0.0 if setting.stage == 3 else _BELOW
-    yield Finding("widest point of an update, with the average", memory.training + shares["average"], watched.peak, "GB", TOLERANCE, below=loose)
+    yield Finding(
+        "widest point of an update, with what hosts keep",
+        memory.training + shares["average"] + shares["frozen"],
+        watched.peak,
+        "GB",
+        TOLERANCE,
+        below=loose,
+    )
     traffic, most, own = estimate.traffic(setting), estimate.exchanged(setting), estimate.exchanged(setting, 0)
     traffic = network.Traffic(traffic.inside - most.inside + own.inside, traffic.outside - most.outside + own.outside)  # of this rank
     # Stage 3 need not gather again in the backward pass what it has kept since the forward pass; the plan has no formula for how much that is.

@@ -8,7 +8,7 @@ from infra.errors import ConfigError
 from train.config import DalleFit, RunConfig
 from train.optimizer.muon_schedule import FP32, Load, loads, rounds, wire_bytes
 from train.planning import activations, network, states, wire
-from train.planning.flops import forward_flops, head_products, train_flops
+from train.planning.flops import forward_flops, head_products, update_flops
 from train.planning.hardware import Gpu
 from train.planning.states import Cluster, Layout, Storage
 
@@ -99,7 +99,7 @@ class Memory:
     host: float
     """Bytes in the machine's memory for each GPU: the average of its shard and the pinned copy from which it is computed (paper B.2, train/optimizer/averaging.py); the
     copy of master weights, moments and average from which a checkpoint is written (train/weights/checkpointer.py; with zero.sharding = "node" only on the first
-    node); with zero.offload_optimizer also master weights, moments and gradients."""
+    node); where captions are contrasted, the frozen shard and its copy for a checkpoint; with zero.offload_optimizer also master weights, moments and gradients."""
     evaluation: int = 0
     """Activations of evaluate.batch samples in a forward pass of evaluation, which comes between updates."""
 
@@ -126,7 +126,7 @@ def activation_run(setting: Setting) -> activations.Run:
     return activations.Run(
         cfg=cfg.dalle,
         shape=cfg.stream_shape(),
-        batch=setting.micro_batch,
+        batch=setting.micro_batch * (2 if fit.contrasts else 1),  # every picture under two captions
         branch_bytes=4 if fit.precision == "fp32" else 2,
         engine="flex" if cfg.dalle.attention == "auto" else cfg.dalle.attention,
         checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0,
@@ -161,12 +161,20 @@ def memory(setting: Setting) -> Memory:
         orthogonalising=max((load.held for load in orthogonalising(setting)), default=0),
     )
     kept = activations.kept_by_forward(run)
-    host = (2 + 2) * _FP32 * parameters.total / (shards if setting.stage else 1) + found.moments
+    host = (2 + 2) * _FP32 * parameters.total / (shards if setting.stage else 1) + found.moments + 2 * frozen(setting)
     if zero.offload_optimizer and setting.stage:
         host += found.masters + found.moments + found.gradients
         found = replace(found, masters=0.0, moments=0.0, gradients=0.0, update=0.0)
     evaluated = activations.peak_of_forward(replace(run, batch=setting.cfg.evaluate.batch))
     return Memory(found, kept, activations.peak(run) - kept, host, evaluated)
+
+
+def frozen(setting: Setting) -> float:
+    """Bytes of the frozen weights' shard, in the machine's memory, where captions are contrasted (train/engines/zero/frozen.py)."""
+    cfg = setting.cfg
+    if not cfg.dalle_fit.contrasts:
+        return 0.0
+    return _FP32 * states.count(cfg.dalle, cfg.stream_shape()).total / (setting.cluster.shards(setting.layout) if setting.stage else 1)
 
 
 def compression(setting: Setting) -> list[wire.Sent]:
@@ -264,10 +272,12 @@ def times(setting: Setting, gpu: Gpu) -> Times:
     shape = cfg.stream_shape()
     parameters = states.count(cfg.dalle, shape)
     per_gpu = fit.batch / setting.cluster.world
-    operations = train_flops(cfg.dalle, shape) + (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
+    captions = 2 if fit.contrasts else 1
+    operations = update_flops(cfg.dalle, shape, contrasts=fit.contrasts)
+    operations += captions * (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
     if not _casts_logits(fit):
         # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
-        operations += 3 * 2.0 * head_products(cfg.dalle, shape)
+        operations += (8 if fit.contrasts else 3) * 2.0 * head_products(cfg.dalle, shape)
     sent, matrices, exchange = _reductions(setting), orthogonalising(setting), exchanged(setting)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
     # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.
@@ -305,6 +315,7 @@ def _reductions(setting: Setting) -> network.Traffic:
         half_gradients=setting.half_gradients,
         all_reduces=cfg.zero.use_multi_rank_bucket_allreduce,
         micro_batches=cfg.dalle_fit.accumulation,
+        contrasts=cfg.dalle_fit.contrasts,
     )
     sent = compression(setting)
     return replace(found, outside=max(one.total for one in sent)) if sent else found

@@ -28,3 +28,10 @@ def train_flops(cfg: TransformerConfig, shape: StreamShape) -> float:
     """Operations of one sample's forward and backward pass that are necessary: without recomputation and masked pairs."""
     # The backward pass computes two products for each product of the forward pass.
     return 3 * forward_flops(cfg, shape)
+
+
+def update_flops(cfg: TransformerConfig, shape: StreamShape, *, contrasts: bool) -> float:
+    """Operations that are necessary for one sample of an update: ``train_flops``; where captions are contrasted (train/stages/dalle_contrast.py), those under both captions,
+    and forward passes of the frozen weights under both."""
+    once = train_flops(cfg, shape)
+    return 2 * once + 2 * forward_flops(cfg, shape) if contrasts else once

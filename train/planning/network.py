@@ -56,6 +56,7 @@ def traffic(
     half_gradients: bool = False,
     all_reduces: bool = True,
     micro_batches: int = 1,
+    contrasts: bool = False,
 ) -> Traffic:
     """The bytes that one GPU sends in an update.
 
@@ -66,6 +67,7 @@ def traffic(
     Args:
         half_gradients: gradients of matrices are sent in 16 bits.
         all_reduces: stages 1 and 2 all-reduce gradients, although a reduction to each owner would be enough (zero.use_multi_rank_bucket_allreduce).
+        contrasts: forward passes with frozen weights come before the others: stages 1 and 2 gather those, and then the parameters again; stage 3 gathers for each pass.
     """
     stored = (_HALF if storage == "half" else _FP32) * parameters.matrices + _FP32 * parameters.rest
     matrix_gradient = _HALF if half_gradients else _FP32
@@ -73,10 +75,10 @@ def traffic(
     shards = cluster.shards(layout)
     share = (shards - 1) / shards
     if stage == 3:
-        sent = micro_batches * share * (2 * stored + gradients)
+        sent = micro_batches * share * ((3 if contrasts else 2) * stored + gradients)
     else:
         reductions = micro_batches if stage == 2 else 1
-        sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + (stored if stage else 0))
+        sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + ((3 if contrasts else 1) * stored if stage else 0))
     if layout == "flat":
         # In a ring over all GPUs, only one GPU of a machine sends to another machine, so each GPU's share of the network carries 1/gpus of its bytes.
         return Traffic(sent if cluster.gpus > 1 else 0.0, sent / cluster.gpus if cluster.nodes > 1 else 0.0)

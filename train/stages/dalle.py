@@ -21,12 +21,13 @@ from train.engines.zero.engine import ZeroEngine
 from train.loop.plateau import Plateau
 from train.loop.trainer import RESTORE_PATIENCE, Trainer
 from train.optimizer import apex_parts
-from train.planning.flops import train_flops
+from train.planning.flops import update_flops
 from train.ranks import watchdog
 from train.ranks.device import branch_dtype, matrix_peak, patient_group, set_up, wait_for_all
 from train.run import attention_engine, places
 from train.run.inputs import build_dalle, micro_batch, open_tokenizer
-from train.stages import dalle_batches, dalle_init_from
+from train.stages import dalle_batches, dalle_contrast, dalle_init_from
+from train.stages.dalle_contrast import ContrastTask
 from train.stages.dalle_task import DalleTask
 from train.stages.finish import finish_training
 from train.weights import checkpoint
@@ -56,19 +57,23 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
             if world.is_main:
                 dalle_init_from.say_differences(fit.init_from, cfg.dalle, "dalle_fit.init_from")
+            if fit.contrasts:
+                dalle_init_from.refuse_another_language(fit.init_from, cfg.dalle, lineage, "dalle_fit.init_from")
             lineage["init_from"] = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
     if world.is_main:
         storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # only for people to read
     meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
-    task = DalleTask(cfg, device, model, reader)
+    task = ContrastTask(cfg, device, model, reader, world) if fit.contrasts else DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
     # On a CPU, fp16 has no meaningful peak: its rate differs by a factor of ten with the memory layout of the matrices.
     peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
-    flops = train_flops(cfg.dalle, model.shape) / model.shape.states
+    flops = update_flops(cfg.dalle, model.shape, contrasts=fit.contrasts) / model.shape.states
     onlooker = None
     if cfg.samples.every and world.is_main:
         onlooker = Samples(cfg, run, world, stop, gpu=device.type == "cuda", threads=torch.get_num_threads())
     outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau, onlooker).run_to_end()
+    if fit.contrasts and world.is_main:
+        print(dalle_contrast.described(outcome.evaluation), flush=True)
     # The averaged weights are read back from the checkpoint of the last update. To gather the shards instead would also need one process that holds the whole model.
     url = run.at("dalle")
     averaged = checkpoint.StoredTensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None

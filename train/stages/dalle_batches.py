@@ -25,6 +25,7 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
         replace_pieces=fit.replace_pieces,
         positions=cfg.dvae.grid**2,
         vocab=cfg.dvae.vocab,
+        caption_keys=fit.contrasts,
     )
     return ShardLoader(
         sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key="dalle_fit.batch", **loader_options(cfg.data)

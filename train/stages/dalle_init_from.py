@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,14 +28,37 @@ def say_differences(url: str, cfg: TransformerConfig, key: str) -> None:
     Raises:
         DataError: there is no export, or it is damaged.
     """
-    there = export.describe(url)["model"]
-    odd = [
+    if odd := _differences(export.describe(url)["model"], cfg):
+        log.warning("%s = %s: these weights were trained otherwise, and begin with a higher loss: %s", key, url, "; ".join(odd))
+
+
+def _differences(there: Mapping[str, Any], cfg: TransformerConfig) -> list[str]:
+    return [
         f"dalle.{name} = {there[name]} there, {getattr(cfg, name)} here"
         for name in _SAME_SHAPES
         if name in there and there[name] != getattr(cfg, name)
     ]
-    if odd:
-        log.warning("%s = %s: these weights were trained otherwise, and begin with a higher loss: %s", key, url, "; ".join(odd))
+
+
+def refuse_another_language(url: str, cfg: TransformerConfig, lineage: Mapping[str, str], key: str) -> None:
+    """Refuse an export whose likelihoods of this run's codes and captions would mean nothing. Fine-tuning by likelihood may begin so; with a contrast to these very
+    weights nothing would ever be learned.
+
+    Raises:
+        ConfigError: it was trained with another dVAE or tokenizer, or computes something else.
+    """
+    about = export.describe(url)
+    parents = about.get("parents", {})
+    odd = [
+        f"{kind} {parents[kind][:12]} there, {lineage[kind][:12]} here"
+        for kind in ("dvae", "tokenizer")
+        if parents.get(kind, lineage[kind]) != lineage[kind]
+    ]
+    if odd := [*odd, *_differences(about["model"], cfg)]:
+        raise ConfigError(
+            f"{key} = {url}: dalle_fit.objective = 'caption_contrast' compares likelihoods with those of these weights, which were trained with something else: "
+            f"{'; '.join(odd)}. Name the export of a run with the same dVAE, tokenizer and section dalle; 'launcher.py align RUN' makes such a run."
+        )
 
 
 @torch.no_grad()
@@ -60,7 +85,7 @@ def load(engine: Engine, url: str, key: str) -> str:
         raise ConfigError(f"{key} = {url}: {len(odd)} of {len(expected)} weights do not fit this configuration:\n" + "\n".join(lines + more))
     for name, fragment in engine.fragments(to_load=True).items():
         kind, _, parameter = name.partition("/")
-        if kind in ("model", "average"):
+        if kind in ("model", "average", "frozen"):
             fragment.tensor.copy_(tensors[parameter].flatten().narrow(0, fragment.offset, fragment.tensor.numel()))
     wait_for_all()  # ranks take different times to read, and the next collective has a short timeout
     engine.loaded(0)

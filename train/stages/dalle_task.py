@@ -49,7 +49,7 @@ def cross_entropies(
         Left: out of ``between``.
     """
     sums = torch.zeros(5 + rows, dtype=torch.float64, device=device)
-    for batch, counts in _equally_often(_with_other_captions(list(batches), device), device):
+    for batch, counts in as_often_on_all_ranks(with_other_captions(list(batches), device), device):
         between()
         text_BT, lengths_B, codes_BI, other_BT, other_lengths_B = (
             batch[key].to(device, non_blocking=True) for key in ("text", "lengths", "codes", "other_text", "other_lengths")
@@ -72,7 +72,7 @@ def cross_entropies(
     return found | {f"loss_image_row_{row:02d}": value * rows / codes for row, value in enumerate(by_row)}
 
 
-def _with_other_captions(held: list[Batch], device: torch.device) -> list[Batch]:
+def with_other_captions(held: list[Batch], device: torch.device) -> list[Batch]:
     """Add ``other_text`` and ``other_lengths`` to the batches: the caption of the next sample in the order of hashed ids, over all ranks. Which caption a sample gets
     does not depend on the number of ranks. It gets its own only if there is no other sample."""
     rows = [torch.cat([_hashes(batch)[:, None], batch["lengths"][:, None], batch["text"]], 1) for batch in held]
@@ -109,7 +109,7 @@ def _largest(numbers: list[int], device: torch.device) -> list[int]:
     return [int(number) for number in agreed.tolist()]
 
 
-def _equally_often(held: list[Batch], device: torch.device) -> list[tuple[Batch, bool]]:
+def as_often_on_all_ranks(held: list[Batch], device: torch.device) -> list[tuple[Batch, bool]]:
     """This rank's batches with True; then copies with False, which are not counted, until it has as many batches as the rank with the most."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(batch, True) for batch in held]

@@ -123,6 +123,17 @@ def describe(preset: str, setting: Setting) -> list[str]:
         f"({layer_pairs(cfg.dalle, shape):,} allowed pairs in a sample)",
         f"batch                {cfg.dalle_fit.batch} = {setting.cluster.nodes} nodes x {setting.cluster.gpus} GPUs x {cfg.dalle_fit.accumulation} micro-batches "
         f"x {setting.micro_batch} samples",
+        *contrasting(setting),
+    ]
+
+
+def contrasting(setting: Setting) -> list[str]:
+    """If captions are contrasted: what that takes."""
+    if not setting.cfg.dalle_fit.contrasts:
+        return []
+    return [
+        f"captions contrasted  each sample under two captions, so {2 * setting.micro_batch} at once in activations; frozen weights take {estimate.frozen(setting) / _GB:,.2f} GB "
+        f"of the machine's memory for each GPU, and as much again for a checkpoint"
     ]
 
 

@@ -32,6 +32,7 @@ from train.optimizer import adamw_kernel, muon
 from train.optimizer.loss_scale import LossScale
 from train.ranks.signal_vector import SignalVector
 from train.stages.clip_task import BothTowers, ClipTask
+from train.stages.dalle_contrast import ContrastTask
 from train.stages.dalle_task import DalleTask
 from train.stages.dvae_task import DvaeTask
 from train.weights.checkpointer import Checkpointer
@@ -153,6 +154,17 @@ def test_an_update_by_muon_waits_no_more_and_keeps_matrices_on_the_gpu(tmp_path:
         assert len(made_of) == 2 * 6 * cfg.dalle.layers and is_cuda(made_of) and {t.dtype for t in made_of} == {torch.bfloat16}
         states = {name: f.tensor for name, f in engine.fragments(to_load=False).items() if name.startswith("optimizer/momentum/")}
         assert len(states) == 6 * cfg.dalle.layers and is_cuda(list(states.values()))
+
+
+def test_an_update_that_contrasts_captions_waits_once_too_and_copies_frozen_weights_without_a_wait(tmp_path: Path) -> None:
+    cfg = tiny("dalle_fit.objective=caption_contrast", "dalle_fit.init_from=export", "dalle_fit.precision=fp16", "zero.stage=3", "zero.weights=fp16")
+    with fake_cuda(MESSAGE) as watch, sharded(watch, cfg) as engine:
+        task = ContrastTask(cfg, CUDA, engine.module, [], World.single())
+        made = trainer("dalle", task, engine, cfg.dalle_fit, cfg, tmp_path)
+        made.loader = Batches(batch_of(cfg) | {"caption_keys": torch.tensor([1, 1, 0, 2]), "own_keys": [[1], [1], [2], [2]]})
+        assert waits_of_updates(made, watch, 2) == [MESSAGE] * 2
+        frozen = [fragment.tensor for name, fragment in engine.fragments(to_load=False).items() if name.startswith("frozen/")]
+        assert engine.updates == 2 and is_cuda(engine._masters()) and frozen and not is_cuda(frozen)
 
 
 def test_an_evaluation_of_the_transformer_reads_its_sums_once(tmp_path: Path) -> None:

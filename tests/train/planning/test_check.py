@@ -19,6 +19,7 @@ from train.verbs import plan
 
 SMALL = ["dalle.layers=2", "dalle.width=512", "dalle.heads=4", "dalle_fit.batch=64", "evaluate.batch=2", "zero.reduce_bucket_size=1000000"]
 SMALL += ["zero.stage3_prefetch_bucket_size=500000", "zero.stage3_max_live_parameters=4000000", "zero.stage3_max_reuse_distance=4000000"]
+CONTRAST = ["dalle_fit.objective=caption_contrast", "dalle_fit.init_from=export"]
 CASES = {
     "stage 3, by node": [],
     "stage 3, flat": ["zero.sharding=flat"],
@@ -26,6 +27,8 @@ CASES = {
     "stage 1": ["zero.stage=1"],
     "machines of one GPU, precision decided there": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=auto", "dalle_fit.moments=fp32"],
     "Muon on stage 3, by node": ["dalle_fit.optimizer=muon"],
+    "stage 3, captions contrasted": [*CONTRAST, "dalle_fit.accumulation=2"],
+    "stage 2, flat, captions contrasted": [*CONTRAST, "zero.stage=2", "zero.sharding=flat"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
 PROGRAM = """

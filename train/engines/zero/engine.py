@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from train.engines.zero.accumulation import HalfGradients
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
 from train.engines.zero.exponents import Exponents
+from train.engines.zero.frozen import FrozenShards
 from train.engines.zero.groups import make_optimizer, parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import EngineState, GradientScales
 from train.engines.zero.shards import GradientReader, pieces
@@ -130,6 +131,7 @@ class ZeroEngine:
         self.compression = found if found.is_active else None
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
+        self._frozen = FrozenShards(self._masters() if fit.contrasts else [])
         self.updates = self.attempts = 0
         self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
@@ -320,6 +322,7 @@ class ZeroEngine:
             moments = self.shard_optimizer.moments(group, flat)  # zeros if no update has been applied yet
             tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
             tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names(group)}
+            tensors |= self._frozen.of(piece.flat)
             for kind, tensor in tensors.items():
                 found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found
@@ -338,6 +341,10 @@ class ZeroEngine:
         yield
         self._engine.train()
         self._swap()
+
+    def frozen(self, *, evaluates: bool) -> AbstractContextManager[None]:
+        """During the block, forward passes use the weights that training started from; see ``FrozenEngine``. Collective."""
+        return self._frozen.in_place_of_masters(self._engine, self._optimizer, self.zero.stage, evaluates=evaluates)
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -152,6 +152,20 @@ def masters(optimizer: Any, stage: int) -> list[Tensor]:
     return found
 
 
+def refresh_from(optimizer: Any, stage: int, flats: list[Tensor]) -> None:
+    """As ``refresh``, from other flat shards than the masters, which are neither read nor written: a save or an average that still reads them goes on. Collective."""
+    held = masters(optimizer, stage)
+    kept = list(held)
+    if stage == 3:
+        pairs = zip(kept, optimizer.fp16_partitioned_groups_flat, strict=True)
+        assert all(flat is not parameters for flat, parameters in pairs), "these masters are the parameters themselves"
+    held[:] = flats
+    try:
+        refresh(optimizer, stage)
+    finally:
+        held[:] = kept
+
+
 class _Buffers:
     """Stands in for the single flat buffer that stage 3 expects: one buffer for each dtype, of which ``narrow`` finds the right one."""
 

@@ -13,6 +13,7 @@ from train.experiments.precision_page import alone
 from train.planning import estimate, failures
 from train.planning.estimate import Setting
 from train.planning.failures import Job
+from train.planning.flops import train_flops
 from train.planning.hardware import GPUS
 from train.planning.states import Cluster, count
 from train.report.plots import Line, lines
@@ -61,7 +62,7 @@ def rows(preset: str, *, weak: bool) -> list[Row]:
         setting = Setting.configured(cfg, Cluster(gpus // _A_NODE, _A_NODE))
         times, gpu = estimate.times(setting, GPUS[GPU]), GPUS[GPU]
         tokens_s = batch * cfg.stream_shape().states / times.expected
-        flops = tokens_s * estimate.train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states
+        flops = tokens_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states
         if times.is_exposed:
             largest = {
                 "products" if times.compute > times.inside else "links inside machines": max(times.compute, times.inside),

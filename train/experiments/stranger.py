@@ -55,8 +55,8 @@ def sheet(drawings: Sequence[str], out: Path, pictures: int, seed: int) -> None:
             f"{', '.join(drawings)}: drawings of {len(found)} captions; give folders of `launcher.py draw --out` with 2 to {len(letters)}"
         )
     numbered, rows = sorted(found), sorted(found)
-    random.Random(derive(seed, "stranger", "captions")).shuffle(numbered)
-    random.Random(derive(seed, "stranger", "rows")).shuffle(rows)
+    random.Random(derive(seed, "order", "captions")).shuffle(numbered)
+    random.Random(derive(seed, "order", "rows")).shuffle(rows)
     images = [enlarged([read_png((folder / line["file"]).read_bytes()) for folder, line in found[caption]], _SIDE) for caption in rows]
     out.mkdir(parents=True, exist_ok=True)
     key = {"rows": {letters[row]: numbered.index(caption) + 1 for row, caption in enumerate(rows)}, "captions": numbered, "seed": seed}

@@ -76,7 +76,7 @@ def test_the_page_says_which_rank_is_as_good_as_exact(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(
         json.dumps({"kind": "compression", "name": "x", "settings": settings, "runs": runs, "producer": {"commit": "c" * 40}})
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"way": way, "mbit_s": rate, "update_s": seconds, "exchange_s": seconds / 2, "cable_bytes": 1e6, "counted_bytes": counted, "passes_s": 0.1}
         for way, counted, all_seconds in (("exact", None, (2.0, 0.2)), ("low", 9e5, (1.0, 0.3)))
         for rate, seconds in zip((100, 0), all_seconds, strict=True)

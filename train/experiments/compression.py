@@ -34,7 +34,8 @@ from train.engines.zero.compression.fragments import Block, block_of
 from train.experiments import compression_page
 from train.loop.schedules import warmup_cosine
 from train.optimizer.adamw import PaperAdamW
-from train.run.inputs import build_dalle, open_tokenizer
+from train.run.data_inputs import open_tokenizer
+from train.run.inputs import build_dalle
 from train.stages import dalle_batches
 
 _CPU = torch.device("cpu")

@@ -37,7 +37,8 @@ from train.loop.metrics import read_metrics
 from train.machine.rates import threads
 from train.ranks.device import branch_dtype, keep_memory
 from train.run import attention_engine, places
-from train.run.inputs import build_dalle, open_codes, open_tokenizer
+from train.run.data_inputs import open_tokenizer
+from train.run.inputs import build_dalle, open_codes
 from train.stages import dalle_batches
 from train.stages.dalle_task import cross_entropies
 from train.weights import checkpoint

@@ -30,7 +30,7 @@ from train.config import RunConfig
 from train.engines.replicated import decay_groups
 from train.loop.trainer import Batch, Loader
 from train.machine.rates import DTYPES, Options, measure, threads
-from train.run.inputs import open_tokenizer
+from train.run.data_inputs import open_tokenizer
 from train.stages import dalle_batches
 from train.stages.dalle_task import cross_entropies
 

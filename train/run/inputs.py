@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from data_pipeline.config import DataConfig
-from data_pipeline.shards.shard_set import CODES_SCHEMA, IMAGE_SCHEMA, ShardSet, open_set
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.shards.shard_set import CODES_SCHEMA, ShardSet, open_set
+from data_pipeline.tokenizer import Tokenizer
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
@@ -24,18 +22,9 @@ from model.transformer import Norm, Transformer
 from train.config import DalleFit, FitSection, RunConfig
 from train.machine.rates import name_of
 from train.run import attention_engine, places
+from train.run.data_inputs import open_tokenizer
 from train.weights import export, towers
 from train.weights.contrastive import Contrastive, open_module, ranking
-
-
-def open_images(cfg: RunConfig, run: RunFolder, split: str) -> ShardSet:
-    """The image set of a split, in the version that this run's stage prepare made or found. If others add shards to the set later, this run does not see them.
-
-    Raises:
-        DataError: prepare has not finished, or the version does not exist any more.
-    """
-    version = places.version(run, "prepare", split)
-    return open_set(places.image_set(cfg, run, split), IMAGE_SCHEMA, version=version, takedown=cfg.data.takedown)
 
 
 def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSet:
@@ -47,12 +36,6 @@ def open_codes(cfg: RunConfig, run: RunFolder, crop: int, split: str) -> ShardSe
     parents = {"dvae": export.describe(run.at("dvae", "export"))["content_hash"]}
     version = places.version(run, "encode", f"{crop}/{split}")
     return open_set(places.code_set(cfg, run, crop, split), CODES_SCHEMA, parents, version, cfg.data.takedown)
-
-
-def open_tokenizer(cfg: RunConfig, run: RunFolder) -> tuple[Tokenizer, str]:
-    """The run's tokenizer and its content hash."""
-    tokenizer, manifest = load_tokenizer(places.tokenizer(cfg, run), cfg.tokenizer)
-    return tokenizer, str(manifest["content_hash"])
 
 
 def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[ImageTokenizer, str]:
@@ -160,9 +143,3 @@ def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
             f"use a multiple of {shares}."
         )
     return fit.batch // fit.accumulation
-
-
-def loader_options(data: DataConfig) -> dict[str, Any]:
-    """The options of a training stage's loader. Which samples a batch holds depends only on two of them: ``block`` and ``weights``."""
-    weights = {source.url: source.weight for source in data.sources}
-    return {"workers": data.workers, "prefetch": data.prefetch, "cache_bytes": data.cache_bytes, "block": data.shuffle_block, "weights": weights}

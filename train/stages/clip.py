@@ -24,7 +24,8 @@ from train.loop.trainer import Batch, Trainer
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.ranks.leaving import Batches
 from train.run import places
-from train.run.inputs import loader_options, micro_batch, open_images, open_tokenizer
+from train.run.data_inputs import loader_options, open_images, open_tokenizer
+from train.run.inputs import micro_batch
 from train.stages import clip_features
 from train.stages.clip_task import BothHeads, BothTowers, ClipTask
 from train.stages.finish import finish_training

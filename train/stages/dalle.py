@@ -25,7 +25,8 @@ from train.planning.flops import update_flops
 from train.ranks import watchdog
 from train.ranks.device import branch_dtype, matrix_peak, patient_group, set_up, wait_for_all
 from train.run import attention_engine, places
-from train.run.inputs import build_dalle, micro_batch, open_tokenizer
+from train.run.data_inputs import open_tokenizer
+from train.run.inputs import build_dalle, micro_batch
 from train.stages import dalle_batches, dalle_contrast, dalle_init_from
 from train.stages.dalle_contrast import ContrastTask
 from train.stages.dalle_task import DalleTask

@@ -8,7 +8,8 @@ from data_pipeline.tokenizer import Tokenizer
 from infra.run_folder import RunFolder
 from infra.world import World
 from train.config import RunConfig
-from train.run.inputs import loader_options, open_codes
+from train.run.data_inputs import loader_options
+from train.run.inputs import open_codes
 
 
 def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, batch: int) -> ShardLoader[Sample, Batch]:

@@ -24,7 +24,8 @@ from train.loop.trainer import Trainer
 from train.optimizer.loss_scale import LossScale
 from train.ranks.device import branch_dtype, matrix_peak, set_up, wait_for_all
 from train.run import places
-from train.run.inputs import loader_options, micro_batch, open_images
+from train.run.data_inputs import loader_options, open_images
+from train.run.inputs import micro_batch
 from train.stages.dvae_task import DvaeTask
 from train.stages.finish import finish_training
 

@@ -26,7 +26,8 @@ from train.config import RunConfig
 from train.machine.rates import DTYPES, threads
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.run import places
-from train.run.inputs import open_dvae, open_images
+from train.run.data_inputs import open_images
+from train.run.inputs import open_dvae
 from train.stages.encode_records import CodeMaker
 from train.stages.finish import stop_together
 

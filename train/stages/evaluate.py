@@ -19,7 +19,8 @@ from train.evaluation.codes import code_statistics
 from train.evaluation.pixels import psnr
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.run import places
-from train.run.inputs import Exports, open_codes, open_exports, open_images
+from train.run.data_inputs import open_images
+from train.run.inputs import Exports, open_codes, open_exports
 from train.stages import evaluate_drawings
 from train.stages.clip_task import recall_at_1
 from train.stages.dalle_task import cross_entropies

@@ -43,7 +43,8 @@ from train.evaluation.distances import quantiles
 from train.evaluation.drawings import OWN_CLIP, Judge, figures
 from train.evaluation.features import feature_net
 from train.ranks.device import wait_for_all
-from train.run.inputs import Exports, open_images
+from train.run.data_inputs import open_images
+from train.run.inputs import Exports
 from train.stages.finish import stop_together
 from train.stages.generate_nearest import nearest, thumbs, view
 from train.stages.generate_prompts import Prompt, held_out

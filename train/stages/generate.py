@@ -25,7 +25,8 @@ from train.drawing.source import Models
 from train.ranks.device import branch_dtype, set_up, wait_for_all
 from train.report.images import grid, png_bytes
 from train.run import places
-from train.run.inputs import open_exports, open_images
+from train.run.data_inputs import open_images
+from train.run.inputs import open_exports
 from train.stages import generate_learned
 from train.stages.finish import stop_together
 from train.stages.generate_nearest import nearest, thumbs, view

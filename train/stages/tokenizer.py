@@ -12,7 +12,7 @@ from infra.signals import StopFlag
 from infra.world import World
 from train.config import RunConfig
 from train.run import places
-from train.run.inputs import open_images
+from train.run.data_inputs import open_images
 
 
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:

@@ -24,7 +24,7 @@ from train.evaluation.reconstruction import Judges, Reconstruction, reconstruct,
 from train.loop.metrics import MetricsWriter, next_attempt
 from train.ranks.device import set_up
 from train.run import places
-from train.run.inputs import open_images
+from train.run.data_inputs import open_images
 from train.run.places import run_folder
 from train.stages.dvae_task import show
 from train.weights import export

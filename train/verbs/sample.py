@@ -58,7 +58,7 @@ def captions_of(cfg: RunConfig, run: RunFolder) -> tuple[str, ...]:
     if given := samples.given(cfg):
         return given
     from train.run import places
-    from train.run.inputs import open_images
+    from train.run.data_inputs import open_images
     from train.stages.generate_prompts import prompts
 
     training, validation = (open_images(cfg, run, split) for split in places.SPLITS)

@@ -26,7 +26,7 @@ from tests.support.contrastive import contrastive_loss
 from tests.support.made_sets import image, make_images
 from tests.support.ranks import run_in_ranks
 from train.config import RunConfig, load_run
-from train.run.inputs import open_images, open_tokenizer
+from train.run.data_inputs import open_images, open_tokenizer
 from train.stages import clip, clip_features
 from train.stages.clip_task import BothHeads, ClipTask
 from train.weights import export, towers

@@ -28,7 +28,8 @@ from tests.support.patience import PATIENCE_S
 from tests.train.stages.test_shares import tree
 from train import launch
 from train.config import RunConfig, load_run
-from train.run.inputs import open_dvae, open_images
+from train.run.data_inputs import open_images
+from train.run.inputs import open_dvae
 from train.stages import encode as encode_stage
 from train.stages.encode_records import CodeMaker
 

@@ -1,6 +1,6 @@
 """Asks a stranger which drawing shows which caption: ``python -m train.experiments.stranger sheet DRAWINGS... --out FOLDER``, then ``... score FOLDER ANSWERS``.
 
-DRAWINGS are the folders that ``launcher.py draw ... --out DRAWINGS`` wrote. ``sheet`` writes sheet.png, with a letter and the best pictures of each caption in a row, and
+DRAWINGS are run folders whose stage generate is finished, or folders that ``launcher.py draw ... --out DRAWINGS`` wrote. ``sheet`` writes sheet.png, with a letter and the best pictures of each caption in a row, and
 captions.txt, the numbered captions; both are shuffled, each in its own way, and key.json says which is which. The stranger sees the sheet and the captions, and writes a line
 like ``C 7`` for each row. ``score`` counts how many are right, and how likely as many are by chance: one is expected, however many rows there are.
 """
@@ -20,11 +20,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from infra import stored
+from infra.commands import launcher
 from infra.errors import UsageError, in_a_sentence
 from infra.files import atomic
 from infra.seeds import derive
 from train.drawing.gallery import ranked
-from train.drawing.samples import SAMPLES, Line, read_lines
+from train.drawing.learned import PictureFile
+from train.drawing.samples import SAMPLES, read_lines
 from train.report.images import enlarged, grid, png_bytes, read_png
 
 _ANSWER = re.compile(r"^\s*([A-Za-z]{1,2})[\s:.,=-]+(\d{1,3})\s*$")
@@ -36,7 +38,25 @@ class _Key(stored.Stored):
     rows: dict[str, Annotated[int, Field(ge=1)]]
     """Which caption's number is right for a letter."""
     captions: list[str]
+    splits: dict[str, str]
+    """Caption -> the split that a run took it from."""
     seed: int
+
+
+class _Picture(stored.Stored):
+    file: PictureFile
+
+
+class _Row(stored.Stored):
+    caption: str
+    split: str
+    pictures: list[_Picture]
+
+
+class _Index(stored.Stored):
+    """index.json of a stage generate: the best pictures of a caption first."""
+
+    captions: list[_Row]
 
 
 def sheet(drawings: Sequence[str], out: Path, pictures: int, seed: int) -> None:
@@ -45,24 +65,42 @@ def sheet(drawings: Sequence[str], out: Path, pictures: int, seed: int) -> None:
     Raises:
         UsageError: there are fewer than two captions, or more than letters.
     """
-    found: dict[str, list[tuple[Path, Line]]] = {}
-    for path in sorted(path for folder in drawings for path in Path(folder).glob(f"*/{SAMPLES}")):
-        lines = read_lines(str(path))
-        found.setdefault(lines[0]["caption"], []).extend((path.parent, line) for line in ranked(lines)[:pictures])
+    found, splits = _pictures(drawings, pictures)
     letters = list(string.ascii_uppercase) + ["A" + letter for letter in string.ascii_uppercase]
     if not 2 <= len(found) <= len(letters):
         raise UsageError(
-            f"{', '.join(drawings)}: drawings of {len(found)} captions; give folders of `launcher.py draw --out` with 2 to {len(letters)}"
+            f"{', '.join(drawings)}: drawings of {len(found)} captions; give runs with pictures, or folders of `launcher.py draw --out`, with 2 to {len(letters)}"
         )
     numbered, rows = sorted(found), sorted(found)
     random.Random(derive(seed, "order", "captions")).shuffle(numbered)
     random.Random(derive(seed, "order", "rows")).shuffle(rows)
-    images = [enlarged([read_png((folder / line["file"]).read_bytes()) for folder, line in found[caption]], _SIDE) for caption in rows]
+    images = [enlarged([read_png(file.read_bytes()) for file in found[caption]], _SIDE) for caption in rows]
     out.mkdir(parents=True, exist_ok=True)
-    key = {"rows": {letters[row]: numbered.index(caption) + 1 for row, caption in enumerate(rows)}, "captions": numbered, "seed": seed}
+    key = {
+        "rows": {letters[row]: numbered.index(caption) + 1 for row, caption in enumerate(rows)},
+        "captions": numbered,
+        "splits": splits,
+        "seed": seed,
+    }
     _write(out / "sheet.png", png_bytes(grid(images, labels=letters[: len(rows)])))
     _write(out / "captions.txt", "".join(f"{number} {caption}\n" for number, caption in enumerate(numbered, 1)).encode())
     _write(out / "key.json", json.dumps(key, indent=1, ensure_ascii=False).encode())
+
+
+def _pictures(drawings: Sequence[str], most: int) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """The best pictures of each caption, and the split of each caption that a run took from its data."""
+    found: dict[str, list[Path]] = {}
+    splits: dict[str, str] = {}
+    for place in map(Path, drawings):
+        index = place / "generate" / "index.json"
+        if index.is_file():
+            for row in stored.read(str(index), _Index, f"run '{launcher('generate', str(place))}' again")["captions"]:
+                splits[row["caption"]] = row["split"]
+                found.setdefault(row["caption"], []).extend(place / picture["file"] for picture in row["pictures"][:most])
+        for path in sorted(place.glob(f"*/{SAMPLES}")):
+            lines = read_lines(str(path))
+            found.setdefault(lines[0]["caption"], []).extend(path.parent / line["file"] for line in ranked(lines)[:most])
+    return found, splits
 
 
 def score(folder: Path, answers: Path) -> dict[str, Any]:
@@ -88,7 +126,12 @@ def score(folder: Path, answers: Path) -> dict[str, Any]:
         "answered": len(said),
         "by_chance": chance(len(right), len(key["rows"])),
         "captions": captions,
+        "splits": {split: [_of(split, those, key["splits"]) for those in (captions, key["captions"])] for split in sorted({*key["splits"].values()})},
     }
+
+
+def _of(split: str, captions: Sequence[str], splits: Mapping[str, str]) -> int:
+    return sum(splits.get(caption) == split for caption in captions)
 
 
 def chance(right: int, rows: int) -> float:
@@ -99,8 +142,9 @@ def chance(right: int, rows: int) -> float:
 
 def told(found: Mapping[str, Any]) -> str:
     """The result in words."""
+    parts = "".join(f"; {split}: {right} of {rows}" for split, (right, rows) in found["splits"].items())
     names = "".join(f"\n  {caption}" for caption in found["captions"])
-    return f"{found['right']} of {found['rows']} rows are right ({found['answered']} answered); by chance as many are in {found['by_chance']:.2g} of cases{names}"
+    return f"{found['right']} of {found['rows']} rows are right ({found['answered']} answered); by chance as many are in {found['by_chance']:.2g} of cases{parts}{names}"
 
 
 def _write(path: Path, data: bytes) -> None:

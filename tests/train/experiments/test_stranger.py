@@ -92,9 +92,28 @@ def test_an_answer_that_is_none_is_named(wrong: str, drawings: Path, tmp_path: P
 
 
 def test_a_sheet_needs_captions_and_a_score_its_key(drawings: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"drawings of 0 captions; give folders of `launcher.py draw --out` with 2 to 52"):
+    with pytest.raises(UsageError, match=r"drawings of 0 captions; give runs with pictures, or folders of `launcher.py draw --out`, with 2 to 52"):
         stranger.sheet([str(tmp_path / "none")], tmp_path / "sheet", 4, 0)
     stranger.sheet([str(drawings)], tmp_path / "sheet", 4, 0)
     (tmp_path / "sheet" / "key.json").write_text("[]")
     with pytest.raises(DataError, match="make the sheet again"):
         stranger.score(tmp_path / "sheet", tmp_path / "answers.txt")
+
+
+def test_the_pictures_of_a_run_are_counted_by_the_split_of_their_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    for index, (caption, split) in enumerate(zip(CAPTIONS, ("validation", "validation", "train"), strict=True)):
+        file = f"generate/caption-{index}/000.png"
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_bytes(png_bytes(np.full((8, 8, 3), 50 * index, dtype=np.uint8)))
+        rows.append({"caption": caption, "split": split, "pictures": [{"file": file}]})
+    (tmp_path / "generate" / "index.json").write_text(json.dumps({"captions": rows}))
+    stranger.main(["sheet", str(tmp_path), "--out", str(tmp_path / "sheet")])
+    key = json.loads((tmp_path / "sheet" / "key.json").read_text())
+    known = next(letter for letter, number in key["rows"].items() if key["captions"][number - 1] == "a cat")
+    (tmp_path / "answers.txt").write_text(f"{known} {key['rows'][known]}")
+    stranger.main(["score", str(tmp_path / "sheet"), str(tmp_path / "answers.txt")])
+    assert "1 of 3 rows are right (1 answered); by chance as many are in 0.67 of cases; train: 1 of 1; validation: 0 of 2" in capsys.readouterr().out
+    (tmp_path / "generate" / "index.json").write_text(json.dumps({"captions": [rows[0] | {"pictures": [{"file": "../../x.png"}]}]}))
+    with pytest.raises(DataError, match=r"run '.*generate .*' again"):
+        stranger.sheet([str(tmp_path)], tmp_path / "sheet", 4, 0)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from infra import stored
+from infra import storage, stored
 from infra.commands import launcher
 from infra.errors import UsageError, in_a_sentence
 from infra.files import atomic
@@ -111,7 +111,7 @@ def score(folder: Path, answers: Path) -> dict[str, Any]:
     """
     key = stored.read(str(folder / "key.json"), _Key, "make the sheet again")
     said: dict[str, int] = {}
-    for number, line in enumerate(filter(str.strip, answers.read_text().splitlines()), 1):
+    for number, line in enumerate(filter(str.strip, storage.read_text(str(answers)).splitlines()), 1):
         match = _ANSWER.match(line)
         if match is None or (letter := match[1].upper()) not in key["rows"] or letter in said or not 1 <= int(match[2]) <= len(key["captions"]):
             raise UsageError(

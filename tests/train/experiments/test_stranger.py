@@ -95,6 +95,8 @@ def test_a_sheet_needs_captions_and_a_score_its_key(drawings: Path, tmp_path: Pa
     with pytest.raises(UsageError, match=r"drawings of 0 captions; give runs with pictures, or folders of `launcher.py draw --out`, with 2 to 52"):
         stranger.sheet([str(tmp_path / "none")], tmp_path / "sheet", 4, 0)
     stranger.sheet([str(drawings)], tmp_path / "sheet", 4, 0)
+    with pytest.raises(DataError, match=r"answers\.txt"):
+        stranger.score(tmp_path / "sheet", tmp_path / "answers.txt")
     (tmp_path / "sheet" / "key.json").write_text("[]")
     with pytest.raises(DataError, match="make the sheet again"):
         stranger.score(tmp_path / "sheet", tmp_path / "answers.txt")

@@ -111,7 +111,11 @@ class LostPeerError(ReportedError):
 
 
 def in_a_sentence(main: Callable[[list[str]], object]) -> None:
-    """Run the main function of a program with its command line: an error that is for the user is a line, and its code the program's."""
+    """Run the main function of a program with its command line: an error that is for the user is a line, and its code the program's; whoever reads what it prints
+    may go away."""
+    from infra import output  # imports this module
+
+    output.last()
     try:
         main(sys.argv[1:])
     except ReportedError as error:

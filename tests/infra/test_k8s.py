@@ -16,6 +16,7 @@ from infra import k8s_submit
 from infra.errors import ConfigError
 from infra.job import ClusterConfig, JobSpec, Shape
 from tests.support import manifests
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.run.stage_table import STAGES
 
@@ -208,10 +209,10 @@ def test_what_kubernetes_cannot_run_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_the_command_line_shows_before_it_acts(with_kubectl: None, s3: str) -> None:
     words = ["dalle", "tiny", f"run.root={s3}", f"cluster.image={IMAGE}", "cluster.nodes=2", "--on", "k8s"]
-    done = subprocess.run([sys.executable, str(ROOT / "launcher.py"), *words, "--dry-run"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / "launcher.py"), *words, "--dry-run"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert "kubectl apply -f - -l 'stage in (dalle,shared)'" in done.stdout and "kind: JobSet" in done.stdout
     overlay = json.loads(done.stdout.split("# overlay\n")[1].split("\n# kubectl")[0])
     assert overlay["configMapGenerator"][0]["literals"][0] == f"LAUNCHER_RUN={s3}/tiny"
-    chain = subprocess.run([sys.executable, str(ROOT / "launcher.py"), *words, "--chain"], capture_output=True, text=True, timeout=120)
+    chain = subprocess.run([sys.executable, str(ROOT / "launcher.py"), *words, "--chain"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert chain.returncode == 78 and "Kubernetes starts jobs at once" in chain.stderr

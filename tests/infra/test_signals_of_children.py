@@ -40,7 +40,7 @@ def python(program: str, *words: str, **environment: str) -> subprocess.Popen[st
 
 @pytest.mark.parametrize(("how", "blocked"), [("plain", {PREEMPTION_SIGNAL, signal.SIGHUP} & set(STOP_SIGNALS)), ("block", set(STOP_SIGNALS))])
 def test_children_start_with_signals_blocked_that_their_parent_hears(how: str, blocked: set[signal.Signals]) -> None:
-    output, error = python(_PARENT, how, _CHILD).communicate(timeout=120)
+    output, error = python(_PARENT, how, _CHILD).communicate(timeout=PATIENCE_S)
     mask, *heard = output.split()
     assert {number for number in STOP_SIGNALS if int(mask, 16) >> (number - 1) & 1} == blocked, error
     assert heard == ["True"] * len(STOP_SIGNALS), error
@@ -59,7 +59,7 @@ time.sleep(900)
 def test_a_child_whose_parent_ended_before_the_tie_ends_at_once(variable: bool) -> None:
     """The process with number 1 is not its parent."""
     process = python(_TIED, LAUNCHER_PID="1") if variable else python(_TIED, "1")
-    assert process.communicate(timeout=120)[0] == "" and process.returncode == -signal.SIGKILL
+    assert process.communicate(timeout=PATIENCE_S)[0] == "" and process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("variable", [False, True])

@@ -32,7 +32,12 @@ STAGES = ("prepare", "tokenizer", "dvae", "encode", "dalle", "clip", "generate",
 
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launcher.py"), *words], capture_output=True, text=True, env=os.environ | environment, timeout=240, check=False
+        [sys.executable, str(ROOT / "launcher.py"), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=PATIENCE_S,
+        check=False,
     )
 
 
@@ -326,14 +331,14 @@ def test_two_nodes_preempted_by_usr2_save_requeue_and_go_on_to_the_same_losses(t
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR2)
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 75 and "verdict 75" in output, output
     assert "stopped by a signal after update" in output and "[rank 0] dvae: goodput" in output
     begin = json.loads((run / "exits/dvae/attempt-0/begin.json").read_text())
     assert (begin["size"], begin["run_id"]) == (2, f"{os.getpid()}.0")
     assert json.loads((run / "exits/dvae/attempt-0/end.json").read_text())["code"] == 75
     process = start(1)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
     config = json.loads((calm / "config.json").read_text())
     config["run"]["root"] = str(calm.parent)
@@ -348,7 +353,7 @@ def test_configuration_and_data_errors_are_not_requeued(tmp_path: Path) -> None:
     def once(restart: int, *words: str) -> subprocess.CompletedProcess[str]:
         facts = stand_in.batch_environment(tmp_path / "slurm", restart=restart)
         script = ["bash", str(ROOT / "infra/slurm/tokenizer.sbatch"), *words]
-        return subprocess.run(script, env=os.environ | env | facts, capture_output=True, text=True, timeout=120)
+        return subprocess.run(script, env=os.environ | env | facts, capture_output=True, text=True, timeout=PATIENCE_S)
 
     wrong = once(0, "tiny", f"run.root={tmp_path}", "tokenizer.vocba=1")
     assert wrong.returncode == 78 and not requeues(tmp_path / "slurm"), wrong.stdout

@@ -23,6 +23,7 @@ import pytest
 
 from infra import ledger
 from infra.run_folder import RunFolder
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import alive, inner, throttled
 from tests.support.root import ROOT
 from tests.support.slurm_cluster import Cluster, missing
@@ -47,7 +48,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("calm")
     words = ["prepare", "tiny", f"run.root={root}", f"dvae_fit.steps={STEPS}", f"dvae_fit.eval_every={STEPS}", "dvae_fit.save_every=50"]
     for command in ([*words, "--nproc", "1"], ["dvae", str(root / "tiny"), "--nproc", "2"]):
-        subprocess.run([sys.executable, str(ROOT / "launcher.py"), *command], check=True, timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        subprocess.run(
+            [sys.executable, str(ROOT / "launcher.py"), *command], check=True, timeout=PATIENCE_S, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        )
         if command[0] == "prepare":
             shutil.copytree(root / "tiny", root / "prepared")
     return root / "tiny"
@@ -58,7 +61,7 @@ def alone(calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by one rank: sums of another number of ranks differ in their last bit."""
     run = copy(calm.parent / "prepared", tmp_path_factory.mktemp("alone"))
     words = [sys.executable, str(ROOT / "launcher.py"), "dvae", str(run), "--nproc", "1"]
-    subprocess.run(words, check=True, timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    subprocess.run(words, check=True, timeout=PATIENCE_S, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     return run
 
 

@@ -1,4 +1,4 @@
 """How long a test waits for what must come."""
 
-PATIENCE_S = 300.0
-"""Ends what hangs, and nothing else: beside three other workers on two cores a process of the lowest priority may wait a minute for its turn."""
+PATIENCE_S = 900.0
+"""Ends what hangs, and nothing else: beside three other workers on two cores that their host slows down, a launcher that takes 20 core-seconds took more than 300."""

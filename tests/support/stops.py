@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 
 LAUNCHER = "the launcher's imports"
@@ -86,7 +87,7 @@ def strike(stage: str, run: Path, phase: str, *words: str, after_s: float = 0.0,
     began = time.monotonic()
     for line in process.stdout:
         lines.append(f"{time.monotonic() - began:5.1f} s  {line}")
-    process.wait(timeout=600)
+    process.wait(timeout=PATIENCE_S)
     latency = time.monotonic() - began
     process.stdout.close()
     output = "".join(lines)

@@ -17,6 +17,7 @@ from infra.errors import ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from tests.support import drawable_run
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE
 from train.launch import StageFailed, _run_child
@@ -140,7 +141,7 @@ def test_work_of_the_main_rank_that_fails_is_the_only_thing_said(tmp_path: Path,
         drawable_run.finish(RunFolder(str(run)))
     named = spoilt(run, stage)
     words = [sys.executable, str(ROOT / "launcher.py"), stage, str(run), "--nproc", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode in (ExitCode.CONFIG, ExitCode.DATA, ExitCode.CRASH) and "Traceback" not in done.stderr, done.stderr
     assert "peer" not in done.stderr.lower() and f"{stage}: rank 0: " in line and named in line, done.stderr
@@ -156,7 +157,7 @@ def test_a_rank_whose_peer_left_with_a_reason_says_nothing(tmp_path: Path) -> No
     (tmp_path / "pairs.csv").write_text(_NAMELESS)
     words = ["prepare", "tiny", f"run.root={tmp_path}/runs", f'data.sources=["{tmp_path}/pairs.csv"]', "--nproc", "2"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launcher.py"), *words], capture_output=True, text=True, env=os.environ, timeout=600, check=False
+        [sys.executable, str(ROOT / "launcher.py"), *words], capture_output=True, text=True, env=os.environ, timeout=PATIENCE_S, check=False
     )
     said = done.stderr.replace(str(tmp_path), "")
     assert done.returncode == ExitCode.DATA and "Traceback" not in said and "peer" not in said, done.stderr

@@ -19,6 +19,7 @@ from infra.config import to_json
 from infra.errors import ConfigError, DataError, ExitCode
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from tests.support.stopped_run import FIXTURE, STEPS, STOPPED, StopAfter, losses, run_stage
 from train import launch
@@ -175,7 +176,7 @@ def test_another_batch_on_two_processes_goes_on_as_on_one(run: RunFolder, tmp_pa
     shutil.copytree(run.url, alone.url)
     go_on(alone, "dalle", *words)
     command = [sys.executable, str(ROOT / "launcher.py"), "dalle", run.url, *words, "--go-on", "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = losses(alone.url, "dalle"), losses(run.url, "dalle")
     assert max(one) == 11 and [two[step] for step in sorted(two)] == pytest.approx([one[step] for step in sorted(one)], rel=1e-4)

@@ -17,6 +17,7 @@ from infra.errors import DataError
 from infra.job import Job
 from infra.node_checks import Finding
 from infra.run_folder import RunFolder
+from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.config import load_run
 from train.verbs import doctor
@@ -27,7 +28,7 @@ def test_doctor_passes_on_a_machine_that_is_fit(tmp_path: Path) -> None:
     if small:
         pytest.skip(f"this machine misses the doctor's floors: {', '.join(small)}")
     command = [sys.executable, str(ROOT / "launcher.py"), "doctor", "tiny", f"run.root={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     if re.search(r"no end within|no answer within|^all-reduce +FAILED +\d", done.stdout, re.MULTILINE):  # a number: it ran, but slowly
         pytest.skip("this machine is too busy for the doctor's limits")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -365,7 +365,7 @@ def test_a_run_of_two_ranks_is_watched_stopped_cancelled_and_read(run: RunFolder
         os.kill(victim, signal.SIGCONT)
         cancel.main(run.url)
         assert f"clip: process {process.pid} was told to stop" in capsys.readouterr().out
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
     finally:
         process.kill()
         process.communicate()

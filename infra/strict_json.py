@@ -31,7 +31,8 @@ def loads(text: str, *, alike: bool = False, taken: Taken | None = None, marked:
     """The value of a JSON text.
 
     Args:
-        alike: of long tables whose rows repeat themselves: equal lists of words inside objects become one list, and must not be changed in place.
+        alike: of long tables whose rows repeat themselves: equal lists of words inside objects become one list, which must not be changed in place, and so
+            do equal values of the key "name".
         taken: with ``alike``, called with each object as soon as it is complete, the inner ones first, so that a table need not be in memory whole.
         marked: an object in which a key occurs twice becomes a ``Twice``, instead of being refused.
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.shards import links
-from data_pipeline.shards.schema import PIECE, Index, check_columns, read_index
+from data_pipeline.shards.schema import PIECE, Index, check_columns, check_piece, read_index
 from infra import node_folder
 from infra.commands import launcher
 from infra.errors import DataError
-from infra.stored import check
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,7 @@ class _Rows:
         return self._shards
 
     def _pack(self) -> None:
-        begin = len(self._shards)
-        check({"shards": self._waiting}, Index, f"{self._url}: shards from {begin} on" if begin else self._url)
+        check_piece({"shards": self._waiting}, Index, self._url, "shards", len(self._shards))
         for entry in self._waiting:
             self._shards.append(self._packed(entry))
         self._waiting = []

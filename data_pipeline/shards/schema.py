@@ -216,8 +216,17 @@ def _read(url: str, model: type[Stored], remedy: str = _WRITTEN_AGAIN, *, once: 
         check(found, model, url, remedy)
         return found
     for begin in range(0, len(rows), PIECE):
-        check({**found, table: rows[begin : begin + PIECE]}, model, f"{url}: {table} from {begin} on" if begin else url, remedy)
+        check_piece({**found, table: rows[begin : begin + PIECE]}, model, url, table, begin, remedy)
     return found
+
+
+def check_piece(found: dict[str, Any], model: type[Stored], url: str, table: str, begin: int, remedy: str = _WRITTEN_AGAIN) -> None:
+    """Check a file of whose ``table`` only the rows from ``begin`` on are there.
+
+    Raises:
+        DataError: it does not match the description.
+    """
+    check(found, model, f"{url}: {table} from {begin} on" if begin else url, remedy)
 
 
 def version_folder(content_hash: str, digits: int) -> str:

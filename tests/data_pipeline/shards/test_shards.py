@@ -373,7 +373,10 @@ def test_rows_of_a_large_set_are_checked_in_pieces_and_equal_lists_are_one(tmp_p
     assert found.shards[0].hashes == index["shards"][0]["raw_data"]["hashes"]
     index["shards"][3]["samples"] = -1
     storage.write_json(url, index)
-    with pytest.raises(DataError, match=r"index\.json: shards from 2 on: damaged, or not written by this project: shards\.1\.samples: "):
+    with pytest.raises(
+        DataError,
+        match=r"index\.json: shards from 2 on: damaged, or not written by this project: shards\.1\.samples: .*; run 'launcher\.py validate' on the set",
+    ):
         _ = open_set(str(tmp_path), IMAGE_SCHEMA, version=made.content_hash).shards
 
 

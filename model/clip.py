@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from model import sdpa
 from model.config import ClipConfig
 
-MAX_LOG_SCALE = math.log(100.0)
-FIRST_LOG_SCALE = math.log(1 / 0.07)
+_MAX_LOG_SCALE = math.log(100.0)
+_FIRST_LOG_SCALE = math.log(1 / 0.07)
 
 
 class Block(nn.Module):
@@ -50,7 +50,28 @@ class Block(nn.Module):
         return x_BSD + y_BSD
 
 
-class Clip(nn.Module):
+class Scaled(nn.Module):
+    """What contrastive models have in common: a learned factor of the cosines, of at most 100."""
+
+    log_scale: nn.Parameter
+
+    def add_scale(self) -> None:
+        """To be called once, when the model is built."""
+        self.log_scale = nn.Parameter(torch.tensor(_FIRST_LOG_SCALE))
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the cosines: the inverse temperature; a scalar."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Keep the scale at or below 100; to be called after each update. A clamp inside ``scale`` would have no gradient beyond the limit, so a scale that has
+        exceeded it could never return."""
+        self.log_scale.clamp_(max=_MAX_LOG_SCALE)
+
+
+class Clip(Scaled):
     """An image tower on patches, and a text tower without a causal mask; both are mean-pooled and projected into one embedding space."""
 
     def __init__(self, cfg: ClipConfig, image_size: int, text_tokens: int, text_vocab: int) -> None:
@@ -73,7 +94,7 @@ class Clip(nn.Module):
         self.text_blocks = nn.ModuleList(Block(width, cfg.heads, cfg.layers) for _ in range(cfg.layers))
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.image_head, self.text_head = nn.Linear(width, cfg.embed, bias=False), nn.Linear(width, cfg.embed, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(FIRST_LOG_SCALE))
+        self.add_scale()
 
     def encode_image(self, pixels_BCYX: Tensor) -> Tensor:
         """Pixels in [0, 1], fp32 [B, 3, image_size, image_size], to unit vectors fp32 [B, E].
@@ -113,14 +134,3 @@ class Clip(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.recompute = True
-
-    @property
-    def scale(self) -> Tensor:
-        """Factor of the cosines: the inverse temperature; a scalar."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def limit_scale(self) -> None:
-        """Keep the scale at or below 100; to be called after each update. A clamp inside ``scale`` would have no gradient beyond the limit, so a scale that has
-        exceeded it could never return."""
-        self.log_scale.clamp_(max=MAX_LOG_SCALE)

@@ -3,11 +3,10 @@
 B pairs, F features of a tower, E shared embedding.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.clip import FIRST_LOG_SCALE, MAX_LOG_SCALE
+from model.clip import Scaled
 from model.config import ClipConfig
 
 IMAGE_FEATURES = 1280
@@ -16,7 +15,7 @@ TEXT_FEATURES = 384
 """Of all-MiniLM-L6-v2."""
 
 
-class FrozenHeads(nn.Module):
+class FrozenHeads(Scaled):
     """Maps features of pictures and of captions into one embedding space. One matrix each: on a few thousand photographs an inner layer finds fewer (docs/drawing.md)."""
 
     def __init__(self, cfg: ClipConfig) -> None:
@@ -26,7 +25,7 @@ class FrozenHeads(nn.Module):
             nn.Sequential(nn.LayerNorm(features, elementwise_affine=False), nn.Linear(features, cfg.embed))
             for features in (IMAGE_FEATURES, TEXT_FEATURES)
         )
-        self.log_scale = nn.Parameter(torch.tensor(FIRST_LOG_SCALE))
+        self.add_scale()
 
     def embed_image(self, features_BF: Tensor) -> Tensor:
         """Features [B, IMAGE_FEATURES] to unit vectors [B, E]."""
@@ -35,13 +34,3 @@ class FrozenHeads(nn.Module):
     def embed_text(self, features_BF: Tensor) -> Tensor:
         """Features [B, TEXT_FEATURES] to unit vectors [B, E]."""
         return F.normalize(self.text_head(features_BF), dim=1)
-
-    @property
-    def scale(self) -> Tensor:
-        """Factor of the cosines: the inverse temperature; a scalar."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def limit_scale(self) -> None:
-        """As ``Clip.limit_scale``."""
-        self.log_scale.clamp_(max=MAX_LOG_SCALE)

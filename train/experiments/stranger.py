@@ -1,8 +1,8 @@
 """Asks a stranger which drawing shows which caption: ``python -m train.experiments.stranger sheet DRAWINGS... --out FOLDER``, then ``... score FOLDER ANSWERS``.
 
-DRAWINGS are run folders whose stage generate is finished, or folders that ``launcher.py draw ... --out DRAWINGS`` wrote. ``sheet`` writes sheet.png, with a letter and the best pictures of each caption in a row, and
-captions.txt, the numbered captions; both are shuffled, each in its own way, and key.json says which is which. The stranger sees the sheet and the captions, and writes a line
-like ``C 7`` for each row. ``score`` counts how many are right, and how likely as many are by chance: one is expected, however many rows there are.
+DRAWINGS are run folders whose stage generate is finished, or folders that ``launcher.py draw ... --out DRAWINGS`` wrote. ``sheet`` writes sheet.png, with a letter
+and the best pictures of each caption in a row, and captions.txt, the numbered captions; both are shuffled, each in its own way, and key.json says which is which. The
+stranger sees the sheet and the captions, and writes a line like ``C 7`` for each row. ``score`` counts how many are right, and how likely as many are by chance: one is expected, however many rows there are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pydantic import Field
 from infra import storage, stored
 from infra.commands import launcher
 from infra.errors import UsageError, in_a_sentence
-from infra.files import atomic
 from infra.seeds import derive
 from train.drawing.gallery import ranked
 from train.drawing.learned import PictureFile
@@ -75,16 +74,15 @@ def sheet(drawings: Sequence[str], out: Path, pictures: int, seed: int) -> None:
     random.Random(derive(seed, "order", "captions")).shuffle(numbered)
     random.Random(derive(seed, "order", "rows")).shuffle(rows)
     images = [enlarged([read_png(file.read_bytes()) for file in found[caption]], _SIDE) for caption in rows]
-    out.mkdir(parents=True, exist_ok=True)
     key = {
         "rows": {letters[row]: numbered.index(caption) + 1 for row, caption in enumerate(rows)},
         "captions": numbered,
         "splits": splits,
         "seed": seed,
     }
-    _write(out / "sheet.png", png_bytes(grid(images, labels=letters[: len(rows)])))
-    _write(out / "captions.txt", "".join(f"{number} {caption}\n" for number, caption in enumerate(numbered, 1)).encode())
-    _write(out / "key.json", json.dumps(key, indent=1, ensure_ascii=False).encode())
+    storage.write_bytes(str(out / "sheet.png"), png_bytes(grid(images, labels=letters[: len(rows)])))
+    storage.write_bytes(str(out / "captions.txt"), "".join(f"{number} {caption}\n" for number, caption in enumerate(numbered, 1)).encode())
+    storage.write_bytes(str(out / "key.json"), json.dumps(key, indent=1, ensure_ascii=False).encode())
 
 
 def _pictures(drawings: Sequence[str], most: int) -> tuple[dict[str, list[Path]], dict[str, str]]:
@@ -136,8 +134,10 @@ def _of(split: str, captions: Sequence[str], splits: Mapping[str, str]) -> int:
 
 def chance(right: int, rows: int) -> float:
     """The probability that a random assignment of captions to rows has at least ``right`` in their place (Montmort 1708, the matching problem)."""
-    deranged = [factorial(n) * sum((-1) ** k / factorial(k) for k in range(n + 1)) for n in range(rows + 1)]
-    return sum(comb(rows, k) * round(deranged[rows - k]) for k in range(right, rows + 1)) / factorial(rows)
+    deranged = [1]  # in how many ways n captions can all be out of their place
+    for n in range(1, rows + 1):
+        deranged.append(n * deranged[-1] + (-1) ** n)
+    return sum(comb(rows, k) * deranged[rows - k] for k in range(right, rows + 1)) / factorial(rows)
 
 
 def told(found: Mapping[str, Any]) -> str:
@@ -145,11 +145,6 @@ def told(found: Mapping[str, Any]) -> str:
     parts = "".join(f"; {split}: {right} of {rows}" for split, (right, rows) in found["splits"].items())
     names = "".join(f"\n  {caption}" for caption in found["captions"])
     return f"{found['right']} of {found['rows']} rows are right ({found['answered']} answered); by chance as many are in {found['by_chance']:.2g} of cases{parts}{names}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic(path) as file:
-        file.write(data)
 
 
 def main(words: Sequence[str]) -> None:

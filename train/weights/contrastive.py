@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from infra.errors import DataError
@@ -140,9 +140,8 @@ def open_module(
     Raises:
         CheckpointError: the weights are damaged, or of another shape.
     """
-    module, identity = export.open_as(url, lambda: _as_module(build(cfg, image_size, text_tokens, text_vocab)))
+    module, identity = export.open_as(url, lambda: build(cfg, image_size, text_tokens, text_vocab))
     export.to_device(module, device)
-    assert isinstance(module, Clip | FrozenHeads)
     return module, identity
 
 
@@ -156,15 +155,11 @@ def ranking(module: Clip | FrozenHeads, url: str, tokenizer: Tokenizer, device: 
     if isinstance(module, Clip):
         return OwnClip(module, tokenizer)
     found = towers.open_towers(device)
-    check_towers(url, found)
+    _check_towers(url, found)
     return FrozenClip(module, found)
 
 
-def _as_module(module: nn.Module) -> nn.Module:
-    return module
-
-
-def check_towers(url: str, found: towers.Towers) -> None:
+def _check_towers(url: str, found: towers.Towers) -> None:
     """
     Raises:
         DataError: the heads at ``url`` were trained on features of other networks than those that are installed.

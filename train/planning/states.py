@@ -125,7 +125,7 @@ def states(
         micro_batches: number of micro-batches of an update.
         touched: elements of all parameters of which a rank's flat shards hold some, on stages 1 and 2 (``train.planning.wire.touched``).
         overlaps: gradients are reduced during the backward pass (zero.overlap_comm).
-        orthogonalising: bytes that Muon holds beside the gradients, in messages and whole matrices (``train.optimizer.muon_schedule.load_of``).
+        orthogonalising: bytes that Muon holds beside the gradients, in messages and whole matrices (``train.optimizer.muon_schedule.loads``).
 
     Raises:
         ValueError: the stage is unknown.

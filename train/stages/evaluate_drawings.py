@@ -133,7 +133,6 @@ def _judges(cfg: RunConfig, run: RunFolder, models: Models) -> list[Judge]:
         clip, identity = open_judge(run.url, section.judge, models.lineage["tokenizer"], device)
         if identity == models.lineage["clip"]:
             raise ConfigError(f"evaluate.judge = '{section.judge}': the model that ranks the drawings, which never judges them; name another one.")
-        refuse_shared(f"evaluate.judge = '{section.judge}'", clip.networks, models.clip.networks)
         found.append(Judge("judge", identity, clip.encode_image, clip.encode_caption, shares_images=_shares_images(section.judge, run)))
     if section.frechet_net != "none":
         net = feature_net(section.frechet_net, section.frechet_weights, device)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from infra.errors import ConfigError, DataError, in_a_sentence
+from infra.errors import ConfigError, DataError, ExitCode
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
+from tests.support.patience import PATIENCE_S
 from tests.system.test_training import copy_of
 from tests.train.experiments.test_peer import in_process
 from train.config import load_run
@@ -302,14 +305,16 @@ def test_files_of_any_experiment_that_are_damaged_end_in_a_sentence(text: str, t
             read(str(tmp_path / "x.json"), model)
 
 
-def test_a_program_ends_with_a_line_and_the_code_of_its_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fails(words: list[str]) -> None:
-        raise DataError(f"x.json: damaged, asked with {words}")
-
-    monkeypatch.setattr("sys.argv", ["peer", "RUN"])
-    with pytest.raises(SystemExit) as ended:
-        in_a_sentence(fails)
-    assert ended.value.code == 65 and capsys.readouterr().err == "x.json: damaged, asked with ['RUN']\n"
+def test_a_program_ends_with_a_line_and_the_code_of_its_error_though_nobody_reads_on(tmp_path: Path) -> None:
+    # In a process of its own, because the streams of this one would be exchanged for ones that outlive their readers.
+    fails = "def fails(words):\n    print('begun', flush=True)\n    raise DataError(f'x.json: damaged, asked with {words}')\n"
+    program = f"from infra.errors import DataError, in_a_sentence\n{fails}in_a_sentence(fails)"
+    for reader in ("/dev/null", "/dev/full"):
+        with open(reader, "w") as file:
+            ended = subprocess.run(
+                [sys.executable, "-c", program, "RUN"], cwd=REPOSITORY, stdout=file, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
+            )
+        assert (ended.returncode, ended.stderr) == (ExitCode.DATA, "x.json: damaged, asked with ['RUN']\n"), reader
 
 
 def test_names_and_values_of_a_foreign_sweep_are_no_markup_of_its_page() -> None:

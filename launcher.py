@@ -87,27 +87,6 @@ def demo(
 
 
 @app.command()
-def align(
-    run: Run,
-    overrides: Overrides = None,
-    name: Annotated[str, typer.Option(help="Name of the new run; empty: the trained one's, followed by -aligned.")] = "",
-    on: On = "local",
-    nproc: Nproc = 0,
-    restarts: Restarts = 0,
-    dry_run: DryRun = False,
-) -> None:
-    """Make a new run beside a trained one, and fine-tune its transformer so that captions count for more: about 1 % of the training's computing time, at least 50 updates.
-
-    What comes before the transformer is shared; pictures, figures and report are made anew. The same command continues.
-    """
-    from train import launch
-    from train.verbs import align as verb
-
-    preset, words = verb.prepared(run, overrides or [], name, dry_run=dry_run)
-    launch.demo(preset, words, on=on, nproc=nproc, dry_run=dry_run, stop=STOP, restarts=restarts)
-
-
-@app.command()
 def draw(
     run: Annotated[str, typer.Argument(help="Run folder, finished or under way, or what 'export --package' wrote; local or s3://.")] = "",
     captions: Annotated[list[str] | None, typer.Argument(metavar="[CAPTION]...", help="What to draw.", show_default=False)] = None,
@@ -306,7 +285,7 @@ def validate(
 @app.command()
 def export(
     run: Run,
-    stage: Annotated[str, typer.Option(help="Whose weights: dvae or dalle.")] = "dalle",
+    stage: Annotated[str, typer.Option(help="Whose weights: dvae, dalle or align.")] = "dalle",
     weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
     step: Annotated[int, typer.Option(min=0, max=1 << 53, help="Checkpoint after this update; 0: the newest.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",

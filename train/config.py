@@ -14,9 +14,11 @@ from infra.config_keys import ANY_TIME, GOING_ON, PLACE, anchored, completed
 from infra.errors import ConfigError, MissingError
 from infra.job import ClusterConfig
 from model.config import ClipConfig, DVAEConfig, StreamShape, TransformerConfig
+from train.config_align import AlignFit
 from train.config_compression import CompressionSection, check_sharding
 from train.config_contrast import ContrastSection
-from train.config_learning import LearningSection, MirrorSection
+from train.config_encode import EncodeSection, Precision
+from train.config_learning import LearningSection
 from train.config_pictures import EvaluateSection, GenerateSection
 from train.config_watching import NumericsSection, ReportSection, SamplesSection, WatchingSection
 
@@ -24,7 +26,6 @@ PRESETS = Path(__file__).parent / "presets"
 
 _LONGEST_NAME = 255
 """Bytes of a folder's name on the file systems of Linux."""
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
 UnscaledPrecision = Literal["auto", "bf16", "fp32"]
 """For stages without loss scaling."""
 
@@ -119,23 +120,6 @@ class DvaeFit(FitSection):
     """Listing 1: smallest resize target, divided by the image size."""
     scale_max: float = Field(default=12 / 8, ge=1)
     """Listing 1: largest resize target, divided by the image size."""
-
-
-class EncodeSection(MirrorSection):
-    """Encoding of images as codes."""
-
-    batch: int = Field(default=64, gt=0)
-    """Images per forward pass; the last batch of a part is padded, so that codes depend on their part only."""
-    precision: Precision = "fp32"
-    """Arithmetic of the large matrix products, as in the training stages. Codes depend on it: with another value they are made again."""
-    threads: int = Field(default=1, gt=0)
-    """Threads of a process for arithmetic on a CPU. The last bits of sums depend on it, so with another value codes are made again; use more processes instead."""
-    decoders: int = Field(default=2, gt=0)
-    """Threads of a process that decode the next images meanwhile."""
-    scale_max: float = Field(default=9 / 8, ge=1)
-    """Listing 2: largest resize target, divided by the image size."""
-    min_code_use: float = Field(default=0.0, ge=0, le=1)
-    """Refuse a dVAE that uses a smaller share of its codes on validation images."""
 
 
 class DalleFit(ContrastSection, LearningSection, FitSection, NumericsSection):
@@ -308,6 +292,7 @@ class RunConfig(Section):
     encode: EncodeSection = EncodeSection()
     dalle: TransformerConfig = TransformerConfig()
     dalle_fit: DalleFit = DalleFit()
+    align_fit: AlignFit = AlignFit()
     zero: ZeroSection = ZeroSection()
     scales: ScaleSection = ScaleSection()
     compression: CompressionSection = CompressionSection()
@@ -329,6 +314,8 @@ class RunConfig(Section):
                 "dalle_fit.optimizer = 'muon' multiplies whole matrices, for which zero.offload_optimizer = true leaves the CPU only; set it to false, or the optimizer "
                 "to 'paper'"
             )
+        if self.align_fit.steps:
+            self.fit("align")
         if len(set(self.dalle_fit.halve_at)) < len(self.dalle_fit.halve_at):
             raise ValueError(f"dalle_fit.halve_at = {list(self.dalle_fit.halve_at)} names an update twice; each halves the step size once")
         check_sharding(self.compression, self.zero.sharding)
@@ -349,6 +336,22 @@ class RunConfig(Section):
         if self.generate.show > self.generate.candidates:
             raise ValueError(f"generate.show = {self.generate.show} is above generate.candidates = {self.generate.candidates}")
         return self
+
+    @property
+    def transformer(self) -> str:
+        """The stage whose transformer the run draws with in the end."""
+        return "align" if self.align_fit.steps else "dalle"
+
+    def fit(self, stage: str, begin: str = "dalle/export") -> FitSection | None:
+        """With what a stage trains; None if it trains nothing.
+
+        Args:
+            begin: the export that stage align begins with.
+        """
+        if stage == "align":
+            return self.align_fit.contrasting(self.dalle_fit, begin)
+        found: FitSection | None = getattr(self, f"{stage}_fit", None)
+        return found
 
     def stream_shape(self) -> StreamShape:
         """Shape of the token stream, from the sections that define its numbers."""

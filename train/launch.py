@@ -24,9 +24,10 @@ from infra.signals import StopFlag
 from infra.world import World
 from train import attempt
 from train.config import RunConfig, load_run, read_preset
+from train.config_align import usual_steps
 from train.run import lineage, places
 from train.run.places import run_folder
-from train.run.stage_table import STAGES, TRAINED, Stage
+from train.run.stage_table import STAGES, TRAINED, Stage, used_by
 from train.verbs import doctor
 
 
@@ -68,8 +69,11 @@ def stage(
         ReportedError: carries an exit code of docs/contracts.md, section 1.
     """
     cfg = load_run(preset, overrides)
-    run = run_folder(cfg)
     entry = STAGES[name]
+    if entry.optional and name not in used_by(cfg):
+        overrides = [*overrides, f"{name}_fit.steps={usual_steps(cfg.dalle_fit.steps)}"]
+        cfg = load_run(preset, overrides)
+    run = run_folder(cfg)
     if worker:
         signals.die_with_parent()
         attempt.exit_soon(attempt.guarded(name, cfg, run, World.from_env(), stop, environment.whole("LAUNCHER_ATTEMPT")))
@@ -124,6 +128,9 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     print(f"{name}: done in {_times((run.done(name) or {}).get('seconds'), time.monotonic() - started)}", flush=True)
+    old = [stage for stage in STAGES if lineage.out_of_date(cfg, run, stage)] if entry.optional else []
+    if old:
+        print(f"{run.url}: {', '.join(old)} were made before; '{launcher('demo', run.url)}' makes them again, and the report", flush=True)
 
 
 def _times(own: float | None, elapsed: float) -> str:
@@ -237,7 +244,10 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
         return
     if dry_run:
         print(describe(cfg, preset), end="")
-        print("# commands\n" + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in STAGES.items()))
+        print(
+            "# commands\n"
+            + "\n".join(shlex.join(command(name, run, nproc or default_nproc(entry), restarts)) for name, entry in used_by(cfg).items())
+        )
         return
     cfg = places.claim(cfg, run, shlex.join(["python", "launcher.py", "demo", preset, *overrides]))
     from train.planning.demo_time import project
@@ -245,13 +255,14 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     projection = project(cfg, run, nproc or default_nproc(STAGES["dalle"]))
     print(projection, flush=True)
     started = time.monotonic()
-    for position, (name, entry) in enumerate(STAGES.items(), 1):
-        print(f"[{position}/{len(STAGES)}] {name}{projection.to_go()}", flush=True)
+    stages = used_by(cfg)
+    for position, (name, entry) in enumerate(stages.items(), 1):
+        print(f"[{position}/{len(stages)}] {name}{projection.to_go()}", flush=True)
         _refuse_if_stopped(stop)
         began = time.monotonic()
         _run_child(command(name, run, (nproc or default_nproc(entry)) if entry.parallel else 1, restarts), stop)
         projection.took(name, time.monotonic() - began)
-    work = sum(float((run.done(name) or {}).get("seconds", 0.0)) for name in STAGES)
+    work = sum(float((run.done(name) or {}).get("seconds", 0.0)) for name in stages)
     print(f"done in {duration(time.monotonic() - started)}; the stages' own work, in all attempts, took {duration(work)}")
     print(f"report       {run.at('report.html')}")
     print(f"pictures     {run.at('generate', 'grid.png')}")

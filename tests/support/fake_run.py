@@ -44,6 +44,7 @@ def fake_run(
     config["dvae"] |= {"image_size": 64, "downsample": 4, "vocab": 512}
     config["dvae_fit"] |= {"steps": 1500, "batch": 32}
     config["dalle_fit"] |= {"steps": 2000, "batch": 32}
+    config["align_fit"] |= {"steps": 50}
     config["clip_fit"] |= {"steps": 500, "batch": 64}
     config["generate"] |= {"show": 3, "candidates": 8}
     write_json(run / "config.json", config)

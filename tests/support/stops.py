@@ -22,6 +22,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "dvae": (),
     "encode": ("the encoding of a part", "the merging of the parts"),
     "dalle": (),
+    "align": (),
     "clip": (),
     "evaluate": ("the evaluation",),
     "generate": ("the drawing of a caption", "the search for the nearest images", "the drawing of what was learned", "the merging of the pictures"),

@@ -11,7 +11,7 @@ import typer.main
 
 import launcher
 from infra import storage
-from infra.errors import ConfigError, DataError, ReportedError, UsageError
+from infra.errors import ConfigError, ReportedError, UsageError
 from infra.signals import STOP_SIGNALS, StopFlag
 from tests.support.made_sets import png
 from tests.support.published_vqgans import Published
@@ -23,10 +23,9 @@ from train.bench import harness, table
 from train.config import load_run
 from train.drawing.settings import Settings
 from train.run import places
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, used_by
 from train.stages import prepare_preview
 from train.verbs import (
-    align,
     bench,
     cancel,
     collect,
@@ -96,15 +95,6 @@ def _import_vqgan(run: str, out: Path) -> None:
             raise
 
 
-def _align(run: str, out: Path) -> None:
-    """The run's transformer is still in training; its export is asked for by the run's own name."""
-    with pytest.raises(DataError, match=r"has no trained transformer to begin with|no run folder") as caught:
-        align.prepared(run, [], "", dry_run=False)
-    if "no run folder" in str(caught.value):
-        raise caught.value
-    assert shlex.quote(run) in str(caught.value) and not storage.exists(f"{run.rstrip('/')}-aligned")
-
-
 VERBS: dict[str, Callable[[str, Path], object]] = {
     "status": lambda run, out: status.main([run]),
     "logs": lambda run, out: logs.main(run, "", None, None, follow=False, stop=StopFlag()),
@@ -118,7 +108,6 @@ VERBS: dict[str, Callable[[str, Path], object]] = {
     "plan": lambda run, out: plan.main(run, [], nodes=0, gpus=0, memory=0.0, gpu="H100-80GB", tokens=0.0, rank=0, price=0.0),
     "doctor": _doctor,
     "verdict": lambda run, out: launch.verdict("tokenizer", run, []),
-    "align": _align,
     "export": lambda run, out: export.main(run, "dalle", "average", 0, f"{out}/{FOLDER}-export"),
     "draw": _draw,
     "play": _play,
@@ -174,7 +163,9 @@ def test_a_preset_file_is_taken_literally_and_the_commands_of_a_dry_run_can_be_p
     launch.demo(str(preset), words, on="local", nproc=1, dry_run=True, stop=StopFlag())
     said = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in said if "launcher.py" in line and not line.startswith("#")]
-    assert [command[2] for command in commands] == list(STAGES) and all(f"{tmp_path}/{FOLDER}/mine" in command[3] for command in commands)
+    assert [command[2] for command in commands] == list(used_by(load_run("tiny", []))) and all(
+        f"{tmp_path}/{FOLDER}/mine" in command[3] for command in commands
+    )
 
 
 @pytest.mark.parametrize("source", [f"{FOLDER}", f"{FOLDER}/", f"{FOLDER}/a [1] *.png"])

@@ -79,7 +79,7 @@ def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_ru
     assert description["content_hash"] != own and (description["step"], description["weights"]) == (5, "raw")
     with pytest.raises(DataError, match=r"no checkpoint after update 7; complete ones: 5, 10"):
         export_verb.main(run, "dalle", "raw", 7, str(out))
-    with pytest.raises(UsageError, match="accepted stages are dvae, dalle, accepted weights average, raw"):
+    with pytest.raises(UsageError, match="accepted stages are dvae, dalle, align, accepted weights average, raw"):
         export_verb.main(run, "clip", "raw", 0, str(out))
 
     wider = copy_of(prepared, tmp_path / "wider", changes={"dalle_fit.init_from": str(out), "dalle.width": 48})

@@ -35,6 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 PACKAGE = "package.json"
 """The file that marks a folder as one that ``export --package`` wrote."""
 EIGHT_BITS = "int8"
+_TRANSFORMERS = ("dalle", "align")
 _LOST_CHECKPOINTS = 5
 """How many checkpoints may disappear while they are read: a run that is training deletes old ones."""
 
@@ -51,6 +52,10 @@ class Place:
     tokenizer: str
     run: RunFolder | None
     """The run; None for a package."""
+    stage: str = "dalle"
+    """Of a run: the stage whose transformer it is."""
+    source: str = ""
+    """What names these weights, if the URL alone does not."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Models:
 
 
 def locate(url: str) -> Place:
-    """Find out what is at a URL: a run folder, its dalle/export, or a package.
+    """Find out what is at a URL: a run folder, its dalle/export or align/export, or a package.
 
     Raises:
         ConfigError: none of these.
@@ -98,25 +103,33 @@ def locate(url: str) -> Place:
     if storage.exists(storage.join(url, PACKAGE)):
         parts = {name: storage.join(url, name) for name in ("dalle", "dvae", "clip", "tokenizer")}
         return Place(url, load_run(url, []), run=None, **parts)
-    head = url.removesuffix("/dalle/export")
+    named = next((stage for stage in _TRANSFORMERS if url.endswith(f"/{stage}/export")), "")
+    head = url.removesuffix(f"/{named}/export")
     if all(storage.exists(storage.join(head, name)) for name in ("config.json", "provenance.json")):
         cfg, run = load_run(head, []), RunFolder(head)
-        exports = {name: run.at(name, "export") for name in ("dalle", "dvae", "clip")}
-        return Place(head, cfg, tokenizer=places.tokenizer(cfg, run), run=run, **exports)
+        stage = named or newest_stage(cfg, run)
+        exports = {name: run.at(name, "export") for name in ("dvae", "clip")}
+        return Place(head, cfg, run.at(stage, "export"), tokenizer=places.tokenizer(cfg, run), run=run, stage=stage, source=url, **exports)
     if storage.exists(storage.join(url, export.WEIGHTS)):
         raise ConfigError(f"{url}: the weights of only one model; 'launcher.py export RUN --package --out FOLDER' writes a folder with all models.")
     raise ConfigError(f"{url}: neither a run folder nor a package (config.json is missing); name one, for example runs/demo.")
+
+
+def newest_stage(cfg: RunConfig, run: RunFolder) -> str:
+    """The stage that has trained the transformer last."""
+    begun = storage.exists(run.at("align", "export", export.DESCRIPTION)) or checkpoint.complete(run.at("align"))
+    return "align" if cfg.transformer == "align" and begun else "dalle"
 
 
 def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False, step: int = 0) -> Models:
     """Open the models to draw with. The contrastive model is opened only if it shall rank. Images and codes of the run are not needed.
 
     Args:
-        url: a run folder, its dalle/export, or a package; local or s3://. Of a run that is training, the newest checkpoint is used.
+        url: a run folder, its dalle/export or align/export, or a package; local or s3://. Of a run that is training, the newest checkpoint is used.
         device: 'cpu' or 'cuda'; empty: the GPU if there is one.
         precision: precision of the transformer's products. 'auto': fp32 on a CPU, bf16 on a GPU. 'int8': weights of eight bits, only on a CPU.
         rerank: what ranks the candidates: 'none', 'clip' (the run's own contrastive model), or a folder with another exported one.
-        step: of a run that is training, the checkpoint whose weights are used; 0: the newest weights there are.
+        step: the checkpoint of the stage whose weights are used; 0: the newest weights there are.
         deterministic: make the bits of a picture independent of batches and windows; only on a CPU, in fp32 or int8.
 
     Raises:
@@ -180,7 +193,7 @@ def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
         judge, found["clip"] = _judge(place, asked.rerank, tokenizer, where)
     model = _build(cfg, tensors, where, dtype, place.dalle)
     weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
-    return Models(place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+    return Models(place.source or place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
 
 
 def known_lineage(place: Place) -> dict[str, str]:
@@ -319,17 +332,21 @@ def _exported(place: Place) -> bool:
     than the newest checkpoint."""
     if not storage.exists(storage.join(place.dalle, export.DESCRIPTION)):
         return False
-    steps = checkpoint.complete(place.run.at("dalle")) if place.run is not None else []
+    steps = checkpoint.complete(place.run.at(place.stage)) if place.run is not None else []
     about = export.describe(place.dalle) if steps else {}
     return not steps or "step" not in about or about["step"] >= steps[-1]
 
 
 def _weights_there(place: Place) -> bool:
-    return _exported(place) or (place.run is not None and bool(checkpoint.complete(place.run.at("dalle"))))
+    return _exported(place) or (place.run is not None and bool(checkpoint.complete(place.run.at(place.stage))))
 
 
 def _no_weights(place: Place) -> DataError:
-    do = "export it again" if place.run is None else f"a checkpoint comes every dalle_fit.save_every updates of 'launcher.py dalle {place.url}'"
+    do = (
+        "export it again"
+        if place.run is None
+        else f"a checkpoint comes every {place.stage}_fit.save_every updates of 'launcher.py {place.stage} {place.url}'"
+    )
     return DataError(f"{place.dalle}: the transformer has no weights yet; {do}.")
 
 
@@ -347,13 +364,13 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
         return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
     if place.run is None or not _weights_there(place):
         raise _no_weights(place)
-    meta, tensors = _newest(place.run.at("dalle"))
+    meta, tensors = _newest(place.run.at(place.stage))
     return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
 
 
 def _weights_of(place: Place, step: int) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
     """The same of one checkpoint of a run."""
-    folder = checkpoint.folder(storage.join(place.url, "dalle"), step)
+    folder = checkpoint.folder(storage.join(place.url, place.stage), step)
     meta, tensors = checkpoint.read_meta(folder), checkpoint.read_tensors(folder, "average")
     return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {step}"
 

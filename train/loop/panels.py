@@ -17,6 +17,11 @@ class Panel:
     reference_label: str = ""
 
 
+_CONTRASTED = (
+    Panel("captions contrasted: reward (log-likelihood ratio times beta)", (("train/reward", "own caption"), ("train/reward_other", "another's"))),
+    Panel("captions contrasted: pictures likelier under their own (share)", (("train/reward_accuracy", "training"),)),
+)
+
 PANELS: dict[str, tuple[Panel, ...]] = {
     "dvae": (
         Panel("ELB (nats per channel value)", (("eval/elb_relaxed", "relaxed codes"), ("eval/elb_true", "true codes"))),
@@ -53,10 +58,19 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("text loss (nats per token)", (("train/loss_text", "training"), ("eval/loss_text", "validation"))),
         Panel("worth of the caption (nats per code)", (("eval/caption_gain", "validation"),)),
         Panel("weighted loss", (("train/loss", "training"),)),
+        *_CONTRASTED,
+        Panel("step size", (("optim/lr", "step size"),)),
+        Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
+        Panel("tokens per second", (("perf/tokens_per_s", "tokens/s"),)),
+    ),
+    "align": (
+        Panel("worth of the caption (nats per code)", (("eval/fitted_caption_gain", "validation"), ("eval/frozen_fitted_caption_gain", "before"))),
         Panel(
-            "captions contrasted: reward (log-likelihood ratio times beta)", (("train/reward", "own caption"), ("train/reward_other", "another's"))
+            "image loss (nats per code)",
+            (("train/loss_image", "training"), ("eval/fitted_loss_image", "validation"), ("eval/frozen_fitted_loss_image", "before")),
         ),
-        Panel("captions contrasted: pictures likelier under their own (share)", (("train/reward_accuracy", "training"),)),
+        *_CONTRASTED,
+        Panel("contrastive loss", (("train/loss", "training"),)),
         Panel("step size", (("optim/lr", "step size"),)),
         Panel("gradient norm", (("optim/grad_norm", "before clipping"),), log=True),
         Panel("tokens per second", (("perf/tokens_per_s", "tokens/s"),)),
@@ -66,4 +80,4 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("retrieval at first rank (share)", (("eval/recall_at_1", "validation"),)),
     ),
 }
-TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
+TITLES = {"dvae": "dVAE", "dalle": "Transformer", "align": "Transformer, aligned", "clip": "CLIP"}

@@ -18,6 +18,8 @@ from infra import ledger, scratch
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
 from train.config import DalleFit, DvaeFit, RunConfig
+from train.config_align import CONTRAST_COST
+from train.run.stage_table import used_by
 
 PROBE_S = 8.0
 """Seconds of measured updates, for the dVAE and the transformer together, in as many processes as the demo uses."""
@@ -125,7 +127,7 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
         return Projection({}, {}, "unknown, because the probe failed (see above); the stages may fail likewise")
     rates, start_s, share = measured
     done = {name: _steps_done(run, name) for name in trainings}
-    others = [name for name in (*_OTHER_S, "clip", "generate") if run.done(name) is None]
+    others = [name for name in used_by(cfg) if name not in _TRAININGS and run.done(name) is None]
     quiet = estimate(cfg, {name: rate / share for name, rate in rates.items()}, start_s * share, done, others)
     return Projection(quiet, estimate(cfg, rates, start_s, done, others), "")
 
@@ -145,6 +147,7 @@ def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: M
         found[name] = _START_S + start_s + _training(fit, rate, fit.steps - done[name])
     speed = sum(rate / _REFERENCE_RATES[name] for name, rate in rates.items()) / len(rates)
     work = _OTHER_S | {
+        "align": _align_s(cfg),
         "clip": _clip_s(cfg),
         "generate": cfg.generate.candidates * (cfg.generate.num_captions + cfg.generate.num_known_captions) / _PICTURES_S,
     }
@@ -157,6 +160,13 @@ def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: M
 def _clip_s(cfg: RunConfig) -> float:
     """Seconds of stage clip; one update of heads alone is next to nothing."""
     return _FEATURES_S * cfg.clip_fit.views if cfg.clip.towers == "frozen" else cfg.clip_fit.steps * cfg.clip_fit.batch / _CLIP_IMAGES_S
+
+
+def _align_s(cfg: RunConfig) -> float:
+    """Seconds of stage align, on the machine of the recorded rates."""
+    fit = cfg.fit("align")
+    assert isinstance(fit, DalleFit)
+    return _training(fit, _REFERENCE_RATES["dalle"] / CONTRAST_COST, fit.steps)
 
 
 def _training(fit: DvaeFit | DalleFit, rate: float, steps: int) -> float:

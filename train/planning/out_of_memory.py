@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from train.config import FitSection, RunConfig
+from train.config import RunConfig
 from train.planning.estimate import Setting, memory
 from train.planning.states import Cluster
 
@@ -53,7 +53,7 @@ def _words(stage: str, cfg: RunConfig, ranks: int) -> str:
         keys = [words for words, _ in smaller(Setting.configured(cfg, Cluster(1, ranks)))]
         look = "; the run goes on with any of them, and 'launcher.py plan' with the same words shows what each takes"
         return f"Less memory: {', '.join(keys)}{look}." if keys else "Use more or larger GPUs, or a smaller model."
-    fit: FitSection | None = getattr(cfg, f"{stage}_fit", None)
+    fit = cfg.fit(stage)
     if fit is None:
         return {
             "encode": f"Less memory: a smaller encode.batch (now {cfg.encode.batch}).",

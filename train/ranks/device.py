@@ -16,7 +16,7 @@ from infra import environment, storage, stored
 from infra.run_folder import RunFolder
 from infra.run_records import PrecisionChoice
 from infra.world import World
-from train.config import Precision
+from train.config_encode import Precision
 from train.machine.rates import DTYPES, Options, matmul_rate, probe
 
 log = logging.getLogger(__name__)

@@ -87,7 +87,7 @@ def _facts(run: RunView) -> Html:
     processes = {int(run.done(stage)["world_size"]) for stage in done if run.done(stage).get("world_size")}
     if processes:
         words.append(f"{max(processes)} process{'es' if max(processes) > 1 else ''}")
-    pending = [stage for stage in STAGES if stage not in done and stage != "report"]
+    pending = [stage for stage in run.stages if stage not in done and stage != "report"]
     state = "all stages finished" if not pending else f"still to come: {', '.join(pending)}"
     return join(el("p", " · ".join([*words, state]), class_="facts"))
 

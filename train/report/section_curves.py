@@ -25,7 +25,7 @@ def section(run: RunView) -> Section | None:
         if timed := _against_time(run, stage):
             plots.insert(1, timed)
         if not plots:
-            silent.append(TITLES[stage])
+            silent += [TITLES[stage]] if stage in run.stages else []
             continue
         parts.append(el("h3", TITLES[stage]))
         parts.append(el("div", plots[:_OPEN], class_="plots"))

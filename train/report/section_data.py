@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from infra.text import counted
+from train.loop.panels import TITLES
 from train.report.judgement import draws_emoji
 from train.report.markup import Child, Html, el, join, note, number, table
 from train.report.view import RunView, Section
 from train.run.stage_table import TRAINED
 
-_TITLES = {"dvae": "dVAE", "dalle": "Transformer", "clip": "CLIP"}
-_READS = {"dvae": "images", "dalle": "captions and codes", "clip": "images and captions"}
+_READS = {"dvae": "images", "dalle": "captions and codes", "align": "captions and codes", "clip": "images and captions"}
 _EXAMPLES = 5
 _SHARDS = 20
 
@@ -42,14 +42,16 @@ def _counts(run: RunView, summary: dict[str, Any]) -> Html:
 def _passes(run: RunView, summary: dict[str, Any]) -> Html | None:
     train = (summary.get("splits") or {}).get("train")
     rows: list[list[Child]] = []
-    for stage in TRAINED:
+    for stage in (name for name in TRAINED if name in run.stages):
         fit = run.section(f"{stage}_fit")
+        if stage == "align":
+            fit = fit | {"batch": fit.get("batch") or run.section("dalle_fit").get("batch", 0)}
         if not train or not {"steps", "batch"} <= fit.keys():
             continue
         seen = int(fit["steps"]) * int(fit["batch"])
         finished = "" if run.done(stage) else " (planned)"
         size = run.summary(stage).get("parameters")
-        row: list[Child] = [_TITLES[stage] + finished, _READS[stage], number(size) if isinstance(size, int) else "", number(fit["steps"])]
+        row: list[Child] = [TITLES[stage] + finished, _READS[stage], number(size) if isinstance(size, int) else "", number(fit["steps"])]
         rows.append([*row, number(fit["batch"]), f"{seen / train:.1f}"])
     if not rows:
         return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
 
 from train.report.markup import Child, Html, el, join, note
 from train.report.view import RunView, Section
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, Stage
 
 MAKERS = {"images": "prepare", "codes": "encode"}
 """Kind of an input -> the stage that makes it; where it is not named here, the stage has its name."""
@@ -33,13 +33,15 @@ def recorded(run: RunView) -> list[tuple[str, str, str]]:
         parents = run.done(stage).get("parents")
         for kind, value in parents.items() if isinstance(parents, dict) else ():
             maker = MAKERS.get(kind, kind)
+            if maker == "dalle" and stage != "align" and "align" in run.stages and run.done("align"):
+                maker = "align"  # the transformer, whichever stage made it last
             if maker in STAGES and maker != stage and stage != _LEFT_OUT:
                 found.append((maker, stage, str(value)))
     return found
 
 
 def _graph(run: RunView, edges: list[tuple[str, str, str]]) -> Html:
-    places = _places()
+    places = _places(run)
     width = max(x for x, _ in places.values()) + _WIDTH + 2
     height = max(y for _, y in places.values()) + _HEIGHT + 2
     made = {maker: value for maker, _, value in edges}
@@ -48,19 +50,16 @@ def _graph(run: RunView, edges: list[tuple[str, str, str]]) -> Html:
     return el("svg", arrows, boxes, viewBox=f"0 0 {width} {height}", width=width, role="img", aria_label="lineage of the run's stages")
 
 
-@cache
-def _depth(stage: str) -> int:
-    return max((_depth(needed) + 1 for needed in STAGES[stage].needs), default=0)
+def _depth(stage: str, table: Mapping[str, Stage]) -> int:
+    return max((_depth(needed, table) + 1 for needed in table[stage].needs), default=0)
 
 
-def _places() -> dict[str, tuple[int, int]]:
+def _places(run: RunView) -> dict[str, tuple[int, int]]:
     """Left upper corner of each stage's box: a column for each depth of needs."""
     found: dict[str, tuple[int, int]] = {}
-    for stage in STAGES:
-        if stage == _LEFT_OUT:
-            continue
-        column = _depth(stage)
-        row = sum(_depth(other) == column for other in found)
+    columns = {stage: _depth(stage, run.stages) for stage in run.stages if stage != _LEFT_OUT}
+    for stage, column in columns.items():
+        row = sum(columns[other] == column for other in found)
         found[stage] = (1 + column * (_WIDTH + _ACROSS), 1 + row * (_HEIGHT + _DOWN))
     return found
 

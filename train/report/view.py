@@ -14,7 +14,7 @@ from train.config import load_run
 from train.loop.metrics import Point, read_metrics
 from train.report.markup import Html
 from train.run import change_points, lineage
-from train.run.stage_table import STAGES, TRAINED
+from train.run.stage_table import STAGES, TRAINED, Stage, used
 
 _LARGEST_PICTURE = 256 << 20
 """Bytes of a picture's file; those of ours have some megabytes."""
@@ -104,16 +104,23 @@ class RunView:
         return change_points.read(storage.join(self.url, stage))
 
     @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that the run has."""
+        return used(lambda name: int(self.section(f"{name}_fit").get("steps") or 0))
+
+    @cached_property
     def out_of_date(self) -> dict[str, str]:
         """Stage -> by which older weights it was made, for stages that are out of date; empty for an incomplete run folder."""
         if not self.config or not self.provenance:
             return {}
         cfg, run = load_run(self.url, []), RunFolder(self.url)
-        return {stage: old for stage in STAGES if (old := lineage.out_of_date(cfg, run, stage))}
+        return {stage: old for stage in self.stages if (old := lineage.out_of_date(cfg, run, stage))}
 
     def measured(self, key: str, stage: str, metric: str) -> tuple[float, bool] | None:
         """A figure of evaluate/metrics.json, or where there is none the newest of a stage's metric; and whether it is of the first kind. None: neither is finite."""
         evaluated = self.evaluation.get(key)
+        if stage == "dalle" and self.series("align").get(metric):
+            stage = "align"
         value = self.last(stage, metric) if evaluated is None else float(evaluated)
         return None if value is None or not math.isfinite(value) else (value, evaluated is not None)
 

@@ -13,7 +13,7 @@ from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import lineage, places, submitted_inputs
-from train.run.stage_table import STAGES, TRAINED
+from train.run.stage_table import STAGES, TRAINED, used_by
 
 
 def job_spec(stage: str, cfg: RunConfig, run: RunFolder) -> JobSpec:
@@ -29,11 +29,11 @@ def _settled(spec: JobSpec, on: str) -> JobSpec:
 
 def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) -> str:
     """The text that ``submit`` would send to the scheduler. Changes nothing."""
-    stages = lineage.waiting(cfg, run) if chain else [stage]
+    stages, table = lineage.waiting(cfg, run) if chain else [stage], used_by(cfg)
     if on == "k8s":
         return "\n---\n".join(k8s_submit.shown(job_spec(name, cfg, run)) for name in stages)
     return "\n".join(
-        slurm_submit.shown(job_spec(name, cfg, run), [f"JOB_{need}" for need in STAGES[name].needs if chain and need in stages]) for name in stages
+        slurm_submit.shown(job_spec(name, cfg, run), [f"JOB_{need}" for need in table[name].needs if chain and need in stages]) for name in stages
     )
 
 
@@ -69,6 +69,7 @@ def _submit_claimed(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chai
         return
     if on == "k8s":
         submitted_inputs.require(stage, cfg, run)
+    table = used_by(cfg)
     ids = _queued_inputs(stage, cfg, run) if on == "slurm" and not chain else {}
     for name in lineage.waiting(cfg, run) if chain else [stage]:
         spec, record = _settled(job_spec(name, cfg, run), on), run.at("jobs", f"{name}.json")
@@ -77,7 +78,7 @@ def _submit_claimed(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chai
             facts = {"kind": k8s_standing.kind(spec), "namespace": spec.cluster.namespace, "shares": spec.count if spec.shape == "array" else 1}
             storage.write_json(record, {"scheduler": "k8s", "job": spec.name, "submitted": time.time()} | facts)
             continue
-        ids[name], state = slurm_submit.submit(spec, record, [ids[need] for need in STAGES[name].needs if need in ids])
+        ids[name], state = slurm_submit.submit(spec, record, [ids[need] for need in table[name].needs if need in ids])
         print(f"{name}: job {ids[name]}{f' is in the queue already ({state})' if state else ''}", flush=True)
     if on == "slurm":
         print(f"squeue --me; output in {slurm_submit.logs(spec)}; progress: python launcher.py status {shlex.quote(run.url)}")
@@ -90,7 +91,7 @@ def _queued_inputs(stage: str, cfg: RunConfig, run: RunFolder) -> dict[str, str]
         DataError: an input is missing, and no queued job makes it.
     """
     found = {}
-    for need in STAGES[stage].needs:
+    for need in used_by(cfg)[stage].needs:
         if places.finished(cfg, run, need):
             continue
         there = slurm_submit.queued(job_spec(need, cfg, run))

@@ -8,7 +8,7 @@ from infra import storage, stored
 from infra.run_folder import RunFolder
 from infra.run_records import Rows
 from infra.world import World
-from train.config import FitSection, RunConfig
+from train.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
 
     A batch that cannot be divided among the ranks is left as it is: ``train.run.inputs.micro_batch`` refuses it.
     """
-    key = f"{stage}_fit"
-    fit: FitSection | None = getattr(cfg, key, None)
+    key, fit = f"{stage}_fit", cfg.fit(stage)
     if fit is None:
         return cfg
     url = run.at(stage, "rows.json")
@@ -45,4 +44,4 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
         log.warning(
             "%s: %d ranks take %s.accumulation = %d instead of %d; the batch stays %d", stage, world.size, key, count, fit.accumulation, fit.batch
         )
-    return cfg.model_copy(update={key: fit.model_copy(update={"accumulation": count})})
+    return cfg.model_copy(update={key: getattr(cfg, key).model_copy(update={"accumulation": count})})

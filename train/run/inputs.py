@@ -47,7 +47,7 @@ def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch
 def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
     """The exported transformer and its content hash. Collective."""
     module = build_dalle(cfg, device, dtype, attention_engine.of_run(cfg, run, world, device, dtype))
-    return module, _load(module, run, "dalle", device)
+    return module, _load(module, run, cfg.transformer, device)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
         open_dalle(cfg, run, world, device, dtype),
         open_clip(cfg, run, device),
     )
-    made_from = [("dalle", "dvae", dvae_hash), ("dalle", "tokenizer", tokenizer_hash)]
+    made_from = [(cfg.transformer, "dvae", dvae_hash), (cfg.transformer, "tokenizer", tokenizer_hash)]
     for stage, parent, expected in made_from + ([("clip", "tokenizer", tokenizer_hash)] if cfg.clip.reads_pieces else []):
         found = export.describe(run.at(stage, "export")).get("parents", {}).get(parent, "none")
         if found != expected:
@@ -129,13 +129,15 @@ def _load(module: nn.Module, run: RunFolder, stage: str, device: torch.device) -
     return identity
 
 
-def micro_batch(cfg: RunConfig, section: str, world: World) -> int:
+def micro_batch(fit: FitSection, section: str, world: World) -> int:
     """Number of samples in one micro-batch, summed over all ranks.
+
+    Args:
+        section: where the configuration has them, for messages.
 
     Raises:
         ConfigError: the batch cannot be divided evenly among ranks and micro-batches.
     """
-    fit: FitSection = getattr(cfg, section)
     shares = world.size * fit.accumulation
     if fit.batch % shares:
         raise ConfigError(

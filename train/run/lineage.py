@@ -7,7 +7,7 @@ from infra import storage, stored
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import places
-from train.run.stage_table import STAGES, TRAINED
+from train.run.stage_table import TRAINED, used_by
 
 _WEIGHTS = (*TRAINED, "tokenizer")
 
@@ -24,6 +24,11 @@ def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
     return found
 
 
+def seen_by(stage: str, cfg: RunConfig, now: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What a stage reads of what ``there`` found. To those that draw, "dalle" is the transformer that was trained last; stage align begins with the one before."""
+    return now if stage == cfg.transformer else now | {"dalle": now[cfg.transformer] or now["dalle"]}
+
+
 def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
     """Describes from which older weights or tokenizer a finished stage was made. Empty if it was made from the present ones, or is not finished.
 
@@ -33,7 +38,7 @@ def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
     parents = {kind: each for kind, each in ((marker or {}).get("parents") or {}).items() if kind in _WEIGHTS}
     if not parents:
         return ""
-    now = there(cfg, run)
+    now = seen_by(stage, cfg, there(cfg, run))
     old = [f"{kind} {each[:12]}, the run has {min(now[kind])[:12]}" for kind, each in sorted(parents.items()) if now[kind] and each not in now[kind]]
     return f"made from {' and '.join(old)}" if old else ""
 
@@ -42,7 +47,7 @@ def waiting(cfg: RunConfig, run: RunFolder) -> list[str]:
     """Stages that have something to do: those that are not finished, those that are out of date, and those that will be once the stages before them have run."""
     found: list[str] = []
     moved: set[str] = set()
-    for name, entry in STAGES.items():
+    for name, entry in used_by(cfg).items():
         old = bool(out_of_date(cfg, run, name)) or bool(moved & set(entry.needs))
         due = not places.finished(cfg, run, name) or old
         if due or entry.repeats:

@@ -62,7 +62,7 @@ def looked_at(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "", 
     if stored is not None:
         cfg = config_keys.adopted(cfg, stored)
         changed = change_points.changed(stored, json.loads(to_json(cfg)))
-        fixed = {key: values for key, values in changed.items() if not change_points.may_change(key)}
+        fixed = {key: values for key, values in changed.items() if not change_points.may_change(key) and not _is_ahead(run, key)}
         if not going_on or any(change_points.stage_of(key) != going_on for key in fixed):
             _refuse(run, fixed)
         elif fixed:
@@ -72,6 +72,12 @@ def looked_at(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "", 
         )
         return cfg, bool(differs)
     return cfg, False
+
+
+def _is_ahead(run: RunFolder, key: str) -> bool:
+    """Whether a key is of an optional stage that has not begun: nothing was made with its value yet."""
+    stage = key.partition(".")[0].removesuffix("_fit")
+    return stage in STAGES and STAGES[stage].optional and run.done(stage) is None and ledger.newest_checkpoint(run, stage) < 0
 
 
 def _refuse(run: RunFolder, fixed: dict[str, list[Any]]) -> None:

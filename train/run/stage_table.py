@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from infra.job import Gpus
@@ -35,6 +35,8 @@ class Stage:
     """What it writes to the run folder for other stages, besides ``<stage>/done.json``."""
     trains: bool = False
     """Whether it trains a model: it then has metrics, checkpoints and an export, and may run on several nodes at once."""
+    optional: bool = False
+    """Whether a run has it only if its configuration gives it updates. What such a stage makes takes the place of what its first need made."""
     parallel: bool = True
     """Whether it can use more than one rank; if not, it runs in one."""
     repeats: bool = False
@@ -106,6 +108,17 @@ STAGES: dict[str, Stage] = {
         makes=("dalle/export",),
         trains=True,
     ),
+    "align": Stage(
+        "train.stages.align",
+        "The transformer, aligned",
+        "Fine-tune the trained transformer so that captions count for more: condition contrastive alignment (docs/small_data.md).\n\n"
+        "In: code shards, tokenizer, dalle/export. Out: align/checkpoints, averaged weights in align/export, which the run draws with from then on; those of stage dalle "
+        "stay. Without align_fit.steps: about 1 % of the computing time of stage dalle, at least 50 updates. Resumes from its last checkpoint.",
+        needs=("dalle",),
+        makes=("align/export",),
+        trains=True,
+        optional=True,
+    ),
     "clip": Stage(
         "train.stages.clip",
         "The contrastive model",
@@ -118,10 +131,10 @@ STAGES: dict[str, Stage] = {
         "train.stages.generate",
         "Ranked pictures",
         "Draw generate.candidates pictures for each caption, rank them with the contrastive model, and find each one's nearest training image.\n\n"
-        "In: exports of dalle, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
+        "In: exports of dalle or align, dvae and clip. Out: generate/index.json and PNG files. Divided among launchers like prepare, by captions.",
         shared=True,
         gpus="one",
-        needs=("dalle", "clip"),
+        needs=("align", "clip"),
         makes=("generate/index.json", "generate/grid.png"),
     ),
     "evaluate": Stage(
@@ -130,7 +143,7 @@ STAGES: dict[str, Stage] = {
         "Measure on the validation split: reconstruction, codebook use, cross-entropies under right and shuffled captions, retrieval.\n\n"
         "In: exports, code and image shards. Out: evaluate/metrics.json.",
         gpus="one",
-        needs=("dalle", "clip"),
+        needs=("align", "clip"),
         makes=("evaluate/metrics.json",),
     ),
     "report": Stage(
@@ -144,6 +157,26 @@ STAGES: dict[str, Stage] = {
         makes=("report.html",),
     ),
 }
+
+
+def used(steps: Callable[[str], int]) -> dict[str, Stage]:
+    """The stages that a run has, each with those of its needs that the run has.
+
+    Args:
+        steps: how many updates the run's configuration gives a stage; asked of optional ones only.
+    """
+    without = {name for name, stage in STAGES.items() if stage.optional and not steps(name)}
+    return {
+        name: replace(stage, needs=tuple(part for need in stage.needs for part in (STAGES[need].needs if need in without else (need,))))
+        for name, stage in STAGES.items()
+        if name not in without
+    }
+
+
+def used_by(cfg: RunConfig) -> dict[str, Stage]:
+    """The stages that a run with this configuration has."""
+    return used(lambda name: int(getattr(cfg, f"{name}_fit").steps))
+
 
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 """Stages that train, in the order of the table."""

@@ -10,7 +10,7 @@ from infra.errors import DataError
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import places
-from train.run.stage_table import STAGES
+from train.run.stage_table import used_by
 
 
 def check(cfg: RunConfig, on: str, *, prepares: bool) -> list[str]:
@@ -52,7 +52,7 @@ def require(stage: str, cfg: RunConfig, run: RunFolder) -> None:
     Raises:
         DataError: it is not.
     """
-    for need in STAGES[stage].needs:
+    for need in used_by(cfg)[stage].needs:
         if not places.finished(cfg, run, need):
             raise DataError(
                 f"{stage} needs what '{need}' makes, which has not finished, and Kubernetes starts jobs at once: run '{launcher(need, run.url)} --on k8s' "

@@ -58,7 +58,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         [training],
         run.url,
         world,
-        micro_batch(cfg, "clip_fit", world),
+        micro_batch(cfg.clip_fit, "clip_fit", world),
         cfg.run.seed,
         transform=transform,
         collate=collate,

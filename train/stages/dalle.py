@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,20 @@ from train.weights import checkpoint
 def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     """Train until dalle_fit.steps, export the averaged weights, and mark the stage as done."""
     places.require(run, "tokenizer", "encode")
+    train("dalle", cfg, cfg, run, world, stop, {})
+
+
+def train(stage: str, cfg: RunConfig, stored: RunConfig, run: RunFolder, world: World, stop: StopFlag, parents: Mapping[str, str]) -> None:
+    """Train the transformer as one of the two stages that do, with section dalle_fit of ``cfg``.
+
+    Args:
+        stored: the run's configuration as its checkpoints name it.
+        parents: content hashes of what it is made from besides codes, dVAE and tokenizer.
+    """
     device = set_up(world)
     fit = cfg.dalle_fit
     tokenizer, tokenizer_hash = open_tokenizer(cfg, run)
-    loader = dalle_batches.training(cfg, run, world, tokenizer, micro_batch(cfg, "dalle_fit", world))
+    loader = dalle_batches.training(cfg, run, world, tokenizer, micro_batch(fit, f"{stage}_fit", world), f"{stage}_fit.batch")
     reader = dalle_batches.validation(cfg, run, world, tokenizer, fit.eval_samples)
     torch.manual_seed(derive(cfg.run.seed, "init"))  # the same initial weights on every rank
     dtype = branch_dtype(fit.precision, device, run, world)
@@ -51,34 +62,36 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
             cfg, device, dtype, attend, checkpoint_every=fit.checkpoint_every if fit.activation_checkpointing else 0, norm=norm, z_loss=fit.z_loss
         )
     codes = loader.sets[0]
-    lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash}
+    lineage = {"codes": codes.content_hash, "dvae": codes.manifest["parents"]["dvae"], "tokenizer": tokenizer_hash, **parents}
     engine = ZeroEngine(model, fit, cfg.zero, world, cfg.scales, cfg.compression, cfg.run.seed)
     with watchdog.expecting(RESTORE_PATIENCE):
         # Only at the very start: a checkpoint holds later weights, and names the export that they started from.
-        if fit.init_from and not checkpoint.any_complete(run.at("dalle"), world):
+        if fit.init_from and not checkpoint.any_complete(run.at(stage), world):
             if world.is_main:
                 dalle_init_from.say_differences(fit.init_from, cfg.dalle, "dalle_fit.init_from")
             if fit.contrasts:
                 dalle_init_from.refuse_another_language(fit.init_from, cfg.dalle, lineage, "dalle_fit.init_from")
-            lineage["init_from"] = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
+            began = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
+            if stage == "dalle":  # weights of another run
+                lineage["init_from"] = began
     if world.is_main:
-        storage.write_json(run.at("dalle", "deepspeed.json"), engine.config)  # only for people to read
-    meta = {"config": json.loads(to_json(cfg)), "parents": lineage}
+        storage.write_json(run.at(stage, "deepspeed.json"), engine.config)  # only for people to read
+    meta = {"config": json.loads(to_json(stored)), "parents": lineage}
     task = ContrastTask(cfg, device, model, reader, world) if fit.contrasts else DalleTask(cfg, device, model, reader)
     plateau = make_plateau(fit, run, world) if fit.schedule == "plateau" else None
     # On a CPU, fp16 has no meaningful peak: its rate differs by a factor of ten with the memory layout of the matrices.
     peak = matrix_peak(dtype, device) if world.is_main and (device.type == "cuda" or dtype != torch.float16) else 0.0
     flops = update_flops(cfg.dalle, model.shape, contrasts=fit.contrasts) / model.shape.states
     onlooker = None
-    if cfg.samples.every and world.is_main:
+    if cfg.samples.every and stage == "dalle" and world.is_main:
         onlooker = Samples(cfg, run, world, stop, gpu=device.type == "cuda", threads=torch.get_num_threads())
-    outcome = Trainer("dalle", task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau, onlooker).run_to_end()
+    outcome = Trainer(stage, task, engine, loader, fit, run, world, stop, device, meta, flops, peak, plateau, onlooker).run_to_end()
     if fit.contrasts and world.is_main:
         print(dalle_contrast.described(outcome.evaluation), flush=True)
     # The averaged weights are read back from the checkpoint of the last update. To gather the shards instead would also need one process that holds the whole model.
-    url = run.at("dalle")
+    url = run.at(stage)
     averaged = checkpoint.StoredTensors(checkpoint.folder(url, checkpoint.complete(url)[-1]), "average") if world.is_main else None
-    finish_training("dalle", cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
+    finish_training(stage, cfg.dalle, engine, outcome, "tokens/s", lineage, run, world, averaged)
     wait_for_all()
 
 

@@ -12,9 +12,11 @@ from train.run.data_inputs import loader_options
 from train.run.inputs import open_codes
 
 
-def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, batch: int) -> ShardLoader[Sample, Batch]:
+def training(
+    cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, batch: int, key: str = "dalle_fit.batch"
+) -> ShardLoader[Sample, Batch]:
     """Endless batches of ``batch`` samples, counted over all ranks: text int64 [B, T], lengths [B], codes [B, I]. Their order and the choice of captions depend only
-    on run.seed."""
+    on run.seed. ``key``: what names the batch in the configuration, for messages."""
     sets = [open_codes(cfg, run, crop, "train") for crop in range(cfg.encode.crops)]
     fit = cfg.dalle_fit
     encode = code_transform(
@@ -28,9 +30,7 @@ def training(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer,
         vocab=cfg.dvae.vocab,
         caption_keys=fit.contrasts,
     )
-    return ShardLoader(
-        sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key="dalle_fit.batch", **loader_options(cfg.data)
-    )
+    return ShardLoader(sets, run.url, world, batch, cfg.run.seed, transform=encode, collate=code_collate, batch_key=key, **loader_options(cfg.data))
 
 
 def validation(cfg: RunConfig, run: RunFolder, world: World, tokenizer: Tokenizer, samples: int) -> SequentialReader[Sample, Batch]:

@@ -62,7 +62,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
         [training],
         run.url,
         world,
-        micro_batch(cfg, "dvae_fit", world),
+        micro_batch(cfg.dvae_fit, "dvae_fit", world),
         cfg.run.seed,
         transform=dvae_transform(cfg.dvae.image_size, fit.scale_min, fit.scale_max, cfg.run.seed, cfg.data.decode),
         collate=image_collate,

@@ -138,7 +138,7 @@ def _merge(task: _Task, learned: list[dict[str, Any]]) -> None:
     checkpoint = task.models.lineage["dalle"]
     facts = {"captions": entries, "learned": learned, "candidates": task.settings.n, "checkpoint": checkpoint}
     storage.write_json(run.at("generate", "index.json"), facts | task.settings.shape())
-    done = run.done("dalle") or {}
+    done = run.done(cfg.transformer) or {}
     generate_learned.to_tensorboard(run, entries, learned, cfg.generate.show, int(done.get("updates", cfg.dalle_fit.steps)))
 
 

@@ -13,7 +13,8 @@ from infra.errors import DataError
 from infra.repository import DOCS
 from infra.run_folder import RunFolder
 from infra.run_records import Evaluation, Provenance
-from train.run.stage_table import STAGES
+from train.config import load_run
+from train.run.stage_table import used_by
 
 
 def main(url: str, note: str = "") -> None:
@@ -27,7 +28,7 @@ def main(url: str, note: str = "") -> None:
         DataError: the run is not finished.
     """
     run = RunFolder(url)
-    done = {name: run.done(name) for name in STAGES}
+    done = {name: run.done(name) for name in used_by(load_run(url, []))}
     missing = [name for name, marker in done.items() if marker is None]
     if missing:
         raise DataError(f"{url}: not finished ({', '.join(missing)}); run 'launcher.py demo' first.")

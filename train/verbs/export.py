@@ -6,7 +6,7 @@ from infra.errors import DataError, UsageError
 from infra.run_folder import RunFolder
 from train.weights import checkpoint, export
 
-STAGES = ("dvae", "dalle")
+STAGES = ("dvae", "dalle", "align")
 KINDS = {"average": "average", "raw": "model"}
 """Kind of weights that can be exported -> prefix of their tensors in a checkpoint."""
 
@@ -44,5 +44,7 @@ def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
     meta = checkpoint.read_meta(folder)
     stored = checkpoint.StoredTensors(folder, KINDS[kind])
     target = out or run.at(stage, "export")
-    identity = export.write(target, stored, meta["config"][stage], parents=meta["parents"], step=meta["step"], weights=kind)
+    identity = export.write(
+        target, stored, meta["config"]["dalle" if stage == "align" else stage], parents=meta["parents"], step=meta["step"], weights=kind
+    )
     print(f"{target}: {kind} weights after update {meta['step']}, {len(stored.kinds)} tensors, {identity}")

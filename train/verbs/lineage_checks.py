@@ -12,7 +12,7 @@ from infra import storage, stored
 from train.run import places
 from train.verbs.targets import Run
 
-_EXPORTS = (("dalle", "dvae"), ("dalle", "tokenizer"), ("clip", "tokenizer"))
+_EXPORTS = (*((stage, parent) for stage in ("dalle", "align") for parent in ("dvae", "tokenizer")), ("clip", "tokenizer"))
 
 
 def code_parents(layout: Layout, images: Sequence[str], run: Run | None) -> tuple[Layout | None, list[Problem]]:

@@ -59,6 +59,9 @@ def main(
     room = estimate.room(memory or figures.memory_gb)
     print("\n".join([*describe(preset, own), "", *table(own, room, rank or own.rank or network.smallest_rank(cfg.dalle.width)), ""]))
     print("\n".join(costs(own, figures, gpu, tokens or None)))
+    aligned = aligning(own)
+    if aligned:
+        print("\n".join(aligned_lines(aligned, figures, gpu)))
     if limit := data(preset, own):
         print(limit)
     print("\n".join(requests.lines(own.cluster.nodes, own.cluster.gpus, cfg.dalle_fit.keep)))
@@ -76,6 +79,26 @@ def main(
             f"{preset} as configured (zero.stage = {own.stage}, {own.micro_batch} samples at once) needs {needed / _GB:.1f} GB of "
             f"{room / _GB:.1f} GB on each GPU: {remedies(own, room)}."
         )
+    if aligned and (needed := estimate.memory(aligned).total) > room:
+        raise ConfigError(
+            f"{preset}: stage align needs {needed / _GB:.1f} GB of {room / _GB:.1f} GB on each GPU, as it computes each picture under two captions: "
+            f"{remedies(aligned, room).replace('dalle_fit.accumulation', 'align_fit.accumulation')}."
+        )
+
+
+def aligning(setting: Setting) -> Setting | None:
+    """Stage align as stage dalle would be configured to train like it; None if the run has none."""
+    cfg = setting.cfg
+    return replace(setting, cfg=cfg.model_copy(update={"dalle_fit": cfg.fit("align")})) if cfg.align_fit.steps else None
+
+
+def aligned_lines(setting: Setting, figures: Gpu, gpu: str) -> list[str]:
+    """What stage align takes."""
+    fit, bill = setting.cfg.dalle_fit, estimate.bill(setting, figures, None)
+    return [
+        f"stage align          {fit.steps} updates of {fit.batch} pictures, {_short(bill.gpu_hours)} GPU hours on {gpu}; {estimate.memory(setting).total / _GB:,.2f} GB on each GPU",
+        *contrasting(setting),
+    ]
 
 
 def data(preset: str, setting: Setting) -> str:

@@ -35,7 +35,7 @@ def main(url: str, step: int, stop: StopFlag, *, aside: bool = False) -> None:
     run = RunFolder(url)
     cfg = load_run(run.url, [])
     captions, settings = captions_of(cfg, run), replace(of_stage(cfg), n=1, search=False)
-    models = open_models(run.url, cfg.samples.device, step=step)
+    models = open_models(run.at("dalle", "export"), cfg.samples.device, step=step)
     place = learned.folder(run, "dalle/samples/step", step, captions, settings, models.lineage)
     if learned.is_drawn(run, place):
         return

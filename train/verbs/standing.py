@@ -15,7 +15,7 @@ from infra.run_folder import RunFolder
 from train.config import FitSection, RunConfig
 from train.loop.metrics import read_metrics
 from train.run import lineage, places
-from train.run.stage_table import STAGES
+from train.run.stage_table import STAGES, used_by
 
 SILENT_S = 30.0
 """Seconds without a sign of a rank, and of a node beside what it takes to write, from which on that is said."""
@@ -82,7 +82,7 @@ def of_stage(cfg: RunConfig, run: RunFolder, name: str) -> list[Standing]:
             _together(found, below, job)
         _of_queue(run, job, found, below)
         if found.state == "-":
-            needs = [need for need in STAGES[name].needs if not places.finished(cfg, run, need)]
+            needs = [need for need in used_by(cfg)[name].needs if not places.finished(cfg, run, need)]
             found.waits = f"for {', '.join(needs)}" if needs else ""
     return [found, *(below if found.state != "done" else [])]
 

@@ -17,7 +17,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from train.config import RunConfig, load_run
 from train.run import change_points, lineage
-from train.run.stage_table import STAGES, TRAINED
+from train.run.stage_table import STAGES, TRAINED, used_by
 from train.verbs import standing
 from train.verbs.standing import Standing
 
@@ -64,7 +64,7 @@ def _read(url: str) -> tuple[RunConfig, RunFolder, list[Standing]]:
     if not storage.exists(run.config_url):
         raise DataError(f"{run.config_url} is missing: {url} is no run folder.")
     cfg = load_run(run.url, [])
-    return cfg, run, [each for name in STAGES for each in standing.of_stage(cfg, run, name)]
+    return cfg, run, [each for name in used_by(cfg) for each in standing.of_stage(cfg, run, name)]
 
 
 def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:

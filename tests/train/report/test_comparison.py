@@ -135,7 +135,7 @@ def test_the_graph_has_an_arrow_for_each_recorded_input_and_shows_what_is_open_o
     body = section_lineage.section(runs["demo"]).body  # type: ignore[union-attr]
     titles = re.findall(r"<g class=\"arrow\"><title>([^<]*)</title>", body)
     before = ["prepare to tokenizer: aaaaaaaaaa", "prepare to dvae: aaaaaaaaaa", "dvae to encode: dddddddddd", "encode to dalle: cccccccccc"]
-    after = ["dvae to dalle: dddddddddd", "tokenizer to dalle: eeeeeeeeee", "dalle to generate: ffffffffff"]
+    after = ["dvae to dalle: dddddddddd", "tokenizer to dalle: eeeeeeeeee", "align to generate: ffffffffff"]
     assert sorted(titles) == sorted([*before, *after])
     assert body.count('class="box done"') == len(STAGES) - 1 and ">cccccccccc<" in body
     boxes = set(re.findall(r"<rect x=\"(\d+)\" y=\"(\d+)\"", body))

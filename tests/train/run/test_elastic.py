@@ -54,4 +54,4 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(prepared: Path, tmp_path
     with pytest.raises(ConfigError, match=r"dvae_fit\.batch = 8 does not divide over 3 processes x dvae_fit\.accumulation = 1; use a multiple of 3"):
         from train.run.inputs import micro_batch
 
-        micro_batch(elastic.adapted(cfg, run, "dvae", World(0, 3, 0, 3)), "dvae_fit", World(0, 3, 0, 3))
+        micro_batch(elastic.adapted(cfg, run, "dvae", World(0, 3, 0, 3)).dvae_fit, "dvae_fit", World(0, 3, 0, 3))

@@ -95,7 +95,7 @@ def test_another_value_is_refused_with_the_command_that_goes_on_or_that_makes_a_
             go_on(run, "dalle", *words)
     with pytest.raises(ConfigError, match=r"(?s)dalle_fit\.lr: .*launcher\.py dalle .*--go-on"):
         go_on(run, "clip", "dalle_fit.lr=1e-3")
-    with pytest.raises(ConfigError, match="--go-on: 'encode' does not train; a change point belongs to dvae, dalle, clip"):
+    with pytest.raises(ConfigError, match="--go-on: 'encode' does not train; a change point belongs to dvae, dalle, align, clip"):
         go_on(run, "encode")
     with pytest.raises(
         ConfigError, match=rf"has made {STOPPED} updates, and dalle_fit\.steps = 3: nothing would be left .* set more dalle_fit\.steps"

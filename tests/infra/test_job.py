@@ -111,7 +111,7 @@ def test_ports_and_names_of_jobs_differ() -> None:
 
 
 def test_every_stage_has_needs_that_come_before_it() -> None:
-    assert TRAINED == ("dvae", "dalle", "clip")
+    assert TRAINED == ("dvae", "dalle", "align", "clip")
     for stage, entry in STAGES.items():
         assert all(list(STAGES).index(need) < list(STAGES).index(stage) for need in entry.needs)
         assert entry.needs or stage == "prepare"

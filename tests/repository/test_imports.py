@@ -76,7 +76,8 @@ ORDER = {
         ("evaluation", "ranks"),
         ("optimizer", "machine"),
         ("config",),
-        ("config_compression", "config_contrast", "config_learning", "config_pictures", "config_watching"),
+        ("config_align",),
+        ("config_compression", "config_contrast", "config_encode", "config_learning", "config_pictures", "config_watching"),
     ],
     "data_pipeline": [
         ("prepare",),

@@ -12,7 +12,8 @@ from infra import scratch, shown, storage
 from infra.config import to_json
 from infra.errors import ConfigError, DataError
 from infra.run_folder import producer
-from train.drawing.source import PACKAGE, Place, check_parents, locate, newest_weights
+from train.drawing.place import PACKAGE, Place, locate
+from train.drawing.source import check_parents, newest_weights
 from train.weights import export
 from train.weights.contrastive import networks_of
 from train.weights.towers import INSTALL

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from infra import storage
 from infra.errors import CheckpointError, ConfigError, DataError, MissingError
-from infra.run_folder import RunFolder
 from model.config import ClipConfig
 from model.decoder import DrawingWeights
 from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Transformer
-from train.config import RunConfig, load_run
+from train.config import RunConfig
 from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import CpuWeights, ready
 from train.drawing.memory import Room
+from train.drawing.place import Place, locate
 from train.machine.rates import DTYPES, name_of
-from train.run import places
 from train.weights import checkpoint, export, towers
 from train.weights.contrastive import Ranker, networks_of, open_contrastive
 
@@ -32,30 +31,9 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-PACKAGE = "package.json"
-"""The file that marks a folder as one that ``export --package`` wrote."""
 EIGHT_BITS = "int8"
-_TRANSFORMERS = ("dalle", "align")
 _LOST_CHECKPOINTS = 5
 """How many checkpoints may disappear while they are read: a run that is training deletes old ones."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the parts of a model are."""
-
-    url: str
-    cfg: RunConfig
-    dalle: str
-    dvae: str
-    clip: str
-    tokenizer: str
-    run: RunFolder | None
-    """The run; None for a package."""
-    stage: str = "dalle"
-    """Of a run: the stage whose transformer it is."""
-    source: str = ""
-    """What names these weights, if the URL alone does not."""
 
 
 @dataclass(frozen=True)
@@ -91,34 +69,6 @@ class Models:
     def is_deterministic(self) -> bool:
         """Whether the bits of a picture are independent of the other pictures in its batch."""
         return isinstance(self.weights, CpuWeights) and self.weights.deterministic
-
-
-def locate(url: str) -> Place:
-    """Find out what is at a URL: a run folder, its dalle/export or align/export, or a package.
-
-    Raises:
-        ConfigError: none of these.
-    """
-    url = url.rstrip("/") or url
-    if storage.exists(storage.join(url, PACKAGE)):
-        parts = {name: storage.join(url, name) for name in ("dalle", "dvae", "clip", "tokenizer")}
-        return Place(url, load_run(url, []), run=None, **parts)
-    named = next((stage for stage in _TRANSFORMERS if url.endswith(f"/{stage}/export")), "")
-    head = url.removesuffix(f"/{named}/export")
-    if all(storage.exists(storage.join(head, name)) for name in ("config.json", "provenance.json")):
-        cfg, run = load_run(head, []), RunFolder(head)
-        stage = named or newest_stage(cfg, run)
-        exports = {name: run.at(name, "export") for name in ("dvae", "clip")}
-        return Place(head, cfg, run.at(stage, "export"), tokenizer=places.tokenizer(cfg, run), run=run, stage=stage, source=url, **exports)
-    if storage.exists(storage.join(url, export.WEIGHTS)):
-        raise ConfigError(f"{url}: the weights of only one model; 'launcher.py export RUN --package --out FOLDER' writes a folder with all models.")
-    raise ConfigError(f"{url}: neither a run folder nor a package (config.json is missing); name one, for example runs/demo.")
-
-
-def newest_stage(cfg: RunConfig, run: RunFolder) -> str:
-    """The stage that has trained the transformer last."""
-    begun = storage.exists(run.at("align", "export", export.DESCRIPTION)) or checkpoint.complete(run.at("align"))
-    return "align" if cfg.transformer == "align" and begun else "dalle"
 
 
 def open_models(url: str, device: str = "", precision: str = "auto", rerank: str = "none", *, deterministic: bool = False, step: int = 0) -> Models:

@@ -24,8 +24,9 @@ from infra.run_folder import producer
 from train.drawing.captions import read_captions
 from train.drawing.draw import decode, draw, embeddings, score
 from train.drawing.judging import refuse_shared
+from train.drawing.place import locate
 from train.drawing.settings import Settings
-from train.drawing.source import Models, locate, open_judge, open_models
+from train.drawing.source import Models, open_judge, open_models
 from train.evaluation.distances import recalls
 
 WAYS = {"best_of_n": False, "search": True}

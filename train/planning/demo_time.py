@@ -164,6 +164,8 @@ def _clip_s(cfg: RunConfig) -> float:
 
 def _align_s(cfg: RunConfig) -> float:
     """Seconds of stage align, on the machine of the recorded rates."""
+    if cfg.transformer != "align":
+        return 0.0
     fit = cfg.fit("align")
     assert isinstance(fit, DalleFit)
     return _training(fit, _REFERENCE_RATES["dalle"] / CONTRAST_COST, fit.steps)

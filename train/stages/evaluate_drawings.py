@@ -35,8 +35,9 @@ from train.drawing import open_clip_folder
 from train.drawing.cpu_drawer import ready
 from train.drawing.draw import Picture, draw, score
 from train.drawing.judging import refuse_shared, shares_pictures
+from train.drawing.place import locate
 from train.drawing.settings import Settings, key, of_stage, replaced
-from train.drawing.source import Models, check_judge, judge_networks, known_lineage, locate, open_judge
+from train.drawing.source import Models, check_judge, judge_networks, known_lineage, open_judge
 from train.evaluation.blur import blurred
 from train.evaluation.colours import shares
 from train.evaluation.distances import quantiles

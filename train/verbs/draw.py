@@ -17,9 +17,10 @@ from infra.text import counted
 from train.drawing import again, prompt_image, samples
 from train.drawing.captions import notes, read_captions, shortened
 from train.drawing.gallery import Gallery, ranked
+from train.drawing.place import Place, locate
 from train.drawing.samples import FORMATS, Line
 from train.drawing.settings import Settings
-from train.drawing.source import Asked, Models, Place, locate, open_place
+from train.drawing.source import Asked, Models, open_place
 from train.drawing.told import Told, say_compiling
 from train.loop.goodput import process_age_s
 

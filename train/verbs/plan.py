@@ -73,6 +73,11 @@ def main(
         )
     if check:
         compare(own)
+    _refuse_too_large(preset, own, aligned, room)
+
+
+def _refuse_too_large(preset: str, own: Setting, aligned: Setting | None, room: float) -> None:
+    cfg = own.cfg
     needed = estimate.memory(own).total + (samples.memory(cfg) if cfg.samples.every and cfg.samples.device == "cuda" else 0)
     if needed > room:
         raise ConfigError(

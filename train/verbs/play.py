@@ -12,7 +12,8 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from infra.errors import ConfigError
 from infra.signals import StopFlag
 from train.drawing.page import Page
-from train.drawing.source import Asked, Models, locate, open_place
+from train.drawing.place import locate
+from train.drawing.source import Asked, Models, open_place
 from train.drawing.told import say_compiling
 
 if TYPE_CHECKING:

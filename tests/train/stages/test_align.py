@@ -16,7 +16,8 @@ from infra.world import World
 from tests.support.stopped_run import FIXTURE, StopAfter, losses, run_stage
 from train import launch
 from train.config import DalleFit, load_run
-from train.drawing.source import locate, newest_weights
+from train.drawing.place import locate
+from train.drawing.source import newest_weights
 from train.planning import demo_time
 from train.planning.flops import train_flops, update_flops
 from train.report import page

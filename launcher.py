@@ -285,7 +285,7 @@ def validate(
 @app.command()
 def export(
     run: Run,
-    stage: Annotated[str, typer.Option(help="Whose weights: dvae, dalle or align.")] = "dalle",
+    stage: Annotated[str, typer.Option(help="Whose weights: dvae, dalle or align; empty: of the transformer that the run draws with.")] = "",
     weights: Annotated[str, typer.Option(help="average or raw.")] = "average",
     step: Annotated[int, typer.Option(min=0, max=1 << 53, help="Checkpoint after this update; 0: the newest.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or s3 prefix to write; empty: <run>/<stage>/export, where other stages look.")] = "",
@@ -295,7 +295,7 @@ def export(
     from train.verbs import export as verb
 
     if package:
-        if stage != "dalle" or weights != "average" or step:
+        if stage or weights != "average" or step:
             raise UsageError("--package holds the newest averaged weights of all stages; it takes no --stage, --weights and --step.")
         verb.package(run, out)
         return

@@ -39,7 +39,7 @@ class ContrastSection(Section):
         if not init_from:
             raise ValueError(
                 f"{what} needs init_from: likelihoods are compared with those of frozen weights, the ones that training starts from. Name the export of a trained "
-                "run, such as dalle_fit.init_from=runs/mine/dalle/export, or make the run by 'launcher.py align runs/mine'"
+                "run, such as dalle_fit.init_from=runs/mine/dalle/export, or run 'launcher.py align runs/mine' in the run itself"
             )
         if batch < 2:
             raise ValueError(f"{what} takes another picture's caption out of the same update, and batch = {batch}; set batch = 2 or more")

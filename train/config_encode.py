@@ -14,7 +14,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class EncodeSection(Section):
-    """Encoding of images as codes; mirrored crops are off by default (docs/small_data.md)."""
+    """Encoding of images as codes."""
 
     crops: int = Field(default=1, gt=0)
     """Crops of each image by Listing 2, each in a shard set of its own; epoch e reads crop e mod crops."""

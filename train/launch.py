@@ -71,6 +71,10 @@ def stage(
     cfg = load_run(preset, overrides)
     entry = STAGES[name]
     if entry.optional and name not in used_by(cfg):
+        if any(word.startswith(f"{name}_fit.steps=") for word in overrides):
+            raise ConfigError(
+                f"{name}_fit.steps = 0: a run with it has no stage '{name}'; give it updates, or leave the key out for the usual number."
+            )
         overrides = [*overrides, f"{name}_fit.steps={usual_steps(cfg.dalle_fit.steps)}"]
         cfg = load_run(preset, overrides)
     run = run_folder(cfg)
@@ -88,7 +92,7 @@ def stage(
     _check_restarts(restarts, on, chain=chain)
     if go_on and not entry.trains:
         raise ConfigError(f"--go-on: '{name}' does not train; a change point belongs to {', '.join(TRAINED)}.")
-    going_on = name if go_on else ""
+    going_on = name if go_on or (entry.optional and _is_new(name, cfg, run)) else ""
     if on != "local" or chain:
         _submit(name, cfg, run, [preset, *overrides], on, chain=chain, dry_run=dry_run, going_on=going_on)
         return
@@ -128,9 +132,17 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     print(f"{name}: done in {_times((run.done(name) or {}).get('seconds'), time.monotonic() - started)}", flush=True)
-    old = [stage for stage in STAGES if lineage.out_of_date(cfg, run, stage)] if entry.optional else []
-    if old:
-        print(f"{run.url}: {', '.join(old)} were made before; '{launcher('demo', run.url)}' makes them again, and the report", flush=True)
+    if entry.trains and not environment.text("LAUNCHER_PID"):  # 'demo' comes to them by itself
+        for other in used_by(cfg):
+            if old := lineage.out_of_date(cfg, run, other):
+                print(f"{other}: out of date ({old}); {lineage.remedy(run, other)}", flush=True)
+
+
+def _is_new(name: str, cfg: RunConfig, run: RunFolder) -> bool:
+    """Whether an optional stage that has not begun is given other values than the run has: then nothing was made with those."""
+    stored = run.stored()
+    given = getattr(cfg, f"{name}_fit")
+    return stored is not None and not places.has_begun(run, name) and load_run(run.url, []).__dict__[f"{name}_fit"] != given
 
 
 def _times(own: float | None, elapsed: float) -> str:

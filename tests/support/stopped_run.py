@@ -56,11 +56,12 @@ class StopAfter(StopFlag):
         return self.received is not None
 
 
-def run_stage(name: str, words: list[str], stop: StopFlag | None = None) -> None:
+def run_stage(name: str, words: list[str], stop: StopFlag | None = None, *, go_on: bool = False) -> None:
     """One stage of a run on this process alone; words are a preset and its overrides."""
     from train import launch
 
-    launch.stage(name, words[0], words[1:], on="local", nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop)
+    stop = StopFlag() if stop is None else stop
+    launch.stage(name, words[0], words[1:], on="local", nproc=1, dry_run=False, worker=False, stop=stop, go_on=go_on)
 
 
 def losses(run_url: str, stage: str) -> dict[int, float]:

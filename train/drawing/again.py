@@ -6,15 +6,18 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+from infra import storage
 from infra.errors import ConfigError, DataError
 from train.config import RunConfig
 from train.drawing.draw import Batch, Picture, draw_batch
 from train.drawing.memory import Room
+from train.drawing.place import TRANSFORMERS, Place, locate
 from train.drawing.samples import Line, encoded
 from train.drawing.search import along, check_ancestry
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 from train.machine.rates import threads
+from train.weights import export
 
 
 def again(models: Models, line: Line) -> tuple[Picture, bytes]:
@@ -43,6 +46,16 @@ def _shape(line: Line) -> tuple[dict[str, Any], Settings, list[int]]:
         shaped = shaped | {"captions": 1, "each": 1, "place": 0}
     prefix = shape.pop("prefix", [])
     return shaped, replace(Settings(**shape), batch=shaped["captions"] * shaped["each"], window=shaped["window"]), prefix
+
+
+def holding(place: Place, line: Line) -> Place:
+    """The place with the transformer that drew a line, where the run has made two (stage align) and still has it; else the place itself."""
+    others = [] if place.run is None else [place.run.at(stage, "export") for stage in TRANSFORMERS if stage != place.stage]
+    for url in [place.dalle, *others]:
+        marker = storage.join(url, export.DESCRIPTION)
+        if storage.exists(marker) and export.describe(url)["content_hash"] == line["weights"].get("dalle"):
+            return place if url == place.dalle else locate(url)
+    return place
 
 
 def check_room(room: Room, line: Line) -> None:

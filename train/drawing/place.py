@@ -13,7 +13,8 @@ from train.weights import checkpoint, export
 
 PACKAGE = "package.json"
 """The file that marks a folder as one that ``export --package`` wrote."""
-_TRANSFORMERS = ("dalle", "align")
+TRANSFORMERS = ("dalle", "align")
+"""Stages that make a transformer."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Place:
     stage: str = "dalle"
     """Of a run: the stage whose transformer it is."""
     source: str = ""
-    """What names these weights, if the URL alone does not."""
+    """The URL as it was given, which names the same weights again; of a package empty."""
 
 
 def locate(url: str) -> Place:
@@ -44,7 +45,7 @@ def locate(url: str) -> Place:
     if storage.exists(storage.join(url, PACKAGE)):
         parts = {name: storage.join(url, name) for name in ("dalle", "dvae", "clip", "tokenizer")}
         return Place(url, load_run(url, []), run=None, **parts)
-    named = next((stage for stage in _TRANSFORMERS if url.endswith(f"/{stage}/export")), "")
+    named = next((stage for stage in TRANSFORMERS if url.endswith(f"/{stage}/export")), "")
     head = url.removesuffix(f"/{named}/export")
     if all(storage.exists(storage.join(head, name)) for name in ("config.json", "provenance.json")):
         cfg, run = load_run(head, []), RunFolder(head)
@@ -57,6 +58,6 @@ def locate(url: str) -> Place:
 
 
 def newest_stage(cfg: RunConfig, run: RunFolder) -> str:
-    """The stage that has trained the transformer last."""
-    begun = storage.exists(run.at("align", "export", export.DESCRIPTION)) or checkpoint.complete(run.at("align"))
-    return "align" if cfg.transformer == "align" and begun else "dalle"
+    """The stage whose transformer the run draws with, or will draw with if it is training."""
+    begun = cfg.transformer == "align" and (places.transformer(cfg, run) == "align" or bool(checkpoint.complete(run.at("align"))))
+    return "align" if begun else "dalle"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from infra import storage
+from infra import storage, stored
 from infra.errors import CheckpointError, ConfigError, DataError, MissingError
 from model.config import ClipConfig
 from model.decoder import DrawingWeights
@@ -138,12 +138,19 @@ def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
     dvae, found["dvae"] = _open(place.dvae, lambda: image_tokenizer(cfg.dvae), "dvae", place)
     tensors, found["dalle"], parents, description = _weights_of(place, step) if step else newest_weights(place)
     check_parents(place, "dalle", parents, found)
+    _say_if_older(place, parents)
     judge = None
     if asked.rerank != "none":
         judge, found["clip"] = _judge(place, asked.rerank, tokenizer, where)
     model = _build(cfg, tensors, where, dtype, place.dalle)
     weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
     return Models(place.source or place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+
+
+def _say_if_older(place: Place, parents: dict[str, Any]) -> None:
+    before = storage.join(place.run.at("dalle", "export"), export.DESCRIPTION) if place.run is not None and place.stage == "align" else ""
+    if before and storage.exists(before) and stored.content_hash(before) != parents.get("dalle"):
+        log.warning("%s: stage dalle was trained further since stage align began; these weights know nothing of that", place.url)
 
 
 def known_lineage(place: Place) -> dict[str, str]:
@@ -306,16 +313,17 @@ def newest_weights(place: Place) -> tuple[dict[str, Tensor], str, dict[str, Any]
     Raises:
         DataError: there are none yet.
     """
+    aligned = "aligned, " if place.stage == "align" else ""
     if _exported(place):
         about = export.describe(place.dalle)
         identity, tensors = export.read_tensors(place.dalle)
         step = f" after update {about['step']}" if "step" in about else ""
         kind = str(about.get("weights", "average"))  # a package has the words of the run that it was made of
-        return tensors, identity, about["parents"], f"{kind if 'weights' in kind else f'{kind} weights'}{step}"
+        return tensors, identity, about["parents"], f"{aligned}{kind if 'weights' in kind else f'{kind} weights'}{step}"
     if place.run is None or not _weights_there(place):
         raise _no_weights(place)
     meta, tensors = _newest(place.run.at(place.stage))
-    return tensors, checkpoint.content_hash(tensors), meta["parents"], f"average weights after update {meta['step']}, of a run under way"
+    return tensors, checkpoint.content_hash(tensors), meta["parents"], f"{aligned}average weights after update {meta['step']}, of a run under way"
 
 
 def _weights_of(place: Place, step: int) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:

@@ -138,7 +138,8 @@ class MetricsWriter:
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would create a second TensorBoard run for them, in which each metric appears again.
-        sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero")]
+        more = ("dalle", "dalle_fit") if self._stage == "align" else ()
+        sections = [name for name in config if name in (self._stage, f"{self._stage}_fit", "run", "data", "zero", *more)]
         flat = {key: value for name in sections for key, value in _leaves(name, config[name])}
         for part in hparams(flat, dict.fromkeys(map(shown_as, _JUDGED_BY))):
             self._open_events(step).file_writer.add_summary(part, step)

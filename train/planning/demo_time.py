@@ -120,7 +120,8 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
     """Measure updates of both networks in ``nproc`` processes, and project how long the unfinished stages will take."""
     trainings = [name for name in _TRAININGS if run.done(name) is None]
     if not trainings:
-        return Projection({}, {}, "two or three minutes (both trainings are finished)")
+        aligning = _align_s(cfg) if run.done("align") is None else 0.0
+        return Projection({}, {}, f"{_minutes(aligning)} (both trainings are finished)")
     print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
     measured = probe(run, nproc, trainings)
     if measured is None:
@@ -130,6 +131,11 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
     others = [name for name in used_by(cfg) if name not in _TRAININGS and run.done(name) is None]
     quiet = estimate(cfg, {name: rate / share for name, rate in rates.items()}, start_s * share, done, others)
     return Projection(quiet, estimate(cfg, rates, start_s, done, others), "")
+
+
+def _minutes(aligning_s: float) -> str:
+    """Of what comes after both trainings, on the machine of the recorded rates."""
+    return f"about {3 + aligning_s / 60:.0f} minutes" if aligning_s > _TELLING_S else "two or three minutes"
 
 
 def estimate(cfg: RunConfig, rates: Mapping[str, float], start_s: float, done: Mapping[str, int], others: list[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from train.config import RunConfig
+from train.config_align import key
 from train.planning.estimate import Setting, memory
 from train.planning.states import Cluster
 
@@ -62,5 +63,5 @@ def _words(stage: str, cfg: RunConfig, ranks: int) -> str:
     found = next((fit.accumulation * factor for factor in _FACTORS if fit.batch % (ranks * fit.accumulation * factor) == 0), None)
     keys = [f"{stage}_fit.accumulation={found}"] if found else [f"a smaller {stage}_fit.batch (now {fit.batch})"]
     if getattr(fit, "activation_checkpointing", None) is False:
-        keys.append(f"{stage}_fit.activation_checkpointing=true")
+        keys.append(f"{key(stage, 'activation_checkpointing')}=true")
     return f"Less memory: {', '.join(keys)}."

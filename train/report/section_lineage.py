@@ -33,8 +33,8 @@ def recorded(run: RunView) -> list[tuple[str, str, str]]:
         parents = run.done(stage).get("parents")
         for kind, value in parents.items() if isinstance(parents, dict) else ():
             maker = MAKERS.get(kind, kind)
-            if maker == "dalle" and stage != "align" and "align" in run.stages and run.done("align"):
-                maker = "align"  # the transformer, whichever stage made it last
+            if maker == "dalle" and value == run.done("align").get("weights"):
+                maker = "align"  # "dalle" is the transformer, whichever stage made it
             if maker in STAGES and maker != stage and stage != _LEFT_OUT:
                 found.append((maker, stage, str(value)))
     return found

@@ -15,7 +15,7 @@ def section(run: RunView) -> Section | None:
         return Section("timings", "Timings", note("No stage has finished yet."))
     longest = max(seconds.values()) or 1.0
     rows: list[list[Child]] = []
-    for stage in STAGES:
+    for stage in run.stages:
         if stage == "report" and stage not in seconds:
             continue
         done = run.done(stage)

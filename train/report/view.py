@@ -105,8 +105,8 @@ class RunView:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """The stages that the run has."""
-        return used(lambda name: int(self.section(f"{name}_fit").get("steps") or 0))
+        """The stages that the run has, by its configuration or by what they left."""
+        return used(lambda name: int(self.section(f"{name}_fit").get("steps") or bool(self.done(name))))
 
     @cached_property
     def out_of_date(self) -> dict[str, str]:

@@ -47,7 +47,7 @@ def open_dvae(cfg: RunConfig, run: RunFolder, device: torch.device, dtype: torch
 def open_dalle(cfg: RunConfig, run: RunFolder, world: World, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, str]:
     """The exported transformer and its content hash. Collective."""
     module = build_dalle(cfg, device, dtype, attention_engine.of_run(cfg, run, world, device, dtype))
-    return module, _load(module, run, cfg.transformer, device)
+    return module, _load(module, run, places.transformer(cfg, run), device)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def open_exports(cfg: RunConfig, run: RunFolder, world: World, device: torch.dev
         open_dalle(cfg, run, world, device, dtype),
         open_clip(cfg, run, device),
     )
-    made_from = [(cfg.transformer, "dvae", dvae_hash), (cfg.transformer, "tokenizer", tokenizer_hash)]
+    transformer = places.transformer(cfg, run)
+    made_from = [(transformer, "dvae", dvae_hash), (transformer, "tokenizer", tokenizer_hash)]
     for stage, parent, expected in made_from + ([("clip", "tokenizer", tokenizer_hash)] if cfg.clip.reads_pieces else []):
         found = export.describe(run.at(stage, "export")).get("parents", {}).get(parent, "none")
         if found != expected:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from data_pipeline.shards.shard_set import MANIFEST
 from infra import storage, stored
+from infra.commands import launcher
 from infra.run_folder import RunFolder
 from train.config import RunConfig
 from train.run import places
-from train.run.stage_table import TRAINED, used_by
+from train.run.stage_table import STAGES, TRAINED, used_by
 
 _WEIGHTS = (*TRAINED, "tokenizer")
 
@@ -24,9 +25,9 @@ def there(cfg: RunConfig, run: RunFolder) -> dict[str, set[str]]:
     return found
 
 
-def seen_by(stage: str, cfg: RunConfig, now: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What a stage reads of what ``there`` found. To those that draw, "dalle" is the transformer that was trained last; stage align begins with the one before."""
-    return now if stage == cfg.transformer else now | {"dalle": now[cfg.transformer] or now["dalle"]}
+def seen_by(stage: str, cfg: RunConfig, run: RunFolder, now: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What a stage reads of what ``there`` found: to those that draw, "dalle" is the transformer that the run draws with; stage align begins with the one before."""
+    return now if stage == "align" else now | {"dalle": now[places.transformer(cfg, run)]}
 
 
 def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
@@ -38,9 +39,15 @@ def out_of_date(cfg: RunConfig, run: RunFolder, stage: str) -> str:
     parents = {kind: each for kind, each in ((marker or {}).get("parents") or {}).items() if kind in _WEIGHTS}
     if not parents:
         return ""
-    now = seen_by(stage, cfg, there(cfg, run))
+    now = seen_by(stage, cfg, run, there(cfg, run))
     old = [f"{kind} {each[:12]}, the run has {min(now[kind])[:12]}" for kind, each in sorted(parents.items()) if now[kind] and each not in now[kind]]
     return f"made from {' and '.join(old)}" if old else ""
+
+
+def remedy(run: RunFolder, stage: str) -> str:
+    """The command that brings a stage up to date with the weights that it uses."""
+    command = launcher(stage, run.url)
+    return f"delete {run.at(stage)} and run '{command}'" if STAGES[stage].trains else f"run '{command}'"
 
 
 def waiting(cfg: RunConfig, run: RunFolder) -> list[str]:

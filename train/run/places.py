@@ -62,9 +62,9 @@ def looked_at(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "", 
     if stored is not None:
         cfg = config_keys.adopted(cfg, stored)
         changed = change_points.changed(stored, json.loads(to_json(cfg)))
-        fixed = {key: values for key, values in changed.items() if not change_points.may_change(key) and not _is_ahead(run, key)}
+        fixed = {key: values for key, values in changed.items() if not change_points.may_change(key)}
         if not going_on or any(change_points.stage_of(key) != going_on for key in fixed):
-            _refuse(run, fixed)
+            _refuse(cfg, run, fixed)
         elif fixed:
             _check_going_on(cfg, run, going_on)
         differs = run.claim(
@@ -74,19 +74,13 @@ def looked_at(cfg: RunConfig, run: RunFolder, command: str, going_on: str = "", 
     return cfg, False
 
 
-def _is_ahead(run: RunFolder, key: str) -> bool:
-    """Whether a key is of an optional stage that has not begun: nothing was made with its value yet."""
-    stage = key.partition(".")[0].removesuffix("_fit")
-    return stage in STAGES and STAGES[stage].optional and run.done(stage) is None and ledger.newest_checkpoint(run, stage) < 0
-
-
-def _refuse(run: RunFolder, fixed: dict[str, list[Any]]) -> None:
+def _refuse(cfg: RunConfig, run: RunFolder, fixed: dict[str, list[Any]]) -> None:
     if not fixed:
         return
     words = [f"{key}={json.dumps(new)}" for key, (_, new) in fixed.items()]
     lines = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
     stages = {change_points.stage_of(key) for key in fixed}
-    if len(stages) == 1 and (stage := stages.pop()):
+    if len(stages) == 1 and (stage := stages.pop()) and _could_go_on(cfg, run, stage):
         advice = f"To go on with these from the newest checkpoint on, as a recorded change point: {launcher(stage, run.url, *words, '--go-on')}"
     else:
         name = run.url.rpartition("/")[2]
@@ -115,6 +109,19 @@ def finished(cfg: RunConfig, run: RunFolder, stage: str) -> bool:
     return not STAGES[stage].trains or updates(cfg, run, stage, marker) >= getattr(cfg, f"{stage}_fit").steps
 
 
+def _could_go_on(cfg: RunConfig, run: RunFolder, stage: str) -> bool:
+    try:
+        _check_going_on(cfg, run, stage)
+    except ConfigError:
+        return False
+    return True
+
+
+def has_begun(run: RunFolder, stage: str) -> bool:
+    """Whether a training stage has made something that its values shaped: a checkpoint, or its export."""
+    return run.done(stage) is not None or ledger.newest_checkpoint(run, stage) >= 0
+
+
 def _check_going_on(cfg: RunConfig, run: RunFolder, stage: str) -> None:
     made, marker = ledger.newest_checkpoint(run, stage), run.done(stage)
     steps = getattr(cfg, f"{stage}_fit").steps
@@ -140,6 +147,12 @@ def require(run: RunFolder, *stages: str) -> dict[str, Any]:
             raise DataError(f"{run.at(stage, 'done.json')} is missing: run '{launcher(stage, run.url)}' first.")
         found[stage] = marker
     return found
+
+
+def transformer(cfg: RunConfig, run: RunFolder) -> str:
+    """The stage whose exported transformer the run draws with now: align, once it has made one."""
+    aligned = cfg.transformer == "align" and (run.done("align") is not None or storage.exists(run.at("align", "export", "config.json")))
+    return "align" if aligned else "dalle"
 
 
 def run_folder(cfg: RunConfig) -> RunFolder:

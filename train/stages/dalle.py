@@ -72,8 +72,7 @@ def train(stage: str, cfg: RunConfig, stored: RunConfig, run: RunFolder, world: 
             if fit.contrasts:
                 dalle_init_from.refuse_another_language(fit.init_from, cfg.dalle, lineage, "dalle_fit.init_from")
             began = dalle_init_from.load(engine, fit.init_from, "dalle_fit.init_from")
-            if stage == "dalle":  # weights of another run
-                lineage["init_from"] = began
+            lineage["init_from" if stage == "dalle" else "dalle"] = began
     if world.is_main:
         storage.write_json(run.at(stage, "deepspeed.json"), engine.config)  # only for people to read
     meta = {"config": json.loads(to_json(stored)), "parents": lineage}

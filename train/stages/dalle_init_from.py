@@ -57,7 +57,7 @@ def refuse_another_language(url: str, cfg: TransformerConfig, lineage: Mapping[s
     if odd := [*odd, *_differences(about["model"], cfg)]:
         raise ConfigError(
             f"{key} = {url}: dalle_fit.objective = 'caption_contrast' compares likelihoods with those of these weights, which were trained with something else: "
-            f"{'; '.join(odd)}. Name the export of a run with the same dVAE, tokenizer and section dalle; 'launcher.py align RUN' makes such a run."
+            f"{'; '.join(odd)}. Name the export of a run with the same dVAE, tokenizer and section dalle."
         )
 
 

@@ -31,7 +31,7 @@ def run(cfg: RunConfig, run: RunFolder, world: World, stop: StopFlag) -> None:
     started = time.monotonic()
     if cfg.evaluate.drawings:
         evaluate_drawings.check(cfg, run)  # before anything is loaded
-    places.require(run, "encode", cfg.transformer, "clip")
+    places.require(run, "encode", "dalle", "clip")
     device = set_up(world)
     models = open_exports(cfg, run, world, device, branch_dtype(cfg.dalle_fit.precision, device, run, world))
     images = open_images(cfg, run, "validation")

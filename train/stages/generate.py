@@ -138,8 +138,9 @@ def _merge(task: _Task, learned: list[dict[str, Any]]) -> None:
     checkpoint = task.models.lineage["dalle"]
     facts = {"captions": entries, "learned": learned, "candidates": task.settings.n, "checkpoint": checkpoint}
     storage.write_json(run.at("generate", "index.json"), facts | task.settings.shape())
-    done = run.done(cfg.transformer) or {}
-    generate_learned.to_tensorboard(run, entries, learned, cfg.generate.show, int(done.get("updates", cfg.dalle_fit.steps)))
+    stages = ("dalle", "align") if places.transformer(cfg, run) == "align" else ("dalle",)
+    updates = sum(int((run.done(stage) or {}).get("updates", getattr(cfg, f"{stage}_fit").steps)) for stage in stages)
+    generate_learned.to_tensorboard(run, entries, learned, cfg.generate.show, updates)
 
 
 def _draw(task: _Task, mine: Sequence[int], world: World, stop: StopFlag) -> None:

@@ -22,7 +22,7 @@ def checked(cfg: RunConfig, run: RunFolder) -> tuple[int, list[str]]:
             if kind == "init_from":  # belongs to another run, which may have been deleted
                 continue
             looked += 1
-            now = lineage.seen_by(stage, cfg, there).get(kind, set())
+            now = lineage.seen_by(stage, cfg, run, there).get(kind, set())
             if identity not in now:
                 found = ", ".join(sorted(each[:12] for each in now)) or "none"
                 wrong.append(f"{stage} was made from {kind} {str(identity)[:12]}, the run has {found}")

@@ -172,7 +172,7 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
     try:
         precision, deterministic = again.precision_of(line, options.precision), bool(line["shaped_by"]["deterministic"])
         options = replace(options, precision=precision, deterministic=deterministic)
-        place = locate(url or line["source"])
+        place = again.holding(locate(url or line["source"]), line)
         again.check(place.cfg, place.url, options.asked.check(place), line)
         again.check_room(options.asked.room(place), line)
         # Lines of different drawings name equal files, so by default each has a folder.

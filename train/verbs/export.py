@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from infra.errors import DataError, UsageError
 from infra.run_folder import RunFolder
+from train.config import load_run
+from train.drawing.place import newest_stage
 from train.weights import checkpoint, export
 
 STAGES = ("dvae", "dalle", "align")
@@ -24,7 +26,7 @@ def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
 
     Args:
         url: run folder.
-        stage: the training stage whose checkpoint is exported.
+        stage: the training stage whose checkpoint is exported; empty: the one whose transformer the run draws with.
         kind: 'average' or 'raw' weights.
         step: which checkpoint; 0: the newest.
         out: folder to write to; empty: the stage's export folder, from which other stages read.
@@ -33,6 +35,7 @@ def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
         UsageError: the stage or the kind is unknown.
         DataError: there is no such checkpoint.
     """
+    stage = stage or newest_stage(load_run(url, []), RunFolder(url))
     if stage not in STAGES or kind not in KINDS:
         raise UsageError(f"--stage {stage} --weights {kind}: accepted stages are {', '.join(STAGES)}, accepted weights {', '.join(KINDS)}.")
     run = RunFolder(url)

@@ -94,7 +94,14 @@ def _refuse_too_large(preset: str, own: Setting, aligned: Setting | None, room: 
 def aligning(setting: Setting) -> Setting | None:
     """Stage align as stage dalle would be configured to train like it; None if the run has none."""
     cfg = setting.cfg
-    return replace(setting, cfg=cfg.model_copy(update={"dalle_fit": cfg.fit("align")})) if cfg.align_fit.steps else None
+    if not cfg.align_fit.steps:
+        return None
+    found = replace(setting, cfg=cfg.model_copy(update={"dalle_fit": cfg.fit("align")}))
+    try:
+        found.micro_batch  # noqa: B018 - computed to be checked
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("dalle_fit.", "align_fit.")) from error
+    return found
 
 
 def aligned_lines(setting: Setting, figures: Gpu, gpu: str) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from infra import shown, storage
-from infra.commands import launcher
 from infra.errors import DataError
 from infra.progress import duration, table, three_digits
 from infra.run_folder import RunFolder
@@ -82,13 +81,7 @@ def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:
             print(shown.escaped(f"{name}: {change_points.described(point)}"))
     for name in STAGES:
         if old := lineage.out_of_date(cfg, run, name):
-            print(shown.escaped(f"{name}: out of date, {old}; {_remedy(run, name)}"))
-
-
-def _remedy(run: RunFolder, name: str) -> str:
-    """The command that brings a stage up to date with the weights that it uses."""
-    command = launcher(name, run.url)
-    return f"delete {run.at(name)} and run '{command}'" if STAGES[name].trains else f"run '{command}'"
+            print(shown.escaped(f"{name}: out of date, {old}; {lineage.remedy(run, name)}"))
 
 
 def _row(each: Standing) -> dict[str, object]:

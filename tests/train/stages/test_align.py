@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,13 @@ from infra.errors import ConfigError, DataError, StopRequested
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
-from tests.support.stopped_run import FIXTURE, StopAfter, losses, run_stage
+from tests.support.stopped_run import FIXTURE, STEPS, StopAfter, losses, run_stage
 from train import launch
 from train.config import DalleFit, load_run
+from train.config_align import key
+from train.drawing import again
 from train.drawing.place import locate
-from train.drawing.source import newest_weights
+from train.drawing.source import newest_weights, open_models
 from train.planning import demo_time
 from train.planning.flops import train_flops, update_flops
 from train.report import page
@@ -47,7 +50,7 @@ def test_it_begins_with_the_trained_transformer_and_the_run_draws_with_what_it_m
     storage.write_json(run.at("generate", "done.json"), {"stage": "generate", "parents": {"dalle": before}})
     assert not lineage.out_of_date(load_run(url, []), run, "generate") and locate(url).dalle == run.at("dalle", "export")
     run_stage("align", [url, "align_fit.steps=4", "align_fit.lr=1e-3", "align_fit.log_every=1"])
-    assert f"generate were made before; 'launcher.py demo {url}' makes them again" in capfd.readouterr().out
+    assert re.search(rf"^generate: out of date \(made from dalle .*\); run 'launcher.py generate {url}'$", capfd.readouterr().out, re.M)
     cfg, about = load_run(url, []), export.describe(run.at("align", "export"))
     assert about["parents"]["dalle"] == before != about["content_hash"] and about["parents"]["dvae"] == stored_hash(run, "dvae")
     assert export.describe(run.at("dalle", "export"))["content_hash"] == before, "what it began with stays"
@@ -59,6 +62,8 @@ def test_it_begins_with_the_trained_transformer_and_the_run_draws_with_what_it_m
     assert (place.stage, place.dalle) == ("align", run.at("align", "export")) and newest_weights(place)[1] == about["content_hash"]
     older = locate(run.at("dalle", "export"))
     assert newest_weights(older)[1] == before and older.source == run.at("dalle", "export")
+    storage.delete(run.at("align", "export", "config.json"))
+    assert not lineage.out_of_date(cfg, run, "generate"), "an export that was deleted makes nothing out of date"
     body = page.build(url)
     assert "Transformer, aligned" in storage.read_text(body if body.endswith(".html") else run.at("report.html"))
 
@@ -79,17 +84,21 @@ def test_a_stop_changes_no_bit(mine: Path, tmp_path: Path) -> None:
     assert stored_hash(RunFolder(str(mine)), "align") == stored_hash(RunFolder(whole), "align")
 
 
-def test_values_may_change_until_it_has_begun(mine: Path) -> None:
+def test_only_the_stage_itself_takes_other_values_and_only_until_it_has_begun(mine: Path) -> None:
     run = RunFolder(str(mine))
 
     def claim(*words: str, going_on: str = "") -> None:
         places.claim(load_run(run.url, list(words)), run, "", going_on)
 
-    claim("align_fit.steps=4", "align_fit.ema=0.5")
-    claim("align_fit.steps=6", "align_fit.ema=0.9")
-    assert load_run(run.url, []).align_fit.steps == 6
-    run_stage("align", [run.url])
+    with pytest.raises(ConfigError, match=r"To go on with these .*: launcher.py align .*mine align_fit.steps=6 --go-on$"):
+        claim("align_fit.steps=6")
+    with pytest.raises(StopRequested, match="before the start"):
+        run_stage("align", [run.url, "align_fit.steps=4", "align_fit.ema=0.5"], StopAfter(0))
+    run_stage("align", [run.url, "align_fit.steps=6", "align_fit.ema=0.9"])
+    assert load_run(run.url, []).align_fit.steps == 6 == max(losses(run.url, "align")) and not (mine / "align/changes.json").exists()
     claim("align_fit.save_every=2")
+    with pytest.raises(ConfigError, match=r"As a new run: launcher.py demo .*mine run.name=mine-2 align_fit.steps=0$"):
+        claim("align_fit.steps=0")
     with pytest.raises(ConfigError, match=r"align_fit\.contrast_lambda: 0\.5 -> 2\.0"):
         claim("align_fit.contrast_lambda=2.0")
     with pytest.raises(ConfigError, match=r"has made 6 updates, and align_fit\.steps = 6: nothing would be left to do"):
@@ -97,6 +106,39 @@ def test_values_may_change_until_it_has_begun(mine: Path) -> None:
     claim("align_fit.contrast_lambda=2.0", "align_fit.steps=8", going_on="align")
     run_stage("align", [run.url])
     assert max(losses(run.url, "align")) == 8 and len(storage.read_json(run.at("align", "changes.json"))) == 1
+
+
+def test_a_transformer_that_is_trained_further_is_not_mixed_with_what_was_aligned(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, run, words = str(mine), RunFolder(str(mine)), ["align_fit.steps=4", "align_fit.lr=1e-3", "align_fit.log_every=1"]
+    with pytest.raises((StopRequested, launch.StageFailed)):
+        run_stage("align", [url, *words], StopAfter(2))
+    run_stage("dalle", [url, f"dalle_fit.steps={STEPS + 2}"], go_on=True)
+    with pytest.raises(
+        (DataError, launch.StageFailed),
+        match=r"align began with dalle .*, which is .* by now; delete .*align and run 'launcher.py align .*', which begins anew",
+    ):
+        run_stage("align", [url])
+    shutil.rmtree(mine / "align")
+    run_stage("align", [url])
+    run_stage("dalle", [url, f"dalle_fit.steps={STEPS + 4}"], go_on=True)
+    assert "made from dalle" in lineage.out_of_date(load_run(url, []), run, "align")
+    open_models(url)
+    assert "stage dalle was trained further since stage align began" in caplog.text
+    places.claim(load_run(url, [f"dalle_fit.steps={STEPS + 6}"]), run, "", "dalle")
+    with pytest.raises((DataError, launch.StageFailed), match=r"is to be trained further \(dalle_fit\.steps = 14\); align the result"):
+        run_stage("align", [url, "align_fit.steps=5"], go_on=True)
+
+
+def test_what_was_drawn_before_is_drawn_again_with_the_weights_before(mine: Path) -> None:
+    run = RunFolder(str(mine))
+    before = stored_hash(run, "dalle")
+    run_stage("align", [run.url, "align_fit.steps=2"])
+    line: Any = {"weights": {"dalle": before}}
+    assert again.holding(locate(run.url), line).dalle == run.at("dalle", "export")
+    line["weights"]["dalle"] = stored_hash(run, "align")
+    assert again.holding(locate(run.at("dalle", "export")), line).dalle == run.at("align", "export")
+    line["weights"]["dalle"] = "neither"
+    assert again.holding(locate(run.url), line).dalle == locate(run.url).dalle
 
 
 def test_without_a_trained_transformer_it_names_the_stage_that_is_missing(tmp_path: Path) -> None:
@@ -111,6 +153,10 @@ def test_a_run_has_it_only_if_it_is_given_updates(capsys: pytest.CaptureFixture[
     assert list(used_by(given)) == list(STAGES) and used_by(given)["evaluate"].needs == ("align", "clip") and given.transformer == "align"
     launch.stage("align", "tiny", [], on="local", nproc=1, dry_run=True, worker=False, stop=StopFlag())
     assert "steps = 50    # preset: 0" in capsys.readouterr().out, "asked for by name, it is on"
+    with pytest.raises(
+        ConfigError, match=r"^align_fit.steps = 0: a run with it has no stage 'align'; give it updates, or leave the key out for the usual number.$"
+    ):
+        launch.stage("align", "tiny", ["align_fit.steps=0"], on="local", nproc=1, dry_run=True, worker=False, stop=StopFlag())
     launch.demo("tiny", [], on="local", nproc=1, dry_run=True, stop=StopFlag())
     assert " align " not in capsys.readouterr().out
 
@@ -125,13 +171,18 @@ def test_what_it_does_not_name_is_as_in_section_dalle_fit() -> None:
     assert (fit.batch, fit.clip_norm, fit.muon_momentum, fit.z_loss) == (6, 0.5, 0.9, 0.0)
     assert (fit.warmup_steps, fit.ema_every, fit.weight_decay) == (10, 2, 0.0) and fit.lr == pytest.approx(cfg.dalle_fit.lr / 10)
     own = load_run(
-        "tiny", ["align_fit.steps=9", "align_fit.batch=2", "align_fit.accumulation=2", "align_fit.lr=0.5", "align_fit.warmup_steps=0"]
+        "tiny", ["align_fit.steps=9", "align_fit.batch=2", "align_fit.accumulation=2", "align_fit.lr=0.5", "align_fit.warmup_steps=1"]
     ).fit("align")
-    assert isinstance(own, DalleFit) and (own.batch, own.accumulation, own.lr, own.warmup_steps, own.ema_every) == (2, 2, 0.5, 0, 1)
-    with pytest.raises(ConfigError, match=r"align_fit\.batch"):
-        load_run("tiny", ["align_fit.steps=9", "align_fit.batch=1"])
-    with pytest.raises(ConfigError, match="batch = 1; set batch = 2 or more"):
-        load_run("tiny", ["align_fit.steps=9", "dalle_fit.batch=1"])
+    assert isinstance(own, DalleFit) and (own.batch, own.accumulation, own.lr, own.warmup_steps, own.ema_every) == (2, 2, 0.5, 1, 1)
+    for section in ("align", "dalle"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"{section}_fit\.batch = 1: stage align \(align_fit\.steps = 9\) takes another picture's caption .*; set align_fit\.batch = 2",
+        ):
+            load_run("tiny", ["align_fit.steps=9", f"{section}_fit.batch=1"])
+    assert [key("align", name) for name in ("lr", "max_bad_steps")] == ["align_fit.lr", "dalle_fit.max_bad_steps"] and key(
+        "clip", "keep"
+    ) == "clip_fit.keep"
 
 
 @pytest.mark.parametrize("preset", ["12B", "120M"])
@@ -161,6 +212,8 @@ def test_plan_and_the_projected_time_count_it(capsys: pytest.CaptureFixture[str]
     room = float(re.findall(r"stage align .*; ([\d.]+) GB on each GPU", said)[0]) - 1
     with pytest.raises(ConfigError, match=r"stage align needs .* under two captions: .*align_fit\.accumulation="):
         plan.main("120M", words, nodes=1, gpus=8, memory=room / 0.92, gpu="H100-80GB", tokens=0, rank=0)
+    with pytest.raises(ConfigError, match=r"^align_fit\.batch = 3 does not divide over 1 nodes x 8 GPUs x align_fit\.accumulation"):
+        plan.main("120M", [*words, "align_fit.batch=3"], nodes=1, gpus=8, memory=0, gpu="H100-80GB", tokens=0, rank=0)
     demo = load_run("demo", [])
     found = demo_time.estimate(demo, {"dalle": 82.0}, 5.0, {"dalle": 0}, ["align"])
     assert found["align"] == pytest.approx(10 + 50 * 16 * 8 / 3 / 82, rel=0.3)

@@ -3,6 +3,7 @@
 As sections of the run configuration they are validated strictly by pydantic (``__pydantic_config__``).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,10 +136,15 @@ class TransformerConfig:
     rotary_positions: bool = False
     """Turn queries and keys by their places, beside the learned positions: by row and column in the picture (Heo et al. 2024, arXiv 2403.13298), by slot in the text
     (Su et al. 2021, arXiv 2104.09864)."""
+    base_width: int = 0
+    """Width of the narrower model at which dalle_fit.lr was chosen: start and step sizes are scaled so that it fits this width too (model/width.py, docs/stage2.md).
+    0, or the own width: nothing is scaled."""
+    base_heads: int = 0
+    """With base_width: heads of that model. 0: its heads were as wide as these."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "conv_kernel", "embedding_scale")
-        _at_most(self, layers=4096, width=1 << 20, heads=1 << 16, conv_kernel=1 << 12)
+        _at_most(self, layers=4096, width=1 << 20, heads=1 << 16, conv_kernel=1 << 12, base_width=1 << 20, base_heads=1 << 16)
         if self.width % self.heads:
             down = max(1, self.width // self.heads) * self.heads
             raise ValueError(f"width = {self.width} does not divide into heads = {self.heads}; nearest widths: {down}, {down + self.heads}")
@@ -150,6 +156,37 @@ class TransformerConfig:
             raise ValueError(f"conv_kernel = {self.conv_kernel}: must be odd")
         if not 0 <= self.text_loss_weight <= 1:
             raise ValueError(f"text_loss_weight = {self.text_loss_weight}: must lie in [0, 1]")
+        self._check_base()
+
+    def _check_base(self) -> None:
+        if self.base_width < 0 or self.base_heads < 0:
+            raise ValueError(f"base_width = {self.base_width}, base_heads = {self.base_heads}: must be positive, or 0 for none")
+        if self.base_heads and not self.base_width:
+            raise ValueError(
+                f"base_heads = {self.base_heads} without base_width: set base_width to the width of the model with these heads, or base_heads = 0"
+            )
+        if not self.base_heads and self.base_width % (head := self.width // self.heads):
+            raise ValueError(
+                f"base_width = {self.base_width} does not divide into heads of width / heads = {head}; set base_heads to the heads of that model"
+            )
+        if self.base_heads and self.base_width % self.base_heads:
+            down = max(1, self.base_width // self.base_heads) * self.base_heads
+            raise ValueError(
+                f"base_width = {self.base_width} does not divide into base_heads = {self.base_heads}; nearest widths: {down}, {down + self.base_heads}"
+            )
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times as wide it is as the model of base_width; 1 without one."""
+        return self.width / self.base_width if self.base_width else 1.0
+
+    @property
+    def score_ratio(self) -> float:
+        """What scores of attention are multiplied by so that, with heads K wide instead of the base's, they are as if divided by K instead of its root (Yang et al.
+        2022, definition 4.1)."""
+        if not self.base_heads:
+            return 1.0
+        return math.sqrt(self.base_width * self.heads / (self.base_heads * self.width))
 
 
 @dataclass(frozen=True, kw_only=True)

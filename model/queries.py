@@ -21,9 +21,9 @@ class HeadNorm(nn.Module):
     """Layer norm of each head's query or key with a learned gain and no bias (Dehghani et al. 2023, arXiv 2302.05442, section 2), so that scores cannot grow without
     bound while weights do. All heads of a layer share the gain. It is stored in fp32 and cast to the dtype of the input, whose statistics are fp32 inside the kernel."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), gain))
 
     def forward(self, x_BSHK: Tensor) -> Tensor:
         return head_norm(x_BSHK, self.weight.to(x_BSHK.dtype))

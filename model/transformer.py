@@ -20,6 +20,7 @@ from model.config import StreamShape, TransformerConfig
 from model.head import Unembedding
 from model.offsets import Kind, layer_kinds
 from model.queries import HeadNorm, RotaryAttention
+from model.width import WidthRatios, width_ratios
 
 # Initialisation as in code that the same group has published (distribution augmentation); the paper does not give it.
 _WEIGHT_VARIANCE = 0.125
@@ -117,10 +118,12 @@ class AttentionResblock(Resblock):
         super().__init__(norm, branch_dtype)
         self.kind, self.heads = kind, cfg.heads
         std = math.sqrt(_WEIGHT_VARIANCE / cfg.width)
-        self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std) for _ in range(3))
+        # Scores are multiplied by a ratio of the widths of heads (model/width.py) where queries get their size: in the norm's gain if there is one.
+        matrix, gain = (1.0, cfg.score_ratio) if cfg.qk_norm else (cfg.score_ratio, 1.0)
+        self.q, self.k, self.v = (Projection(cfg.width, cfg.width, std * ratio) for ratio in (matrix, 1.0, 1.0))
         # Half the variance, divided by the number of layers, so that the size of the residual sum does not depend on the depth.
         self.post = Projection(cfg.width, cfg.width, std * math.sqrt(0.5 / cfg.layers) * (not cfg.zero_projections))
-        self.q_norm, self.k_norm = (HeadNorm(cfg.width // cfg.heads) if cfg.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(cfg.width // cfg.heads, start) if cfg.qk_norm else None for start in (gain, 1.0))
 
     def branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         q_BSHK, k_BSHK, v_BSHK = (p(h_BSD).unflatten(2, (self.heads, -1)) for p in (self.q, self.k, self.v))
@@ -220,8 +223,9 @@ class Transformer(nn.Module):
             blocks.append(MLPResblock(cfg, make_norm(width), branch_dtype))
         self.resblocks = nn.ModuleList(blocks)
         self.final_norm = make_norm(width)
-        self.text_unembedding = Unembedding(width, shape.text_vocab, _WEIGHT_VARIANCE, z_loss, logits_dtype)
-        self.image_unembedding = Unembedding(width, shape.image_vocab, _WEIGHT_VARIANCE, z_loss, logits_dtype)
+        variance = _WEIGHT_VARIANCE / cfg.width_ratio  # of unembeddings it falls with the square of the width (model/width.py)
+        self.text_unembedding = Unembedding(width, shape.text_vocab, variance, z_loss, logits_dtype)
+        self.image_unembedding = Unembedding(width, shape.image_vocab, variance, z_loss, logits_dtype)
 
     def embed_text(self, text_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Input states of the text slots, fp32 [B, T, D]."""
@@ -339,6 +343,8 @@ class ParameterTag:
     """Whether weight decay applies: to matrices and tables (rank above 1, as in openai/distribution_augmentation), not to gains and biases."""
     is_block_matrix: bool
     """Whether it is a matrix of a resblock. 16-bit storage and moments, fp16 messages and gradient compression apply to these only (paper D.2)."""
+    ratios: WidthRatios
+    """What its step size and decay are scaled by (``dalle.base_width``)."""
 
 
 def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
@@ -349,5 +355,7 @@ def parameter_tags(model: Transformer) -> dict[str, ParameterTag]:
         owner = model.get_submodule(owner_name)
         is_matrix = leaf == "weight" and isinstance(owner, Projection | Unembedding | Table)
         resblock = int(name.split(".")[1]) if name.startswith("resblocks.") else None
-        tags[name] = ParameterTag(resblock=resblock, decays=is_matrix, is_block_matrix=is_matrix and resblock is not None)
+        is_block_matrix = is_matrix and resblock is not None
+        ratios = width_ratios(model.cfg, name, is_block_matrix=is_block_matrix)
+        tags[name] = ParameterTag(resblock=resblock, decays=is_matrix, is_block_matrix=is_block_matrix, ratios=ratios)
     return tags

@@ -22,7 +22,7 @@ from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, in_windows, on
 from tests.model.test_transformer import batch, gradients
 from train.drawing.cpu_drawer import CpuWeights
 
-OPTIONS: list[dict[str, Any]] = [{"qk_norm": True}, {"rotary_positions": True, "qk_norm": True}]
+OPTIONS: list[dict[str, Any]] = [{"qk_norm": True}, {"rotary_positions": True, "qk_norm": True, "base_width": 16, "base_heads": 2}]
 CPU = torch.device("cpu")
 
 

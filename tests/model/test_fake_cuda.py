@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 CUDA = torch.device("cuda")
 SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=4, image_vocab=30)
 CFG = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3)
-WITH_OPTIONS = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3, qk_norm=True, rotary_positions=True)
+WITH_OPTIONS = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3, qk_norm=True, rotary_positions=True, base_width=32)
 DVAE_CFG = DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32)
 
 VQGANS = [

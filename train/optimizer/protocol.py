@@ -15,7 +15,7 @@ from torch import Tensor
 class ShardGroup(TypedDict, total=False):
     """A group of parameters with common settings: an entry of torch's ``param_groups``, with additional keys.
 
-    The first five are fixed when the engine is made (``train.engines.zero.groups``), the others are set before each step.
+    The first six are fixed when the engine is made (``train.engines.zero.groups``), the others are set before each step.
     """
 
     params: list[Tensor]
@@ -30,6 +30,8 @@ class ShardGroup(TypedDict, total=False):
     """Whether the group is one of block matrices that Muon updates (train/optimizer/muon.py)."""
     resblock: int | None
     """Number of the resblock that the group belongs to, if each resblock has its own gradient scale. None: it belongs to none, or there are no such scales."""
+    step_ratio: float
+    """What the step size of the update is multiplied by for this group (model/width.py). ``weight_decay`` has been divided by it."""
     lr: float
     factor: float
     """What the raw gradients must be multiplied by: the factor removes gradient scales, averages over ranks and clips."""

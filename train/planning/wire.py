@@ -8,9 +8,10 @@ result evenly (DeepSpeed 0.19.8). The groups are those of train/engines/zero/gro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import StreamShape, TransformerConfig
+from model.width import UNSCALED, WidthRatios, width_ratios
 from train.engines.zero.compression.fragments import Block, block_of, payload_bytes, sent_bytes
 from train.optimizer.muon_schedule import Matrix
 
@@ -28,10 +29,16 @@ class Parameter:
     resblock: int | None
     is_block_matrix: bool
     decays: bool
+    ratios: WidthRatios = UNSCALED
 
 
 def parameters(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter]:
     """All parameters of the transformer, in the order of the model."""
+    for p in _listed(cfg, shape):
+        yield replace(p, ratios=width_ratios(cfg, p.name, is_block_matrix=p.is_block_matrix))
+
+
+def _listed(cfg: TransformerConfig, shape: StreamShape) -> Iterator[Parameter]:
     d = cfg.width
 
     def table(name: str, rows: int) -> Parameter:
@@ -87,7 +94,8 @@ def fragments(
         return [[f for p in found if (f := _cut(p, gpu * each[p.name], (gpu + 1) * each[p.name])).length > 0] for gpu in range(gpus)]
     groups: dict[tuple[object, ...], list[Parameter]] = {}
     for p in sorted(found, key=lambda p: p.resblock is not None):
-        groups.setdefault((p.resblock if by_resblock else None, (half or packed or orthogonal) and p.is_block_matrix, p.decays), []).append(p)
+        is_apart = (half or packed or orthogonal) and p.is_block_matrix
+        groups.setdefault((p.resblock if by_resblock else None, is_apart, p.decays, p.ratios), []).append(p)
     out: list[list[Fragment]] = [[] for _ in range(gpus)]
     for members in groups.values():
         total = sum(p.elements for p in members)

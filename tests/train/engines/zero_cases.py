@@ -20,7 +20,7 @@ from train.config_compression import CompressionSection
 
 SHAPE = StreamShape(text_tokens=6, text_vocab=20, grid=3, image_vocab=11)
 CONFIG = TransformerConfig(layers=2, width=16, heads=2, conv_kernel=3)
-WITH_OPTIONS = dataclasses.replace(CONFIG, qk_norm=True, rotary_positions=True)
+WITH_OPTIONS = dataclasses.replace(CONFIG, qk_norm=True, rotary_positions=True, base_width=4, base_heads=2)
 BATCH = 24
 LR = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -29,6 +29,9 @@ CASES = {
     "Muon on stage 3, by node": ["dalle_fit.optimizer=muon"],
     "stage 3, captions contrasted": [*CONTRAST, "dalle_fit.accumulation=2"],
     "stage 2, flat, captions contrasted": [*CONTRAST, "zero.stage=2", "zero.sharding=flat"],
+    "step sizes by width, stage 1": ["dalle.base_width=128", "dalle.base_heads=2", "zero.stage=1", "zero.sharding=flat"],
+    "step sizes by width, stage 2, fp32": ["dalle.base_width=128", "zero.stage=2", "dalle_fit.precision=fp32", "dalle_fit.moments=fp32"],
+    "step sizes by width, stage 3, Muon": ["dalle.base_width=128", "dalle_fit.optimizer=muon"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
 PROGRAM = """

@@ -33,7 +33,7 @@ FULL = StreamShape(text_tokens=256, text_vocab=16384, grid=32, image_vocab=8192)
 PAPER = {"120M": (12, 768, 12), "300M": (24, 1024, 16), "1.2B": (24, 2048, 32), "2.8B": (64, 1920, 30), "5.6B": (64, 2688, 42), "12B": (64, 3968, 62)}
 SMALL = StreamShape(text_tokens=32, text_vocab=300, grid=8, image_vocab=200)
 NARROW = TransformerConfig(layers=4, width=128, heads=4)
-WITH_OPTIONS = replace(NARROW, qk_norm=True, rotary_positions=True)
+WITH_OPTIONS = replace(NARROW, qk_norm=True, rotary_positions=True, base_width=64, base_heads=4)
 
 
 # --- Counted -----------------------------------------------------------------------------------------------------------------------------
@@ -50,8 +50,9 @@ def test_parameters_are_those_of_the_built_model(cfg: TransformerConfig, shape: 
     assert found.blocks_rest == sum(size for name, size in sizes.items() if tags[name].resblock is not None and not tags[name].is_block_matrix)
     assert found.unembeddings == sum(size for name, size in sizes.items() if "unembedding" in name)
     assert found.total == sum(sizes.values())
-    listed = [(p.name, p.elements, p.resblock, p.is_block_matrix, p.decays) for p in wire.parameters(cfg, shape)]
-    assert listed == [(name, size, tags[name].resblock, tags[name].is_block_matrix, tags[name].decays) for name, size in sizes.items()]
+    listed = [(p.name, p.elements, p.resblock, p.is_block_matrix, p.decays, p.ratios) for p in wire.parameters(cfg, shape)]
+    of_tags = {name: (tags[name].resblock, tags[name].is_block_matrix, tags[name].decays, tags[name].ratios) for name in sizes}
+    assert listed == [(name, size, *of_tags[name]) for name, size in sizes.items()]
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -34,6 +34,8 @@ OPTIONS = {
     "dalle.zero_projections": True,
     "dalle.qk_norm": True,
     "dalle.rotary_positions": True,
+    "dalle.base_width": 8,
+    "dalle.base_heads": 1,
     "dalle_fit.optimizer": "muon",
 }
 

@@ -244,7 +244,7 @@ class ZeroEngine:
         group: ShardGroup
         for group in self.shard_optimizer.param_groups:
             slot = self.resblocks if group["resblock"] is None else group["resblock"]
-            group["lr"], group["factor"] = lr, factors[slot] * clip
+            group["lr"], group["factor"] = lr * group["step_ratio"], factors[slot] * clip
             group["skip"] = not applied or (self.scales is not None and found.bad[slot])
         if self.compression is not None:
             self.compression.settle([applied and not (self.scales is not None and bad) for bad in found.bad])

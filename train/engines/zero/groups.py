@@ -1,7 +1,7 @@
 """Storage of block matrices, and the optimizer and its parameter groups (DEEPSPEED.md beside this file, 3 and 4).
 
-Block matrices have groups of their own if they are stored or sent in 16 bits, if their moments are, or if Muon updates them. Otherwise they share a group with
-embeddings and unembeddings.
+Block matrices have groups of their own if they are stored or sent in 16 bits, if their moments are, if Muon updates them, or if ``dalle.base_width`` gives them
+another step size. Otherwise they share a group with embeddings and unembeddings.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def store_weights(module: nn.Module, tags: dict[str, ParameterTag], storage: Sto
 
 
 def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: DalleFit, *, by_resblock: bool) -> list[ShardGroup]:
-    """Groups of parameters that agree in storage, weight decay, packing of moments and optimizer; and in their resblock, if gradients have scales.
+    """Groups of parameters that agree in storage, weight decay, packing of moments, optimizer and step size; and in their resblock, if gradients have scales.
 
     An fp32 group of parameters outside resblocks comes first, because ZeRO takes the dtype of its buckets from the first parameter.
     """
@@ -61,9 +61,18 @@ def parameter_groups(module: nn.Module, tags: dict[str, ParameterTag], fit: Dall
         packed = fit.moments == "16-bit" and tag.is_block_matrix
         orthogonal = fit.optimizer == "muon" and tag.is_block_matrix
         resblock = tag.resblock if by_resblock else None
-        key = (-1 if resblock is None else resblock, p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype), tag.decays, packed, orthogonal)
-        decay = fit.weight_decay if tag.decays else 0.0
-        common: ShardGroup = {"params": [], "weight_decay": decay, "packed": packed, "orthogonal": orthogonal, "resblock": resblock}
+        stored = (p.dtype == torch.float16, getattr(p, "comm_dtype", p.dtype))
+        key = (-1 if resblock is None else resblock, *stored, tag.decays, packed, orthogonal, tag.ratios)
+        step = tag.ratios.step(orthogonal=orthogonal)
+        decay = fit.weight_decay / step if tag.decays else 0.0
+        common: ShardGroup = {
+            "params": [],
+            "weight_decay": decay,
+            "packed": packed,
+            "orthogonal": orthogonal,
+            "resblock": resblock,
+            "step_ratio": step,
+        }
         groups.setdefault(key, common)["params"].append(p)
     return list(groups.values())
 

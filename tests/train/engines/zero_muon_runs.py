@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infra.world import World
+from model.config import TransformerConfig
 from model.transformer import parameter_tags
 from tests.train.engines.zero_cases import (
     CONFIG,
@@ -65,9 +66,9 @@ def orthogonal(direction: Tensor) -> Tensor:
 
 
 @cache
-def reference() -> dict[str, Tensor]:
+def reference(optimizer: str = "muon", config: TransformerConfig = CONFIG) -> dict[str, Tensor]:
     """Weights after some updates of whole matrices in one process, in float64 but for the model's products."""
-    model = make_model()
+    model = make_model(config=config)
     tags, fit = parameter_tags(model), fit_of(COMPARED[0], clip_norm=CLIP)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     state = {name: [torch.zeros_like(value), torch.zeros_like(value)] for name, value in weights.items()}
@@ -81,14 +82,16 @@ def reference() -> dict[str, Tensor]:
             grad = grads[name] * min(1.0, CLIP / (norm + 1e-6))
             mean, square = state[name]
             decayed = weights[name] * (1 - LR * fit.weight_decay * tags[name].decays)
-            if tags[name].is_block_matrix:
+            is_orthogonal = optimizer == "muon" and tags[name].is_block_matrix
+            lr = LR * tags[name].ratios.step(orthogonal=is_orthogonal)
+            if is_orthogonal:
                 mean.mul_(0.95).add_(grad, alpha=0.05)
-                weights[name] = decayed - LR * orthogonal(0.95 * mean + 0.05 * grad)
+                weights[name] = decayed - lr * orthogonal(0.95 * mean + 0.05 * grad)
             else:
                 mean.mul_(0.9).add_(grad, alpha=0.1)
                 square.mul_(0.96).add_(grad.square(), alpha=0.04)
                 root = (square / (1 - 0.96 ** (step + 1))).sqrt() + 1e-8
-                weights[name] = decayed - LR * mean / (1 - 0.9 ** (step + 1)) / root
+                weights[name] = decayed - lr * mean / (1 - 0.9 ** (step + 1)) / root
             p.data.copy_(weights[name])
     return {name: value.flatten() for name, value in weights.items()}
 
@@ -116,7 +119,7 @@ def counted(world: World) -> Iterator[list[int]]:
 
 def planned(world: World, case: Case, section: CompressionSection | None = None) -> Load:
     """What one update takes on this rank, as ``plan`` foretells it; by node, a machine is two processes."""
-    cfg = RunConfig(dalle=CONFIG, dalle_fit=fit_of(case), zero=zero_of(case), compression=section or CompressionSection())
+    cfg = RunConfig(dalle=case.config, dalle_fit=fit_of(case), zero=zero_of(case), compression=section or CompressionSection())
     object.__setattr__(cfg, "stream_shape", lambda: SHAPE)
     cluster = Cluster(world.size // 2, 2) if case.sharding == "node" else Cluster(1, world.size)
     found = estimate.orthogonalising(Setting.configured(cfg, cluster))
@@ -128,7 +131,7 @@ def compared(world: World, case: Case) -> dict[str, Any]:
     engine = make_engine(case, world, clip_norm=CLIP)
     with counted(world) as sent:
         history = updates(engine, world, 0, UPDATES, case.accumulation)
-    found, wanted = gathered(engine, ("model",)), reference()
+    found, wanted = gathered(engine, ("model",)), reference(case.optimizer, case.config)
     matrices = {name for name, tag in engine.tags.items() if tag.is_block_matrix}
     apart = {name: float((found[f"model/{name}"] - value).norm() / value.norm()) for name, value in wanted.items()}
     state = everything(engine).keys()
@@ -144,7 +147,7 @@ def compared(world: World, case: Case) -> dict[str, Any]:
         "cut": any(piece.name in matrices and piece.offset > 0 for piece in engine.pieces),
         "state": {(name.split("/")[1], name.split("/")[2] in matrices) for name in state if name.startswith("optimizer/")},
         "sent": [size / UPDATES for size in sent],
-        "planned": list(planned(world, case).sent),
+        "planned": list(planned(world, case).sent) if case.optimizer == "muon" else [],
         "idle": sum(idle),
     }
 

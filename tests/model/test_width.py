@@ -163,6 +163,22 @@ def test_step_sizes_and_decay_by_parameter() -> None:
     assert width_ratios(TransformerConfig(), "resblocks.0.q.weight", is_block_matrix=True) == WidthRatios()
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"base_width": -64}, "base_width = -64, base_heads = 0: must be positive, or 0 for none"),
+        ({"base_width": 64, "base_heads": -1}, "base_width = 64, base_heads = -1: must be positive"),
+        ({"base_width": 2**21}, "base_width = 2097152: at most 1048576 is accepted"),
+        ({"base_heads": 4}, "base_heads = 4 without base_width: set base_width"),
+        ({"base_width": 48}, "base_width = 48 does not divide into heads of width / heads = 32; set base_heads to the heads of that model"),
+        ({"base_width": 50, "base_heads": 4}, "base_width = 50 does not divide into base_heads = 4; nearest widths: 48, 52"),
+    ],
+)
+def test_bases_that_are_no_model_are_refused(base: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(layers=2, width=128, heads=4, **base)
+
+
 class Scaled(torch.nn.Module):
     """A module whose result is multiplied."""
 

@@ -245,6 +245,18 @@ def test_the_page_pairs_by_seed_and_shows_arms_without_figures(tmp_path: Path) -
     assert "| y | `a.d=3` | " + " | ".join("–" * 9) + " | not measured yet |" in said
 
 
+def test_the_sweep_over_widths_has_each_step_size_with_and_without_the_base_and_heads_of_one_width() -> None:
+    file, found = sweep.read(REPOSITORY / "train" / "experiments" / "width.toml"), set()
+    for name, words in file.arms.items():
+        cfg = load_run("demo", [*file.overrides, *words])
+        assert cfg.dalle.width // cfg.dalle.heads == 32 and cfg.dalle.base_width in (0, 64)
+        base = ", base 64" * bool(cfg.dalle.base_width)
+        assert name == f"width {cfg.dalle.width}{base}, step size {cfg.dalle_fit.lr:g}"
+        found.add((cfg.dalle.width, bool(base), cfg.dalle_fit.lr))
+    kinds = {(64, False), (128, False), (128, True), (256, False), (256, True)}
+    assert found == {(*kind, rate) for kind in kinds for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
+
+
 @pytest.mark.parametrize(("name", "made_with"), [("small-data", []), ("small-data-mirrored", ["encode.crops=4", "encode.mirror=true"])])
 def test_the_sweeps_that_come_with_the_code_are_some_and_their_keys_exist(name: str, made_with: list[str]) -> None:
     file = sweep.read(REPOSITORY / "train" / "experiments" / f"{name}.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,6 +101,7 @@ def test_weights_that_fit_and_were_trained_to_compute_something_else_are_warned_
         dalle_init_from.say_differences(str(tmp_path), plain, "dalle_fit.init_from")
         assert not caplog.messages
         dalle_init_from.say_differences(str(tmp_path), other, "dalle_fit.init_from")
+        dalle_init_from.say_differences(str(tmp_path), replace(plain, base_width=8), "dalle_fit.init_from")  # weights compute the same
     (said,) = caplog.messages
     assert said.startswith(f"dalle_fit.init_from = {tmp_path}: ") and said.endswith(
         "dalle.heads = 2 there, 4 here; dalle.rotary_positions = False there, True here"
@@ -117,5 +119,9 @@ def test_a_run_with_all_options_resumes_bit_for_bit_and_learns_otherwise_than_on
     assert caught.value.exit_code == ExitCode.REQUEUE
     run_stage("dalle", str(broken), words)
     assert losses(broken, "dalle") == losses(whole, "dalle") and fingerprint(broken, "dalle") == fingerprint(whole, "dalle")
+    stored = export.describe(str(whole / "tiny" / "dalle" / "export"))["model"]
+    assert {key: stored[key.removeprefix("dalle.")] for key in OPTIONS if key.startswith("dalle.")} == {
+        k: v for k, v in OPTIONS.items() if k.startswith("dalle.")
+    }
     run_stage("dalle", str(plain), [])
     assert all(one != other for one, other in zip(losses(plain, "dalle"), losses(whole, "dalle"), strict=True))

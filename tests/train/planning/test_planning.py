@@ -51,8 +51,7 @@ def test_parameters_are_those_of_the_built_model(cfg: TransformerConfig, shape: 
     assert found.unembeddings == sum(size for name, size in sizes.items() if "unembedding" in name)
     assert found.total == sum(sizes.values())
     listed = [(p.name, p.elements, p.resblock, p.is_block_matrix, p.decays, p.ratios) for p in wire.parameters(cfg, shape)]
-    of_tags = {name: (tags[name].resblock, tags[name].is_block_matrix, tags[name].decays, tags[name].ratios) for name in sizes}
-    assert listed == [(name, size, *of_tags[name]) for name, size in sizes.items()]
+    assert listed == [(name, size, (tag := tags[name]).resblock, tag.is_block_matrix, tag.decays, tag.ratios) for name, size in sizes.items()]
 
 
 @pytest.mark.parametrize("name", PAPER)

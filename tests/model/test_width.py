@@ -174,7 +174,7 @@ def test_step_sizes_and_decay_by_parameter() -> None:
         ({"base_width": 50, "base_heads": 4}, "base_width = 50 does not divide into base_heads = 4; nearest widths: 48, 52"),
     ],
 )
-def test_bases_that_are_no_model_are_refused(base: dict[str, int], message: str) -> None:
+def test_bases_that_are_no_model_are_refused(base: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerConfig(layers=2, width=128, heads=4, **base)
 

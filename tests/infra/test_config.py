@@ -52,7 +52,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 REFUSED = [
     ("dalle.layer=6", r"dalle\.layer: unknown key; accepted in \[dalle\]: .*layers"),
-    ("foo.x=1", r"foo: unknown key; accepted as sections: clip, "),
+    ("foo.x=1", r"foo: unknown key; accepted as sections: align_fit, clip, "),
     ("dalle.layers=six", r"dalle\.layers: .*integer.*given: 'six'"),
     ("dalle.layers=6.0", r"dalle\.layers: .*integer"),
     ('dvae_fit.lr="a"', r"dvae_fit\.lr: .*number.*given: \"a\" \(read as 'a'\)"),

@@ -23,6 +23,7 @@ PARENTS = {
     "dvae": {"images": "aaaa" * 4},
     "encode": {"dvae": "dddd" * 4},
     "dalle": {"codes": "cccc" * 4, "dvae": "dddd" * 4, "tokenizer": "eeee" * 4},
+    "align": {"dalle": "1111" * 4},
     "generate": {"dalle": "ffff" * 4},
 }
 
@@ -38,6 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunView]:
     write_json(second / "evaluate/metrics.json", found.evaluation | {"psnr_db": 23.4})
     write_metrics(second, "dalle", 3000, 10, lambda step: {"train/loss_image": 6.0 - step / 1000})
     for run in (first, second):
+        write_json(run / "align/done.json", RunView(str(run)).done("align") | {"weights": "ffff" * 4})
         for stage, parents in PARENTS.items():
             done = RunView(str(run)).done(stage)
             write_json(run / stage / "done.json", done | {"parents": parents})
@@ -135,7 +137,7 @@ def test_the_graph_has_an_arrow_for_each_recorded_input_and_shows_what_is_open_o
     body = section_lineage.section(runs["demo"]).body  # type: ignore[union-attr]
     titles = re.findall(r"<g class=\"arrow\"><title>([^<]*)</title>", body)
     before = ["prepare to tokenizer: aaaaaaaaaa", "prepare to dvae: aaaaaaaaaa", "dvae to encode: dddddddddd", "encode to dalle: cccccccccc"]
-    after = ["dvae to dalle: dddddddddd", "tokenizer to dalle: eeeeeeeeee", "align to generate: ffffffffff"]
+    after = ["dvae to dalle: dddddddddd", "tokenizer to dalle: eeeeeeeeee", "dalle to align: 1111111111", "align to generate: ffffffffff"]
     assert sorted(titles) == sorted([*before, *after])
     assert body.count('class="box done"') == len(STAGES) - 1 and ">cccccccccc<" in body
     boxes = set(re.findall(r"<rect x=\"(\d+)\" y=\"(\d+)\"", body))

@@ -30,12 +30,14 @@ from tests.support.root import ROOT
 _HANGS_S = 3400
 _IMPORTED = (
     "torch",
+    "torch._dynamo",
     "torch.distributed.checkpoint",
     "deepspeed",
     "numba",
     "streaming",
     "boto3",
     "train.engines.zero.construction",
+    "train.optimizer.adamw_cpu",
     "train.stages.dalle",
 )
 _SERVERS: dict[int, subprocess.Popen[str]] = {}
@@ -97,6 +99,8 @@ def _serve() -> None:
     os.dup2(2, 1)  # what ranks print does not go between the answers
     for name in _IMPORTED:
         importlib.import_module(name)
+    for packed in (False, True):
+        sys.modules["train.optimizer.adamw_cpu"].compiled(packed)  # out of numba's cache, which takes each process half a second
     gc.freeze()  # a collection in a rank would copy the pages of all that was imported
     for line in iter(sys.stdin.readline, ""):
         if not line.strip():

@@ -153,7 +153,7 @@ def memory(setting: Setting) -> Memory:
         storage=setting.storage,
         moment_bytes=setting.state_bytes,
         half_gradients=setting.half_gradients,
-        bucket_elements=zero.reduce_bucket_size * (2 if zero.overlap_comm and setting.stage < 3 else 1),
+        bucket_elements=zero.reduce_bucket_size,
         live_elements=states.gathered(run.cfg.width, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters),
         error_bytes=error_bytes(setting),
         micro_batches=setting.cfg.dalle_fit.accumulation,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import StreamShape, TransformerConfig
+from train.engines.zero import buckets
 
 Layout = Literal["flat", "node"]
 """'flat': parameters are sharded over all GPUs. 'node': they are sharded over the GPUs of a machine, and machines are replicas (paper 6.1)."""
@@ -83,7 +84,8 @@ class States:
     buckets: float
     error_buffers: float
     update: float = 0.0
-    """What the optimizer's update holds when activations, buckets and gradients of the backward pass are gone."""
+    """What the optimizer's update holds when activations, buckets and gradients of the backward pass are gone; or on stage 3 the end of the backward pass, when only
+    activations are."""
     keeps_gradients: bool = False
     """Stage 3 keeps its shards of gradients, and buckets, from update to update; the others let go of them."""
 
@@ -138,25 +140,34 @@ def states(
     if stage == 0:
         return States(stored, 0.0 if storage == "cast" else _FP32 * parameters.matrices, moments, stored, 0.0, error_bytes)
     share = _FP32 * parameters.total / shards  # partitions are reduced in fp32 (grad_accum_dtype)
-    gathered_bytes = matrix * min(live_elements, parameters.total)
+    gathered_bytes = matrix * min(live_elements, parameters.total) if shards > 1 else 0.0  # one process computes with its shards
+    inside, at_end = _buckets(parameters, stage, shards, bucket_elements, half_gradients=half_gradients, overlaps=overlaps)
     gradients = _gradients(stage, micro_batches, _FP32 * parameters.total, share, max(share, _FP32 * touched), overlaps)
     return States(
         parameters=stored / shards + gathered_bytes if stage == 3 else stored,
         masters=share,  # also in stage 3: an fp32 shard could serve as its own master copy, but DeepSpeed keeps a second copy
         moments=moments / shards,
         gradients=gradients,
-        buckets=_buckets(parameters, stage, bucket_elements, half_gradients=half_gradients),
+        buckets=inside,
         error_buffers=error_bytes,
-        update=max(2 * share, gradients + orthogonalising),  # gradients, and the same laid end to end; or beside Muon's messages
+        # Gradients, and the same laid end to end; beside Muon's messages; beside the last bucket.
+        update=max(2 * share, gradients + orthogonalising, gradients + at_end if stage == 3 else 0.0),
         keeps_gradients=stage == 3,
     )
 
 
-def _buckets(parameters: Parameters, stage: int, elements: int, *, half_gradients: bool) -> float:
-    """DeepSpeed allocates a bucket whole, however little there is to reduce. Stage 3 reduces into a second buffer, as large as what the bucket holds."""
+def _buckets(parameters: Parameters, stage: int, shards: int, most: int, *, half_gradients: bool, overlaps: bool) -> tuple[float, float]:
+    """Bytes of the buckets in the backward pass, and at its end. They are allocated whole (train/engines/zero/buckets.py). On stages 1 and 2 all are fp32, the dtype
+    in which shards are summed, and there are two of each if gradients are reduced during the backward pass. Stage 3 reduces into a second buffer, as large as what
+    the bucket holds: where one process holds all shards and that is the whole model, only at the end, when activations are gone."""
     kinds = [(_HALF, parameters.matrices), (_FP32, parameters.rest)] if half_gradients else [(_FP32, parameters.total)]
-    held = sum(size * min(elements, count) for size, count in kinds) if stage == 3 else 0
-    return sum(size * elements for size, _ in kinds) + held
+    elements = buckets.elements(most, (count for _, count in kinds))
+    if stage < 3:
+        whole = _FP32 * elements * len(kinds) * (2 if overlaps else 1)
+        return whole, whole
+    whole, second = sum(size * elements for size, _ in kinds), sum(size * min(elements, count) for size, count in kinds)
+    at_end = shards == 1 and all(count <= most for _, count in kinds)
+    return (whole if at_end else whole + second), whole + second
 
 
 def _gradients(stage: int, micro_batches: int, whole: float, share: float, touched: float, overlaps: bool) -> float:

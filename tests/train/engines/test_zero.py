@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -254,7 +255,7 @@ def test_moments_stay_in_their_formats_on_disk(two: Any) -> None:
 
 
 def test_storage_follows_the_stage_and_groups_follow_the_resblocks() -> None:
-    from train.engines.zero.engine import deepspeed_config
+    from train.engines.zero.configuration import deepspeed_config
     from train.engines.zero.groups import parameter_groups
 
     half = Case(precision="fp16")
@@ -267,3 +268,35 @@ def test_storage_follows_the_stage_and_groups_follow_the_resblocks() -> None:
     config = deepspeed_config(fit_of(Case(accumulation=2)), zero_of(Case(stage=3, offload=True)), World(0, 4, 0, 2), nodes=2)
     assert config["train_batch_size"] == BATCH // 2 and config["train_micro_batch_size_per_gpu"] == 3 and config["gradient_clipping"] == 0.0
     assert config["zero_optimization"]["stage3_prefetch_bucket_size"] and config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_a_bucket_is_no_larger_than_what_the_dtype_with_most_gradients_fills() -> None:
+    from train.engines.zero.configuration import deepspeed_config, reduced
+
+    half = torch.nn.Parameter(torch.zeros(30, dtype=torch.float16))
+    cast = torch.nn.Parameter(torch.zeros(5))
+    cast.comm_dtype = torch.float16  # type: ignore[attr-defined]
+    sharded = torch.nn.Parameter(torch.zeros(0))
+    sharded.ds_numel = 20  # type: ignore[attr-defined]
+    counts = reduced([torch.nn.Parameter(torch.zeros(4, 2)), half, cast, sharded])
+    assert sorted(counts) == [28, 35]
+    sections = [dataclasses.replace(Case(), stage=stage) for stage in (1, 2, 3)]
+    for zero in map(zero_of, sections):
+        sizes = [
+            deepspeed_config(fit_of(Case()), zero, World(0, 1, 0, 1), reduced=given)["zero_optimization"]["reduce_bucket_size"]
+            for given in (counts, ())
+        ]
+        assert sizes == [min(35, zero.reduce_bucket_size), zero.reduce_bucket_size]
+        zero = zero.model_copy(update={"reduce_bucket_size": 34})
+        assert deepspeed_config(fit_of(Case()), zero, World(0, 1, 0, 1), reduced=counts)["zero_optimization"]["reduce_bucket_size"] == 34
+
+
+def compilers_after_an_update(world: World) -> list[str]:
+    engine = make_engine(Case(), world)
+    backward(engine, world, 0, 1)
+    assert engine.step(1e-2).applied
+    return [name for name in sys.modules if name == "torch._inductor.compile_fx"]
+
+
+def test_an_update_imports_no_compiler_for_an_optimizer_that_is_not_used() -> None:
+    assert run_in_ranks(compilers_after_an_update, 1) == [[]]

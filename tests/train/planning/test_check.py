@@ -32,8 +32,11 @@ CASES = {
     "step sizes by width, stage 1": ["dalle.base_width=128", "dalle.base_heads=2", "zero.stage=1", "zero.sharding=flat"],
     "step sizes by width, stage 2, fp32": ["dalle.base_width=128", "zero.stage=2", "dalle_fit.precision=fp32", "dalle_fit.moments=fp32"],
     "step sizes by width, stage 3, Muon": ["dalle.base_width=128", "dalle_fit.optimizer=muon"],
+    "stage 2, a bucket larger than the model": ["zero.reduce_bucket_size=50000000", "zero.stage=2"],
     "stage 2, flat, bf16": ["zero.stage=2", "zero.sharding=flat", "dalle_fit.precision=bf16", "dalle_fit.moments=fp32"],
 }
+WHOLE = {"tiny on stage 3, shards on one GPU": (32, 1), "tiny on stage 3, shards on four": (8, 4)}
+"""Clusters. A bucket takes the whole model, which is reduced once."""
 PROGRAM = """
 import json, sys
 from unittest import mock
@@ -42,12 +45,14 @@ from train.planning import check, estimate, states, wire
 from train.planning.estimate import Setting
 from train.planning.states import Cluster
 
-def wrong(words, cluster=Cluster(8, 4)):
-    setting = Setting.configured(load_run("12B", words), cluster)
+def wrong(words, cluster=Cluster(8, 4), preset="12B"):
+    setting = Setting.configured(load_run(preset, words), cluster)
     return [(f.what, f.planned, f.found) for f in check.findings(setting) if not f.is_right]
 
-cases, small = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+cases, small, whole = map(json.loads, sys.argv[1:])
 found = {name: wrong([*small, *words], Cluster(32, 1) if "one GPU" in name else Cluster(8, 4)) for name, words in cases.items()}
+tiny = ["zero.stage=3", "zero.sharding=node", "dalle_fit.batch=64"]
+found |= {name: wrong(tiny, Cluster(*cluster), "tiny") for name, cluster in whole.items()}
 memory, traffic, fragments = estimate.memory, estimate.traffic, estimate.fragments
 def more(setting):
     seen = memory(setting)
@@ -66,14 +71,14 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[tuple[str, float, float]]]:
     """What is wrong, by case: a process of its own, for process groups are a process's."""
-    words = [sys.executable, "-c", PROGRAM, json.dumps(CASES), json.dumps(SMALL)]
+    words = [sys.executable, "-c", PROGRAM, json.dumps(CASES), json.dumps(SMALL), json.dumps(WHOLE)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     result: dict[str, list[tuple[str, float, float]]] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *WHOLE])
 def test_the_plan_is_what_the_engine_does(found: dict[str, list[tuple[str, float, float]]], case: str) -> None:
     assert found[case] == []
 

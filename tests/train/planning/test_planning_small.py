@@ -32,9 +32,15 @@ def test_machines_of_one_gpu_send_nothing_inside() -> None:
     assert alone.inside == 0.0 and alone.outside == eight.inside > eight.outside > 0
 
 
-def test_a_bucket_is_allocated_whole_however_small_the_model() -> None:
-    """By DeepSpeed; `plan tiny --check` and `plan demo --check` compare it with the engine."""
+def test_a_bucket_is_allocated_whole_but_no_larger_than_the_model() -> None:
+    """By the engine's own rule; `plan tiny --check` and `plan demo --check` compare it with the engine."""
     parameters = states.Parameters(matrices=600, blocks_rest=40, embeddings=30, unembeddings=20, final_norm=10)
-    assert states.states(parameters, 2, 1, bucket_elements=1000).buckets == 4000
-    assert states.states(parameters, 1, 1, bucket_elements=1000, half_gradients=True).buckets == 2000 + 4000
-    assert states.states(parameters, 3, 1, bucket_elements=1000).buckets == 4000 + 4 * 700
+    assert states.states(parameters, 2, 1, bucket_elements=500).buckets == 4 * 500
+    assert states.states(parameters, 2, 1, bucket_elements=1000).buckets == 4 * 700
+    assert states.states(parameters, 2, 1, bucket_elements=1000, overlaps=True).buckets == 2 * 4 * 700
+    assert states.states(parameters, 1, 1, bucket_elements=1000, half_gradients=True).buckets == 2 * 4 * 600  # both in fp32
+    assert states.states(parameters, 3, 1, bucket_elements=500).buckets == 2 * 4 * 500
+    whole = states.states(parameters, 3, 1, bucket_elements=1000)
+    assert whole.buckets == 4 * 700 and whole.update == whole.gradients + 2 * 4 * 700, "what is reduced once is reduced after the backward pass"
+    halves = states.states(parameters, 3, 1, bucket_elements=1000, half_gradients=True)
+    assert halves.buckets == (2 + 4) * 600 and halves.update == halves.gradients + (2 + 4) * 600 + 2 * 600 + 4 * 100

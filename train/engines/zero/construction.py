@@ -11,7 +11,7 @@ import torch.distributed as dist
 from infra.world import World
 from train.config import DalleFit, ZeroSection
 from train.engines.zero import internals
-from train.engines.zero.engine import deepspeed_config
+from train.engines.zero.configuration import deepspeed_config
 from train.engines.zero.topology import node_topology
 
 

@@ -28,6 +28,7 @@ from train.engines.zero import exponents, internals, measures, one_pass
 from train.engines.zero.accumulation import HalfGradients
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
+from train.engines.zero.configuration import deepspeed_config, reduced
 from train.engines.zero.exponents import Exponents
 from train.engines.zero.frozen import FrozenShards
 from train.engines.zero.groups import make_optimizer, parameter_groups, store_weights, weight_storage
@@ -42,40 +43,6 @@ from train.optimizer.protocol import OnePassOptimizer, ShardGroup
 from train.weights.fragments import Fragment, full_shape
 
 log = logging.getLogger(__name__)
-
-
-def deepspeed_config(fit: DalleFit, zero: ZeroSection, world: World, nodes: int = 1) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours. It has no section for precision (which would add a single loss scale) and no clipping; both are done here."""
-    sections: dict[str, Any] = {
-        "stage": zero.stage,
-        "overlap_comm": zero.overlap_comm,
-        "reduce_bucket_size": zero.reduce_bucket_size,
-        "allgather_bucket_size": zero.allgather_bucket_size,
-    }
-    if zero.stage < 3:
-        sections |= {"use_multi_rank_bucket_allreduce": zero.use_multi_rank_bucket_allreduce, "compute_grad_norm": zero.offload_optimizer}
-    else:
-        sections |= {
-            "stage3_prefetch_bucket_size": zero.stage3_prefetch_bucket_size,
-            "stage3_param_persistence_threshold": zero.stage3_param_persistence_threshold,
-            "stage3_max_live_parameters": zero.stage3_max_live_parameters,
-            "stage3_max_reuse_distance": zero.stage3_max_reuse_distance,
-        }
-    if zero.offload_optimizer:
-        sections["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_batch_size": fit.batch // nodes,
-        "train_micro_batch_size_per_gpu": fit.batch // (world.size * fit.accumulation),
-        "gradient_accumulation_steps": fit.accumulation,
-        "gradient_clipping": 0.0,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": sections,
-        "steps_per_print": 1 << 60,
-        "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU in every micro-batch
-        "wall_clock_breakdown": False,
-    }
 
 
 class ZeroEngine:
@@ -117,7 +84,7 @@ class ZeroEngine:
         self._halves: HalfGradients | None = None
         if zero.stage == 1 and self.storage == "fp16" and fit.accumulation > 1:
             self._halves = HalfGradients(p for p in module.parameters() if p.dtype == torch.float16)  # before ZeRO's hooks
-        self.config = deepspeed_config(fit, zero, world, self.nodes)
+        self.config = deepspeed_config(fit, zero, world, self.nodes, reduced=reduced(module.parameters()))
         self._engine, self._optimizer, _, _ = internals.deepspeed.initialize(
             model=module, optimizer=self.shard_optimizer, config=self.config, mpu=topology, dist_init_required=False
         )

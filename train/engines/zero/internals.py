@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__
-from deepspeed.runtime import torch_autocast
+from deepspeed.runtime import compiler, torch_autocast
 from deepspeed.runtime import utils as runtime
 from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from deepspeed.utils import groups
@@ -38,6 +39,7 @@ NEEDED_OF_MODULES = {
     stage3: ("defragment",),
     partitioned_param_coordinator: ("assert_ints_same_as_other_ranks",),
     stage_1_and_2: ("INITIAL_MICRO_STEP_ID",),
+    compiler: ("compile",),
     groups: ("mpu",),
 }
 NEEDED = {
@@ -78,7 +80,18 @@ def prepare(topology: Any) -> None:
     # Makes ZeRO use one bucket for each dtype, so that fp16 gradients are sent as fp16 and fp32 ones as fp32. It has no other effect without autocast.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = True
     stage3.defragment = defragment
+    _import_muon()
     groups.mpu = topology  # otherwise an engine without a topology would use that of an earlier engine of this process
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's own Muon without its compiled functions. DeepSpeed asks of every optimizer whether it is that one, which imports torch's Inductor in every
+    rank, for 0.7 s of a core; ours is another (train/optimizer/muon.py), so that nothing calls them."""
+    kept, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = kept
 
 
 @contextmanager

@@ -206,7 +206,7 @@ class ZeroSection(Section):
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     reduce_bucket_size: int = Field(default=50_000_000, gt=0)
-    """Elements per gradient reduction."""
+    """Elements per gradient reduction, at most. Buckets, which DeepSpeed allocates whole, are no larger than the model."""
     allgather_bucket_size: int = Field(default=50_000_000, gt=0)
     """Stages 1 and 2: elements per parameter gather, if torch cannot gather into one tensor. Without effect: every supported torch can."""
     use_multi_rank_bucket_allreduce: bool = True

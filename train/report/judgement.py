@@ -67,7 +67,7 @@ def of_caption_gain(value: float, per_picture: int) -> str:
     if value < DEMO_CAPTION_GAIN / 2:
         return (
             f"{total}0 is a model that ignores its captions, and this is near it (the demo reaches {DEMO_CAPTION_GAIN}). Next: train longer "
-            "(dalle_fit.steps), on more pictures, or with stage align ('launcher.py align RUN')."
+            "(dalle_fit.steps), or on more pictures."
         )
     return f"{total}0 is a model that ignores its captions; the demo reaches {DEMO_CAPTION_GAIN}."
 

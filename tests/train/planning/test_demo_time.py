@@ -16,13 +16,11 @@ from train.planning import demo_time
 from train.planning.demo_time import Projection, estimate, project
 
 STAGES = ["prepare", "tokenizer", "encode", "evaluate", "report", "clip", "generate"]
-RECORDED = ["dalle_fit.steps=4000", "align_fit.steps=0"]
-"""The demo as it was when the times below were recorded."""
 
 
 def test_the_parts_of_recorded_demos_add_up_within_a_tenth() -> None:
     """Two demos on two cores of an AMD EPYC: updates alone at the rates that the runs had, starts of 5 to 7 s."""
-    demo = load_run("demo", RECORDED)
+    demo = load_run("demo", [])
     nothing = {"dvae": 0, "dalle": 0}
     # Nothing else ran: 804 s of the transformer's training, 18.4 minutes of stages and about one of starts; its drawings took half a minute more, and would today take what stands here.
     quiet = estimate(demo, {"dvae": 114.0, "dalle": 82.5}, 5.0, nothing, STAGES)
@@ -34,7 +32,7 @@ def test_the_parts_of_recorded_demos_add_up_within_a_tenth() -> None:
 
 
 def test_what_is_done_already_is_left_out_and_a_slow_machine_takes_longer_for_everything() -> None:
-    demo = load_run("demo", RECORDED)
+    demo = load_run("demo", [])
     whole = estimate(demo, {"dvae": 114.0, "dalle": 82.0}, 5.0, {"dvae": 0, "dalle": 0}, STAGES)
     half = estimate(demo, {"dalle": 82.0}, 5.0, {"dalle": 2000}, STAGES)
     assert "dvae" not in half and half["dalle"] == pytest.approx(10 + (whole["dalle"] - 10) / 2, rel=0.02)
@@ -45,7 +43,7 @@ def test_what_is_done_already_is_left_out_and_a_slow_machine_takes_longer_for_ev
 
 def test_a_loaded_machine_gets_a_range_and_each_stage_mends_what_is_left() -> None:
     """The quiet figures are those of a recorded demo; under a load that took three quarters of the machine, it took 29 minutes and 114 were projected."""
-    demo, nothing = load_run("demo", RECORDED), {"dvae": 0, "dalle": 0}
+    demo, nothing = load_run("demo", []), {"dvae": 0, "dalle": 0}
     quiet, loaded = (
         estimate(demo, {"dvae": 114.0, "dalle": 82.0}, 5.0, nothing, STAGES),
         estimate(demo, {"dvae": 18.0, "dalle": 13.0}, 30.0, nothing, STAGES),
@@ -82,7 +80,7 @@ UNSTEADY = {"prepare": 17.0, "tokenizer": 3, "dvae": 358, "encode": 18, "dalle":
 def test_after_each_stage_of_a_recorded_demo_the_time_to_go_is_within_1_5_times(
     trace: dict[str, float], rates: tuple[float, float], start_s: float, said: int
 ) -> None:
-    projected = estimate(load_run("demo", RECORDED), dict(zip(("dvae", "dalle"), rates, strict=True)), start_s, {"dvae": 0, "dalle": 0}, STAGES)
+    projected = estimate(load_run("demo", []), dict(zip(("dvae", "dalle"), rates, strict=True)), start_s, {"dvae": 0, "dalle": 0}, STAGES)
     found = Projection(projected, projected)
     assert f"projected time: {said} minutes" in str(found) and "while this machine stays as free as it is" in str(found)
     if trace is QUIET:

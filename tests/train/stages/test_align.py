@@ -214,6 +214,6 @@ def test_plan_and_the_projected_time_count_it(capsys: pytest.CaptureFixture[str]
         plan.main("120M", words, nodes=1, gpus=8, memory=room / 0.92, gpu="H100-80GB", tokens=0, rank=0)
     with pytest.raises(ConfigError, match=r"^align_fit\.batch = 3 does not divide over 1 nodes x 8 GPUs x align_fit\.accumulation"):
         plan.main("120M", [*words, "align_fit.batch=3"], nodes=1, gpus=8, memory=0, gpu="H100-80GB", tokens=0, rank=0)
-    demo = load_run("demo", [])
+    demo = load_run("demo", ["align_fit.steps=50"])
     found = demo_time.estimate(demo, {"dalle": 82.0}, 5.0, {"dalle": 0}, ["align"])
     assert found["align"] == pytest.approx(10 + 50 * 16 * 8 / 3 / 82, rel=0.3)

@@ -10,6 +10,7 @@ from typing import Literal
 from infra.errors import ExitCode
 from train.advice.facts import Facts
 from train.config import RunConfig
+from train.config_align import key as key_of
 
 Verdict = Literal["RESTART", "RESTART ELSEWHERE", "STOP"]
 
@@ -191,6 +192,8 @@ def decide(facts: Facts) -> tuple[Rule, str]:
     stage = facts.stage.partition(".")[0]
     named = keys(facts.reason)
     of_stage = {"stage": stage} if f"{stage}_fit" in RunConfig.model_fields else {"stage": "dalle"}
-    words = ", ".join(named) or rule.otherwise.format(**of_stage)
+    # A key that the stage's own section lacks is one of the section that it otherwise trains with.
+    usual = re.sub(r"\b(\w+)_fit\.(\w+)", lambda found: key_of(found[1], found[2]), rule.otherwise.format(**of_stage))
+    words = ", ".join(named) or usual
     nodes = ", ".join(dict.fromkeys([*facts.nodes, *facts.checks])) or "the node that it names"
     return rule, rule.advice.format(nodes=nodes, keys=words, stage=stage)

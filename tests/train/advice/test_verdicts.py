@@ -50,6 +50,11 @@ def test_what_no_whole_attempt_injects_is_judged_too(code: int, reason: str, rul
     assert decide(facts.Facts("dvae", 0, code=code, reason=reason))[0].name == rule
 
 
+def test_advice_for_a_stage_without_keys_of_its_own_names_those_it_trains_with() -> None:
+    of = {stage: decide(facts.Facts(stage, 0, code=1, reason="No space left on device"))[1] for stage in ("clip", "align", "encode")}
+    assert ("clip_fit.keep" in of["clip"], "dalle_fit.keep" in of["align"], "dalle_fit.keep" in of["encode"]) == (True, True, True), of
+
+
 def test_keys_are_those_of_the_configuration_alone() -> None:
     assert keys("dvae_fit.lr and cluster.shm_gib, not e.g. dvae_fit.nothing or shard.mds; dvae_fit.lr") == ["dvae_fit.lr", "cluster.shm_gib"]
     assert plain("rank 3: at 0x7f and 12 s") == plain("rank 4: at 0x8e and 99 s")

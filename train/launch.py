@@ -140,9 +140,9 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
 
 def _is_new(name: str, cfg: RunConfig, run: RunFolder) -> bool:
     """Whether an optional stage that has not begun is given other values than the run has: then nothing was made with those."""
-    stored = run.stored()
-    given = getattr(cfg, f"{name}_fit")
-    return stored is not None and not places.has_begun(run, name) and load_run(run.url, []).__dict__[f"{name}_fit"] != given
+    if run.stored() is None or places.has_begun(run, name):
+        return False
+    return bool(getattr(load_run(run.url, []), f"{name}_fit") != getattr(cfg, f"{name}_fit"))
 
 
 def _times(own: float | None, elapsed: float) -> str:

@@ -120,7 +120,7 @@ def test_all_is_off_by_default_and_then_neither_batches_nor_checkpoints_have_mor
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (CONTRAST[:1], r"dalle_fit: objective = 'caption_contrast' needs init_from: .*dalle_fit.init_from=runs/mine/dalle/export, or make the run by 'launcher.py align runs/mine'"),
+        (CONTRAST[:1], r"dalle_fit: objective = 'caption_contrast' needs init_from: .*dalle_fit.init_from=runs/mine/dalle/export, or run 'launcher.py align runs/mine' in the run itself"),
         ([*CONTRAST, "dalle_fit.batch=1"], r"another picture's caption out of the same update, and batch = 1; set batch = 2 or more"),
         ([*CONTRAST, "dalle_fit.z_loss=1e-4"], r"cannot have z_loss = 0\.0001: .*; set z_loss = 0"),
         ([*CONTRAST, "dalle_fit.replace_codes=0.1"], r"set replace_codes = 0 and replace_pieces = 0, which would change what the model reads"),

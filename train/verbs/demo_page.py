@@ -13,8 +13,7 @@ from infra.errors import DataError
 from infra.repository import DOCS
 from infra.run_folder import RunFolder
 from infra.run_records import Evaluation, Provenance
-from train.config import load_run
-from train.run.stage_table import used_by
+from train.run.stage_table import used
 
 
 def main(url: str, note: str = "") -> None:
@@ -28,7 +27,8 @@ def main(url: str, note: str = "") -> None:
         DataError: the run is not finished.
     """
     run = RunFolder(url)
-    done = {name: run.done(name) for name in used_by(load_run(url, []))}
+    stored_config = run.stored() or {}
+    done = {name: run.done(name) for name in used(lambda stage: int(stored_config.get(f"{stage}_fit", {}).get("steps", 0)))}
     missing = [name for name, marker in done.items() if marker is None]
     if missing:
         raise DataError(f"{url}: not finished ({', '.join(missing)}); run 'launcher.py demo' first.")

@@ -104,10 +104,10 @@ def test_a_profiled_stage_computes_the_same_bits_also_where_it_resumes(tmp_path:
     assert "clip_fit.profile names updates that are past: 3; the next is 5" in caplog.text
     place = Path(profiled.at("clip", "profile"))
     assert sorted(path.name for path in place.iterdir()) == ["gantt.html", "phases.json", "update-00000006", "update-00000007"]
-    # Of two traces, because the profiler drops the operators of one whose clock it misjudges, which a machine under load has made it do.
+    # Of two traces, and no operator by name: in a process that other tests have used, the profiler leaves out some of them.
     traces = [json.loads(gzip.decompress((place / f"update-0000000{step}" / "trace-rank-0.json.gz").read_bytes())) for step in (6, 7)]
-    names = {event.get("name", "") for trace in traces for event in trace["traceEvents"]}
-    assert any("addmm" in name or "linear" in name for name in names) and any("backward" in name.lower() for name in names), sorted(names)
+    operators = {event["name"] for trace in traces for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}
+    assert len(operators) > 10 and any("Backward" in name for name in operators), sorted(operators)
     assert not Path(plain.at("clip", "profile")).exists(), "off by default"
     assert load_run(profiled.url, []).clip_fit.profile == (3, 6, 7), "a run goes on with another value"
 

@@ -86,9 +86,9 @@ class AlignFit(WatchingSection):
         values |= {"objective": "caption_contrast", "init_from": begin, "keep_every": 0}
         values |= {"schedule": "cosine", "lr_final": 0.0, "z_loss": 0.0, "replace_codes": 0.0, "replace_pieces": 0.0}
         if values["batch"] < 2:
-            key = "align_fit.batch" if self.batch else "dalle_fit.batch"
+            section = "align_fit" if self.batch else "dalle_fit"
             raise ValueError(
-                f"{key} = {values['batch']}: stage align (align_fit.steps = {self.steps}) takes another picture's caption out of the same update; set align_fit.batch = 2 or "
+                f"{section}.batch = {values['batch']}: stage align (align_fit.steps = {self.steps}) takes another picture's caption out of the same update; set align_fit.batch = 2 or "
                 "more, or align_fit.steps = 0"
             )
         return type(fit).model_validate(given | values)

@@ -29,10 +29,10 @@ class Place:
     tokenizer: str
     run: RunFolder | None
     """The run; None for a package."""
+    source: str
+    """The URL as it was given, which names the same weights again."""
     stage: str = "dalle"
     """Of a run: the stage whose transformer it is."""
-    source: str = ""
-    """The URL as it was given, which names the same weights again; of a package empty."""
 
 
 def locate(url: str) -> Place:
@@ -44,7 +44,7 @@ def locate(url: str) -> Place:
     url = url.rstrip("/") or url
     if storage.exists(storage.join(url, PACKAGE)):
         parts = {name: storage.join(url, name) for name in ("dalle", "dvae", "clip", "tokenizer")}
-        return Place(url, load_run(url, []), run=None, **parts)
+        return Place(url, load_run(url, []), run=None, source=url, **parts)
     named = next((stage for stage in TRANSFORMERS if url.endswith(f"/{stage}/export")), "")
     head = url.removesuffix(f"/{named}/export")
     if all(storage.exists(storage.join(head, name)) for name in ("config.json", "provenance.json")):

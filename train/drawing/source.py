@@ -144,7 +144,7 @@ def open_place(place: Place, asked: Asked, step: int = 0) -> Models:
         judge, found["clip"] = _judge(place, asked.rerank, tokenizer, where)
     model = _build(cfg, tensors, where, dtype, place.dalle)
     weights = ready(model, dtype, eight_bits=asked.precision == EIGHT_BITS, deterministic=asked.deterministic)
-    return Models(place.source or place.url, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
+    return Models(place.source, cfg, export.to_device(dvae, where), weights, tokenizer, judge, found, description)  # type: ignore[arg-type]
 
 
 def _say_if_older(place: Place, parents: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ def stage(
 
 def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, restarts: int, stop: StopFlag, going_on: str) -> None:
     started, entry = time.monotonic(), STAGES[name]
+    of_demo = bool(environment.text("LAUNCHER_PID"))  # asked now, because an agent sets it for its ranks
     scratch.sweep()
     cfg, differs = places.looked_at(cfg, run, command, going_on)
     if places.finished(cfg, run, name) and not entry.repeats and not _out_of_date(name, cfg, run):
@@ -132,7 +133,7 @@ def _run(name: str, cfg: RunConfig, run: RunFolder, command: str, nproc: int, re
     if code != ExitCode.DONE:
         raise StageFailed(code, reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
     print(f"{name}: done in {_times((run.done(name) or {}).get('seconds'), time.monotonic() - started)}", flush=True)
-    if entry.trains and not environment.text("LAUNCHER_PID"):  # 'demo' comes to them by itself
+    if entry.trains and not of_demo:  # which comes to them by itself
         for other in used_by(cfg):
             if old := lineage.out_of_date(cfg, run, other):
                 print(f"{other}: out of date ({old}); {lineage.remedy(run, other)}", flush=True)
@@ -162,9 +163,7 @@ def _out_of_date(name: str, cfg: RunConfig, run: RunFolder) -> bool:
     """
     old = lineage.out_of_date(cfg, run, name)
     if old and STAGES[name].trains:
-        raise DataError(
-            f"{name} is out of date: {old}. It is not trained anew unasked: delete {run.at(name)} and run '{launcher(name, run.url)}', or go back to those."
-        )
+        raise DataError(f"{name} is out of date: {old}. It is not trained anew unasked: {lineage.remedy(run, name)}, or go back to those.")
     if old:
         print(f"{name}: out of date ({old}); made again", flush=True)
     return bool(old)

@@ -15,7 +15,7 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from tests.support.stopped_run import FIXTURE, STEPS, StopAfter, losses, run_stage
-from train import launch
+from train import attempt, launch
 from train.config import DalleFit, load_run
 from train.config_align import key
 from train.drawing import again
@@ -44,7 +44,18 @@ def mine(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "mine"))
 
 
-def test_it_begins_with_the_trained_transformer_and_the_run_draws_with_what_it_makes(mine: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_begins_with_the_trained_transformer_and_the_run_draws_with_what_it_makes(
+    mine: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = attempt.execute
+
+    def as_an_agent(*given: Any) -> Any:
+        """With several ranks, it names its process to them."""
+        ended = execute(*given)
+        monkeypatch.setenv("LAUNCHER_PID", "1")
+        return ended
+
+    monkeypatch.setattr(attempt, "execute", as_an_agent)
     url, run = str(mine), RunFolder(str(mine))
     before = export.describe(run.at("dalle", "export"))["content_hash"]
     storage.write_json(run.at("generate", "done.json"), {"stage": "generate", "parents": {"dalle": before}})

@@ -1,14 +1,18 @@
-"""What a checkpoint costs training: the time that a save blocks it, and how much it slows down later updates. ``launcher.py bench checkpoint``
+"""What checkpoints cost training: the stall of a save, the slower updates beside its writing, and a restore. ``launcher.py bench checkpoint``
 
 Uses the real engine and the real checkpointer, a local folder, and random data. Needs all dependencies.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,35 +23,54 @@ from train.config import load_run
 from train.machine.rates import DTYPES, Figure, Options, measure
 from train.planning.demo_time_probe import transformer
 from train.ranks.device import set_up
+from train.weights import checkpoint
 from train.weights.checkpointer import Checkpointer
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
 """Device -> preset and precision."""
 BETWEEN = 20
-"""Number of updates between two saves."""
+"""Updates without a save, and after one, in a turn: the writing has ended before as many are over."""
+SAVES = {"cpu": 4, "cuda": 1}
+"""Device -> saves for each run: 20 with the default of five, so that the standard error of their cost says something. A GPU, whose checkpoint is of gigabytes, gets one."""
+READINGS = 5
+SHARE = 0.005
+"""A save, with all that it slows down, should take at most so much of the time between two saves."""
+
+
+@dataclass
+class _Turns:
+    """Seconds of the updates and saves of all turns."""
+
+    plain: list[float] = field(default_factory=list)
+    """Of each update without a save."""
+    stalls: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    """Of each save: the updates from it on, minus as many without a save, half of them before it and half after its writing has ended. So what drifts evenly cancels."""
 
 
 def run(options: Options) -> Result:
-    """Measure updates without a save and updates after a save in turns. A turn takes about ``seconds``, or ``BETWEEN`` updates if that is longer."""
+    """Measure updates without a save and updates after a save in turns of 2 x ``BETWEEN`` updates, ``SAVES`` for each run; then restores."""
     preset, precision = PRESETS[options.device]
     cfg = load_run(preset, [f"dalle_fit.precision={precision}", "dalle_fit.accumulation=1"])
     world, device = World.single(), set_up(World.single())
     engine, micro_batch = transformer(cfg, DTYPES[precision], world, device)
-    names = {"preset": preset, "precision": precision, "batch": cfg.dalle_fit.batch, "updates_between": BETWEEN, "threads": torch.get_num_threads()}
-    result = start("checkpoint", "Checkpoints: the stall of a save, written beside training", options, **names)
-
-    def update(before_step: Callable[[], float]) -> tuple[float, float]:
-        """Make an update. Returns its seconds, and how many of them it waited for the copies of a save."""
-        began = time.perf_counter()
-        engine.micro_batch(last=True)
-        engine.backward(micro_batch())
-        measured = engine.measure().tolist()
-        waited = before_step()
-        engine.step(1e-4, measured)
-        return time.perf_counter() - began, waited
+    sizes = {"preset": preset, "precision": precision, "batch": cfg.dalle_fit.batch, "save_every": cfg.dalle_fit.save_every}
+    saves = max(2, SAVES[options.device] * options.runs)
+    counts = {"updates_between": BETWEEN, "saves": saves, "threads": torch.get_num_threads()}
+    result = start("checkpoint", "Checkpoints: the cost of a save beside training, and of a restore", options, **sizes, **counts)
 
     with tempfile.TemporaryDirectory() as folder:
         saver = Checkpointer(folder, world, keep=1)
+
+        def update() -> tuple[float, float]:
+            """Make an update. Returns its seconds, and how many of them it waited for the copies of a save."""
+            began = time.perf_counter()
+            engine.micro_batch(last=True)
+            engine.backward(micro_batch())
+            measured = engine.measure().tolist()
+            waited = settle()
+            engine.step(1e-4, measured)
+            return time.perf_counter() - began, waited
 
         def save(step: int) -> float:
             began = time.perf_counter()
@@ -63,33 +86,42 @@ def run(options: Options) -> Result:
             return time.perf_counter() - began
 
         for step in range(2):  # the first updates create the moments, the buffers for copies, and so on
-            update(settle)
+            update()
             save(step)
         settle()
         saver.wait()
-        plain, stalls, costs = [], [], []
-        for turn in range(options.runs):
-            count = 0
-            began = time.perf_counter()
-            while count < BETWEEN or time.perf_counter() - began < options.seconds / 2:
-                plain.append(update(settle)[0])
-                count += 1
-            began = time.perf_counter()
-            stalled = save(10 + turn)
-            after = [update(settle) for _ in range(count)]
-            costs.append(time.perf_counter() - began - count * statistics.median(plain))
-            stalls.append(stalled + after[0][1])
-            saver.wait()
+        turns = _Turns()
+        for turn in range(saves):
+            _turn(turns, update, partial(save, 10 + turn), saver.wait)
         state = {name: fragment.tensor for name, fragment in engine.fragments(to_load=True).items()}
-    _write_down(result, state, options, plain, stalls, costs)
+        _saves(result, state, options, turns, cfg.dalle_fit.save_every)
+        _restores(result, Path(folder), lambda: checkpoint.load_newest(folder, engine.fragments(to_load=True), world))
+    result.notes += [
+        "Stall: what the loop waits for, in starting a save and before the update that follows it. Cost: that, and how much slower the updates are that the writing runs "
+        f"beside: {BETWEEN} updates from a save on, less {BETWEEN} without one, half of them before the save and half after. The mean of all saves, and as its range one standard error; "
+        "'at most' is its upper end, and no less than the stall.",
+        f"Goals: a stall of at most 2 % of an update, hence 50, and of at most 0.75 of a copy, hence 1.33; a cost of at most {SHARE:.1%} of the updates between two saves of the preset; a restore, "
+        "with the hashes of all bytes, of at most twice the plain reading, both from files that the system no longer has in memory.",
+    ]
     return result
 
 
-def _write_down(
-    result: Result, state: dict[str, Tensor], options: Options, plain: Sequence[float], stalls: Sequence[float], costs: Sequence[float]
-) -> None:
-    """Add the figures of the saves, and the floor: a plain copy of the same number of bytes."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+def _turn(turns: _Turns, update: Callable[[], tuple[float, float]], save: Callable[[], float], wait: Callable[[], None]) -> None:
+    """Half of the updates without a save, a save with all updates after it, and the other half."""
+    before = [update()[0] for _ in range(BETWEEN // 2)]
+    began = time.perf_counter()
+    stalled = save()
+    after = [update() for _ in range(BETWEEN)]
+    wait()
+    spent = time.perf_counter() - began
+    before += [update()[0] for _ in range(BETWEEN - BETWEEN // 2)]
+    turns.plain += before
+    turns.stalls.append(stalled + after[0][1])
+    turns.costs.append(spent - sum(before))
+
+
+def _saves(result: Result, state: dict[str, Tensor], options: Options, turns: _Turns, save_every: int) -> None:
+    """Add the figures of the saves, and the floor of a stall: a plain copy of the same number of bytes."""
     targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in state.items()}
 
     def copy() -> None:
@@ -97,17 +129,55 @@ def _write_down(
             targets[name].copy_(tensor, non_blocking=True)
 
     rate = measure(copy, 1.0, "copies/s", options)
-    result.settings["checkpoint_megabytes"] = round(size / 1e6, 1)
+    result.settings["checkpoint_megabytes"] = round(sum(tensor.numel() * tensor.element_size() for tensor in state.values()) / 1e6, 1)
     result.floor["copy of the tensors to CPU memory"] = Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
-    result.measured["update"] = _milliseconds(plain)
-    result.measured["stall of a save"] = _milliseconds(stalls)
-    result.measured["cost of a save in all"] = _milliseconds(costs)
+    result.measured["update"] = _milliseconds(turns.plain)
+    result.measured["stall of a save"] = stall = _milliseconds(turns.stalls)
+    mean, error = 1e3 * statistics.mean(turns.costs), 1e3 * statistics.stdev(turns.costs) / len(turns.costs) ** 0.5
+    result.measured["cost of a save"] = Figure(mean, mean - error, mean + error, "ms", len(turns.costs))
+    most = max(mean + error, stall.value)
+    result.measured["cost of a save at most"] = Figure(most, most, most, "ms", len(turns.costs))
+    allowed = SHARE * save_every * result.measured["update"].value
+    result.measured["cost allowed"] = Figure(allowed, allowed, allowed, "ms", 1)
     result.ratio("an update over a save's stall", "update", "stall of a save", goal=50.0)
-    result.notes += [
-        "Stall: what the loop waits for, in starting a save and before the update that follows it. In all: that, and how much slower the updates are that the writing "
-        "runs beside; a difference of two times, so that the machine's own unrest is in it.",
-        "The goal is a stall of at most 2 % of an update, hence 50.",
-    ]
+    result.ratio("a copy over a save's stall", "copy of the tensors to CPU memory", "stall of a save", goal=4 / 3)
+    result.ratio("cost allowed over a save's cost at most", "cost allowed", "cost of a save at most", goal=1.0)
+
+
+def _restores(result: Result, folder: Path, restore: Callable[[], object]) -> None:
+    """Add the figures of a restore, and its floor: plain reading. In turns, each time from the storage and then from memory."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    buffer = bytearray(1 << 20)
+
+    def read() -> None:
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    taken: dict[str, list[float]] = {}
+    for _ in range(READINGS):
+        for name, work in (("plain reading", read), ("restore", restore)):
+            _forget(files)
+            for place in ("from storage", "from memory"):
+                began = time.perf_counter()
+                work()
+                taken.setdefault(f"{name}, {place}", []).append(time.perf_counter() - began)
+    for name, seconds in taken.items():
+        (result.floor if name.startswith("plain") else result.measured)[name] = _milliseconds(seconds)
+    result.ratio("plain reading over a restore, from storage", "plain reading, from storage", "restore, from storage", goal=0.5)
+    result.ratio("plain reading over a restore, from memory", "plain reading, from memory", "restore, from memory")
+
+
+def _forget(files: Sequence[Path]) -> None:
+    """Let the system drop these files from memory."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _milliseconds(seconds: Sequence[float]) -> Figure:

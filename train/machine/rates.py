@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,17 @@ def measure(work: Callable[[], object], amount: float, unit: str, options: Optio
     work()
     rates = sorted(_rate(work, amount, options.device, options.seconds / options.runs) for _ in range(options.runs))
     return Figure(value=statistics.median(rates), min=rates[0], max=rates[-1], unit=unit, runs=options.runs)
+
+
+def measure_in_turns(works: Mapping[str, Callable[[], object]], amount: float, unit: str, options: Options) -> dict[str, Figure]:
+    """Like ``measure``, of several works by name: each run of all of them comes before the next run of any, so that a machine whose speed drifts treats them alike."""
+    for work in works.values():
+        work()
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(options.runs):
+        for name, work in works.items():
+            rates[name].append(_rate(work, amount, options.device, options.seconds / options.runs))
+    return {name: Figure(statistics.median(of), min(of), max(of), unit, options.runs) for name, of in rates.items()}
 
 
 def _rate(work: Callable[[], object], amount: float, device: str, seconds: float) -> float:

@@ -127,17 +127,25 @@ def test_the_stall_of_a_save_is_measured_on_the_real_engine_and_saver(monkeypatc
 
     monkeypatch.setattr(checkpoint, "PRESETS", {"cpu": ("tiny", "fp32")})
     monkeypatch.setattr(checkpoint, "BETWEEN", 2)
-    plain = checkpoint.Checkpointer.settle
+    plain, wait = checkpoint.Checkpointer.settle, checkpoint.Checkpointer.wait
 
     def slow(saver: Any) -> float:
         time.sleep(0.02)
         return plain(saver) + 0.02
 
     monkeypatch.setattr(checkpoint.Checkpointer, "settle", slow)
+    monkeypatch.setattr(checkpoint.Checkpointer, "wait", lambda saver: (time.sleep(0.1), wait(saver))[1])
     found = checkpoint.run(QUICK)
     check(json.loads(to_json(found)))
     assert found.measured["update"].min > 20 and found.measured["stall of a save"].min >= 20
     assert found.ratios["an update over a save's stall"].goal == 50 and found.settings["checkpoint_megabytes"] > 0
+    assert found.measured["cost of a save"].runs == found.settings["saves"] == 4 * QUICK.runs
+    assert found.measured["cost of a save"].value > 150, "what the writing takes beyond the updates counts"
+    assert found.measured["cost of a save at most"].value >= found.measured["stall of a save"].value
+    assert {"plain reading, from storage", "plain reading, from memory"} <= set(found.floor)
+    assert (
+        found.ratios["plain reading over a restore, from storage"].goal == 0.5 and found.measured["restore, from storage"].runs == checkpoint.READINGS
+    )
 
 
 CFG = TransformerConfig(layers=2, width=32, heads=2, conv_kernel=3)

@@ -25,6 +25,7 @@ from train.planning.demo_time_probe import transformer
 from train.ranks.device import set_up
 from train.weights import checkpoint
 from train.weights.checkpointer import Checkpointer
+from train.weights.fragments import even_slice
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
 """Device -> preset and precision."""
@@ -33,6 +34,8 @@ BETWEEN = 20
 SAVES = {"cpu": 4, "cuda": 1}
 """Device -> saves for each run: 20 with the default of five, so that the standard error of their cost says something. A GPU, whose checkpoint is of gigabytes, gets one."""
 READINGS = 5
+LARGE, LARGE_COUNT = 4 << 20, 300
+"""Bytes of a tensor of a checkpoint that is large enough for its restore to be bounded by bytes, and their number."""
 SHARE = 0.005
 """A save, with all that it slows down, should take at most so much of the time between two saves."""
 
@@ -95,13 +98,14 @@ def run(options: Options) -> Result:
             _turn(turns, update, partial(save, 10 + turn), saver.wait)
         state = {name: fragment.tensor for name, fragment in engine.fragments(to_load=True).items()}
         _saves(result, state, options, turns, cfg.dalle_fit.save_every)
-        _restores(result, Path(folder), lambda: checkpoint.load_newest(folder, engine.fragments(to_load=True), world))
+        _restores(result, Path(folder), lambda: checkpoint.load_newest(folder, engine.fragments(to_load=True), world), "", None)
+    _large_restores(result, world)
     result.notes += [
         "Stall: what the loop waits for, in starting a save and before the update that follows it. Cost: that, and how much slower the updates are that the writing runs "
         f"beside: {BETWEEN} updates from a save on, less {BETWEEN} without one, half of them before the save and half after. The mean of all saves, and as its range one standard error; "
         "'at most' is its upper end, and no less than the stall.",
         f"Goals: a stall of at most 2 % of an update, hence 50, and of at most 0.75 of a copy, hence 1.33; a cost of at most {SHARE:.1%} of the updates between two saves of the preset; a restore, "
-        "with the hashes of all bytes, of at most twice the plain reading, both from files that the system no longer has in memory.",
+        "with the hashes of all bytes, of at most twice the plain reading, both from files that the system no longer has in memory; a small one is bounded by the work for each tensor instead.",
     ]
     return result
 
@@ -144,7 +148,7 @@ def _saves(result: Result, state: dict[str, Tensor], options: Options, turns: _T
     result.ratio("cost allowed over a save's cost at most", "cost allowed", "cost of a save at most", goal=1.0)
 
 
-def _restores(result: Result, folder: Path, restore: Callable[[], object]) -> None:
+def _restores(result: Result, folder: Path, restore: Callable[[], object], size: str, goal: float | None) -> None:
     """Add the figures of a restore, and its floor: plain reading. In turns, each time from the storage and then from memory."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     buffer = bytearray(1 << 20)
@@ -157,7 +161,7 @@ def _restores(result: Result, folder: Path, restore: Callable[[], object]) -> No
 
     taken: dict[str, list[float]] = {}
     for _ in range(READINGS):
-        for name, work in (("plain reading", read), ("restore", restore)):
+        for name, work in ((f"plain reading{size}", read), (f"restore{size}", restore)):
             _forget(files)
             for place in ("from storage", "from memory"):
                 began = time.perf_counter()
@@ -165,8 +169,16 @@ def _restores(result: Result, folder: Path, restore: Callable[[], object]) -> No
                 taken.setdefault(f"{name}, {place}", []).append(time.perf_counter() - began)
     for name, seconds in taken.items():
         (result.floor if name.startswith("plain") else result.measured)[name] = _milliseconds(seconds)
-    result.ratio("plain reading over a restore, from storage", "plain reading, from storage", "restore, from storage", goal=0.5)
-    result.ratio("plain reading over a restore, from memory", "plain reading, from memory", "restore, from memory")
+    for place, least in (("from storage", goal), ("from memory", None)):
+        result.ratio(f"plain reading{size} over a restore, {place}", f"plain reading{size}, {place}", f"restore{size}, {place}", goal=least)
+
+
+def _large_restores(result: Result, world: World) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        large = {f"model/{index}": even_slice(torch.zeros(LARGE // 4), 0, 1) for index in range(LARGE_COUNT)}
+        checkpoint.save(folder, 1, large, {"shapes": {}}, world, keep=1)
+        size = f" of {LARGE * LARGE_COUNT / 1e6:.0f} MB"
+        _restores(result, Path(folder), lambda: checkpoint.load_newest(folder, large, world), size, goal=0.5)
 
 
 def _forget(files: Sequence[Path]) -> None:

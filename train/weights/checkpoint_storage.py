@@ -6,10 +6,12 @@ Each rank goes through it by itself (``no_dist``); what ranks must know of each 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
@@ -188,12 +190,18 @@ class Reader(StorageReader):
             CheckpointError: a file is missing or too short, or the hash of a piece differs.
             UnreachableError: the storage does not answer.
         """
-        for run, data in overlapped(self._fetch, self._runs(plan.items), READERS):
+        # Buffers are used again: of a gigabyte, new ones would cost as much time for their pages as the hashes. One is being copied from while all others are filled.
+        free: SimpleQueue[torch.Tensor] = SimpleQueue()
+        for _ in range(READERS + 1):
+            free.put(torch.empty(0, dtype=torch.uint8))
+        for run, data in overlapped(lambda run: self._fetch(run, free.get()), self._runs(plan.items), READERS):
             for each in run:
                 begin = each.place.start - run[0].place.start
-                # A copy, so that its elements are aligned whatever lies before them in the file.
-                stored = torch.frombuffer(bytearray(data[begin : begin + each.place.bytes]), dtype=each.place.dtype)
-                self._copy(stored, each, planner)
+                stored = data[begin : begin + each.place.bytes]
+                if begin % each.place.dtype.itemsize:
+                    stored = stored.clone()  # elements must be aligned, whatever lies before them in the file
+                self._copy(stored.view(each.place.dtype), each, planner)
+            free.put(data)
         return _done(None)
 
     def _copy(self, stored: torch.Tensor, each: _Wanted, planner: LoadPlanner) -> None:
@@ -210,28 +218,46 @@ class Reader(StorageReader):
         for pieces in self._catalogue.files(wanted):
             yield from _neighbours(sorted(pieces, key=lambda piece: piece.place.start), items)
 
-    def _fetch(self, run: list[_Wanted]) -> memoryview:
-        """The bytes of neighbours in a file, whose hashes are right. Read again before they are called damaged: S3 checks no ranges on their way."""
+    def _fetch(self, run: list[_Wanted], buffer: torch.Tensor) -> torch.Tensor:
+        """The bytes of neighbours in a file, whose hashes are right, in ``buffer`` or in a larger one. Read again before they are called damaged: S3 checks no
+        ranges on their way."""
         places = [each.place for each in run]
         url, start, size = storage.join(self.url, places[0].file), places[0].start, places[-1].end - places[0].start
-        data = memoryview(bytearray(size))
+        if len(buffer) < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        data = memoryview(buffer.numpy())[:size]
         for _ in range(_TRIES):
             try:
                 for done in range(0, size, READ_BYTES):
-                    data[done : done + READ_BYTES] = storage.read_range(url, start + done, min(READ_BYTES, size - done))
+                    fill(url, start + done, data[done : done + READ_BYTES])
             except UnreachableError:
                 raise
             except DataError as error:
                 raise CheckpointError(f"damaged: {error}") from error
             odd = [place for place in places if hashlib.sha256(data[place.start - start : place.end - start]).hexdigest() != place.sha256]
             if not odd:
-                return data
+                return buffer
         raise CheckpointError(f"{url}: damaged: the hash of bytes {odd[0].start} to {odd[0].end} differs, also when they are read again.")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any URL will do."""
         return True
+
+
+def fill(url: str, start: int, target: memoryview) -> None:
+    """Read bytes of a file or object, from ``start`` on, until ``target`` is full; a local file without a copy between.
+
+    Raises:
+        DataError: as storage.read_range.
+    """
+    if storage.is_remote(url):
+        target[:] = storage.read_range(url, start, len(target))
+        return
+    with storage.open_stream(url, start) as file:
+        read = cast(io.BufferedIOBase, file).readinto(target)
+    if read != len(target):
+        raise DataError(f"{url}: ends after {start + read} bytes, {start + len(target)} were expected; run the stage that wrote it again.")
 
 
 def _neighbours(pieces: list[Piece], items: list[ReadItem]) -> Iterator[list[_Wanted]]:

@@ -127,6 +127,7 @@ def test_the_stall_of_a_save_is_measured_on_the_real_engine_and_saver(monkeypatc
 
     monkeypatch.setattr(checkpoint, "PRESETS", {"cpu": ("tiny", "fp32")})
     monkeypatch.setattr(checkpoint, "BETWEEN", 2)
+    monkeypatch.setattr(checkpoint, "LARGE", 1 << 12)
     plain, wait = checkpoint.Checkpointer.settle, checkpoint.Checkpointer.wait
 
     def slow(saver: Any) -> float:
@@ -144,7 +145,8 @@ def test_the_stall_of_a_save_is_measured_on_the_real_engine_and_saver(monkeypatc
     assert found.measured["cost of a save at most"].value >= found.measured["stall of a save"].value
     assert {"plain reading, from storage", "plain reading, from memory"} <= set(found.floor)
     assert (
-        found.ratios["plain reading over a restore, from storage"].goal == 0.5 and found.measured["restore, from storage"].runs == checkpoint.READINGS
+        found.ratios["plain reading of 1 MB over a restore, from storage"].goal == 0.5
+        and found.measured["restore, from storage"].runs == checkpoint.READINGS
     )
 
 

@@ -57,7 +57,7 @@ def test_a_silent_storage_is_not_taken_for_a_damaged_checkpoint(stage: str, monk
 
 def test_an_outage_in_the_middle_of_reading_is_none_either(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = UnreachableError("step-00000010/rank-0.bin: failed after 6 attempts")
-    monkeypatch.setattr(storage, "read_range", broken("step-00000010/rank-0.bin", error, storage.read_range))
+    monkeypatch.setattr(checkpoint_storage, "fill", broken("step-00000010/rank-0.bin", error, checkpoint_storage.fill))
     with pytest.raises(UnreachableError, match=r"step-00000010/rank-0\.bin: failed after 6 attempts"):
         checkpoint.load_newest(stage, fragments(0.0), World.single())
 

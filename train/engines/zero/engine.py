@@ -283,16 +283,18 @@ class ZeroEngine:
         if not to_load and self.topology is not None and self.topology.node:
             return found
         masters = self._masters()
+        states = {flat: self._states_of(flat, masters[flat]) for flat in {piece.flat for piece in self.pieces}}
         for piece in self.pieces:
-            flat = masters[piece.flat]
-            group = self._group_of(piece.flat)
-            moments = self.shard_optimizer.moments(group, flat)  # zeros if no update has been applied yet
-            tensors = {"model": flat, "average": self.average.values[str(piece.flat)]}
-            tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names(group)}
-            tensors |= self._frozen.of(piece.flat)
-            for kind, tensor in tensors.items():
-                found[f"{kind}/{piece.name}"] = Fragment(tensor.detach().narrow(0, piece.start, piece.length), piece.offset, piece.total)
+            for kind, tensor in states[piece.flat].items():
+                found[f"{kind}/{piece.name}"] = Fragment(tensor.narrow(0, piece.start, piece.length), piece.offset, piece.total)
         return found
+
+    def _states_of(self, flat: int, master: Tensor) -> dict[str, Tensor]:
+        group = self._group_of(flat)
+        moments = self.shard_optimizer.moments(group, master)  # zeros if no update has been applied yet
+        tensors = {"model": master, "average": self.average.values[str(flat)]}
+        tensors |= {f"optimizer/{name}": moments[name] for name in self.shard_optimizer.state_names(group)}
+        return {kind: tensor.detach() for kind, tensor in (tensors | self._frozen.of(flat)).items()}
 
     def loaded(self, updates: int) -> None:
         """Finish a restore: compute every rank's parameters from the masters, and set the number of applied updates."""

@@ -73,6 +73,7 @@ STEPS: tuple[Step, ...] = (
     bench("optimizer", 30, "--seconds", "0.5", "--runs", "3"),
     bench("sample", 60, "--seconds", "0.5", "--runs", "3"),
     bench("checkpoint", 60, "--seconds", "1", "--runs", "3", needs=_WHOLE),
+    bench("compression", 30, "--seconds", "0.5", "--runs", "3", needs=_WHOLE),
     tests("memory", 60, "tests/model/test_gpu_model.py"),
 )
 """The most valuable first. A new step is a line here; every file with a test marked gpu belongs to one (tests/repository/test_gpu_script.py)."""

@@ -8,6 +8,7 @@ from train.machine.rates import Options
 BENCHES = {
     "checkpoint": "train.bench.checkpoint",
     "comm": "train.bench.comm",
+    "compression": "train.bench.compression",
     "data-codes": "train.bench.data_codes",
     "data-images": "train.bench.data_images",
     "dvae": "train.bench.dvae",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
 from model.config import StreamShape, TransformerConfig
-from train.bench import comm, peer_blocks, training_peers
+from train.bench import comm, compression, peer_blocks, training_peers
 from train.bench import open_set as bench
 from train.bench.harness import to_json
 from train.bench.peer_blocks import Decoder, training_step
+from train.engines.zero.compression.update import CompressedUpdate
 from train.machine.rates import Options
 
 CFG, SHAPE = TransformerConfig(layers=2, width=32, heads=2), StreamShape(text_tokens=6, text_vocab=40, grid=4, image_vocab=20)
@@ -59,3 +61,22 @@ def test_sums_over_ranks_are_timed_beside_a_copy_of_memory() -> None:
     found = comm.measured(Options("cpu", 0.02, 2), 2)
     assert found.measured["all-reduce of a bucket"].value > 0.01 and 1 < found.measured["the step's message"].value < 1e6
     assert found.ratios["all-reduce over copying memory"].to == "copying memory" and found.settings["backend"] == "gloo"
+
+
+def test_compression_is_timed_whole_beside_the_backward_pass_of_the_same_resblocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    payloads, settle = [], CompressedUpdate.settle
+
+    def slow(update: CompressedUpdate, applied: list[bool]) -> None:
+        payloads.append((update.wire.payload, update.members))
+        time.sleep(0.1)
+        settle(update, applied)
+
+    monkeypatch.setattr(CompressedUpdate, "settle", slow)
+    found = compression.compare(CFG, SHAPE, 2, Options("cpu", 0.01, 2), engine="structured")
+    assert all(figure.min >= 100 for figure in found.measured.values()) and found.floor["backward pass"].min < 100
+    goals = {name: ratio.goal for name, ratio in found.ratios.items()}
+    assert goals == {f"a backward pass over compression, {gpus} GPUs a machine": 20.0 if gpus == 8 else None for gpus in (1, 2, 8)}
+    for payload, members in payloads:
+        # Each of 2 layers has 4 + 8 square matrices' worth in six; every one is compressed, in codes of two bytes.
+        assert len(members) == 12 and payload == sum(2 * (member.block.factors if member.block else 0) for member in members) > 0
+    assert not torch.distributed.is_initialized() and to_json(found)

@@ -38,7 +38,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, SAVER_THREAD)
         self._staging: Future[None] | None = None
         self._job: Future[None] | None = None
-        self._staged: dict[str, Tensor] = {}
+        self._staged: dict[str, Fragment] = {}
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
         self.saved = 0
@@ -60,8 +60,8 @@ class Checkpointer:
         """
         began = time.perf_counter()
         self.wait()
-        copies = {name: Fragment(self._target(name, fragment.tensor), fragment.offset, fragment.total) for name, fragment in fragments.items()}
-        pairs = [(copies[name].tensor, fragment.tensor.detach()) for name, fragment in fragments.items()]
+        copies = {name: self._copy_of(name, fragment) for name, fragment in fragments.items()}
+        pairs = [(copies[name].tensor, fragment.tensor) for name, fragment in fragments.items()]
         self._enqueue([pair for pair in pairs if pair[1].is_cuda])
         self._staging = self._thread.submit(_stage, [pair for pair in pairs if not pair[1].is_cuda], ready)
         self._job = self._thread.submit(self._write, self._staging, step, copies, deepcopy(meta))  # lists in it may grow while it waits
@@ -93,11 +93,17 @@ class Checkpointer:
             job, self._job = self._job, None
             job.result()
 
-    def _target(self, name: str, tensor: Tensor) -> Tensor:
-        target = self._staged.get(name)
-        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
-            target = self._staged[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return target
+    def _copy_of(self, name: str, source: Fragment) -> Fragment:
+        copy, tensor = self._staged.get(name), source.tensor
+        if (
+            copy is None
+            or copy.tensor.shape != tensor.shape
+            or copy.tensor.dtype != tensor.dtype
+            or (copy.offset, copy.total) != (source.offset, source.total)
+        ):
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copy = self._staged[name] = Fragment(target, source.offset, source.total)
+        return copy
 
     def _enqueue(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Copy GPU tensors on the side stream, after all work that is already queued on the current stream."""
@@ -108,7 +114,7 @@ class Checkpointer:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+                target.copy_(source.detach(), non_blocking=True)
             self._copied.record(self._stream)
 
     def _write(self, staging: Future[None], step: int, fragments: dict[str, Fragment], meta: dict[str, Any]) -> None:
@@ -123,5 +129,6 @@ class Checkpointer:
 def _stage(pairs: list[tuple[Tensor, Tensor]], ready: Callable[[], None] | None) -> None:
     if ready is not None:
         ready()
-    for target, source in pairs:
-        target.copy_(source)
+    with torch.no_grad():
+        for target, source in pairs:
+            target.copy_(source)

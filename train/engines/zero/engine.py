@@ -99,6 +99,8 @@ class ZeroEngine:
         shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
         self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
         self._frozen = FrozenShards(self._masters() if fit.contrasts else [])
+        self._viewed: list[Tensor] = []
+        self._views: dict[str, Fragment] = {}
         self.updates = self.attempts = 0
         self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
@@ -284,10 +286,14 @@ class ZeroEngine:
             return found
         masters = self._masters()
         states = {flat: self._states_of(flat, masters[flat]) for flat in {piece.flat for piece in self.pieces}}
-        for piece in self.pieces:
-            for kind, tensor in states[piece.flat].items():
-                found[f"{kind}/{piece.name}"] = Fragment(tensor.narrow(0, piece.start, piece.length), piece.offset, piece.total)
-        return found
+        viewed = [tensor for of_flat in states.values() for tensor in of_flat.values()]
+        if not self._views or not all(now.is_set_to(before) for now, before in zip(viewed, self._viewed, strict=True)):
+            # Made once, and again only where a state has moved: of thousands of views a save would wait longer than for its copies.
+            self._viewed, self._views = viewed, {}
+            for piece in self.pieces:
+                for kind, tensor in states[piece.flat].items():
+                    self._views[f"{kind}/{piece.name}"] = Fragment(tensor.narrow(0, piece.start, piece.length), piece.offset, piece.total)
+        return found | self._views
 
     def _states_of(self, flat: int, master: Tensor) -> dict[str, Tensor]:
         group = self._group_of(flat)

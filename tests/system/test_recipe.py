@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infra import ledger, storage
 from infra.errors import ConfigError, DataError, ExitCode, UsageError
@@ -122,6 +123,13 @@ def samples_of(root: Path) -> list[float]:
     return seen
 
 
+def shown_by_tensorboard(root: Path) -> list[tuple[int, float]]:
+    """Steps and values of the curve of training losses, as TensorBoard's own reader has it."""
+    found = EventAccumulator(str(root / "tiny/tensorboard/dalle"), size_guidance={"scalars": 0})
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars("1 loss/train loss")]
+
+
 @pytest.mark.parametrize(("kills", "updates"), [(2, 50), pytest.param(20, 400, marks=pytest.mark.soak)])
 def test_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_path: Path, kills: int, updates: int) -> None:
     """kill -9 of a random rank of two, at random times, under a launcher that starts them again: the losses of an undisturbed run, update for update.
@@ -154,6 +162,9 @@ def test_kills_of_random_ranks_change_no_loss_and_no_weight(prepared: Path, tmp_
     assert all(each.saved >= known for each, known in zip(attempts, saved, strict=True)), "no update is lost beyond the last checkpoint"
     assert len(losses(calm, "dalle")) == updates and losses(stormy, "dalle") == losses(calm, "dalle")
     assert samples_of(stormy) == samples_of(calm)
+    curves, smooth = (shown_by_tensorboard(root) for root in (stormy, calm))
+    assert [step for step, _ in curves] == list(range(1, updates + 1)), "without gaps, and no update is drawn twice"
+    assert curves == smooth
     ours, theirs = (json.loads((root / "tiny/dalle/export/config.json").read_text())["content_hash"] for root in (stormy, calm))
     assert ours == theirs
 

@@ -2,9 +2,9 @@
 
 RUN is a run whose stages tokenizer and encode are finished. The machines are simulated in one process. Each has its part of the batch, its gradient and its error
 buffers, and every matrix is divided into as many shards as a machine has GPUs, as in the engine (train/engines/zero/compression). Sums are exact and factors are fp32,
-so arms differ only in the algorithm. The arms are: exact; several total ranks, as fractions of the width; and at one rank also a warm start instead of the fixed Q, and
-Gram-Schmidt instead of Householder. All arms of a seed have the same initial weights and batches. The file is written after each training, and the same command
-continues from it; ``--arms`` selects some of the arms.
+so arms differ only in the algorithm. The arms are: exact; several total ranks, as fractions of the width; and at one rank also a warm start instead of the fixed Q,
+Gram-Schmidt instead of Householder, and a Q that is refreshed from the errors. All arms of a seed have the same initial weights and batches. The file is written after
+each training, and the same command continues from it; ``--arms`` selects some of the arms.
 """
 
 from __future__ import annotations
@@ -53,10 +53,15 @@ class Arm:
     warm: bool = False
     """Whether the Q of an update is the projection of the next update, as in the original PowerSGD."""
     gram_schmidt: bool = False
+    refresh: int = 0
+    """Updates after which Q is computed anew from the sum of the errors (compression.refresh_every); 0: it is fixed."""
 
     @property
     def name(self) -> str:
-        return "exact" if not self.share else f"m {self.gpus}, r/d {self.share:g}" + ", warm start" * self.warm + ", Gram-Schmidt" * self.gram_schmidt
+        if not self.share:
+            return "exact"
+        changed = ", warm start" * self.warm + ", Gram-Schmidt" * self.gram_schmidt + f", refreshed every {self.refresh}" * (self.refresh > 0)
+        return f"m {self.gpus}, r/d {self.share:g}{changed}"
 
 
 SHARES = (0.08, 0.15, 0.25, 0.5)
@@ -66,6 +71,7 @@ ARMS = (
     *(Arm(2, share) for share in (MAIN, *(share for share in SHARES if share != MAIN))),
     Arm(2, MAIN, warm=True),
     Arm(2, MAIN, gram_schmidt=True),
+    Arm(2, MAIN, refresh=50),
     *(Arm(8, share) for share in SHARES),
 )
 REPEATED = ("exact", Arm(2, MAIN).name)
@@ -88,12 +94,16 @@ class Compressor:
 
     def __init__(self, arm: Arm, machines: int, blocks: int, shape: tuple[int, int, int], seed: int) -> None:
         rows, cols, rank = shape
+        self.count = 1
         self.arm, self.errors = arm, torch.zeros(machines, blocks, rows, cols)
         self.q0 = torch.stack([low_rank.gaussian(cols, rank, derive(seed, "compression", "experiment", rows, index)) for index in range(blocks)])
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """The compressed sum of the gradients, which all machines apply; the rest stays in the error buffers."""
         self.errors += gradients
+        if self.arm.refresh and self.count % self.arm.refresh == 0:
+            self.q0 = low_rank.refreshed(self.errors.sum(0), self.q0.shape[-1])
+        self.count += 1
         p = torch.stack([low_rank.left(errors, self.q0) for errors in self.errors]).sum(0)
         p = gram_schmidt(p) if self.arm.gram_schmidt else low_rank.orthonormal(p)
         q = torch.stack([low_rank.right(errors, p) for errors in self.errors]).sum(0)

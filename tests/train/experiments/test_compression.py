@@ -21,7 +21,9 @@ def gradients(model: Transformer, machines: int) -> list[dict[str, torch.Tensor]
     return [{name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()} for _ in range(machines)]
 
 
-@pytest.mark.parametrize("arm", [Arm(2, 0.25), Arm(2, 0.25, warm=True), Arm(4, 0.25, gram_schmidt=True)], ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "arm", [Arm(2, 0.25), Arm(2, 0.25, warm=True), Arm(4, 0.25, gram_schmidt=True), Arm(2, 0.25, refresh=2)], ids=lambda arm: arm.name
+)
 def test_simulated_machines_lose_nothing_and_send_what_the_fragments_say(arm: Arm) -> None:
     model = Transformer(CONFIG, SHAPE)
     machines = Machines(model, arm, 3, seed=0)
@@ -38,6 +40,20 @@ def test_simulated_machines_lose_nothing_and_send_what_the_fragments_say(arm: Ar
     difference = sum(float((given[name] - taken[name]).square().sum()) for name in given)
     assert difference == pytest.approx(norm, rel=1e-3) and norm > 0
     assert machines.rank == 4 and machines.sent_share == pytest.approx(4 * (arm.gpus + 2) / (2 * 16 * arm.gpus))
+
+
+def test_a_refreshed_q_sends_what_a_fixed_one_never_would() -> None:
+    """A gradient u v' with v orthogonal to the fixed Q: P is zero, so two of four rows are sent as they are, and the others never."""
+    owed = {}
+    for refresh in (0, 3):
+        compressor = compression.Compressor(Arm(2, 0.25, refresh=refresh), 1, 1, (4, 16, 2), seed=0)
+        compressor.q0[0, -1] = 0
+        gradient = torch.zeros(1, 1, 4, 16)
+        gradient[..., -1] = 1
+        for _ in range(3):
+            compressor(gradient.clone())
+        owed[refresh] = float(compressor.errors.norm() / gradient.norm())
+    assert owed[0] == pytest.approx(3 / 2**0.5, rel=1e-3) and owed[3] < 1e-3
 
 
 def test_the_exact_arm_is_the_sum() -> None:

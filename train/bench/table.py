@@ -18,6 +18,7 @@ BENCHES = {
     "open-set": "train.bench.open_set",
     "optimizer": "train.bench.optimizer",
     "sample": "train.bench.sample",
+    "samples": "train.bench.samples",
     "training-peers": "train.bench.training_peers",
     "watching": "train.bench.watching",
 }

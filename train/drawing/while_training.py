@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from typing import IO
 
 from infra.repository import REPOSITORY
@@ -112,3 +113,10 @@ class Samples:
             log.warning("samples: the drawing ended with code %d: %s", self._process.returncode, last)
         self._words.close()
         self._process = self._words = None
+
+
+def step_aside() -> None:
+    """Let this process run only where nothing else wants to: the lowest priority, and the class of idle processes."""
+    os.nice(19)
+    with suppress(OSError):  # a kernel or a container without it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

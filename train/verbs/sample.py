@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import replace
 
 from infra import environment, signals
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from train.config import RunConfig, load_run
+from train.drawing import while_training
 from train.planning import samples
 
 
@@ -25,7 +24,7 @@ def main(url: str, step: int, stop: StopFlag, *, aside: bool = False) -> None:
     if environment.text("LAUNCHER_PID"):
         signals.die_with_parent()
     if aside:
-        step_aside()
+        while_training.step_aside()
     stop.phase("the drawing of samples")
     from train.drawing import learned  # from here on threads are started, which inherit the priority
     from train.drawing.settings import of_stage
@@ -44,13 +43,6 @@ def main(url: str, step: int, stop: StopFlag, *, aside: bool = False) -> None:
     for picture, array in zip(entry["pictures"], learned.pixels(run, entry["pictures"]), strict=True):
         writer.images(step, f"samples/{picture['caption']}", array)
     writer.close()
-
-
-def step_aside() -> None:
-    """Let this process run only where nothing else wants to: the lowest priority, and the class of idle processes."""
-    os.nice(19)
-    with suppress(OSError):  # a kernel or a container without it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def captions_of(cfg: RunConfig, run: RunFolder) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, open_set
 from model.config import StreamShape, TransformerConfig
-from train.bench import comm, compression, peer_blocks, training_peers
+from train.bench import comm, compression, peer_blocks, samples, training_peers
 from train.bench import open_set as bench
 from train.bench.harness import to_json
 from train.bench.peer_blocks import Decoder, training_step
@@ -80,3 +81,25 @@ def test_compression_is_timed_whole_beside_the_backward_pass_of_the_same_resbloc
         # Each of 2 layers has 4 + 8 square matrices' worth in six; every one is compressed, in codes of two bytes.
         assert len(members) == 12 and payload == sum(2 * (member.block.factors if member.block else 0) for member in members) > 0
     assert not torch.distributed.is_initialized() and to_json(found)
+
+
+def test_a_drawing_beside_training_runs_only_in_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "PRESET", "tiny")
+    monkeypatch.setattr(samples, "TURNS", 3)
+    monkeypatch.setattr(samples, "UPDATES", 1)
+    states, kill = [], samples.os.kill
+
+    def noted(pid: int, number: int) -> None:
+        kill(pid, number)
+        states.append(number)
+
+    def update() -> None:
+        drawing = states[-1] == signal.SIGCONT
+        time.sleep(0.02 if drawing else 0.01)
+
+    monkeypatch.setattr(samples.os, "kill", noted)
+    monkeypatch.setattr(samples, "dalle_update", lambda *_: update)
+    found = samples.run(Options("cpu", 0.01, 1))
+    slower = [figure for name, figure in found.measured.items() if name.startswith("slower")]
+    assert slower and all(50 < figure.min <= figure.value <= figure.max for figure in slower) and to_json(found)
+    assert states[0] == signal.SIGSTOP and states.count(signal.SIGCONT) == 3 * len(slower)

@@ -33,7 +33,7 @@ from train.engines.zero.exponents import Exponents
 from train.engines.zero.frozen import FrozenShards
 from train.engines.zero.groups import make_optimizer, parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import EngineState, GradientScales
-from train.engines.zero.shards import GradientReader, pieces
+from train.engines.zero.shards import GradientReader, StateViews, pieces
 from train.engines.zero.topology import node_topology
 from train.engines.zero.whole_matrices import Ranks, WholeMatrices, matrices_of
 from train.optimizer.averaging import Average
@@ -90,17 +90,15 @@ class ZeroEngine:
         )
         self._take_over()
         self.pieces = pieces(self._optimizer, zero.stage, module, self.shard_rank)
+        self._views = StateViews(self.pieces)
         self.gradients = GradientReader(self._optimizer, zero.stage, module, self.pieces, self.tags, zero.offload_optimizer)
         self.device = next(module.parameters()).device
         self._compression_section, self._seed = compression or CompressionSection(), seed
         self._whole_matrices = self._gathering_matrices()
         found = self._build_compression()
         self.compression = found if found.is_active else None
-        shards = ((str(index), flat) for index, flat in enumerate(self._masters()))
-        self.average = Average(shards, fit.ema, fit.ema_every, on_cpu=True)
+        self.average = Average(((str(index), flat) for index, flat in enumerate(self._masters())), fit.ema, fit.ema_every, on_cpu=True)
         self._frozen = FrozenShards(self._masters() if fit.contrasts else [])
-        self._viewed: list[Tensor] = []
-        self._views: dict[str, Fragment] = {}
         self.updates = self.attempts = 0
         self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
@@ -286,14 +284,7 @@ class ZeroEngine:
             return found
         masters = self._masters()
         states = {flat: self._states_of(flat, masters[flat]) for flat in {piece.flat for piece in self.pieces}}
-        viewed = [tensor for of_flat in states.values() for tensor in of_flat.values()]
-        if not self._views or not all(now.is_set_to(before) for now, before in zip(viewed, self._viewed, strict=True)):
-            # Made once, and again only where a state has moved: of thousands of views a save would wait longer than for its copies.
-            self._viewed, self._views = viewed, {}
-            for piece in self.pieces:
-                for kind, tensor in states[piece.flat].items():
-                    self._views[f"{kind}/{piece.name}"] = Fragment(tensor.narrow(0, piece.start, piece.length), piece.offset, piece.total)
-        return found | self._views
+        return found | self._views.of(states)
 
     def _states_of(self, flat: int, master: Tensor) -> dict[str, Tensor]:
         group = self._group_of(flat)

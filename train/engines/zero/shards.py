@@ -12,6 +12,7 @@ Four words have different meanings here:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from model.transformer import ParameterTag
+from train.weights.fragments import Fragment
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,28 @@ def pieces(optimizer: Any, stage: int, module: nn.Module, rank: int) -> list[Pie
             place = mapping.hp_fragment_address
             found.append(Piece(name, mapping.param_group_index, place.start, mapping.lp_fragment_address.start, place.numel, p.numel()))
     return found
+
+
+class StateViews:
+    """Pieces as fragments of a rank's states (masters, moments, averages). Made once, and again only where a state has moved: a save would wait for thousands of
+    them longer than for its copies."""
+
+    def __init__(self, of: Sequence[Piece]) -> None:
+        self.pieces = of
+        self._viewed: list[Tensor] = []
+        self._found: dict[str, Fragment] = {}
+
+    def of(self, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Fragment]:
+        """``kind/parameter`` -> fragment, of the states by flat and kind."""
+        states_now = [tensor for kinds in states.values() for tensor in kinds.values()]
+        if len(states_now) != len(self._viewed) or not all(now.is_set_to(before) for now, before in zip(states_now, self._viewed, strict=True)):
+            self._viewed = states_now
+            self._found = {
+                f"{kind}/{piece.name}": Fragment(tensor.narrow(0, piece.start, piece.length), piece.offset, piece.total)
+                for piece in self.pieces
+                for kind, tensor in states[piece.flat].items()
+            }
+        return self._found
 
 
 class GradientSlots:

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from infra.repository import DOCS
+from infra.repository import DOCS, REPOSITORY
 from train.optimizer import adamw_kernel
 from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
 
@@ -82,6 +86,11 @@ class Usage:
 def compiled(variant: Variant, capability: int) -> Usage:
     """Compile a kernel for a compute capability, down to machine code. Needs no GPU."""
     kernel = triton.compile(variant.source(), target=GPUTarget("cuda", capability, _WARP), options=adamw_kernel.OPTIONS)
+    return usage(kernel)
+
+
+def usage(kernel: Any) -> Usage:
+    """What a compiled kernel uses."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
@@ -109,6 +118,13 @@ and reads what NVIDIA's assembler says of it. Do not edit. A block is {adamw_ker
 """
 
 
+_FLEX_HEAD = f"""## FlexAttention
+
+What torch {torch.__version__.split("+")[0]} generates for the attention of a layer at the paper's stream (256 + 1,024 states, heads of 64, fp16), compiled in the same way (`python -m train.bench.flex_kernels`); torch takes these sizes of
+blocks without trying others. Their numbers, forward and backward, are compared with the dense engine by Triton's interpreter (tests/train/bench/test_flex_kernels.py).
+"""
+
+
 def row(variant: Variant, capability: int) -> str:
     """A line of the table."""
     found = compiled(variant, capability)
@@ -126,7 +142,29 @@ def page() -> str:
     for variant in VARIANTS:
         for capability in TARGETS:
             lines.append(row(variant, capability))
+    lines += ["", *_flex_section()]
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _flex_section() -> list[str]:
+    """The kernels of FlexAttention, each target's made in a process of its own (train/bench/flex_kernels.py)."""
+    lines = [
+        _FLEX_HEAD,
+        "| mask | pass | target | registers | spills, bytes | shared memory, bytes | machine code, bytes |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for capability in TARGETS:
+        words = [sys.executable, "-m", "train.bench.flex_kernels", str(capability)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        for found in json.loads(done.stdout):
+            lines.append(flex_row(found))
+    return lines
+
+
+def flex_row(found: Mapping[str, Any]) -> str:
+    """A line of the table of FlexAttention."""
+    first = f"| {found['kind']} | {found['pass']} | sm_{found['target']} | {found['registers']} | {found['spills']} | "
+    return f"{first}{found['shared']} | {found['cubin']:,} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FlexAttention with block masks: the engine for GPUs. Written for torch 2.11 to 2.15; not yet run on a GPU.
+"""FlexAttention with block masks: the engine for GPUs. Written for torch 2.11 to 2.15; not yet run on a GPU, but its kernels were interpreted (docs/kernels.md).
 
 B batch, H heads, S states (T text, then I image), K width of a head.
 """

@@ -28,6 +28,7 @@ from train.config import load_run
 from train.drawing.while_training import step_aside
 from train.machine.rates import Figure, Options, threads
 from train.planning.demo_time_probe import dalle_update
+from train.ranks.device import set_up
 
 PRESET, PRECISION = "demo", "bf16"
 TURNS, UPDATES = 20, 5
@@ -41,7 +42,9 @@ def run(options: Options) -> Result:
     count = os.cpu_count() or 1
     sizes = {"preset": PRESET, "precision": PRECISION, "batch": cfg.dalle_fit.batch, "turns": TURNS, "updates_of_a_turn": UPDATES}
     result = start("samples", "Samples while training: what a drawing beside it takes", options, **sizes, cores=count)
-    update = dalle_update(cfg, torch.bfloat16, World.single())
+    world = World.single()
+    set_up(world)
+    update = dalle_update(cfg, torch.bfloat16, world)
     with _drawing(cfg.dalle, cfg.stream_shape()) as pid:
         for used in sorted({max(1, count - 1), count}):
             with threads(used):

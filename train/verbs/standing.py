@@ -76,6 +76,8 @@ def of_stage(cfg: RunConfig, run: RunFolder, name: str) -> list[Standing]:
     job = queues.of(run, name)
     shares = _shares(run, name)
     below = [_of_label(run, label, Standing(name, share)) for label, share in shares]
+    if found.state in ("out of date", "goes on") and _is_taken_up_again(run, name, job):
+        found.state, found.seconds = "-", None
     if found.state not in ("done", "out of date", "goes on"):
         _of_label(run, name, found)
         if below:
@@ -85,6 +87,12 @@ def of_stage(cfg: RunConfig, run: RunFolder, name: str) -> list[Standing]:
             needs = [need for need in used_by(cfg)[name].needs if not places.finished(cfg, run, need)]
             found.waits = f"for {', '.join(needs)}" if needs else ""
     return [found, *(below if found.state != "done" else [])]
+
+
+def _is_taken_up_again(run: RunFolder, name: str, job: Submitted | None) -> bool:
+    """Whether a stage that has finished was begun or submitted since, to go on or to be made anew."""
+    begun = max(_begun(run, label) for label in _labels(run, name))
+    return max(begun, job.at if job is not None else 0.0) > float((run.done(name) or {}).get("finished", 0.0))
 
 
 def _alone(cfg: RunConfig, run: RunFolder, name: str) -> Standing:
@@ -125,6 +133,11 @@ def _shares(run: RunFolder, name: str) -> list[tuple[str, str]]:
     return [(label, f"{index}/{count}") for index, count, label in sorted(found)]
 
 
+def _labels(run: RunFolder, name: str) -> list[str]:
+    """Under which the stage's attempts may stand: its own, and those of its shares."""
+    return [name, *(label for label, _ in _shares(run, name))]
+
+
 def _begun(run: RunFolder, label: str) -> float:
     numbers = run.attempts(label)
     begin = stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) if numbers else None
@@ -152,7 +165,7 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
         return found
     sign = lease.last_sign(run.url, label)
     if sign is None or not lease.is_alive(*sign):
-        found.state = "killed"
+        found.state, found.eta_s, found.rate = "killed", None, 0.0
         ago = f", whose last sign is {_seconds(sign[1])} old" if sign is not None else ""
         found.end = f"killed: no end was recorded by its launcher{ago}"
         return found
@@ -236,7 +249,7 @@ def _of_queue(run: RunFolder, job: Submitted | None, found: Standing, below: lis
     """What is known of a job that was submitted and has begun nothing yet, or waits to go on: one that saved, or crashed, goes back into its queue."""
     if job is None or found.is_live or any(each.is_live for each in below):
         return
-    begun = max((_begun(run, label) for label in [found.stage, *(label for label, _ in _shares(run, found.stage))]), default=0.0)
+    begun = max(_begun(run, label) for label in _labels(run, found.stage))
     found.job, asked = job.job, queues.state(job)
     if begun >= job.at:
         if asked and (found.state in ("ended", "killed") or any(each.state in ("ended", "killed") for each in below)):

@@ -107,10 +107,11 @@ def _run_row(run: RunFolder, stages: list[Standing]) -> dict[str, object]:
         lambda s: s.is_live,
         lambda s: s.state in ("starting", "queued", "not begun"),
         lambda s: s.state in ("ended", "killed"),
+        lambda s: s.state in ("goes on", "out of date"),
         lambda s: s.state != "-",
     ]
     whole = [each for each in stages if not each.share]
-    chosen = next((each for test in order for each in (whole if order.index(test) < 3 else whole[::-1]) if test(each)), whole[0])
+    chosen = next((each for test in order for each in (whole if order.index(test) < 4 else whole[::-1]) if test(each)), whole[0])
     return {"run": run.url, **_row(chosen)}
 
 

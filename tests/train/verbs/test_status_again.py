@@ -1,0 +1,53 @@
+"""What `status` says of a stage that had finished, and was begun or submitted once more."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from infra import listening, storage
+from infra.run_folder import RunFolder
+from tests.support.stopped_run import FIXTURE
+from tests.train.verbs.test_status import begun, held, of, submitted
+from train.verbs import status
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Its dvae has finished, and is asked for more updates."""
+    shutil.copytree(FIXTURE / "run", tmp_path / "run")
+    found = RunFolder(str(tmp_path / "run"))
+    storage.write_json(found.at("dvae", "done.json"), storage.read_json(found.at("dvae", "done.json")) | {"updates": 1, "finished": time.time()})
+    assert of(found, "dvae").state == "goes on"
+    return found
+
+
+def test_a_finished_stage_that_goes_on_is_live_killed_or_ended_like_any_other(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    number = begun(run, "dvae")
+    with held(run, "dvae"):
+        found = of(run, "dvae")
+        assert (found.state, found.seconds) == ("running", None)
+        status.main([run.url, run.url])
+        assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:]] == [["dvae", "running"]] * 2
+    rank = {"rank": 0, "done": 3, "total": 9, "rate": 2.0, "eta_s": 3.0, "said_s": 1.0}
+    live = {"attempt": number, "node": 0, "name": "n", "written": 0.0, "ranks": [rank]}
+    storage.write_json(storage.join(listening.place(run.url, "dvae"), "node-0.json"), live)
+    found = of(run, "dvae")
+    assert (found.state, found.done, found.eta_s) == ("killed", 3, None)
+    storage.write_json(run.attempt_url("dvae", number, "end.json"), {"code": 1, "reason": "boom", "ended": 0.0})
+    assert (of(run, "dvae").state, of(run, "dvae").end) == ("ended", "CRASH: boom")
+
+
+def test_a_finished_stage_that_was_submitted_to_go_on_is_queued(run: RunFolder) -> None:
+    submitted(run, "dvae", submitted=1.0)
+    assert of(run, "dvae").state == "goes on", "the job that finished it"
+    submitted(run, "dvae", submitted=time.time())
+    assert of(run, "dvae").state == "queued"
+
+
+def test_of_several_runs_a_stage_that_is_to_go_on_is_shown_before_the_last_finished_one(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    status.main([run.url, run.url])
+    assert [line.split()[1:4] for line in capsys.readouterr().out.splitlines()[1:]] == [["dvae", "goes", "on"]] * 2

@@ -95,6 +95,8 @@ def read_one(run: RunFolder, stage: str, number: int) -> Attempt:
         code, reason = exit_records.root_cause(records, size)
         if code == ExitCode.CRASH and (lost := stored.read_if_there(run.attempt_url(stage, number, _LOST), run_records.Lost)):
             reason = f"{lost['reason']}; {reason}"
+        elif code == ExitCode.CRASH and not records:  # ranks die with their launcher, which would have written an end
+            reason = f"{reason}, or its launcher was"
         end = ending(code, reason, records)
     known = {name: str(begin.get(name, "")) for name in ("run_id", "rendezvous")}
     restart, saved, begun, ended = (

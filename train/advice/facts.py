@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ _NODE = re.compile(r"node \d+ \(([^)\s]+)\)")
 _RANK = re.compile(r"\brank (\d+)\b")
 _LOOKED_AT = 20
 """Points of a series before the end that numerics are judged by."""
+_NO_ROOM = 2**20
+"""Free bytes of a disk under which a record may have been lost for want of room."""
 _BEFORE = 3
 """Earlier attempts of the same submission that are compared."""
 
@@ -114,8 +117,8 @@ def gather(run: RunFolder, label: str, attempt: int | None = None) -> Facts | No
         stage=label,
         attempt=number,
         code=found.code,
-        reason=found.reason,
-        ended=found.closed or _is_over(run, label, newest=newest),
+        reason=found.reason if found.closed else found.reason + _unwritten(run),
+        ended=found.closed or is_over(run, label, newest=newest),
         signals=signals,
         names=names,
         memory_kills={str(file["name"]): int(file["out_of_memory_kills"]) for file in files if file.get("out_of_memory_kills")},
@@ -140,10 +143,17 @@ OUTAGE = re.compile(
 """What reasons of an outage say (infra/s3_errors.py, infra/cloud_errors.py)."""
 
 
-def _is_over(run: RunFolder, label: str, *, newest: bool) -> bool:
+def is_over(run: RunFolder, label: str, *, newest: bool) -> bool:
     """Whether nobody works on an attempt whose end was not written down."""
     sign = lease.last_sign(run.url, label)
     return not newest or sign is None or not lease.is_alive(*sign)
+
+
+def _unwritten(run: RunFolder) -> str:
+    """Why an end may not have been written down, where that can still be seen: on a full disk nothing says that it is full."""
+    if storage.is_remote(run.url) or shutil.disk_usage(storage.local_path(run.url)).free >= _NO_ROOM:
+        return ""
+    return f"; or its record could not be written: there is no space left in {run.url}"
 
 
 def _files(run: RunFolder, label: str, number: int) -> list[dict[str, Any]]:

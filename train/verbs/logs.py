@@ -13,6 +13,7 @@ from infra.errors import ConfigError, DataError, MissingError, UsageError
 from infra.queues import Submitted
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from train.advice import facts
 from train.run.stage_table import STAGES
 
 _POLL_S = 0.5
@@ -40,7 +41,7 @@ def main(url: str, stage: str, rank: int | None, attempt: int | None, *, follow:
         raise UsageError(f"{url}: there was no attempt at '{label}'; attempts were made at {', '.join(labels(run)) or 'nothing'}.")
     chosen = numbers[-1] if attempt is None and numbers else attempt
     if attempt is not None and attempt not in numbers:
-        raise UsageError(f"--attempt {attempt}: '{label}' had {', '.join(map(str, numbers)) or 'none'}.")
+        raise UsageError(f"--attempt {attempt}: attempts at '{label}' are {', '.join(map(str, numbers)) or 'not there'}.")
     begin: dict[str, object] = {}
     if chosen is not None:
         begin = stored.read_if_there(run.attempt_url(label, chosen, "begin.json"), run_records.Begin) or {}
@@ -79,14 +80,17 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
     place = listening.logs(run.url, label, attempt)
     files = sorted((name for name in storage.list_level(place) if name.endswith(".log")), key=lambda name: int(re.sub(r"\D", "", name) or 0))
     if rank is not None:
-        files = [name for name in files if name == f"rank-{rank}.log"]
+        of_all, files = files, [name for name in files if name == f"rank-{rank}.log"]
     if not files:
-        who = "" if rank is None else f" of rank {rank}"
-        raise DataError(f"{place}: holds no words{who} of attempt {attempt} at '{label}'.")
+        if rank is None or not of_all:
+            raise DataError(f"{place}: holds no words of attempt {attempt} at '{label}'.")
+        kept = ", ".join(re.sub(r"\D", "", name) for name in of_all)
+        raise DataError(f"{place}: holds no words of rank {rank} of attempt {attempt} at '{label}', but of ranks {kept}.")
     seen = dict.fromkeys(files, 0)
     ended = run.attempt_url(label, attempt, "end.json")
     while True:
-        last = storage.exists(ended) or bool(stop)
+        over = not storage.exists(ended) and facts.is_over(run, label, newest=attempt == run.attempts(label)[-1])
+        last = over or storage.exists(ended) or bool(stop)
         for name in files:
             text = _from(storage.join(place, name), seen[name], to_the_end=last or not follow)
             seen[name] += len(text)
@@ -96,9 +100,14 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
         if not follow or last:
             if not any(seen.values()):  # an empty answer looks like a broken one
                 others = ", ".join(name for name in labels(run) if name != label)
+                who = "its ranks" if rank is None else f"rank {rank}"
                 print(
-                    f"'{label}', attempt {attempt}: its ranks printed nothing{f'; --stage shows others: {others}' if others else ''}.",
+                    f"'{label}', attempt {attempt}: {who} printed nothing{f'; --stage shows others: {others}' if others else ''}.",
                     file=sys.stderr,
+                )
+            elif follow and over and not storage.exists(ended):
+                print(
+                    f"'{label}', attempt {attempt}: nobody works on it any more, and no end was recorded: launcher.py why {run.url}", file=sys.stderr
                 )
             return
         time.sleep(_POLL_S)

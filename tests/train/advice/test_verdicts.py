@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,6 +109,21 @@ def test_what_was_lost_is_counted_from_the_newest_checkpoint(tmp_path: Path) -> 
     found = facts.gather(run, "clip")
     assert found is not None and (found.saved, found.done, found.lost_updates, found.moved) == (4, 7, 3, False)
     assert words.lost(found).startswith("3 updates after the checkpoint of update 4, 0:0")
+
+
+def test_an_end_that_a_full_disk_left_no_room_to_record_is_told_by_that_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called killed, with the advice to start again."""
+    run = RunFolder(str(tmp_path))
+    number = run.begin_attempt("dvae", size=1, saved=-1)
+    found = facts.gather(run, "dvae")
+    assert found is not None and found.reason == "rank 0 ended without a record: it was killed, or its launcher was"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    found = facts.gather(run, "dvae")
+    assert found is not None and decide(found)[0].name == "the disk of the run folder is full"
+    assert found.reason.endswith(f"or its record could not be written: there is no space left in {run.url}")
+    ledger.write_end(run, "dvae", number, {"code": 1, "reason": "rank 0: RuntimeError: boom", "ended": 0.0})
+    found = facts.gather(run, "dvae")
+    assert found is not None and found.reason == "rank 0: RuntimeError: boom", "it was recorded"
 
 
 def points(*values: float) -> list[Point]:

@@ -20,3 +20,23 @@ def test_logs_of_a_stage_that_printed_nothing_say_so_and_name_the_others(tmp_pat
     logs.main(run.url, "report", None, None, follow=False, stop=StopFlag())
     found = capsys.readouterr()
     assert found.out == "" and found.err == "'report', attempt 0: its ranks printed nothing; --stage shows others: clip.\n"
+
+
+def test_a_rank_that_printed_nothing_is_named_beside_one_that_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    run.begin_attempt("clip", size=2)
+    for rank, words in enumerate(("hello\n", "")):
+        storage.write_text(storage.join(listening.logs(run.url, "clip", 0), f"rank-{rank}.log"), words)
+    logs.main(run.url, "clip", 1, None, follow=False, stop=StopFlag())
+    assert capsys.readouterr() == ("", "'clip', attempt 0: rank 1 printed nothing.\n")
+
+
+def test_logs_of_an_attempt_whose_launcher_was_killed_are_followed_to_their_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing records such an end: they were followed for ever."""
+    run = RunFolder(str(tmp_path / "run"))
+    run.begin_attempt("clip", size=1)
+    storage.write_text(storage.join(listening.logs(run.url, "clip", 0), "rank-0.log"), "hello\nhalf a l")
+    logs.main(run.url, "clip", None, None, follow=True, stop=StopFlag())
+    said = capsys.readouterr()
+    assert said.out == "hello\nhalf a l\n"
+    assert said.err == f"'clip', attempt 0: nobody works on it any more, and no end was recorded: launcher.py why {run.url}\n"

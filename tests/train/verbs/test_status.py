@@ -259,7 +259,7 @@ def test_logs_of_a_slurm_job_are_its_newest_start_s_or_one_s_of_an_attempt_and_a
     assert capsys.readouterr().out == starts[1]
     logs.main(run.url, "", 1, 0, follow=False, stop=StopFlag())
     assert capsys.readouterr().out == "1: [rank 1] one 0\n"
-    with pytest.raises(UsageError, match=r"--attempt 7: 'clip' had 0, 1\."):
+    with pytest.raises(UsageError, match=r"--attempt 7: attempts at 'clip' are 0, 1\."):
         logs.main(run.url, "clip", None, 7, follow=False, stop=StopFlag())
     with pytest.raises(UsageError, match=r"there was no attempt at 'dalle'; attempts were made at clip\."):
         logs.main(run.url, "dalle", None, None, follow=False, stop=StopFlag())
@@ -380,7 +380,7 @@ def test_a_run_of_two_ranks_is_watched_stopped_cancelled_and_read(run: RunFolder
     assert {line.removeprefix("[rank 0] ") for line in lines} <= set(output.splitlines())
     logs.main(run.url, "clip", 0, 0, follow=False, stop=StopFlag())
     assert capsys.readouterr().out.splitlines()[0] == said[0].removeprefix("[rank 0] ")
-    with pytest.raises(DataError, match="holds no words of rank 7 of attempt 0 at 'clip'"):
+    with pytest.raises(DataError, match="holds no words of rank 7 of attempt 0 at 'clip', but of ranks 0, 1"):
         logs.main(run.url, "clip", 7, 0, follow=False, stop=StopFlag())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ class Profiler:
         kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if self._gpu else [])]
         if self._gpu:
             torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+        else:  # else the profiler's library says on every rank, as an error, that it counts no GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profile:
             yield
         self._write(step, profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from statistics import median_low
 
@@ -15,7 +16,9 @@ SLOW = 1.5
 LEAST_S = 0.01
 """Seconds over the median: what is shorter costs nobody anything."""
 IN_A_ROW = 3
-"""Lookouts after which a rank is named in the log, once: what lasts is worth a line."""
+"""Looks in a row after which a rank is named in the log, once: what lasts is worth a line."""
+LASTS_S = 10.0
+"""And so many seconds of them: where updates take milliseconds and the machine is busy, three slow ones in a row come every other second, of any rank."""
 
 
 def slow(own_s: Sequence[float]) -> list[tuple[int, float]]:
@@ -40,6 +43,8 @@ class Stragglers:
         self._stage, self._every = stage, every
         self._sums, self._count = np.zeros(ranks), 0
         self._in_a_row: dict[int, int] = {}
+        self._since: dict[int, float] = {}
+        self._named: set[int] = set()
         self.found: list[tuple[int, float]] = []
         """Of the last look."""
         self.slowest = 1.0
@@ -56,8 +61,12 @@ class Stragglers:
         self.slowest = max(means) / max(median_low(means), 1e-9)
         self.found = slow(means)
         self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank, _ in self.found}
+        now = time.monotonic()
+        self._since = {rank: self._since.get(rank, now) for rank in self._in_a_row}
+        self._named &= self._in_a_row.keys()
         for rank, times in self.found:
-            if self._in_a_row[rank] == IN_A_ROW:
+            if self._in_a_row[rank] >= IN_A_ROW and now - self._since[rank] >= LASTS_S and rank not in self._named:
+                self._named.add(rank)
                 log.warning(
                     "%s: rank %d is slow: its own work takes %.1f times the median of %d ranks, and all wait for it",
                     self._stage,

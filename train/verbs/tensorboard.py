@@ -19,6 +19,7 @@ from infra.errors import ConfigError, DataError, UsageError
 from infra.mirror import Look, Mirror
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
+from infra.text import counted
 from train.run.run_names import distinct
 
 _LOOK_S = 0.2
@@ -107,7 +108,7 @@ def _look(mirrors: dict[str, Mirror]) -> dict[str, Look]:
     for name, look in found.items():
         if look.grown or look.replaced:
             also = f", {len(look.replaced)} replaced or gone" if look.replaced else ""
-            print(f"{name}: {look.files} event files, {look.grown} of them with something new{also}; {look.read:,} bytes read", flush=True)
+            print(f"{name}: {counted(look.files, 'event file')}, {look.grown} of them with something new{also}; {look.read:,} bytes read", flush=True)
     return found
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ from tests.support.ranks import run_in_ranks
 from tests.support.stopped_run import FIXTURE, STEPS, losses, run_stage
 from tests.train.loop.test_trainer import APPLIED, Counting, Nothing, Scripted
 from train.config import FitSection, load_run
-from train.loop import gantt, phases
+from train.loop import gantt, phases, stragglers
 from train.loop.metrics import read_metrics
 from train.loop.phases import Phases
 from train.loop.profiling import set_by_message
-from train.loop.stragglers import IN_A_ROW, Stragglers, slow
+from train.loop.stragglers import IN_A_ROW, LASTS_S, Stragglers, slow
 from train.loop.trainer import Trainer
 from train.loop.watching import speed_of_median
 from train.weights.fragments import even_slice
@@ -48,6 +49,7 @@ class Slow(Nothing):
 def toy(world: World, folder: str) -> tuple[list[float], list[str]]:
     """A run of two ranks of which the second is slow; what was gathered of each, and what was said."""
     said: list[str] = []
+    stragglers.LASTS_S = 0.0  # in this rank's own process
 
     class Keeps(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -65,8 +67,11 @@ def toy(world: World, folder: str) -> tuple[list[float], list[str]]:
     return fit._vector.own_s, said
 
 
-def test_a_slow_rank_is_named_by_what_travels_with_the_step_s_message_and_profiles_show_who_waits(tmp_path: Path) -> None:
+def test_a_slow_rank_is_named_by_what_travels_with_the_step_s_message_and_profiles_show_who_waits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (own_0, said), (own_1, others) = run_in_ranks(toy, 2, str(tmp_path))
+    assert not re.search("profiler_start|gpuGetDeviceCount", capfd.readouterr().err), "words of the profiler's library, in C++"
     assert own_0 == own_1 and len(own_0) == 2 and own_0[1] > 0.15 > own_0[0]
     lines = [line for line in said if "is slow" in line]
     assert len(lines) == 1 and re.match(r"toy: rank 1 is slow: its own work takes \d+\.\d times the median of 2 ranks, and all wait for it", lines[0])
@@ -118,13 +123,21 @@ def test_slow_ranks_are_those_far_over_the_median_and_not_for_nothing() -> None:
     assert slow([1.0] * 1023 + [1.4]) == []
 
 
-def test_a_rank_that_is_slow_for_long_is_said_once_and_one_slow_spell_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_that_is_slow_for_long_is_said_once_and_one_slow_spell_is_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stragglers, "time", SimpleNamespace(monotonic=lambda: now[0]))
     found = Stragglers("dvae", 3, every=2)
     assert not found.observe([1.0, 1.0, 9.0]) and found.observe([1.0, 1.0, 9.0]) and found.found == [(2, 9.0)] and found.slowest == 9.0
     for _ in range(2):
         found.observe([1.0, 1.0, 1.0])
     assert found.found == []
     for _ in range(2 * (IN_A_ROW + 2)):
+        found.observe([1.0, 3.0, 1.0])
+    assert not caplog.text, "of updates of milliseconds, three looks are no time"
+    for _ in range(2 * (IN_A_ROW + 2)):
+        now[0] += LASTS_S / 2
         found.observe([1.0, 3.0, 1.0])
     assert caplog.text.count("rank 1 is slow: its own work takes 3.0 times") == 1 and "rank 2" not in caplog.text
 

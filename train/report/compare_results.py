@@ -48,7 +48,8 @@ def section(runs: Mapping[str, RunView]) -> Section | None:
     rows.append(["commit", *(str(run.provenance.get("commit", ""))[:10] for run in runs.values())])
     words = "Of the evaluate stage; of a run that has not come to it, the newest of its training logs, on fewer samples (*)."
     other = " ≠: measured on other pictures, codes or pieces of text, so no run is better." if apart else ""
-    return Section("results", "Results", join(table(["", *runs], rows, numbers=range(1, 1 + len(runs))), note(words, other)))
+    old = [note(f"Out of date: {name}'s {stage} was {why}; run it again.") for name, run in runs.items() for stage, why in run.out_of_date.items()]
+    return Section("results", "Results", join(table(["", *runs], rows, numbers=range(1, 1 + len(runs))), note(words, other), *old))
 
 
 def _is_comparable(runs: Mapping[str, RunView], key: str) -> bool:

@@ -94,6 +94,19 @@ def test_figures_of_other_pictures_are_not_better_and_chance_stands_beside(tmp_p
     assert 'PSNR (dB)</td><td class="n">12</td><td class="n"><b>21</b></td>' in results, "dVAEs may be compared on the same pictures"
 
 
+def test_figures_of_weights_that_a_run_no_longer_has_are_called_out_of_date(tmp_path: Path) -> None:
+    """They stood beside the updates made since, as if they were theirs."""
+    for name, old in (("a", "ffff"), ("b", "0000")):
+        run = fake_run(tmp_path / name)
+        for trained in ("dalle", "align"):
+            write_json(run / trained / "export/config.json", {"content_hash": "ffff" * 4})
+        write_json(run / "evaluate/done.json", RunView(str(run)).done("evaluate") | {"parents": {"dalle": old * 4}})
+    results = _section(render({name: RunView(str(tmp_path / name)) for name in "ab"}), "results")
+    assert re.findall(r"Out of date: [^<]*", results) == [
+        "Out of date: b&#39;s evaluate was made from dalle 000000000000, the run has ffffffffffff; run it again."
+    ]
+
+
 def test_a_damaged_run_costs_its_section_and_runs_that_are_alike_say_so(runs: dict[str, RunView], tmp_path: Path) -> None:
     config = runs["demo"].config
     views = {name: _bare(tmp_path / name, config) for name in ("x", "y")}

@@ -170,7 +170,7 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
         found.end = f"killed: no end was recorded by its launcher{ago}"
         return found
     found.state = "running"
-    found.heard_s = {int(rank["rank"]): rank["heard_s"] + node["age_s"] for node in nodes for rank in node["ranks"]}
+    found.heard_s = {int(rank["rank"]): float(rank.get("heard_s", 0.0)) + node["age_s"] for node in nodes for rank in node["ranks"]}
     found.waits = trouble(nodes, found) or (str(ranks[0].get("phase", "")) if ranks else "")
     return found
 
@@ -191,7 +191,7 @@ def _of_main(rank: dict[str, Any], age_s: float, found: Standing) -> None:
     found.rate, found.eta_s = float(rank.get("rate") or 0.0), rank.get("eta_s")
     found.loss = rank.get("loss", found.loss)
     found.of_median, found.skipped, found.slow = rank.get("of_median"), int(rank.get("skipped", 0)), rank.get("slow") or []
-    found.said_s = rank["said_s"] + age_s
+    found.said_s = float(rank.get("said_s", 0.0)) + age_s
 
 
 def trouble(nodes: Sequence[dict[str, Any]], found: Standing) -> str:
@@ -203,13 +203,13 @@ def trouble(nodes: Sequence[dict[str, Any]], found: Standing) -> str:
     ]
     for node in nodes:
         for rank in node["ranks"]:
-            heard_s = rank["heard_s"] + node["age_s"]
+            heard_s = float(rank.get("heard_s", 0.0)) + node["age_s"]
             name = f"rank {rank['rank']} (node {node['name']})"
             if rank.get("state") in ("T", "t"):
                 words.append(f"{name} is stopped (SIGSTOP), for {_seconds(heard_s)}")
             elif not rank.get("state") and not node.get("ended"):
                 words.append(f"{name} is gone")
-            elif rank["heard_s"] > SILENT_S:
+            elif heard_s - node["age_s"] > SILENT_S:
                 words.append(f"{name} has given no sign for {_seconds(heard_s)}")
     busy = any(rank.get("phase") for node in nodes for rank in node["ranks"])
     usual = _TIMES / found.rate if found.rate else 0.0

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from infra import shown, storage
-from infra.errors import DataError
+from infra.errors import DataError, ReportedError
 from infra.progress import duration, table, three_digits
 from infra.run_folder import RunFolder
 from infra.signals import StopFlag
@@ -21,6 +21,8 @@ from train.verbs import standing
 from train.verbs.standing import Standing
 
 _CLEAR = "\x1b[H\x1b[2J"
+_LONGEST = 100
+"""Characters of a row's last cell."""
 
 
 def main(urls: list[str], *, as_json: bool = False, watch_s: float = 0.0, stop: StopFlag | None = None) -> None:
@@ -30,18 +32,29 @@ def main(urls: list[str], *, as_json: bool = False, watch_s: float = 0.0, stop: 
         watch_s: seconds after which that is done again, until a stop signal comes; 0: it is done once.
 
     Raises:
-        DataError: there is no run in a folder.
+        DataError: there is no run in a folder; the others are shown first.
     """
     while True:
-        found = [_read(url) for url in urls]
+        found, failed = [], list[ReportedError]()
+        for url in urls:
+            try:
+                found.append(_read(url))
+            except ReportedError as error:
+                failed.append(error)
+        if failed and not found:
+            raise failed[0]
         if watch_s and sys.stdout.isatty():
             print(_CLEAR, end="")
         if as_json:
             print(json.dumps([_as_json(run, stages) for _, run, stages in found], allow_nan=False), flush=True)
-        elif len(found) == 1:
+        elif len(urls) == 1:
             _one(*found[0])
         else:
             table([_run_row(run, stages) for _, run, stages in found])
+        for each in failed[: None if watch_s else -1]:
+            print(each, file=sys.stderr)
+        if not watch_s and failed:
+            raise failed[-1]
         if not watch_s:
             return
         if _asleep(watch_s, stop):
@@ -86,6 +99,7 @@ def _one(cfg: RunConfig, run: RunFolder, stages: list[Standing]) -> None:
 
 def _row(each: Standing) -> dict[str, object]:
     """For the table of one run."""
+    now = each.waits if each.state in ("running", "starting", "queued", "not begun") else each.end
     return {
         "stage": each.stage if not each.share else f"  {each.share}",
         "state": each.state if not each.state.startswith("-") or not each.waits else f"waits {each.waits}",
@@ -97,7 +111,7 @@ def _row(each: Standing) -> dict[str, object]:
         "checkpoint": _checkpoint(each),
         "restarts": each.restarts or "",
         "minutes": f"{each.seconds / 60:.1f}" if each.seconds is not None else "",
-        "now": (each.waits if each.state in ("running", "starting", "queued", "not begun") else each.end)[:100],
+        "now": now if len(now) <= _LONGEST else f"{now[: _LONGEST - 1]}…",
     }
 
 

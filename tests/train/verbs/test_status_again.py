@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from infra import listening, storage
+from infra.errors import DataError
 from infra.run_folder import RunFolder
 from tests.support.stopped_run import FIXTURE
 from tests.train.verbs.test_status import begun, held, of, submitted
-from train.verbs import status
+from train.verbs import standing, status
+from train.verbs.standing import Standing
 
 
 @pytest.fixture
@@ -51,3 +54,24 @@ def test_a_finished_stage_that_was_submitted_to_go_on_is_queued(run: RunFolder) 
 def test_of_several_runs_a_stage_that_is_to_go_on_is_shown_before_the_last_finished_one(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     status.main([run.url, run.url])
     assert [line.split()[1:4] for line in capsys.readouterr().out.splitlines()[1:]] == [["dvae", "goes", "on"]] * 2
+
+
+def test_a_wrong_folder_hides_no_other_run(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="/nowhere is no run folder"):
+        status.main([run.url, str(tmp_path / "none"), run.url, str(tmp_path / "nowhere")], as_json=True)
+    printed = capsys.readouterr()
+    assert [each["run"] for each in json.loads(printed.out)] == [run.url] * 2
+    assert printed.err.splitlines() == [f"{tmp_path}/none/config.json is missing: {tmp_path}/none is no run folder."]
+    with pytest.raises(DataError, match="/none is no run folder"):
+        status.main([str(tmp_path / "none"), str(tmp_path / "nowhere")])
+
+
+def test_a_long_reason_is_cut_where_one_sees_it() -> None:
+    assert status._row(Standing("dalle", state="ended", end="x" * 300))["now"] == "x" * 99 + "…"
+
+
+def test_a_sign_of_life_that_says_less_than_a_newer_one_is_read() -> None:
+    rank, found = {"rank": 0, "done": 3, "total": 8}, Standing("clip")
+    assert standing.trouble([{"node": 0, "name": "a", "age_s": 1.0, "ranks": [rank]}], found) == "rank 0 (node a) is gone"
+    standing._of_main(rank, 1.5, found)
+    assert (found.done, found.total, found.said_s) == (3, 8, 1.5)

@@ -94,6 +94,15 @@ def _place() -> str:
     return "elsewhere:0"
 
 
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _is_fill(args: Any) -> bool:
+    """Whether one number is written where one mask says: torch's kernel fills then, without counting; before torch 2.12 it is told apart only there."""
+    return len(args) > 2 and isinstance(args[2], Tensor) and args[2].numel() == 1 and len(args[1]) == 1
+
+
 class _Functions(TorchFunctionMode):
     """Pinned memory, which no dispatcher sees."""
 
@@ -128,7 +137,7 @@ class _Dispatch(TorchDispatchMode):
             if func in _READS:
                 self.watch.wait(str(func))
                 return False if func is not _aten._local_scalar_dense.default else torch.zeros((), dtype=args[0].dtype).item()
-            if func in _SIZED_BY_VALUES or (func in _INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])):
+            if func in _SIZED_BY_VALUES or (func in _INDEXING and not _is_fill(args) and any(_is_mask(i) for i in args[1])):
                 self.watch.wait(f"{func}, whose size depends on values,")
             if func in _INDEXING and any(i is not None and not i.is_cuda for i in args[1]):
                 self.watch.wait(f"{func} with an index on the CPU")

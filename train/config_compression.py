@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from infra.config import Section
 from infra.config_keys import ANY_TIME
+from infra.errors import ConfigError
 
 
 class CompressionSection(Section):
@@ -35,7 +36,7 @@ class CompressionSection(Section):
     @model_validator(mode="after")
     def _ranked(self) -> Self:
         if self.method == "powersgd" and not self.rank:
-            raise ValueError("method = 'powersgd' needs a rank above 0, such as 0.25 times dalle.width")
+            raise ValueError("method = 'powersgd' needs compression.rank above 0, such as a quarter of dalle.width")
         return self
 
 
@@ -45,4 +46,16 @@ def check_sharding(section: CompressionSection, sharding: str) -> None:
         raise ValueError(
             f"compression.method = 'powersgd' compresses between machines that hold replicas, but zero.sharding = '{sharding}'; set it to 'node', or the "
             "method to 'exact'"
+        )
+
+
+def check_rank(section: CompressionSection, machines: int, processes: int) -> None:
+    """Check that the rank divides over the processes of a machine, where anything is compressed.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if section.method == "powersgd" and machines > 1 and section.rank % processes:
+        raise ConfigError(
+            f"compression.rank = {section.rank} does not divide over the {processes} processes of a machine; use a multiple of {processes}."
         )

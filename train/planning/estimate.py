@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from infra.errors import ConfigError
 from train.config import DalleFit, RunConfig
+from train.config_compression import check_rank
 from train.optimizer.muon_schedule import FP32, Load, loads, rounds, wire_bytes
 from train.planning import activations, network, states, wire
 from train.planning.flops import forward_flops, head_products, update_flops
@@ -56,7 +57,12 @@ class Setting:
 
     @classmethod
     def configured(cls, cfg: RunConfig, cluster: Cluster) -> Setting:
-        """The setting that a configuration describes."""
+        """The setting that a configuration describes.
+
+        Raises:
+            ConfigError: the rank of compression does not divide over the GPUs of a machine.
+        """
+        check_rank(cfg.compression, cluster.nodes, cluster.gpus)
         fit, zero = cfg.dalle_fit, cfg.zero
         is_half = fit.precision == "fp16"
         storage: Storage = "half" if is_half and zero.weights != "cast" else "cast"

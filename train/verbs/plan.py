@@ -16,8 +16,11 @@ from train.planning.flops import layer_pairs, train_flops
 from train.planning.hardware import Gpu, named
 from train.planning.out_of_memory import smaller
 from train.planning.states import Cluster, Layout
+from train.planning.wire import Sent
 
 _GB, _MB = 1e9, 1e6
+_MUCH_LESS = 0.67
+"""Share of the bytes below which another ZeRO stage is named."""
 
 
 def main(
@@ -242,7 +245,7 @@ def compressing(setting: Setting) -> list[str]:
     """If gradient compression between machines is configured: what it sends, holds in memory and stores in checkpoints."""
     sent = estimate.compression(setting)
     if not sent or setting.rank is None:
-        return []
+        return _not_compressing(setting)
     most, exact = max(sent, key=lambda one: one.total), estimate.traffic(replace(setting, rank=None)).outside
     gpus, nodes, kept = setting.cluster.gpus, setting.cluster.nodes, setting.cfg.compression.error_buffers
     matrices = states.count(setting.cfg.dalle, setting.cfg.stream_shape()).matrices
@@ -255,6 +258,33 @@ def compressing(setting: Setting) -> list[str]:
         f"factors have {elements:.2%} of the elements that they stand for (even shards: {closed:.2%})",
         f"error buffers        {estimate.error_bytes(setting) / _MB:,.1f} MB a GPU with the projections, in {setting.rest}; {stored / _MB:,.1f} MB in a checkpoint "
         f"(compression.error_buffers = '{kept}')",
+        *_less_compressed(setting, sent),
+    ]
+
+
+def _not_compressing(setting: Setting) -> list[str]:
+    """Why nothing is compressed, where the configuration says something of compression."""
+    section = setting.cfg.compression
+    if section.method != "exact":
+        return ["compression          none: there is one machine, so nothing is sent between machines"]
+    if section.rank:
+        return [
+            f"compression          none: compression.method = 'exact', so that compression.rank = {section.rank} has no effect; set the method to 'powersgd'"
+        ]
+    return []
+
+
+def _less_compressed(setting: Setting, sent: list[Sent]) -> list[str]:
+    """What would compress more, where the rank or the ZeRO stage leaves little of it."""
+    if not any(one.compressed for one in sent):
+        return ["little compressed    factors would be no smaller than the gradients, so all are sent exactly; a lower compression.rank compresses"]
+    most = max(one.total for one in sent)
+    other = max(one.total for one in estimate.compression(replace(setting, stage=3)))
+    if other > _MUCH_LESS * most:
+        return []
+    return [
+        f"little compressed    the GPU that sends most holds many embeddings, or parts of matrices, which are sent exactly; with zero.stage=3, which cuts every parameter evenly, "
+        f"it would send {other / _MB:,.1f} instead of {most / _MB:,.1f} MB"
     ]
 
 

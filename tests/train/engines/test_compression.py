@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
+from model.transformer import ParameterTag
+from model.width import WidthRatios
 from train.config import load_run
+from train.config_compression import CompressionSection
 from train.engines.zero.compression import low_rank
+from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.exchange import WIRE_FACTOR
 from train.engines.zero.compression.fragments import Block, block_of, payload_bytes, sent_bytes
+from train.engines.zero.shards import Piece
+from train.engines.zero.topology import NodeTopology
 from train.optimizer.number_formats import SIGNED_169
 
 MACHINES = 3
@@ -129,3 +139,17 @@ def test_the_configuration_says_what_compression_needs() -> None:
     with pytest.raises(Exception, match=r"compresses between machines that hold replicas, but zero\.sharding = 'flat'; set it to 'node'"):
         load_run("tiny", ["compression.method=powersgd", "compression.rank=8"])
     assert load_run("tiny", []).compression.method == "exact"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"), [(2, "rank 4 between 2 machines, for 80 % of the elements of rank 0's gradients"), (1, "there is one machine")]
+)
+def test_a_start_says_what_is_compressed(nodes: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    topology = cast("NodeTopology", SimpleNamespace(nodes=nodes, node=0, node_size=1, between=None, within=None))
+    held = [Piece("matrix", 0, 0, 0, 1024, 1024), Piece("gain", 0, 1024, 0, 256, 256)]
+    ratios = WidthRatios()
+    tags = {"matrix": ParameterTag(0, True, True, ratios), "gain": ParameterTag(0, False, False, ratios)}
+    section, cpu = CompressionSection(method="powersgd", rank=4), torch.device("cpu")
+    with caplog.at_level(logging.INFO):
+        build(section, ["matrix", "gain"], held, {"matrix": 32}, tags, topology, (cpu, cpu), 0)
+    assert [said in record.getMessage() for record in caplog.records] == [True]

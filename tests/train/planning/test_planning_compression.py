@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from infra.errors import ConfigError
 from train.config import load_run
 from train.planning import estimate, network
 from train.planning.estimate import Setting
@@ -59,3 +60,31 @@ def test_sums_over_machines_are_not_hidden_where_machines_are_replicas() -> None
     assert exact.compressing == 0 < low.compressing and low.expected < exact.expected and low.overlapped < low.expected
     flat = estimate.times(Setting(cfg, Cluster(128, 8), 3, "flat", "half", 4, True), gpu)
     assert not flat.is_exposed and flat.expected == max(flat.compute, flat.inside, flat.outside) + flat.optimizer
+
+
+_NODE = ["zero.sharding=node", "compression.method=powersgd"]
+
+
+def _said(capsys: pytest.CaptureFixture[str], words: list[str], nodes: int = 4) -> str:
+    plan.main("1.2B", words, nodes=nodes, gpus=8, memory=0, gpu="H200-141GB", tokens=0, rank=0)
+    return capsys.readouterr().out
+
+
+def test_a_rank_that_does_not_divide_is_refused_by_the_plan_as_by_a_start() -> None:
+    with pytest.raises(ConfigError, match=r"compression.rank = 100 does not divide over the 8 processes of a machine; use a multiple of 8\."):
+        plan.main("1.2B", [*_NODE, "compression.rank=100"], nodes=4, gpus=8, memory=0, gpu="H200-141GB", tokens=0, rank=0)
+    Setting.configured(load_run("1.2B", [*_NODE, "compression.rank=100"]), Cluster(1, 8))  # with one machine nothing is divided
+
+
+def test_a_plan_says_what_would_compress_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "with zero.stage=3, which cuts every parameter evenly, it would send 147.6 instead of 684.9 MB" in _said(
+        capsys, [*_NODE, "compression.rank=512"]
+    )
+    assert "little compressed" not in _said(capsys, [*_NODE, "compression.rank=512", "zero.stage=3"])
+    assert "a lower compression.rank compresses" in _said(capsys, [*_NODE, "compression.rank=80000", "zero.stage=3"])
+
+
+def test_a_plan_says_why_nothing_is_compressed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "compression.rank = 512 has no effect; set the method to 'powersgd'" in _said(capsys, ["zero.sharding=node", "compression.rank=512"])
+    assert "compression          none: there is one machine" in _said(capsys, [*_NODE, "compression.rank=512"], nodes=1)
+    assert "compression  " not in _said(capsys, [])

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra.errors import ConfigError
 from infra.seeds import derive
 from model.transformer import ParameterTag
-from train.config_compression import CompressionSection
+from train.config_compression import CompressionSection, check_rank
 from train.engines.zero.compression.buffers import ErrorBuffers
 from train.engines.zero.compression.exchange import Exchange
 from train.engines.zero.compression.fragments import block_of
@@ -70,17 +69,19 @@ def build(
     """
     nodes, node, processes = (1, 0, 1) if topology is None else (topology.nodes, topology.node, topology.node_size)
     is_on = section.method == "powersgd" and nodes > 1
-    if is_on and section.rank % processes:
-        raise ConfigError(
-            f"compression.rank = {section.rank} does not divide over the {processes} processes of a machine; use a multiple of {processes}."
-        )
-    if section.method == "powersgd" and nodes == 1:
+    check_rank(section, nodes, processes)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if section.method == "powersgd" and nodes == 1 and is_first:
         log.info("compression: there is one machine, so nothing is sent between machines")
     by_name = {piece.name: piece for piece in pieces}
     members = members_of(names, by_name, widths, tags, section.rank if is_on else 0, seed)
     held = [by_name[member.name] for member in members if tags[member.name].is_block_matrix]
     exchange = Exchange(None if topology is None else topology.between, nodes, section.wire, devices[1])
     layout = _layout(members, by_name, topology) if is_on else ""
+    if is_on and is_first:
+        compressed = sum(member.block.elements for member in members if member.block is not None)
+        share = compressed / sum(piece.length for piece in pieces)
+        log.info("compression: rank %d between %d machines, for %.0f %% of the elements of rank 0's gradients", section.rank, nodes, 100 * share)
     return Compression(section, members, ErrorBuffers(held, section.rest, devices[0]), exchange, node=node, slots=slots_of(tags), layout=layout)
 
 

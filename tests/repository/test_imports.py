@@ -54,7 +54,7 @@ HOMES = {
     "typer": ("launcher.py", "train/verbs/arguments.py", "train/verbs/watching_commands.py"),
     "rich": ("launcher.py", "infra/progress.py"),
     "safetensors": ("train/weights/export.py", "train/weights/vqgan_files.py", "train/evaluation/weight_files.py"),
-    "triton": ("train/optimizer/adamw_kernel.py", "train/bench/kernels.py", "train/bench/flex_kernels.py", "infra/docker/check_image.py"),
+    "triton": ("train/optimizer/adamw_kernel.py", "train/bench/kernels.py", "train/bench/generated.py", "infra/docker/check_image.py"),
     "scipy": (),
     "torchvision": ("train/bench/data_images.py",),
     "dall_e": (),

@@ -26,7 +26,8 @@ from model.attention import DenseAttention
 from model.config import StreamShape, TransformerConfig
 from model.flex import FlexAttention
 from model.offsets import Kind
-from train.bench.flex_kernels import pretended_gpu, programs
+from train.bench.flex_kernels import programs
+from train.bench.generated import pretended_gpu
 
 CONFIG, SHAPE = TransformerConfig(layers=4, width=64, heads=1), StreamShape(text_tokens=128, text_vocab=64, grid=16, image_vocab=64)
 """Three blocks of 128 states: whole ones, partial ones, and some that are left out."""

@@ -125,6 +125,13 @@ blocks without trying others. Their numbers, forward and backward, are compared 
 """
 
 
+_DVAE_HEAD = """
+## Groups of the dVAE
+
+What torch generates for a group of residual blocks that `dvae_fit.compile` compiles (the second of each half, released sizes, 256 pixels, 4 pictures, fp16 products; `python -m train.bench.dvae_kernels`): everything but the convolutions, which are cuDNN's. The most that any of the kernels uses.
+"""
+
+
 def row(variant: Variant, capability: int) -> str:
     """A line of the table."""
     found = compiled(variant, capability)
@@ -142,23 +149,35 @@ def page() -> str:
     for variant in VARIANTS:
         for capability in TARGETS:
             lines.append(row(variant, capability))
-    lines += ["", *_flex_section()]
+    lines += ["", *_generated_section()]
     return _HEAD + "\n".join(lines) + "\n"
 
 
-def _flex_section() -> list[str]:
-    """The kernels of FlexAttention, each target's made in a process of its own (train/bench/flex_kernels.py)."""
+def _generated_section() -> list[str]:
+    """The kernels that torch generates, each target's made in a process of its own (train/bench/generated.py)."""
     lines = [
         _FLEX_HEAD,
         "| mask | pass | target | registers | spills, bytes | shared memory, bytes | machine code, bytes |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
-    for capability in TARGETS:
-        words = [sys.executable, "-m", "train.bench.flex_kernels", str(capability)]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
-        for found in json.loads(done.stdout):
-            lines.append(flex_row(found))
-    return lines
+    lines += [flex_row(found) for capability in TARGETS for found in _told("flex_kernels", capability)]
+    lines += [
+        _DVAE_HEAD,
+        "| half | pass | target | kernels | registers | spills, bytes | shared memory, bytes |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    return lines + [dvae_row(found) for capability in TARGETS for found in _told("dvae_kernels", capability)]
+
+
+def _told(module: str, capability: int) -> list[dict[str, Any]]:
+    words = [sys.executable, "-m", f"train.bench.{module}", str(capability)]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout)
+    return found
+
+
+def dvae_row(found: Mapping[str, Any]) -> str:
+    """A line of the table of the dVAE's groups."""
+    return f"| {found['half']} | {found['pass']} | sm_{found['target']} | {found['kernels']} | {found['registers']} | {found['spills']} | {found['shared']} |"
 
 
 def flex_row(found: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from tests.support.root import ROOT
 
 pytest.importorskip("triton")
 
-from train.bench.kernels import TARGETS, flex_row
+from train.bench.kernels import TARGETS, dvae_row, flex_row
 
 _LOCKED = f"torch=={torch.__version__.partition('+')[0]}\n" in (ROOT / "constraints.txt").read_text()
 pytestmark = pytest.mark.skipif(not _LOCKED, reason="private parts of torch, known for the locked version alone")
@@ -41,7 +41,7 @@ def of_line(line: str) -> dict[str, Any]:
 
 
 def test_the_table_has_every_mask_pass_and_target_within_what_the_gpu_has() -> None:
-    section = (ROOT / "docs" / "kernels.md").read_text().partition("## FlexAttention")[2]
+    section = (ROOT / "docs" / "kernels.md").read_text().partition("## FlexAttention")[2].partition("\n## ")[0]
     found = [of_line(line) for line in section.splitlines() if " | sm_" in line]
     assert len(found) == 2 * 3 * len(TARGETS) == len({(row["kind"], row["pass"], row["target"]) for row in found})
     assert all(row["shared"] <= _SHARED[row["target"]] and row["spills"] <= MOST_SPILLS for row in found)
@@ -52,6 +52,13 @@ def test_machine_code_is_made_of_what_torch_generates() -> None:
     assert [row["pass"] for row in found] == ["forward", "backward"]
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert all(flex_row(row) in page for row in found), "python -m train.bench.kernels makes the table anew"
+
+
+def test_the_dvaes_groups_become_machine_code_too() -> None:
+    found: list[Mapping[str, Any]] = python("-m", "train.bench.dvae_kernels", "90")
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert len(found) == 4 and all(dvae_row(row) in page for row in found), "python -m train.bench.kernels makes the table anew"
+    assert all(row["kernels"] > 3 and row["spills"] == 0 and row["registers"] <= 64 for row in found)
 
 
 def test_the_generated_kernels_compute_attention_and_its_gradients() -> None:

@@ -134,7 +134,7 @@ def test_the_factor_of_the_wire_loses_nothing_within_its_range() -> None:
 
 
 def test_the_configuration_says_what_compression_needs() -> None:
-    with pytest.raises(Exception, match="method = 'powersgd' needs compression.rank above 0"):
+    with pytest.raises(Exception, match=r"method = 'powersgd' needs compression\.rank above 0"):
         load_run("tiny", ["zero.sharding=node", "compression.method=powersgd"])
     with pytest.raises(Exception, match=r"compresses between machines that hold replicas, but zero\.sharding = 'flat'; set it to 'node'"):
         load_run("tiny", ["compression.method=powersgd", "compression.rank=8"])

@@ -6,7 +6,6 @@ Uses the real engine and the real checkpointer, a local folder, and random data.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from infra.world import World
 from train.bench.harness import Result, main, start
 from train.config import load_run
-from train.machine.rates import DTYPES, Figure, Options, measure
+from train.machine.rates import DTYPES, Figure, Options, mean_with_error, measure, milliseconds
 from train.planning.demo_time_probe import transformer
 from train.ranks.device import set_up
 from train.weights import checkpoint
@@ -135,11 +134,10 @@ def _saves(result: Result, state: dict[str, Tensor], options: Options, turns: _T
     rate = measure(copy, 1.0, "copies/s", options)
     result.settings["checkpoint_megabytes"] = round(sum(tensor.numel() * tensor.element_size() for tensor in state.values()) / 1e6, 1)
     result.floor["copy of the tensors to CPU memory"] = Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
-    result.measured["update"] = _milliseconds(turns.plain)
-    result.measured["stall of a save"] = stall = _milliseconds(turns.stalls)
-    mean, error = 1e3 * statistics.mean(turns.costs), 1e3 * statistics.stdev(turns.costs) / len(turns.costs) ** 0.5
-    result.measured["cost of a save"] = Figure(mean, mean - error, mean + error, "ms", len(turns.costs))
-    most = max(mean + error, stall.value)
+    result.measured["update"] = milliseconds(turns.plain)
+    result.measured["stall of a save"] = stall = milliseconds(turns.stalls)
+    result.measured["cost of a save"] = cost = mean_with_error([1e3 * seconds for seconds in turns.costs], "ms")
+    most = max(cost.max, stall.value)
     result.measured["cost of a save at most"] = Figure(most, most, most, "ms", len(turns.costs))
     allowed = SHARE * save_every * result.measured["update"].value
     result.measured["cost allowed"] = Figure(allowed, allowed, allowed, "ms", 1)
@@ -168,7 +166,7 @@ def _restores(result: Result, folder: Path, restore: Callable[[], object], size:
                 work()
                 taken.setdefault(f"{name}, {place}", []).append(time.perf_counter() - began)
     for name, seconds in taken.items():
-        (result.floor if name.startswith("plain") else result.measured)[name] = _milliseconds(seconds)
+        (result.floor if name.startswith("plain") else result.measured)[name] = milliseconds(seconds)
     for place, least in (("from storage", goal), ("from memory", None)):
         result.ratio(f"plain reading{size} over a restore, {place}", f"plain reading{size}, {place}", f"restore{size}, {place}", goal=least)
 
@@ -190,10 +188,6 @@ def _forget(files: Sequence[Path]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def _milliseconds(seconds: Sequence[float]) -> Figure:
-    return Figure(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), "ms", len(seconds))
 
 
 if __name__ == "__main__":

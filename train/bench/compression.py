@@ -6,8 +6,6 @@ matrices, with collectives that do nothing.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -26,7 +24,7 @@ from train.engines.zero.compression.construction import members_of, slots_of
 from train.engines.zero.compression.exchange import Exchange
 from train.engines.zero.compression.update import CompressedUpdate
 from train.engines.zero.shards import Piece
-from train.machine.rates import Figure, Options, threads
+from train.machine.rates import Options, milliseconds, now, threads
 
 _SIZES = {"cpu": (TransformerConfig(layers=1, width=2048, heads=32), 8), "cuda": (TransformerConfig(layers=24, width=2048, heads=32), 8)}
 """Device -> resblocks of 1.2B's width, and the pictures of a GPU in an update."""
@@ -64,9 +62,9 @@ def compare(cfg: TransformerConfig, shape: StreamShape, batch: int, options: Opt
             if turn:  # the first is a rehearsal
                 for name, value in found.items():
                     seconds.setdefault(name, []).append(value)
-    result.floor["backward pass"] = _milliseconds(seconds.pop("backward pass"))
+    result.floor["backward pass"] = milliseconds(seconds.pop("backward pass"))
     for name, of in seconds.items():
-        result.measured[name] = _milliseconds(of)
+        result.measured[name] = milliseconds(of)
         gpus = works[name].gpus
         result.ratio(f"a backward pass over compression, {gpus} GPUs a machine", "backward pass", name, goal=GOAL if gpus == max(_GPUS) else None)
     result.notes += [
@@ -82,7 +80,7 @@ class _Compressed:
     """The compression of one GPU's shards: the first of ``gpus`` equal parts of every matrix."""
 
     def __init__(self, model: Transformer, gpus: int, device: str) -> None:
-        self.gpus = gpus
+        self.gpus, self.device = gpus, device
         tags, shapes = parameter_tags(model), {name: p.shape for name, p in model.named_parameters()}
         names = [name for name in shapes if tags[name].is_block_matrix]
         pieces = {name: Piece(name, 0, 0, 0, shapes[name].numel() // gpus, shapes[name].numel()) for name in names}
@@ -97,10 +95,10 @@ class _Compressed:
     def __call__(self, gradients: dict[str, Tensor]) -> float:
         """Seconds of both halves for these gradients, without the copies of them that are made for it."""
         shards = [gradients[name].detach().reshape(-1)[:length].clone() for name, length in self.lengths.items()]
-        began = _now(shards[0])
+        began = now(self.device)
         self.update.exchange(shards, [1.0] * self.slots, update=1)
         self.update.settle([True] * self.slots)
-        return _now(shards[0]) - began
+        return now(self.device) - began
 
 
 def _backward(model: Transformer, shape: StreamShape, batch: int, device: str) -> float:
@@ -111,15 +109,9 @@ def _backward(model: Transformer, shape: StreamShape, batch: int, device: str) -
     model.zero_grad(set_to_none=True)
     text_nll_BT, image_nll_BI = model(text_BT, lengths_B, codes_BI)
     loss = text_nll_BT.mean() + image_nll_BI.mean()
-    began = _now(loss)
+    began = now(device)
     loss.backward()
-    return _now(loss) - began
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return now(device) - began
 
 
 @contextmanager
@@ -129,10 +121,6 @@ def _silent_machines() -> Iterator[None]:
         for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor"):
             stack.enter_context(mock.patch.object(dist, name, lambda *_, **__: None))
         yield
-
-
-def _milliseconds(seconds: list[float]) -> Figure:
-    return Figure(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), "ms", len(seconds))
 
 
 if __name__ == "__main__":

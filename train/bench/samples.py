@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.synchronize
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from train.bench.harness import Result, main, start
 from train.bench.sample import drawing_step
 from train.config import load_run
 from train.drawing.while_training import step_aside
-from train.machine.rates import Figure, Options, threads
+from train.machine.rates import Options, mean_with_error, milliseconds, threads
 from train.planning.demo_time_probe import dalle_update
 from train.ranks.device import set_up
 
@@ -74,11 +73,9 @@ def _compare(result: Result, update: Callable[[], None], pid: int, label: str) -
         beside.append(timed(2 * UPDATES))
         os.kill(pid, signal.SIGSTOP)
         alone.append(before + timed(UPDATES))
-    each = [1e3 * seconds / (2 * UPDATES) for seconds in alone]
-    result.measured[f"update, {label}"] = Figure(statistics.median(each), min(each), max(each), "ms", TURNS)
+    result.measured[f"update, {label}"] = milliseconds([seconds / (2 * UPDATES) for seconds in alone])
     slower = [100 * (with_it / without - 1) for with_it, without in zip(beside, alone, strict=True)]
-    mean, error = statistics.mean(slower), statistics.stdev(slower) / TURNS**0.5
-    result.measured[f"slower beside a drawing, {label}"] = Figure(mean, mean - error, mean + error, "%", TURNS)
+    result.measured[f"slower beside a drawing, {label}"] = mean_with_error(slower, "%")
 
 
 @contextmanager

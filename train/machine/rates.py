@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +65,7 @@ def _cpu_facts() -> dict[str, str]:
 
 def measure(work: Callable[[], object], amount: float, unit: str, options: Options) -> Figure:
     """Measure the rate of ``work`` in ``unit`` per second, where each call does ``amount`` units: one call to warm up, then ``runs`` timed runs."""
-    work()
-    rates = sorted(_rate(work, amount, options.device, options.seconds / options.runs) for _ in range(options.runs))
-    return Figure(value=statistics.median(rates), min=rates[0], max=rates[-1], unit=unit, runs=options.runs)
+    return measure_in_turns({unit: work}, amount, unit, options)[unit]
 
 
 def measure_in_turns(works: Mapping[str, Callable[[], object]], amount: float, unit: str, options: Options) -> dict[str, Figure]:
@@ -81,18 +79,30 @@ def measure_in_turns(works: Mapping[str, Callable[[], object]], amount: float, u
     return {name: Figure(statistics.median(of), min(of), max(of), unit, options.runs) for name, of in rates.items()}
 
 
+def milliseconds(seconds: Sequence[float]) -> Figure:
+    """The median of measured times."""
+    return Figure(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), "ms", len(seconds))
+
+
+def mean_with_error(values: Sequence[float], unit: str) -> Figure:
+    """The mean of at least two values, with one standard error below and above it as its extremes."""
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    return Figure(mean, mean - error, mean + error, unit, len(values))
+
+
 def _rate(work: Callable[[], object], amount: float, device: str, seconds: float) -> float:
-    calls, began = 0, _now(device)
+    calls, began = 0, now(device)
     while True:
         work()
         calls += 1
-        # On a GPU, _now waits for the call to end, so that not more is queued than the time allows. The work is large enough for the wait not to matter.
-        elapsed = _now(device) - began
+        # On a GPU, now waits for the call to end, so that not more is queued than the time allows. The work is large enough for the wait not to matter.
+        elapsed = now(device) - began
         if elapsed >= seconds:
             return amount * calls / elapsed
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
+    """Seconds, once the device has done what was asked of it."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

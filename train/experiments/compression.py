@@ -40,6 +40,8 @@ from train.stages import dalle_batches
 
 _CPU = torch.device("cpu")
 TENTHS = 10
+_OWED_EVERY = 20
+"""Updates between looks at what compression owes."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,15 @@ class Compressor:
     def __init__(self, arm: Arm, machines: int, blocks: int, shape: tuple[int, int, int], seed: int) -> None:
         rows, cols, rank = shape
         self.count = 1
+        self.owed = self.asked = 0.0
+        """Squared norms of the sums over machines, of the errors before the last update and of its gradient; in every ``_OWED_EVERY``th update."""
         self.arm, self.errors = arm, torch.zeros(machines, blocks, rows, cols)
         self.q0 = torch.stack([low_rank.gaussian(cols, rank, derive(seed, "compression", "experiment", rows, index)) for index in range(blocks)])
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """The compressed sum of the gradients, which all machines apply; the rest stays in the error buffers."""
+        if self.count % _OWED_EVERY == 0:
+            self.owed, self.asked = (float(one.sum(0).square().sum()) for one in (self.errors, gradients))
         self.errors += gradients
         if self.arm.refresh and self.count % self.arm.refresh == 0:
             self.q0 = low_rank.refreshed(self.errors.sum(0), self.q0.shape[-1])
@@ -138,6 +144,11 @@ class Machines:
         self.sent_share = sent / whole if whole else 1.0
         self.compressors = {shape: Compressor(arm, machines, len(places), shape, seed) for shape, places in self.places.items()}
 
+    def owed(self) -> float:
+        """What compression has not sent yet, as a norm, over that of what the last gradient asked for (metric ``numerics/owed``)."""
+        asked = sum(one.asked for one in self.compressors.values())
+        return (sum(one.owed for one in self.compressors.values()) / asked) ** 0.5 if asked else 0.0
+
     def summed(self, gradients: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The gradient that is applied, computed from those of the machines."""
         total = {name: torch.stack([one[name] for one in gradients]).sum(0) for name in gradients[0]}
@@ -174,7 +185,7 @@ def train(cfg: RunConfig, run: RunFolder, arm: Arm, options: Options, seed: int)
     tags, fit = parameter_tags(model), cfg.dalle_fit
     groups: Any = [{"params": [p], "weight_decay": fit.weight_decay if tags[name].decays else 0.0} for name, p in model.named_parameters()]
     adam = PaperAdamW(groups, betas=(fit.beta1, fit.beta2), clip_variance=fit.clip_variance)
-    losses, began, compressing = [], time.perf_counter(), 0.0
+    losses, owed, began, compressing = [], [], time.perf_counter(), 0.0
     for step in range(options.updates):
         batch = loader.next()
         loss, gradients = _gradients(model, batch, options.machines, cfg.dalle.text_loss_weight)
@@ -182,6 +193,8 @@ def train(cfg: RunConfig, run: RunFolder, arm: Arm, options: Options, seed: int)
         at = time.perf_counter()
         total = machines.summed(gradients)
         compressing += time.perf_counter() - at
+        if (step + 1) % _OWED_EVERY == 0:
+            owed.append(machines.owed())
         norm = float(torch.stack([one.norm() for one in total.values()]).norm())
         factor = min(1.0, fit.clip_norm / (norm + 1e-6))
         adam.count = step + 1
@@ -199,6 +212,7 @@ def train(cfg: RunConfig, run: RunFolder, arm: Arm, options: Options, seed: int)
         "seed": seed,
         "sent_share": round(machines.sent_share, 4),
         "tenths": tenths,
+        "owed": owed,
     } | seconds
 
 

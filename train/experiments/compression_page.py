@@ -10,7 +10,8 @@ GOAL = 0.01
 """The paper claims that nothing is lost. The claim counts as confirmed if the loss is at most so many nats above exact, at the end and in every tenth."""
 _ABOUT = """Made by `python -m train.experiments.compression RUN`: {machines} machines simulated in one process on real codes, each with m GPUs that hold one shard of every matrix, and error
 buffers of its own; factors in fp32. **sent** is what travels of the matrices' gradients, by the formula r(m + 2)/(2dm) and as the real shards have it; **loss** the mean training loss of the last tenth of
-the updates, **over exact** what it has more than the exact arm of the same seed, and **worst tenth** the most that any tenth has. ± is the standard error over the seeds.
+the updates, **over exact** what it has more than the exact arm of the same seed, and **worst tenth** the most that any tenth has. **owed** is
+what compression has not sent yet, as the metric `numerics/owed` has it: the norm of the summed errors over that of the summed gradient, in the last tenth (– : not counted yet). ± is the standard error over the seeds.
 """
 
 
@@ -26,8 +27,8 @@ def section(found: dict[str, Any]) -> str:
 def table(runs: Sequence[dict[str, Any]], width: int = 0) -> str:
     """The arms as a Markdown table."""
     lines = [
-        "| arm | rank | sent, formula | sent | loss | over exact | worst tenth | summing and compressing, of the time | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| arm | rank | sent, formula | sent | loss | over exact | worst tenth | owed, updates | summing and compressing, of the time | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for arm in dict.fromkeys(run["arm"] for run in runs):
         of_arm = [run for run in runs if run["arm"] == arm]
@@ -39,10 +40,16 @@ def table(runs: Sequence[dict[str, Any]], width: int = 0) -> str:
         mean_tenths = [mean(tenth) for tenth in zip(*gaps, strict=True)]
         cells = [
             str(first["rank"] or "–"), f"{formula:.3f}", f"{first['sent_share']:.3f}", f"{mean(run['tenths'][-1] for run in of_arm):.4f}",
-            f"{mean(ends):+.4f}{error}" if ends else "–", f"{max(mean_tenths):+.4f}" if mean_tenths else "–", f"{spent:.1%}", str(len(of_arm)),
+            f"{mean(ends):+.4f}{error}" if ends else "–", f"{max(mean_tenths):+.4f}" if mean_tenths else "–", _owed(of_arm), f"{spent:.1%}", str(len(of_arm)),
         ]  # fmt: skip
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _owed(runs: Sequence[dict[str, Any]]) -> str:
+    """The mean over the last tenth of the looks."""
+    found = [mean(run["owed"][-max(1, len(run["owed"]) // 10) :]) for run in runs if run["rank"] and run.get("owed")]
+    return f"{mean(found):.1f}" if found else "–"
 
 
 def over_exact(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[float] | None:

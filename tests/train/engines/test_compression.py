@@ -68,6 +68,19 @@ def test_the_norm_of_q_is_that_of_the_product() -> None:
     assert torch.allclose(q.square().sum((1, 2)), low_rank.product(p, q).square().sum((1, 2)), rtol=1e-5)
 
 
+def test_sketches_tell_norms_of_sums_without_bias_also_beside_the_fixed_projection() -> None:
+    flat = torch.outer(torch.arange(12.0), torch.arange(40.0))  # of rank 1, where sketches are worst
+    matrices = torch.stack([random(12, 40, seed=2), flat])
+    found = []
+    for seed in range(400):
+        probes = torch.stack([low_rank.gaussian(40, 8, seed)] * 2)
+        sketches = low_rank.sketch(matrices / 3, probes) + low_rank.sketch(2 * matrices / 3, probes)  # of two machines, summed
+        found.append(low_rank.squares(sketches))
+    ratios = torch.stack(found) / matrices.double().square().sum((1, 2))
+    assert torch.allclose(ratios.mean(0), torch.ones(2, dtype=torch.float64), atol=4 * (2 / 8 / 400) ** 0.5)
+    assert 0.45 < float(ratios[:, 1].std()) < 0.55 and float(ratios[:, 0].std()) < 0.25  # sqrt(2 / k), and less with more ranks
+
+
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_what_is_sent_does_not_depend_on_the_size_of_gradients(size: float) -> None:
     p = random(1, 16, 4, seed=0)

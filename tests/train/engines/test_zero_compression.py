@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -38,6 +40,20 @@ def test_replicas_are_bit_equal_after_every_update_and_nothing_of_the_gradients_
 def test_bytes_counted_at_the_collectives_are_those_of_the_fragments_and_those_of_plan(four: Any) -> None:
     for run in (run for rank in four for run in rank["low"]):
         assert run["counted"] and run["compressed"] > 0 and run["plan"] and run["plan's fragments"]
+
+
+def test_metrics_say_what_compression_owes_beside_a_gradient_what_was_sent_and_how_long_it_took(four: Any) -> None:
+    ratios = []
+    for run in four[0]["low"]:
+        for step, (found, expected) in enumerate(run["watched"]):
+            if step % 2 == 0:  # numerics_every = 2
+                assert not found
+                continue
+            assert found["between_machines_bytes"] == run["sent"][step] and 0 < found["between_machines_s"] < 60
+            for name, value in expected.items():
+                ratios.append(math.log(found["owed" if name == "in all" else f"owed/{name}"] / value))
+    # The gradients of so small a model have few directions, so that a single estimate may be wrong by a third; many are not.
+    assert len(ratios) == 90 and max(map(abs, ratios)) < 0.5 and abs(mean(ratios)) < 0.06, ratios
 
 
 @pytest.mark.parametrize("case", SKIPS, ids=str)

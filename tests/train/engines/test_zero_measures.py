@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from train.engines.zero import exponents, measures
+from train.engines.zero.compression.update import Watched
 from train.engines.zero.exponents import Exponents
 from train.engines.zero.shards import Gradients, GradientSlots, Piece, pieces
 
@@ -36,6 +37,17 @@ def test_planted_values_are_counted_where_they_are() -> None:
     assert measures.agreed((2 * once).tolist(), 3, replicas=2).squares == pytest.approx([value / 2 for value in both.squares])
     uncounted = measures.agreed(measures.local(found, 3, count=False, device=torch.device("cpu")).tolist(), 3, replicas=1)
     assert all(math.isnan(share) for share in uncounted.zeros) and uncounted.bad == both.bad
+
+
+def test_what_compression_owes_is_said_by_resblock_and_in_all() -> None:
+    tensors = [torch.ones(4), torch.ones(4), torch.ones(2)]
+    layout = GradientSlots([0, 1, 2], 3, [4, 4, 2], [True, True, False], torch.device("cpu"))
+    watched = Watched(torch.tensor([9.0, 1.0, 0.0]).double(), torch.tensor([1.0, 4.0, 0.0]).double())
+    vector = measures.local(Gradients(tensors, layout), 3, count=True, device=torch.device("cpu"), watched=watched)
+    found = measures.agreed((2 * vector).tolist(), 3, replicas=2)
+    assert found.owed[:2] == [3.0, 0.5] and found.owed_in_all == pytest.approx(2**0.5) and math.isnan(found.owed[2])
+    unknown = measures.agreed(measures.local(Gradients(tensors, layout), 3, count=True, device=torch.device("cpu")).tolist(), 3, replicas=1)
+    assert math.isnan(unknown.owed_in_all) and all(math.isnan(value) for value in unknown.owed)
 
 
 def test_a_parameter_of_fewer_elements_than_ranks_lies_on_the_first_of_them_alone() -> None:

@@ -100,7 +100,7 @@ def full_rank(world: World, case: Case) -> dict[str, float]:
 def low_rank(world: World, case: Case, section: CompressionSection) -> dict[str, Any]:
     """Six updates: whether replicas agree after each, what sum(E) loses is what is applied, and the bytes counted are those of the fragments."""
     engine = make_engine(case, world, compression=section)
-    agree, worst, counted, norms = [], 0.0, [], []
+    agree, worst, counted, norms, watched = [], 0.0, [], [], []
     for step in range(6):
         seen: dict[str, Any] = {}
         before = owed(engine)
@@ -114,6 +114,7 @@ def low_rank(world: World, case: Case, section: CompressionSection) -> dict[str,
         del engine.factors
         engine._engine.step = plain
         assert update.applied
+        watched.append((update.numerics, owed_over_asked(engine, before, given)))
         after = owed(engine)
         for name, value in after.items():
             balance = before[name] + given[name] - seen[name] - value
@@ -139,7 +140,27 @@ def low_rank(world: World, case: Case, section: CompressionSection) -> dict[str,
         "counted": counted == wanted,
         "compressed": len(blocks),
         "owed": float(sum(v.norm() for v in after.values())),
+        "sent": counted,
+        "watched": watched,
     }
+
+
+def owed_over_asked(engine: Any, errors: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of what is owed over that of the gradient, of the compressed rows of each resblock and of all, by whole sums."""
+    pieces = {piece.name: piece for piece in engine.pieces}
+    members = {member.name: member for member in engine.compression.members}
+    squares: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        picked = torch.zeros(len(error))
+        if name in members and (block := members[name].block) is not None:
+            picked[pieces[name].offset + block.start :][: block.elements] = 1
+        dist.all_reduce(picked, op=dist.ReduceOp.MAX)
+        slot = engine.tags[name].resblock
+        for key in (engine._names()[slot], "in all"):
+            one = squares.setdefault(key, [0.0, 0.0])
+            one[0] += float((error * picked).square().sum())
+            one[1] += float((gradients[name] * picked).square().sum())
+    return {key: (owed / asked) ** 0.5 for key, (owed, asked) in squares.items()}
 
 
 def planned_bytes(engine: Any, case: Case, section: CompressionSection) -> dict[str, Any]:

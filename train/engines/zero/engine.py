@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,14 +27,16 @@ from train.config_compression import CompressionSection
 from train.engines.protocol import Histogram, Update
 from train.engines.zero import exponents, internals, measures, one_pass
 from train.engines.zero.accumulation import HalfGradients
+from train.engines.zero.between_nodes import Exchanged, sum_exactly
 from train.engines.zero.compression.construction import build
 from train.engines.zero.compression.state import Compression
+from train.engines.zero.compression.update import Watched
 from train.engines.zero.configuration import deepspeed_config, reduced
 from train.engines.zero.exponents import Exponents
 from train.engines.zero.frozen import FrozenShards
 from train.engines.zero.groups import make_optimizer, parameter_groups, store_weights, weight_storage
 from train.engines.zero.scales import EngineState, GradientScales
-from train.engines.zero.shards import GradientReader, StateViews, pieces
+from train.engines.zero.shards import GradientReader, Gradients, StateViews, pieces
 from train.engines.zero.topology import node_topology
 from train.engines.zero.whole_matrices import Ranks, WholeMatrices, matrices_of
 from train.optimizer.averaging import Average
@@ -103,6 +106,8 @@ class ZeroEngine:
         self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
         self._squares: Tensor | None = None  # their squared norms, if compression has computed them
+        self._watched: Watched | None = None  # what it owes, in updates whose numerics are logged
+        self._exchanged = Exchanged(self.nodes, self.device)
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)
         self._constant = 2.0**rules.before_reduction if scaled else 1.0
@@ -166,19 +171,28 @@ class ZeroEngine:
         """This rank's part of what ranks must know before ``step``: float64, to be summed over all ranks. The first call in an update is collective between nodes:
         it sums their shards in place. Further calls measure the same sums again."""
         found = self.gradients.read()
+        count = (self.attempts + 1) % self.fit.numerics_every == 0
         if not self._is_summed:
-            self._squares = None
-            if self.compression is not None:
-                self.compression.pay(found.tensors, self.factors())
-            if self.compression is not None and self.compression.is_active:
-                self._squares = self.compression.update.exchange(found.tensors, self.factors(), self.attempts)
-            elif self.nodes > 1:
-                self._between_nodes(found.tensors, found.layout.is_block_matrix)
+            self._sum_over_nodes(found, watch=count)
             self._is_summed = True
             if self.fit.histograms_every and (self.attempts + 1) % self.fit.histograms_every == 0:
                 self._exponents.ask(found)
-        count = (self.attempts + 1) % self.fit.numerics_every == 0
-        return measures.local(found, self.resblocks + 1, count=count, device=self.device, squares=self._squares)
+        return measures.local(found, self.resblocks + 1, count=count, device=self.device, squares=self._squares, watched=self._watched)
+
+    def _sum_over_nodes(self, found: Gradients, *, watch: bool) -> None:
+        """Sum shards over the nodes, if there are several, exactly or compressed; and pay what compression still owes."""
+        self._squares = self._watched = None
+        if self.compression is not None:
+            self.compression.pay(found.tensors, self.factors())
+        self._exchanged.begin()
+        if self.compression is not None and self.compression.is_active:
+            update = self.compression.update
+            self._squares = update.exchange(found.tensors, self.factors(), self.attempts, watch=watch)
+            self._watched = update.watched
+            self._exchanged.end(self.compression.wire.payload)
+        elif self.topology is not None and self.nodes > 1:
+            layout, half = found.layout, self.storage != "fp32"
+            self._exchanged.end(sum_exactly(found.tensors, layout.is_block_matrix, half=half, device=self.device, group=self.topology.between))
 
     def step(self, lr: float, measured: Sequence[float] | None = None) -> Update:
         """Apply the update, or skip it, on every rank alike.
@@ -334,20 +348,6 @@ class ZeroEngine:
         if self.scales is not None:
             self._scale_tensor.copy_(torch.tensor(self.scales.values(), dtype=torch.float32), non_blocking=True)
 
-    def _between_nodes(self, tensors: list[Tensor], is_block_matrix: list[bool]) -> None:
-        """Sum shards over the nodes without compression: block matrices in fp16 if they are stored or sent in fp16, everything else in fp32."""
-        assert self.topology is not None
-        half = self.storage != "fp32"
-        for matrices in (True, False):
-            chosen = [tensor for tensor, matrix in zip(tensors, is_block_matrix, strict=True) if matrix == matrices]
-            if not chosen:
-                continue
-            wire = torch.cat([t.to(torch.float16) if half and matrices else t.float() for t in chosen])
-            wire = wire.to(self.device)  # offloaded gradients are on the CPU
-            dist.all_reduce(wire, group=self.topology.between)
-            for tensor, part in zip(chosen, wire.split([t.numel() for t in chosen]), strict=True):
-                tensor.copy_(part)
-
     def _histograms(self) -> dict[str, Histogram]:
         counted = self._exponents.read(self.nodes)
         edges = [0.5 + exponent for exponent in range(exponents.LOWEST, exponents.HIGHEST + 1)]
@@ -363,4 +363,8 @@ class ZeroEngine:
             out[f"zero_share/{name}"], out[f"subnormal_share/{name}"] = found.zeros[index], found.subnormals[index]
             if self.scales is not None:
                 out[f"scale/{name}"], out[f"overflows/{name}"] = values[index], float(self.scales.overflows[index])
-        return out
+            if isfinite(found.owed[index]):
+                out[f"owed/{name}"] = found.owed[index]
+        if self.nodes > 1:
+            out |= self._exchanged.numerics()
+        return out | ({"owed": found.owed_in_all} if isfinite(found.owed_in_all) else {})

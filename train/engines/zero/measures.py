@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train.engines.zero.compression.update import Watched
 from train.engines.zero.shards import Gradients
 
-_ROWS = ("bad", "squares", "zeros", "subnormals", "counted")
+_ROWS = ("bad", "squares", "zeros", "subnormals", "counted", "owed", "asked")
 _SMALLEST_NORMAL = 2.0**-14
 """The smallest normal number of fp16."""
 
@@ -27,6 +28,10 @@ class Measures:
     """Share of exact zeros among the gradients of block matrices; NaN if they were not counted."""
     subnormals: list[float]
     """Share of values below fp16's smallest normal number, without zeros; NaN if they were not counted."""
+    owed: list[float]
+    """What compression between machines has not sent yet, over what the gradient asks for: norms of what is compressed; NaN if that was not estimated."""
+    owed_in_all: float
+    """The same of all resblocks together."""
 
 
 def length(slots: int) -> int:
@@ -35,13 +40,16 @@ def length(slots: int) -> int:
 
 
 @torch.no_grad()
-def local(found: Gradients, slots: int, *, count: bool, device: torch.device, squares: Tensor | None = None) -> Tensor:
-    """This rank's part of the vector, float64 [5 * slots], computed without waiting for the device.
+def local(
+    found: Gradients, slots: int, *, count: bool, device: torch.device, squares: Tensor | None = None, watched: Watched | None = None
+) -> Tensor:
+    """This rank's part of the vector, float64 [7 * slots], computed without waiting for the device.
 
     Args:
         count: also count zeros and subnormal values, in two more passes over the gradients of matrices.
         squares: sum of squares of each gradient, float64 and not finite for a gradient that is not, if they were computed already: compressed gradients are
             not in ``found`` yet.
+        watched: what compression owes, where it was estimated.
     """
     layout = found.layout
     sums = torch.zeros(len(_ROWS), slots, dtype=torch.float64, device=layout.matrix_lengths.device)
@@ -57,6 +65,8 @@ def local(found: Gradients, slots: int, *, count: bool, device: torch.device, sq
         small = torch.stack([(t.abs() < _SMALLEST_NORMAL).sum() for t in picked]).double()
         for row, counts in ((2, zeros), (3, small - zeros), (4, layout.matrix_lengths)):
             sums[row] = layout.by_slot(counts, matrices=True)
+    if watched is not None:
+        sums[5], sums[6] = layout.by_slot(watched.owed), layout.by_slot(watched.asked)
     return sums.flatten().to(device, non_blocking=True)  # offloaded gradients are on the CPU
 
 
@@ -66,4 +76,11 @@ def agreed(sums: Sequence[float], slots: int, replicas: int) -> Measures:
     share = [[part / count if count else float("nan") for part, count in zip(rows[row], rows[4], strict=True)] for row in (2, 3)]
     bad = [value > 0 for value in rows[0]]
     # The norm of a slot that is not finite is left out: its finite parts may be as large as fp16 allows, and would cause all others to be clipped.
-    return Measures(bad, [0.0 if odd else value / replicas for odd, value in zip(bad, rows[1], strict=True)], share[0], share[1])
+    squares = [0.0 if odd else value / replicas for odd, value in zip(bad, rows[1], strict=True)]
+    owed = [_over(owed, asked) for owed, asked in zip(rows[5], rows[6], strict=True)]
+    return Measures(bad, squares, share[0], share[1], owed, _over(sum(rows[5]), sum(rows[6])))
+
+
+def _over(squares: float, of: float) -> float:
+    """A norm over another one; NaN if there is none."""
+    return (squares / of) ** 0.5 if of else float("nan")

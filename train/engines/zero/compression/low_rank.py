@@ -21,6 +21,20 @@ def gaussian(cols: int, rank: int, seed: int) -> Tensor:
     return torch.randn(cols, rank, generator=torch.Generator().manual_seed(seed))
 
 
+def sketch(matrices: Tensor, probes: Tensor) -> Tensor:
+    """Products with Gaussian vectors, [n, rows, k], of which ``squares`` tells the norms. They can be summed over machines, as P can.
+
+    Args:
+        probes: [n, cols, k], independent of the matrices: what an error consists of is to a large part orthogonal to Q0.
+    """
+    return torch.bmm(matrices, probes)
+
+
+def squares(sketches: Tensor) -> Tensor:
+    """Estimates of the squared norms of matrices, [n], float64, unbiased. The standard error is at most sqrt(2 / k) of the value, reached by matrices of rank 1."""
+    return sketches.double().square().sum((1, 2)) / sketches.shape[-1]
+
+
 def left(errors: Tensor, q0: Tensor) -> Tensor:
     """P of one machine, [n, rows, rank]."""
     return torch.bmm(errors, q0)

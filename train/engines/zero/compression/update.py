@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from infra.seeds import derive
 from train.engines.zero.compression import low_rank
 from train.engines.zero.compression.buffers import ErrorBuffers
 from train.engines.zero.compression.exchange import Exchange
@@ -29,6 +30,21 @@ class Member:
     """The part of it that is compressed."""
     seed: int = 0
     """Seed of its Q0."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Squared norms for each member, float64, in true units; 0 for members without a block, and where one of both is not finite. Both are of sums over machines,
+    estimated by sketches."""
+
+    owed: Tensor
+    """Of the errors before an update: what was asked for by earlier updates and was not sent yet."""
+    asked: Tensor
+    """Of the compressed parts of the update's gradients."""
+
+
+_PROBES = 16
+"""Vectors of a sketch: a norm of a matrix is known to a sixth at worst, and that of a resblock, of several matrices of higher rank, to some percent."""
 
 
 @dataclass
@@ -53,6 +69,8 @@ class CompressedUpdate:
             refresh_every: updates, including skipped ones, after which Q0 is computed anew from the sum of errors over machines; 0: Q0 is fixed.
         """
         self.members, self.buffers, self.wire, self.refresh_every = list(members), buffers, exchange, refresh_every
+        self.watched: Watched | None = None
+        """What the last ``exchange`` has estimated, if it was asked to."""
         self._tensors: list[Tensor] = []
         self._factors: list[float] = []
         self._contaminated = torch.zeros(len(self.members), dtype=torch.bool, device=buffers.device)
@@ -72,19 +90,21 @@ class CompressedUpdate:
         return {self.members[place].name: q0 for batch in self.batches for place, q0 in zip(batch.places, batch.q0, strict=True)}
 
     @torch.no_grad()
-    def exchange(self, tensors: list[Tensor], factors: Sequence[float], update: int) -> Tensor:
+    def exchange(self, tensors: list[Tensor], factors: Sequence[float], update: int, *, watch: bool = False) -> Tensor:
         """Add the gradients to the errors, and sum factors over machines; parts that are not compressed are summed exactly, in place.
 
         Args:
             tensors: this rank's gradients in the order of the members, reduced within this machine. Compressed parts are not changed before ``settle``.
             factors: for each slot the factor that turns these into true gradients.
             update: number of the update, including skipped ones.
+            watch: also estimate what compression owes (``watched``), which takes a small message of its own. Its bytes are not counted as those of an update.
 
         Returns:
             float64, for each member: the sum of squares of the summed gradient, in the units of ``tensors``; infinite if a gradient or an error is not finite.
         """
-        self.wire.payload = 0
         self._tensors, self._factors = tensors, [factors[member.slot] for member in self.members]
+        self.watched = self._watch(update) if watch else None
+        self.wire.payload = 0
         finite = torch.ones(len(tensors), dtype=torch.bool, device=self.buffers.device)
         for place, member in enumerate(self.members):
             if member.block is not None:
@@ -105,10 +125,33 @@ class CompressedUpdate:
         squares.masked_fill_(~finite | self._contaminated, float("inf"))
         return squares / of_slot.square()
 
+    def _watch(self, update: int) -> Watched:
+        """Sketch errors and gradients, and sum the sketches over machines."""
+        mine = []
+        for batch in self.batches:
+            members = [(self.members[place], place) for place in batch.places]
+            probes = torch.stack(
+                [low_rank.gaussian(batch.q0.shape[1], _PROBES, derive(member.seed, "compression", "probes", update)) for member, _ in members]
+            )
+            probes = probes.to(self.buffers.device, non_blocking=True)
+            gradients = torch.stack(
+                [_lying(self._gradient(place, member.block), member.block) for member, place in members if member.block is not None]
+            )
+            mine += [low_rank.sketch(self._errors(batch), probes), low_rank.sketch(gradients, probes)]
+        sums = self.wire.sum(mine, wire="fp32")
+        found = torch.zeros(2, len(self.members), dtype=torch.float64, device=self.buffers.device)
+        for batch, owed, asked in zip(self.batches, sums[::2], sums[1::2], strict=True):
+            found[:, batch.index] = torch.stack([low_rank.squares(owed), low_rank.squares(asked)])
+        return Watched(*torch.where(found.isfinite().all(0), found, 0.0))
+
+    def _gradient(self, place: int, block: Block) -> Tensor:
+        """The part of a gradient that is compressed, in true units, fp32."""
+        return self._tensors[place].narrow(0, block.start, block.elements).float() * self._factors[place]
+
     def _accumulate(self, place: int, block: Block, finite: Tensor) -> None:
         """Add a gradient to its error, unless it is not finite."""
         name, start = self.members[place].name, block.start
-        gradient = self._tensors[place].narrow(0, start, block.elements).float() * self._factors[place]
+        gradient = self._gradient(place, block)
         self.buffers.write(name, start, self.buffers.read(name, start, block.elements) + torch.where(finite, gradient, 0.0))
 
     def _errors(self, batch: _Batch) -> Tensor:
@@ -117,8 +160,7 @@ class CompressedUpdate:
         for place in batch.places:
             name, block = self.members[place].name, self.members[place].block
             assert block is not None
-            matrix = self.buffers.read(name, block.start, block.elements).view(block.rows, block.width)
-            found.append(matrix.mT if block.is_upright else matrix)
+            found.append(_lying(self.buffers.read(name, block.start, block.elements), block))
         return torch.stack(found)
 
     def _exchange_factors(self) -> Tensor:
@@ -185,3 +227,9 @@ class CompressedUpdate:
             error = self.buffers.read(name, block.start, block.elements)
             self.buffers.write(name, block.start, torch.where(self._contaminated[place], 0.0, error))
         batch.p = batch.q = torch.empty(0)
+
+
+def _lying(flat: Tensor, block: Block) -> Tensor:
+    """The rows of a block as a matrix with no more rows than columns."""
+    matrix = flat.view(block.rows, block.width)
+    return matrix.mT if block.is_upright else matrix

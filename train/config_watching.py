@@ -28,7 +28,8 @@ class NumericsSection(Section):
     """What is written down of the transformer's gradients, resblock by resblock."""
 
     numerics_every: int = Field(default=100, gt=0, json_schema_extra=ANY_TIME)
-    """Updates between logged points of each resblock: scale, overflows, gradient norm, and the shares of zero and subnormal values in reduced gradients."""
+    """Updates between logged points of each resblock: scale, overflows, gradient norm, and the shares of zero and subnormal values in reduced gradients; and of what goes
+    between machines."""
     histograms_every: int = Field(default=0, ge=0, json_schema_extra=ANY_TIME)
     """Updates between histograms of the exponents of each resblock's reduced gradients, for TensorBoard; 0: none. Takes two passes over them in such an update."""
 

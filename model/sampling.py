@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.captured import PASSES_BEFORE, WORTHWHILE, Capture, cuda_graph
 from model.config import StreamShape
 from model.decoder import Drawer, DrawingWeights, Texts
 from model.draw_cache import Window
@@ -137,7 +138,10 @@ def begin(
     texts = [Texts(text_CT, lengths_C, pictures // len(text_CT))]
     if rule.guidance != 1:
         texts.append(Texts(torch.zeros_like(text_CT[:1]), torch.zeros_like(lengths_C[:1]), pictures))
-    return Sampling(weights.drawer(texts), rule, torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True), prefix_BP, window)
+    seeds_B = torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True)
+    passes = (shape.image_tokens - (0 if prefix_BP is None else prefix_BP.shape[1])) // window
+    capture = cuda_graph if device.type == "cuda" and passes >= WORTHWHILE else None
+    return Sampling(weights.drawer(texts), rule, seeds_B, prefix_BP, window, capture)
 
 
 def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequence[int], prefix_BP: Tensor | None, window: int) -> None:
@@ -156,9 +160,16 @@ def _check(shape: StreamShape, text_CT: Tensor, lengths_C: Tensor, seeds: Sequen
 
 
 class Sampling:
-    """A batch of pictures that is being drawn. The first ``known_B[b]`` codes of picture b are final; those after them are drafts."""
+    """A batch of pictures that is being drawn. The first ``known_B[b]`` codes of picture b are final; those after them are drafts.
 
-    def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int) -> None:
+    All tensors of its state stay where they are, and the work of a pass depends on their values alone. So it can be recorded once and run again (``capture``).
+    """
+
+    def __init__(self, drawer: Drawer, rule: Rule, seeds_B: Tensor, prefix_BP: Tensor | None, window: int, capture: Capture | None = None) -> None:
+        """
+        Args:
+            capture: records passes; None: they run one by one.
+        """
         self.drawer, self.rule, self.seeds_B, self.window = drawer, rule, seeds_B, window
         shape, pictures = drawer.weights.shape, len(seeds_B)
         # copies is 2 with guidance, where each picture is computed with its caption and with the empty caption.
@@ -172,7 +183,11 @@ class Sampling:
         self.least, self.passes = given, 0
         self._drafted_B = self.known_B.clone()
         """Positions below this already hold drafts from an earlier pass."""
-        self._end = self.total
+        self._end = torch.full((), self.total, device=seeds_B.device)
+        self._bad_B = torch.full_like(self.known_B, -1)
+        """The first position of each picture whose logits were not finite; -1: there is none."""
+        self._capture = capture
+        self._replay: Callable[[], object] | None = None
         if 0 < given < self.total:
             drawer.fill(self._repeated(self.codes_BI), given)
 
@@ -180,9 +195,14 @@ class Sampling:
     def is_done(self) -> bool:
         return self.least >= self.total
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the passes to come run from a recording."""
+        return self._replay is not None
+
     def run_to(self, end: int, after_pass: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Draw the codes of all pictures up to position ``end``, and none of a later one."""
-        self._end = end
+        self._end.fill_(end)
         while self.least < end:
             self.step()
             if after_pass is not None:
@@ -191,8 +211,9 @@ class Sampling:
     def select(self, index_B: Tensor, seeds: Sequence[int]) -> None:
         """Go on from the pictures ``index_B`` instead, each with the seed of its further codes. Only after ``run_to``, where all have come equally far; a picture
         can only take the place of one with the same caption."""
-        self.codes_BI, self._drafted_B = self.codes_BI[index_B], self._drafted_B[index_B]
-        self.seeds_B = torch.tensor(seeds, dtype=torch.int64).to(self.codes_BI.device, non_blocking=True)
+        for kept in (self.codes_BI, self._drafted_B):
+            kept.copy_(kept[index_B])
+        self.seeds_B.copy_(torch.tensor(seeds, dtype=torch.int64).to(self.codes_BI.device, non_blocking=True))
         pictures = len(index_B)
         self.drawer.select(torch.cat([index_B + copy * pictures for copy in range(self.copies)]))
 
@@ -200,9 +221,29 @@ class Sampling:
         return x_B if self.copies == 1 else x_B.repeat(self.copies, *[1] * (x_B.ndim - 1))
 
     def step(self) -> None:
-        """Run one pass of the model."""
+        """Run one pass of the model.
+
+        Raises:
+            NotFiniteError: logits are not finite. Where passes of one position are recorded, that is looked for at the end of each row.
+        """
         self.passes += 1
-        common = self.least if self.window == 1 else None
+        if self._capture is not None and self.passes > PASSES_BEFORE:
+            self._replay = self._capture(lambda: self._pass(None))
+            self._capture = None
+        if self._replay is not None:
+            self._replay()
+        else:
+            self._pass(self.least if self.window == 1 and self._capture is None else None)
+        self.least = self.least + 1 if self.window == 1 else int(self.known_B.min())
+        if self._replay is None or self.window > 1 or self.least % self.grid == 0:
+            self._refuse_no_numbers()
+
+    def _pass(self, common: int | None) -> None:
+        """Queue the work of a pass.
+
+        Args:
+            common: the position, if it is the same in all pictures and the work need not be the same for others. Then less has to be gathered.
+        """
         window = Window(self.known_B, self.window, common)
         if self.window > 1:
             self._draft(window)
@@ -211,11 +252,10 @@ class Sampling:
             caption_BQN, empty_BQN = logits_BQN.chunk(2)
             logits_BQN = empty_BQN + self.rule.guidance * (caption_BQN - empty_BQN)
         values_BQ, drawn_BQ = self.drawer.weights.choose(self.rule.filtered(logits_BQN), self.seeds_B, window.states_BQ)
-        self._refuse_no_numbers(values_BQ, window)
-        if self.window == 1:
-            self.codes_BI[:, self.least] = drawn_BQ[:, 0]
+        self._note_no_numbers(values_BQ, window)
+        if common is not None:
+            self.codes_BI[:, common] = drawn_BQ[:, 0]
             self.known_B += 1
-            self.least += 1
         else:
             self._accept(drawn_BQ, window)
 
@@ -236,17 +276,19 @@ class Sampling:
         count_B = (right_B + 1).minimum(self._end - window.first_B)
         step_BI = torch.arange(self.total, device=at_BQ.device) - window.first_B[:, None]
         is_new_BI = (step_BI >= 0) & (step_BI < self.window)
-        self.codes_BI = torch.where(is_new_BI, drawn_BQ.gather(1, step_BI.clamp(0, self.window - 1)), self.codes_BI)
+        self.codes_BI.copy_(torch.where(is_new_BI, drawn_BQ.gather(1, step_BI.clamp(0, self.window - 1)), self.codes_BI))
         self.drawer.keep(self._repeated(count_B))
-        self._drafted_B = (window.first_B + self.window).clamp(max=self.total)
-        self.known_B = self.known_B + count_B
-        self.least = int(self.known_B.min())
+        self._drafted_B.copy_((window.first_B + self.window).clamp(max=self.total))
+        self.known_B += count_B
 
-    def _refuse_no_numbers(self, best_BQ: Tensor, window: Window) -> None:
-        is_bad_BQ = ~best_BQ.isfinite() & (window.states_BQ < self.total)
+    def _note_no_numbers(self, best_BQ: Tensor, window: Window) -> None:
         # Only the first position counts: at later ones a wrong draft may be the cause.
-        if bool(is_bad_BQ[:, 0].any()):
-            first = int(window.first_B[is_bad_BQ[:, 0]].min())
+        is_first_B = ~best_BQ[:, 0].isfinite() & (window.first_B < self.total) & (self._bad_B < 0)
+        self._bad_B.copy_(torch.where(is_first_B, window.first_B, self._bad_B))
+
+    def _refuse_no_numbers(self) -> None:
+        if bool((self._bad_B >= 0).any()):
+            first = int(self._bad_B[self._bad_B >= 0].min())
             last = min(first + self.window, self.total) - 1  # a state that is not finite spoils the whole pass
             place = f"position {first}" if first == last else f"positions {first} to {last}"
             raise NotFiniteError(f"the logits of image {place} of {self.total} are not finite")

@@ -45,10 +45,11 @@ def transformer(
     dtype: torch.dtype = torch.float16,
     logits_dtype: torch.dtype = torch.float32,
     cfg: TransformerConfig = CFG,
+    shape: StreamShape = SHAPE,
 ) -> Transformer:
-    attend: Any = FlexAttention(cfg, SHAPE, compiled=False, kernel=flex) if engine == "flex" else make_engine(engine, cfg, SHAPE, CUDA)
+    attend: Any = FlexAttention(cfg, shape, compiled=False, kernel=flex) if engine == "flex" else make_engine(engine, cfg, shape, CUDA)
     with CUDA:
-        return Transformer(cfg, SHAPE, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every, logits_dtype=logits_dtype)
+        return Transformer(cfg, shape, branch_dtype=dtype, attend=attend.to(CUDA), checkpoint_every=every, logits_dtype=logits_dtype)
 
 
 def tokens(count: int = 3) -> tuple[torch.Tensor, ...]:
@@ -132,6 +133,31 @@ def test_drawing_waits_once_for_each_code_to_see_whether_it_is_a_number(rule: Ru
         )
     assert drawn.codes_BI.is_cuda and drawn.passes == 11 == len(passes)
     assert [after - before for before, after in itertools.pairwise(passes)] == [1] * 10
+
+
+@pytest.mark.parametrize(("rule", "cfg"), [(Rule(), CFG), (Rule(guidance=2.0, top_k=5, top_p=0.9), WITH_OPTIONS)], ids=["plain", "options"])
+@pytest.mark.parametrize("window", [1, 3])
+def test_passes_of_long_drawings_are_recorded_as_a_graph_and_those_of_one_position_wait_once_for_each_row(
+    rule: Rule, cfg: TransformerConfig, window: int
+) -> None:
+    """What is recorded may not wait at all."""
+    with fake_cuda("model/sampling.py") as watch:
+        with watch.setting_up(), torch.no_grad():
+            weights = DrawingWeights(transformer(cfg=cfg, shape=StreamShape(text_tokens=8, text_vocab=50, grid=14, image_vocab=30)))
+            text_CT, lengths_C, _ = tokens(2)
+            drawing = begin(weights, text_CT, lengths_C, [1, 2, 3, 4], rule, window=window)
+        waits, replays = [], []
+        with torch.no_grad():
+            for _ in range(3 * 14):
+                before = len(watch.waits)
+                drawing.step()
+                waits.append(len(watch.waits) - before)
+                replays.append(watch.replays)
+        assert replays == [0, 0, *range(1, 41)]  # the first ones load kernels
+        if window == 1:
+            assert waits == [1, 1] + [int(step % 14 == 0) for step in range(3, 43)]
+        else:
+            assert waits == [2] * 42  # how far it came, and whether what it drew are numbers
 
 
 @pytest.mark.parametrize("cfg", [CFG, WITH_OPTIONS], ids=["plain", "options"])

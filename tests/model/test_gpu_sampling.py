@@ -1,4 +1,4 @@
-"""Drawing on a GPU (``make gpu``): the codes that a CPU draws, one at a time and in windows, with and without guidance. Not yet seen there."""
+"""Drawing on a GPU (``make gpu``): the codes that a CPU draws, one at a time and in windows, with and without guidance; passes recorded as a graph. Not yet seen there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from copy import deepcopy
 import pytest
 import torch
 
+from model.captured import cuda_graph
 from model.config import StreamShape, TransformerConfig
-from model.decoder import DrawingWeights
-from model.sampling import Rule, begin, sample
+from model.decoder import DrawingWeights, Texts
+from model.sampling import Rule, Sampling, begin, sample
 from model.transformer import Transformer
 from tests.support.gpu import DEVICE, NEEDS_GPU
 
 pytestmark = NEEDS_GPU
-SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=5, image_vocab=40)
+SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=9, image_vocab=40)
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(temperature=0.7, top_k=9, guidance=2.0), Rule(top_p=0.8)])
@@ -31,6 +32,24 @@ def test_pictures_are_those_that_a_cpu_draws(rule: Rule) -> None:
         found = sample(weights, text_CT.to(DEVICE), lengths_C.to(DEVICE), seeds, rule, window=window)
         same_B = (found.codes_BI.cpu() == expected_BI).all(1)
         assert int(same_B.sum()) >= 14, (window, same_B.tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 4])
+def test_recorded_passes_draw_the_codes_of_passes_that_run_one_by_one(window: int) -> None:
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    model = Transformer(TransformerConfig(layers=6, width=64, heads=4, conv_kernel=3), SHAPE).requires_grad_(False).to(DEVICE)
+    model.image_unembedding.weight.mul_(3)
+    weights, text_CT, lengths_C = DrawingWeights(model), torch.randint(2, 50, (2, 8), device=DEVICE), torch.tensor([3, 8], device=DEVICE)
+    texts = [Texts(text_CT, lengths_C, 8)]
+    drawn = []
+    for capture in (cuda_graph, None):
+        run = Sampling(weights.drawer(texts), Rule(top_k=9), torch.arange(16, device=DEVICE), None, window, capture)
+        run.run_to(run.total)
+        assert run.is_recorded == (capture is not None)
+        drawn.append(run.codes_BI.cpu())
+    assert int((drawn[0] == drawn[1]).all(1).sum()) >= 15  # one at a time, a pass may add up in another order
 
 
 @torch.no_grad()

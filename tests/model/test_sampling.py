@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.decoder import DrawingWeights
+from model.captured import PASSES_BEFORE
+from model.decoder import DrawingWeights, Texts
 from model.gumbel import gumbel_noise
-from model.sampling import Drawn, NotFiniteError, Rule, begin, sample
+from model.sampling import Drawn, NotFiniteError, Rule, Sampling, begin, sample
 from model.transformer import Transformer
 from tests.model.test_decoder import LENGTHS, TEXT, build
 from tests.support.logits import logits
+from tests.support.recorded_graph import NotRecordableError, record
 
 
 def wide(**options: Any) -> Transformer:
@@ -77,6 +79,51 @@ def test_pictures_that_go_on_from_others_are_those_that_are_drawn_from_their_cod
         run.select(index_B, later)
         run.run_to(run.total)
         assert run.codes_BI.equal(draw(later, rule, model=model, prefix_BP=half_BI[index_B]).codes_BI)
+
+
+def recorded(model: Transformer, seeds: Sequence[int], rule: Rule, prefix_BP: torch.Tensor | None, window: int) -> Sampling:
+    """A drawing whose passes are recorded, by a stand-in of CUDA graphs."""
+    texts = [Texts(TEXT, LENGTHS, len(seeds) // len(TEXT))]
+    if rule.guidance != 1:
+        texts.append(Texts(torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), len(seeds)))
+    with torch.no_grad():
+        return Sampling(DrawingWeights(model).drawer(texts), rule, torch.tensor(seeds), prefix_BP, window, record)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(temperature=0.7, top_k=5, top_p=0.8, guidance=1.5)])
+@pytest.mark.parametrize("masks", [{"layers": 6}, {"layers": 3, "conv_offsets": "causal", "qk_norm": True, "rotary_positions": True}])
+@pytest.mark.parametrize("window", [1, 3])
+@torch.no_grad()
+def test_passes_that_were_recorded_once_give_the_codes_of_passes_that_run_one_by_one(window: int, masks: dict[str, Any], rule: Rule) -> None:
+    model, seeds = wide(**masks), [1, 2, 3, 4, 5, 6, 7, 8]
+    alone_BI = draw(seeds, rule, model=model).codes_BI
+    for prefix_BP in (None, alone_BI[:, :2]):
+        run = recorded(model, seeds, rule, prefix_BP, window)
+        while not run.is_done:
+            run.step()
+        assert run.codes_BI.equal(alone_BI) and run.passes > PASSES_BEFORE
+    plain, run = begin(DrawingWeights(model), TEXT, LENGTHS, seeds, rule, window=window), recorded(model, seeds, rule, None, window)
+    for one in (plain, run):  # also where others take the place of some
+        one.run_to(10)
+        one.select(torch.tensor([1, 1, 2, 3, 5, 4, 6, 6]), range(20, 28))
+        one.run_to(one.total)
+    assert run.codes_BI.equal(plain.codes_BI)
+
+
+@torch.no_grad()
+def test_a_recorded_drawing_names_the_first_position_whose_logits_are_no_numbers_and_one_that_cannot_be_recorded_goes_on() -> None:
+    model = wide()
+    model.image_rows.weight[1] = float("nan")
+    run = recorded(model, [1, 2, 3, 4], Rule(), None, 1)
+    with pytest.raises(NotFiniteError, match="position 5 of 16"):
+        run.run_to(16)
+    assert run.least == 8  # it looks at the end of a row
+    with pytest.raises(NotRecordableError):
+        record(lambda: run._refuse_no_numbers())
+    run = recorded(model := wide(), [1, 2, 3, 4], Rule(), None, 1)
+    run._capture = lambda work: None
+    run.run_to(16)
+    assert run.codes_BI.equal(draw([1, 2, 3, 4], model=model).codes_BI)
 
 
 def test_drafts_that_are_right_save_passes() -> None:

@@ -195,11 +195,6 @@ class Sampling:
     def is_done(self) -> bool:
         return self.least >= self.total
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether the passes to come run from a recording."""
-        return self._replay is not None
-
     def run_to(self, end: int, after_pass: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Draw the codes of all pictures up to position ``end``, and none of a later one."""
         self._end.fill_(end)

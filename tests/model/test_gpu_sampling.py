@@ -47,7 +47,7 @@ def test_recorded_passes_draw_the_codes_of_passes_that_run_one_by_one(window: in
     for capture in (cuda_graph, None):
         run = Sampling(weights.drawer(texts), Rule(top_k=9), torch.arange(16, device=DEVICE), None, window, capture)
         run.run_to(run.total)
-        assert run.is_recorded == (capture is not None)
+        assert (run._replay is not None) == (capture is not None)
         drawn.append(run.codes_BI.cpu())
     assert int((drawn[0] == drawn[1]).all(1).sum()) >= 15  # one at a time, a pass may add up in another order
 

@@ -71,14 +71,13 @@ class ZeroEngine:
         """
         topology = node_topology(world) if zero.sharding == "node" else None
         internals.prepare(topology)
-        rules = scales or ScaleSection()
-        self.module, self.fit, self.zero, self.world, self.rules = module, fit, zero, world, rules
+        self.module, self.fit, self.zero, self.world, self.rules = module, fit, zero, world, (rules := scales or ScaleSection())
         self.tags = parameter_tags(module)
         self.resblocks = len(module.resblocks)
         scaled = fit.precision == "fp16" and rules.scope != "none"
         self.scales = GradientScales(self.resblocks, world.size * fit.accumulation, rules) if scaled else None
-        self.nodes = 1 if topology is None else topology.nodes
-        self.topology, self.shard_rank = topology, world.rank if topology is None else topology.local
+        self.topology, self.nodes = topology, 1 if topology is None else topology.nodes
+        self.shard_rank = world.rank if topology is None else topology.local
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # not set in a single process, but DeepSpeed requires it
         self.storage = weight_storage(fit, zero)
         store_weights(module, self.tags, self.storage)
@@ -98,15 +97,14 @@ class ZeroEngine:
         self.device = next(module.parameters()).device
         self._compression_section, self._seed = compression or CompressionSection(), seed
         self._whole_matrices = self._gathering_matrices()
-        found = self._build_compression()
-        self.compression = found if found.is_active else None
+        self.compression = found if (found := self._build_compression()).is_active else None
         self.average = Average(((str(index), flat) for index, flat in enumerate(self._masters())), fit.ema, fit.ema_every, on_cpu=True)
         self._frozen = FrozenShards(self._masters() if fit.contrasts else [])
         self.updates = self.attempts = 0
         self._exponents = Exponents(self.resblocks + 1, self.device)
         self._is_summed = False  # whether this update's shards have been summed over nodes already
         self._squares: Tensor | None = None  # their squared norms, if compression has computed them
-        self._watched: Watched | None = None  # what it owes, in updates whose numerics are logged
+        self._watched: Watched | None = None  # what it owes, where numerics are logged
         self._exchanged = Exchanged(self.nodes, self.device)
         self.loss_scale: LossScale | None = None
         self._scale_tensor = torch.ones(self.resblocks, dtype=torch.float32, device=self.device)

@@ -25,7 +25,6 @@ from infra.world import World
 from train import attempt
 from train.config import RunConfig, load_run, read_preset
 from train.config_align import usual_steps
-from train.config_compression import check_rank
 from train.run import lineage, places
 from train.run.places import run_folder
 from train.run.stage_table import STAGES, TRAINED, Stage, used_by
@@ -188,8 +187,7 @@ def _submit(name: str, cfg: RunConfig, run: RunFolder, words: list[str], on: str
         raise ConfigError("--chain: submits all stages to a scheduler; on this machine, 'launcher.py demo' runs them in turn.")
     from train.run import cluster
 
-    if chain or name in ("dalle", "align"):  # refused here, and not after a wait in the queue
-        check_rank(cfg.compression, cfg.cluster.nodes, cfg.cluster.gpus or 1)
+    cluster.check(name, cfg, run, chain=chain)
     if dry_run:
         print(describe(cfg, words[0]), end="", flush=True)
         print(cluster.show(name, cfg, run, on, chain=chain))

@@ -67,7 +67,8 @@ def test_shellcheck_finds_nothing() -> None:
 
 def test_the_chain_is_submitted_once_each_stage_after_those_it_needs(tmp_path: Path) -> None:
     env = stand_in.install(tmp_path / "slurm")
-    words = ["demo", "tiny", f"run.root={tmp_path}", "cluster.nodes=3", "cluster.gpus=8", "cluster.shares=5", "--on", "slurm"]
+    batches = [f"{stage}_fit.batch=24" for stage in ("dvae", "dalle", "clip")]
+    words = ["demo", "tiny", f"run.root={tmp_path}", *batches, "cluster.nodes=3", "cluster.gpus=8", "cluster.shares=5", "--on", "slurm"]
     shown = launch(*words, "--dry-run", **env)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("sbatch --parsable") == 9 and "--dependency=afterok:JOB_tokenizer:JOB_encode" in shown.stdout

@@ -77,7 +77,7 @@ ORDER = {
         ("optimizer", "machine"),
         ("config",),
         ("config_align",),
-        ("config_compression", "config_contrast", "config_encode", "config_learning", "config_pictures", "config_watching"),
+        ("config_batch", "config_compression", "config_contrast", "config_encode", "config_learning", "config_pictures", "config_watching"),
     ],
     "data_pipeline": [
         ("prepare",),
@@ -92,6 +92,7 @@ ORDER = {
 
 NO_TORCH = (
     "model/config.py",
+    "train/config_batch.py",
     "train/config_compression.py",
     "train/config_contrast.py",
     "train/config_learning.py",
@@ -104,6 +105,8 @@ NO_TORCH = (
     "train/config.py",
     "train/launch.py",
     "train/attempt.py",
+    "train/run/cluster.py",
+    "train/run/elastic.py",
     "train/run/stage_table.py",
     "train/planning/demo_time.py",
     "train/planning/estimate.py",

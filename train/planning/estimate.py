@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from infra.errors import ConfigError
 from train.config import DalleFit, RunConfig
+from train.config_batch import rows
 from train.config_compression import check_rank
 from train.optimizer.muon_schedule import FP32, Load, loads, rounds, wire_bytes
 from train.planning import activations, network, states, wire
@@ -85,13 +85,7 @@ class Setting:
             ConfigError: the batch cannot be divided evenly among processes and micro-batches.
         """
         fit = self.cfg.dalle_fit
-        parts = self.cluster.world * fit.accumulation
-        if fit.batch % parts:
-            raise ConfigError(
-                f"dalle_fit.batch = {fit.batch} does not divide over {self.cluster.nodes} nodes x {self.cluster.gpus} GPUs x "
-                f"dalle_fit.accumulation = {fit.accumulation}; use a multiple of {parts}."
-            )
-        return fit.batch // parts
+        return rows(fit.batch, fit.accumulation, self.cluster.world, "dalle_fit")
 
 
 @dataclass(frozen=True)

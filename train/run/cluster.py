@@ -12,7 +12,8 @@ from infra.errors import ConfigError, DataError, ExitCode, ReportedError
 from infra.job import JobSpec, Shape
 from infra.run_folder import RunFolder
 from train.config import RunConfig
-from train.run import lineage, places, submitted_inputs
+from train.config_compression import check_rank
+from train.run import elastic, lineage, places, submitted_inputs
 from train.run.stage_table import STAGES, TRAINED, used_by
 
 
@@ -35,6 +36,22 @@ def show(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool) ->
     return "\n".join(
         slurm_submit.shown(job_spec(name, cfg, run), [f"JOB_{need}" for need in table[name].needs if chain and need in stages]) for name in stages
     )
+
+
+def check(stage: str, cfg: RunConfig, run: RunFolder, *, chain: bool) -> None:
+    """Refuse at the submission what the job would be refused for at its start, after a wait in the queue. Changes nothing.
+
+    Raises:
+        ConfigError: a batch, or the rank of compression, does not divide over the processes.
+    """
+    # A launcher on a node without GPUs starts two ranks, or one on a single core: launch.default_nproc.
+    ranks = cfg.cluster.gpus or min(2, cfg.cluster.cpus)
+    for name in lineage.waiting(cfg, run) if chain else [] if places.finished(cfg, run, stage) else [stage]:
+        if name not in TRAINED:
+            continue
+        if name in ("dalle", "align"):  # those of ZeRO's engine
+            check_rank(cfg.compression, cfg.cluster.nodes, ranks)
+        elastic.check(cfg, run, name, cfg.cluster.nodes * ranks)
 
 
 def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, command: str, going_on: str = "") -> None:

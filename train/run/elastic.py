@@ -8,6 +8,7 @@ from infra import storage, stored
 from infra.run_folder import RunFolder
 from infra.run_records import Rows
 from infra.world import World
+from train import config_batch
 from train.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,12 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
     key, fit = f"{stage}_fit", cfg.fit(stage)
     if fit is None:
         return cfg
-    url = run.at(stage, "rows.json")
-    found = stored.read_if_there(url, Rows)
+    found = _known_rows(run, stage)
     if found is None and fit.batch % (world.size * fit.accumulation):
         return cfg
-    rows = fit.batch // (world.size * fit.accumulation) if found is None else int(found["rows"])
+    rows = fit.batch // (world.size * fit.accumulation) if found is None else found
     if world.is_main and found is None:
-        storage.write_json(url, {"rows": rows, "ranks": world.size})
+        storage.write_json(run.at(stage, "rows.json"), {"rows": rows, "ranks": world.size})
     count = accumulation(fit.batch, world.size, rows)
     if count is None or count == fit.accumulation:
         return cfg
@@ -45,3 +45,21 @@ def adapted(cfg: RunConfig, run: RunFolder, stage: str, world: World) -> RunConf
             "%s: %d ranks take %s.accumulation = %d instead of %d; the batch stays %d", stage, world.size, key, count, fit.accumulation, fit.batch
         )
     return cfg.model_copy(update={key: getattr(cfg, key).model_copy(update={"accumulation": count})})
+
+
+def check(cfg: RunConfig, run: RunFolder, stage: str, ranks: int) -> None:
+    """Say before a stage starts what its start would say: whether its batch divides over so many ranks.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    fit = cfg.fit(stage)
+    if fit is None or (accumulation(fit.batch, ranks, 1) is not None and _known_rows(run, stage) is not None):
+        return
+    config_batch.rows(fit.batch, fit.accumulation, ranks, f"{stage}_fit")
+
+
+def _known_rows(run: RunFolder, stage: str) -> int | None:
+    """Samples in a rank's micro-batch in the first attempt; None where there was none."""
+    found = stored.read_if_there(run.at(stage, "rows.json"), Rows)
+    return None if found is None else int(found["rows"])

@@ -10,7 +10,7 @@ from torch import nn
 from data_pipeline.shards.shard_set import CODES_SCHEMA, ShardSet, open_set
 from data_pipeline.tokenizer import Tokenizer
 from infra.commands import launcher
-from infra.errors import ConfigError, DataError
+from infra.errors import DataError
 from infra.run_folder import RunFolder
 from infra.world import World
 from model.attention_engines import EngineName, make_engine
@@ -20,6 +20,7 @@ from model.image_tokenizer import ImageTokenizer
 from model.tokenizer_kinds import image_tokenizer
 from model.transformer import Norm, Transformer
 from train.config import DalleFit, FitSection, RunConfig
+from train.config_batch import rows
 from train.machine.rates import name_of
 from train.run import attention_engine, places
 from train.run.data_inputs import open_tokenizer
@@ -139,10 +140,4 @@ def micro_batch(fit: FitSection, section: str, world: World) -> int:
     Raises:
         ConfigError: the batch cannot be divided evenly among ranks and micro-batches.
     """
-    shares = world.size * fit.accumulation
-    if fit.batch % shares:
-        raise ConfigError(
-            f"{section}.batch = {fit.batch} does not divide over {world.size} processes x {section}.accumulation = {fit.accumulation}; "
-            f"use a multiple of {shares}."
-        )
-    return fit.batch // fit.accumulation
+    return rows(fit.batch, fit.accumulation, world.size, section) * world.size

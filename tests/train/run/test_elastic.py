@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra import storage
 from infra.errors import ConfigError, StopRequested
 from infra.run_folder import RunFolder
+from infra.signals import StopFlag
 from infra.world import World
 from tests.support.ranks import run_in_ranks
 from tests.system.test_training import StopAfter, copy_of, losses, run_stage
+from train import launch
 from train.config import load_run
 from train.loop.metrics import read_metrics
 from train.run import elastic
@@ -55,3 +58,38 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(prepared: Path, tmp_path
         from train.run.inputs import micro_batch
 
         micro_batch(elastic.adapted(cfg, run, "dvae", World(0, 3, 0, 3)).dvae_fit, "dvae_fit", World(0, 3, 0, 3))
+
+
+def submit(stage: str, *overrides: str) -> None:
+    given: dict[str, Any] = {"on": "slurm", "nproc": 0, "dry_run": True, "stop": StopFlag()}
+    if stage == "demo":
+        launch.demo("tiny", list(overrides), **given)
+    else:
+        launch.stage(stage, "tiny", list(overrides), worker=False, **given)
+
+
+def test_a_submission_is_refused_as_the_start_would_be(tmp_path: Path) -> None:
+    """The job waited in the queue, and died at its start with 78."""
+    three = (f"run.root={tmp_path}", "cluster.nodes=3")
+    for stage, batch, *more in (("dvae", 8), ("dalle", 8), ("clip", 8), ("align", 8, "align_fit.steps=5")):
+        refusal = rf"^{stage}_fit\.batch = {batch} does not divide over 3 processes x {stage}_fit\.accumulation = 1; use a multiple of 3\.$"
+        with pytest.raises(ConfigError, match=refusal):
+            submit(stage, *three, "cluster.gpus=1", *more)
+    with pytest.raises(ConfigError, match=r"clip_fit\.batch = 8 does not divide over 3 processes"):  # of a chain every stage is looked at
+        submit("demo", *three, "cluster.gpus=1", "dvae_fit.batch=9", "dalle_fit.batch=9")
+    with pytest.raises(ConfigError, match=r"dvae_fit\.batch = 9 does not divide over 6 processes"):  # two ranks on a node without GPUs
+        submit("dvae", *three, "dvae_fit.batch=9")
+    submit("dvae", *three, "dvae_fit.batch=9", "cluster.cpus=1")
+    submit("encode", *three)  # which has no batch to divide
+
+
+def test_a_stage_that_was_begun_is_refused_by_the_ranks_alone(tmp_path: Path) -> None:
+    """Its start adapts the micro-batches."""
+    cfg, run = load_run("tiny", ["dvae_fit.accumulation=4"]), RunFolder(str(tmp_path / "tiny"))
+    with pytest.raises(ConfigError, match=r"4 processes x dvae_fit\.accumulation = 4; use a multiple of 16"):
+        elastic.check(cfg, run, "dvae", 4)
+    storage.write_json(run.at("dvae", "rows.json"), {"rows": 2, "ranks": 1})
+    elastic.check(cfg, run, "dvae", 4)
+    assert elastic.adapted(cfg, run, "dvae", World(0, 4, 0, 4)).dvae_fit.accumulation == 1
+    with pytest.raises(ConfigError, match=r"dvae_fit\.batch = 8 does not divide over 3 processes"):
+        elastic.check(cfg, run, "dvae", 3)

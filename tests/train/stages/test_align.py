@@ -223,7 +223,7 @@ def test_plan_and_the_projected_time_count_it(capsys: pytest.CaptureFixture[str]
     room = float(re.findall(r"stage align .*; ([\d.]+) GB on each GPU", said)[0]) - 1
     with pytest.raises(ConfigError, match=r"stage align needs .* under two captions: .*align_fit\.accumulation="):
         plan.main("120M", words, nodes=1, gpus=8, memory=room / 0.92, gpu="H100-80GB", tokens=0, rank=0)
-    with pytest.raises(ConfigError, match=r"^align_fit\.batch = 3 does not divide over 1 nodes x 8 GPUs x align_fit\.accumulation"):
+    with pytest.raises(ConfigError, match=r"^align_fit\.batch = 3 does not divide over 8 processes x align_fit\.accumulation"):
         plan.main("120M", [*words, "align_fit.batch=3"], nodes=1, gpus=8, memory=0, gpu="H100-80GB", tokens=0, rank=0)
     demo = load_run("demo", ["align_fit.steps=50"])
     found = demo_time.estimate(demo, {"dalle": 82.0}, 5.0, {"dalle": 0}, ["align"])

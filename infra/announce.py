@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra import environment
+from infra import environment, live
 from infra.job import Job
 from infra.live import Facts
 from infra.progress import duration, three_digits
@@ -51,6 +51,8 @@ class Announcer:
         if not facts.get("total") or (now < self._due and not facts.get("ended")):
             return
         self._due = now + self._every_s
+        if (quiet_s := live.quiet_s(facts)) is not None:
+            facts = facts | {"quiet_s": quiet_s, "eta_s": facts.get("eta_s") if facts.get("phase") else None}
         for name, channel in self._channels:
             if self._failures[name] >= _FAILURES:
                 continue
@@ -79,7 +81,7 @@ def line(facts: Facts) -> str:
     if facts.get("ended"):
         words.append("ended")
     elif facts.get("rate"):
-        words.append(f"{three_digits(facts['rate'])}/s")
+        words.append(f"{three_digits(facts['rate'])}/s" + (f" ({facts['quiet_s']:.0f} s ago)" if facts.get("quiet_s") else ""))
     if facts.get("loss") is not None:
         words.append(f"loss {facts['loss']:.4g}")
     if facts.get("eta_s") is not None and not facts.get("ended"):

@@ -345,6 +345,12 @@ def is_alive(holder: Holder, sign_s: float) -> bool:
     return not holder.released and not _is_gone(holder) and sign_s <= holder.lease_s
 
 
+def at_work(run_url: str, label: str) -> Holder | None:
+    """Who works on a stage, as far as one can tell who only looks; None: nobody does."""
+    sign = last_sign(run_url, label)
+    return sign[0] if sign is not None and is_alive(*sign) else None
+
+
 def is_here(holder: Holder) -> bool:
     """Whether the holder is a process of this machine that still runs."""
     return bool(holder.process) and _process(holder.pid) == holder.process

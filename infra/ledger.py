@@ -54,6 +54,13 @@ def newest_checkpoint(run: RunFolder, stage: str) -> int:
     return next(checkpoint_folders.complete(run.at(stage)), -1)
 
 
+def begun(run: RunFolder, label: str) -> float:
+    """When the newest attempt at a stage or share began; 0 where there was none."""
+    numbers = run.attempts(label)
+    begin = stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) if numbers else None
+    return float((begin or {}).get("time", 0.0))
+
+
 def read(run: RunFolder, stage: str) -> list[Attempt]:
     """All attempts at a stage, oldest first; an attempt without an end record was killed. For display: decisions read ``newest_first``, which is cheaper."""
     return list(newest_first(run, stage))[::-1]

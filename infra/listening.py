@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
 """Seconds between two writes of a node; LAUNCHER_LIVE_S."""
+_SOON_S = 1.0
 _JOIN_S = 5.0
 _LARGEST = 1 << 14  # bytes that are read of a rank's file
 _TRIES = 5
@@ -115,10 +116,14 @@ class _Listener:
         self._thread.join(_JOIN_S)
 
     def _listen(self) -> None:
-        wait_s = min(1.0, self._every_s)  # the first sign comes soon
+        soon_s = min(_SOON_S, self._every_s)
+        first, due = True, 0.0  # the node's first sign comes soon, and that of its ranks as soon as there is one
         while True:
-            ended = self._ended.wait(wait_s)
-            wait_s = self._every_s
+            begun = self._has_begun()
+            ended = self._ended.wait(self._every_s if begun else soon_s)
+            if not (ended or begun or first or self._has_begun() or time.monotonic() >= due):
+                continue
+            first, due = False, time.monotonic() + self._every_s
             try:
                 self._bring(ended)
             except ReportedError as error:  # an outage, a full disk: what is shown grows old, and the run goes on
@@ -127,6 +132,10 @@ class _Listener:
                 self._silent = True
             if ended:
                 return
+
+    def _has_begun(self) -> bool:
+        """Whether a rank has said anything yet."""
+        return any(self._folder.glob("rank-*"))
 
     def _bring(self, ended: bool) -> None:
         now = time.time()

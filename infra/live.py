@@ -19,6 +19,9 @@ LEAST_S = 0.1
 """Seconds between two words of a rank that came as often as its updates."""
 VARIABLE = "LAUNCHER_LIVE"
 """Names the folder on this node to ranks."""
+_TIMES = 5
+_QUIET_S = 3.0
+"""An update may take _TIMES as long as usual, and so many seconds in any case, before the speed of those before it says nothing of now."""
 
 Facts = dict[str, Any]
 
@@ -84,3 +87,15 @@ def beat() -> None:
     """This process runs, whatever it waits for: to be called by a thread."""
     for mark in _mine:
         mark.beat()
+
+
+def quiet_s(facts: Facts, age_s: float = 0.0) -> float | None:
+    """Seconds since a rank made progress, where that is longer than its own pace explains: the speed that it said is of then. None while progress comes.
+
+    Args:
+        facts: what it said last, as its launcher brought it.
+        age_s: seconds since its launcher did.
+    """
+    said_s, rate = float(facts.get("said_s") or 0.0), float(facts.get("rate") or 0.0)
+    usual_s = float(facts.get("usual_s") or 0.0) or (1 / rate if rate else 0.0)
+    return said_s + age_s if usual_s and said_s > max(_QUIET_S, _TIMES * usual_s) else None

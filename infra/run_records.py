@@ -146,6 +146,8 @@ class LiveRank(Stored):
     loss: float | None = None
     of_median: Number | None = None
     """Speed of the last updates over the median of this attempt's."""
+    usual_s: Seconds = 0.0
+    """Seconds of an update, the median of this attempt's; 0 where it is not known."""
     skipped: Count = 0
     slow: list[Annotated[list[Number], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
     """Stragglers: rank, and time of its own work over the median of all ranks."""

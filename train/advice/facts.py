@@ -145,8 +145,8 @@ OUTAGE = re.compile(
 
 def is_over(run: RunFolder, label: str, *, newest: bool) -> bool:
     """Whether nobody works on an attempt whose end was not written down."""
-    sign = lease.last_sign(run.url, label)
-    return not newest or sign is None or not lease.is_alive(*sign)
+    holder = lease.at_work(run.url, label)
+    return not newest or holder is None or holder.begun > ledger.begun(run, label)  # a launcher that came later, and has begun no attempt yet
 
 
 def _unwritten(run: RunFolder) -> str:

@@ -53,7 +53,7 @@ class Watched:
             if now >= self._due:
                 self._due = now + _LOOK_S
                 slow = [list(each) for each in (self._stragglers.found if self._stragglers is not None else [])[:_NAMED]]
-                live.say(loss=loss, skipped=skipped, of_median=speed_of_median(self._rates), slow=slow)
+                live.say(loss=loss, skipped=skipped, of_median=speed_of_median(self._rates), usual_s=1 / median(self._rates), slow=slow)
         self._progress.update(step, loss=loss, skipped=skipped)
         return found
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from infra import listening, queues, run_records, shown, storage, stored
+from infra import ledger, listening, queues, run_records, shown, storage, stored
 from infra.errors import ConfigError, DataError, MissingError, UsageError
 from infra.queues import Submitted
 from infra.run_folder import RunFolder
@@ -46,7 +46,7 @@ def main(url: str, stage: str, rank: int | None, attempt: int | None, *, follow:
     if chosen is not None:
         begin = stored.read_if_there(run.attempt_url(label, chosen, "begin.json"), run_records.Begin) or {}
     if chosen is not None and not begin.get("job"):
-        _of_folder(run, label, chosen, rank, follow=follow, stop=stop)
+        _of_folder(run, label, chosen, rank, int(str(begin.get("size", 1))), follow=follow, stop=stop)
         return
     if job is None:
         raise DataError(
@@ -66,38 +66,30 @@ def newest(run: RunFolder) -> str:
     Raises:
         UsageError: there was none.
     """
-    begun: dict[str, float] = {}
-    for label in labels(run):
-        numbers = run.attempts(label)
-        begin = stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) if numbers else None
-        begun[label] = float((begin or {}).get("time", 0.0))
+    begun = {label: ledger.begun(run, label) for label in labels(run)}
     if not begun:
         raise UsageError(f"{run.url}: no stage was begun; name one that is in a queue with --stage.")
     return max(begun, key=lambda label: begun[label])
 
 
-def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, follow: bool, stop: StopFlag) -> None:
+def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, size: int, *, follow: bool, stop: StopFlag) -> None:
+    """
+    Args:
+        size: ranks of the attempt.
+    """
     place = listening.logs(run.url, label, attempt)
-    files = sorted((name for name in storage.list_level(place) if name.endswith(".log")), key=lambda name: int(re.sub(r"\D", "", name) or 0))
-    if rank is not None:
-        of_all, files = files, [name for name in files if name == f"rank-{rank}.log"]
-    if not files:
-        if rank is None or not of_all:
-            raise DataError(f"{place}: holds no words of attempt {attempt} at '{label}'.")
-        kept = ", ".join(re.sub(r"\D", "", name) for name in of_all)
-        raise DataError(f"{place}: holds no words of rank {rank} of attempt {attempt} at '{label}', but of ranks {kept}.")
-    seen = dict.fromkeys(files, 0)
-    ended = run.attempt_url(label, attempt, "end.json")
+    seen: dict[str, int] = {}
     while True:
-        over = not storage.exists(ended) and facts.is_over(run, label, newest=attempt == run.attempts(label)[-1])
-        last = over or storage.exists(ended) or bool(stop)
-        for name in files:
-            text = _from(storage.join(place, name), seen[name], to_the_end=last or not follow)
-            seen[name] += len(text)
-            prefix = f"[rank {name.removeprefix('rank-').removesuffix('.log')}] " if len(files) > 1 else ""
+        over, end = (False, False) if not follow else _is_over(run, label, attempt)
+        last = not follow or over or bool(stop)
+        for name in _files(place, label, attempt, rank, may_come=not last and (rank is None or rank < size)):
+            start = seen.get(name, 0)
+            text = _from(storage.join(place, name), start, to_the_end=last)
+            seen[name] = start + len(text)
+            prefix = f"[rank {name.removeprefix('rank-').removesuffix('.log')}] " if size > 1 and rank is None else ""
             for line in text.decode(errors="replace").splitlines():
                 print(shown.escaped(f"{prefix}{line}"), flush=True)
-        if not follow or last:
+        if last:
             if not any(seen.values()):  # an empty answer looks like a broken one
                 others = ", ".join(name for name in labels(run) if name != label)
                 who = "its ranks" if rank is None else f"rank {rank}"
@@ -105,12 +97,38 @@ def _of_folder(run: RunFolder, label: str, attempt: int, rank: int | None, *, fo
                     f"'{label}', attempt {attempt}: {who} printed nothing{f'; --stage shows others: {others}' if others else ''}.",
                     file=sys.stderr,
                 )
-            elif follow and over and not storage.exists(ended):
+            elif over and not end:
                 print(
                     f"'{label}', attempt {attempt}: nobody works on it any more, and no end was recorded: launcher.py why {run.url}", file=sys.stderr
                 )
             return
         time.sleep(_POLL_S)
+
+
+def _is_over(run: RunFolder, label: str, attempt: int) -> tuple[bool, bool]:
+    """Whether an attempt is over, and whether its end was written down: that is asked last, because a launcher writes it before it gives up its lease."""
+    left = facts.is_over(run, label, newest=attempt == run.attempts(label)[-1])
+    end = storage.exists(run.attempt_url(label, attempt, "end.json"))
+    return left or end, end
+
+
+def _files(place: str, label: str, attempt: int, rank: int | None, *, may_come: bool) -> list[str]:
+    """Names of the files that ranks' words are in, by rank.
+
+    Args:
+        may_come: whether there may be none yet: a rank makes its file when it begins.
+
+    Raises:
+        DataError: there are none.
+    """
+    of_all = sorted((name for name in storage.list_level(place) if name.endswith(".log")), key=lambda name: int(re.sub(r"\D", "", name) or 0))
+    files = [name for name in of_all if rank is None or name == f"rank-{rank}.log"]
+    if files or may_come:
+        return files
+    if rank is None or not of_all:
+        raise DataError(f"{place}: holds no words of attempt {attempt} at '{label}'.")
+    kept = ", ".join(re.sub(r"\D", "", name) for name in of_all)
+    raise DataError(f"{place}: holds no words of rank {rank} of attempt {attempt} at '{label}', but of ranks {kept}.")
 
 
 def _from(url: str, start: int, *, to_the_end: bool) -> bytes:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra import exit_records, lease, ledger, listening, queues, run_records, storage, stored
+from infra import exit_records, lease, ledger, listening, live, queues, run_records, storage, stored
 from infra.errors import DataError, ExitCode
 from infra.queues import Submitted
 from infra.run_folder import RunFolder
@@ -22,6 +22,8 @@ SILENT_S = 30.0
 STUCK_S = 60.0
 """Seconds without an update, or a multiple of the usual time of one, from which on that is said."""
 _TIMES = 20
+_START = ("the imports", "the start")
+"""Phases of a rank before the work of its stage."""
 
 
 @dataclass
@@ -38,9 +40,12 @@ class Standing:
     unit: str = ""
     loss: float | None = None
     rate: float = 0.0
+    rate_ago_s: float | None = None
+    """Seconds since the updates that ``rate`` is of, where none has come for longer than the attempt's pace explains."""
     of_median: float | None = None
     """Speed of the last updates over the median of the attempt's."""
     eta_s: float | None = None
+    """None also where no updates come, and nothing says that they will."""
     skipped: int = 0
     heard_s: dict[int, float] = field(default_factory=dict)
     """Rank -> seconds since it last showed that it runs."""
@@ -91,8 +96,11 @@ def of_stage(cfg: RunConfig, run: RunFolder, name: str) -> list[Standing]:
 
 def _is_taken_up_again(run: RunFolder, name: str, job: Submitted | None) -> bool:
     """Whether a stage that has finished was begun or submitted since, to go on or to be made anew."""
-    begun = max(_begun(run, label) for label in _labels(run, name))
-    return max(begun, job.at if job is not None else 0.0) > float((run.done(name) or {}).get("finished", 0.0))
+    begun = max(ledger.begun(run, label) for label in _labels(run, name))
+    holder = lease.at_work(run.url, name)
+    return max(begun, holder.begun if holder is not None else 0.0, job.at if job is not None else 0.0) > float(
+        (run.done(name) or {}).get("finished", 0.0)
+    )
 
 
 def _alone(cfg: RunConfig, run: RunFolder, name: str) -> Standing:
@@ -128,7 +136,7 @@ def _shares(run: RunFolder, name: str) -> list[tuple[str, str]]:
             found.append((int(index), int(count), entry.rstrip("/")))
     counts = {count for _, count, _ in found}
     if len(counts) > 1:  # divided anew: what began last counts
-        newest = max(found, key=lambda each: _begun(run, each[2]))[1]
+        newest = max(found, key=lambda each: ledger.begun(run, each[2]))[1]
         found = [each for each in found if each[1] == newest]
     return [(label, f"{index}/{count}") for index, count, label in sorted(found)]
 
@@ -138,19 +146,17 @@ def _labels(run: RunFolder, name: str) -> list[str]:
     return [name, *(label for label, _ in _shares(run, name))]
 
 
-def _begun(run: RunFolder, label: str) -> float:
-    numbers = run.attempts(label)
-    begin = stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) if numbers else None
-    return float((begin or {}).get("time", 0.0))
-
-
 def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
     """What the newest attempt at a stage or share says."""
     numbers = run.attempts(label)
     found.attempts = len(numbers)
+    begin = (stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) or {}) if numbers else {}
+    begun, holder = float(begin.get("time", 0.0)), lease.at_work(run.url, label)
+    if holder is not None and holder.begun > begun:
+        found.state, found.waits = "starting", f"{_since(holder.begun)}: process {holder.pid} on {holder.node}"
+        return found
     if not numbers:
         return found
-    begin = stored.read_if_there(run.attempt_url(label, numbers[-1], "begin.json"), run_records.Begin) or {}
     found.job = str(begin.get("job", ""))
     nodes = nodes_of(run, label, numbers[-1])
     ranks = [rank for node in nodes for rank in node["ranks"]]
@@ -161,18 +167,27 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
         code, reason = ended
         found.end = f"{ExitCode(code).name}: {reason}"
         found.state = "done" if code == ExitCode.DONE else "ended"
-        found.eta_s, found.rate = None, 0.0
+        found.eta_s, found.rate, found.rate_ago_s = None, 0.0, None
         return found
-    sign = lease.last_sign(run.url, label)
-    if sign is None or not lease.is_alive(*sign):
-        found.state, found.eta_s, found.rate = "killed", None, 0.0
+    if holder is None:
+        found.state, found.eta_s, found.rate, found.rate_ago_s = "killed", None, 0.0, None
+        sign = lease.last_sign(run.url, label)
         ago = f", whose last sign is {_seconds(sign[1])} old" if sign is not None else ""
         found.end = f"killed: no end was recorded by its launcher{ago}"
         return found
     found.state = "running"
     found.heard_s = {int(rank["rank"]): float(rank.get("heard_s", 0.0)) + node["age_s"] for node in nodes for rank in node["ranks"]}
-    found.waits = trouble(nodes, found) or (str(ranks[0].get("phase", "")) if ranks else "")
+    phase, wrong = str(ranks[0].get("phase", "")) if ranks else "no rank yet", trouble(nodes, found)
+    starts = not ranks or (phase in _START and not ranks[0].get("title"))
+    found.waits = wrong or (f"starting {_since(begun)}: {phase}" if starts else phase)
+    if found.rate_ago_s is not None and (wrong or not phase):
+        found.eta_s = None
     return found
+
+
+def _since(begun: float) -> str:
+    """When something began, and how long ago."""
+    return f"since {time.strftime('%H:%M:%S', time.localtime(begun))} ({_seconds(max(0.0, time.time() - begun))})"
 
 
 def nodes_of(run: RunFolder, label: str, attempt: int) -> list[dict[str, Any]]:
@@ -192,6 +207,7 @@ def _of_main(rank: dict[str, Any], age_s: float, found: Standing) -> None:
     found.loss = rank.get("loss", found.loss)
     found.of_median, found.skipped, found.slow = rank.get("of_median"), int(rank.get("skipped", 0)), rank.get("slow") or []
     found.said_s = float(rank.get("said_s", 0.0)) + age_s
+    found.rate_ago_s = live.quiet_s(rank, age_s)
 
 
 def trouble(nodes: Sequence[dict[str, Any]], found: Standing) -> str:
@@ -230,14 +246,15 @@ def last_end(run: RunFolder, label: str, attempt: int, size: int) -> tuple[int, 
 def _together(found: Standing, below: list[Standing], job: Submitted | None) -> None:
     """A stage whose work is divided, by its shares."""
     count = max(len(below), job.shares if job is not None else 1)
-    counts = {state: sum(each.state == state for each in below) for state in ("running", "done", "ended", "killed")}
+    counts = {state: sum(each.state == state for each in below) for state in ("starting", "running", "done", "ended", "killed")}
     words = [f"{number} {state}" for state, number in counts.items() if number]
     found.state = f"{', '.join(words)} of {max(count, _count(below))} shares"
     found.done, found.total = sum(each.done for each in below), sum(each.total for each in below)
     found.unit = next((each.unit for each in below if each.unit), "")
-    found.rate = sum(each.rate for each in below)
+    found.rate = sum(each.rate for each in below if each.rate_ago_s is None)
     found.attempts = max(each.attempts for each in below)
-    found.eta_s = max((each.eta_s for each in below if each.eta_s is not None), default=None)
+    stopped = any(each.rate_ago_s is not None and each.eta_s is None for each in below)
+    found.eta_s = None if stopped else max((each.eta_s for each in below if each.eta_s is not None), default=None)
     found.waits = "; ".join(f"share {each.share}: {each.waits}" for each in below if each.waits)
 
 
@@ -247,9 +264,9 @@ def _count(below: list[Standing]) -> int:
 
 def _of_queue(run: RunFolder, job: Submitted | None, found: Standing, below: list[Standing]) -> None:
     """What is known of a job that was submitted and has begun nothing yet, or waits to go on: one that saved, or crashed, goes back into its queue."""
-    if job is None or found.is_live or any(each.is_live for each in below):
+    if job is None or any(each.is_live or each.state == "starting" for each in (found, *below)):
         return
-    begun = max(_begun(run, label) for label in _labels(run, found.stage))
+    begun = max(ledger.begun(run, label) for label in _labels(run, found.stage))
     found.job, asked = job.job, queues.state(job)
     if begun >= job.at:
         if asked and (found.state in ("ended", "killed") or any(each.state in ("ended", "killed") for each in below)):

@@ -106,7 +106,7 @@ def _row(each: Standing) -> dict[str, object]:
         "updates": f"{each.done}/{each.total}{'' if each.unit == 'updates' else f' {each.unit}'}" if each.total else "",
         "loss": f"{each.loss:.4g}" if each.loss is not None else "",
         "speed": _speed(each),
-        "ETA": duration(each.eta_s) if each.eta_s is not None else "",
+        "ETA": _eta(each),
         "sign": _sign(each),
         "checkpoint": _checkpoint(each),
         "restarts": each.restarts or "",
@@ -117,23 +117,35 @@ def _row(each: Standing) -> dict[str, object]:
 
 def _run_row(run: RunFolder, stages: list[Standing]) -> dict[str, object]:
     """For the table of several runs: the stage that matters."""
-    order = [
-        lambda s: s.is_live,
-        lambda s: s.state in ("starting", "queued", "not begun"),
-        lambda s: s.state in ("ended", "killed"),
-        lambda s: s.state in ("goes on", "out of date"),
-        lambda s: s.state != "-",
-    ]
     whole = [each for each in stages if not each.share]
-    chosen = next((each for test in order for each in (whole if order.index(test) < 4 else whole[::-1]) if test(each)), whole[0])
-    return {"run": run.url, **_row(chosen)}
+    return {"run": run.url, **_row(_that_matters(whole))}
+
+
+def _that_matters(stages: list[Standing]) -> Standing:
+    """Of a run's stages, in their order, the first of those that most need a look: what runs, then what is to run, what failed, what is to be done once more;
+    else the last of those that have finished, or the first of a run in which nothing was begun."""
+    urgent = (("running",), ("starting", "queued", "not begun"), ("ended", "killed"), ("goes on", "out of date"))
+    for states in urgent:
+        for each in stages:
+            if each.state in states:
+                return each
+    begun = [each for each in stages if each.state != "-"]
+    return begun[-1] if begun else stages[0]
 
 
 def _speed(each: Standing) -> str:
     if not each.rate or not each.is_live:
         return ""
+    if each.rate_ago_s is not None:
+        return f"{three_digits(each.rate)}/s, {duration(each.rate_ago_s)} ago"
     of_median = f" ({each.of_median:.0%} of its median)" if each.of_median is not None else ""
     return f"{three_digits(each.rate)}/s{of_median}"
+
+
+def _eta(each: Standing) -> str:
+    if each.eta_s is not None:
+        return duration(each.eta_s)
+    return "unknown" if each.is_live and each.rate_ago_s is not None else ""
 
 
 def _sign(each: Standing) -> str:

@@ -221,8 +221,8 @@ def test_why_shows_the_attempts_that_did_not_end_well(tmp_path: Path, capsys: py
 
 def test_a_live_attempt_is_not_called_over(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
-    run.begin_attempt("dvae", size=1, saved=-1)
     with run.lock("dvae"):
+        run.begin_attempt("dvae", size=1, saved=-1)
         found = facts.gather(run, "dvae")
     assert found is not None and not found.ended and "it may go on" in words.of(found)
     assert facts.gather(run, "clip") is None
@@ -232,8 +232,8 @@ def test_an_attempt_that_works_is_not_told_to_start_again(tmp_path: Path, capsys
     """It was called killed, with the advice to start it again, while it trained."""
     run = RunFolder(str(tmp_path))
     storage.write_json(run.config_url, {})
-    number = run.begin_attempt("dvae", size=2, saved=-1)
     with run.lock("dvae"):
+        number = run.begin_attempt("dvae", size=2, saved=-1)
         why.main(run.url)
         said = capsys.readouterr().out
         assert said.startswith("dvae, attempt 0: nothing has ended it; its launcher gave a sign of life") and f"launcher.py status {run.url}" in said

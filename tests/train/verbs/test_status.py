@@ -94,8 +94,7 @@ def test_a_stopped_rank_is_named_and_one_that_waits_for_it_is_not(
         there = RunFolder(f"{request.getfixturevalue('s3')}/run")
         storage.upload_folder(Path(run.url), there.url)
         run = there
-    attempt = begun(run, "clip")
-    with held(run, "clip"), listening.listening(run.url, "clip", attempt, Job()) as folder:
+    with held(run, "clip"), listening.listening(run.url, "clip", attempt := begun(run, "clip"), Job()) as folder:
         live.begin(0)
         listening.copy_output(run.url, "clip", attempt, 0)
         live.say(
@@ -122,8 +121,8 @@ def test_a_stopped_rank_is_named_and_one_that_waits_for_it_is_not(
 def test_a_killed_launcher_is_dead_at_once_on_its_machine_and_elsewhere_when_its_lease_is_out(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun(run, "clip")
     with held(run, "clip") as process:
+        begun(run, "clip")
         assert of(run, "clip").state == "running"
         process.kill()
         process.wait()
@@ -170,11 +169,11 @@ def test_shares_are_counted_and_shown_one_by_one(run: RunFolder, capsys: pytest.
     shutil.rmtree(run.at("encode"))
     number = begun(run, "encode.0-of-3")
     storage.write_json(run.attempt_url("encode.0-of-3", number, "end.json"), {"code": 0, "reason": "finished", "ended": 0.0})
-    begun(run, "encode.1-of-3")
     facts = {"attempt": 0, "node": 0, "name": "n1", "written": time.time()}
     ranks = [{"rank": 0, "state": "R", "heard_s": 0.1, "said_s": 0.1, "done": 45, "total": 120, "unit": "parts", "rate": 3.0, "eta_s": 25.0}]
     storage.write_json(f"{listening.place(run.url, 'encode.1-of-3')}/node-0.json", facts | {"ranks": ranks})
     with held(run, "encode.1-of-3"):
+        begun(run, "encode.1-of-3")
         whole, first, second = standing.of_stage(load_run(run.url, []), run, "encode")
         status.main([run.url])
     assert whole.state == "1 running, 1 done of 3 shares" and (first.state, second.state) == ("done", "running")
@@ -336,11 +335,11 @@ def test_what_cannot_be_ended_from_here_is_named_with_where_it_is(run: RunFolder
 def test_several_runs_are_a_table_of_one_line_each(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(run.url, other)
-    begun(run, "dalle")
     with held(run, "dalle"):
+        begun(run, "dalle")
         status.main([run.url, str(other)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1].split()[:3] == [run.url, "dalle", "running"] and lines[2].split()[0] == str(other)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("/")]  # what it does may be folded
+    assert len(rows) == 2 and rows[0][:3] == [run.url, "dalle", "running"] and rows[1][0] == str(other)
 
 
 def launch(*words: str, **environment: str) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _CONTENT_S = 5.0  # wait for a rival to write its few hundred bytes
+WITH_OUT = "choose a writable place with --out"
+"""For ``elsewhere``: of commands with that option."""
+_ADVICE = ContextVar("where else to write", default="")
 TEMPORARY = ".tmp-"
 """Prefix of the names of files that are being written; listings leave them out."""
 
@@ -96,6 +100,16 @@ def _too_long_is_none() -> Iterator[None]:
 
 
 @contextmanager
+def elsewhere(advice: str) -> Iterator[None]:
+    """For the block, what is said of a place that cannot be written to: not every command puts its files where run.root says."""
+    token = _ADVICE.set(advice)
+    try:
+        yield
+    finally:
+        _ADVICE.reset(token)
+
+
+@contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError into a ConfigError that names the path; a NoRoomError if the disk is full."""
     try:
@@ -105,9 +119,10 @@ def write_errors(path: Path) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError(
-                f"{path}: cannot be written ({error.strerror}); make room there, or choose another place with run.root or TMPDIR."
+                f"{path}: cannot be written ({error.strerror}); make room there, or {_ADVICE.get() or 'choose another place with run.root or TMPDIR'}."
             ) from error
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose a writable place, for example with run.root.") from error
+        advice = _ADVICE.get() or "choose a writable place, for example with run.root"
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); {advice}.") from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra import storage
+from infra import files, storage
 from infra.errors import UsageError
 
 
@@ -13,6 +13,7 @@ def main(name: str, out: str, seconds: float) -> None:
 
     Raises:
         UsageError: there is no such benchmark (the known ones are listed), or ``out`` is on other storage.
+        ConfigError: ``out`` cannot be written to.
     """
     if storage.is_remote(out):
         raise UsageError(f"--out {out}: figures are written to a folder of this machine; copy them from there.")
@@ -23,6 +24,8 @@ def main(name: str, out: str, seconds: float) -> None:
     if name == "docs":
         docs.main()
         return
+    with files.elsewhere(files.WITH_OUT):
+        storage.check_writable(out)  # before minutes of measuring
     keep_memory()  # as every training stage does, so that the figures apply to training
     # 'data' means both data-codes and data-images
     several = list(table.BENCHES) if name == "all" else [other for other in table.BENCHES if other.startswith(f"{name}-")]

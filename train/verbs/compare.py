@@ -31,6 +31,7 @@ def main(urls: list[str], words: list[str]) -> None:
     Raises:
         UsageError: there are more runs than colours, the same one twice, or values of keys.
         DataError: there is no run in a folder.
+        ConfigError: the working directory cannot be written to.
     """
     if words:
         raise UsageError(f"{words[0]}: a comparison changes no run, so it takes run folders and no values of keys.")
@@ -41,7 +42,7 @@ def main(urls: list[str], words: list[str]) -> None:
         if not storage.exists(RunFolder(url).config_url):
             raise DataError(f"{RunFolder(url).config_url} is missing: {url} is no run folder.")
     page = Path(f"compare-{_short('-'.join(named))}.html")
-    with files.atomic(page) as file:
+    with files.elsewhere("it is written to the folder where you stand: go to one that you may write to"), files.atomic(page) as file:
         file.write(render({name: RunView(url) for name, url in named.items()}).encode())
     print(page, flush=True)
 

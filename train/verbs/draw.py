@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from infra import shown, storage
+from infra import files, shown, storage
 from infra.errors import ConfigError, StopRequested, UsageError
 from infra.signals import StopFlag
 from infra.text import counted
@@ -77,7 +77,8 @@ def main(url: str, captions: Sequence[str], options: Options, stop: StopFlag) ->
     place = locate(url)
     image = _checked(place, options, len(wanted))
     out = options.out or _default_out(place)
-    storage.check_writable(out)
+    with files.elsewhere(files.WITH_OUT):
+        storage.check_writable(out)
     models = _open(place, options)
     for note in [*_unquoted(captions), *(note for caption in wanted for note in notes(models.tokenizer, caption))]:
         print(f"note: {note}", file=sys.stderr, flush=True)
@@ -177,7 +178,8 @@ def _again(url: str, captions: Sequence[str], options: Options) -> None:
         again.check_room(options.asked.room(place), line)
         # Lines of different drawings name equal files, so by default each has a folder.
         folder = options.out or samples.folder("again", line["caption"], line["key"]).url
-        storage.check_writable(folder)
+        with files.elsewhere(files.WITH_OUT):
+            storage.check_writable(folder)
         picture, data = again.again(_open(place, options), line)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--again: the line is incomplete ({error}); give one exactly as {samples.SAMPLES} has it.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infra import files
 from infra.errors import DataError, UsageError
 from infra.run_folder import RunFolder
 from train.config import load_run
@@ -17,7 +18,8 @@ def package(url: str, out: str) -> None:
     """Write a folder that can draw without the run, and print how; see ``train.drawing.package.write``."""
     from train.drawing import package as written  # imported here because it imports torch
 
-    names = written.write(url, out)
+    with files.elsewhere(files.WITH_OUT):
+        names = written.write(url, out)
     print(f"{out}: {', '.join(names)}\nnext: python launcher.py draw {out} 'a red fox'")
 
 
@@ -47,7 +49,8 @@ def main(url: str, stage: str, kind: str, step: int, out: str) -> None:
     meta = checkpoint.read_meta(folder)
     stored = checkpoint.StoredTensors(folder, KINDS[kind])
     target = out or run.at(stage, "export")
-    identity = export.write(
-        target, stored, meta["config"]["dalle" if stage == "align" else stage], parents=meta["parents"], step=meta["step"], weights=kind
-    )
+    with files.elsewhere(files.WITH_OUT):
+        identity = export.write(
+            target, stored, meta["config"]["dalle" if stage == "align" else stage], parents=meta["parents"], step=meta["step"], weights=kind
+        )
     print(f"{target}: {kind} weights after update {meta['step']}, {len(stored.kinds)} tensors, {identity}")

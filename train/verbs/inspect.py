@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.images.crops import decode
 from data_pipeline.shards.shard_set import IMAGE_SCHEMA, ShardSet, open_set
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_manifest
-from infra import progress, storage
+from infra import files, progress, storage
 from infra.commands import launcher
 from infra.errors import ConfigError, DataError
 from infra.text import counted
@@ -259,7 +259,8 @@ def _decoded(image: bytes) -> Pixels | None:
 
 def _write_sheet(out: str, pictures: Sequence[Pixels | None], captions: Sequence[Sequence[str]]) -> None:
     labels = [printable(some[0] if some else "") + (f" (+{len(some) - 1})" if len(some) > 1 else "") for some in captions]
-    storage.write_bytes(out, png_bytes(contact_sheet(pictures, labels)))
+    with files.elsewhere(files.WITH_OUT):
+        storage.write_bytes(out, png_bytes(contact_sheet(pictures, labels)))
     print(f"contact sheet  {out}")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import DataError, ExitCode, UsageError
+from infra import storage
+from infra.errors import ConfigError, DataError, ExitCode, UsageError
 from tests.support.browser import PHONE, SCREEN, needs_browser, opened
 from tests.support.fake_run import disc, fake_run, write_json, write_metrics
 from tests.train.report.test_report import Balance
@@ -16,7 +17,7 @@ from train.report.comparison import render
 from train.report.images import png_bytes
 from train.report.view import RunView
 from train.run.stage_table import STAGES
-from train.verbs import compare
+from train.verbs import bench, compare, inspect
 
 PARENTS = {
     "tokenizer": {"images": "aaaa" * 4},
@@ -144,6 +145,26 @@ def test_report_with_several_runs_writes_a_comparison_here_and_refuses_what_is_n
         compare.main([url, other], ["run.seed=1"])
     with pytest.raises(DataError, match=r"config\.json is missing: nowhere is no run folder"):
         compare.main([url, "nowhere"], [])
+
+
+def test_a_place_that_cannot_be_written_to_is_named_with_what_chooses_it(
+    runs: dict[str, RunView], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice was run.root, which none of these commands writes to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compare-a-b.html").mkdir()  # no file can take its place, not even root's
+    (tmp_path / "file").touch()
+    url, other = (_bare(tmp_path / "runs" / name, runs["demo"].config).url for name in ("a", "b"))
+    stands = (
+        r"compare-a-b\.html: cannot be written \(Is a directory\); it is written to the folder where you stand: go to one that you may write to\.$"
+    )
+    with pytest.raises(ConfigError, match=stands):
+        compare.main([url, other], [])
+    for write in (lambda: bench.main("data", "file/x", 1.0), lambda: inspect._write_sheet("file/x.png", [None], [["a"]])):
+        with pytest.raises(ConfigError, match=r"cannot be written \((Not a directory|File exists)\); choose a writable place with --out\.$"):
+            write()
+    with pytest.raises(ConfigError, match=r"choose a writable place, for example with run\.root\.$"):
+        storage.write_text("file/x", "")
 
 
 def test_the_graph_has_an_arrow_for_each_recorded_input_and_shows_what_is_open_or_old(runs: dict[str, RunView], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from botocore.exceptions import ClientError
 from infra import ledger, s3_errors
 from infra.errors import ReportedError
 from infra.files import write_errors
-from train.config import load_run
+from train.config import DvaeFit, load_run
+from train.loop.diverged import diverged
 from train.planning import out_of_memory
 
 
@@ -83,9 +84,6 @@ _STORAGE, _TRAINER, _JOB = "tests/infra/test_storage_faults.py", "tests/train/lo
 
 
 _SAVED = "dvae: stopped by a signal after update 40 of 100; saved."
-_DIVERGED = (
-    "dvae: 3 consecutive updates up to update 40 had {}; the last checkpoint is kept. Run again with a larger dvae_fit.{} if that is to be expected."
-)
 _UNREACHABLE = "storage unreachable: s3://b/x: failed after 6 attempts (Could not connect); check the network and S3_ENDPOINT_URL."
 _BOTH = {1: (1, _BOOM), 0: (1, f"ended after rank 1: {_BOOM}")}
 FAULTS: tuple[Fault, ...] = (
@@ -144,16 +142,16 @@ FAULTS: tuple[Fault, ...] = (
         _TRAINER,
         "STOP",
         "numbers are not finite any more",
-        {0: (93, _DIVERGED.format("non-finite losses or gradients", "max_bad_steps")), 1: (93, "the same")},
-        names="dvae_fit.max_bad_steps",
+        {0: (93, str(diverged("dvae", DvaeFit(), "runs/x", 40, 20, 3, 0))), 1: (93, "the same")},
+        names="dvae_fit.lr, dvae_fit.max_bad_steps (--go-on)",
     ),
     Fault(
         "overflows of scaled gradients without end",
         _TRAINER,
         "STOP",
         "scaled gradients overflow without end",
-        {0: (93, _DIVERGED.format("overflows of scaled gradients at ever smaller scales", "max_overflow_steps"))},
-        names="dvae_fit.max_overflow_steps",
+        {0: (93, str(diverged("dvae", DvaeFit(), "runs/x", 540, 20, 0, 500)))},
+        names="dvae_fit.lr, dvae_fit.max_overflow_steps (--go-on)",
     ),
     Fault("crashes in a row that saved nothing", _JOB, "STOP", "crashes in a row without progress", end=_loop(None)),
     Fault(

@@ -138,8 +138,8 @@ RULES: tuple[Rule, ...] = (
         "scaled gradients overflow without end",
         _code(ExitCode.DIVERGED, "overflows of scaled gradients"),
         "STOP",
-        "change {keys}",
-        "{stage}_fit.max_overflow_steps, {stage}_fit.lr",
+        "go on with another {keys} (--go-on)",
+        "{stage}_fit.lr, {stage}_fit.max_overflow_steps",
     ),
     Rule("numbers are not finite any more", _code(ExitCode.DIVERGED), "STOP", "go on with another {keys} (--go-on)", "{stage}_fit.lr"),
     Rule(

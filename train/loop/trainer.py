@@ -292,13 +292,13 @@ class Trainer:
             return
         self._saver.wait()
         self._writer.close()
-        raise diverged(self.stage, self.section, self.run.url, step, self._bad, self._overflows)
+        raise diverged(self.stage, self.section, self.run.url, step, self._saver.saved or self._resumed, self._bad, self._overflows)
 
     def _restore(self) -> int:
         engine = self.engine if isinstance(self.engine, StatefulEngine) else None
         more = None if engine is None else lambda meta: engine.more_to_load(meta.get("engine", {}))
         meta = checkpoint.load_newest(self.run.at(self.stage), self.engine.fragments(to_load=True), self.world, more)
-        self._elapsed = 0.0
+        self._elapsed, self._resumed = 0.0, 0
         if meta is None:
             return 0
         checkpoint.check_resumable(meta, self.run.at(self.stage))
@@ -319,8 +319,9 @@ class Trainer:
         self.loader.restore(meta["loader"])
         self._elapsed = meta["elapsed_s"]
         self._evaluation_owed = bool(meta.get("evaluation_owed"))
-        log.info("%s: resumed after update %d", self.stage, meta["step"])
-        return int(meta["step"])
+        self._resumed = int(meta["step"])
+        log.info("%s: resumed after update %d", self.stage, self._resumed)
+        return self._resumed
 
     def _go_on(self, meta: dict[str, Any]) -> None:
         """If the configuration differs from the checkpoint's, start a change point here; apply the change points that the run already has."""

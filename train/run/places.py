@@ -81,7 +81,13 @@ def _refuse(cfg: RunConfig, run: RunFolder, fixed: dict[str, list[Any]]) -> None
     lines = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
     stages = {change_points.stage_of(key) for key in fixed}
     if len(stages) == 1 and (stage := stages.pop()) and _could_go_on(cfg, run, stage):
-        advice = f"To go on with these from the newest checkpoint on, as a recorded change point: {launcher(stage, run.url, *words, '--go-on')}"
+        saved = ledger.newest_checkpoint(run, stage)
+        what = (
+            f"To go on with these from the newest checkpoint on, after update {saved}, as a recorded change point"
+            if saved >= 0
+            else f"To take these for '{stage}', which has no checkpoint yet and begins with them"
+        )
+        advice = f"{what}: {launcher(stage, run.url, *words, '--go-on')}"
     else:
         name = run.url.rpartition("/")[2]
         advice = f"As a new run: {launcher('demo', run.url, f'run.name={name}-2', *words)}"

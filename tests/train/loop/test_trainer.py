@@ -16,8 +16,10 @@ from infra.run_folder import RunFolder
 from infra.signals import StopFlag
 from infra.world import World
 from tests.support.patience import PATIENCE_S
-from train.config import FitSection
+from train.advice.rules import keys
+from train.config import ClipFit, DalleFit, FitSection
 from train.engines.protocol import Update
+from train.loop.diverged import diverged
 from train.loop.metrics import read_metrics
 from train.loop.plateau import Plateau
 from train.loop.trainer import Loss, Trainer
@@ -107,6 +109,28 @@ def test_overflows_and_broken_numbers_are_counted_apart_and_recovered_from(tmp_p
     assert series["numerics/gradient_overflow"][-1].value == 4 and series["numerics/forward_non_finite"][-1].value == 1
     assert [point.step for point in series["perf/save_stall_s"]] == [5, 7, 9, 10], "none while updates are bad, but at the first good one"
     assert checkpoint.complete(str(tmp_path / "toy")) == [9, 10]
+
+
+def test_a_run_that_diverged_is_told_what_helps_before_what_bears_it() -> None:
+    section = ClipFit(warmup_steps=30)
+    said = [str(diverged("clip", section, "runs/x", 40, saved, 3, 0)) for saved in (0, 20, 31)]
+    helps = ["clip_fit.lr", "clip_fit.warmup_steps", "clip_fit.max_bad_steps"]
+    assert [keys(each) for each in said] == [helps, helps, [helps[0], helps[2]]], "a warm-up that is over helps no more"
+    assert "; there is no checkpoint yet. Begin again with a smaller clip_fit.lr or a longer clip_fit.warmup_steps, or, " in said[0]
+    assert "; the checkpoint of update 31 is kept. Go on from there with a smaller clip_fit.lr, or, " in said[2]
+    assert all(each.endswith(". With half the step size: launcher.py clip runs/x clip_fit.lr=0.00025 --go-on") for each in said)
+    of_align = str(diverged("align", DalleFit(), "runs/x", 40, 0, 0, 500))
+    assert keys(of_align) == ["align_fit.lr", "align_fit.warmup_steps", "dalle_fit.max_overflow_steps"]
+
+
+def test_a_checkpoint_that_is_named_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="there is no checkpoint yet"):
+        fit_of(tmp_path / "none", [BROKEN] * 8, [1.0]).run_to_end()
+    with pytest.raises(DivergedError, match="the checkpoint of update 2 is kept"):
+        fit_of(tmp_path / "two", [APPLIED, APPLIED, *[BROKEN] * 8], [1.0]).run_to_end()
+    assert checkpoint.complete(str(tmp_path / "two" / "toy")) == [2]
+    with pytest.raises(DivergedError, match="the checkpoint of update 2 is kept"):  # and by what resumed from it
+        fit_of(tmp_path / "two", [BROKEN] * 10, [1.0]).run_to_end()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,10 @@ def test_another_value_is_refused_with_the_command_that_goes_on_or_that_makes_a_
             go_on(run, "dalle", *words)
     with pytest.raises(ConfigError, match=r"(?s)dalle_fit\.lr: .*launcher\.py dalle .*--go-on"):
         go_on(run, "clip", "dalle_fit.lr=1e-3")
+    with pytest.raises(
+        ConfigError, match=rf"To go on with these from the newest checkpoint on, after update {STOPPED}, as a recorded change point: launcher"
+    ):
+        run_stage("dalle", [run.url, "dalle_fit.lr=1e-3"])
     with pytest.raises(ConfigError, match="--go-on: 'encode' does not train; a change point belongs to dvae, dalle, align, clip"):
         go_on(run, "encode")
     with pytest.raises(
@@ -104,6 +108,18 @@ def test_another_value_is_refused_with_the_command_that_goes_on_or_that_makes_a_
     with pytest.raises(ConfigError, match=r"holds weights and no checkpoint .* nothing to go on from"):
         go_on(run, "dvae", "dvae_fit.steps=30")
     assert not storage.exists(run.at("dalle", "changes.json")) and "changes" not in storage.read_json(run.at("provenance.json"))
+
+
+def test_where_there_is_no_checkpoint_none_is_named_and_the_command_begins_with_the_new_values(run: RunFolder) -> None:
+    shutil.rmtree(run.at("dalle"))
+    with pytest.raises(
+        ConfigError, match=r"To take these for 'dalle', which has no checkpoint yet and begins with them: launcher\.py dalle "
+    ) as caught:
+        run_stage("dalle", [run.url, "dalle_fit.lr=1e-3", "dalle_fit.steps=1"])
+    assert "newest checkpoint" not in str(caught.value)
+    command = shlex.split(str(caught.value).rpartition("launcher.py ")[2])
+    go_on(run, "dalle", *command[2:-1])
+    assert storage.read_json(run.at("dalle", "done.json"))["updates"] == 1 and not storage.exists(run.at("dalle", "changes.json"))
 
 
 def test_a_finished_run_goes_on_longer_and_all_before_stays_as_it_was(run: RunFolder, tmp_path: Path) -> None:

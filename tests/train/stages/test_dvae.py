@@ -223,7 +223,7 @@ def test_three_losses_that_are_no_numbers_end_the_run_with_93_and_keep_the_last_
     monkeypatch.setattr(DvaeTask, "loss", sometimes)
     with pytest.raises(
         launch.StageFailed,
-        match=r"3 consecutive updates up to update 6 had non-finite losses.*go on from there with a smaller step size: launcher\.py dvae .*dvae_fit\.lr=.* --go-on",
+        match=r"3 consecutive updates up to update 6 had non-finite losses.*the checkpoint of update 4 is kept\. Go on from there with a smaller dvae_fit\.lr, or.* larger dvae_fit\.max_bad_steps.*: launcher\.py dvae .*dvae_fit\.lr=.* --go-on",
     ) as caught:
         run_dvae(root, f"dvae_fit.precision={precision}", "dvae_fit.save_every=1")
     assert caught.value.exit_code == ExitCode.DIVERGED

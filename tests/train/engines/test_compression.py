@@ -155,7 +155,8 @@ def test_the_configuration_says_what_compression_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "said"), [(2, "rank 4 between 2 machines, for 80 % of the elements of rank 0's gradients"), (1, "there is one machine")]
+    ("nodes", "said"),
+    [(2, "rank 4 between 2 machines, for 80 % of the elements of rank 0's gradients"), (1, "compression is off: there is one machine")],
 )
 def test_a_start_says_what_is_compressed(nodes: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
     topology = cast("NodeTopology", SimpleNamespace(nodes=nodes, node=0, node_size=1, between=None, within=None))

@@ -106,7 +106,7 @@ def equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def test_errors_survive_from_two_machines_to_three_and_to_one(four: Any, folder: str) -> None:
-    three = run_in_ranks(on_three, 3, folder)[0]
+    three, *others = run_in_ranks(on_three, 3, folder)
     one = run_in_ranks(on_one, 1, folder)[0]
     equal(three["three"], four[0]["resumed"][0]["owed"])
     equal(three["three of a sum"], four[0]["resumed"][2]["owed"])
@@ -114,11 +114,16 @@ def test_errors_survive_from_two_machines_to_three_and_to_one(four: Any, folder:
         paid(found)
         assert found["active"] and found["kept on"]
         assert any("the sum of the error buffers of 2 machines is divided over 3" in line for line in found["said"]), found["said"]
+    assert [found["said"] for other in others for found in other.values()] == [[]] * 4, "one rank says what holds for all"
     for found in (one["one"], one["flat"]):
         equal(found, four[0]["resumed"][0]["owed"])
         paid(found)
         assert not found["active"] and not found["kept on"] and not any(value.any() for value in found["after"].values())
-        assert any("error buffers of 3 machines are added to the next update, once" in line for line in found["said"]), found["said"]
+        assert found["said"][-1] == "compression is off: the error buffers of 3 machines are added to the next update, once"
+    assert one["one"]["said"][:-1] == ["compression is off: there is one machine, so nothing is sent between machines"], (
+        "once, and not with the restore"
+    )
+    assert one["flat"]["said"][:-1] == [], "where no compression is configured, nothing is said of it"
 
 
 def test_a_run_that_is_switched_off_or_cut_otherwise_pays_its_errors_once(four: Any) -> None:

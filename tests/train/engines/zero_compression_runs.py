@@ -252,11 +252,13 @@ def resumed(world: World, folder: str) -> list[dict[str, Any]]:
 def elsewhere(world: World, url: str, case: Case, section: CompressionSection, node: int) -> dict[str, Any]:
     """A checkpoint's errors in a run of another shape: what is owed after the restore, what an update applies beyond its gradient, and what is owed then."""
     said: list[str] = []
-    handler = logging.Handler()
+    handler, log = logging.Handler(), logging.getLogger("train.engines.zero.compression")
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("train.engines.zero.compression.state").addHandler(handler)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     engine = make_engine(case, world, seed=99, compression=section, node=node)
     restore(engine, url, world)
+    log.removeHandler(handler)
     found: dict[str, Any] = {"owed": owed(engine), "said": said, "active": engine.compression is not None and engine.compression.is_active}
     backward(engine, world, 5, 1)
     given, seen = true_sums(engine), {}

@@ -272,16 +272,16 @@ class ZeroEngine:
         """The error buffers of compression, if a checkpoint with this ``state`` has some or this run needs some, as groups of fragments to fill."""
         stored = state.get("compression")
         if self.compression is None and stored is not None:
-            self.compression = self._build_compression()
+            self.compression = self._build_compression(again=True)
         if self.compression is not None:
             yield from self.compression.restored(stored)
             self.compression = None if self.compression.is_done else self.compression
 
-    def _build_compression(self) -> Compression:
+    def _build_compression(self, *, again: bool = False) -> Compression:
         shapes = {name: full_shape(p) for name, p in self.module.named_parameters()}
         widths = {name: shape[-1] for name, shape in shapes.items()}
         devices = (torch.device("cpu") if self.zero.offload_optimizer else self.device, self.device)
-        return build(self._compression_section, self.gradients.names, self.pieces, widths, self.tags, self.topology, devices, self._seed)
+        return build(self._compression_section, self.gradients.names, self.pieces, widths, self.tags, self.topology, devices, self._seed, again=again)
 
     def fragments(self, *, to_load: bool) -> dict[str, Fragment]:
         """This rank's pieces of masters, moments and averages, as views of ZeRO's flat shards. Replicas on other nodes only load them. Buffers of compression are

@@ -16,7 +16,7 @@ from train.config_compression import CompressionSection, check_rank
 from train.engines.zero.compression.buffers import ErrorBuffers
 from train.engines.zero.compression.exchange import Exchange
 from train.engines.zero.compression.fragments import block_of
-from train.engines.zero.compression.state import Compression
+from train.engines.zero.compression.state import Compression, speaks_for_all
 from train.engines.zero.compression.update import Member
 from train.engines.zero.shards import Piece
 from train.engines.zero.topology import NodeTopology
@@ -58,11 +58,14 @@ def build(
     topology: NodeTopology | None,
     devices: tuple[torch.device, torch.device],
     seed: int,
+    *,
+    again: bool = False,
 ) -> Compression:
     """Build the compression of a rank's pieces. If it is off, or there is only one machine, the result just adds errors from a checkpoint to a gradient. Collective.
 
     Args:
         devices: device of the gradients, and device of messages.
+        again: it was built before in this process, which said what is compressed.
 
     Raises:
         ConfigError: the compression rank does not divide over the processes of a machine.
@@ -70,15 +73,14 @@ def build(
     nodes, node, processes = (1, 0, 1) if topology is None else (topology.nodes, topology.node, topology.node_size)
     is_on = section.method == "powersgd" and nodes > 1
     check_rank(section, nodes, processes)
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if section.method == "powersgd" and nodes == 1 and is_first:
-        log.info("compression: there is one machine, so nothing is sent between machines")
+    if section.method == "powersgd" and nodes == 1 and not again and speaks_for_all():
+        log.info("compression is off: there is one machine, so nothing is sent between machines")
     by_name = {piece.name: piece for piece in pieces}
     members = members_of(names, by_name, widths, tags, section.rank if is_on else 0, seed)
     held = [by_name[member.name] for member in members if tags[member.name].is_block_matrix]
     exchange = Exchange(None if topology is None else topology.between, nodes, section.wire, devices[1])
     layout = _layout(members, by_name, topology) if is_on else ""
-    if is_on and is_first:
+    if is_on and speaks_for_all():
         compressed = sum(member.block.elements for member in members if member.block is not None)
         share = compressed / sum(piece.length for piece in pieces)
         log.info("compression: rank %d between %d machines, for %.0f %% of the elements of rank 0's gradients", section.rank, nodes, 100 * share)
@@ -92,6 +94,6 @@ def _layout(members: Sequence[Member], pieces: Mapping[str, Piece], topology: No
     if topology is not None and topology.node_size > 1:
         every = [None] * topology.node_size
         dist.all_gather_object(every, mine, group=topology.within)
-    if not any(every):
+    if not any(every) and speaks_for_all():
         log.warning("compression: the factors would be no smaller than the gradients; a lower compression.rank compresses")
     return hashlib.sha256(repr(every).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from train.config_compression import CompressionSection
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 PREFIX = "compression"
 _SUM = "sum"
+
+
+def speaks_for_all() -> bool:
+    """Whether this rank is the one that says what is the same on all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 class Compression:
@@ -101,7 +107,8 @@ class Compression:
         self.buffers.tensors = self.buffers.empty(self.buffers.rest)
         self.pending = set()
         if stored is None:
-            log.warning("compression: the checkpoint holds no error buffers; they start at zero")
+            if speaks_for_all():
+                log.warning("compression: the checkpoint holds no error buffers; they start at zero")
             return
         is_own = stored["error_buffers"] == "own"
         alike = is_own and stored["nodes"] == self.wire.nodes
@@ -123,6 +130,8 @@ class Compression:
         self._say(stored, alike)
 
     def _say(self, stored: dict[str, Any], alike: bool) -> None:
+        if not speaks_for_all():
+            return
         whose = f"error buffers of {stored['nodes']} machines" if stored["nodes"] > 1 else "error buffers of one machine"
         if not self.is_active:
             log.warning("compression is off: the %s are added to the next update, once", whose)

@@ -1,6 +1,6 @@
 """Step, loss and time to go where a scheduler shows them: SLURM's comment of the job, and the status of a Kubeflow TrainJob. Off where neither is here.
 
-Called by the thread of node 0's launcher that listens to its ranks (``infra/listening.py``), never by a training loop, no oftener than every EVERY_S; whatever
+Called by the thread that listens to the ranks (``infra/listening.py``) of the launcher that has rank 0, which need not be node 0's, never by a training loop, no oftener than every EVERY_S; whatever
 goes wrong there is said once, and ends no run.
 """
 
@@ -72,7 +72,7 @@ def announcer(job: Job) -> Announcer | None:
         channels.append(("SLURM's comment", SlurmComment(job.id)))
     if environment.text(_URL):
         channels.append(("the TrainJob's status", trainjob_status))
-    return Announcer(channels) if channels and not job.node else None
+    return Announcer(channels) if channels else None
 
 
 def line(facts: Facts) -> str:

@@ -117,13 +117,13 @@ class _Listener:
 
     def _listen(self) -> None:
         soon_s = min(_SOON_S, self._every_s)
-        first, due = True, 0.0  # the node's first sign comes soon, and that of its ranks as soon as there is one
+        has_ranks, due = False, 0.0  # the node's first sign comes soon, and that of its ranks as soon as there is one
         while True:
-            begun = self._has_begun()
-            ended = self._ended.wait(self._every_s if begun else soon_s)
-            if not (ended or begun or first or self._has_begun() or time.monotonic() >= due):
+            ended = self._ended.wait(self._every_s if has_ranks else soon_s)
+            begun = has_ranks or any(self._folder.glob("rank-*"))
+            if not (ended or begun or time.monotonic() >= due):
                 continue
-            first, due = False, time.monotonic() + self._every_s
+            has_ranks, due = begun, time.monotonic() + self._every_s
             try:
                 self._bring(ended)
             except ReportedError as error:  # an outage, a full disk: what is shown grows old, and the run goes on
@@ -132,10 +132,6 @@ class _Listener:
                 self._silent = True
             if ended:
                 return
-
-    def _has_begun(self) -> bool:
-        """Whether a rank has said anything yet."""
-        return any(self._folder.glob("rank-*"))
 
     def _bring(self, ended: bool) -> None:
         now = time.time()

@@ -131,7 +131,17 @@ def test_it_is_off_where_nobody_shows_it(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert announce.announcer(Job()) is None and announce.announcer(Job("77")) is None
     monkeypatch.setenv("KUBEFLOW_TRAINER_STATUS_URL", "https://x")
-    assert announce.announcer(Job("uid", node=1, nodes=2, rendezvous="a:1")) is None, "node 0 tells for all"
+    assert announce.announcer(Job("uid", node=1, nodes=2, rendezvous="a:1")) is not None, "rank 0 may be on any node: elastic orders them by address"
+
+
+def test_the_node_of_rank_0_tells_for_all_whatever_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_LIVE_S", "0.05")
+    heard: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
+    for node, rank in ((0, 1), (1, 0)):
+        with listening.listening(str(tmp_path), "dvae", 0, Job("uid", node=node, nodes=2, rendezvous="a:1"), heard[node].append):
+            live.begin(rank)
+            live.end()
+    assert [len(facts) > 0 for facts in heard.values()] == [False, True]
 
 
 Scontrol = Callable[[], list[str]]

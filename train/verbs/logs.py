@@ -50,7 +50,7 @@ def main(url: str, stage: str, rank: int | None, attempt: int | None, *, follow:
         return
     if job is None:
         raise DataError(
-            f"'{label}' ran as job {begin.get('job')}, which was not submitted by launcher.py: see scontrol show job (StdOut), or kubectl logs."
+            f"'{label}' ran as job {begin.get('job')}, which was not submitted by launcher.py: see scontrol show job (StdOut), kubectl logs, or where its launchers were started."
         )
     _of_job(run, job, label, rank, int(str(begin["restart"])) if "restart" in begin else None, follow=follow, stop=stop)
 

@@ -159,9 +159,11 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
         return found
     found.job = str(begin.get("job", ""))
     nodes = nodes_of(run, label, numbers[-1])
-    ranks = [rank for node in nodes for rank in node["ranks"]]
-    if ranks and ranks[0]["rank"] == 0:
-        _of_main(ranks[0], nodes[0]["age_s"], found)
+    # Rank 0 may be on any node: elastic orders nodes by their addresses.
+    nobody: tuple[dict[str, Any], float] = ({}, 0.0)
+    main, age_s = next(((rank, node["age_s"]) for node in nodes for rank in node["ranks"] if rank["rank"] == 0), nobody)
+    if main:
+        _of_main(main, age_s, found)
     ended = last_end(run, label, numbers[-1], int(begin.get("size", 1)))
     if ended is not None:
         code, reason = ended
@@ -177,9 +179,9 @@ def _of_label(run: RunFolder, label: str, found: Standing) -> Standing:
         return found
     found.state = "running"
     found.heard_s = {int(rank["rank"]): float(rank.get("heard_s", 0.0)) + node["age_s"] for node in nodes for rank in node["ranks"]}
-    phase, wrong = str(ranks[0].get("phase", "")) if ranks else "no rank yet", trouble(nodes, found)
-    starts = not ranks or (phase in _START and not ranks[0].get("title"))
-    found.waits = wrong or (f"starting {_since(begun)}: {phase}" if starts else phase)
+    phase, wrong = str(main.get("phase", "")), trouble(nodes, found)
+    starts = not main or (phase in _START and not main.get("title"))
+    found.waits = wrong or (f"starting {_since(begun)}{f': {phase}' if phase else ''}" if starts else phase)
     if found.rate_ago_s is not None and (wrong or not phase):
         found.eta_s = None
     return found

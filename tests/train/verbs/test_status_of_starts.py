@@ -41,7 +41,7 @@ def test_a_start_is_called_one_from_the_lease_to_the_first_progress(run: RunFold
         assert found.state == "starting" and re.fullmatch(rf"since \d\d:\d\d:\d\d \(\d+ s\): process {process.pid} on \S+", found.waits)
         begun(run, "clip")
         found = of(run, "clip")
-        assert found.state == "running" and re.fullmatch(r"starting since \d\d:\d\d:\d\d \(\d+ s\): no rank yet", found.waits)
+        assert found.state == "running" and re.fullmatch(r"starting since \d\d:\d\d:\d\d \(\d+ s\)", found.waits)
         status.main([run.url])
         assert f"clip: {found.waits.partition(' (')[0]}" in capsys.readouterr().out
         signs(run, "clip", {"phase": "the imports"})
@@ -111,6 +111,17 @@ def test_a_speed_is_of_then_and_the_time_to_go_unknown_while_no_progress_comes(r
         assert found.eta_s == 2.5 and found.rate_ago_s is not None, "it goes on after that"
         signs(run, "clip", UPDATES | {"said_s": 40.0, "usual_s": 10.0})
         assert of(run, "clip").rate_ago_s is None, "by its own pace that is not long"
+
+
+def test_rank_0_is_looked_for_on_every_node(run: RunFolder) -> None:
+    """Elastic orders nodes by their addresses, n10 before n9, and a job whose rank 0 was not on node 0 showed no speed."""
+    with held(run, "clip"):
+        begun(run, "clip")
+        for number, rank in ((0, {"rank": 1}), (1, {"rank": 0, **UPDATES, "said_s": 0.1})):
+            node = {"attempt": 0, "node": number, "name": "n", "written": time.time(), "ranks": [{"state": "S", "heard_s": 0.1, **rank}]}
+            storage.write_json(storage.join(listening.place(run.url, "clip"), f"node-{number}.json"), node)
+        found = of(run, "clip")
+    assert (found.rate, found.done, found.eta_s, found.waits, set(found.heard_s)) == (2.0, 3, 2.5, "", {0, 1})
 
 
 def test_what_is_quiet_is_judged_by_the_median_or_else_by_the_speed() -> None:
@@ -185,9 +196,16 @@ def test_a_look_for_the_end_of_what_is_followed_is_one_request(run: RunFolder, m
     storage.write_text(storage.join(listening.logs(run.url, "clip", 0), "rank-0.log"), "words\n")
     asked: list[str] = []
     exists = storage.exists
-    monkeypatch.setattr(storage, "exists", lambda url: asked.append(url) or exists(url))
-    begun(run, "clip")
-    logs.main(run.url, "clip", None, None, follow=True, stop=StopFlag())
+
+    def noting(url: str) -> bool:
+        asked.append(url)
+        return exists(url)
+
+    with held(run, "clip"):
+        begun(run, "clip")
+        storage.write_json(run.attempt_url("clip", 0, "end.json"), {"code": 0, "reason": "finished", "ended": 0.0})
+        monkeypatch.setattr(storage, "exists", noting)
+        logs.main(run.url, "clip", None, None, follow=True, stop=StopFlag())
     assert [url.rpartition("/")[2] for url in asked] == ["end.json"]
 
 

@@ -1,7 +1,7 @@
 """Step, loss and time to go where a scheduler shows them: SLURM's comment of the job, and the status of a Kubeflow TrainJob. Off where neither is here.
 
-Called by the thread that listens to the ranks (``infra/listening.py``) of the launcher that has rank 0, which need not be node 0's, never by a training loop, no oftener than every EVERY_S; whatever
-goes wrong there is said once, and ends no run.
+Called by the thread that listens to the ranks (``infra/listening.py``) of the launcher that has rank 0, which need not be node 0's; never by a training loop, and
+no oftener than every EVERY_S. Whatever goes wrong there is said once, and ends no run.
 """
 
 from __future__ import annotations

@@ -85,11 +85,11 @@ def stage(
     if share:
         os.environ["LAUNCHER_SHARE"] = share  # ranks inherit it
     attempt.labelled(name)  # refused before anything is written
+    _check_target(on)
+    _check_options(nproc, restarts, on, chain=chain)
     nproc = nproc or default_nproc(entry)
     if not entry.parallel and nproc > 1:
         raise ConfigError(f"--nproc {nproc}: stage '{name}' runs in one process.")
-    _check_target(on)
-    _check_restarts(restarts, on, chain=chain)
     if go_on and not entry.trains:
         raise ConfigError(f"--go-on: '{name}' does not train; a change point belongs to {', '.join(TRAINED)}.")
     going_on = name if go_on or (entry.optional and _is_new(name, cfg, run)) else ""
@@ -174,11 +174,12 @@ def _check_target(on: str) -> None:
         raise ConfigError(f"--on {on}: accepted are local, slurm and k8s.")
 
 
-def _check_restarts(restarts: int, on: str, *, chain: bool) -> None:
-    if not restarts:
-        return
+def _check_options(nproc: int, restarts: int, on: str, *, chain: bool) -> None:
+    """Refuse options that jobs would not follow."""
+    if nproc and (on != "local" or chain):
+        raise ConfigError(f"--nproc {nproc}: a job starts a process for each GPU of its nodes; set cluster.gpus and cluster.nodes.")
     job = Job.from_env().id
-    if on != "local" or chain or job:
+    if restarts and (on != "local" or chain or job):
         raise ConfigError(f"--restarts {restarts}: {f'job {job} is' if job else 'jobs are'} started again by the scheduler; set cluster.retries.")
 
 
@@ -250,7 +251,7 @@ def demo(preset: str, overrides: list[str], *, on: str, nproc: int, dry_run: boo
     cfg = load_run(preset, overrides)
     run = run_folder(cfg)
     _check_target(on)
-    _check_restarts(restarts, on, chain=False)
+    _check_options(nproc, restarts, on, chain=False)
     if on != "local":
         _submit("report", cfg, run, [preset, *overrides], on, chain=True, dry_run=dry_run)
         return

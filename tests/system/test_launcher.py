@@ -120,6 +120,8 @@ def without_end(run: Path) -> None:
             "compression.rank = 100 does not divide over the 8 processes of a machine; use a multiple of 8.",
         ),
         (["tokenizer", "tiny", "--nproc", "2"], 78, "runs in one process"),
+        (["dvae", "tiny", "--nproc", "4", "--on", "slurm"], 78, "a job starts a process for each GPU of its nodes; set cluster.gpus"),
+        (["demo", "tiny", "--nproc", "4", "--on", "k8s"], 78, "a job starts a process for each GPU of its nodes; set cluster.gpus"),
         (["dvae", "tiny", "--restarts", "1", "--on", "slurm"], 78, "jobs are started again by the scheduler; set cluster.retries"),
         (["status", "nowhere"], 65, "nowhere is no run folder"),
     ],

@@ -17,12 +17,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ class Outcome:
 
     name: str
     status: str
-    """passed, failed, cut (out of its time) or skipped."""
+    """passed, failed, cut (out of its time, or with the whole run) or skipped."""
     seconds: float = 0.0
     why: str = ""
     tail: str = ""
@@ -122,8 +124,15 @@ def unpack(wheels: Path, folder: Path) -> str:
     if not chosen:
         return f"no wheels in {wheels}"
     words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--upgrade", "--target", str(folder)]
-    done = subprocess.run([sys.executable, *words, *chosen], capture_output=True, text=True, timeout=120)
-    return "" if done.returncode == 0 else f"wheels cannot be installed: {done.stderr.strip().splitlines()[-1:]}"
+    problems = []
+    for wheel in chosen:  # one by one: a wheel for another Python must not cost the others
+        try:
+            done = subprocess.run([sys.executable, *words, wheel], capture_output=True, text=True, timeout=30)
+            said = "" if done.returncode == 0 else " ".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            said = "it took 30 s"
+        problems += [f"{Path(wheel).name}: {said}"] if said else []
+    return f"wheels that cannot be installed: {'; '.join(problems)}" if problems else ""
 
 
 def perform(step: Step, limit: float, device: str, out: Path, environment: dict[str, str]) -> Outcome:
@@ -135,12 +144,14 @@ def perform(step: Step, limit: float, device: str, out: Path, environment: dict[
         process = subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, stdout=target, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            try:
+                code = process.wait(timeout=limit)
+            finally:
+                if code is None:  # out of time, or this script was stopped: what goes on would hold the GPU's memory, and distort later figures
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
     seconds, tail = round(time.monotonic() - began, 1), log.read_text(errors="replace")[-_TAIL:]
     if code is None:
         return Outcome(step.name, "cut", seconds, f"ran past its {limit:.0f} s", tail)
@@ -148,7 +159,9 @@ def perform(step: Step, limit: float, device: str, out: Path, environment: dict[
         return Outcome(step.name, "failed", seconds, "no test was selected", tail)
     if code == 0 and "pytest" in step.command and " passed" not in tail:
         return Outcome(step.name, "skipped", seconds, "all its tests were skipped on this device", tail)
-    return Outcome(step.name, "failed" if code else "passed", seconds, f"exit code {code}" if code else "", tail)
+    last = (tail.strip().splitlines() or [""])[-1]  # "25 passed, 15 skipped in 3.21s"
+    counts = ", ".join(re.findall(r"\d+ (?:passed|skipped)", last)) if "skipped" in last else ""
+    return Outcome(step.name, "failed" if code else "passed", seconds, f"exit code {code}" if code else counts, tail)
 
 
 def machine(device: str) -> tuple[dict[str, Any], list[str]]:
@@ -186,7 +199,8 @@ def run(device: str, out: Path, wheels: Path, minutes: float, only: Sequence[str
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(packages)]), "PYTHONDONTWRITEBYTECODE": "1"}
     if device != "cuda":
         environment["GPU_STAND_IN"] = device
-    for step in STEPS:
+    before = earlier(out, device, found)
+    for number, step in enumerate(STEPS):
         absent, left = missing(step.needs, packages), end - time.monotonic()
         if only and step.name not in only:
             outcome = Outcome(step.name, "skipped", why="not asked for")
@@ -197,12 +211,39 @@ def run(device: str, out: Path, wheels: Path, minutes: float, only: Sequence[str
         elif left < _WORTH_STARTING_S:
             outcome = Outcome(step.name, "skipped", why=f"no time left of {minutes:g} minutes")
         else:
-            outcome = perform(step, min(step.seconds, left - 2), device, out, environment)
+            try:
+                # Of tests on tiny tensors, several threads on a busy machine take ten times as long as one.
+                few = {"OMP_NUM_THREADS": "1"} if device != "cuda" and "pytest" in step.command else {}
+                outcome = perform(step, min(step.seconds, left - 2), device, out, environment | few)
+            except BaseException:
+                report.steps.append(Outcome(step.name, "cut", why="the run was stopped"))
+                report.steps += [before.get(later.name, Outcome(later.name, "skipped", why="not reached")) for later in STEPS[number + 1 :]]
+                report.seconds = round(time.monotonic() - began, 1)
+                report.write(out)
+                raise
+        if outcome.status == "skipped":
+            outcome = before.get(step.name, outcome)
         report.steps.append(outcome)
         report.seconds = round(time.monotonic() - began, 1)
         report.write(out)
         print(f"{outcome.status:8}{outcome.seconds:7.1f} s  {outcome.name}{': ' + outcome.why if outcome.why else ''}", flush=True)
     return report
+
+
+def earlier(out: Path, device: str, found: dict[str, Any]) -> dict[str, Outcome]:
+    """What became of steps in an earlier run with the same folder, device and machine: a run with --only, or after a cut, adds to its report."""
+    try:
+        report = json.loads((out / "gpu.json").read_text())
+        outcomes = [Outcome(**one) for one in report["steps"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if report["device"] != device or report["machine"] != found:
+        return {}
+    kept = [one for one in outcomes if one.status != "skipped" and one.why != "the run was stopped"]
+    return {
+        one.name: replace(one, why=one.why if one.why.startswith("in an earlier run") else f"in an earlier run{': ' * bool(one.why)}{one.why}")
+        for one in kept
+    }
 
 
 def table(folder: Path) -> str:
@@ -241,4 +282,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way ends with the script
     sys.exit(main())

@@ -26,8 +26,8 @@ from tests.support.fake_cuda import HostWait, fake_cuda, flex, is_cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests marked gpu ask it itself")
 CUDA = torch.device("cuda")
 SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=4, image_vocab=30)
-CFG = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3)
-WITH_OPTIONS = TransformerConfig(layers=2, width=64, heads=4, conv_kernel=3, qk_norm=True, rotary_positions=True, base_width=32)
+CFG = TransformerConfig(layers=3, width=64, heads=4, conv_kernel=3)
+WITH_OPTIONS = TransformerConfig(layers=3, width=64, heads=4, conv_kernel=3, qk_norm=True, rotary_positions=True, base_width=32)
 DVAE_CFG = DVAEConfig(image_size=16, downsample=4, groups=2, blocks_per_group=1, width=16, init_width=8, vocab=32)
 
 VQGANS = [
@@ -71,7 +71,7 @@ def test_a_step_of_the_transformer_waits_for_nothing(engine: EngineName, every: 
     with fake_cuda() as watch:
         with watch.setting_up():
             model, inputs = transformer(engine, every, logits_dtype=logits_dtype, cfg=cfg), tokens()
-            scales = torch.ones(4, device="cuda")
+            scales = torch.ones(6, device="cuda")
             for scale, block in zip(scales, model.resblocks, strict=True):
                 block.gradient_scale, block.filter_gradients = scale, True  # type: ignore[assignment]
         text_nll_BT, image_nll_BI = model(*inputs)

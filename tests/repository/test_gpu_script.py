@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -88,13 +90,18 @@ def test_no_step_begins_that_the_clock_does_not_allow(gpu: Any, tmp_path: Path) 
     assert found["steps"][1]["why"] == "no time left of 0.07 minutes"
 
 
+def write_wheel(folder: Path, name: str) -> None:
+    """A wheel of one module, whose WORD is 'here'."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "WORD = 'here'\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
 def test_a_missing_package_comes_from_the_folder_of_wheels_without_a_network(gpu: Any, tmp_path: Path) -> None:
-    (tmp_path / "wheels").mkdir()
-    with zipfile.ZipFile(tmp_path / "wheels" / "brought_along-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("brought_along.py", "WORD = 'here'\n")
-        wheel.writestr("brought_along-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brought-along\nVersion: 1.0\n")
-        wheel.writestr("brought_along-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("brought_along-1.0.dist-info/RECORD", "")
+    write_wheel(tmp_path / "wheels", "brought_along")
     needing = step(gpu, "needing", "import brought_along; print(brought_along.WORD)", needs=("brought_along",))
     code, found = told(gpu, tmp_path, needing)
     assert code == 0 and found["steps"][0]["tail"].strip() == "here" and not found["notes"]
@@ -116,3 +123,47 @@ def test_where_nothing_can_run_every_step_is_skipped_and_the_exit_code_says_so(g
     monkeypatch.setattr(gpu, "machine", lambda device: ({"torch": "2.15.0", "gpu": None}, [note]))
     code, found = told(gpu, tmp_path, step(gpu, "any", ""))
     assert code == 1 and found["steps"][0]["why"] == "nothing can run here" and found["notes"] == [note]
+
+
+def test_a_later_run_adds_to_the_report_of_an_earlier_one_and_not_to_that_of_another_machine(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = (step(gpu, "one", "pass"), step(gpu, "two", "raise SystemExit(3)"))
+    told(gpu, tmp_path, *steps, arguments=("--only", "two"))
+    _, found = told(gpu, tmp_path, step(gpu, "one", "pass"), step(gpu, "two", "pass"), arguments=("--only", "one"))
+    assert [(one["status"], one["why"]) for one in found["steps"]] == [("passed", ""), ("failed", "in an earlier run: exit code 3")]
+    _, found = told(gpu, tmp_path, step(gpu, "one", "pass"), step(gpu, "two", "pass"), arguments=("--only", "two"))
+    assert [(one["status"], one["why"]) for one in found["steps"]] == [("passed", "in an earlier run"), ("passed", "")]
+    monkeypatch.setattr(gpu, "machine", lambda device: ({"torch": "2.15.0", "gpu": "another"}, []))
+    _, found = told(gpu, tmp_path, *steps, arguments=("--only", "two"))
+    assert [one["why"] for one in found["steps"]] == ["not asked for", "exit code 3"]
+
+
+def test_a_stop_ends_the_step_under_way_and_the_report_says_what_was_not_reached(tmp_path: Path) -> None:
+    script = f"""
+import importlib.util, signal, sys
+spec = importlib.util.spec_from_file_location("gpu_script", {str(ROOT / ".ci" / "gpu.py")!r})
+module = sys.modules["gpu_script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.machine = lambda device: ({{"torch": "2.15.0", "gpu": "none such"}}, [])
+long = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+module.STEPS = [module.Step(name, 30, ("-c", words)) for name, words in (("one", "pass"), ("long", long), ("last", "pass"))]
+module.main(["--out", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode and "KeyboardInterrupt" in done.stderr, done.stderr
+    found = [(one["status"], one["why"]) for one in json.loads((tmp_path / "gpu.json").read_text())["steps"]]
+    assert found == [("passed", ""), ("cut", "the run was stopped"), ("skipped", "not reached")]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "long.log").read_text()), 0)
+
+
+def test_a_wheel_for_another_python_costs_no_other(gpu: Any, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "aaa-1.0-cp27-cp27m-win32.whl").write_bytes(b"none")
+    write_wheel(wheels, "found_in_wheels")
+    needs = ("found_in_wheels",)
+    _, found = told(gpu, tmp_path, step(gpu, "one", "import found_in_wheels", needs=needs))
+    assert [one["status"] for one in found["steps"]] == ["passed"]
+    assert len(found["notes"]) == 1 and "aaa-1.0-cp27-cp27m-win32.whl: " in found["notes"][0]

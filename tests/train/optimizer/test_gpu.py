@@ -36,8 +36,11 @@ def test_the_fused_kernel_computes_the_same_on_a_gpu(packed: bool, dtype: torch.
     assert torch.equal(copy, b[0].to(dtype))
     torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-5, atol=1e-6)
     for found, wanted, packing in zip(b[2:], a[2:], (SIGNED_169, UNSIGNED_0610), strict=True):
-        if packed:  # at most a step apart where rounding fell on the other side; a mean that all but cancels differs by the arithmetic's own error
+        if packed:
+            # At most a step apart, and seldom, where rounding fell on the other side. A mean that all but cancels differs by the arithmetic's own error.
+            is_far = (packing.decode(found.cpu()) - packing.decode(wanted)).abs() > 1e-6
             torch.testing.assert_close(packing.decode(found.cpu()), packing.decode(wanted), rtol=2**-8, atol=1e-6)
+            assert float((is_far & (found.cpu() != wanted)).float().mean()) < 0.02, "another rounding would turn half of them"
         else:
             torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)
 

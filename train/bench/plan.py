@@ -162,10 +162,6 @@ def compare(cases: Sequence[Case], reference: Case, options: Options) -> Result:
     reached = fitted(reference, found[reference])
     _describe(result, found)
     result.measured["share of the rates that an update reaches"] = Figure(100 * reached, 100 * reached, 100 * reached, "%", options.runs)
-    stretched = [turn.wall / turn.seconds for turns in found.values() for turn in turns]
-    result.measured["seconds of the clock over those of the core"] = Figure(
-        statistics.median(stretched), min(stretched), max(stretched), "times", len(stretched)
-    )
     met = 0
     for case in cases:
         add(result, case, found[case], reached, is_fitted=case == reference)
@@ -190,7 +186,7 @@ def predicted(case: Case, rates: Rates, reached: float) -> float:
 
 def fitted(case: Case, found: Sequence[Turn]) -> float:
     """The share of the rates with which the prediction is right in the middle of the turns."""
-    return statistics.median(predicted(case, turn.rates, 1.0) / turn.seconds for turn in found)
+    return ratio(case, found, 1.0)
 
 
 def ratio(case: Case, found: Sequence[Turn], reached: float) -> float:
@@ -218,6 +214,12 @@ def _describe(result: Result, found: Mapping[Case, Sequence[Turn]]) -> None:
     """The rates as figures: of all turns, by the number of processes."""
     units = {"fp32": "GFLOP/s", "bf16": "GFLOP/s", "copies": "GB/s", "passes": "GB/s", "sums": "GB/s", "message": "microseconds"}
     for processes in sorted({case.processes for case in found}):
+        over = f"{processes} process{'es' if processes > 1 else ''}"
+        stretched = [turn.wall / turn.seconds for case, turns in found.items() if case.processes == processes for turn in turns]
+        middle = statistics.median(stretched)
+        result.measured[f"seconds of the clock over those of the core, {over}"] = Figure(
+            middle, min(stretched), max(stretched), "times", len(stretched)
+        )
         for name, unit in units.items():
             for precision in sorted({case.precision for case in found}) if name == "passes" else ("",):
                 values = [
@@ -226,8 +228,8 @@ def _describe(result: Result, found: Mapping[Case, Sequence[Turn]]) -> None:
                     if case.processes == processes and precision in ("", case.precision)
                     for turn in turns
                 ]
-                if values and not (name == "sums" and processes == 1):
-                    what = f"{name}{f' in {precision}' if precision else ''}, {processes} process{'es' if processes > 1 else ''}"
+                if values and not (name in ("sums", "message") and processes == 1):
+                    what = f"{name}{f' in {precision}' if precision else ''}, {over}"
                     result.floor[what] = Figure(statistics.median(values), min(values), max(values), unit, len(values))
 
 

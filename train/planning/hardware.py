@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def parse_gpu(text: str) -> Gpu:
     Raises:
         ValueError: a name is unknown, a value is not a positive number, or a number is missing.
     """
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     for word in text.split(","):
         key, _, value = word.partition("=")
         try:

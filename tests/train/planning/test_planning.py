@@ -21,7 +21,7 @@ from train.bench import memory
 from train.bench.memory import build, train_peak
 from train.config import PRESETS, RunConfig, load_run
 from train.machine.live_bytes import LiveBytes
-from train.planning import activations, estimate, network, states, wire
+from train.planning import activations, estimate, network, passes, states, wire
 from train.planning.estimate import Setting
 from train.planning.flops import forward_flops, layer_pairs, train_flops
 from train.planning.hardware import GPUS, find_by_device_name, named
@@ -190,9 +190,18 @@ def test_bytes_on_the_wire_follow_stage_layout_and_compression() -> None:
 def test_times_and_bills_scale_as_they_must() -> None:
     cfg, gpu = load_run("1.2B", []), GPUS["H100-80GB"]
     one, four = (Setting(cfg, Cluster(nodes, 8), 2, "flat") for nodes in (1, 4))
-    assert estimate.times(one, gpu).compute == pytest.approx(4 * estimate.times(four, gpu).compute)
+    seconds = [estimate.times(setting, gpu).compute for setting in (one, four)]
+    # What weights and gradients take is the same on each GPU, however few samples it has.
+    apart = sum(
+        (
+            passes.of_casts(estimate.activation_run(one), states.count(cfg.dalle, FULL), forwards=2),
+            passes.of_gradients(states.count(cfg.dalle, FULL), 2),
+        )
+    ) / (gpu.memory_gb_s * 1e9 * estimate.LINK_EFFICIENCY)
+    assert seconds[0] - apart == pytest.approx(4 * (seconds[1] - apart))
     slow = estimate.times(four, replace(gpu, network_gb_s=0.01))
-    assert slow.expected == pytest.approx(slow.outside + slow.optimizer) and slow.unhidden > slow.expected
+    assert slow.expected == pytest.approx(slow.outside + slow.gathering + slow.optimizer) and slow.unhidden > slow.expected
+    assert slow.gathering == pytest.approx(slow.outside / 2), "stage 2 all-reduces gradients, and gathers parameters"
     by_updates, by_tokens = estimate.bill(four, gpu, None), estimate.bill(four, gpu, 1024 * 1280 * 10.0)
     assert by_updates.updates == cfg.dalle_fit.steps and by_tokens.updates == 10
     assert by_updates.days == pytest.approx(cfg.dalle_fit.steps * estimate.times(four, gpu).expected / 86400)
@@ -318,7 +327,7 @@ def test_a_gpu_can_be_given_by_its_numbers_and_a_price_shows_the_cost(capsys: py
                 "--gpus",
                 "8",
                 "--gpu",
-                "memory_gb=80,tflops_16bit=989.4,memory_gb_s=3350,link_gb_s=450,network_gb_s=50,watts=700",
+                "memory_gb=80,tflops_16bit=989.4,memory_gb_s=3350,link_gb_s=450,network_gb_s=50,watts=700,tflops_fp32=66.9",
                 "--price",
                 "2",
             ]

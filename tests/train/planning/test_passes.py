@@ -172,3 +172,26 @@ def test_gathers_after_the_update_are_never_hidden_and_nothing_is_without_overla
         for word in ("zero.overlap_comm=false", "run.seed=0")
     )
     assert plain.expected == plain.unhidden == overlapping.unhidden > overlapping.expected
+
+
+def test_times_and_bills_scale_as_they_must() -> None:
+    cfg, gpu = load_run("1.2B", []), GPUS["H100-80GB"]
+    one, four = (Setting(cfg, Cluster(nodes, 8), 2, "flat") for nodes in (1, 4))
+    seconds = [estimate.times(setting, gpu).compute for setting in (one, four)]
+    # What weights and gradients take is the same on each GPU, however few samples it has.
+    apart = sum(
+        (
+            passes.of_casts(estimate.activation_run(one), states.count(cfg.dalle, cfg.stream_shape()), forwards=2),
+            passes.of_gradients(states.count(cfg.dalle, cfg.stream_shape()), 2),
+        )
+    ) / (gpu.memory_gb_s * 1e9 * estimate.LINK_EFFICIENCY)
+    assert seconds[0] - apart == pytest.approx(4 * (seconds[1] - apart))
+    slow = estimate.times(four, replace(gpu, network_gb_s=0.01))
+    assert slow.expected == pytest.approx(slow.outside + slow.gathering + slow.optimizer) and slow.unhidden > slow.expected
+    assert slow.gathering == pytest.approx(slow.outside / 2), "stage 2 all-reduces gradients, and gathers parameters"
+    by_updates, by_tokens = estimate.bill(four, gpu, None), estimate.bill(four, gpu, 1024 * 1280 * 10.0)
+    assert by_updates.updates == cfg.dalle_fit.steps and by_tokens.updates == 10
+    assert by_updates.days == pytest.approx(cfg.dalle_fit.steps * estimate.times(four, gpu).expected / 86400)
+    assert by_updates.megawatt_hours == pytest.approx(by_updates.gpu_hours * 700 * estimate.POWER_OVERHEAD / 1e6)
+    plain = load_run("1.2B", ["dalle_fit.activation_checkpointing=false"])
+    assert estimate.times(Setting(plain, Cluster(4, 8), 2, "flat"), gpu).compute < 0.8 * estimate.times(four, gpu).compute

@@ -17,6 +17,7 @@ BENCHES = {
     "model": "train.bench.model",
     "open-set": "train.bench.open_set",
     "optimizer": "train.bench.optimizer",
+    "plan": "train.bench.plan",
     "sample": "train.bench.sample",
     "samples": "train.bench.samples",
     "training-peers": "train.bench.training_peers",

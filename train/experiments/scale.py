@@ -37,7 +37,14 @@ STORAGE_MB_S, COPY_GB_S = 100.0, 20.0
 STALL_OF_A_COPY, LEAST_STALL_S = 0.75, 0.002
 """A save's stall: at most so much of copying its bytes, which is the goal, and at least what bench checkpoint measured."""
 _HORIZON_S, _SEEDS = 30 * 86400.0, 40
-_PARTS = {"compute": "products", "inside": "links inside machines", "outside": "network", "optimizer": "memory (optimizer)"}
+_COMPUTING = "computing"
+_PARTS = {
+    "compute": _COMPUTING,
+    "inside": "links inside machines",
+    "outside": "network",
+    "optimizer": "memory (optimizer)",
+    "gathering": "gathering parameters",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def rows(preset: str, *, weak: bool) -> list[Row]:
         flops = tokens_s * train_flops(cfg.dalle, cfg.stream_shape()) / cfg.stream_shape().states
         if times.is_exposed:
             largest = {
-                "products" if times.compute > times.inside else "links inside machines": max(times.compute, times.inside),
+                _COMPUTING if times.compute > times.inside else "links inside machines": max(times.compute, times.inside),
                 "network": times.outside,
             }
         else:
@@ -109,9 +116,10 @@ def computed() -> str:
     parts = [
         "## Scaling on paper\n",
         f"By the formulas of `launcher.py plan`, on {GPU} in machines of eight ({gpu.tflops_16bit:g} TFLOP/s, {gpu.link_gb_s:g} GB/s to its neighbours, {gpu.network_gb_s:g} GB/s "
-        f"network a GPU; products at {estimate.EFFICIENCY:.0%} of the datasheet, links at {estimate.LINK_EFFICIENCY:.0%}: assumed, and confirmed on no GPU). Each table "
+        f"network a GPU; fp32 products, such as those for logits, at {gpu.fp32_rate:g} TFLOP/s, as nothing turns TF32 on; products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory "
+        f"at {estimate.LINK_EFFICIENCY:.0%}: assumed, and confirmed on no GPU). Each table "
         "uses the preset's own ZeRO stage and layout, and as much accumulation as its memory needs. **Share**: of the speed that 8 GPUs would have, multiplied. **Bound by**: "
-        "the longest part of an update. Bytes and rates alone: no latency of messages, no congestion and no straggler, so the largest sizes are flattered.\n",
+        "the longest part of an update; computing is products and what is read and written beside them. Bytes and rates alone: no latency of messages, no congestion and no straggler, so the largest sizes are flattered.\n",
     ]
     for preset in ("1.2B", "12B"):
         for weak in (False, True):

@@ -62,14 +62,14 @@ def _engine_keeps(run: Run, kind: Kind) -> int:
         return 4 * size * run.positions + log_sums + size * shape.states**2
     if run.engine == "flex":  # q, k, v and the result, transposed; and the result in raster order
         return (5 if mask_kind(kind).is_transposed else 4) * size * run.positions + log_sums
-    text, image, lines = shape.text_tokens, shape.image_tokens, _window_lines(run, kind)
+    text, image, lines = shape.text_tokens, shape.image_tokens, window_lines(run, kind)
     head = cfg.width // cfg.heads
     scores = text**2 + image * (text + lines * shape.grid)
     copies = (5 * text + (2 * lines + 2) * image + shape.states) * head
     return size * run.batch * cfg.heads * (scores + copies)
 
 
-def _window_lines(run: Run, kind: Kind) -> int:
+def window_lines(run: Run, kind: Kind) -> int:
     """How many lines of keys a line of queries is compared with in the structured engine."""
     return lines_before(kind, MaskRules.of(run.cfg, run.shape)) + 1
 
@@ -159,7 +159,7 @@ def _backward_of_engine(run: Run, kind: Kind) -> int:
     if run.engine != "structured":
         return 4 * size * run.positions
     # The backward pass of the softmax creates two tensors of its size. At that time the gradient of the windows of values exists, and the result is freed.
-    head, lines = cfg.width // cfg.heads, _window_lines(run, kind)
+    head, lines = cfg.width // cfg.heads, window_lines(run, kind)
     scores = shape.image_tokens * (shape.text_tokens + lines * shape.grid)
     # With rotary positions, a gradient that is turned back is there beside what it becomes.
     turned = size * run.positions if cfg.rotary_positions else 0

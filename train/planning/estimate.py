@@ -9,15 +9,16 @@ from train.config import DalleFit, RunConfig
 from train.config_batch import rows
 from train.config_compression import check_rank
 from train.optimizer.muon_schedule import FP32, Load, loads, rounds, wire_bytes
-from train.planning import activations, network, states, wire
-from train.planning.flops import forward_flops, head_products, update_flops
+from train.planning import activations, network, passes, states, wire
+from train.planning.flops import head_products, visited_flops
 from train.planning.hardware import Gpu
 from train.planning.states import Cluster, Layout, Storage
+from train.planning.update_times import Times
 
-EFFICIENCY = 0.5
-"""Fraction of the datasheet's matrix rate that a step reaches, all operations counted. An assumption until a GPU has been measured."""
+EFFICIENCY = 0.7
+"""Fraction of the datasheet's rates that matrix products reach. An assumption until a GPU has been measured; ``bench plan`` measures it on a CPU."""
 LINK_EFFICIENCY = 0.7
-"""Fraction of a link's rate that collectives reach; an assumption."""
+"""Fraction of a link's rate that collectives reach, and of the memory's that all else reaches; an assumption."""
 POWER_OVERHEAD = 1.6
 """Total power divided by that of the GPUs: includes processors, network and cooling; an assumption."""
 RESERVE = 0.08
@@ -29,8 +30,6 @@ _START_S = 5e-6
 """Seconds that the host takes to start one; an assumption."""
 
 _FP32 = 4
-_FP32_RATE = 1 / 8
-"""Rate of fp32 products without TF32, which compression uses, divided by that of 16-bit products."""
 
 
 @dataclass(frozen=True)
@@ -230,72 +229,90 @@ def error_bytes(setting: Setting) -> float:
     return (_FP32 if setting.rest == "fp32" else 2) * matrices / setting.cluster.gpus + _FP32 * max(one.basis for one in sent)
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of an update."""
-
-    compute: float
-    optimizer: float
-    inside: float
-    outside: float
-    compressing: float = 0.0
-    """Time of the products and factorisations of compression."""
-    is_exposed: bool = False
-    """Whether communication between machines begins only after the backward pass. A machine's shards are summed over machines when they are complete, and ZeRO does not
-    tell before the end of the backward pass that any of them is (train/engines/zero/DEEPSPEED.md)."""
-
-    @property
-    def expected(self) -> float:
-        """Seconds if communication overlaps with computation as far as possible."""
-        if self.is_exposed:
-            return max(self.compute, self.inside) + self.outside + self.compressing + self.optimizer
-        return max(self.compute, self.inside, self.outside) + self.optimizer
-
-    @property
-    def unhidden(self) -> float:
-        """Seconds if communication does not overlap with computation."""
-        return self.compute + self.inside + self.outside + self.compressing + self.optimizer
-
-    @property
-    def overlapped(self) -> float:
-        """Seconds if communication between machines overlapped too, as in the paper."""
-        return max(self.compute + self.compressing, self.inside, self.outside) + self.optimizer
-
-
 def starting(setting: Setting) -> float:
     """Seconds of an update in which the host starts kernels. Elsewhere the GPU works meanwhile; a small model's GPU waits for them."""
     cfg = setting.cfg
     return cfg.dalle.layers * cfg.dalle_fit.accumulation * _STARTS * _START_S
 
 
-def times(setting: Setting, gpu: Gpu) -> Times:
-    """Seconds of an update, from a GPU's datasheet and the efficiencies above."""
-    cfg, fit = setting.cfg, setting.cfg.dalle_fit
-    shape = cfg.stream_shape()
-    parameters = states.count(cfg.dalle, shape)
-    per_gpu = fit.batch / setting.cluster.world
-    captions = 2 if fit.contrasts else 1
-    operations = update_flops(cfg.dalle, shape, contrasts=fit.contrasts)
-    operations += captions * (forward_flops(cfg.dalle, shape) if fit.activation_checkpointing else 0.0)
-    if not _casts_logits(fit):
-        # Logits are computed by fp32 products. Their rate is at most half that of 16-bit products with TF32, and an eighth or less without; half is assumed.
-        operations += (8 if fit.contrasts else 3) * 2.0 * head_products(cfg.dalle, shape)
+@dataclass(frozen=True)
+class Efficiency:
+    """Which fraction of a description's rates is reached."""
+
+    products: float = EFFICIENCY
+    links: float = LINK_EFFICIENCY
+    """Of links, and of memory."""
+
+
+def times(setting: Setting, gpu: Gpu, reached: Efficiency | None = None) -> Times:
+    """Seconds of an update, from a GPU's datasheet and the efficiencies above, or from measured rates and their own."""
+    reached = reached or Efficiency()
+    cfg, fit, zero = setting.cfg, setting.cfg.dalle_fit, setting.cfg.zero
+    run, parameters = activation_run(setting), states.count(cfg.dalle, cfg.stream_shape())
+    rates = _rates(gpu, reached)
     sent, matrices, exchange = _reductions(setting), orthogonalising(setting), exchanged(setting)
+    after = network.gathered(parameters, setting.cluster, setting.stage, setting.layout, storage=setting.storage, contrasts=fit.contrasts)
     shards = setting.cluster.shards(setting.layout) if setting.stage else 1
-    # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32.
-    touched = (12 + 2 * setting.state_bytes) * parameters.total / shards
-    products = gpu.tflops_16bit * 1e12 * EFFICIENCY
-    rate = products * (_FP32_RATE if wire_bytes(fit.precision) == FP32 else 1.0)
+    # Gradient, master weight and both moments are read, and all but the gradient are written: 28 bytes for each element of the shard if all are fp32. The gradient's norm
+    # reads it once more, and the copy that forward passes read is written.
+    touched = (12 + 2 * setting.state_bytes + 2 * _FP32) * parameters.total / shards
+    rate = rates.fp32 if wire_bytes(fit.precision) == FP32 else rates.half
     whole = max((load.operations for load in matrices), default=0) / rate  # Muon's matrices, and their messages, come after the backward pass
-    whole += (exchange.inside / gpu.link_gb_s + exchange.outside / gpu.network_gb_s) / (1e9 * LINK_EFFICIENCY)
-    return Times(
-        compute=per_gpu * operations / products,
-        optimizer=touched / (gpu.memory_gb_s * 1e9 * LINK_EFFICIENCY) + whole,
-        inside=sent.inside / (gpu.link_gb_s * 1e9 * LINK_EFFICIENCY),
-        outside=sent.outside / (gpu.network_gb_s * 1e9 * LINK_EFFICIENCY),
-        compressing=max((one.operations for one in compression(setting)), default=0.0) / (products * _FP32_RATE),
-        is_exposed=setting.layout == "node" and setting.cluster.nodes > 1,
+    whole += exchange.inside / rates.link + exchange.outside / rates.network
+    count = network.messages(
+        parameters, len(list(wire.parameters(cfg.dalle, run.shape))), setting.stage, zero.reduce_bucket_size, fit.accumulation, setting.cluster.world
     )
+    return Times(
+        compute=_computing(setting, run, parameters, rates),
+        optimizer=touched / rates.memory + whole,
+        inside=(sent.inside - after.inside) / rates.link,
+        outside=(sent.outside - after.outside) / rates.network,
+        gathering=max(after.inside / rates.link, after.outside / rates.network),
+        compressing=max((one.operations for one in compression(setting)), default=0.0) / rates.fp32,
+        latency=1e-6 * gpu.message_us * count,
+        is_exposed=setting.layout == "node" and setting.cluster.nodes > 1,
+        overlaps=zero.overlap_comm and gpu.computes_while_sending,
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Operations and bytes a second that are reached."""
+
+    half: float
+    fp32: float
+    memory: float
+    passes: float
+    link: float
+    network: float
+
+
+def _rates(gpu: Gpu, reached: Efficiency) -> _Rates:
+    bytes_s = 1e9 * reached.links
+    products = 1e12 * reached.products
+    return _Rates(
+        gpu.tflops_16bit * products,
+        gpu.fp32_rate * products,
+        gpu.memory_gb_s * bytes_s,
+        gpu.pass_rate * bytes_s,
+        gpu.link_gb_s * bytes_s,
+        gpu.network_gb_s * bytes_s,
+    )
+
+
+def _computing(setting: Setting, run: activations.Run, parameters: states.Parameters, rates: _Rates) -> float:
+    """Seconds of the forward and backward passes of one process: products at the rate of their dtype, and everything else at the memory's."""
+    fit = setting.cfg.dalle_fit
+    recomputes = fit.activation_checkpointing
+    heads = 2.0 * run.batch * head_products(run.cfg, run.shape)
+    blocks = run.batch * visited_flops(run.cfg, run.shape, run.engine) - heads
+    forwards = 3 + recomputes + fit.contrasts  # a backward pass is two; frozen weights are passed through forwards
+    branches = rates.fp32 if fit.precision == "fp32" else rates.half
+    seconds = forwards * (blocks / branches + heads / (rates.half if run.casts_logits else rates.fp32))
+    seconds += (passes.of_activations(run, recomputes=recomputes) + fit.contrasts * passes.forward(run)) / rates.passes
+    seconds += passes.of_casts(run, parameters, forwards=1 + recomputes + fit.contrasts) / rates.memory
+    reductions = fit.accumulation if setting.stage > 1 else 1
+    return fit.accumulation * seconds + reductions * passes.of_gradients(parameters, setting.stage) / rates.memory
 
 
 def traffic(setting: Setting) -> network.Traffic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.config import StreamShape, TransformerConfig
-from model.offsets import allowed_pairs, layer_kinds
+from model.offsets import MaskRules, allowed_pairs, layer_kinds, lines_before
 
 
 def forward_flops(cfg: TransformerConfig, shape: StreamShape) -> float:
@@ -22,6 +22,22 @@ def layer_pairs(cfg: TransformerConfig, shape: StreamShape) -> int:
     """Number of pairs of query and key that masks allow, summed over all layers."""
     kinds = layer_kinds(cfg.layers)
     return sum(kinds.count(kind) * allowed_pairs(kind, shape, cfg) for kind in sorted(set(kinds)))
+
+
+def visited_pairs(cfg: TransformerConfig, shape: StreamShape, engine: str) -> int:
+    """Number of pairs of query and key that an attention engine computes, summed over all layers: of FlexAttention those that masks allow (blocks on their edges add to
+    that), of the others whole lines or the whole square."""
+    if engine == "dense":
+        return cfg.layers * shape.states**2
+    if engine == "flex":
+        return layer_pairs(cfg, shape)
+    text, image, rules = shape.text_tokens, shape.image_tokens, MaskRules.of(cfg, shape)
+    return sum(text**2 + image * (text + (lines_before(kind, rules) + 1) * shape.grid) for kind in layer_kinds(cfg.layers))
+
+
+def visited_flops(cfg: TransformerConfig, shape: StreamShape, engine: str) -> float:
+    """``forward_flops`` with the pairs that an attention engine computes."""
+    return forward_flops(cfg, shape) + 4.0 * cfg.width * (visited_pairs(cfg, shape, engine) - layer_pairs(cfg, shape))
 
 
 def train_flops(cfg: TransformerConfig, shape: StreamShape) -> float:

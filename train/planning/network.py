@@ -80,10 +80,34 @@ def traffic(
         reductions = micro_batches if stage == 2 else 1
         sent = share * ((2 if all_reduces or not stage else 1) * gradients * reductions + ((3 if contrasts else 1) * stored if stage else 0))
     if layout == "flat":
-        # In a ring over all GPUs, only one GPU of a machine sends to another machine, so each GPU's share of the network carries 1/gpus of its bytes.
-        return Traffic(sent if cluster.gpus > 1 else 0.0, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
+        return _ring(sent, cluster)
     if cluster.nodes == 1:
         return Traffic(sent, 0.0)
     between = 2 * (cluster.nodes - 1) / cluster.nodes
     own_matrices, own_rest = parameters.matrices / cluster.gpus, parameters.rest / cluster.gpus
     return Traffic(sent, between * (matrix_gradient * own_matrices + _FP32 * own_rest))
+
+
+def gathered(parameters: Parameters, cluster: Cluster, stage: int, layout: Layout, *, storage: Storage = "cast", contrasts: bool = False) -> Traffic:
+    """The part of ``traffic`` that no computation hides: stages 1 and 2 gather the parameters after the update, and what follows needs them."""
+    if stage not in (1, 2):
+        return Traffic(0.0, 0.0)
+    stored = (_HALF if storage == "half" else _FP32) * parameters.matrices + _FP32 * parameters.rest
+    shards = cluster.shards(layout)
+    sent = (shards - 1) / shards * (3 if contrasts else 1) * stored
+    return _ring(sent, cluster) if layout == "flat" else Traffic(sent, 0.0)
+
+
+def _ring(sent: float, cluster: Cluster) -> Traffic:
+    """What each GPU sends in a ring over all. Only one GPU of a machine sends to another machine, so each GPU's share of the network carries 1/gpus of its bytes."""
+    return Traffic(sent if cluster.gpus > 1 else 0.0, sent / cluster.gpus if cluster.nodes > 1 else 0.0)
+
+
+def messages(parameters: Parameters, tensors: int, stage: int, bucket_elements: int, micro_batches: int, shards: int) -> int:
+    """Number of messages of an update whose latency counts: the two that carry figures, reductions by buckets, and gathers by groups or, on stage 3, by parameters."""
+    if shards == 1:
+        return 2
+    buckets = -(-parameters.total // bucket_elements)
+    if stage == 3:
+        return 2 + micro_batches * (buckets + 2 * tensors)
+    return 2 + buckets * (micro_batches if stage == 2 else 1) + (2 if stage else 0)

@@ -11,11 +11,12 @@ from infra.run_folder import RunFolder
 from train.config import load_run
 from train.evaluation import data_limit
 from train.planning import estimate, network, requests, samples, states
-from train.planning.estimate import Setting, Times
+from train.planning.estimate import Setting
 from train.planning.flops import layer_pairs, train_flops
 from train.planning.hardware import Gpu, named
 from train.planning.out_of_memory import smaller
 from train.planning.states import Cluster, Layout
+from train.planning.update_times import Times
 from train.planning.wire import Sent
 
 _GB, _MB = 1e9, 1e6
@@ -229,14 +230,14 @@ def costs(setting: Setting, figures: Gpu, gpu: str, tokens: float | None) -> lis
         *orthogonalising(setting),
         evaluating(setting),
         f"time of an update    {_short(times.expected)} s expected (compute {_short(times.compute)}, inside {_short(times.inside)}, outside {_short(times.outside)}, "
-        f"optimizer {_short(times.optimizer)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
+        f"optimizer {_short(times.optimizer)}, parameters gathered {_short(times.gathering)}; {_short(times.unhidden)} if nothing is hidden){exposed if times.is_exposed else ''}",
         f"throughput           {states_per_s:,.0f} tokens/s; {useful / 1e12:.0f} TFLOP/s a GPU without recomputation, "
         f"{useful / figures.tflops_16bit / 1e12:.0%} of the datasheet",
         f"the whole run        {whole.updates:,.0f} updates: {_lasting(whole.days)}, {_short(whole.gpu_hours)} GPU hours, {_short(whole.megawatt_hours)} MWh at the wall",
         *_too_small(setting, times),
-        f"from                 {gpu}: {figures.tflops_16bit:g} TFLOP/s, {figures.memory_gb_s:g} GB/s memory, {figures.link_gb_s:g} GB/s to its neighbours, "
+        f"from                 {gpu}: {figures.tflops_16bit:g} TFLOP/s in 16 bits, {figures.fp32_rate:g} in fp32, {figures.memory_gb_s:g} GB/s memory, {figures.link_gb_s:g} GB/s to its neighbours, "
         f"{figures.network_gb_s:g} GB/s network, {figures.watts:g} W ({figures.source})",
-        f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory at {estimate.LINK_EFFICIENCY:.0%}, "
+        f"assumed              matrix products at {estimate.EFFICIENCY:.0%} of the datasheet, links and memory (all else) at {estimate.LINK_EFFICIENCY:.0%}, "
         f"{estimate.POWER_OVERHEAD:g} times the GPUs' power at the wall, {estimate.RESERVE:.0%} of memory in reserve. Nothing here has been seen on a GPU.",
     ]
 

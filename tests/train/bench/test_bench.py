@@ -265,11 +265,12 @@ def test_benchmarks_of_models_import_nothing_but_torch_the_standard_library_and_
             "open_set.py",
             "compression.py",
             "samples.py",
+            "plan.py",
             "generated.py",
             "flex_kernels.py",
             "dvae_kernels.py",
         ):
-            continue  # what they measure needs NumPy and the data pipeline, or DeepSpeed; docs.py and best_known.py render pages, those of kernels ask Triton, watching.py runs the trainer, open_set.py opens a set, compression.py and samples.py run the engine's
+            continue  # what they measure needs NumPy and the data pipeline, or DeepSpeed; docs.py and best_known.py render pages, those of kernels ask Triton, watching.py runs the trainer, open_set.py opens a set, compression.py, samples.py and plan.py run the engine's
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:

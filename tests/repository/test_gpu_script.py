@@ -145,6 +145,7 @@ import importlib.util, signal, sys
 spec = importlib.util.spec_from_file_location("gpu_script", {str(ROOT / ".ci" / "gpu.py")!r})
 module = sys.modules["gpu_script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 module.machine = lambda device: ({{"torch": "2.15.0", "gpu": "none such"}}, [])
 long = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
 module.STEPS = [module.Step(name, 30, ("-c", words)) for name, words in (("one", "pass"), ("long", long), ("last", "pass"))]

@@ -46,12 +46,16 @@ def check(stage: str, cfg: RunConfig, run: RunFolder, *, chain: bool) -> None:
     """
     # A launcher on a node without GPUs starts two ranks, or one on a single core: launch.default_nproc.
     ranks = cfg.cluster.gpus or min(2, cfg.cluster.cpus)
-    for name in lineage.waiting(cfg, run) if chain else [] if places.finished(cfg, run, stage) else [stage]:
+    for name in lineage.waiting(cfg, run) if chain else [stage]:
         if name not in TRAINED:
             continue
-        if name in ("dalle", "align"):  # those of ZeRO's engine
-            check_rank(cfg.compression, cfg.cluster.nodes, ranks)
-        elastic.check(cfg, run, name, cfg.cluster.nodes * ranks)
+        try:
+            if name in ("dalle", "align"):  # those of ZeRO's engine
+                check_rank(cfg.compression, cfg.cluster.nodes, ranks)
+            elastic.check(cfg, run, name, cfg.cluster.nodes * ranks)
+        except ConfigError:
+            if not places.finished(cfg, run, name):  # asked last, because a dry run may not be able to read the run's storage
+                raise
 
 
 def submit(stage: str, cfg: RunConfig, run: RunFolder, on: str, *, chain: bool, command: str, going_on: str = "") -> None:

@@ -54,9 +54,10 @@ def check(cfg: RunConfig, run: RunFolder, stage: str, ranks: int) -> None:
         ConfigError: it does not.
     """
     fit = cfg.fit(stage)
-    if fit is None or (accumulation(fit.batch, ranks, 1) is not None and _known_rows(run, stage) is not None):
+    if fit is None or fit.batch % (ranks * fit.accumulation) == 0:  # first, because a dry run may not be able to read the run's storage
         return
-    config_batch.rows(fit.batch, fit.accumulation, ranks, f"{stage}_fit")
+    if fit.batch % ranks or _known_rows(run, stage) is None:
+        config_batch.rows(fit.batch, fit.accumulation, ranks, f"{stage}_fit")
 
 
 def _known_rows(run: RunFolder, stage: str) -> int | None:

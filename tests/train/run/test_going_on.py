@@ -38,7 +38,17 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def go_on(run: RunFolder, stage: str, *words: str, stop: StopFlag | None = None, on: str = "local") -> None:
-    launch.stage(stage, run.url, list(words), on=on, nproc=1, dry_run=False, worker=False, stop=StopFlag() if stop is None else stop, go_on=True)
+    launch.stage(
+        stage,
+        run.url,
+        list(words),
+        on=on,
+        nproc=int(on == "local"),
+        dry_run=False,
+        worker=False,
+        stop=StopFlag() if stop is None else stop,
+        go_on=True,
+    )
 
 
 def checkpoint_files(run: RunFolder, stage: str, step: int) -> dict[str, bytes]:

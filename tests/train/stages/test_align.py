@@ -101,7 +101,9 @@ def test_only_the_stage_itself_takes_other_values_and_only_until_it_has_begun(mi
     def claim(*words: str, going_on: str = "") -> None:
         places.claim(load_run(run.url, list(words)), run, "", going_on)
 
-    with pytest.raises(ConfigError, match=r"To go on with these .*: launcher.py align .*mine align_fit.steps=6 --go-on$"):
+    with pytest.raises(
+        ConfigError, match=r"To take these for 'align', which has no checkpoint yet .*: launcher.py align .*mine align_fit.steps=6 --go-on$"
+    ):
         claim("align_fit.steps=6")
     with pytest.raises(StopRequested, match="before the start"):
         run_stage("align", [run.url, "align_fit.steps=4", "align_fit.ema=0.5"], StopAfter(0))

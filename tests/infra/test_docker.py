@@ -81,7 +81,7 @@ def commands(fence: str) -> list[str]:
 
 
 def test_every_command_of_the_cluster_page_runs(tmp_path: Path) -> None:
-    """Those fenced as bash, in a copy of nothing but their run folder, against stand-ins for SLURM."""
+    """Those fenced as bash, in a copy of nothing but their run folder, against stand-ins for SLURM. (What ssh would start is fenced as sh: tests/system/test_by_hand.py.)"""
     env = os.environ | stand_in.install(tmp_path / "slurm")
     script = "\n".join(["set -e", *commands("bash")]).replace("python ", f"{sys.executable} ").replace("runs", str(tmp_path / "runs"))
     done = subprocess.run(

@@ -33,7 +33,7 @@ exit $code
 def example() -> str:
     """The lines of the page."""
     section = (ROOT / "docs" / "cluster.md").read_text().partition("## Two machines and no scheduler\n")[2]
-    return section.partition("```bash\n")[2].partition("```")[0]
+    return section.partition("```sh\n")[2].partition("```")[0]
 
 
 def free_port() -> int:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,13 +144,14 @@ def perform(step: Step, limit: float, device: str, out: Path, environment: dict[
             [sys.executable, *words], cwd=ROOT, stdout=target, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         code = None
-        with suppress(subprocess.TimeoutExpired):
-            try:
-                code = process.wait(timeout=limit)
-            finally:
-                if code is None:  # out of time, or this script was stopped: what goes on would hold the GPU's memory, and distort later figures
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if code is None:  # out of time, or this script was stopped: what goes on would hold the GPU's memory, and distort later figures
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds, tail = round(time.monotonic() - began, 1), log.read_text(errors="replace")[-_TAIL:]
     if code is None:
         return Outcome(step.name, "cut", seconds, f"ran past its {limit:.0f} s", tail)
@@ -199,7 +199,7 @@ def run(device: str, out: Path, wheels: Path, minutes: float, only: Sequence[str
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(packages)]), "PYTHONDONTWRITEBYTECODE": "1"}
     if device != "cuda":
         environment["GPU_STAND_IN"] = device
-    before = earlier(out, device, found)
+    before, done = earlier(out, device, found), list[Outcome]()
     for number, step in enumerate(STEPS):
         absent, left = missing(step.needs, packages), end - time.monotonic()
         if only and step.name not in only:
@@ -216,14 +216,16 @@ def run(device: str, out: Path, wheels: Path, minutes: float, only: Sequence[str
                 few = {"OMP_NUM_THREADS": "1"} if device != "cuda" and "pytest" in step.command else {}
                 outcome = perform(step, min(step.seconds, left - 2), device, out, environment | few)
             except BaseException:
-                report.steps.append(Outcome(step.name, "cut", why="the run was stopped"))
-                report.steps += [before.get(later.name, Outcome(later.name, "skipped", why="not reached")) for later in STEPS[number + 1 :]]
+                done.append(Outcome(step.name, "cut", why="the run was stopped"))
+                report.steps = done + [before.get(later.name, Outcome(later.name, "skipped", why="not reached")) for later in STEPS[number + 1 :]]
                 report.seconds = round(time.monotonic() - began, 1)
                 report.write(out)
                 raise
         if outcome.status == "skipped":
             outcome = before.get(step.name, outcome)
-        report.steps.append(outcome)
+        done.append(outcome)
+        # What an earlier run has of later steps stays in the report meanwhile, as this one may be killed.
+        report.steps = done + [before[later.name] for later in STEPS[number + 1 :] if later.name in before]
         report.seconds = round(time.monotonic() - began, 1)
         report.write(out)
         print(f"{outcome.status:8}{outcome.seconds:7.1f} s  {outcome.name}{': ' + outcome.why if outcome.why else ''}", flush=True)

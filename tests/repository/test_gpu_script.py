@@ -134,6 +134,11 @@ def test_a_later_run_adds_to_the_report_of_an_earlier_one_and_not_to_that_of_ano
     assert [(one["status"], one["why"]) for one in found["steps"]] == [("passed", ""), ("failed", "in an earlier run: exit code 3")]
     _, found = told(gpu, tmp_path, step(gpu, "one", "pass"), step(gpu, "two", "pass"), arguments=("--only", "two"))
     assert [(one["status"], one["why"]) for one in found["steps"]] == [("passed", "in an earlier run"), ("passed", "")]
+    looks = f"import json; print([s['name'] + ' ' + s['status'] for s in json.load(open({str(tmp_path / 'out' / 'gpu.json')!r}))['steps']])"
+    _, found = told(gpu, tmp_path, step(gpu, "first", "pass"), step(gpu, "one", looks), step(gpu, "two", "pass"), arguments=("--only", "first,one"))
+    assert found["steps"][1]["tail"].strip() == "['first passed', 'one passed', 'two passed']", (
+        "also while the later run is at work, which may be killed"
+    )
     monkeypatch.setattr(gpu, "machine", lambda device: ({"torch": "2.15.0", "gpu": "another"}, []))
     _, found = told(gpu, tmp_path, *steps, arguments=("--only", "two"))
     assert [one["why"] for one in found["steps"]] == ["not asked for", "exit code 3"]

@@ -16,6 +16,8 @@ from train.evaluation.frechet import frechet_distance
 
 _PROJECTIONS = 512
 _SIZES = 5
+_DRAWN_ANEW = 2000
+"""Samples of the bootstrap."""
 FEWEST = 16
 """Below so many pictures nothing is extrapolated."""
 
@@ -98,6 +100,13 @@ def recalls(image_ND: Tensor, text_ND: Tensor, ks: tuple[int, ...] = (1, 5, 10))
     """Share of captions whose own picture is among the k nearest of all pictures, for unit embeddings; 1/N at k = 1 is chance."""
     above_N = nearer(image_ND, text_ND)
     return {f"recall_at_{k}": float((above_N < k).double().mean()) for k in ks}
+
+
+def interval(values_M: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """95 % of the means of captions that are drawn anew, with replacement, lie between these."""
+    chosen = np.random.default_rng(seed).integers(0, len(values_M), (_DRAWN_ANEW, len(values_M)))
+    low, high = np.percentile(values_M[chosen].mean(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def nearer(image_ND: Tensor, text_ND: Tensor) -> Tensor:

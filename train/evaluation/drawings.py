@@ -16,7 +16,7 @@ from torch import Tensor
 
 from train.evaluation.class_scores import class_score
 from train.evaluation.colours import agreement
-from train.evaluation.distances import distances, halves, recalls
+from train.evaluation.distances import distances, halves, interval, nearer, recalls
 
 OWN_CLIP = "own clip"
 """Name of the run's own contrastive model, which ranks."""
@@ -102,8 +102,14 @@ def _reference(real_MD: Tensor, seed: int) -> dict[str, Any]:
     return {"halves_of_real": halves(real_MD, seed)} if len(real_MD) >= 4 else {}
 
 
-def _of_captions(image_MD: Tensor, text_MD: Tensor) -> dict[str, float]:
-    """Retrieval, and the mean cosine of picture and caption, beside that with the caption of another picture."""
+def _of_captions(image_MD: Tensor, text_MD: Tensor) -> dict[str, Any]:
+    """Retrieval, for each caption too, and the mean cosine of picture and caption, beside that with the caption of another picture."""
     cosine_M = (image_MD * text_MD).sum(1)
     shifted_M = (image_MD * text_MD.roll(1, 0)).sum(1)
-    return recalls(image_MD, text_MD) | {"clip_score": float(cosine_M.mean()), "clip_score_of_another_caption": float(shifted_M.mean())}
+    nearer_M = nearer(image_MD, text_MD).numpy()
+    return recalls(image_MD, text_MD) | {
+        "recall_at_1_interval": interval((nearer_M < 1).astype(np.float64)),
+        "nearer": nearer_M.tolist(),
+        "clip_score": float(cosine_M.mean()),
+        "clip_score_of_another_caption": float(shifted_M.mean()),
+    }

@@ -248,19 +248,41 @@ def launch(cfg: RunConfig, run: RunFolder, kind: str, words: Sequence[str], core
     Raises:
         SystemExit: the stage failed; the exit code is that of the stage.
     """
-    root, number = run.at("against"), 0
-    while storage.list_files(storage.join(root, f"{kind}-{number}")):
+    number = 0
+    while storage.list_files(run.at("against", f"{kind}-{number}")):
         number += 1
-    place = RunFolder(storage.join(root, f"{kind}-{number}"))
-    for marker in (("tokenizer", "done.json"), ("encode", "done.json"), ("dvae", "export", "config.json")):
-        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # the stage requires these files of a run before it opens codes
-    inputs = [f'data.codes="{cfg.data.codes or run.at("codes")}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']
-    named = [f'run.root="{root}"', f'run.name="{kind}-{number}"', *inputs]
-    command = [sys.executable, str(LAUNCHER), "dalle", run.url, *words, *named, "--nproc", str(cores)]
+    return launch_at(f"{kind}-{number}", cfg, run, words, cores)
+
+
+def launch_at(name: str, cfg: RunConfig, run: RunFolder, words: Sequence[str], cores: int, *, own_codes: bool = False) -> RunFolder:
+    """Run stage dalle in ``<run>/against/<name>``, or go on with it there; with ``own_codes`` stages dvae and encode before it. Tokenizer and images, and
+    otherwise codes too, are those of ``run``. Returns the folder.
+
+    Raises:
+        SystemExit: a stage failed; the exit code is that of the stage.
+    """
+    place = RunFolder(run.at("against", name))
+    taken = (("tokenizer", "done.json"),) if own_codes else (("tokenizer", "done.json"), ("encode", "done.json"), ("dvae", "export", "config.json"))
+    for marker in taken:
+        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # stages require these files of a run before they open sets
+    inputs = [f'data.images="{places.images(cfg, run)}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']
+    inputs.append(f'data.codes="{"" if own_codes else cfg.data.codes or run.at("codes")}"')
+    named = [f'run.root="{run.at("against")}"', f'run.name="{name}"', *inputs]
+    for stage in ("dvae", "encode", "dalle") if own_codes else ("dalle",):
+        run_stage(stage, run.url, [*words, *named], cores)
+    return place
+
+
+def run_stage(stage: str, url: str, words: Sequence[str], cores: int) -> None:
+    """Run a stage by the launcher.
+
+    Raises:
+        SystemExit: it failed; the exit code is that of the stage.
+    """
+    command = [sys.executable, str(LAUNCHER), stage, url, *words, "--nproc", str(cores)]
     code = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise SystemExit(code)
-    return place
 
 
 def training_seconds(run: RunFolder) -> float:

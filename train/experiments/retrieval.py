@@ -23,13 +23,12 @@ from train.drawing.draw import draw
 from train.drawing.place import locate
 from train.drawing.settings import Settings
 from train.drawing.source import Models, open_models
+from train.evaluation.distances import interval
 from train.run.data_inputs import open_images
 from train.stages.generate_prompts import held_out
 from train.weights.contrastive import Ranker
 
 RANKS = (1, 5, 10)
-_DRAWN_ANEW = 2000
-"""Samples of the bootstrap."""
 
 Hits = NDArray[np.float64]
 """[captions, ranks]: the share of a caption's drawings for which the right caption is among so many first ones."""
@@ -50,13 +49,6 @@ def hits(models: Models, judge: Ranker, captions: Sequence[str], settings: Setti
             for picture, scores_M in zip(pictures, scores_BM, strict=True):
                 above[picture.caption].append(int((scores_M > scores_M[captions.index(picture.caption)]).sum()))
     return np.array([[np.mean([place < rank for place in above[caption]]) for rank in RANKS] for caption in captions])
-
-
-def interval(shares_M: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """95 % of the means of captions that are drawn anew lie between these."""
-    chosen = np.random.default_rng(seed).integers(0, len(shares_M), (_DRAWN_ANEW, len(shares_M)))
-    low, high = np.percentile(shares_M[chosen].mean(1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def compare(sources: Sequence[str], guidances: Sequence[float], captions: int, settings: Settings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The file says which run's codes are used (its stages tokenizer, dvae and encode 
     minutes = 10.0                                       # or tokens = 5_000_000: positions of the stream, padding included
     cores = 1                                            # processes of a training
     overrides = ["dalle.embedding_scale=30"]             # for all arms
+    drawings = 500                                       # judge by drawings of so many held-out captions, too; 0 or left out: by losses alone
 
     [arms]                                               # the first is the one that the others are compared with
     base = []
@@ -17,12 +18,17 @@ With minutes, two probes find how many updates of an arm fit into them, once for
 evaluations and the start do not. Warm-up and schedule fill the updates, whatever their number. The figures are written after each training, with its seed, commit
 and minutes; the same command goes on with the trainings that are missing, so arms and seeds can be added later. A training that was interrupted is begun anew. One
 that diverged is recorded as such. ``python -m train.experiments.page --render`` makes the page.
+
+An arm with keys of dvae or dvae_fit makes its own codes first: stages dvae and encode, with the seed of the training. Nats per code of different codes say
+nothing about each other; drawings do. These, and sweeps with drawings, keep their folders by name, so that what was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +42,17 @@ from infra.errors import ConfigError, ExitCode, ReportedError
 from infra.repository import DOCS
 from infra.run_folder import RunFolder, producer
 from train.config import load_run
-from train.experiments import peer, sweep_page
+from train.experiments import peer, sweep_drawings, sweep_page
 from train.loop.metrics import read_metrics
+from train.run import places
+from train.stages import evaluate_drawings
 
 _TAIL = 0.1
 """The share of the updates, the last ones, whose mean is called the training loss."""
 _OF_THE_SWEEP = ("dalle_fit.steps", "run.seed", "run.name", "run.root")
 """Keys that the runner sets itself."""
+_OF_CODES = ("dvae", "dvae_fit")
+"""Sections with which an arm makes codes of its own. Keys of encode alone choose among the crops that the run has."""
 
 
 class SweepFile(Section):
@@ -64,6 +74,8 @@ class SweepFile(Section):
     """Processes of a training."""
     overrides: tuple[str, ...] = ()
     """section.key=value, for all arms."""
+    drawings: int = Field(default=0, ge=0)
+    """Captions of held-out concepts that are drawn after each training to judge it; 0: none. Takes the run's stage clip."""
     arms: dict[str, tuple[str, ...]] = Field(min_length=1)
     """Name -> section.key=value of this arm; the first arm is the one that the others are compared with."""
 
@@ -76,7 +88,17 @@ class SweepFile(Section):
         for word in [*self.overrides, *(word for words in self.arms.values() for word in words)]:
             if (key := word.partition("=")[0]) in _OF_THE_SWEEP:
                 raise ValueError(f"'{word}': the sweep sets {key} itself, from seeds, minutes and tokens")
+            if self.minutes is not None and key.partition(".")[0] in _OF_CODES:
+                raise ValueError(f"'{word}' makes other codes, on which no probe can be made beforehand: give tokens instead of minutes")
         return self
+
+    def words(self, arm: str) -> list[str]:
+        """What an arm changes in the configuration of the run."""
+        return [*self.overrides, *self.arms[arm]]
+
+    def own_codes(self, arm: str) -> bool:
+        """Whether an arm's codes are not those of the run."""
+        return any(word.partition(".")[0] in _OF_CODES for word in self.words(arm))
 
 
 def read(path: Path) -> SweepFile:
@@ -104,10 +126,15 @@ class Sweep:
         self.given, self.out = given, out
         url = given.run if storage.is_remote(given.run) else str(Path(given.run).resolve())
         self.run = RunFolder(url)
-        self.configs = {arm: load_run(url, [*given.overrides, *words]) for arm, words in given.arms.items()}
+        self.configs = {arm: load_run(url, given.words(arm)) for arm in given.arms}
+        if given.drawings:
+            places.require(self.run, "clip")
+            for cfg in self.configs.values():
+                evaluate_drawings.check(cfg, self.run)
         common = peer.settings_of(load_run(url, list(given.overrides)), self.run, given.minutes or 0.0, given.cores, given.overrides)
         left_out = {"seed", "minutes"}
-        extent = {"minutes": given.minutes} if given.minutes else {"tokens": given.tokens}
+        extent: dict[str, Any] = {"minutes": given.minutes} if given.minutes else {"tokens": given.tokens}
+        extent |= {"drawings": given.drawings} if given.drawings else {}
         settings = {key: value for key, value in common.items() if key not in left_out} | extent
         self.found: dict[str, Any] = {"kind": "sweep", "name": given.name, "settings": settings, "arms": {}, "runs": []}
         if out.exists():
@@ -167,7 +194,7 @@ class Sweep:
         if "updates" not in of_arm:
             assert given.minutes is not None
             probe = given.probe_minutes or given.minutes / 20
-            words = [*given.overrides, *given.arms[arm]]
+            words = given.words(arm)
             updates, rates, precision = peer.updates_within(cfg, self.run, words, given.minutes, probe, given.cores)
             of_arm |= {"updates": updates, "updates_per_s": rates, "precision": precision}
             self._write()
@@ -178,22 +205,41 @@ class Sweep:
         words = [*given.overrides, *peer.words_of(cfg, updates), *given.arms[arm], f"dalle_fit.precision={precision}", f"run.seed={seed}"]
         about = {"arm": arm, "seed": seed, "updates": updates, "producer": producer()}
         try:
-            trained = peer.launch(cfg, self.run, "sweep", words, given.cores)
+            trained = self._launch(arm, seed, words)
         except SystemExit as left:
             if left.code != ExitCode.DIVERGED:
                 raise
             return about | {"end": "diverged"}
         final, parameters = peer.judge(load_run(trained.url, []), trained, given.cores)
+        drawn: dict[str, Any] = {}
+        if given.drawings:
+            drawn = {"drawings": sweep_drawings.measure(cfg, self.run, trained, given.drawings, given.cores)}
+            if arm != self.found["base"]:
+                base = RunFolder(self.run.at("against", self._name(self.found["base"], seed)))
+                drawn["drawings"]["over_base"] = sweep_drawings.over(trained, base)
         return about | {
             "end": "done",
             "minutes": peer.training_seconds(trained) / 60,
             "epochs": updates * cfg.dalle_fit.batch / self.found["settings"]["training_images"],
             "parameters": parameters,
+            "codes_per_picture": cfg.stream_shape().image_tokens,
             "train_nats_per_code": training_loss(trained.url),
             "nats_per_code_raw": final["raw"]["nats_per_code"],
             "load": [*load, os.getloadavg()[0]],
             **final["averaged"],
+            **drawn,
         }
+
+    def _launch(self, arm: str, seed: int, words: Sequence[str]) -> RunFolder:
+        given, cfg = self.given, self.configs[arm]
+        if given.drawings or given.own_codes(arm):
+            return peer.launch_at(self._name(arm, seed), cfg, self.run, words, given.cores, own_codes=given.own_codes(arm))
+        return peer.launch(cfg, self.run, "sweep", words, given.cores)
+
+    def _name(self, arm: str, seed: int) -> str:
+        """Name of the folder of a training that goes on where it was interrupted; that of another arm is another, whatever letters it has."""
+        slug = re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")[:40]
+        return f"{self.given.name}-{slug}-{hashlib.sha256(arm.encode()).hexdigest()[:6]}-seed-{seed}"
 
     def _write(self) -> None:
         peer.write(self.out, self.found)
@@ -209,17 +255,31 @@ class _Producer(stored.Stored):
     commit: str
 
 
+class _Drawings(stored.Stored):
+    """What sweep_drawings.measure and .over return."""
+
+    captions: stored.Count
+    psnr_db: stored.Number
+    code_use: stored.Number
+    code_perplexity: stored.Number
+    retrieval: dict[str, dict[str, dict[str, Any]]]
+    mmd2: dict[str, dict[str, Any]]
+    over_base: dict[str, tuple[stored.Number, stored.Number]] = Field(default_factory=dict)
+
+
 class _Run(stored.Stored):
     arm: str
     seed: int
     end: Literal["done", "diverged"]
     producer: _Producer
     updates: stored.Count
+    codes_per_picture: stored.Count = 0
     minutes: stored.Number = 0.0
     epochs: stored.Number = 0.0
     train_nats_per_code: stored.Number = 0.0
     nats_per_code: stored.Number = 0.0
     caption_gain: stored.Number = 0.0
+    drawings: _Drawings | None = None
 
     @model_validator(mode="after")
     def _has_its_figures(self) -> Self:

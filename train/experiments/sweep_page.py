@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from infra.shown import markdown
+from train.evaluation.drawings import OWN_CLIP
 
 _ABOUT = """Made by `python -m train.experiments.sweep FILE.toml`: stage dalle on the same codes, each training with {extent}{processes}. Every figure is a mean over the seeds. **over {base}** is the
 difference from the arm `{base}` with the same seed, and ± the standard error of the mean of these differences: with one seed there is none, and a difference below twice its error says nothing.
@@ -33,7 +34,7 @@ def section(found: dict[str, Any]) -> str:
     made = f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}." if commits else "No training has ended yet."
     about = _ABOUT.format(extent=extent, base=markdown(base), processes=processes)
     head = f"\n## Sweep {found['name']}, on {markdown(settings['run'])}{words}\n\n{about}\nSettings: {shown}. {made}\n\n"
-    return head + table(found)
+    return head + table(found) + drawings(found)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -57,6 +58,58 @@ def _row(found: dict[str, Any], arm: str) -> str:
         cells = [f"{means['nats_per_code']:.4f}", paired(nats), share, f"{means['caption_gain']:.4f}", paired(gain)]
         cells += [f"{means['train_nats_per_code']:.4f}", f"{means['updates']:,.0f}", f"{means['epochs']:.2f}", f"{means['minutes']:.1f}"]
     return f"| {markdown(arm)} | {changes} | " + " | ".join(cells) + f" | {_seeds(of_arm, done)} |"
+
+
+_OF_DRAWINGS = """
+Drawings of {captions} held-out captions. **R@k**: how often a caption's first, unranked drawing is among the k that suit it best of all, by the contrastive model of the run; in
+parentheses 95 % by other captions, and ± the standard error over captions, seed by seed. **MMD** is the squared maximum mean discrepancy between the features of drawings and of
+the real pictures, first drawings and best of {most}, by {judge}{halves}. Nats per code of different codes cannot be compared; **nats per picture** are their sum,
+and say less the more a picture loses by its codes (PSNR).
+"""
+_COLUMNS_OF_DRAWINGS = (
+    "| arm | PSNR, dB | codes in use | perplexity | nats per picture | R@1 | over {base} | R@10 | over {base} | MMD, first | MMD, best of {most} |",
+    "|---|" + "---:|" * 10,
+)
+
+
+def drawings(found: dict[str, Any]) -> str:
+    """The drawings of the arms as Markdown, if any arm was judged by them."""
+    runs = [run for run in found["runs"] if run.get("drawings")]
+    if not runs:
+        return ""
+    one = runs[0]["drawings"]
+    judge = next((name for name in one["mmd2"] if name != OWN_CLIP), OWN_CLIP)
+    most, halves = list(one["mmd2"][judge]["by_n"])[-1], one["mmd2"][judge]["halves_of_real"]
+    between = f", which gives {halves:.4f} between two halves of the real pictures" if halves is not None else ""
+    about = _OF_DRAWINGS.format(captions=one["captions"], most=most, judge=judge, halves=between)
+    lines = [line.format(base=markdown(found["base"]), most=most) for line in _COLUMNS_OF_DRAWINGS]
+    for arm in sorted({run["arm"]: None for run in runs}, key=lambda arm: arm != found["base"]):
+        lines.append(_drawings_row(arm, [run for run in runs if run["arm"] == arm], judge, most))
+    return about + "\n" + "\n".join(lines) + "\n"
+
+
+def _drawings_row(arm: str, runs: Sequence[dict[str, Any]], judge: str, most: str) -> str:
+    of_runs = [run["drawings"] for run in runs]
+    firsts = [one["retrieval"][OWN_CLIP]["1"] for one in of_runs]
+    low, high = (mean(one["recall_at_1_interval"][place] for one in firsts) for place in (0, 1))
+    cells = [f"{mean(one['psnr_db'] for one in of_runs):.2f}", f"{mean(one['code_use'] for one in of_runs):.1%}"]
+    cells += [
+        f"{mean(one['code_perplexity'] for one in of_runs):.0f}",
+        f"{mean(run['nats_per_code'] * run['codes_per_picture'] for run in runs):.0f}",
+    ]
+    for rank, interval in ((1, f" ({100 * low:.1f} to {100 * high:.1f})"), (10, "")):
+        over = [one["over_base"][f"recall_at_{rank}"] for one in of_runs if one.get("over_base")]
+        cells += [f"{mean(one[f'recall_at_{rank}'] for one in firsts):.1%}{interval}", _over(over)]
+    cells += [f"{mean(one['mmd2'][judge]['by_n'][count] for one in of_runs):.4f}" for count in ("1", most)]
+    return f"| {markdown(arm)} | " + " | ".join(cells) + " |"
+
+
+def _over(found: Sequence[tuple[float, float]]) -> str:
+    """The mean of differences that have errors of their own, in percent points."""
+    if not found:
+        return _NONE
+    error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
+    return f"{100 * mean(value for value, _ in found):+.1f} ± {100 * error:.1f}"
 
 
 MEANS = ("nats_per_code", "caption_gain", "train_nats_per_code", "updates", "epochs", "minutes")

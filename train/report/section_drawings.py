@@ -80,10 +80,14 @@ def _retrieval(found: dict[str, Any]) -> list[Html]:
     for name, judged in found["retrieval"].items():
         for label, values in (*((f"N = {count}", values) for count, values in judged["by_n"].items()), ("real pictures", judged["real"])):
             percent = [f"{100 * values[f'recall_at_{k}']:.1f} %" for k in (1, 5, 10)]
+            if "recall_at_1_interval" in values:
+                percent[0] += " ({:.1f} to {:.1f})".format(*(100 * bound for bound in values["recall_at_1_interval"]))
             rows.append([name, label, *percent, f"{values['clip_score']:.3f}", f"{values['clip_score_of_another_caption']:.3f}"])
     header = ["judge", "pictures", "R@1", "R@5", "R@10", "cosine with the caption", "with another caption"]
     chance = 100 / max(1, found["drawings"])
-    words = note(f"How often a caption's picture is among the first k of all {found['drawings']}; chance is {chance:.2g} % at 1.")
+    words = note(
+        f"How often a caption's picture is among the first k of all {found['drawings']}; chance is {chance:.2g} % at 1. In parentheses: 95 % by other captions."
+    )
     return [el("h3", "Do drawings fit their captions?"), words, table(header, rows, range(2, 7))]
 
 

@@ -262,7 +262,8 @@ def launch_at(name: str, cfg: RunConfig, run: RunFolder, words: Sequence[str], c
         SystemExit: a stage failed; the exit code is that of the stage.
     """
     place = RunFolder(run.at("against", name))
-    taken = (("tokenizer", "done.json"),) if own_codes else (("tokenizer", "done.json"), ("encode", "done.json"), ("dvae", "export", "config.json"))
+    taken = [("prepare", "done.json"), ("tokenizer", "done.json")]
+    taken += [] if own_codes else [("encode", "done.json"), ("dvae", "export", "config.json")]
     for marker in taken:
         storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # stages require these files of a run before they open sets
     inputs = [f'data.images="{places.images(cfg, run)}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']

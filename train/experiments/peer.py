@@ -262,10 +262,11 @@ def launch_at(name: str, cfg: RunConfig, run: RunFolder, words: Sequence[str], c
         SystemExit: a stage failed; the exit code is that of the stage.
     """
     place = RunFolder(run.at("against", name))
-    taken = [("prepare", "done.json"), ("tokenizer", "done.json")]
+    taken: list[tuple[str, ...]] = [("prepare", "done.json"), ("tokenizer", "done.json")]
     taken += [] if own_codes else [("encode", "done.json"), ("dvae", "export", "config.json")]
-    for marker in taken:
-        storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))  # stages require these files of a run before they open sets
+    for marker in taken:  # stages require these files of a run before they open sets
+        if storage.exists(run.at(*marker)):
+            storage.write_json(place.at(*marker), storage.read_json(run.at(*marker)))
     inputs = [f'data.images="{places.images(cfg, run)}"', f'data.tokenizer="{places.tokenizer(cfg, run)}"']
     inputs.append(f'data.codes="{"" if own_codes else cfg.data.codes or run.at("codes")}"')
     named = [f'run.root="{run.at("against")}"', f'run.name="{name}"', *inputs]

@@ -15,7 +15,7 @@ from train.config import load_run
 from train.evaluation.blur import blurred
 from train.evaluation.class_scores import class_score
 from train.evaluation.colours import COLOURS, agreement, named, shares
-from train.evaluation.distances import distances, frechet, frechet_unbiased, halves, mmd2, recalls, sliced_wasserstein
+from train.evaluation.distances import distances, frechet, frechet_unbiased, halves, interval, mmd2, recalls, sliced_wasserstein
 from train.evaluation.drawings import Judge, figures
 from train.evaluation.frechet import FeatureSums, frechet_distance
 from train.report import section_drawings
@@ -65,6 +65,13 @@ def test_retrieval_counts_the_rank_of_the_own_picture_and_equal_pictures_do_not_
     assert recalls(text, text, (1, 2)) == {"recall_at_1": 1.0, "recall_at_2": 1.0}
     assert recalls(text.roll(1, 0), text, (1, 4)) == {"recall_at_1": 0.0, "recall_at_4": 1.0}
     assert recalls(torch.ones(4, 4) / 2, text, (1, 2)) == {"recall_at_1": 0.0, "recall_at_2": 1.0}
+
+
+def test_the_interval_is_that_of_the_mean_over_captions() -> None:
+    shares_M = np.random.default_rng(3).binomial(1, 0.3, 400).astype(float)
+    low, high = interval(shares_M)
+    error = shares_M.std() / 20
+    assert low == pytest.approx(shares_M.mean() - 1.96 * error, abs=0.01) and high == pytest.approx(shares_M.mean() + 1.96 * error, abs=0.01)
 
 
 def test_class_scores_count_the_classes_that_are_surely_and_equally_often_named() -> None:
@@ -154,6 +161,9 @@ def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeyp
     assert all(scores["by_blur"]["2"][kind] != scores["by_blur"]["0"][kind] for kind in ("drawn", "real")), "of the blurred pictures"
     shown = found["retrieval"]["judge"]
     assert shown["real"]["recall_at_1"] == 1 and shown["by_n"]["1"]["recall_at_5"] < shown["by_n"]["4"]["recall_at_5"]
+    first = shown["by_n"]["1"]
+    assert len(first["nearer"]) == 24 and np.mean([place < 1 for place in first["nearer"]]) == first["recall_at_1"] < 1
+    assert first["recall_at_1_interval"][0] < first["recall_at_1"] < first["recall_at_1_interval"][1]
     assert shown["by_n"]["4"]["clip_score"] > shown["by_n"]["4"]["clip_score_of_another_caption"]
     assert shown["trained_on_the_images_of_what_ranks"] and not found["distances"]["net"]["trained_on_the_images_of_what_ranks"]
     assert found["colours"]["by_n"]["1"]["agreement"] == 0.5
@@ -172,6 +182,7 @@ def test_what_ranks_judges_the_first_candidate_only_and_others_judge_all(monkeyp
         "25.0 % of the drawings are nearer",
         "chance is 4.2 % at 1",
         "Class score by net",
+        "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * value for value in (first["recall_at_1"], *first["recall_at_1_interval"]))),
     ):
         assert words in section.body
 

@@ -43,6 +43,7 @@ HOMES = {
     "simplejpeg": ("data_pipeline/images/jpeg.py", "train/bench/data_images.py"),
     "numba": (
         "data_pipeline/images/area_resize.py",
+        "train/drawing/cpu_choice.py",
         "train/drawing/cpu_kernels.py",
         "train/optimizer/adamw_cpu.py",
         "train/optimizer/adamw_loops.py",

@@ -1,4 +1,4 @@
-"""Drawing on a CPU: passes over few positions use compiled kernels, larger ones use torch. Weights may have eight bits.
+"""Drawing on a CPU through compiled kernels, except for products of many rows, which torch computes. Weights may have eight bits.
 
 B pictures, C captions, R rows = B x Q states of a pass, D width, E outputs, I image positions, N codes.
 """
@@ -19,10 +19,11 @@ from model.draw_cache import Window
 from model.gumbel import mixed
 from model.offsets import mask_kind, offsets_of
 from model.transformer import Transformer
-from train.drawing import cpu_kernels
+from train.drawing import cpu_choice, cpu_kernels
 
-FEW = 16
-"""Up to this many rows in a pass, the kernels are at least as fast as torch's products (docs/benchmarks.md, drawing)."""
+FEW_PRODUCTS = 1 << 22
+"""Up to this many multiplications of a pass with a layer's weights, and for one row always, the kernels' products are faster than torch's, each of which costs
+microseconds to call (docs/drawing.md)."""
 _LARGE_LAYER, _LARGE_PASS = 1 << 21, 1 << 24
 """Several threads are used if a layer has at least this many weights, or a pass at least this many multiplications with them. For less, waiting for threads costs
 more than they save on a busy machine: a picture of the demo's model then took 1 to 40 seconds."""
@@ -57,9 +58,10 @@ class CpuWeights(DrawingWeights):
                 matrix, rounded[name] = self._matrix(getattr(layer, name), getattr(layer, name + "_bias"))
                 rows[name].append(matrix)
             # For passes that torch computes: the same rounded values that the kernels use.
-            self.layers[place] = dataclasses.replace(layer, **rounded)
+            self.layers[place] = dataclasses.replace(layer, **{name: self._by_column(weight_ED) for name, weight_ED in rounded.items()})
         self.matrices = [tuple(rows[name][place] for name in _MATRICES) for place in range(len(self.layers))]
-        self.head_matrix, self.head = self._matrix(self.head.detach(), torch.zeros(len(self.head)))
+        self.head_matrix, head_ND = self._matrix(self.head.detach(), torch.zeros(len(self.head)))
+        self.head = self._by_column(head_ND)
         self.norms = [(_norm(layer.attention_norm), _norm(layer.mlp_norm)) for layer in self.layers]
         self.eps = [(_eps(layer.attention_norm), _eps(layer.mlp_norm), queries.EPS) for layer in self.layers]
         none = torch.empty(0)
@@ -74,13 +76,17 @@ class CpuWeights(DrawingWeights):
         whole_ED = (weight_ED / scale_E[:, None]).round().to(torch.int8)
         return (_array(whole_ED), _array(scale_E), _array(bias_E)), whole_ED * scale_E[:, None]
 
+    def _by_column(self, weight_ED: Tensor) -> Tensor:
+        """The same matrix as torch's products of few rows read it fastest: a third less time at 64 rows. Costs its size in memory once more."""
+        return weight_ED if self.deterministic else weight_ED.t().contiguous().t()
+
     def choose(self, scores_BQN: Tensor, seeds_B: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
         pictures, states, codes = scores_BQN.shape
         scores_RN = _array(scores_BQN).reshape(-1, codes)
         best_R, code_R = np.empty(len(scores_RN), np.float32), np.empty(len(scores_RN), np.int64)
         cpu_kernels.use_threads(1 if scores_RN.size < _LARGE_CHOICE else torch.get_num_threads())
         keys_R = _array(mixed(seeds_B.clone())).view(np.uint64).repeat(states)
-        cpu_kernels.choose(scores_RN, keys_R, _array(positions_BQ).reshape(-1), best_R, code_R)
+        cpu_choice.choose(scores_RN, keys_R, _array(positions_BQ).reshape(-1), best_R, code_R)
         return torch.from_numpy(best_R).view(pictures, states), torch.from_numpy(code_R).view(pictures, states)
 
     def drawer(self, texts: Sequence[Texts]) -> Drawer:
@@ -88,7 +94,7 @@ class CpuWeights(DrawingWeights):
 
 
 class CpuDrawer(Drawer):
-    """A ``Drawer`` that uses the kernels for passes of few rows."""
+    """A ``Drawer`` that uses the kernels."""
 
     def __init__(self, weights: CpuWeights, texts: Sequence[Texts]) -> None:
         if weights.deterministic:
@@ -112,6 +118,8 @@ class CpuDrawer(Drawer):
         self._tables = [_array(t.weight) for t in (tables.image_tokens, tables.image_rows, tables.image_columns, tables.image_start)]
         self._buffers: dict[tuple[int, int], tuple[Any, list[Any]]] = {}
         self._first_B: Any = None
+        self._by_torch = False
+        self._weights_of_a_layer = 12 * cfg.width**2
 
     def storages(self) -> list[Tensor]:
         qkv = [torch.from_numpy(qkv_RE) for _, several in self._buffers.values() for qkv_RE in several]
@@ -119,7 +127,7 @@ class CpuDrawer(Drawer):
 
     def logits(self, codes_BI: Tensor, window: Window) -> Tensor:
         x_RD = self._run(codes_BI, window)
-        if self._first_B is None:
+        if self._by_torch:
             return self.weights.logits(x_RD).view(self.pictures, window.length, -1)
         out_RN = np.empty((len(x_RD), self.weights.shape.image_vocab), np.float32)
         norm = self.weights.model.final_norm
@@ -127,11 +135,10 @@ class CpuDrawer(Drawer):
         return torch.from_numpy(out_RN).view(self.pictures, window.length, -1)
 
     def keep(self, counts_B: Tensor) -> None:
-        if self._first_B is None:
-            super().keep(counts_B)
-        elif self._window is not None and not _is_one(self._window):
+        assert self._window is not None
+        if not _is_one(self._window):
             self._keep(self._first_B, counts_B.numpy(), self._window.length)
-        self._first_B, self._window = None, None
+        self._window = None
 
     def _keep(self, first_B: Any, counts_B: Any, length: int) -> None:
         _, qkv = self._scratch(self.pictures * length, len(self.past))
@@ -140,10 +147,8 @@ class CpuDrawer(Drawer):
 
     def _run(self, codes_BI: Tensor, window: Window) -> Tensor:
         rows = self.pictures * window.length
-        if rows > FEW and not self._cpu.deterministic:
-            self._first_B = None
-            return super()._run(codes_BI, window)
         self._window, self._first_B = window, window.first_B.numpy()
+        self._by_torch = rows > 1 and rows * self._weights_of_a_layer > FEW_PRODUCTS and not self._cpu.deterministic
         self._use_threads(rows)
         is_one = _is_one(window)
         scratch, qkv = self._scratch(rows, 1 if is_one else len(self.past))
@@ -153,14 +158,35 @@ class CpuDrawer(Drawer):
         for index, (keys, values) in enumerate(self._kept):
             qkv_RE, is_transposed, grid = qkv[0 if is_one else index], self._is_transposed[index], self.weights.shape.grid
             places = (self._first_B, self._offsets[index], grid, is_transposed)
-            weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.gains[index], self._cpu.turn_table, self._cpu.matrices[index])
-            cpu_kernels.layer(x_RD, *weights, self._texts[index], (keys, values), places, scratch, qkv_RE)
+            if self._by_torch:
+                self._layer(index, x_RD, (keys, values), places, scratch, qkv_RE)
+            else:
+                weights = (self._cpu.norms[index], self._cpu.eps[index], self._cpu.gains[index], self._cpu.turn_table, self._cpu.matrices[index])
+                cpu_kernels.layer(x_RD, *weights, self._texts[index], (keys, values), places, scratch, qkv_RE)
             if is_one:  # its input is certain, not a draft
                 cpu_kernels.keep(qkv_RE, keys, values, self._first_B, ones_B, grid, is_transposed)
         return torch.from_numpy(x_RD)
 
+    def _layer(self, index: int, x_RD: Any, past: tuple[Any, Any], places: tuple[Any, ...], scratch: Any, qkv_RE: Any) -> None:
+        """``cpu_kernels.layer`` for many rows: products of all rows with one matrix are torch's, what belongs to each row or picture is the kernels'."""
+        layer, cpu, size = self.weights.layers[index], self._cpu, self.weights.cfg.width // self.weights.cfg.heads
+        (norm_1, norm_2), (eps_1, eps_2, eps_heads) = cpu.norms[index], cpu.eps[index]
+        x, normed, out, inner, qkv = (torch.from_numpy(rows) for rows in (x_RD, *scratch, qkv_RE))
+        cpu_kernels.norm(x_RD, *norm_1, eps_1, scratch[0])
+        torch.addmm(layer.qkv_bias, normed, layer.qkv.t(), out=qkv)
+        cpu_kernels.norm_and_turn(qkv_RE, cpu.gains[index], eps_heads, cpu.turn_table, places[0], self.weights.shape.text_tokens, size)
+        states = len(x_RD) // self.pictures
+        text_BHQT = self._text_scores(index, self._heads(qkv, states, None)[0] * size**-0.5).contiguous()
+        cpu_kernels.attend_past(qkv_RE, text_BHQT.numpy(), *past, *places, scratch[1])
+        out += self._text_values(index, text_BHQT).transpose(1, 2).reshape(out.shape)
+        x.addmm_(out, layer.post.t()).add_(layer.post_bias)
+        cpu_kernels.norm(x_RD, *norm_2, eps_2, scratch[0])
+        torch.addmm(layer.mlp_1_bias, normed, layer.mlp_1.t(), out=inner)
+        cpu_kernels.gelu(scratch[2].reshape(-1))
+        x.addmm_(inner, layer.mlp_2.t()).add_(layer.mlp_2_bias)
+
     def _use_threads(self, rows: int) -> None:
-        layer = 12 * self.weights.cfg.width**2
+        layer = self._weights_of_a_layer
         is_small = layer < _LARGE_LAYER and rows * layer < _LARGE_PASS
         cpu_kernels.use_threads(1 if is_small else torch.get_num_threads())
 

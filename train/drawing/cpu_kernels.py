@@ -16,8 +16,6 @@ import numpy as np
 from numba import prange
 from numba.core import event
 
-from model import gumbel
-
 PLAIN, ADDED, GELU = 0, 1, 2
 """What is done with a product: it replaces the output, is added to it, or replaces it after quick GELU."""
 
@@ -27,30 +25,12 @@ _GELU_SLOPE = np.float32(1.702)
 _LOG2_E = np.float32(1.44269504)
 # 2^r for r in [-0.5, 0.5], with a relative error of 2e-7 (Cephes, exp2f).
 _POWERS = tuple(np.float32(x) for x in (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1))
-_LN_2, _ONE, _HALF = np.float32(6.931472028550421e-1), np.float32(1), np.float32(0.5)
-# log(1 + z) for 1 + z in [sqrt(1/2), sqrt(2)], with a relative error of 1e-7 (Cephes, logf); and log(2) as the sum of two numbers, the first with few bits.
-_LOGS = tuple(
-    np.float32(x)
-    for x in (
-        7.0376836292e-2,
-        -1.1514610310e-1,
-        1.1676998740e-1,
-        -1.2420140846e-1,
-        1.4249322787e-1,
-        -1.6668057665e-1,
-        2.0000714765e-1,
-        -2.4999993993e-1,
-        3.3333331174e-1,
-    )
-)
-_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SQRT_HALF_BITS, _NEAR = np.int32(0x3F3504F3), np.float32(0.25)
-_WEYL, _MIX_1, _MIX_2 = (np.uint64(x % 2**64) for x in (gumbel.WEYL, gumbel.MIX_1, gumbel.MIX_2))
-_CODE_BITS, _UNIT, _LARGEST = np.uint64(gumbel.CODE_BITS), np.float32(gumbel.UNIT), np.float32(gumbel.LARGEST)
-_LARGEST_POWER, _BIAS, _MANTISSA_BITS = np.float32(126), np.int32(127), np.int32(23)
+_LN_2, ONE, HALF = np.float32(6.931472028550421e-1), np.float32(1), np.float32(0.5)
+_LEAST, _GREATEST, _SIGN = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
+_LARGEST_POWER, _BIAS, MANTISSA_BITS = np.float32(126), np.int32(127), np.int32(23)
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def compiled(**options: Any) -> Callable[[Any], Any]:
     """numba.njit that keeps its result on disk, if there is a folder that it can write to."""
 
     def compile_(function: Any) -> Any:
@@ -94,13 +74,13 @@ def use_threads(count: int) -> None:
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
-@_compiled()
+@compiled()
 def _exp(x: Any) -> Any:
     """e^x, written so that the compiler can vectorise it, which it cannot do with a call of the C library."""
     y = x * _LOG2_E
     y = y if y > -_LARGEST_POWER else -_LARGEST_POWER
     y = y if y < _LARGEST_POWER else _LARGEST_POWER
-    whole = np.floor(y + _HALF)
+    whole = np.floor(y + HALF)
     r = y - whole
     p = _POWERS[0]
     p = p * r + _POWERS[1]
@@ -108,12 +88,12 @@ def _exp(x: Any) -> Any:
     p = p * r + _POWERS[3]
     p = p * r + _POWERS[4]
     p = p * r + _LN_2
-    p = p * r + _ONE
-    power = p * np.int32((np.int32(whole) + _BIAS) << _MANTISSA_BITS).view(np.float32)
+    p = p * r + ONE
+    power = p * np.int32((np.int32(whole) + _BIAS) << MANTISSA_BITS).view(np.float32)
     return power if x == x else x
 
 
-@_compiled()
+@compiled()
 def _dot(a_D: Any, b_D: Any) -> Any:
     total = np.float32(0)
     for d in range(a_D.shape[0]):
@@ -121,8 +101,9 @@ def _dot(a_D: Any, b_D: Any) -> Any:
     return total
 
 
-@_compiled()
-def _norm(x_RD: Any, weight_D: Any, bias_D: Any, eps: float, out_RD: Any) -> None:
+@compiled()
+def norm(x_RD: Any, weight_D: Any, bias_D: Any, eps: float, out_RD: Any) -> None:
+    """Layer norm."""
     width = x_RD.shape[1]
     for r in range(x_RD.shape[0]):
         total = np.float32(0)
@@ -132,12 +113,12 @@ def _norm(x_RD: Any, weight_D: Any, bias_D: Any, eps: float, out_RD: Any) -> Non
         squares = np.float32(0)
         for d in range(width):
             squares += (x_RD[r, d] - mean) * (x_RD[r, d] - mean)
-        scale = _ONE / np.sqrt(squares / np.float32(width) + np.float32(eps))
+        scale = ONE / np.sqrt(squares / np.float32(width) + np.float32(eps))
         for d in range(width):
             out_RD[r, d] = (x_RD[r, d] - mean) * scale * weight_D[d] + bias_D[d]
 
 
-@_compiled()
+@compiled()
 def _norm_heads(qkv_RE: Any, part: int, gain_K: Any, eps: float) -> None:
     """Normalise each head of the queries (part 0) or of the keys (part 1) in place."""
     width, size = qkv_RE.shape[1] // 3, gain_K.shape[0]
@@ -150,12 +131,12 @@ def _norm_heads(qkv_RE: Any, part: int, gain_K: Any, eps: float) -> None:
             squares = np.float32(0)
             for k in range(size):
                 squares += (qkv_RE[r, first + k] - mean) * (qkv_RE[r, first + k] - mean)
-            scale = _ONE / np.sqrt(squares / np.float32(size) + np.float32(eps))
+            scale = ONE / np.sqrt(squares / np.float32(size) + np.float32(eps))
             for k in range(size):
                 qkv_RE[r, first + k] = (qkv_RE[r, first + k] - mean) * scale * gain_K[k]
 
 
-@_compiled()
+@compiled()
 def _turn_heads(qkv_RE: Any, turns: Any, first_B: Any, text: int, head_width: int) -> None:
     """Turn queries and keys by their places in place (model/queries.py); states beyond the last turn as the last."""
     states, width = qkv_RE.shape[0] // first_B.shape[0], qkv_RE.shape[1] // 3
@@ -170,7 +151,24 @@ def _turn_heads(qkv_RE: Any, turns: Any, first_B: Any, text: int, head_width: in
                     qkv_RE[r, head + 2 * k + 1] = b * cos + a * sin
 
 
-@_compiled(parallel=True)
+@compiled()
+def norm_and_turn(qkv_RE: Any, gains: Any, eps: float, turns: Any, first_B: Any, text: int, head_width: int) -> None:
+    """Queries and keys as the model compares them, in place: normalised and turned, where it does so."""
+    for part in range(2):
+        if gains[part].shape[0]:
+            _norm_heads(qkv_RE, part, gains[part], eps)
+    if turns.shape[1]:
+        _turn_heads(qkv_RE, turns, first_B, text, head_width)
+
+
+@compiled()
+def gelu(x_F: Any) -> None:
+    """Quick GELU in place."""
+    for i in range(x_F.shape[0]):
+        x_F[i] = x_F[i] / (ONE + _exp(-_GELU_SLOPE * x_F[i]))
+
+
+@compiled(parallel=True)
 def _product(x_RD: Any, weight_ED: Any, scale_E: Any, bias_E: Any, out_RE: Any, then: int) -> None:
     """``x @ (weight * scale).T + bias``; each weight is read from memory once, for all rows."""
     for e in prange(weight_ED.shape[0]):
@@ -181,16 +179,17 @@ def _product(x_RD: Any, weight_ED: Any, scale_E: Any, bias_E: Any, out_RE: Any, 
             else:
                 out_RE[r, e] = value
     if then == GELU:
-        flat = out_RE.reshape(-1)
-        for i in range(flat.shape[0]):
-            flat[i] = flat[i] / (_ONE + _exp(-_GELU_SLOPE * flat[i]))
+        gelu(out_RE.reshape(-1))
 
 
-@_compiled()
+@compiled()
 def _softmax(scores_P: Any, count: int) -> None:
-    largest = scores_P[0]
-    for i in range(1, count):
-        largest = max(largest, scores_P[i])
+    # Floats in the order of their bits, because a maximum of floats that may be NaN is not vectorised. A NaN is either the largest, or its exponential is NaN.
+    bits_P, top = scores_P.view(np.int32), _LEAST
+    for i in range(count):
+        bits = np.int32(bits_P[i] ^ ((bits_P[i] >> _SIGN) & _GREATEST))
+        top = bits if bits > top else top
+    largest = np.int32(top ^ ((top >> _SIGN) & _GREATEST)).view(np.float32)
     total = np.float32(0)
     for i in range(count):
         scores_P[i] = _exp(scores_P[i] - largest)
@@ -200,13 +199,43 @@ def _softmax(scores_P: Any, count: int) -> None:
         scores_P[i] /= total
 
 
-@_compiled()
+@compiled()
 def place_of(state: int, places: int, grid: int, is_transposed: bool) -> int:
     """See ``PastCache.place``."""
     return state % grid * grid + state // grid if is_transposed else state % places
 
 
-@_compiled(parallel=True)
+@compiled()
+def _past_scores(qkv_RE: Any, past_k_PK: Any, query_K: Any, place: Any, columns: Any, offsets: Any, scores: Any, count: int) -> int:
+    """Scores of the image positions that a state sees, the oldest first, from place ``count`` on. Returns the number of all scores. A position is in the cache, or
+    is computed in the same pass."""
+    first, base, state, places, grid, is_transposed = place
+    for d in offsets:
+        key = state - d
+        if key >= first:
+            scores[count] = _dot(qkv_RE[base + key - first, columns], query_K)
+            count += 1
+        elif key >= 0:
+            scores[count] = _dot(past_k_PK[place_of(key, places, grid, is_transposed)], query_K)
+            count += 1
+    return count
+
+
+@compiled()
+def _add_past(qkv_RE: Any, past_v_PK: Any, place: Any, columns: Any, offsets: Any, scores: Any, count: int, out_K: Any) -> None:
+    """Add the values of these positions by their probabilities."""
+    first, base, state, places, grid, is_transposed = place
+    for d in offsets:
+        key = state - d
+        if key >= first:
+            _add(out_K, scores[count], qkv_RE[base + key - first, columns])
+            count += 1
+        elif key >= 0:
+            _add(out_K, scores[count], past_v_PK[place_of(key, places, grid, is_transposed)])
+            count += 1
+
+
+@compiled(parallel=True)
 def _attend(
     qkv_RE: Any, text_k_CHTK: Any, text_v_CHTK: Any, caption_B: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, offsets: Any, grid: int,
     is_transposed: bool, out_RD: Any,
@@ -217,46 +246,59 @@ def _attend(
     width, text, states = heads * head_width, text_k_CHTK.shape[2], qkv_RE.shape[0] // pictures
     for bh in prange(pictures * heads):
         b, h = bh // heads, bh % heads
-        c, first, columns = caption_B[b], first_B[b], slice(h * head_width, (h + 1) * head_width)
+        c, begin = caption_B[b], h * head_width
+        keys, values = slice(width + begin, width + begin + head_width), slice(2 * width + begin, 2 * width + begin + head_width)
         scores = np.empty(text + offsets.shape[0], np.float32)
         query = np.empty(head_width, np.float32)
         for q in range(states):
-            row, state = b * states + q, first + q
-            out = out_RD[row, columns]
-            query[:] = qkv_RE[row, columns] / np.float32(np.sqrt(head_width))
+            row = b * states + q
+            place = (first_B[b], b * states, first_B[b] + q, places, grid, is_transposed)
+            out = out_RD[row, begin : begin + head_width]
+            query[:] = qkv_RE[row, begin : begin + head_width] / np.float32(np.sqrt(head_width))
             for t in range(text):
                 scores[t] = _dot(text_k_CHTK[c, h, t], query)
-            count = text
-            for d in offsets:
-                key = state - d
-                if key >= first:
-                    scores[count] = _dot(qkv_RE[b * states + key - first, width + h * head_width : width + (h + 1) * head_width], query)
-                    count += 1
-                elif key >= 0:
-                    scores[count] = _dot(past_k_BHPK[b, h, place_of(key, places, grid, is_transposed)], query)
-                    count += 1
+            count = _past_scores(qkv_RE, past_k_BHPK[b, h], query, place, keys, offsets, scores, text)
             _softmax(scores, count)
             out[:] = np.float32(0)
             for t in range(text):
                 _add(out, scores[t], text_v_CHTK[c, h, t])
-            count = text
-            for d in offsets:
-                key = state - d
-                if key >= first:
-                    _add(out, scores[count], qkv_RE[b * states + key - first, 2 * width + h * head_width : 2 * width + (h + 1) * head_width])
-                    count += 1
-                elif key >= 0:
-                    _add(out, scores[count], past_v_BHPK[b, h, place_of(key, places, grid, is_transposed)])
-                    count += 1
+            _add_past(qkv_RE, past_v_BHPK[b, h], place, values, offsets, scores, text, out)
 
 
-@_compiled()
+@compiled(parallel=True)
+def attend_past(
+    qkv_RE: Any, text_BHQT: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, offsets: Any, grid: int, is_transposed: bool, out_RD: Any
+) -> None:
+    """What of attention belongs to each picture alone. ``text_BHQT`` holds the scores of its caption, and receives their probabilities; ``out`` receives the sum
+    over image positions."""
+    pictures, heads, places, head_width = past_k_BHPK.shape
+    width, text, states = heads * head_width, text_BHQT.shape[3], qkv_RE.shape[0] // pictures
+    for bh in prange(pictures * heads):
+        b, h = bh // heads, bh % heads
+        begin = h * head_width
+        keys, values = slice(width + begin, width + begin + head_width), slice(2 * width + begin, 2 * width + begin + head_width)
+        scores = np.empty(text + offsets.shape[0], np.float32)
+        query = np.empty(head_width, np.float32)
+        for q in range(states):
+            row = b * states + q
+            place = (first_B[b], b * states, first_B[b] + q, places, grid, is_transposed)
+            out = out_RD[row, begin : begin + head_width]
+            query[:] = qkv_RE[row, begin : begin + head_width] / np.float32(np.sqrt(head_width))
+            scores[:text] = text_BHQT[b, h, q]
+            count = _past_scores(qkv_RE, past_k_BHPK[b, h], query, place, keys, offsets, scores, text)
+            _softmax(scores, count)
+            text_BHQT[b, h, q] = scores[:text]
+            out[:] = np.float32(0)
+            _add_past(qkv_RE, past_v_BHPK[b, h], place, values, offsets, scores, text, out)
+
+
+@compiled()
 def _add(out_K: Any, weight: Any, value_K: Any) -> None:
     for k in range(out_K.shape[0]):
         out_K[k] += weight * value_K[k]
 
 
-@_compiled()
+@compiled()
 def keep(qkv_RE: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, counts_B: Any, grid: int, is_transposed: bool) -> None:
     """Store keys and values of the first positions of a pass in the cache, the oldest first."""
     pictures, heads, places, head_width = past_k_BHPK.shape
@@ -271,7 +313,7 @@ def keep(qkv_RE: Any, past_k_BHPK: Any, past_v_BHPK: Any, first_B: Any, counts_B
                 past_v_BHPK[b, h, at] = qkv_RE[row, 2 * width + h * head_width : 2 * width + (h + 1) * head_width]
 
 
-@_compiled()
+@compiled()
 def embed(codes_BI: Any, first_B: Any, codes_ND: Any, rows_WD: Any, columns_WD: Any, start_1D: Any, out_RD: Any) -> None:
     """Input states of image slots. Slot 0 holds the start, every other slot the code before it. Slots beyond the last repeat the last."""
     pictures, grid = first_B.shape[0], rows_WD.shape[0]
@@ -287,7 +329,7 @@ def embed(codes_BI: Any, first_B: Any, codes_ND: Any, rows_WD: Any, columns_WD: 
                     out[d] = code[d] + (rows_WD[before // grid, d] + columns_WD[before % grid, d])
 
 
-@_compiled()
+@compiled()
 def layer(
     x_RD: Any, norms: Any, eps: Any, gains: Any, turns: Any, matrices: Any, texts: Any, past: Any, places: Any, scratch: Any, qkv_RE: Any
 ) -> None:
@@ -310,81 +352,18 @@ def layer(
     text_k, text_v, caption_B = texts
     first_B, offsets, grid, is_transposed = places
     normed_RD, out_RD, inner_RF = scratch
-    _norm(x_RD, weight_1, bias_1, eps[0], normed_RD)
+    norm(x_RD, weight_1, bias_1, eps[0], normed_RD)
     _product(normed_RD, qkv[0], qkv[1], qkv[2], qkv_RE, PLAIN)
-    for part in range(2):
-        if gains[part].shape[0]:
-            _norm_heads(qkv_RE, part, gains[part], eps[2])
-    if turns.shape[1]:
-        _turn_heads(qkv_RE, turns, first_B, text_k.shape[2], text_k.shape[3])
+    norm_and_turn(qkv_RE, gains, eps[2], turns, first_B, text_k.shape[2], text_k.shape[3])
     _attend(qkv_RE, text_k, text_v, caption_B, past[0], past[1], first_B, offsets, grid, is_transposed, out_RD)
     _product(out_RD, post[0], post[1], post[2], x_RD, ADDED)
-    _norm(x_RD, weight_2, bias_2, eps[1], normed_RD)
+    norm(x_RD, weight_2, bias_2, eps[1], normed_RD)
     _product(normed_RD, mlp_1[0], mlp_1[1], mlp_1[2], inner_RF, GELU)
     _product(inner_RF, mlp_2[0], mlp_2[1], mlp_2[2], x_RD, ADDED)
 
 
-@_compiled()
-def head(x_RD: Any, norm: Any, eps: float, matrix: Any, normed_RD: Any, out_RN: Any) -> None:
+@compiled()
+def head(x_RD: Any, gain_and_bias: Any, eps: float, matrix: Any, normed_RD: Any, out_RN: Any) -> None:
     """Logits of the next codes."""
-    _norm(x_RD, norm[0], norm[1], eps, normed_RD)
+    norm(x_RD, gain_and_bias[0], gain_and_bias[1], eps, normed_RD)
     _product(normed_RD, matrix[0], matrix[1], matrix[2], out_RN, PLAIN)
-
-
-@_compiled()
-def _log_near_one(z: Any) -> Any:
-    p = _LOGS[0]
-    p = p * z + _LOGS[1]
-    p = p * z + _LOGS[2]
-    p = p * z + _LOGS[3]
-    p = p * z + _LOGS[4]
-    p = p * z + _LOGS[5]
-    p = p * z + _LOGS[6]
-    p = p * z + _LOGS[7]
-    p = p * z + _LOGS[8]
-    return z + (p * z * z * z - _HALF * z * z)
-
-
-@_compiled()
-def _log(x: Any) -> Any:
-    """Logarithm of a positive, normal number, without a call of the C library."""
-    above = np.int32(np.float32(x).view(np.int32) - _SQRT_HALF_BITS)
-    power = np.int32(above >> _MANTISSA_BITS)
-    z = np.int32(np.float32(x).view(np.int32) - np.int32(power << _MANTISSA_BITS)).view(np.float32) - _ONE
-    whole = np.float32(power)
-    return _log_near_one(z) + whole * _LN_2_LOW + whole * _LN_2_HIGH
-
-
-@_compiled()
-def _uniform(key: Any, counter: Any) -> Any:
-    """A uniform number from a mixed seed and a counter, as in ``gumbel_noise``."""
-    x = counter * _WEYL + key
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    x = x ^ (x >> np.uint64(31))
-    return (np.float32(np.int64(x >> np.uint64(11))) + _HALF) * _UNIT
-
-
-@_compiled()
-def _gumbel(uniform: Any) -> Any:
-    # Not min(), and not a choice between two calls: with either, the compiler cannot vectorise the loop around this.
-    u = uniform if uniform < _LARGEST else _LARGEST
-    is_near = np.float32(u < _NEAR)
-    return -_log(-(_log_near_one(-u) * is_near + _log(_ONE - u) * (_ONE - is_near)))
-
-
-@_compiled(parallel=True)
-def choose(scores_RN: Any, keys_R: Any, positions_R: Any, best_R: Any, code_R: Any) -> None:
-    """For each row, the largest sum of score and noise, and its code. NaN if a score is NaN."""
-    for r in prange(scores_RN.shape[0]):
-        scores, base = scores_RN[r], np.uint64(positions_R[r]) << _CODE_BITS
-        uniform = np.empty(scores.shape[0], np.float32)
-        for n in range(scores.shape[0]):  # two loops, because the compiler can vectorise each of them
-            uniform[n] = _uniform(keys_R[r], base + np.uint64(n + 1))
-        for n in range(scores.shape[0]):
-            scores[n] += _gumbel(uniform[n])
-        best, code = scores[0], 0
-        for n in range(scores.shape[0]):
-            if scores[n] > best or scores[n] != scores[n]:
-                best, code = scores[n], n
-        best_R[r], code_R[r] = best, code

@@ -13,6 +13,7 @@ from model.gumbel import gumbel_noise
 from model.sampling import NotFiniteError, Rule, sample
 from tests.model.test_decoder import CODES, LENGTHS, SHAPE, TEXT, build, in_windows, one_by_one, wanted
 from tests.support.logits import logits
+from train.drawing import cpu_drawer, cpu_kernels
 from train.drawing.cpu_drawer import CpuDrawer, CpuWeights
 
 MASKS = [{"layers": 6}, {"layers": 3, "conv_offsets": "causal"}, {"layers": 2, "conv_kernel": 1}, {"layers": 1, "conv_kernel": 7}]
@@ -45,10 +46,63 @@ def test_given_codes_and_groups_of_texts_are_read_as_torch_reads_them() -> None:
     empty_BIN = logits(model, torch.zeros_like(text_BT), torch.zeros_like(lengths_B), CODES)[1]
     groups = [Texts(TEXT[[0, 2]], LENGTHS[[0, 2]], 2), Texts(torch.zeros_like(TEXT[:1]), torch.zeros_like(LENGTHS[:1]), 4)]
     for given in (1, 4, 7, 15):
-        drawer = CpuWeights(model).drawer(groups)  # 8 rows: kernels for one state, torch for the given ones
+        drawer = CpuWeights(model).drawer(groups)
         drawer.fill(CODES.repeat(2, 1), given)
         got_BQN = drawer.logits(CODES.repeat(2, 1), Window(torch.full((8,), given), 1, given))
         torch.testing.assert_close(got_BQN[:, 0], torch.cat([captions_BIN, empty_BIN])[:, given], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products of several rows are torch's at this small size too. Counts the layers that were computed so."""
+    monkeypatch.setattr(cpu_drawer, "FEW_PRODUCTS", 0)
+    count, layer = [0], CpuDrawer._layer
+
+    def counted(*args: Any) -> None:
+        count[0] += 1
+        layer(*args)
+
+    monkeypatch.setattr(CpuDrawer, "_layer", counted)
+    return count
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("masks", [*MASKS, {"layers": 4, "qk_norm": True, "rotary_positions": True}])
+def test_products_of_many_rows_give_the_same_logits(masks: dict[str, Any], eight_bits: bool, by_torch: list[int]) -> None:
+    """One at a time and in windows at places of their own, of several captions, one of which has several pictures."""
+    model = build(**masks)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    weights, texts = CpuWeights(model, eight_bits=eight_bits), [Texts(TEXT[[0, 2]], LENGTHS[[0, 2]], 2)]
+    expected_BIN = one_by_one(DrawingWeights.drawer(weights, texts), CODES)
+    torch.testing.assert_close(one_by_one(weights.drawer(texts), CODES), expected_BIN, rtol=1e-5, atol=1e-5)
+    for picture, places, got_QN in in_windows(weights.drawer(texts), CODES, 4, 4):
+        torch.testing.assert_close(got_QN, expected_BIN[picture, places], rtol=1e-5, atol=1e-5)
+    assert by_torch[0] > 16 * masks["layers"]
+
+
+def test_one_picture_and_small_passes_are_the_kernels_alone(by_torch: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one(CpuWeights(build(layers=2)).drawer([Texts(TEXT[:1], LENGTHS[:1], 1)]), CODES[:1])
+    monkeypatch.setattr(cpu_drawer, "FEW_PRODUCTS", 4 * 12 * 32**2)
+    one_by_one(CpuWeights(build(layers=2)).drawer([Texts(TEXT, LENGTHS, 1)]), CODES)
+    assert by_torch == [0]
+
+
+def test_probabilities_are_those_of_numpy_and_a_nan_is_never_lost() -> None:
+    scores_P = torch.randn(300, generator=torch.Generator().manual_seed(1)).numpy() * 5
+    for unseen, factor, shift in ((0, 1, 0), (1, 1, 0), (289, 1, 0), (100, 50, -900)):  # the last ones far below 0 and far from each other
+        wanted_P = (scores_P[:290] * factor + shift).astype("float64")
+        wanted_P[:unseen] = -float("inf")
+        got_P = wanted_P.astype("float32")
+        cpu_kernels._softmax(got_P, 290)
+        wanted_P = torch.from_numpy(wanted_P).softmax(0)
+        torch.testing.assert_close(torch.from_numpy(got_P), wanted_P.float(), rtol=1e-5, atol=1e-8)
+    for bad in (float("nan"), -float("nan"), float("inf")):
+        got_P = scores_P.copy()
+        got_P[7] = bad
+        cpu_kernels._softmax(got_P, 290)
+        assert torch.from_numpy(got_P[:290]).isnan().any()
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(guidance=3.0), Rule(temperature=0.7, top_k=5)])

@@ -18,8 +18,10 @@ _CPU_BYTES, _CPU_PICTURES = 1 << 30, 64
 _SHARE_OF_FREE = 0.5
 _UNKNOWN = 1 << 50
 _CONTAINER = Path("/sys/fs/cgroup/memory.max")
-_CPU_ROWS, _GPU_ROWS, _GPU_WINDOW = 8, 1 << 12, 16
-"""How many positions a pass computes in about the time of one: reading the weights takes most of it."""
+_CPU_ROWS, _GPU_ROWS, _MOST_WINDOW = 16, 1 << 12, 16
+"""How many positions a pass computes in less time than the passes that drafts save take: reading the weights takes most of it."""
+_CPU_WIDTH = 384
+"""From this width on. Weights of narrower models stay in a CPU's caches, and a pass over several positions takes as long as drafts save (docs/drawing.md)."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Room:
 
     def window(self, settings: Settings, pictures: int) -> int:
         """How many positions of each picture a pass computes."""
-        rows = _GPU_ROWS if self.device.type == "cuda" else _CPU_ROWS
-        return settings.window or max(1, min(_GPU_WINDOW, self.cfg.stream_shape().grid, rows // pictures))
+        rows = _GPU_ROWS if self.device.type == "cuda" else _CPU_ROWS if self.cfg.dalle.width >= _CPU_WIDTH else 0
+        return settings.window or max(1, min(_MOST_WINDOW, self.cfg.stream_shape().grid, rows // pictures))
 
 
 def available(device: torch.device) -> int:

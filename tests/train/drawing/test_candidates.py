@@ -14,6 +14,7 @@ from model.dvae import DVAE
 from model.transformer import Transformer
 from train.config import load_run
 from train.drawing.draw import Picture, draw
+from train.drawing.memory import Room
 from train.drawing.settings import Settings
 from train.drawing.source import Models
 
@@ -50,3 +51,10 @@ def test_a_candidate_depends_on_its_caption_and_its_number_alone(models: Models)
     whole, fewer = drawn(models, "a caption", 2), drawn(models, "a caption", 2, n=3)
     assert [picture.codes_hash for picture in fewer] == [picture.codes_hash for picture in whole[:3]]
     assert not {picture.seed for picture in drawn(models, "another", 2)} & {picture.seed for picture in whole}
+
+
+@pytest.mark.parametrize(("width", "pictures", "windows"), [(128, 1, 1), (384, 1, 16), (512, 2, 8), (512, 8, 2), (512, 17, 1)])
+def test_passes_compute_several_positions_where_reading_weights_takes_most_of_their_time(width: int, pictures: int, windows: int) -> None:
+    cfg = load_run("demo", [f"dalle.width={width}"])
+    assert Room(cfg, torch.device("cpu"), 4).window(Settings(), pictures) == windows
+    assert Room(cfg, torch.device("cuda"), 4).window(Settings(), 512) == 8 and Room(cfg, torch.device("cpu"), 4).window(Settings(window=4), 1) == 4

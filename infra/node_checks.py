@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from infra import environment, interfaces, objects, s3, storage
 from infra.errors import ConfigError, ReportedError
+from infra.repository import REPOSITORY
 
 SHM = "/dev/shm"
 SHM_FLOOR = 512 << 20
@@ -191,6 +194,25 @@ def kill_wait(saves: Mapping[str, float]) -> list[Finding]:
         "scancel, scontrol requeue and a lost node would cut it short: raise KillWait in slurm.conf, or send USR2 first (scancel --signal=USR2 JOB)"
     )
     return [Finding("KillWait", True, f"WARNING: {seconds} s, and the last save of {words}; {advice}", "a save")]
+
+
+def packages() -> Finding:
+    """Whether everything that requirements.txt names is installed; not whether versions are in its ranges, which pip looks after."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    names = [re.split(r"[<>=!~;\[ ]", line)[0] for line in lines if line and not line.startswith("#")]
+    missing = [name for name in names if not _is_installed(name)]
+    found = f"{', '.join(missing)} missing" if missing else f"all {len(names)} of requirements.txt"
+    return Finding(
+        "packages", not missing, found, "those of requirements.txt", f"run: {sys.executable} -m pip install -r requirements.txt -c constraints.txt"
+    )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def apex() -> Finding:

@@ -58,10 +58,15 @@ class Finding:
         return low * self.planned <= self.found <= high * self.planned
 
     @property
+    def apart(self) -> float:
+        """By which share of the plan they differ; 0 if nothing was planned."""
+        return self.found / self.planned - 1 if self.planned else 0.0
+
+    @property
     def line(self) -> str:
         """For people."""
         scale, digits = (1e9, 3) if self.unit == "GB" else (1e6, 2) if self.unit == "MB" else (1, 0)
-        apart = f"{self.found / self.planned - 1:+.2%}" if self.planned else "" if self.found == self.planned else "not 0"
+        apart = f"{self.apart:+.2%}" if self.planned else "" if self.found == self.planned else "not 0"
         values = f"{self.planned / scale:15,.{digits}f}{self.found / scale:15,.{digits}f} {self.unit:3}{apart:>9}"
         return f"{self.what:50}{values}{'' if self.is_right else '   WRONG'}"
 

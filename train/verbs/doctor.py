@@ -51,6 +51,7 @@ def main(preset: str, overrides: list[str]) -> None:
     checks: dict[str, Check] = {
         "machine": machine,
         "all-reduce": lambda: [all_reduce()],
+        "packages": lambda: [node_checks.packages()],
         "apex": lambda: [apex()],
         "host name": node_checks.host_name,
     }

@@ -75,9 +75,9 @@ def main(
         print(
             f"cost                 {hours * price:,.0f} at {price:g} for each of {_short(hours)} GPU hours; the dVAE, storage and failed attempts come on top"
         )
+    _refuse_too_large(preset, own, aligned, room)
     if check:
         compare(own)
-    _refuse_too_large(preset, own, aligned, room)
 
 
 def _refuse_too_large(preset: str, own: Setting, aligned: Setting | None, room: float) -> None:
@@ -134,10 +134,15 @@ def compare(setting: Setting) -> None:
     """Print the plan of rank 0 beside what the engine does there.
 
     Raises:
+        ConfigError: a package is missing, or this configuration cannot be compared.
         ReportedError: they differ by more than they may.
     """
-    from train.planning import check as checking  # imports torch and DeepSpeed
-
+    try:
+        from train.planning import check as checking  # imports torch and DeepSpeed
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"plan --check computes with {error.name}, which is not installed: pip install -r requirements.txt, or leave --check out."
+        ) from error
     print(
         f"\nrank 0 of {setting.cluster.world}, in this process, without memory for its tensors; the second of two updates (some minutes) ...",
         flush=True,
@@ -147,6 +152,8 @@ def compare(setting: Setting) -> None:
     print("\n".join(finding.line for finding in found))
     if wrong := [finding.what for finding in found if not finding.is_right]:
         raise ReportedError(f"the engine does otherwise than planned: {', '.join(wrong)}. The formulas are in train/planning/.")
+    most = max(found, key=lambda finding: abs(finding.apart) if finding.tolerance else 0.0)
+    print(f"as planned: all {len(found)} figures; of those that may differ, '{most.what}' does most, by {most.apart:+.2%}")
 
 
 def describe(preset: str, setting: Setting) -> list[str]:

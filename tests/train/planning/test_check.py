@@ -106,4 +106,24 @@ def test_what_differs_ends_the_command_with_its_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(check, "findings", lambda _: [Finding("masters", 1e9, 2e9, "GB"), Finding("moments", 1, 1)])
     with pytest.raises(ReportedError, match="the engine does otherwise than planned: masters"):
         plan.compare(setting)
-    assert "rank 0 of 32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rank 0 of 32" in said and "as planned" not in said
+    monkeypatch.setattr(check, "findings", lambda _: [Finding("masters", 1e9, 0.97e9, "GB", 0.05), Finding("moments", 1, 1), Finding("none", 0, 0)])
+    plan.compare(setting)
+    assert capsys.readouterr().out.endswith("as planned: all 3 figures; of those that may differ, 'masters' does most, by -3.00%\n")
+
+
+def test_what_cannot_fit_is_refused_before_minutes_of_checking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "compare", lambda _: pytest.fail("it was checked"))
+    with pytest.raises(ConfigError, match=r"12B as configured .* needs .* on each GPU"):
+        plan.main("12B", [], nodes=128, gpus=8, memory=4, gpu="H100-80GB", tokens=0, rank=0, check=True)
+
+
+def test_without_the_engine_s_package_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "train.planning.check")
+    monkeypatch.delattr(sys.modules["train.planning"], "check")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in [name for name in sys.modules if name.startswith("train.engines")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"plan --check computes with deepspeed, which is not installed: pip install -r requirements\.txt"):
+        plan.compare(Setting.configured(load_run("12B", SMALL), Cluster(8, 4)))

@@ -32,7 +32,7 @@ def test_doctor_passes_on_a_machine_that_is_fit(tmp_path: Path) -> None:
     if re.search(r"no end within|no answer within|^all-reduce +FAILED +\d", done.stdout, re.MULTILINE):  # a number: it ran, but slowly
         pytest.skip("this machine is too busy for the doctor's limits")
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("shm", "disk", "all-reduce", "storage", "clock", "apex"):
+    for name in ("shm", "disk", "all-reduce", "storage", "clock", "packages", "apex"):
         assert name in done.stdout, name
 
 
@@ -44,6 +44,25 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, free: tuple[int, 
     monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(sizes)))
     (bad,) = [f for f in node_checks.memory_and_disk() if not f.ok]
     assert bad.check == check and bad.found == "0.0 GiB" and advice in bad.advice
+
+
+def test_packages_that_are_missing_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = node_checks.packages()
+    assert whole.ok and re.fullmatch(r"all \d\d of requirements\.txt", whole.found)
+    there = node_checks.importlib.metadata.distribution
+
+    def distribution(name: str) -> object:
+        if name in ("deepspeed", "resvg-py"):
+            raise node_checks.importlib.metadata.PackageNotFoundError(name)
+        return there(name)
+
+    monkeypatch.setattr(node_checks.importlib.metadata, "distribution", distribution)
+    lacking = node_checks.packages()
+    assert (
+        not lacking.ok
+        and lacking.found == "deepspeed, resvg-py missing"
+        and lacking.advice.endswith("-m pip install -r requirements.txt -c constraints.txt")
+    )
 
 
 def test_storage_is_written_read_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

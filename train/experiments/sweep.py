@@ -51,8 +51,6 @@ _TAIL = 0.1
 """The share of the updates, the last ones, whose mean is called the training loss."""
 _OF_THE_SWEEP = ("dalle_fit.steps", "run.seed", "run.name", "run.root")
 """Keys that the runner sets itself."""
-_OF_CODES = ("dvae", "dvae_fit")
-"""Sections with which an arm makes codes of its own. Keys of encode alone choose among the crops that the run has."""
 
 
 class SweepFile(Section):
@@ -88,7 +86,7 @@ class SweepFile(Section):
         for word in [*self.overrides, *(word for words in self.arms.values() for word in words)]:
             if (key := word.partition("=")[0]) in _OF_THE_SWEEP:
                 raise ValueError(f"'{word}': the sweep sets {key} itself, from seeds, minutes and tokens")
-            if self.minutes is not None and key.partition(".")[0] in _OF_CODES:
+            if self.minutes is not None and sweep_page.makes_codes([word]):
                 raise ValueError(f"'{word}' makes other codes, on which no probe can be made beforehand: give tokens instead of minutes")
         return self
 
@@ -98,7 +96,7 @@ class SweepFile(Section):
 
     def own_codes(self, arm: str) -> bool:
         """Whether an arm's codes are not those of the run."""
-        return any(word.partition(".")[0] in _OF_CODES for word in self.words(arm))
+        return sweep_page.makes_codes(self.words(arm))
 
 
 def read(path: Path) -> SweepFile:

@@ -10,7 +10,9 @@ from typing import Any
 from infra.shown import markdown
 from train.evaluation.drawings import OWN_CLIP
 
-_ABOUT = """Made by `python -m train.experiments.sweep FILE.toml`: stage dalle on the same codes, each training with {extent}{processes}. Every figure is a mean over the seeds. **over {base}** is the
+_OF_CODES = ("dvae", "dvae_fit")
+"""Sections with which an arm makes codes of its own. Keys of encode alone choose among the crops that the run has."""
+_ABOUT = """Made by `python -m train.experiments.sweep FILE.toml`: {stages}, each training with {extent}{processes}. Every figure is a mean over the seeds. **over {base}** is the
 difference from the arm `{base}` with the same seed, and ± the standard error of the mean of these differences: with one seed there is none, and a difference below twice its error says nothing.
 Validation figures are those of averaged weights; **training** is the mean training loss of the last tenth of the updates. The caption gain is what shuffled captions cost, in nats per code.
 """
@@ -32,9 +34,16 @@ def section(found: dict[str, Any]) -> str:
     words = f" with `{markdown(' '.join(settings['overrides']))}`" if settings["overrides"] else ""
     commits = sorted({markdown(run["producer"]["commit"][:10]) for run in found["runs"]})
     made = f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}." if commits else "No training has ended yet."
-    about = _ABOUT.format(extent=extent, base=markdown(base), processes=processes)
+    own = any(makes_codes([*settings["overrides"], *arm["overrides"]]) for arm in found["arms"].values())
+    stages = "stage dalle, on codes that each training makes first where its keys ask for it" if own else "stage dalle on the same codes"
+    about = _ABOUT.format(stages=stages, extent=extent, base=markdown(base), processes=processes)
     head = f"\n## Sweep {found['name']}, on {markdown(settings['run'])}{words}\n\n{about}\nSettings: {shown}. {made}\n\n"
     return head + table(found) + drawings(found)
+
+
+def makes_codes(words: Sequence[str]) -> bool:
+    """Whether a training with these overrides makes its own codes."""
+    return any(word.partition(".")[0] in _OF_CODES for word in words)
 
 
 def table(found: dict[str, Any]) -> str:

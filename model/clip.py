@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import sdpa
 from model.config import ClipConfig
+from model.starts import normal, normal_
 
 _MAX_LOG_SCALE = math.log(100.0)
 _FIRST_LOG_SCALE = math.log(1 / 0.07)
@@ -32,7 +33,7 @@ class Block(nn.Module):
             (self.mlp_1, (2 * width) ** -0.5),
             (self.mlp_2, (2 * layers * width) ** -0.5),
         ):
-            nn.init.normal_(linear.weight, std=std)
+            normal_(linear.weight, std)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None = None) -> Tensor:
@@ -86,10 +87,10 @@ class Clip(Scaled):
         self.cfg, self.text_tokens, self.text_vocab, self.image_size = cfg, text_tokens, text_vocab, image_size
         width = cfg.width
         self.patches = nn.Conv2d(3, width, cfg.patch, cfg.patch)
-        self.patch_positions = nn.Parameter(torch.randn((image_size // cfg.patch) ** 2, width) * width**-0.5)
-        self.tokens = nn.Embedding(text_vocab, width)
-        self.token_positions = nn.Parameter(torch.randn(text_tokens, width) * 0.01)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.patch_positions = nn.Parameter(normal((image_size // cfg.patch) ** 2, width, times=width**-0.5))
+        self.tokens = nn.Embedding.from_pretrained(normal(text_vocab, width), freeze=False)  # the numbers that it would draw by itself
+        self.token_positions = nn.Parameter(normal(text_tokens, width, times=0.01))
+        normal_(self.tokens.weight, 0.02)
         self.image_blocks = nn.ModuleList(Block(width, cfg.heads, cfg.layers) for _ in range(cfg.layers))
         self.text_blocks = nn.ModuleList(Block(width, cfg.heads, cfg.layers) for _ in range(cfg.layers))
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import DVAEConfig
 from model.image_tokenizer import ImageTokenizer, check_codes, check_pixels
 from model.relaxation import GumbelNoise, argmax_codes, hard_codes, relaxed_codes
+from model.starts import normal
 
 EPSILON = 0.1
 """Margin of the pixel mapping: pixels in [0, 1] are mapped to [EPSILON, 1 - EPSILON], where the likelihood is finite (paper Eq. 3)."""
@@ -71,7 +72,7 @@ class Conv2d(nn.Module):
         self.compute_dtype = compute_dtype
         self.padding = (kernel - 1) // 2
         # A gain of 1 instead of He's sqrt(2), because the ReLUs are inside branches that contribute little to the output.
-        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / math.sqrt(n_in * kernel**2))
+        self.w = nn.Parameter(normal(n_out, n_in, kernel, kernel, over=math.sqrt(n_in * kernel**2)))
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x_BCYX: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.starts import normal_
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _LARGE_CHUNK_ELEMENTS = 1 << 26
 """Number of fp32 logits in a chunk: on a CPU about the size of its cache, elsewhere enough to keep the device busy."""
@@ -120,7 +122,7 @@ class Unembedding(nn.Module):
         super().__init__()
         self.z_loss, self.products = z_loss, products
         self.weight = nn.Parameter(torch.empty(vocab, width))
-        nn.init.normal_(self.weight, std=math.sqrt(variance / width))
+        normal_(self.weight, math.sqrt(variance / width))
 
     def forward(self, x_BPD: Tensor, targets_BP: Tensor | None = None, keeps_logits: bool = True) -> Tensor:
         """Logits fp32 [..., V] of states [..., D]; if targets int64 [B, P] are given, their cross-entropies, fp32 [B, P] (see ``cross_entropy``)."""

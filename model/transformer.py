@@ -20,6 +20,7 @@ from model.config import StreamShape, TransformerConfig
 from model.head import Unembedding
 from model.offsets import Kind, layer_kinds
 from model.queries import HeadNorm, RotaryAttention
+from model.starts import normal_
 from model.width import WidthRatios, width_ratios
 
 # Initialisation as in code that the same group has published (distribution augmentation); the paper does not give it.
@@ -67,7 +68,7 @@ class Projection(nn.Module):
         self.transposed = transposed
         self.weight = nn.Parameter(torch.empty((inputs, outputs) if transposed else (outputs, inputs)))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        nn.init.normal_(self.weight, std=std)
+        normal_(self.weight, std)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -80,7 +81,7 @@ class Table(nn.Module):
     def __init__(self, count: int, width: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
-        nn.init.normal_(self.weight, std=std)
+        normal_(self.weight, std)
 
     def forward(self, ids: Tensor | None = None) -> Tensor:
         return self.weight if ids is None else F.embedding(ids, self.weight)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.root import ROOT
 from train.run.cluster import Start, verdict
 from train.weights import checkpoint
-from train.weights.fragments import even_slice
+from train.weights.checkpoint_storage import Writer
+from train.weights.fragments import Fragment, even_slice
 
 SHORT_S = 1.0
 """A lease that a test waits for; only of holders that show no sign anyway."""
@@ -292,13 +293,13 @@ def test_a_checkpoint_whose_writing_outlasts_the_lease_gets_no_marker(tmp_path: 
     run, fragments = RunFolder(str(tmp_path)), {"model/w": even_slice(torch.arange(6.0), 0, 1)}
     with hold(run.url, "dvae", Job()) as held:
         held._ended.set()
-        save = checkpoint.dcp.save
+        write = Writer.write
 
-        def slow(*words: object, **more: object) -> object:
+        def slow(writer: Writer, own: Mapping[str, Fragment]) -> None:
             place(run.url, somebody(), held.number + 1)
-            return save(*words, **more)  # type: ignore[arg-type]
+            write(writer, own)
 
-        monkeypatch.setattr(checkpoint.dcp, "save", slow)
+        monkeypatch.setattr(Writer, "write", slow)
         with pytest.raises(SupersededError):
             checkpoint.save(run.at("dvae"), 5, fragments, {"shapes": {"w": [6]}}, World.single(), keep=1)
     assert checkpoint.complete(run.at("dvae")) == []

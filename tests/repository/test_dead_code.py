@@ -29,16 +29,6 @@ CALLED_BY_LIBRARIES = {
         "get_model_parallel_rank",
         "get_model_parallel_world_size",
     },
-    "train/weights/checkpoint_storage.py": {  # torch.distributed.checkpoint
-        "reset",
-        "set_up_storage_writer",
-        "prepare_local_plan",
-        "prepare_global_plan",
-        "write_data",
-        "validate_checkpoint_id",
-        "set_up_storage_reader",
-        "read_data",
-    },
     "train/weights/pickle_tree.py": {  # not a library: the interpreter looks its methods up by the name of an opcode
         "_global",
         "_stack_global",
@@ -53,7 +43,6 @@ CALLED_BY_LIBRARIES = {
         "_setitem",
         "_setitems",
     },
-    "train/weights/fragments.py": {"create_global_plan", "create_local_plan", "lookup_object", "lookup_tensor", "set_up_planner"},  # its planners
 }
 """Methods that a library calls on objects that we hand to it."""
 

@@ -31,7 +31,6 @@ _HANGS_S = 3400
 _IMPORTED = (
     "torch",
     "torch._dynamo",
-    "torch.distributed.checkpoint",
     "deepspeed",
     "numba",
     "streaming",

@@ -32,6 +32,7 @@ from train.verbs import export as export_verb
 from train.weights import checkpoint
 
 PAPERS_RECIPE: dict[str, Any] = {
+    "dalle_fit.activation_checkpointing": True,
     "dalle_fit.precision": "fp16",
     "dalle_fit.moments": "16-bit",
     "dalle_fit.schedule": "plateau",

@@ -15,6 +15,7 @@ from infra.world import World
 from train.engines.protocol import Update
 from train.optimizer.averaging import Average
 from train.optimizer.loss_scale import LossScale
+from train.optimizer.uncompiled import AdamW
 from train.weights.fragments import Fragment, even_slice
 
 
@@ -66,7 +67,7 @@ class ReplicatedEngine:
         fixed = {"gradient_as_bucket_view": True, "find_unused_parameters": world.size > 2}
         self._replica = DistributedDataParallel(module, **fixed) if world.size > 1 else module
         groups = [group for group in decay_groups(module.named_parameters(), weight_decay) if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+        self.optimizer = AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
         self.average = Average(module.named_parameters(), ema, ema_every)
         self.updates = 0
         self._norm: Tensor | None = None

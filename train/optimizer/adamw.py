@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from train.optimizer.protocol import ShardGroup
+from train.optimizer.uncompiled import Optimizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Hyper:
         return 1.0 - self.beta2**self.count
 
 
-class PaperAdamW(torch.optim.Optimizer):
+class PaperAdamW(Optimizer):
     """See the module's docstring. Implements ``train.optimizer.protocol.OnePassOptimizer``.
 
     The moments are ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]``: float32, or for packed groups int16 tensors in the formats 1-6-9 and 0-6-10.

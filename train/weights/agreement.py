@@ -1,6 +1,6 @@
 """What ranks must know of each other while a checkpoint is written or read, in few bytes: whose error comes first, and what each has to tell the main rank.
 
-torch.distributed.checkpoint would gather every item of every rank at one of them, pickled: at 1,024 ranks some millions. Here a rank that has nothing to
+Gathering would bring every item of every rank to one of them: at 1,024 ranks some millions. Here a rank that has nothing to
 tell costs eight bytes.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints: torch.distributed.checkpoint over our storage, in logical (name, offset) fragments (docs/contracts.md, section 6).
+"""Checkpoints: tensors as logical (name, offset) fragments, in files of each rank's own (docs/contracts.md, section 6).
 
     <stage>/checkpoints/step-00000100/rank-0.bin ...   raw little-endian tensor bytes
                                       rank-0.json ...  tensors -> place in the file, SHA-256 of each piece
@@ -15,19 +15,14 @@ import hashlib
 import json
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from infra import checkpoint_folders, lease, schemas, storage
 from infra.checkpoint_folders import META as META
@@ -42,7 +37,7 @@ from train.ranks.device import patient_group
 from train.weights import agreement, layout
 from train.weights.agreement import alike
 from train.weights.checkpoint_storage import Reader, Writer, write_index
-from train.weights.fragments import Fragment, FragmentLoader, FragmentSaver, even_slice
+from train.weights.fragments import Fragment, even_slice
 from train.weights.safetensors_file import Kind
 
 log = logging.getLogger(__name__)
@@ -156,8 +151,8 @@ def _write(url: str, fragments: dict[str, Fragment], own: dict[str, layout.Row],
     """Write all files but the marker, and return the digest of the index on the main rank. No rank writes before all have told what they hold."""
     tensors = layout.tensors(own, group)
     writer = Writer(url, dist.get_rank() if dist.is_initialized() else 0)
-    with alike(group), _as_raised():
-        dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), no_dist=True)
+    with alike(group):
+        writer.write(fragments)
     parts = agreement.gather(b"" if writer.part is None else writer.part[0].to_bytes(8, "little") + writer.part[1], group)
     found = ""
     with alike(group):
@@ -165,16 +160,6 @@ def _write(url: str, fragments: dict[str, Fragment], own: dict[str, layout.Row],
             told = [(int.from_bytes(part[:8], "little"), part[8:]) if part else None for part in parts]
             found = write_index(url, tensors, told)
     return found
-
-
-@contextmanager
-def _as_raised() -> Iterator[None]:
-    """Out of torch.distributed.checkpoint comes what went wrong in ours, and nothing of its being called for one rank, as it is meant to be."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    try:
-        yield
-    except CheckpointException as error:
-        raise error.failures[min(error.failures)][0] from error
 
 
 def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
@@ -249,8 +234,7 @@ def _check(found: Any, model: type[Stored], place: str) -> None:
 def _load(url: str, fragments: dict[str, Fragment], reader: Reader) -> None:
     """Of this rank alone."""
     try:
-        with _as_raised():
-            dcp.load(dict(fragments), storage_reader=reader, planner=FragmentLoader(), no_dist=True)
+        reader.fill(fragments)
     except Exception as error:
         raise _judged(url, error) from error
 
@@ -268,7 +252,7 @@ def _read_alike(url: str) -> tuple[dict[str, Any], Reader]:
     reader = Reader(url, meta.get("index", ""))
     with alike(group):
         try:
-            reader.read_metadata()
+            reader.catalogue()
         except Exception as failure:
             raise _judged(url, failure) from failure
     return meta, reader
@@ -325,15 +309,15 @@ class StoredTensors:
         meta = read_meta(url)
         shapes: dict[str, list[int]] = meta.get("shapes", {})
         self._reader = Reader(url, meta["index"])
-        known = self._reader.read_metadata().state_dict_metadata
+        known = self._reader.catalogue().kinds
         self.kinds: dict[str, Kind] = {}
         for name, shape in shapes.items():
             entry = known.get(f"{prefix}/{name}")
-            if not isinstance(entry, TensorStorageMetadata):
+            if entry is None:
                 raise CheckpointError(f"{url}: holds no '{prefix}/{name}'.")
-            if math.prod(shape) != entry.size[0]:
-                raise CheckpointError(f"{url}: '{prefix}/{name}' holds {entry.size[0]} elements, its shape {shape} has {math.prod(shape)}.")
-            self.kinds[name] = Kind(tuple(shape), entry.properties.dtype)
+            if math.prod(shape) != entry.size:
+                raise CheckpointError(f"{url}: '{prefix}/{name}' holds {entry.size} elements, its shape {shape} has {math.prod(shape)}.")
+            self.kinds[name] = Kind(tuple(shape), entry.dtype)
 
     def allocated(self, allocate: Callable[[dict[str, Kind]], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Room for all of them.

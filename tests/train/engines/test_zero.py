@@ -248,8 +248,8 @@ def test_stage_3_builds_a_model_that_no_process_ever_holds_whole_and_starts_it_f
 
 def test_moments_stay_in_their_formats_on_disk(two: Any) -> None:
     url = checkpoint.folder(f"{two[0]}/0", 3)
-    index = checkpoint.Reader(url, checkpoint.read_meta(url)["index"]).read_metadata().state_dict_metadata
-    kinds = {name: entry.properties.dtype for name, entry in index.items()}  # type: ignore[union-attr]
+    index = checkpoint.Reader(url, checkpoint.read_meta(url)["index"]).catalogue().kinds
+    kinds = {name: kind.dtype for name, kind in index.items()}
     assert kinds["optimizer/exp_avg/resblocks.0.q.weight"] == kinds["optimizer/exp_avg_sq/resblocks.1.mlp_2.weight"] == torch.int16
     assert kinds["optimizer/exp_avg/resblocks.0.q.bias"] == kinds["optimizer/exp_avg/text_tokens.weight"] == torch.float32
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ from tests.support import index_size
 from tests.train.weights.schema_1 import as_schema_1
 from train.weights import checkpoint, checkpoint_storage, layout
 from train.weights.checkpoint_index import OlderIndex, Wanted, catalogue, index_of
-from train.weights.fragments import Fragment, FragmentSaver, even_slice
+from train.weights.fragments import Fragment, even_slice
 
 Cut = list[dict[str, Fragment]]
 """Fragments by rank."""
@@ -36,8 +35,7 @@ def write(stage: Path, step: int, cut: Cut) -> str:
     tensors = layout.described(expected, [expected.differences(rows, rank) for rank, rows in enumerate(own)])
     writers = [checkpoint_storage.Writer(url, rank) for rank in range(len(cut))]
     for writer, fragments in zip(writers, cut, strict=True):
-        with checkpoint._as_raised():
-            dcp.save(dict(fragments), storage_writer=writer, planner=FragmentSaver(), no_dist=True)
+        writer.write(fragments)
     seal(url, checkpoint_storage.write_index(url, tensors, [writer.part for writer in writers]), step=step, schema=schemas.CHECKPOINT, shapes={})
     return url
 

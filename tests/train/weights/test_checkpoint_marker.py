@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from infra import storage
 from infra.world import World
 from tests.support.ranks import run_in_ranks
-from train.weights import checkpoint
-from train.weights.fragments import even_slice
+from train.weights import checkpoint, checkpoint_storage
+from train.weights.fragments import Fragment, even_slice
 
 
 def written_again(world: World, folder: str) -> bool:
-    """Whether this rank found the marker of the first writing when it began with the second: torch's own collectives may hold it up later on, or not."""
+    """Whether this rank found the marker of the first writing when it began with the second: collectives may hold it up later on, or not."""
     seen: list[bool] = []
-    delete, save = storage.delete, dcp.save
+    delete, write = storage.delete, checkpoint_storage.Writer.write
 
     def slowly(url: str) -> None:
         time.sleep(0.5)  # the other rank would be far ahead
         delete(url)
 
-    def watched(*given: Any, **named: Any) -> Any:
+    def watched(writer: checkpoint_storage.Writer, fragments: Mapping[str, Fragment]) -> None:
         seen.append(Path(checkpoint.folder(folder, 1), checkpoint.META).exists())
-        return save(*given, **named)
+        write(writer, fragments)
 
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2):
@@ -37,7 +36,7 @@ def written_again(world: World, folder: str) -> bool:
             checkpoint.save(folder, 1, fragments, {"shapes": {"w": [8]}}, world, keep=1)
             dist.barrier()  # the marker is there, on every rank
             patch.setattr(storage, "delete", slowly)
-            patch.setattr(dcp, "save", watched)
+            patch.setattr(checkpoint_storage.Writer, "write", watched)
     assert len(seen) == 1
     return seen[0]
 

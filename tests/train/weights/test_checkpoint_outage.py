@@ -95,7 +95,7 @@ def test_damaged_bytes_are_reported_where_one_process_reads_them(stage: str) -> 
 
 
 @pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("Connection closed by peer")])
-@pytest.mark.parametrize("name", ["read_data", "read_metadata"])
+@pytest.mark.parametrize("name", ["fill", "catalogue"])
 def test_the_end_of_memory_or_of_another_rank_is_no_damage(stage: str, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error

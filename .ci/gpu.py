@@ -191,7 +191,7 @@ def perform(step: Step, limit: float, device: str, out: Path, environment: dict[
 
 def reached(text: str) -> str:
     """What tests had shown when they were cut, and the one that they were in: pytest -v prints each name before its test, and the verdict after it."""
-    verdicts = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", text, re.MULTILINE)
+    verdicts = re.findall(r"^\S*::.* (PASSED|FAILED|SKIPPED|ERROR)\b", text, re.MULTILINE)
     counts = [f"{verdicts.count(word)} {word.lower()}" for word in ("FAILED", "ERROR", "PASSED", "SKIPPED") if word in verdicts]
     last = (text.splitlines() or [""])[-1]
     inside = re.search(r"::(.+)", last) if not re.search(r" (PASSED|FAILED|SKIPPED|ERROR)\b", last) else None

@@ -58,11 +58,11 @@ def machine(device: str) -> tuple[dict[str, Any], list[str]]:
     if device == "cuda" and found["gpu"] is None:
         notes.append("torch sees no GPU: nothing can run. --device cpu rehearses.")
     if device == "cuda" and not (found["compiler"] and found["python_h"]):
-        lacks = " and ".join([*([] if found["compiler"] else ["a C compiler"]), *([] if found["python_h"] else ["Python.h"])])
+        lacks = [*([] if found["compiler"] else ["a C compiler"]), *([] if found["python_h"] else ["Python.h"])]
         x, y = sys.version_info[:2]
         notes.append(
-            f"There is no {lacks}, with which Triton compiles its launcher: attention, kernel and the benchmarks that compile will fail. "
-            f"apt-get install gcc python{x}.{y}-dev; or CC=/path/to/a/compiler."
+            f"Triton needs {' and '.join(lacks)}, which {'are' if len(lacks) > 1 else 'is'} not here: attention, kernel and all that compiles will fail. "
+            f"apt-get install gcc python{x}.{y}-dev, or CC=/path/to/a/compiler."
         )
     return found, notes
 

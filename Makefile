@@ -41,8 +41,8 @@ soak: $(STAMP)  ## Long fault and training runs
 gpu:  ## What only a GPU can show: one script for a machine that may be bare and offline, under nine minutes (ARGS="--device cpu" rehearses it)
 	@"$$([ -x "$(RUN)" ] && echo "$(RUN)" || echo python3)" .ci/gpu.py $(ARGS)
 
-gpu-wheels:  ## Fill the folder wheels/, from which `make gpu` takes what a machine without a network lacks
-	@"$(RUN)" -m pip download --quiet --disable-pip-version-check --no-deps -c constraints.txt --dest wheels pytest pluggy iniconfig packaging pygments
+gpu-wheels:  ## Fill the folder wheels/, from which `make gpu` takes what a machine without a network lacks (ARGS="--python 3.12": that machine's)
+	@"$$([ -x "$(RUN)" ] && echo "$(RUN)" || echo python3)" .ci/gpu_wheels.py $(ARGS)
 
 bench-peers: $(STAMP)  ## Benchmarks that compare with other projects, which are installed beside the environment
 	@"$(RUN)" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-peers -r requirements-peers.txt

@@ -6,10 +6,8 @@ import contextlib
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -18,7 +16,7 @@ from infra.config import differences
 from infra.errors import ConfigError, MissingError, UnreachableError
 from infra.job import Job
 from infra.lease import Lease
-from infra.repository import REPOSITORY
+from infra.repository import commit as commit
 from infra.signals import StopFlag
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "sentencepiece", "numpy", "pydantic")
@@ -35,18 +33,6 @@ Allowed = Callable[[str], bool]
 
 def _none(key: str) -> bool:
     return False
-
-
-@cache
-def commit() -> str:
-    """The commit of this checkout, followed by ``+dirty`` if tracked files differ from it; ``unknown`` outside a checkout. Looked up once in a process, because
-    a checkout that changes later does not change the code that runs."""
-    try:
-        head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+dirty" if dirty else "")
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ B batch, H heads, S states (T text, then I image), K width of a head.
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from model.offsets import Kind, MaskRules, is_allowed, layer_kinds, mask_kind, t
 
 BLOCK = 128
 """Number of queries and of keys in a block. At 256 + 1024 states a row layer needs 0.62 of the causal blocks of 128, and 0.50 of those of 64."""
+
+_NUMBERS = count()
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -39,6 +42,18 @@ def block_mask(kind: Kind, shape: StreamShape, cfg: TransformerConfig, device: t
     return create_block_mask(mask_mod(kind, shape, cfg), None, None, states, states, device=str(device), BLOCK_SIZE=block)
 
 
+def _compiled(kernel: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+    """The kernel, compiled for one kind of layer. torch counts compilations by code object and refuses the ninth: three kinds, times training and evaluation, times
+    batch sizes, are more. So each gets a code object of its own, with a name of its own, because torch compares them by value."""
+
+    def attend(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, block_mask: BlockMask) -> Any:
+        return kernel(q_BHSK, k_BHSK, v_BHSK, block_mask=block_mask)
+
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{kind}_{next(_NUMBERS)}")
+    # fullgraph: otherwise torch would silently run uncompiled after too many recompilations.
+    return torch.compile(attend, fullgraph=True)
+
+
 class FlexAttention(nn.Module):
     """Compiled FlexAttention, whose scores are never written to global memory.
 
@@ -55,8 +70,8 @@ class FlexAttention(nn.Module):
         """
         super().__init__()
         self.cfg, self.shape, self.block = cfg, shape, block
-        # fullgraph: otherwise torch would silently run uncompiled after too many recompilations.
-        self._flex: Callable[..., Any] = torch.compile(kernel, fullgraph=True) if compiled else kernel
+        self._kernel, self._is_compiled = kernel, compiled
+        self._flex: dict[Kind, Callable[..., Any]] = {}
         self._masks: dict[tuple[Kind, torch.device], BlockMask] = {}
         self.order_S: Tensor
         image_I = torch.arange(shape.image_tokens)
@@ -68,8 +83,11 @@ class FlexAttention(nn.Module):
         place = (kind, q_BHSK.device)
         if place not in self._masks:
             self._masks[place] = block_mask(kind, self.shape, self.cfg, q_BHSK.device, self.block)
+        if kind not in self._flex:
+            self._flex[kind] = _compiled(self._kernel, kind) if self._is_compiled else self._kernel
+        attend = self._flex[kind]
         if not mask_kind(kind).is_transposed:
-            return cast(Tensor, self._flex(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place]))
+            return cast(Tensor, attend(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place]))
         q_BHSK, k_BHSK, v_BHSK = (t.index_select(2, self.order_S) for t in (q_BHSK, k_BHSK, v_BHSK))
         # The order is its own inverse: it exchanges rows and columns of the grid.
-        return cast(Tensor, self._flex(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place])).index_select(2, self.order_S)
+        return cast(Tensor, attend(q_BHSK, k_BHSK, v_BHSK, block_mask=self._masks[place])).index_select(2, self.order_S)

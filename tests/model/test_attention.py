@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -71,6 +72,19 @@ def test_flex_attention_equals_dense_forward(text_tokens: int, grid: int, kernel
     for kind in KINDS:
         with torch.no_grad():
             torch.testing.assert_close(flex(q, k, v, kind), dense(q, k, v, kind), msg=kind, rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_dtypes_and_batches_together_may_be_compiled_more_often_than_torch_allows_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times. fullgraph makes a ninth an error, which an evaluation with another batch reached."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traces and guards as always, and compiles nothing
+    cfg, shape = sizes(5, 4, 3, "figure")
+    flex = FlexAttention(cfg, shape, block=16)
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (2, 3):
+            q, k, v = torch.randn(3, batch, 2, shape.states, 16, dtype=dtype)
+            for kind in KINDS:
+                with torch.no_grad():
+                    assert flex(q, k, v, kind).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from model.config import StreamShape, TransformerConfig
 from model.decoder import DrawingWeights, Texts
 from model.sampling import Rule, Sampling, begin, sample
 from model.transformer import Transformer
-from tests.support.gpu import DEVICE, NEEDS_GPU
+from tests.support.gpu import CUDA_ALONE, DEVICE, NEEDS_GPU
 
 pytestmark = NEEDS_GPU
 SHAPE = StreamShape(text_tokens=8, text_vocab=50, grid=9, image_vocab=40)
@@ -34,6 +34,7 @@ def test_pictures_are_those_that_a_cpu_draws(rule: Rule) -> None:
         assert int(same_B.sum()) >= 14, (window, same_B.tolist())
 
 
+@CUDA_ALONE
 @torch.no_grad()
 @pytest.mark.parametrize("window", [1, 4])
 def test_recorded_passes_draw_the_codes_of_passes_that_run_one_by_one(window: int) -> None:

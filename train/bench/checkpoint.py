@@ -28,11 +28,14 @@ from train.weights.fragments import even_slice
 
 PRESETS = {"cpu": ("demo", "bf16"), "cuda": ("1.2B", "fp16")}
 """Device -> preset and precision."""
+_SMALLER: dict[str, list[str]] = {"cpu": [], "cuda": ["dalle_fit.batch=8", "dalle.layers=6"]}
+"""Device -> overrides. The preset's batch is of all GPUs together, and one GPU has no memory for it; six layers are a checkpoint of 4 GB, which a disk takes in seconds."""
 BETWEEN = 20
 """Updates without a save, and after one, in a turn: the writing has ended before as many are over."""
 SAVES = {"cpu": 4, "cuda": 1}
 """Device -> saves for each run: 20 with the default of five, so that the standard error of their cost says something. A GPU, whose checkpoint is of gigabytes, gets one."""
 READINGS = 5
+"""Of a checkpoint's files, as often as restores of it; on a GPU two."""
 LARGE, LARGE_COUNT = 4 << 20, 300
 """Bytes of a tensor of a checkpoint that is large enough for its restore to be bounded by bytes, and their number."""
 SHARE = 0.005
@@ -53,7 +56,7 @@ class _Turns:
 def run(options: Options) -> Result:
     """Measure updates without a save and updates after a save in turns of 2 x ``BETWEEN`` updates, ``SAVES`` for each run; then restores."""
     preset, precision = PRESETS[options.device]
-    cfg = load_run(preset, [f"dalle_fit.precision={precision}", "dalle_fit.accumulation=1"])
+    cfg = load_run(preset, [f"dalle_fit.precision={precision}", "dalle_fit.accumulation=1", *_SMALLER[options.device]])
     world, device = World.single(), set_up(World.single())
     engine, micro_batch = transformer(cfg, DTYPES[precision], world, device)
     sizes = {"preset": preset, "precision": precision, "batch": cfg.dalle_fit.batch, "save_every": cfg.dalle_fit.save_every}
@@ -95,6 +98,7 @@ def run(options: Options) -> Result:
         turns = _Turns()
         for turn in range(saves):
             _turn(turns, update, partial(save, 10 + turn), saver.wait)
+            result.measured["update"], result.measured["stall of a save"] = milliseconds(turns.plain), milliseconds(turns.stalls)  # so far
         state = {name: fragment.tensor for name, fragment in engine.fragments(to_load=True).items()}
         _saves(result, state, options, turns, cfg.dalle_fit.save_every)
         _restores(result, Path(folder), lambda: checkpoint.load_newest(folder, engine.fragments(to_load=True), world), "", None)
@@ -134,8 +138,7 @@ def _saves(result: Result, state: dict[str, Tensor], options: Options, turns: _T
     rate = measure(copy, 1.0, "copies/s", options)
     result.settings["checkpoint_megabytes"] = round(sum(tensor.numel() * tensor.element_size() for tensor in state.values()) / 1e6, 1)
     result.floor["copy of the tensors to CPU memory"] = Figure(1e3 / rate.value, 1e3 / rate.max, 1e3 / rate.min, "ms", rate.runs)
-    result.measured["update"] = milliseconds(turns.plain)
-    result.measured["stall of a save"] = stall = milliseconds(turns.stalls)
+    stall = result.measured["stall of a save"]
     result.measured["cost of a save"] = cost = mean_with_error([1e3 * seconds for seconds in turns.costs], "ms")
     most = max(cost.max, stall.value)
     result.measured["cost of a save at most"] = Figure(most, most, most, "ms", len(turns.costs))
@@ -158,15 +161,14 @@ def _restores(result: Result, folder: Path, restore: Callable[[], object], size:
                     pass
 
     taken: dict[str, list[float]] = {}
-    for _ in range(READINGS):
+    for _ in range(min(READINGS, 2) if result.device["kind"] == "cuda" else READINGS):
         for name, work in ((f"plain reading{size}", read), (f"restore{size}", restore)):
             _forget(files)
             for place in ("from storage", "from memory"):
                 began = time.perf_counter()
                 work()
                 taken.setdefault(f"{name}, {place}", []).append(time.perf_counter() - began)
-    for name, seconds in taken.items():
-        (result.floor if name.startswith("plain") else result.measured)[name] = milliseconds(seconds)
+                (result.floor if work is read else result.measured)[f"{name}, {place}"] = milliseconds(taken[f"{name}, {place}"])  # so far
     for place, least in (("from storage", goal), ("from memory", None)):
         result.ratio(f"plain reading{size} over a restore, {place}", f"plain reading{size}, {place}", f"restore{size}, {place}", goal=least)
 

@@ -62,9 +62,8 @@ def compare(cfg: TransformerConfig, shape: StreamShape, batch: int, options: Opt
             if turn:  # the first is a rehearsal
                 for name, value in found.items():
                     seconds.setdefault(name, []).append(value)
-    result.floor["backward pass"] = milliseconds(seconds.pop("backward pass"))
-    for name, of in seconds.items():
-        result.measured[name] = milliseconds(of)
+                    (result.floor if name == "backward pass" else result.measured)[name] = milliseconds(seconds[name])  # of the turns so far
+    for name in works:
         gpus = works[name].gpus
         result.ratio(f"a backward pass over compression, {gpus} GPUs a machine", "backward pass", name, goal=GOAL if gpus == max(_GPUS) else None)
     result.notes += [

@@ -10,19 +10,22 @@ import json
 import os
 import platform
 import re
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from infra.repository import REPOSITORY
+from infra.repository import commit
 from train.machine.rates import Figure, Options, describe_device
 
 SCHEMA = "bench/1"
+UNFINISHED = ".unfinished.json"
+"""How the file ends that holds the figures so far of a benchmark which is still at work, or was cut."""
 
 
 @dataclass(frozen=True)
@@ -72,32 +75,45 @@ class Result:
         self.ratios[name] = Ratio(figures[of].value / figures[to].value, of, to, goal)
 
 
+class _Kept(dict[str, Figure]):
+    """Figures by name; each that is added is told and written at once, so that a benchmark that is cut leaves those that it has."""
+
+    def __init__(self, *given: Any, keep: Callable[[str, Figure], None] | None = None) -> None:
+        super().__init__(*given)
+        self._keep = keep
+
+    def __setitem__(self, name: str, figure: Figure) -> None:
+        super().__setitem__(name, figure)
+        if self._keep is not None:
+            self._keep(name, figure)
+
+    def __ior__(self, other: Any) -> Self:  # otherwise dict adds without telling
+        for name, figure in dict(other).items():
+            self[name] = figure
+        return self
+
+
 def start(name: str, title: str, options: Options, **settings: Any) -> Result:
-    """A result that has everything but figures."""
-    return Result(
+    """A result that has everything but figures. With a folder in the options, each figure is kept there as it is added."""
+    result = Result(
         name=name,
         title=title,
         device=describe_device(options.device),
         versions={"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)},
-        commit=_commit(),
+        commit=commit(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         # Recorded because other load on the machine explains a wide range of the figures.
         settings=settings | {"load_at_start": round(os.getloadavg()[0], 1)},
     )
+    if options.folder is not None:
+        keep = partial(_keep, result, options.folder)
+        result.floor, result.measured, result.peers = (_Kept(keep=keep) for _ in range(3))
+    return result
 
 
-def _commit() -> str:
-    """Commit of the checkout, with ``+dirty`` if tracked files differ; ``unknown`` if the files were copied without the repository.
-    The same as in infra.run_folder, which cannot be used here because it needs more than torch."""
-    try:
-        head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+dirty" if dirty else "")
-
-
-# --- Measuring ----------------------------------------------------------------------------------------------------------------------------
+def _keep(result: Result, folder: Path, name: str, figure: Figure) -> None:
+    print(f"{name}: {figure.value:.5g} {figure.unit} ({figure.min:.5g} to {figure.max:.5g})", file=sys.stderr, flush=True)
+    write(replace(result, notes=[*result.notes, "Unfinished: the figures so far."]), folder, UNFINISHED)
 
 
 # --- Files --------------------------------------------------------------------------------------------------------------------------------
@@ -145,24 +161,27 @@ def to_json(result: Result) -> str:
     return json.dumps(_rounded(asdict(result)), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write(result: Result, folder: Path) -> Path:
-    """Write a result as ``<name>-<device>.json``, replacing an earlier one."""
+def write(result: Result, folder: Path, ending: str = ".json") -> Path:
+    """Write a result as ``<name>-<device>.json``, replacing an earlier one. Never half of it: the process may be killed."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{result.name} {result.device['name']} {result.device.get('cores', '')}".lower()).strip("-")
-    path = folder / f"{slug}.json"
+    path, new = folder / f"{slug}{ending}", folder / f"{slug}.new"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(result))
+    new.write_text(to_json(result))
+    new.replace(path)
+    if ending != UNFINISHED:
+        (folder / f"{slug}{UNFINISHED}").unlink(missing_ok=True)
     return path
 
 
 def main(run: Callable[[Options], Result]) -> None:
-    """The command line of a benchmark module: runs it, prints the result, and writes it if a folder is given."""
+    """The command line of a benchmark module: runs it, prints the result, and writes it if a folder is given, with the figures so far while it is at work."""
     parser = argparse.ArgumentParser(description="Run a benchmark and print its result as JSON.")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=Options.device)
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="time for each figure")
     parser.add_argument("--runs", type=int, default=Options.runs, help="runs that share this time")
     given = parser.parse_args()
-    result = run(Options(given.device, given.seconds, given.runs))
+    result = run(Options(given.device, given.seconds, given.runs, given.out))
     print(to_json(result), end="")
     if given.out:
         print(write(result, given.out))

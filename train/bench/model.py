@@ -58,7 +58,7 @@ def compare(
             if peer_dalle.find("dalle_pytorch") is not None:
                 peer_dtypes = _theirs(result, cfg, shape, batch, options, peer_dtypes)
         for small_cfg, small_shape, small_batch in (*small, *((cfg, shape, batch) for shape in shapes)):
-            result.measured |= attention_times.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options)
+            attention_times.times(small_cfg, small_shape, small_batch, ("fp32", "bf16"), options, result.measured)
     result.notes += [
         "Useful arithmetic: matrix products that the model needs, attention over pairs that its masks allow, each head at its own positions.",
         'Attention: one layer forward and backward, mean over the layers of such a model. `dalle.attention = "auto"` reads the best of these times.',

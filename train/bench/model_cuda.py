@@ -85,7 +85,7 @@ def _attention(result: Result, options: Options) -> None:
     """Measure our engines, FlexAttention with several block sizes, and causal kernels on the same tensors."""
     batch = _BATCH[0]
     # The engines are measured one by one, so that the others' figures are kept if one does not fit into memory or does not compile.
-    result.measured |= attention_times.times(_CFG, _SHAPE, batch, ("bf16", "fp16"), options)
+    attention_times.times(_CFG, _SHAPE, batch, ("bf16", "fp16"), options, result.measured)
     causal = _causal_kernels()
     for name, kernel in causal.items():
         step, layers = attention_times.mean_step(lambda q, k, v, kind, kernel=kernel: kernel(q, k, v), _CFG, _SHAPE, batch, torch.bfloat16, "cuda")

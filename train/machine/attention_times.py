@@ -81,9 +81,12 @@ def mean_step(
     return step, len(kinds)
 
 
-def times(cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[str, ...], options: Options) -> dict[str, Figure]:
-    """Time of one layer's attention, forward and backward, as the mean over a model's layers, for every engine that runs on the device."""
-    found = {}
+def times(
+    cfg: TransformerConfig, shape: StreamShape, batch: int, dtypes: tuple[str, ...], options: Options, into: dict[str, Figure] | None = None
+) -> dict[str, Figure]:
+    """Time of one layer's attention, forward and backward, as the mean over a model's layers, for every engine that runs on the device. ``into`` gets each as it
+    is measured."""
+    found: dict[str, Figure] = {} if into is None else into
     device = torch.device(options.device)
     for engine in ENGINES:
         if why_unavailable(engine, device, cfg):

@@ -32,6 +32,8 @@ class Options:
     """Time spent on each figure."""
     runs: int = 5
     """Number of runs that share this time; the figure is their median."""
+    folder: Path | None = None
+    """Where figures are kept while others are still being measured; None keeps them nowhere."""
 
 
 @dataclass(frozen=True)

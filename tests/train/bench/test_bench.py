@@ -302,8 +302,27 @@ def test_the_command_line_of_a_benchmark_passes_its_options_and_prints_and_write
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--seconds", "0.5", "--runs", "3", "--out", str(tmp_path)])
     harness.main(run)
     (path,) = tmp_path.glob("*.json")
-    assert given == [Options("cpu", 0.5, 3)]
+    assert given == [Options("cpu", 0.5, 3, tmp_path)]
     assert capsys.readouterr().out.startswith(path.read_text())
+
+
+def test_a_benchmark_that_is_cut_leaves_the_figures_that_it_has_and_one_that_ends_its_result_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(QUICK, folder=tmp_path)
+    found = harness.start("floor", "Floors", options, threads=1)
+    assert not list(tmp_path.iterdir()), "nothing is measured yet"
+    found.floor["b"] = Figure(6.0, 6.0, 6.0, "GB/s", 2)
+    found.measured |= {"a": Figure(3.0, 2.0, 4.0, "GB/s", 2)}
+    found.peers["c"] = Figure(1.0, 1.0, 1.0, "GB/s", 2)
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    assert path.name.endswith(harness.UNFINISHED) and kept["notes"] == ["Unfinished: the figures so far."] and not found.notes
+    assert set(kept["floor"]) | set(kept["measured"]) | set(kept["peers"]) == {"a", "b", "c"}
+    assert "a: 3 GB/s (2 to 4)" in capsys.readouterr().err
+    found.ratio("a over b", "a", "b")
+    path = write(found, tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == to_json(found)
 
 
 def test_a_word_that_names_begin_with_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

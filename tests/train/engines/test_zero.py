@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from infra.world import World
 from model.transformer import parameter_tags
 from tests.support.ranks import run_in_ranks
 from tests.train.engines.zero_cases import BATCH, Case, backward, every_case, fit_of, make_engine, make_model, zero_of
 from tests.train.engines.zero_checkpoints import NODES, SAVED, load_all
+from tests.train.engines.zero_reference import judge
 from tests.train.engines.zero_runs import (
     BETWEEN,
     CURVES,
@@ -27,7 +27,6 @@ from tests.train.engines.zero_runs import (
     ONE_PASS,
     OTHERS,
     WIRED,
-    compare,
     compare_all,
     on_four,
     on_one,
@@ -35,16 +34,6 @@ from tests.train.engines.zero_runs import (
 )
 from train.engines.zero.groups import weight_bytes, weight_storage
 from train.weights import checkpoint
-
-TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 4e-3}
-"""Relative error of the whole gradient against fp32 in one process."""
-
-
-def judge(found: dict[str, float], case: Case) -> None:
-    bound = TOLERANCE[case.precision]
-    assert found["applied"], (case, found)
-    assert found["loss"] < bound and found["gradient"] < bound and found["norm"] < bound, (case, found)
-    assert found["clipped"] and found["moment"] < bound, (case, found)
 
 
 @pytest.fixture(scope="module")
@@ -86,40 +75,6 @@ def test_the_whole_matrix(size: int) -> None:
     found = run_in_ranks(compare_all, size, cases)[0]
     for case in cases:
         judge(found[str(case)], case)
-
-
-def on_gpu(world: World, cases: list[Case]) -> dict[str, Any]:
-    dist.destroy_process_group()
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    found: dict[str, Any] = {}
-    for case in cases:
-        found[str(case)] = compare(world, case, "cuda")
-        engine = make_engine(case, world, device="cuda")
-        expected = [flat.detach().to("cpu", copy=True) for flat in engine._masters()]  # offloaded ones are there already
-        with torch.cuda.device(0):
-            for step in range(4):  # numerics are counted at the second and the fourth
-                backward(engine, world, step, case.accumulation)
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    engine.measure()  # nothing here may wait for the device
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                assert engine.step(1e-2).applied
-                expected = [old.lerp(flat.detach().cpu(), 1 - engine.average.decay) for old, flat in zip(expected, engine._masters(), strict=True)]
-            engine.average.wait()
-        found["average " + str(case)] = max(float((engine.average.values[str(i)] - value).abs().max()) for i, value in enumerate(expected))
-    return found
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_engine_on_a_gpu_gives_the_gradients_of_fp32_on_a_cpu() -> None:
-    cases = [Case(stage=stage, precision="fp16", moments="16-bit") for stage in (1, 2, 3)] + [Case(stage=2, precision="fp16", offload=True)]
-    found = run_in_ranks(on_gpu, 1, cases)[0]
-    for case in cases:
-        judge(found[str(case)], case)
-        assert found["average " + str(case)] < 1e-6
 
 
 def test_node_local_sharding_on_four_processes_and_loss_curves_on_any_number(four: dict[str, Any], one: dict[str, Any]) -> None:

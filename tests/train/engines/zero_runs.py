@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import subprocess
 from typing import Any
 
@@ -25,21 +24,18 @@ from tests.train.engines.zero_cases import (
     make_engine,
     make_model,
     pairwise,
-    reference_gradients,
     scales_of,
     some,
-    true_gradients,
     updates,
     zero_of,
 )
 from tests.train.engines.zero_checkpoints import fall_back, gathered, in_nodes, load_all, save_all
+from tests.train.engines.zero_reference import compare
 from train.engines.zero import internals, measures, one_pass
 from train.stages import dalle_init_from
 from train.weights import checkpoint
 from train.weights.fragments import full_shape
 
-CLIP = 0.25
-"""Small enough to clip."""
 DEEP = dataclasses.replace(CONFIG, layers=12)
 MATRIX = pairwise(every_case(), ("stage", "precision", "weights", "checkpointing", "accumulation"))
 OTHERS = [
@@ -58,43 +54,6 @@ OTHERS = [
 
 
 FLAT = [*some(MATRIX), *(case for case in OTHERS if case.sharding == "flat")]
-
-
-def compare(world: World, case: Case, device: str = "cpu") -> dict[str, float]:
-    """Gradient, loss and mean moment of the first update against the reference: the moment is what AdamW was given, so it shows factors and clipping."""
-    engine = make_engine(case, world, device=device, clip_norm=CLIP)
-    if engine.scales is not None and case.scope == "resblock":
-        engine.scales.exponents = [exponent - index for index, exponent in enumerate(engine.scales.exponents)]  # so that no two slots are alike
-        engine._publish_scales()
-    loss = backward(engine, world, 0, case.accumulation)
-    measured = engine.measure()
-    assert torch.equal(engine.measure(), measured), "a second look changes no gradient"
-    dist.all_reduce(measured)
-    shards = true_gradients(engine)
-    expected_loss, expected = reference_gradients(0, half_weights=engine.storage == "fp16", config=case.config)
-    error = size = 0.0
-    for name, gradient in expected.items():
-        found = shards.get(name, torch.zeros_like(gradient))
-        if world.size > 1:
-            dist.all_reduce(found)
-        found /= engine.nodes
-        error, size = error + float((found - gradient).square().sum()), size + float(gradient.square().sum())
-    update = engine.step(1e-2, measured.tolist())
-    clip, moment = 0.1 * CLIP / math.sqrt(size), 0.0
-    if case.moments == "fp32":
-        moments = gathered(engine, ("optimizer/exp_avg",))
-        moment = math.sqrt(
-            sum(float((moments[f"optimizer/exp_avg/{name}"] / clip - gradient).square().sum()) for name, gradient in expected.items()) / size
-        )
-    later = updates(engine, world, 1, 4, case.accumulation)
-    return {
-        "loss": abs(loss / expected_loss - 1),
-        "gradient": math.sqrt(error / size),
-        "norm": abs(update.grad_norm / math.sqrt(size) - 1),
-        "applied": float(update.applied and all(applied for *_, applied in later)),
-        "clipped": float(update.grad_norm > CLIP),
-        "moment": moment,
-    }
 
 
 def compare_all(world: World, cases: list[Case]) -> dict[str, dict[str, float]]:

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 CUDA = torch.device("cuda")
 MESSAGE = "train/ranks/signal_vector.py"
 OVERRIDES = [
-    "dalle.layers=2",
+    "dalle.layers=3",
     "dalle_fit.accumulation=2",
     "dalle_fit.caption_dropout=0.1",
     "dalle_fit.numerics_every=2",

@@ -19,7 +19,7 @@ from tests.support.root import ROOT
 from train.optimizer import apex_parts
 from train.optimizer.adamw import Hyper, PaperAdamW, update
 from train.optimizer.adamw_cpu import CHUNK
-from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610
+from train.optimizer.number_formats import SIGNED_169, UNSIGNED_0610, Format
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, clip_variance=5.0, factor=0.25, count=3)
 
@@ -125,9 +125,17 @@ def test_groups_are_scaled_skipped_and_packed_each_for_itself() -> None:
     assert SIGNED_169.decode(adam.state[ps[2]]["exp_avg"])[0] == pytest.approx(0.8, rel=1e-3)
 
 
+def edges(fmt: Format) -> torch.Tensor:
+    """Every value halfway between two neighbouring codes, and the floats beside it: what tells a rounding from any other."""
+    codes = torch.arange(1, 1 << 15 if fmt.signed else 1 << 16, dtype=torch.int32)
+    halfway = ((codes + fmt.rebias) << fmt.shift) + (1 << (fmt.shift - 1))  # bits of float32
+    values = torch.cat([halfway - 1, halfway, halfway + 1]).view(torch.float32)
+    return torch.nn.functional.pad(torch.cat([values, -values]), (0, -2 * values.numel() % 1024))
+
+
 _INTERPRETED = """
 import torch
-from tests.train.optimizer.test_adamw import HYPER, tensors
+from tests.train.optimizer.test_adamw import HYPER, edges, tensors
 from train.optimizer.adamw import update
 from train.optimizer import adamw_kernel
 from train.optimizer.adamw_kernel import update as fused, update_pieces as fused_pieces
@@ -179,6 +187,15 @@ for fmt in (SIGNED_169, UNSIGNED_0610):
     out = torch.zeros_like(codes)
     again[(1,)](codes, out, fmt.significand, fmt.signed, fmt.largest, fmt.smallest)
     assert torch.equal(out, codes), fmt.name
+@triton.jit
+def rounded(a, b, m: tl.constexpr, signed: tl.constexpr, largest: tl.constexpr, smallest: tl.constexpr):
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(b + at, k._encode(tl.load(a + at), m, signed, largest, smallest))
+for fmt in (SIGNED_169, UNSIGNED_0610):
+    values = edges(fmt)
+    out = torch.zeros(values.numel(), dtype=torch.int16)
+    rounded[(values.numel() // 1024,)](values, out, fmt.significand, fmt.signed, fmt.largest, fmt.smallest)
+    assert torch.equal(out, fmt.encode(values)), (fmt.name, values[out != fmt.encode(values)][:4].tolist())
 print("same")
 """
 

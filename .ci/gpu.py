@@ -118,8 +118,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
     steps: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
+    load: list[float] = field(default_factory=lambda: [round(os.getloadavg()[0], 1)])
+    """Of the machine at the start and at the last report: other work explains wide figures and cuts."""
 
     def write(self, folder: Path) -> None:
+        self.load[1:] = [round(os.getloadavg()[0], 1)]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "gpu.json"
         new = path.with_suffix(".new")
@@ -303,8 +306,9 @@ def table(folder: Path) -> str:
     try:
         report = json.loads(path.read_text())
         facts = ", ".join(f"{name} {value}" for name, value in sorted(report["machine"].items()) if value is not None)
+        load = " to ".join(f"{one:g}" for one in report["load"])
         lines = [
-            f"Device {report['device']}; {facts}; {report['seconds']:.0f} s in all.",
+            f"Device {report['device']}; {facts}; load {load}; {report['seconds']:.0f} s in all.",
             "",
             "| step | what became of it | seconds |",
             "|---|---|---:|",

@@ -82,7 +82,9 @@ def test_the_report_is_on_disk_after_every_step_and_says_what_was_not_done(gpu: 
         ("fails", "failed"),
         ("lacks", "skipped"),
     ]
-    assert "| hangs | cut: ran past its 1 s |" in gpu.table(tmp_path / "out")
+    table = gpu.table(tmp_path / "out")
+    assert "| hangs | cut: ran past its 1 s |" in table and len(found["load"]) == 2
+    assert f"; load {found['load'][0]:g} to {found['load'][1]:g}; " in table.splitlines()[0]
     assert "['good passed']" in found["steps"][1]["tail"]
     assert "begun" in found["steps"][2]["tail"] and found["steps"][2]["seconds"] < 20
     said = capsys.readouterr().out

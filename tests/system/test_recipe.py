@@ -47,7 +47,7 @@ PAPERS_RECIPE: dict[str, Any] = {
 
 
 def recipe_words(**changes: Any) -> list[str]:
-    return [f"{key}={value}" for key, value in (PAPERS_RECIPE | changes).items()]
+    return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in (PAPERS_RECIPE | changes).items()]
 
 
 def test_the_papers_recipe_resumes_bit_for_bit_is_exported_and_starts_another_run(

@@ -72,8 +72,8 @@ class Writer:
             kept_within.check(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                for data in self._pieces(own):
-                    file.write(data)
+                for piece in self._pieces(own):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             path.replace(storage.local_path(target))

@@ -10,19 +10,31 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from typing import Annotated
 
-from infra import ledger, scratch
+from pydantic import Field
+
+from infra import ledger, scratch, storage, stored
+from infra.config import to_json
+from infra.digests import digest
+from infra.errors import DataError
 from infra.repository import REPOSITORY
 from infra.run_folder import RunFolder
+from infra.stored import Seconds, Stored
 from train.config import DalleFit, DvaeFit, RunConfig
 from train.config_align import CONTRAST_COST
 from train.run.stage_table import used_by
 
 PROBE_S = 8.0
 """Seconds of measured updates, for the dVAE and the transformer together, in as many processes as the demo uses."""
+_KEPT = "probe.json"
+_KEPT_S = 900.0
+"""A probe counts for so long: whoever starts a stopped demo again does not wait for another one."""
 _TRAININGS = ("dvae", "dalle")
 _REFERENCE_RATES = {"dvae": 114.0, "dalle": 82.0}
 """Samples/s of the demo's trainings on the machine on which the figures below were recorded: two cores of an AMD EPYC, two processes."""
@@ -47,6 +59,9 @@ _FEATURES_S = 500.0
 """Seconds for one view of the demo's pictures and their captions through the frozen towers (clip.towers = "frozen")."""
 _OTHER_S = {"prepare": 14.0, "tokenizer": 1.0, "encode": 15.0, "evaluate": 4.0, "report": 2.0}
 """Recorded seconds of the other stages with the demo's data, without the starts of processes."""
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Projection:
@@ -122,8 +137,14 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
     if not trainings:
         aligning = _align_s(cfg) if run.done("align") is None else 0.0
         return Projection({}, {}, f"{_minutes(aligning)} (both trainings are finished)")
-    print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
-    measured = probe(run, nproc, trainings)
+    of = digest([to_json(cfg), nproc, socket.gethostname()])
+    measured = _kept(run, of, trainings)
+    if measured is None:
+        print(f"probing this machine for about {PROBE_S + 14:.0f} seconds ...", flush=True)
+        measured = probe(run, nproc, trainings)
+        if measured is not None:
+            rates, start_s, share = measured
+            storage.write_json(run.at(_KEPT), {"of": of, "at": time.time(), "rates": rates, "start_s": start_s, "share": share})
     if measured is None:
         return Projection({}, {}, "unknown, because the probe failed (see above); the stages may fail likewise")
     rates, start_s, share = measured
@@ -131,6 +152,27 @@ def project(cfg: RunConfig, run: RunFolder, nproc: int) -> Projection:
     others = [name for name in used_by(cfg) if name not in _TRAININGS and run.done(name) is None]
     quiet = estimate(cfg, {name: rate / share for name, rate in rates.items()}, start_s * share, done, others)
     return Projection(quiet, estimate(cfg, rates, start_s, done, others), "")
+
+
+class _Probe(Stored):
+    """probe.json."""
+
+    of: str
+    at: Seconds
+    rates: dict[str, Rate]
+    start_s: Seconds
+    share: Rate
+
+
+def _kept(run: RunFolder, of: str, trainings: list[str]) -> tuple[dict[str, float], float, float] | None:
+    """A recent probe of the same configuration on the same machine, if it measured these trainings."""
+    try:
+        found = stored.read_if_there(run.at(_KEPT), _Probe)
+    except DataError:
+        return None  # it is measured again
+    if found is None or found["of"] != of or not 0 <= time.time() - found["at"] < _KEPT_S or not set(trainings) <= set(found["rates"]):
+        return None
+    return {name: found["rates"][name] for name in trainings}, found["start_s"], found["share"]
 
 
 def _minutes(aligning_s: float) -> str:

@@ -111,6 +111,35 @@ def test_the_probe_measures_both_trainings_in_processes_that_talk_to_each_other(
     assert said.startswith("projected time: ") and re.search(r"\(dvae \d+\.\d, dalle \d+\.\d, the rest \d+\.\d\)", said), said
 
 
+def test_a_demo_that_is_started_again_soon_counts_on_its_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probed: list[list[str]] = []
+
+    def probe(run: RunFolder, nproc: int, trainings: list[str]) -> tuple[dict[str, float], float, float]:
+        probed.append(trainings)
+        return dict.fromkeys(trainings, 50.0), 3.0, 1.0
+
+    monkeypatch.setattr(demo_time, "probe", probe)
+    run, url = claimed(tmp_path)
+    cfg = load_run(url, [])
+    first = str(project(cfg, run, 2))
+    assert "probing this machine" in capsys.readouterr().out
+    assert str(project(cfg, run, 2)) == first and len(probed) == 1 and capsys.readouterr().out == ""
+    monkeypatch.setattr(RunFolder, "done", lambda self, stage: {"seconds": 1.0} if stage == "dvae" else None)
+    project(cfg, run, 2)
+    assert len(probed) == 1, "the transformer was measured, too"
+    project(cfg, run, 1)
+    assert probed[1:] == [["dalle"]], "by another number of processes"
+    project(load_run(url, ["dalle_fit.batch=16"]), run, 1)
+    assert len(probed) == 3, "of another configuration"
+    kept = storage.read_json(run.at("probe.json"))
+    for changed in (kept | {"at": kept["at"] - 1000}, kept | {"rates": {"dalle": 0.0}}):
+        storage.write_json(run.at("probe.json"), changed)
+        project(load_run(url, ["dalle_fit.batch=16"]), run, 1)
+    assert len(probed) == 5, "an old one, a damaged one"
+
+
 def test_a_probe_that_fails_is_said_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_time, "PROBE_S", 0.1)
     run, url = claimed(tmp_path)

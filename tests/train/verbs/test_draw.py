@@ -67,7 +67,7 @@ def test_pictures_lie_by_caption_and_say_what_shaped_them(draw: Draw, run: RunFo
             assert picture.size == (16, 16)
         assert set(line["weights"]) == {"dalle", "dvae", "tokenizer", "clip"} and -1 <= line["score"] <= 1
         assert line["shaped_by"] | {"place": 0} == {
-            "precision": "fp32", "deterministic": False, "device": "cpu", "threads": 1, "torch": line["shaped_by"]["torch"], "captions": 2, "each": 2, "place": 0, "window": 2,
+            "precision": "fp32", "deterministic": False, "device": "cpu", "threads": 1, "torch": line["shaped_by"]["torch"], "captions": 2, "each": 2, "place": 0, "window": 1,
         }  # fmt: skip
         assert line["settings"] == {"n": 2, "seed": 0, "temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
     assert len({line["seed"] for line in found}) == 4

@@ -179,8 +179,9 @@ def perform(step: Step, limit: float, device: str, out: Path, environment: dict[
                 process.wait()
     seconds, text = round(time.monotonic() - began, 1), log.read_text(errors="replace")
     tail, is_pytest = text[-_TAIL:], "pytest" in step.command
+    rest = ", the rest of the whole run" if limit < step.seconds else ""
     if code is None:
-        return Outcome(step.name, "cut", seconds, f"ran past its {limit:.0f} s{reached(text) if is_pytest else kept(step, out)}", tail)
+        return Outcome(step.name, "cut", seconds, f"ran past its {limit:.0f} s{rest}{reached(text) if is_pytest else kept(step, out)}", tail)
     if code == 5 and is_pytest:
         return Outcome(step.name, "failed", seconds, "no test was selected", tail)
     last = (tail.strip().splitlines() or [""])[-1]  # "==== 25 passed, 15 skipped in 3.21s ===="

@@ -96,7 +96,7 @@ def test_no_step_begins_that_the_clock_does_not_allow(gpu: Any, tmp_path: Path) 
     steps = [step(gpu, str(number), "import time; time.sleep(30)") for number in range(3)]
     code, found = told(gpu, tmp_path, *steps, arguments=("--minutes", "0.07"))
     assert code == 1 and [s["status"] for s in found["steps"]] == ["cut", "skipped", "skipped"] and found["seconds"] < 15
-    assert found["steps"][1]["why"] == "no time left of 0.07 minutes"
+    assert found["steps"][0]["why"].endswith(" s, the rest of the whole run") and found["steps"][1]["why"] == "no time left of 0.07 minutes"
 
 
 def write_wheel(folder: Path, name: str) -> None:

@@ -59,10 +59,11 @@ def compare(cfg: TransformerConfig, shape: StreamShape, batch: int, options: Opt
             backward = _backward(model, shape, batch, options.device)
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             found = {"backward pass": backward} | {name: work(gradients) for name, work in works.items()}
-            if turn:  # the first is a rehearsal
-                for name, value in found.items():
-                    seconds.setdefault(name, []).append(value)
-                    (result.floor if name == "backward pass" else result.measured)[name] = milliseconds(seconds[name])  # of the turns so far
+            if turn == 1:  # the first was a rehearsal, which stands only until there is more
+                seconds.clear()
+            for name, value in found.items():
+                seconds.setdefault(name, []).append(value)
+                (result.floor if name == "backward pass" else result.measured)[name] = milliseconds(seconds[name])  # of the turns so far
     for name in works:
         gpus = works[name].gpus
         result.ratio(f"a backward pass over compression, {gpus} GPUs a machine", "backward pass", name, goal=GOAL if gpus == max(_GPUS) else None)

@@ -87,7 +87,7 @@ class _Kept(dict[str, Figure]):
         if self._keep is not None:
             self._keep(name, figure)
 
-    def __ior__(self, other: Any) -> Self:  # type: ignore[override, misc]  # otherwise dict adds without telling
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]  # otherwise dict adds without telling
         for name, figure in dict(other).items():
             self[name] = figure
         return self

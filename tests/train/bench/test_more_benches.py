@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_sums_over_ranks_are_timed_beside_a_copy_of_memory() -> None:
     assert found.ratios["all-reduce over copying memory"].to == "copying memory" and found.settings["backend"] == "gloo"
 
 
-def test_compression_is_timed_whole_beside_the_backward_pass_of_the_same_resblocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compression_is_timed_whole_beside_the_backward_pass_of_the_same_resblocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     payloads, settle = [], CompressedUpdate.settle
 
     def slow(update: CompressedUpdate, applied: list[bool]) -> None:
@@ -73,7 +76,9 @@ def test_compression_is_timed_whole_beside_the_backward_pass_of_the_same_resbloc
         settle(update, applied)
 
     monkeypatch.setattr(CompressedUpdate, "settle", slow)
-    found = compression.compare(CFG, SHAPE, 2, Options("cpu", 0.01, 2), engine="structured")
+    found = compression.compare(CFG, SHAPE, 2, Options("cpu", 0.01, 2, tmp_path), engine="structured")
+    assert capsys.readouterr().err.count("backward pass: ") == 3, "kept in each turn, the first included"
+    assert found.floor["backward pass"].runs == 2
     assert all(figure.min >= 100 for figure in found.measured.values()) and found.floor["backward pass"].min < 100
     goals = {name: ratio.goal for name, ratio in found.ratios.items()}
     assert goals == {f"a backward pass over compression, {gpus} GPUs a machine": 20.0 if gpus == 8 else None for gpus in (1, 2, 8)}

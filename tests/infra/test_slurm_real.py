@@ -327,7 +327,7 @@ def test_a_job_is_watched_from_its_queue_to_its_end_its_comment_says_how_far_it_
     assert queued["state"] == "queued" and f"job {job} (PENDING: " in queued["waits"], queued
     slurm.run(*resumed)
     training(slurm, run, 0)
-    slurm.wait("signs of life", lambda: len(watched(slurm, run, "dvae")["heard_s"]) == 2)
+    slurm.wait("signs of life", lambda: len((seen := watched(slurm, run, "dvae"))["heard_s"]) == 2 and seen["done"] > 0)
     live = watched(slurm, run, "dvae")
     assert live["state"] == "running" and live["done"] > 0 and live["total"] == 1_000_000 and live["job"] == job and live["rate"] > 0, live
     row(
